@@ -1,0 +1,135 @@
+"""What an objective asks for, what an adapter hands over, and what comes back.
+
+Shape letters, everywhere in mmalign: B rows, K candidates, L positions, V vocabulary.
+Candidate 0 is the chosen response and candidate 1 the rejected one wherever the row is a pair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Literal
+
+from mmalign.errors import NeedsError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+Rows = Literal["any", "pair", "unpaired", "list"]
+"""The shape of a record: `pair` chosen and rejected; `unpaired` one rated response; `list` K ranked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What an objective asks of an adapter and of the data; joined with `|`.
+
+    Attributes:
+        reference: Log-probabilities under the frozen reference.
+        kl: KL(reference, policy) at each position.
+        weight: A position weight, from a learned mask or from the data (spans, tree steps).
+        log_sum_p2: log of the sum of squared policy probabilities at each position (WPO).
+        prompt: Policy log-probabilities of the prompt's own tokens (ORPO as released).
+        candidates: Smallest number of candidates K.
+        rows: The record shape the objective is defined on.
+        roles: Candidates after the rated ones, in order: "mismatched" (KTO), "calibration" (VPO),
+            "rationale" (rationale DPO), "online" (HyPO; repeated once per fresh sample).
+    """
+
+    reference: bool = False
+    kl: bool = False
+    weight: bool = False
+    log_sum_p2: bool = False
+    prompt: bool = False
+    candidates: int = 1
+    rows: Rows = "any"
+    roles: tuple[str, ...] = ()
+
+    def __or__(self, other: Needs) -> Needs:
+        rows = {self.rows, other.rows} - {"any"}
+        if len(rows) > 1:
+            raise NeedsError(
+                f"the terms of one objective need different kinds of rows: {sorted(rows)}; "
+                "mix only losses that are defined on the same kind"
+            )
+        if self.roles and other.roles and self.roles != other.roles:
+            raise NeedsError(
+                f"the terms of one objective need different extra candidates: {self.roles} and "
+                f"{other.roles}; mix only losses that share them"
+            )
+        return Needs(
+            reference=self.reference or other.reference,
+            kl=self.kl or other.kl,
+            weight=self.weight or other.weight,
+            log_sum_p2=self.log_sum_p2 or other.log_sum_p2,
+            prompt=self.prompt or other.prompt,
+            candidates=max(self.candidates, other.candidates),
+            rows=rows.pop() if rows else "any",
+            roles=self.roles or other.roles,
+        )
+
+    def describe(self) -> str:
+        """The needs as a short sentence part, e.g. `reference, kl, at least 2 candidates (pair)`."""
+        parts = [n for n in ("reference", "kl", "weight", "log_sum_p2", "prompt") if getattr(self, n)]
+        parts += [f"a {role} response" for role in dict.fromkeys(self.roles)]
+        plural = "s" if self.candidates > 1 else ""
+        kind = "" if self.rows == "any" else f" ({self.rows})"
+        parts.append(f"at least {self.candidates} candidate{plural}{kind}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateLogps:
+    """Log-probabilities of K candidates per row, position by position; float32 or wider.
+
+    Positions where `mask` is False may hold anything finite: they never reach a sum.
+    """
+
+    policy: Tensor  # [B, K, L]  carries gradient
+    mask: Tensor  # [B, K, L]  bool, True where a position counts
+    labels: Tensor  # [B, K]  (1, 0) | (p, 1-p) | graded | desirable
+    reference: Tensor | None = None  # [B, K, L]  no gradient
+    kl: Tensor | None = None  # [B, K, L]  KL(reference, policy), carries gradient
+    weight: Tensor | None = None  # [B, K, L]  weight of the log-ratio; None means 1
+    kl_weight: Tensor | None = None  # [B, K, L]  weight of the KL; None means 1
+    row_weight: Tensor | None = None  # [B]  no gradient; None means 1
+    log_sum_p2: Tensor | None = None  # [B, K, L]  log sum_v p(v)^2 under the policy, no gradient
+    prompt: Tensor | None = None  # [B, K, P]  policy log-probs of the prompt, carries gradient
+    prompt_mask: Tensor | None = None  # [B, K, P]  bool
+
+    def check(self, needs: Needs) -> None:
+        """Raise NeedsError, naming the field, when something `needs` asks for is absent."""
+        for name in ("reference", "kl", "weight", "log_sum_p2", "prompt"):
+            if getattr(needs, name) and getattr(self, name) is None:
+                raise NeedsError(
+                    f"the objective needs CandidateLogps.{name}, but the adapter left it None"
+                )
+        if self.policy.dim() != 3:
+            raise NeedsError(
+                f"CandidateLogps.policy has shape {list(self.policy.shape)}; it must be [B, K, L]"
+            )
+        if self.policy.shape[1] < needs.candidates:
+            raise NeedsError(
+                f"the objective needs at least {needs.candidates} candidates a row, but the batch "
+                f"has {self.policy.shape[1]}"
+            )
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of every field that is present."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value is not None:
+                yield item.name, value
+
+    def replace(self, **changes: Tensor | None) -> CandidateLogps:
+        """A copy with some fields exchanged."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A training step's scalar and what to log beside it."""
+
+    value: Tensor  # []  differentiable
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # detached, averaged over rows
+    rows: Tensor | None = None  # [B]  per-row loss before row weights, detached where terms allow

@@ -1,0 +1,1 @@
+"""Records in, Examples out: sources, public layouts, validation, selection and the cache."""

@@ -1,0 +1,31 @@
+"""The errors a user can cause. Each message says what is wrong, where, what was found, what to do."""
+
+from __future__ import annotations
+
+
+class MmalignError(Exception):
+    """Base of every error that is the input's fault; the CLI prints it without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(MmalignError):
+    """A config value, a combination of values, or a missing optional package."""
+
+
+class DataError(MmalignError):
+    """A record, a file or a dataset that cannot be used as it is."""
+
+
+class NeedsError(MmalignError):
+    """An objective asks for something the adapter or the data did not supply."""
+
+
+class CheckpointError(MmalignError):
+    """A checkpoint that is missing, incomplete, or belongs to another run."""
+
+
+class NonFiniteLoss(MmalignError):
+    """Training produced a loss that is nan or infinite; the run stopped before using it."""
+
+    exit_code = 3

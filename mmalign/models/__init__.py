@@ -1,0 +1,1 @@
+"""What every modality's adapter shares: the Adapter contract, references, LoRA, weight merging."""
