@@ -1,30 +1,43 @@
 """The configuration: one frozen pydantic model, read from YAML plus KEY=VALUE overrides.
 
-All errors of a file are reported at once; an unknown key names the nearest valid one.
+All errors of a file are reported at once; an unknown key names the nearest valid one. Relative
+paths are relative to the current directory, like any path given to a command.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from mmalign import configfile
 from mmalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mmalign.core import Needs, Objective
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class LoraSpec(_Section):
     """Low-rank adapters on the policy."""
 
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1, description="keep 0: dropout makes policy and reference differ")
-    targets: str | list[str] = Field("all-linear", description="module names, or all-linear")
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0)
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="keep 0: with it policy and reference differ"
+    )
+    targets: str | list[str] = Field(
+        default="all-linear", description="module names, or all-linear"
+    )
     dora: bool = False
 
 
@@ -33,7 +46,9 @@ class ModelConfig(_Section):
 
     path: str = Field(description="folder or hub name")
     revision: str | None = None
-    adapter: str | None = Field(None, description="an existing peft adapter to continue from")
+    adapter: str | None = Field(
+        default=None, description="an existing peft adapter to continue from"
+    )
     dtype: Literal["float64", "float32", "bfloat16"] = "float32"
     lora: LoraSpec | None = None
     quantization: Literal["4bit", "8bit"] | None = None
@@ -46,66 +61,113 @@ class MixturePart(_Section):
     """One member of a reference mixture: sum of weight times log-probability."""
 
     weight: float
-    path: str | None = Field(None, description="folder or hub name; none means the policy's start")
+    path: str | None = Field(
+        default=None, description="folder or hub name; none means the policy's start"
+    )
 
 
 class ReferenceConfig(_Section):
     """The frozen model that log-ratios are taken against."""
 
     kind: Literal["auto", "lora-off", "frozen-copy", "ema", "mixture", "cached", "none"] = "auto"
-    path: str | None = Field(None, description="frozen-copy of another model than the policy's start")
-    decay: float = Field(0.999, ge=0, le=1, description="ema: share of the old reference kept at a refresh")
-    every: int = Field(1, ge=1, description="ema: optimiser steps between refreshes")
+    path: str | None = Field(
+        default=None, description="frozen-copy: a model other than the policy's start"
+    )
+    decay: float = Field(
+        default=0.999, ge=0, le=1, description="ema: share of the old one kept at a refresh"
+    )
+    every: int = Field(default=1, ge=1, description="ema: optimiser steps between refreshes")
     mixture: list[MixturePart] = []
-    cache: Path | None = Field(None, description="cached: folder; default is cache/ beside the output")
+    cache: Path | None = Field(
+        default=None, description="cached: folder; default: cache/ beside the output"
+    )
+
+    @model_validator(mode="after")
+    def _only_what_the_kind_reads(self) -> Self:
+        readers = {
+            "path": ("frozen-copy", "cached"),
+            "decay": ("ema",),
+            "every": ("ema",),
+            "mixture": ("mixture",),
+            "cache": ("cached",),
+        }
+        for key, kinds in readers.items():
+            default = type(self).model_fields[key].default
+            if getattr(self, key) != default and self.kind not in kinds:
+                raise ValueError(
+                    f"`{key}` is only read with kind: {' or '.join(kinds)} (found {self.kind})"
+                )
+        if self.kind == "mixture" and not self.mixture:
+            raise ValueError("kind: mixture needs `mixture`, a list of {weight, path}")
+        return self
 
 
 class DataSource(_Section):
     """One file or dataset."""
 
     path: str = Field(description="JSONL, JSON, parquet, CSV, save_to_disk folder, or hub name")
-    name: str | None = Field(None, description="configuration of a hub dataset")
-    split: str | None = Field(None, description="hub split, or the value of a `split` column to keep")
-    weight: float = Field(1.0, gt=0, description="share in a mix of several sources")
-    layout: str | None = Field(None, description="record layout; found by itself when left out")
+    name: str | None = Field(default=None, description="configuration of a hub dataset")
+    split: str | None = Field(default=None, description="hub split, or value of a `split` column")
+    weight: float = Field(default=1.0, gt=0, description="share in a mix of several sources")
+    layout: str | None = Field(
+        default=None, description="record layout; found by itself when left out"
+    )
+
+
+def _one_or_many(value: Any) -> Any:
+    many = cast("list[Any]", value if isinstance(value, list) else [value])
+    return [{"path": item} if isinstance(item, str) else item for item in many]
+
+
+Sources = Annotated[
+    list[DataSource],
+    BeforeValidator(_one_or_many, json_schema_input_type=str | DataSource | list[str | DataSource]),
+]
+"""A path, a source, or a list of them."""
 
 
 class DataConfig(_Section):
     """What to learn from."""
 
-    train: list[DataSource]
-    eval: list[DataSource] = []
-    eval_fraction: float = Field(0.0, ge=0, lt=1, description="held out by a hash of the prompt if no eval")
-    max_samples: int | None = Field(None, ge=1)
-    max_eval_samples: int | None = Field(None, ge=1)
-    max_prompt_length: int = Field(512, ge=1, description="tokens")
-    max_response_length: int = Field(512, ge=1, description="tokens, end token included")
+    train: Sources = Field(min_length=1)
+    eval: Sources = []
+    eval_fraction: float = Field(
+        default=0.0, ge=0, lt=1, description="held out by a hash of the prompt"
+    )
+    max_samples: int | None = Field(default=None, ge=1)
+    max_eval_samples: int | None = Field(default=None, ge=1)
+    max_prompt_length: int = Field(default=512, ge=1, description="tokens")
+    max_response_length: int = Field(default=512, ge=1, description="tokens, end token included")
     truncate_prompt: Literal["keep_end", "keep_start"] = "keep_end"
-    ties: Literal["drop", "half", "soft"] = Field("drop", description="half: weight 1/2; soft: labels 1/2, 1/2")
-    swap: bool = Field(False, description="exchange chosen and rejected (negative models)")
-    num_workers: int = Field(0, ge=0)
+    ties: Literal["drop", "half", "soft"] = Field(
+        default="drop", description="half: weight 1/2; soft: labels (1/2, 1/2)"
+    )
+    swap: bool = Field(default=False, description="exchange chosen and rejected (negative models)")
+    num_workers: int = Field(default=0, ge=0)
 
-    @field_validator("train", "eval", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        many = value if isinstance(value, list) else [value]
-        return [{"path": item} if isinstance(item, str) else item for item in many]
+    @model_validator(mode="after")
+    def _one_way_to_hold_out(self) -> Self:
+        if self.eval and self.eval_fraction:
+            raise ValueError("give `eval` or `eval_fraction`, not both: the second makes the first")
+        return self
 
 
 class ObjectiveConfig(BaseModel):
     """A preset by name, or a weighted mix; every further key is a keyword of the preset."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
-    name: str | None = Field(None, description="a preset, or my_package.module:function")
+    name: str | None = Field(default=None, description="a preset, or my_package.module:function")
     mix: dict[str, float | dict[str, Any]] | None = Field(
-        None, description="preset to weight, or to its keywords with a `weight`"
+        default=None, description="preset to weight, or to its keywords with a `weight`"
     )
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
         if (self.name is None) == (self.mix is None):
-            raise ValueError("give exactly one of `name` and `mix`")
+            raise ValueError("give exactly one of `name` and `mix`; see `mmalign objectives`")
+        if self.mix is not None and not self.mix:
+            raise ValueError("`mix` is empty; write e.g. {dpo: 1, sft: 0.1}")
         return self
 
     @property
@@ -117,60 +179,73 @@ class ObjectiveConfig(BaseModel):
 class TrainConfig(_Section):
     """The loop."""
 
-    num_steps: int | None = Field(None, ge=1, description="overrides num_epochs")
-    num_epochs: float = Field(1.0, gt=0)
-    batch_size: int = Field(4, ge=1, description="rows a device and micro-batch")
-    accumulate: int = Field(1, ge=1)
-    eval_batch_size: int | None = Field(None, ge=1)
-    lr: float = Field(1e-6, gt=0)
+    num_steps: int | None = Field(default=None, ge=1, description="overrides num_epochs")
+    num_epochs: float = Field(default=1.0, gt=0)
+    batch_size: int = Field(default=4, ge=1, description="rows a device and micro-batch")
+    accumulate: int = Field(default=1, ge=1)
+    eval_batch_size: int | None = Field(default=None, ge=1)
+    lr: float = Field(default=1e-6, gt=0)
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "sgd"] = "adamw"
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: float = Field(0.0, ge=0, description="steps if at least 1, else a share of all steps")
-    max_grad_norm: float = Field(1.0, gt=0)
+    warmup: float = Field(
+        default=0.0, ge=0, description="steps if at least 1, else a share of all steps"
+    )
+    max_grad_norm: float = Field(default=1.0, gt=0)
     mixed_precision: Literal["no", "bf16"] = "no"
     backward: Literal["joint", "per_candidate"] = "joint"
     seed: int = 0
-    log_every: int = Field(1, ge=1)
-    eval_every: int | None = Field(None, ge=1, description="steps; the end is always evaluated")
-    save_every: int | None = Field(None, ge=1, description="steps; the end is always saved")
-    sample_every: int | None = Field(None, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    log_every: int = Field(default=1, ge=1)
+    eval_every: int | None = Field(
+        default=None, ge=1, description="steps; the end is always evaluated"
+    )
+    save_every: int | None = Field(default=None, ge=1, description="steps; the end is always saved")
+    sample_every: int | None = Field(default=None, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    num_threads: int | None = Field(None, ge=1, description="CPU threads; 1 is faster for tiny models")
-    check_reference: bool = Field(True, description="stop when policy and reference differ before step 1")
+    num_threads: int | None = Field(
+        default=None, ge=1, description="CPU threads; 1 is best for tiny models"
+    )
+    check_reference: bool = Field(
+        default=True, description="stop if policy and reference differ before step 1"
+    )
 
 
 class SampleConfig(_Section):
     """Completions shown during training and in the report."""
 
-    num_prompts: int = Field(4, ge=0, description="taken from the eval rows")
-    max_new_tokens: int = Field(64, ge=1)
-    temperature: float = Field(0.0, ge=0, description="0 is greedy")
-    top_p: float = Field(1.0, gt=0, le=1)
+    num_prompts: int = Field(default=4, ge=0, description="taken from the eval rows")
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=0.0, ge=0, description="0 is greedy")
+    top_p: float = Field(default=1.0, gt=0, le=1)
 
 
 class MaskConfig(_Section):
     """Position weights for SparsePO and tree losses."""
 
     kind: Literal["learned", "activations", "spans", "steps"] = "learned"
-    common: bool = Field(True, description="learned: one head for reward and KL masks")
+    common: bool = Field(default=True, description="learned: one head for reward and KL masks")
     on_reward: bool = True
     on_kl: bool = True
-    lr: float | None = Field(None, description="learned: the head's own learning rate")
-    weight_decay: float = Field(0.01, ge=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    lr: float | None = Field(default=None, description="learned: the head's own learning rate")
+    weight_decay: float = Field(default=0.01, ge=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
 class TextConfig(_Section):
     """Settings of the text adapter."""
 
     shared_prefix: Literal["auto", "on", "off"] = Field(
-        "auto", description="prompt once, then each response; exact; off where a model cannot do it"
+        default="auto",
+        description="prompt once, then each response; exact; off where a model cannot do it",
     )
-    block_size: int = Field(1024, ge=1, description="response positions whose logits exist at one time")
-    chat_template: bool = Field(True, description="use the tokenizer's template where it has one")
+    block_size: int = Field(
+        default=1024, ge=1, description="response positions with logits at one time"
+    )
+    chat_template: bool = Field(
+        default=True, description="use the tokenizer's template where it has one"
+    )
     system_prompt: str | None = None
     masks: MaskConfig | None = None
 
@@ -186,20 +261,123 @@ class RunConfig(_Section):
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
     text: TextConfig = TextConfig()
-    output: Path
+    output: Path = Field(description="folder of the run; relative to the current directory")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.model.quantization and self.model.lora is None and self.model.adapter is None:
+            raise ValueError(
+                "model.quantization needs model.lora: quantised weights are not trainable"
+            )
+        lora = self.model.lora or self.model.adapter
+        if self.reference.kind == "lora-off" and lora is None:
+            raise ValueError(
+                "reference.kind is lora-off, but model.lora is not set. Set it, e.g. "
+                "`lora: {rank: 16}`, or use reference.kind: frozen-copy"
+            )
+        return self
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a YAML config and apply `a.b=value` overrides (values are parsed as YAML)."""
-    raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    for item in overrides or []:
-        key, _, value = item.partition("=")
-        *parents, last = key.split(".")
-        node = raw
-        for part in parents:
-            node = node.setdefault(part, {})
-        node[last] = yaml.safe_load(value)
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML config and apply `a.b=value` overrides, whose values are YAML too.
+
+    Raises:
+        ConfigError: With every problem of the file, one line each.
+    """
+    path = Path(path)
+    raw = configfile.read(path)
+    set_by = {configfile.override(raw, item) for item in overrides}
     try:
-        return RunConfig.model_validate(raw)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        # Strict: `rank: true` or `lr: "1"` is no number. As JSON: a list may be a tuple.
+        return RunConfig.model_validate_json(json.dumps(raw), strict=True)
+    except ValidationError as error:
+        raise configfile.explain(error, raw, RunConfig, str(path), set_by) from error
+
+
+def dump(config: RunConfig) -> str:
+    """The whole config, defaults included, as YAML that `load` reads back equal."""
+    return configfile.dump(config.model_dump(mode="json"))
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a config file, for completion in editors."""
+    return RunConfig.model_json_schema()
+
+
+def fingerprint(config: RunConfig) -> str:
+    """A short hash of all that decides the trained numbers, not of what is only reported."""
+    reporting = {"log_every", "eval_every", "eval_batch_size", "save_every", "sample_every"}
+    decides = config.model_dump(
+        mode="json",
+        exclude={
+            "output": True,
+            "sample": True,
+            "train": {*reporting, "keep_checkpoints", "trackers"},
+        },
+    )
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check(config: RunConfig, *, where: str = "config") -> Objective:
+    """Build the objective and refuse, before any weight loads, what it or an option cannot have.
+
+    Raises:
+        ConfigError: An unknown preset or keyword, a need that nothing supplies, a missing extra.
+    """
+    from mmalign.core import presets
+    from mmalign.models.adapter import adapter_class
+
+    objective = presets.from_config(config.objective)
+    provides = adapter_class(config.modality).provides(config)
+    problems = _missing_extras(config) + check_needs(config, objective.needs, provides)
+    if problems:
+        raise ConfigError("\n  ".join(f"{where}: {problem}" for problem in problems))
+    return objective
+
+
+def check_needs(config: RunConfig, needs: Needs, provides: Needs) -> list[str]:
+    """What the objective asks for and the adapter cannot supply under `config`, as sentences."""
+    name = "the mix" if config.objective.name is None else f"objective '{config.objective.name}'"
+    kind = config.reference.kind
+    remedies = {
+        "reference": (
+            "a reference model",
+            f"reference.kind is {kind}. Use reference.kind: auto, or an objective without one, "
+            "e.g. simpo",
+        ),
+        "kl": (
+            "the per-token KL",
+            f"reference.kind {kind} cannot give it. Use lora-off (needs model.lora) or frozen-copy",
+        ),
+        "weight": (
+            "a weight for every token",
+            f"{config.modality}.masks is not set. Set it, e.g. {config.modality}: "
+            "{masks: {kind: learned}}; `spans` and `steps` read the data",
+        ),
+        "log_sum_p2": ("the sum of squared probabilities", "this adapter cannot give it"),
+        "prompt": ("log-probabilities of the prompt", "this adapter cannot give them"),
+    }
+    return [
+        f"{name} needs {what}, but {remedy}."
+        for field, (what, remedy) in remedies.items()
+        if getattr(needs, field) and not getattr(provides, field)
+    ]
+
+
+def _missing_extras(config: RunConfig) -> list[str]:
+    wanted = {
+        tracker: ("train.trackers", f"'mmalign[{tracker}]'") for tracker in config.train.trackers
+    }
+    if "trackio" in wanted:
+        wanted["trackio"] = ("train.trackers", "trackio")
+    if config.model.quantization:
+        wanted["bitsandbytes"] = ("model.quantization", "'mmalign[gpu]'")
+    if config.train.optimizer == "adamw8bit":
+        wanted["bitsandbytes"] = ("train.optimizer: adamw8bit", "'mmalign[gpu]'")
+    if config.model.attention == "flash_attention_2":
+        wanted["flash_attn"] = ("model.attention: flash_attention_2", "flash-attn")
+    return [
+        f"{key} needs the package {package}, which is not installed. Run: pip install {command}"
+        for package, (key, command) in wanted.items()
+        if find_spec(package) is None
+    ]
