@@ -1,0 +1,1 @@
+"""The text modality: encoding, scoring, and the adapter for causal language models."""

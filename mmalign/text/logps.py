@@ -1,0 +1,295 @@
+"""Per-token statistics of response tokens, straight from hidden states.
+
+Logits exist for one block of positions at a time and are recomputed in the backward pass, so no
+[rows, length, vocabulary] tensor is ever made. One pass over a block gives the policy's and the
+reference's log-probability, their full-vocabulary KL, and the policy's log sum of p squared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+BLOCK_SIZE = 1024
+CPU_BLOCK_ELEMENTS = 2**23  # 32 MiB of float32 logits: larger blocks leave the processor's cache
+CPU_BLOCK_ROWS = 128  # fewer rows than this starve the matrix product
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStats:
+    """What one pass over the head yields for M scored tokens; float32 or wider."""
+
+    policy: Tensor  # [M]  log pi(target), carries gradient
+    reference: Tensor | None = None  # [M]  log pi_ref(target), no gradient
+    kl: Tensor | None = None  # [M]  KL(reference, policy), carries gradient
+    log_sum_p2: Tensor | None = None  # [M]  log sum_v p(v)^2 under the policy, no gradient
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A language model's output layer: logits = cap * tanh(scale * (h W^T + b) / cap)."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None = None  # [V]
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:  # [m, D] -> [m, V]
+        """Logits in float32 or wider, in memory of their own."""
+        out = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        if out.dtype not in (torch.float32, torch.float64):
+            out = out.float()
+        if self.scale != 1.0:
+            out *= self.scale
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+        return out
+
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """d logits / d (h W^T + b), elementwise; None where it is 1."""
+        if self.softcap is None:
+            return None if self.scale == 1.0 else logits.new_tensor(self.scale)
+        return (1.0 - (logits / self.softcap) ** 2) * self.scale
+
+
+def response_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    kl: bool = False,
+    log_sum_p2: bool = False,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    block_size: int = BLOCK_SIZE,
+) -> TokenStats:
+    """Score M target tokens from the hidden states that predict them.
+
+    policy = log softmax(logits)[target];  kl = sum_v p_ref(v) (log p_ref(v) - log p(v)), where a
+    term with p_ref(v) = 0 is 0. With upstream gradients g1 of policy and g2 of kl,
+    d logits(v) = g1 (1[v = target] - p(v)) + g2 (p(v) - p_ref(v)).
+
+    Args:
+        hidden: Policy states at the positions before the targets, [M, D].
+        weight: Policy head, [V, D].
+        bias: Policy head's bias, [V], or None.
+        targets: Token ids, [M].
+        ref_hidden: Reference states at the same positions, [M, D]; asks for `reference`.
+        ref_weight: Reference head, [V, D]; the policy's where None.
+        ref_bias: Reference head's bias, [V]; used with `ref_weight`.
+        kl: Whether to compute KL(reference, policy), in nats; needs `ref_hidden`.
+        log_sum_p2: Whether to compute log sum_v p(v)^2.
+        scale: Factor that the model applies to its logits.
+        softcap: Bound c of logits c * tanh(logits / c), after `scale`; None for models without.
+        block_size: Largest number of positions whose logits exist at one time.
+
+    Returns:
+        Statistics of each token; float32, or float64 for float64 states.
+
+    Departs: TDPO's released code takes log(softmax), which is nan where p_ref underflows.
+    """
+    dtype = _compute_dtype(hidden)
+    policy_head = Head(weight.to(dtype), None if bias is None else bias.to(dtype), scale, softcap)
+    ref_head = policy_head
+    if ref_weight is not None:
+        ref_head = Head(
+            ref_weight.to(dtype), None if ref_bias is None else ref_bias.to(dtype), scale, softcap
+        )
+    options = _Options(
+        scale=scale,
+        softcap=softcap,
+        rows=_block_rows(block_size, weight),
+        kl=kl,
+        log_sum_p2=log_sum_p2,
+    )
+    with torch.autocast(hidden.device.type, enabled=False):
+        policy, reference, divergence, squares = _ResponseLogps.apply(
+            hidden.to(dtype),
+            policy_head.weight,
+            policy_head.bias,
+            targets,
+            None if ref_hidden is None else ref_hidden.detach().to(dtype),
+            ref_head.weight.detach(),
+            None if ref_head.bias is None else ref_head.bias.detach(),
+            options,
+        )
+    return TokenStats(policy, reference, divergence, squares)
+
+
+def _block_rows(block_size: int, weight: Tensor) -> int:
+    if weight.device.type != "cpu":
+        return block_size
+    return min(block_size, max(CPU_BLOCK_ROWS, CPU_BLOCK_ELEMENTS // weight.shape[0]))
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The type the model's own head would compute in, autocast included."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    scale: float
+    softcap: float | None
+    rows: int
+    kl: bool
+    log_sum_p2: bool
+
+    def blocks(self, count: int) -> Iterator[slice]:
+        return (slice(i, min(i + self.rows, count)) for i in range(0, count, self.rows))
+
+
+class _ResponseLogps(torch.autograd.Function):
+    """Blocks forward; backward by the closed-form logit gradient.
+
+    With a trained head, the backward pass recomputes each block. With a frozen one (LoRA), d stat /
+    d hidden is [M, D] whatever the upstream gradient, so the forward pass takes it while it has the
+    probabilities, and the backward pass needs no logits at all.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [M, D]
+        weight: Tensor,  # [V, D]
+        bias: Tensor | None,  # [V]
+        targets: Tensor,  # [M]
+        ref_hidden: Tensor | None,  # [M, D]
+        ref_weight: Tensor,  # [V, D]
+        ref_bias: Tensor | None,  # [V]
+        options: _Options,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        head = Head(weight, bias, options.scale, options.softcap)
+        ref_head = Head(ref_weight, ref_bias, options.scale, options.softcap)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        count = len(hidden)
+
+        def column(wanted: bool) -> Tensor | None:
+            return hidden.new_empty(count, dtype=wide) if wanted else None
+
+        policy, lse = hidden.new_empty(count, dtype=wide), hidden.new_empty(count, dtype=wide)
+        reference, ref_lse = column(ref_hidden is not None), column(ref_hidden is not None)
+        kl, squares = column(options.kl), column(options.log_sum_p2)
+        head_trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ahead = ctx.needs_input_grad[0] and not head_trains
+        d_policy = torch.empty_like(hidden) if ahead else None
+        d_kl = torch.empty_like(hidden) if ahead and options.kl else None
+
+        for block in options.blocks(count):
+            target = targets[block, None]
+            logits = head.logits(hidden[block])
+            lse[block] = torch.logsumexp(logits, -1)
+            policy[block] = logits.gather(-1, target).squeeze(-1) - lse[block]
+            if squares is not None:
+                squares[block] = torch.logsumexp(2.0 * logits, -1) - 2.0 * lse[block]
+            p_ref = None
+            if reference is not None and ref_lse is not None and ref_hidden is not None:
+                ref_logits = ref_head.logits(ref_hidden[block])
+                ref_lse[block] = torch.logsumexp(ref_logits, -1)
+                reference[block] = ref_logits.gather(-1, target).squeeze(-1) - ref_lse[block]
+                if kl is not None:
+                    gap = ref_logits - logits
+                    p_ref = ref_logits.sub_(ref_lse[block, None]).exp_()
+                    gap.masked_fill_(p_ref == 0, 0.0)  # a token the reference excludes: 0 * inf
+                    kl[block] = torch.linalg.vecdot(p_ref, gap) - (ref_lse[block] - lse[block])
+                    del gap
+            if d_policy is not None:
+                slope = head.slope(logits)
+                p = logits.sub_(lse[block, None]).exp_()
+                if d_kl is not None and p_ref is not None:
+                    d_kl[block] = _times(p - p_ref, slope).to(weight.dtype) @ weight
+                d_logits = p.neg_().scatter_add_(-1, target, torch.ones_like(lse[block, None]))
+                d_policy[block] = _times(d_logits, slope).to(weight.dtype) @ weight
+
+        ctx.options, ctx.ahead = options, ahead
+        if ahead:
+            ctx.save_for_backward(d_policy, d_kl)
+        else:
+            ctx.save_for_backward(
+                hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, lse, ref_lse
+            )
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for t in (reference, squares) if t is not None))
+        return policy, reference, kl, squares
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, g_policy: Tensor | None, _: Any, g_kl: Tensor | None, __: Any
+    ) -> tuple[Tensor | None, ...]:
+        none = (None,) * 5
+        if g_policy is None and g_kl is None:
+            return None, None, None, *none
+        if ctx.ahead:
+            d_hidden = sum(
+                d * g[:, None].to(d.dtype)
+                for d, g in zip(ctx.saved_tensors, (g_policy, g_kl), strict=True)
+                if d is not None and g is not None
+            )
+            return d_hidden, None, None, *none  # pyright: ignore[reportReturnType]
+
+        hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, lse, ref_lse = (
+            ctx.saved_tensors
+        )
+        options: _Options = ctx.options
+        head = Head(weight, bias, options.scale, options.softcap)
+        ref_head = Head(ref_weight, ref_bias, options.scale, options.softcap)
+        g1 = torch.zeros_like(lse) if g_policy is None else g_policy
+        live = g1 != 0 if g_kl is None else (g1 != 0) | (g_kl != 0)
+        index = live.nonzero().squeeze(-1)  # saturated pairs and stopped gradients cost nothing
+        d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
+        d_bias = None
+        if bias is not None and ctx.needs_input_grad[2]:
+            d_bias = torch.zeros_like(bias, dtype=lse.dtype)
+
+        for block in options.blocks(len(index)):
+            rows = index[block]
+            h, upstream = hidden[rows], g1[rows, None]
+            logits = head.logits(h)
+            slope = head.slope(logits)
+            d_logits = logits.sub_(lse[rows, None]).exp_()
+            if g_kl is None:
+                d_logits.mul_(-upstream)
+            else:
+                d_logits.mul_(g_kl[rows, None] - upstream)
+                p_ref = ref_head.logits(ref_hidden[rows]).sub_(ref_lse[rows, None]).exp_()
+                d_logits.addcmul_(p_ref, g_kl[rows, None], value=-1.0)
+                del p_ref
+            d_logits.scatter_add_(-1, targets[rows, None], upstream)
+            d_logits = _times(d_logits, slope)
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+            d_logits = d_logits.to(weight.dtype)
+            if d_hidden is not None:
+                d_hidden[rows] = d_logits @ weight
+            if d_weight is not None:
+                if d_weight.dtype == h.dtype:
+                    d_weight.addmm_(d_logits.T, h)
+                else:
+                    d_weight += d_logits.T @ h
+        return (
+            d_hidden,
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None if d_bias is None else d_bias.to(weight.dtype),
+            *none,
+        )
+
+
+def _times(value: Tensor, factor: Tensor | None) -> Tensor:
+    return value if factor is None else value.mul_(factor)
