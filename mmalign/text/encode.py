@@ -1,0 +1,312 @@
+"""Examples to token ids: exact response masks, one prompt for all sides, padding to [B, K, ...]."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from mmalign.errors import ConfigError, DataError, NeedsError
+from mmalign.models.adapter import Batch
+from mmalign.text.positions import mark_spans, mark_steps
+from mmalign.text.render import ChatTemplate, PlainText
+from mmalign.text.tokenizer import TextTokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable, Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from mmalign.config import RunConfig
+    from mmalign.core import Needs
+    from mmalign.data.example import Candidate, Example, Prompt
+    from mmalign.text.render import Response
+    from mmalign.text.tokenizer import Offsets
+
+__all__ = ["EncodedCandidate", "Encoder", "load_tokenizer"]
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # raise it when the same settings give other tokens: caches depend on it
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedCandidate:
+    """Token ids of one (context, response) pair; every response token is scored."""
+
+    prompt: list[int]  # P  at least one token
+    response: list[int]  # L  at least one token; ends in the end token when nothing was cut
+    spans: list[bool]  # L  True on tokens that overlap a span of the record
+    steps: list[int]  # L  reasoning step, from 1; 0 outside of every step
+
+
+class Encoder:
+    """Turns examples into batches for one tokenizer and one config."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
+        """Check that the tokenizer can do what `data` and `text` of the config ask.
+
+        Raises:
+            ConfigError: when it cannot.
+        """
+        self.tokenizer = tokenizer
+        self.data = config.data
+        self.text = config.text
+        kind = config.text.masks.kind if config.text.masks else None
+        self.uses_spans, self.uses_steps = kind == "spans", kind == "steps"
+        self._tokenize = TextTokenizer(tokenizer)
+        if config.text.chat_template and tokenizer.chat_template is not None:
+            self.render = ChatTemplate(tokenizer, config.text.system_prompt)
+        elif config.text.system_prompt is not None:
+            raise ConfigError(
+                "text.system_prompt is set, but no chat template is in use (the tokenizer has "
+                "none, or text.chat_template is false). Put the text into the prompts"
+            )
+        else:
+            self.render = PlainText()
+        if (self.uses_spans or self.uses_steps) and not self._tokenize.has_offsets:
+            raise ConfigError(
+                f"text.masks.kind is {kind!r}, which needs character offsets; "
+                f"{type(tokenizer).__name__} has none. Use a fast tokenizer"
+            )
+        self._rows: dict[str, set[Hashable]] = {}
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Rows concerned, by what was done to them; a row counts once however often it is encoded.
+
+        `prompts_cut`, `responses_cut`, `boundary_moved` (prompt tokens merged with a response),
+        `prompts_empty`, `without_mismatch`, `without_end`. Loader workers keep their own counts;
+        `survey` fills those of this process.
+        """
+        return Counter({name: len(rows) for name, rows in self._rows.items()})
+
+    def survey(self, examples: Iterable[Example]) -> Counter[str]:
+        """Encode every example once, for the counts and for errors before the first step."""
+        for example in examples:
+            self.encode_example(example)
+        return self.counts
+
+    def encode_prompt(self, prompt: Prompt, *, where: str = "prompt") -> list[int]:
+        """The context to generate an answer from: the one that training scores answers in."""
+        ids, _ = self._ids(self.render.context(prompt, where))
+        return self._cut_prompt(self._started(ids, where), where)
+
+    def encode_example(self, example: Example) -> tuple[EncodedCandidate, ...]:
+        """Every candidate of the row, in the row's order; candidates of one prompt share its ids.
+
+        Raises:
+            DataError: when a response has no token, or the chat template loses a part of it.
+        """
+        groups: dict[Prompt, list[int]] = {}
+        for index, candidate in enumerate(example.candidates):
+            prompt = example.prompt if candidate.prompt is None else candidate.prompt
+            groups.setdefault(prompt, []).append(index)
+        encoded: dict[int, EncodedCandidate] = {}
+        for prompt, indices in groups.items():
+            members = [example.candidates[index] for index in indices]
+            encoded.update(zip(indices, self._group(prompt, members, example.id), strict=True))
+        return tuple(encoded[index] for index in range(len(encoded)))
+
+    def collate(self, examples: Sequence[Example], needs: Needs) -> Batch:
+        """A batch on the CPU: the rated candidates, then the extra roles in the order of `needs`.
+
+        Inputs, right-padded to the longest of the batch:
+            prompt_ids, prompt_mask: [B, K, P]
+            response_ids, response_mask: [B, K, L]; True on every scored token, end included.
+            span_mask (text.masks.kind spans): [B, K, L] bool.
+            step_index (text.masks.kind steps): [B, K, L] long; 0 is no step.
+
+        A "mismatched" candidate is the response of the row before under this prompt, tokenised
+        on its own: no label of a row depends on the rows beside it.
+
+        Raises:
+            NeedsError: when a row lacks a role, or rows differ in their number of candidates.
+        """
+        rows = [_selected(example, needs) for example in examples]
+        encoded = [list(self.encode_example(example)) for example in rows]
+        labels = [list(example.labels) for example in rows]
+        if "mismatched" in needs.roles:
+            for index, example in enumerate(rows):
+                other = replace(rows[index - 1].candidates[0], prompt=None, role="mismatched")
+                encoded[index] += self.encode_example(replace(example, candidates=(other,)))
+                labels[index].append(0.0)
+        sizes = sorted({len(row) for row in encoded})
+        if len(sizes) > 1 or sizes[0] < needs.candidates:
+            raise NeedsError(
+                f"rows {rows[0].id!r} to {rows[-1].id!r} have {sizes} candidates; every row of a "
+                f"run needs the same number, at least {needs.candidates}"
+            )
+        inputs = self._inputs(encoded)
+        if "mismatched" in needs.roles and len(rows) == 1:
+            self._count(
+                "without_mismatch", rows[0].id, "alone in its batch, so nothing to mismatch"
+            )
+            inputs["response_mask"][:, -1] = False
+        return Batch(
+            inputs=inputs,
+            labels=torch.tensor(labels, dtype=torch.float32),
+            row_weight=torch.tensor([example.weight for example in rows], dtype=torch.float32),
+            ids=tuple(example.id for example in rows),
+        )
+
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the tokens: tokenizer, template, limits, code version."""
+        settings = {
+            "version": VERSION,
+            "tokenizer": self._tokenize.identity(),
+            "template": self.tokenizer.chat_template if self.render.is_chat else None,
+            "system_prompt": self.text.system_prompt,
+            "limits": [self.data.max_prompt_length, self.data.max_response_length],
+            "truncate_prompt": self.data.truncate_prompt,
+        }
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    def _inputs(self, encoded: Sequence[Sequence[EncodedCandidate]]) -> dict[str, Tensor]:
+        inputs: dict[str, Tensor] = {}
+        for name in ("prompt", "response"):
+            ids = [[getattr(item, name) for item in row] for row in encoded]
+            inputs[f"{name}_ids"] = _pad(ids, self._tokenize.pad_id)
+            # By length and never by id: the pad token may be the end token, which is scored.
+            inputs[f"{name}_mask"] = _pad([[[1] * len(i) for i in row] for row in ids], 0).bool()
+        if self.uses_spans:
+            inputs["span_mask"] = _pad([[item.spans for item in row] for row in encoded], 0).bool()
+        if self.uses_steps:
+            inputs["step_index"] = _pad([[item.steps for item in row] for row in encoded], 0)
+        return inputs
+
+    def _group(
+        self, prompt: Prompt, candidates: Sequence[Candidate], row: str
+    ) -> list[EncodedCandidate]:
+        """Candidates under one prompt, whose ids are cut to what all of them start with.
+
+        Prompt and response are tokenised as one text. Where the prompt's last tokens merge with a
+        response, the responses of all sides start at the first token that any side changed.
+        """
+        context, responses = self.render.responses(prompt, candidates, row)
+        alone, _ = self._ids(context)
+        joined = [
+            self._joined(context, response, candidate.complete)
+            for response, candidate in zip(responses, candidates, strict=True)
+        ]
+        shared = min(_common_prefix(alone, ids) for ids, _ in joined)
+        if shared < len(alone):
+            self._count("boundary_moved", row, "prompt and response merge; responses start early")
+        prompt_ids = self._cut_prompt(self._started(alone[:shared], row), row)
+        encoded: list[EncodedCandidate] = []
+        for (ids, offsets), response, candidate in zip(joined, responses, candidates, strict=True):
+            stop = shared + self.data.max_response_length
+            if len(ids) == shared:
+                raise DataError(f"{row}: a response has no token to score; remove the row")
+            if len(ids) > stop:
+                self._count("responses_cut", row)
+            start = len(context) + (response.offset or 0)
+            local = [(first - start, last - start) for first, last in offsets[shared:stop]]
+            marks = self._marks(local, response, candidate, row)
+            encoded.append(EncodedCandidate(prompt_ids, ids[shared:stop], *marks))
+        return encoded
+
+    def _joined(
+        self, context: str, response: Response, complete: bool
+    ) -> tuple[list[int], Offsets]:
+        """Context and response as one token sequence, with the end token of a complete response."""
+        text = context + response.body
+        if not complete:
+            return self._ids(text)
+        ids, offsets = self._ids(text + response.end)
+        if not self.render.is_chat:
+            eos = self._tokenize.eos_id
+            if eos is None or ids[-1:] == [eos]:
+                return ids, offsets
+            return [*ids, eos], [*offsets, (len(text), len(text))]
+        # What a template writes after the end token (a line break) is never generated: not scored.
+        for index, (token, (start, _)) in enumerate(zip(ids, offsets, strict=True)):
+            if start >= len(text) and token in self._tokenize.ends:
+                return ids[: index + 1], offsets[: index + 1]
+        self._count("without_end", "", "the chat template has no end token after an answer")
+        return ids, offsets
+
+    def _marks(
+        self, offsets: Offsets, response: Response, candidate: Candidate, row: str
+    ) -> tuple[list[bool], list[int]]:
+        """Spans and steps, from token ranges counted from the first character of the answer."""
+        wants_spans = self.uses_spans and bool(candidate.spans)
+        if response.offset is None and (wants_spans or self.uses_steps):
+            raise DataError(
+                f"{row}: the chat template rewrites the response, so its spans and steps cannot be "
+                "placed; set text.chat_template: false"
+            )
+        spans = mark_spans(offsets, candidate.spans if wants_spans else ())
+        if not self.uses_steps:
+            return spans, [0] * len(offsets)
+        return spans, mark_steps(offsets, candidate.steps, response.answer)
+
+    def _ids(self, text: str) -> tuple[list[int], Offsets]:
+        # A template writes its own bos where the model wants one; plain text gets the tokenizer's.
+        return self._tokenize(text, add_leading=not self.render.is_chat)
+
+    def _started(self, ids: list[int], row: str) -> list[int]:
+        """At least one token, since the first response token is predicted from the one before."""
+        if ids:
+            return ids
+        self._count("prompts_empty", row)
+        for start in (self._tokenize.bos_id, self._tokenize.eos_id):
+            if start is not None:
+                return [start]
+        raise DataError(
+            f"{row}: the prompt is empty, and the tokenizer has neither a bos nor an eos token to "
+            "start from; give a prompt"
+        )
+
+    def _cut_prompt(self, ids: list[int], row: str) -> list[int]:
+        limit = self.data.max_prompt_length
+        if len(ids) <= limit:
+            return ids
+        self._count("prompts_cut", row)
+        if self.data.truncate_prompt == "keep_start":
+            return ids[:limit]
+        keeps_bos = ids[0] == self._tokenize.bos_id and limit > 1  # models lean on their bos
+        return [ids[0], *ids[len(ids) - limit + 1 :]] if keeps_bos else ids[len(ids) - limit :]
+
+    def _count(self, name: str, row: str, warning: str = "") -> None:
+        if warning and name not in self._rows:
+            log.warning("row %r: %s (said once; counted in %s)", row, warning, name)
+        self._rows.setdefault(name, set()).add(row)
+
+
+def _common_prefix(first: list[int], second: list[int]) -> int:
+    for index, (left, right) in enumerate(zip(first, second, strict=False)):
+        if left != right:
+            return index
+    return min(len(first), len(second))
+
+
+def _selected(example: Example, needs: Needs) -> Example:
+    """The rated candidates and those of the roles asked for, in that order."""
+    pairs = list(zip(example.candidates, example.labels, strict=True))
+    kept = [pair for pair in pairs if not pair[0].role]
+    for role in dict.fromkeys(needs.roles):
+        if role == "mismatched":  # made from the batch
+            continue
+        found = [pair for pair in pairs if pair[0].role == role]
+        wanted = needs.roles.count(role)
+        if len(found) < wanted:
+            raise NeedsError(
+                f"row {example.id!r}: the objective needs {wanted} {role!r} response(s), the row "
+                f"has {len(found)}; add the field {role!r} to the data"
+            )
+        kept += found[:wanted]
+    candidates, labels = zip(*kept, strict=True)
+    return replace(example, candidates=candidates, labels=labels)
+
+
+def _pad(rows: Sequence[Sequence[Sequence[int]]], value: int) -> Tensor:  # -> [B, K, L]
+    length = max(len(item) for row in rows for item in row)
+    padded = [[[*item, *[value] * (length - len(item))] for item in row] for row in rows]
+    return torch.tensor(padded, dtype=torch.long)

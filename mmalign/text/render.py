@@ -1,0 +1,186 @@
+"""Prompt and response as text: plain concatenation, or the tokenizer's chat template."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mmalign.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from mmalign.data.example import Candidate, Message, Prompt
+
+log = logging.getLogger(__name__)
+
+MARK = "mmalign\u2063answer"  # stands for the answer when a template is probed; never tokenised
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What follows the context: the answer as the model sees it, then the end of its turn."""
+
+    answer: str  # the record's own words; spans and steps count its characters
+    body: str  # what the model sees of them
+    end: str
+    offset: int | None  # where the record's answer starts in body; None: the template rewrote it
+
+
+class PlainText:
+    """No template: the context is the prompt's own text; the end token is the encoder's to add."""
+
+    is_chat = False
+
+    def context(self, prompt: Prompt, where: str) -> str:
+        """The prompt's text, with nothing added."""
+        if not isinstance(prompt, str):
+            raise ConfigError(
+                f"{where}: the prompt is a conversation, but no chat template is in use (the "
+                "tokenizer has none, or text.chat_template is false). Use a chat model, or give "
+                "the prompt as one string"
+            )
+        return prompt
+
+    def responses(
+        self, prompt: Prompt, candidates: Sequence[Candidate], where: str
+    ) -> tuple[str, list[Response]]:
+        """The context and each response's text, with nothing added."""
+        answers = [answer_text(candidate, where) for candidate in candidates]
+        return self.context(prompt, where), [Response(text, text, "", 0) for text in answers]
+
+
+class ChatTemplate:
+    """The tokenizer's chat template, probed so that its traps cannot move a label.
+
+    The context is the rendered prompt with the generation prompt. It is compared with the same
+    conversation answered: where a template ignores the generation prompt, or puts into the prompt
+    rendered alone what the answered conversation lacks (a thinking block, a default system
+    message), the text before the answer in the answered conversation is the context instead, for
+    training and for sampling alike.
+    """
+
+    is_chat = True
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> None:
+        """A system prompt is put before conversations that have none."""
+        self.tokenizer = tokenizer
+        self.system_prompt = system_prompt
+        self._warned = False
+
+    def context(self, prompt: Prompt, where: str) -> str:
+        """Everything before the first token of the answer."""
+        return self._frame(self._messages(prompt), where)[0]
+
+    def responses(
+        self, prompt: Prompt, candidates: Sequence[Candidate], where: str
+    ) -> tuple[str, list[Response]]:
+        """The context, and each answer with the end of its turn as the template writes them."""
+        messages = self._messages(prompt)
+        context, end = self._frame(messages, where)
+        return context, [
+            self._response(messages, context, end, answer_text(candidate, where), where)
+            for candidate in candidates
+        ]
+
+    def _response(
+        self, messages: list[dict[str, str]], context: str, end: str, answer: str, where: str
+    ) -> Response:
+        full = self._render(_answered(messages, answer), where)
+        if not (full.startswith(context) and full[len(context) :].endswith(end)):
+            raise DataError(
+                f"{where}: the chat template renders the conversation around the answer "
+                f"{answer[:60]!r} in another way than around others, so its tokens cannot be told "
+                "from the prompt's. Change the answer, or set text.chat_template: false"
+            )
+        body = full[len(context) : len(full) - len(end)]
+        if "".join(answer.split()) not in "".join(body.split()):
+            raise DataError(
+                f"{where}: the chat template drops a part of the answer {answer[:60]!r} (it "
+                f"renders {body[:60]!r}). Thinking templates drop text before </think>; train on "
+                "the text that the template keeps, or set text.chat_template: false"
+            )
+        # From the right: what the template adds in front (a thinking block) may hold the same text.
+        kept = answer if answer in body else answer.strip()
+        offset = body.rfind(kept) - answer.find(kept) if kept in body else None
+        return Response(answer, body, end, offset)
+
+    def _messages(self, prompt: Prompt) -> list[dict[str, str]]:
+        if isinstance(prompt, str):
+            messages = [{"role": "user", "content": prompt}]
+        else:
+            messages = [{"role": turn.role, "content": turn.content} for turn in prompt]
+        if self.system_prompt is not None and messages and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        return messages
+
+    def _frame(self, messages: list[dict[str, str]], where: str) -> tuple[str, str]:
+        """The text before and after any answer to `messages`."""
+        probe = self._render(_answered(messages, MARK), where)
+        before, found, after = probe.partition(MARK)
+        if not found:
+            raise ConfigError(f"{where}: the tokenizer's chat template drops the assistant's text")
+        if messages and messages[-1]["role"] == "assistant":  # the answer goes on with that turn
+            return before, after
+        start = self._render(messages, where, add_generation_prompt=True)
+        if before.startswith(start):
+            header = before[len(start) :]
+            bare = self._render(messages, where)
+            # An ignored generation prompt leaves the assistant's header to the answer; a heeded one
+            # with more text before the answer (an empty thinking block) leaves that to the model.
+            if not header.strip() or start != bare:
+                return start, after
+        self._warn(start, before)
+        return before, after
+
+    def _render(
+        self, messages: list[dict[str, str]], where: str, *, add_generation_prompt: bool = False
+    ) -> str:
+        from jinja2.exceptions import TemplateError
+
+        options: dict[str, Any] = {
+            "tokenize": False,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, **options))
+        except TemplateError as error:
+            roles = [message["role"] for message in messages]
+            raise DataError(
+                f"{where}: the chat template refuses the conversation with roles {roles}: {error}"
+            ) from error
+
+    def _warn(self, start: str, before: str) -> None:
+        if not self._warned:
+            log.warning(
+                "the chat template's prompt rendered alone ends in %r, but before an answer stands "
+                "%r; the second is used as the context, for training and sampling",
+                start[-60:],
+                before[-60:],
+            )
+            self._warned = True
+
+
+def _answered(messages: list[dict[str, str]], answer: str) -> list[dict[str, str]]:
+    if messages and messages[-1]["role"] == "assistant":
+        return [*messages[:-1], {"role": "assistant", "content": messages[-1]["content"] + answer}]
+    return [*messages, {"role": "assistant", "content": answer}]
+
+
+def answer_text(candidate: Candidate, where: str) -> str:
+    """The candidate's own words: its text, or the content of its one assistant message."""
+    response = candidate.response
+    if isinstance(response, str):
+        return response
+    if isinstance(response, tuple):
+        turns: tuple[Message, ...] = response
+        if len(turns) == 1 and turns[0].role == "assistant":
+            return turns[0].content
+        raise DataError(
+            f"{where}: the response has turns {[turn.role for turn in turns]}; it must be one "
+            "assistant message. Put earlier turns into the prompt"
+        )
+    raise DataError(f"{where}: the response is the file {response}; text needs a string")
