@@ -1,9 +1,9 @@
-"""One preference record, parsed once at the edge; nothing downstream looks at raw dicts."""
+"""One preference record as the rest of mmalign sees it; `parse.py` makes it from a raw one."""
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ class Message:
 
 
 Prompt = str | tuple[Message, ...]
+Response = Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +33,14 @@ class Candidate:
     prompt: Prompt | None = None  # None: the row's prompt
     video: Path | None = None  # None: the row's video
     spans: tuple[tuple[int, int], ...] = ()  # character ranges [start, end) of the response
+    steps: tuple[tuple[int, int], ...] = ()  # character ranges of its reasoning steps
     role: str = ""  # "" rated | "mismatched" | "calibration" | "rationale" | "online"
     complete: bool = True  # False: the text was cut, so no end token may be learned after it
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row: a prompt and K candidates with labels."""
+    """One row: a prompt and K candidates with labels. Rated candidates come first."""
 
     id: str
     prompt: Prompt
@@ -48,4 +50,28 @@ class Example:
     weight: float = 1.0
     video: Path | None = None
     audio: Path | None = None
-    meta: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    # A dict and not a mapping proxy: loader workers pickle examples.
+    meta: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def num_rated(self) -> int:
+        """How many candidates carry a label of their own; extra roles come after them."""
+        return sum(not candidate.role for candidate in self.candidates)
+
+    @property
+    def is_tie(self) -> bool:
+        """Whether two or more rated candidates all have the same label."""
+        rated = self.labels[: self.num_rated]
+        return len(rated) > 1 and len(set(rated)) == 1
+
+
+def as_text(text: Prompt) -> str:
+    """A prompt or response as one string, with the roles of a conversation."""
+    if isinstance(text, str):
+        return text
+    return "\n".join(f"{turn.role}: {turn.content}" for turn in text)
+
+
+def normalised(text: Prompt) -> str:
+    """The text without what does not make it another one: case, spacing, forms of a character."""
+    return " ".join(unicodedata.normalize("NFKC", as_text(text)).casefold().split())

@@ -1,0 +1,197 @@
+"""Typed reading of one raw record that collects every problem instead of stopping at the first."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Range = tuple[int, int]
+Turn = tuple[str, str]
+Text = str | tuple[Turn, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with a record; problems with the same `what` are counted together."""
+
+    what: str
+    found: str = ""
+
+    def __str__(self) -> str:
+        """The problem as one clause of a message."""
+        return f"{self.what}, but {self.found}" if self.found else self.what
+
+
+def as_object(value: Any) -> dict[str, Any] | None:
+    """The value as a JSON object, or None when it is something else."""
+    if not isinstance(value, dict):
+        return None
+    entries = cast("dict[Any, Any]", value)
+    return cast("dict[str, Any]", value) if all(isinstance(k, str) for k in entries) else None
+
+
+def as_list(value: Any) -> list[Any] | None:
+    """The value as a JSON array, or None when it is something else."""
+    return list(cast("list[Any]", value)) if isinstance(value, list | tuple) else None
+
+
+def show(value: Any, limit: int = 40) -> str:
+    """A short form of a value for a message."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({type(value).__name__})"
+
+
+def number(value: Any) -> float | None:
+    """The value as a finite float; None for anything else, bool included."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        result = float(value)
+    except OverflowError:
+        return None
+    return result if math.isfinite(result) else None
+
+
+class Fields:
+    """A record read field by field, by type; what is wrong goes to `problems`, and None comes back.
+
+    A key whose value is null counts as absent: table formats fill every missing cell with null.
+    """
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        """Read from `record`, which is not changed."""
+        self._values = {k: v for k, v in record.items() if v is not None}
+        self.problems: list[Problem] = []
+        self._read: set[str] = set()
+
+    def __contains__(self, key: str) -> bool:
+        """Whether the key is there and not null."""
+        return key in self._values
+
+    def get(self, key: str) -> Any:
+        """The raw value, or None; the key counts as read."""
+        self._read.add(key)
+        return self._values.get(key)
+
+    def unread(self) -> dict[str, Any]:
+        """What no call has asked for."""
+        return {k: v for k, v in self._values.items() if k not in self._read}
+
+    def fail(self, what: str, found: str = "") -> None:
+        """Note a problem."""
+        self.problems.append(Problem(what, found))
+
+    def text(self, key: str) -> Text | None:
+        """A required string with something in it, or a conversation of (role, content) turns."""
+        value = self.get(key)
+        if value is None:
+            self.fail(f"{key} is missing")
+            return None
+        return self.check_text(key, value)
+
+    def check_text(self, name: str, value: Any) -> Text | None:
+        """The same for a value at hand; `name` is what messages call it."""
+        if isinstance(value, str):
+            return value if self._check_string(name, value) else None
+        turns = as_list(value)
+        if turns is None:
+            self.fail(f"{name} must be text or a list of messages", f"is {show(value)}")
+            return None
+        if not turns:
+            self.fail(f"{name} is empty")
+            return None
+        read = [self._turn(name, turn) for turn in turns]
+        if not all(read) or not self._check_string(name, cast("Turn", read[-1])[1]):
+            return None
+        return tuple(turn for turn in read if turn)
+
+    def texts(self, key: str) -> tuple[Text | None, ...]:
+        """A required list of texts; None in the place of each that is wrong."""
+        raw = self.get(key)
+        values = as_list(raw)
+        if not values:
+            self.fail(f"{key} must be a list of texts that is not empty", f"is {show(raw)}")
+            return ()
+        return tuple(self.check_text(f"a text of {key}", item) for item in values)
+
+    def number(self, key: str, low: float, high: float = math.inf) -> float | None:
+        """An optional finite number in [low, high]."""
+        value = self.get(key)
+        if value is None:
+            return None
+        result = number(value)
+        if result is None or not low <= result <= high:
+            bounds = f"of at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
+            self.fail(f"{key} must be a finite number {bounds}", f"is {show(value)}")
+            return None
+        return result
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A required list of finite numbers; empty when it is wrong."""
+        raw = self.get(key)
+        values = [number(item) for item in as_list(raw) or [None]]
+        if None in values:
+            self.fail(f"{key} must be a list of finite numbers", f"is {show(raw)}")
+            return ()
+        return tuple(value for value in values if value is not None)
+
+    def flag(self, key: str) -> bool | None:
+        """An optional true or false; 1 and 0 are taken for them."""
+        value = self.get(key)
+        if value is None or isinstance(value, bool):
+            return value
+        if number(value) in (0.0, 1.0):
+            return bool(value)
+        self.fail(f"{key} must be true or false", f"is {show(value)}")
+        return None
+
+    def ranges(self, name: str, value: Any, length: int | None) -> tuple[Range, ...]:
+        """Character ranges [start, end) inside a text of `length` characters; () when absent."""
+        if value is None:
+            return ()
+        items = as_list(value)
+        if items is None:
+            self.fail(f"{name} must be a list of [start, end) pairs", f"is {show(value)}")
+            return ()
+        found: list[Range] = []
+        for i, item in enumerate(items):
+            pair = as_list(item)
+            if pair is None or len(pair) != 2 or not all(type(end) is int for end in pair):
+                self.fail(f"{name} must be a list of [start, end) pairs", f"[{i}] is {show(item)}")
+                continue
+            start, end = int(pair[0]), int(pair[1])
+            if length is not None and not 0 <= start < end <= length:
+                self.fail(
+                    f"{name} must lie inside the response",
+                    f"[{i}] is [{start}, {end}) and the response has {length} characters",
+                )
+            found.append((start, end))
+        return tuple(found)
+
+    def _turn(self, name: str, value: Any) -> Turn | None:
+        turn = as_object(value)
+        role, content = (turn or {}).get("role"), (turn or {}).get("content")
+        if turn is None or not isinstance(role, str) or not isinstance(content, str):
+            what = f"{name} must hold messages with a text `role` and `content`"
+            self.fail(what, f"holds {show(value)}")
+            return None
+        extra = sorted(k for k, v in turn.items() if v is not None and k not in ("role", "content"))
+        if extra:
+            self.fail(f"{name} has messages with unsupported keys: {', '.join(extra)}")
+            return None
+        return (role, content) if self._check_string(name, content, may_be_empty=True) else None
+
+    def _check_string(self, name: str, value: str, *, may_be_empty: bool = False) -> bool:
+        if not may_be_empty and not value.strip():
+            self.fail(f"{name} is empty")
+            return False
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            self.fail(f"{name} holds half of a surrogate pair", f"character {error.start} is one")
+            return False
+        return True

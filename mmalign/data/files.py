@@ -1,0 +1,252 @@
+"""Rows of a file or a Hugging Face dataset, each with its place; what cannot be read is a problem.
+
+JSONL, JSON, CSV and parquet files, `.gz` of the text ones, folders of `datasets.save_to_disk`, and
+names of hub datasets.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any
+
+from mmalign.data.fields import as_list, as_object, show
+from mmalign.errors import DataError
+
+HELD_OUT = ("eval", "validation", "test", "valid", "val", "dev")
+"""Values of a `split` column, or names of hub splits, that are not trained on."""
+
+LONGEST_LINE = 64 * 2**20  # bytes
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+# fmt: off
+_NOT_TEXT = frozenset((
+    "weight", "p_chosen", "agreement", "votes_chosen", "votes_rejected", "votes_tie", "votes_a",
+    "votes_b", "tie", "desirable", "label", "kto_tag", "better_response_id", "responses", "scores",
+    "completions", "ranks", "ratings", "online", "spans", "spans_chosen", "spans_rejected", "steps",
+    "steps_chosen", "steps_rejected", "cut", "chosen_cut", "rejected_cut", "meta", "history",
+))
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row as it was found."""
+
+    place: str  # "file.jsonl:12": the line, or the row counted from 1 where there are no lines
+    value: dict[str, Any] | None  # None: could not be read
+    problem: str = ""
+
+
+def read_rows(
+    path: str | Path, *, name: str | None = None, split: str | None = None
+) -> Iterator[Row]:
+    """The rows of a file, a saved dataset or a hub dataset, in order.
+
+    Args:
+        path: File, folder of `save_to_disk`, or hub name such as `owner/dataset`.
+        name: Configuration of a hub dataset.
+        split: Split of a saved or hub dataset; for files the caller looks at the `split` column.
+
+    Raises:
+        DataError: when nothing can be read at all; a bad row is a Row with a problem.
+    """
+    file = Path(path)
+    if file.is_dir():
+        return _saved_dataset(file, split)
+    if file.is_file():
+        return _file_rows(file)
+    if file.suffix in (*_SUFFIXES, ".gz") or str(path).startswith((".", "/", "~")):
+        raise DataError(f"{path}: there is no such file{_nearest_file(file)}")
+    return _hub_dataset(str(path), name, split)
+
+
+def _nearest_file(file: Path) -> str:
+    folder = file.parent
+    if not folder.is_dir():
+        return f", and no folder {folder}"
+    near = get_close_matches(file.name, [p.name for p in folder.iterdir()], 1)
+    return f". Did you mean {folder / near[0]}?" if near else ""
+
+
+def _file_rows(file: Path) -> Iterator[Row]:
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    zipped = bool(suffixes) and suffixes[-1] == ".gz"
+    kind = suffixes[-2 if zipped else -1] if len(suffixes) > zipped else ""
+    if kind == ".parquet" and not zipped:
+        return _parquet(file)
+    readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv}
+    if kind not in readers:
+        raise DataError(
+            f"{file}: the name ends in {file.suffix or 'nothing'}; it must end in one of "
+            f"{', '.join(_SUFFIXES)}, or .gz after a text format"
+        )
+    return _opened(file, zipped, readers[kind])
+
+
+def _opened(file: Path, zipped: bool, read: Any) -> Iterator[Row]:
+    try:
+        with gzip.open(file, "rb") if zipped else file.open("rb") as handle:
+            yield from read(file, handle)
+    except (OSError, EOFError) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from error
+
+
+def _jsonl(file: Path, handle: IO[bytes]) -> Iterator[Row]:
+    line, number = handle.readline(LONGEST_LINE), 1
+    while line:
+        place = f"{file}:{number}"
+        if len(line) == LONGEST_LINE:
+            raise DataError(
+                f"{place}: the line is longer than {LONGEST_LINE // 2**20} MiB; a JSONL file has "
+                "one record a line, and one big array belongs in a file named .json"
+            )
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
+        following = handle.readline(LONGEST_LINE)
+        if text.strip():
+            row = _json_row(place, text)
+            if row.problem and not following and not line.endswith(b"\n"):
+                row = Row(place, None, "the last line is cut off: it is not a whole JSON object")
+            yield row
+        line, number = following, number + 1
+
+
+def _json_row(place: str, text: str) -> Row:
+    try:
+        value = _parse(text)
+    except _NotJson as error:
+        return Row(place, None, str(error))
+    record = as_object(value)
+    if record is None:
+        return Row(place, None, f"a record must be a JSON object, but is {show(value)}")
+    return Row(place, record)
+
+
+class _NotJson(Exception):
+    pass
+
+
+def _parse(text: str) -> Any:
+    def refuse(constant: str) -> Any:
+        raise _NotJson(f"{constant} is not a number that JSON can hold")
+
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _NotJson(f"not UTF-8 at character {error.start}; save the file as UTF-8") from error
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError as error:
+        raise _NotJson("nested too deeply") from error
+    except ValueError as error:  # JSONDecodeError, and whole numbers of thousands of digits
+        raise _NotJson(f"not JSON: {error}") from error
+
+
+def _json(file: Path, handle: IO[bytes]) -> Iterator[Row]:
+    try:
+        value = _parse(handle.read().decode("utf-8-sig", errors="surrogateescape"))
+    except _NotJson as error:
+        raise DataError(f"{file}: {error}") from error
+    wrapped = as_object(value) or {}
+    records = as_list(value) if not wrapped else as_list(wrapped.get("data"))
+    if records is None:
+        raise DataError(
+            f"{file}: must be an array of records, or an object with that array under `data`; "
+            f"found {show(sorted(wrapped)) if wrapped else show(value)}"
+        )
+    for i, item in enumerate(records, start=1):
+        place, record = f"{file}:{i}", as_object(item)
+        problem = "" if record else f"a record must be a JSON object, but is {show(item)}"
+        yield Row(place, record, problem)
+
+
+def _csv(file: Path, handle: IO[bytes]) -> Iterator[Row]:
+    csv.field_size_limit(LONGEST_LINE)
+    text = io.TextIOWrapper(handle, encoding="utf-8-sig", newline="")
+    delimiter = "\t" if ".tsv" in file.suffixes else ","
+    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+    try:
+        for cells in reader:
+            yield _csv_row(f"{file}:{reader.line_num}", cells)
+    except csv.Error as error:
+        raise DataError(f"{file}:{reader.line_num}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 ({error}); save the file as UTF-8") from error
+
+
+def _csv_row(place: str, cells: dict[Any, Any]) -> Row:
+    if None in cells:
+        return Row(place, None, "has more cells than the header has names")
+    if None in cells.values():
+        return Row(place, None, "has fewer cells than the header has names")
+    return Row(place, {key: _csv_value(key, cell) for key, cell in cells.items()})
+
+
+def _csv_value(column: str, cell: str) -> Any:
+    """Numbers, flags and lists are read as JSON, in the columns that hold such; so are messages."""
+    if column not in _NOT_TEXT and not cell.startswith("[{"):
+        return cell
+    try:
+        return _parse(cell)
+    except _NotJson:
+        return {"true": True, "false": False, "": None}.get(cell.strip().lower(), cell)
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+    arrow: Any = import_module("pyarrow")
+    parquet: Any = import_module("pyarrow.parquet")
+    number = 1
+    try:
+        with parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for record in batch.to_pylist():
+                    yield Row(f"{file}:{number}", record)
+                    number += 1
+    except (arrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{file}: cannot be read as parquet: {error}") from error
+
+
+def _saved_dataset(folder: Path, split: str | None) -> Iterator[Row]:
+    datasets: Any = import_module("datasets")
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{folder}: a folder must be one of datasets.save_to_disk ({error})"
+        ) from error
+    return _dataset_rows(str(folder), data, split)
+
+
+def _hub_dataset(path: str, name: str | None, split: str | None) -> Iterator[Row]:
+    datasets: Any = import_module("datasets")
+    try:
+        data = datasets.load_dataset(path, name, split=split)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: neither a file or folder here nor a hub dataset that can be loaded: {error}"
+        ) from error
+    return _dataset_rows(path, data, None)
+
+
+def _dataset_rows(path: str, data: Any, split: str | None) -> Iterator[Row]:
+    """Rows of a Dataset, or of the train and held-out splits of a DatasetDict."""
+    splits: dict[str, Any] = dict(data) if hasattr(data, "keys") else {}
+    if splits:
+        wanted = (split,) if split else ("train", *HELD_OUT)
+        if wanted[0] not in splits:
+            raise DataError(
+                f"{path}: has no split {wanted[0]!r}; set `split` to one of {sorted(splits)}"
+            )
+    else:
+        wanted, splits = ("",), {"": data}
+    for part in wanted:
+        mark = {"split": part} if part else {}
+        where = f"{path}/{part}" if part else path
+        for i, record in enumerate(splits.get(part, ()), start=1):
+            yield Row(f"{where}:{i}", {**record, **mark})

@@ -1,0 +1,259 @@
+"""A raw record to an Example, once, at the edge; nothing downstream looks at raw dicts.
+
+A record is a JSON object of one of four kinds, told apart by the keys it has:
+
+    pair      prompt, chosen, rejected; soft labels through p_chosen, agreement or votes_*; tie
+    list      prompt, responses, scores (more is better)
+    unpaired  prompt, response, desirable
+    plain     prompt, response
+
+A text is a string or a list of {role, content} messages. Any kind may have the keys of `OPTIONAL`;
+what is left over is kept in `meta`. Row weights a method computes offline (Sem-DPO's
+exp(-alpha * cosine distance)) go into `weight`.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from mmalign.data.example import Candidate, Example, ExampleKind, Message, Prompt
+from mmalign.data.fields import Fields, Problem, Text, as_list, as_object
+from mmalign.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+KIND_KEYS = ("prompt", "chosen", "rejected", "responses", "scores", "response", "desirable")
+OPTIONAL = {
+    "id": "name of the row, for messages and caches",
+    "split": "part of the data: train; eval, test or validation are held out",
+    "weight": "factor of the row's loss, at least 0",
+    "meta": "object that is kept and never read",
+    "tie": "pair: true when neither response was preferred",
+    "p_chosen": "pair: probability that chosen is the better one; labels become (p, 1 - p)",
+    "agreement": "pair: share of annotators for chosen; another name for p_chosen",
+    "votes_chosen": "pair: votes for chosen; a vote for a tie counts half for each side",
+    "votes_rejected": "pair: votes for rejected",
+    "votes_tie": "pair: votes for a tie",
+    "prompt_chosen": "pair: the prompt of chosen where the two differ",
+    "prompt_rejected": "pair: the prompt of rejected",
+    "spans": "character ranges [start, end) of the response; one list a response for lists",
+    "spans_chosen": "pair: character ranges of chosen",
+    "spans_rejected": "pair: character ranges of rejected",
+    "steps": "character ranges of the reasoning steps, like spans",
+    "steps_chosen": "pair: character ranges of the steps of chosen",
+    "steps_rejected": "pair: character ranges of the steps of rejected",
+    "cut": "true when the response was cut off, so no end is learned; one a response for lists",
+    "chosen_cut": "pair: true when chosen was cut off",
+    "rejected_cut": "pair: true when rejected was cut off",
+    "calibration": "a response to calibrate on (VPO)",
+    "rationale": "why chosen is better (rationale DPO)",
+    "rationale_prompt": "the question that `rationale` answers",
+    "online": "list of responses sampled from the policy (HyPO)",
+}
+_MISSPELT = ("desirable", *(key for key in OPTIONAL if len(key) > 5))  # short words are too alike
+
+
+def parse_record(record: Mapping[str, Any], *, where: str) -> Example:
+    """The Example a canonical record describes.
+
+    Args:
+        record: A JSON object of one of the four kinds.
+        where: File and line, for messages; also the id of a record that has none.
+
+    Raises:
+        DataError: naming every problem of the record.
+    """
+    example, problems = read_record(record, where=where)
+    if example is None:
+        name = f" (id {record['id']!r})" if record.get("id") is not None else ""
+        raise DataError(f"{where}{name}: " + "; ".join(str(problem) for problem in problems))
+    return example
+
+
+def read_record(record: Mapping[str, Any], *, where: str) -> tuple[Example | None, list[Problem]]:
+    """Like `parse_record`, but hands the problems back; the Example is None when there are any."""
+    fields = Fields(record)
+    kind = _kind(fields)
+    prompt = _prompt(fields, "prompt") if "prompt" in fields or not _own_prompts(fields) else ""
+    rated: list[Candidate | None]
+    if kind == "pair":
+        rated, labels = _pair(fields)
+    elif kind == "list":
+        rated, labels = _list(fields)
+    else:
+        response = fields.text("response")
+        rated = [_candidate(fields, response, "spans", "steps", "cut")]
+        labels = (1.0 if kind == "plain" or fields.flag("desirable") else 0.0,)
+    extra = _extra_roles(fields)
+    weight = fields.number("weight", 0.0)
+    identity = fields.get("id")
+    if not isinstance(identity, str | int | None) or isinstance(identity, bool):
+        fields.fail("id must be text or a whole number", f"is {identity!r}")
+    meta = as_object(fields.get("meta") or {})
+    if meta is None:
+        fields.fail("meta must be an object")
+    fields.get("split")
+    unread = fields.unread()
+    _refuse_near_misses(fields, unread)
+
+    candidates = tuple(c for c in (*rated, *extra) if c is not None)
+    if fields.problems or prompt is None or meta is None:
+        return None, fields.problems
+    example = Example(
+        id=where if identity is None else str(identity),
+        prompt=prompt,
+        candidates=candidates,
+        # A rationale is a response to raise: label 1. The other extra roles carry no label.
+        labels=(*labels, *(float(c.role == "rationale") for c in extra if c)),
+        kind=kind,
+        weight=1.0 if weight is None else weight,
+        meta={**meta, **unread},
+    )
+    return example, []
+
+
+def _kind(fields: Fields) -> ExampleKind:
+    kinds: list[ExampleKind] = []
+    if "chosen" in fields or "rejected" in fields:
+        kinds.append("pair")
+    if "responses" in fields:
+        kinds.append("list")
+    if "response" in fields:
+        kinds.append("unpaired" if "desirable" in fields else "plain")
+    if not kinds:
+        fields.fail("no response: give chosen and rejected, responses and scores, or response")
+    elif len(kinds) > 1:
+        fields.fail("more than one kind of record at once", f"found {' and '.join(kinds)}")
+    return kinds[0] if kinds else "plain"
+
+
+def _own_prompts(fields: Fields) -> bool:
+    return "prompt_chosen" in fields and "prompt_rejected" in fields
+
+
+def _as_prompt(text: Text | None) -> Prompt | None:
+    return text if text is None or isinstance(text, str) else tuple(Message(*turn) for turn in text)
+
+
+def _prompt(fields: Fields, key: str) -> Prompt | None:
+    return _as_prompt(fields.text(key))
+
+
+def _candidate(
+    fields: Fields,
+    response: Text | None,
+    spans: str,
+    steps: str,
+    cut: str,
+    *,
+    role: str = "",
+    prompt: Prompt | None = None,
+) -> Candidate | None:
+    """A candidate whose spans, steps and cut flag are read from the keys of these names."""
+    length = len(response) if isinstance(response, str) else None
+    span_ranges = fields.ranges(spans, fields.get(spans), length)
+    step_ranges = fields.ranges(steps, fields.get(steps), length)
+    complete = not fields.flag(cut)
+    if response is None:
+        return None
+    if (span_ranges or step_ranges) and length is None:
+        fields.fail(f"{spans} and {steps} need a response that is text, not messages")
+    if not isinstance(response, str) and response[0][0] != "assistant":
+        found = f"it starts with a {response[0][0]} turn"
+        fields.fail("a response must start with an assistant turn", found)
+    return Candidate(
+        _as_prompt(response) or "",
+        prompt=prompt,
+        spans=span_ranges,
+        steps=step_ranges,
+        role=role,
+        complete=complete,
+    )
+
+
+def _pair(fields: Fields) -> tuple[list[Candidate | None], tuple[float, ...]]:
+    sides: list[Candidate | None] = []
+    for side in ("chosen", "rejected"):
+        prompt = _prompt(fields, f"prompt_{side}") if f"prompt_{side}" in fields else None
+        names = (f"spans_{side}", f"steps_{side}", f"{side}_cut")
+        sides.append(_candidate(fields, fields.text(side), *names, prompt=prompt))
+    chosen, rejected = sides
+    if chosen and rejected:
+        left, right = (chosen.response, chosen.prompt), (rejected.response, rejected.prompt)
+        if left == right:
+            fields.fail("chosen equals rejected")
+    p = _p_chosen(fields)
+    return sides, (p, 1.0 - p)
+
+
+def _p_chosen(fields: Fields) -> float:
+    """Probability that chosen is better: a tie, p_chosen, agreement, or votes; else 1."""
+    given: dict[str, float] = {}
+    if fields.flag("tie"):
+        given["tie"] = 0.5
+    for key in ("p_chosen", "agreement"):
+        value = fields.number(key, 0.0, 1.0)
+        if value is not None:
+            given[key] = value
+    names = ("votes_chosen", "votes_rejected", "votes_tie")
+    if any(name in fields for name in names):
+        chosen, rejected, tie = (fields.number(name, 0.0) or 0.0 for name in names)
+        total = chosen + rejected + tie
+        if total > 0:
+            given["votes"] = (chosen + 0.5 * tie) / total
+        else:
+            fields.fail("votes must not all be 0")
+    values = list(given.values())
+    if values and max(values) - min(values) > 1e-6 and "tie" not in given:
+        fields.fail(f"{' and '.join(given)} contradict each other", f"give {values}")
+    return values[0] if values else 1.0
+
+
+def _list(fields: Fields) -> tuple[list[Candidate | None], tuple[float, ...]]:
+    texts, scores = fields.texts("responses"), fields.numbers("scores")
+    if len(texts) == 1:
+        fields.fail("responses must hold at least two texts", "holds 1")
+    if texts and scores and len(texts) != len(scores):
+        fields.fail("scores must have one number a response", f"{len(scores)} for {len(texts)}")
+    each = Fields({})
+    per_response: dict[str, list[Any]] = {}
+    for key in ("spans", "steps", "cut"):
+        raw = fields.get(key)
+        values = as_list(raw) if raw is not None else [None] * len(texts)
+        if values is None or len(values) != len(texts):
+            fields.fail(f"{key} must have one entry a response")
+            values = [None] * len(texts)
+        per_response[key] = values
+    rated: list[Candidate | None] = []
+    for i, text in enumerate(texts):
+        each = Fields({key: values[i] for key, values in per_response.items()})
+        rated.append(_candidate(each, text, "spans", "steps", "cut"))
+        fields.problems.extend(each.problems)
+    return rated, scores
+
+
+def _extra_roles(fields: Fields) -> list[Candidate | None]:
+    extra: list[Candidate | None] = []
+    none = Fields({})
+    if "calibration" in fields:
+        extra.append(_candidate(none, fields.text("calibration"), "", "", "", role="calibration"))
+    if "rationale" in fields:
+        # Under the row's own prompt the two responses, which a rationale compares, would be unseen.
+        question = _prompt(fields, "rationale_prompt")
+        text = fields.text("rationale")
+        extra.append(_candidate(none, text, "", "", "", role="rationale", prompt=question))
+    if "online" in fields:
+        texts = fields.texts("online")
+        extra += [_candidate(none, text, "", "", "", role="online") for text in texts]
+    fields.problems.extend(none.problems)
+    return extra
+
+
+def _refuse_near_misses(fields: Fields, unread: Mapping[str, Any]) -> None:
+    """An extra key is kept in `meta`, unless it looks like a misspelt one that would be ignored."""
+    for key in unread:
+        near = [name for name in get_close_matches(key, _MISSPELT, 1, 0.85) if name not in fields]
+        if near:
+            fields.fail(f"unknown key {key!r}; did you mean {near[0]!r}?")
