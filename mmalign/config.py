@@ -108,7 +108,9 @@ class DataSource(_Section):
     path: str = Field(description="JSONL, JSON, parquet, CSV, save_to_disk folder, or hub name")
     name: str | None = Field(default=None, description="configuration of a hub dataset")
     split: str | None = Field(default=None, description="hub split, or value of a `split` column")
-    weight: float = Field(default=1.0, gt=0, description="share in a mix of several sources")
+    weight: float = Field(
+        default=1.0, gt=0, description="times an epoch uses each of its rows; 0.5 is a seeded half"
+    )
     layout: str | None = Field(
         default=None, description="record layout; found by itself when left out"
     )
@@ -140,9 +142,15 @@ class DataConfig(_Section):
     max_response_length: int = Field(default=512, ge=1, description="tokens, end token included")
     truncate_prompt: Literal["keep_end", "keep_start"] = "keep_end"
     ties: Literal["drop", "half", "soft"] = Field(
-        default="drop", description="half: weight 1/2; soft: labels (1/2, 1/2)"
+        default="drop", description="half: both orders, weight 1/2; soft: labels (1/2, 1/2)"
     )
     swap: bool = Field(default=False, description="exchange chosen and rejected (negative models)")
+    list_pairs: Literal["best_worst", "all"] = Field(
+        default="best_worst", description="how a ranked list becomes pairs, for losses on pairs"
+    )
+    bad_rows: Literal["stop", "drop"] = Field(
+        default="stop", description="drop: leave out, and count, records that have problems"
+    )
     num_workers: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
