@@ -1,0 +1,175 @@
+"""Low-rank adapters through peft: attach, load, copy, save, merge."""
+
+from __future__ import annotations
+
+from copy import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from mmalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from peft import PeftModel
+    from torch import Tensor
+
+    from mmalign.config import LoraSpec, ModelConfig
+
+TRAINED = "default"  # peft's own name; saved adapters load elsewhere as they are
+REFERENCE = "reference"  # the frozen second adapter; never saved
+
+
+def check(config: ModelConfig) -> None:
+    """Refuse what cannot be trained, before a weight is loaded.
+
+    Raises:
+        ConfigError: lora and adapter together, a quantised model without either, a wrong folder.
+    """
+    if config.lora is not None and config.adapter is not None:
+        raise ConfigError(
+            "model.lora and model.adapter are both set, but an existing adapter brings its own "
+            "rank and targets. Remove model.lora to go on training it, or merge it into the base first "
+            f"(mmalign merge {config.path} --add {config.adapter}=1 --out DIR)"
+        )
+    if config.quantization is not None and config.lora is None and config.adapter is None:
+        raise ConfigError(
+            f"model.quantization is {config.quantization}, but quantised weights cannot be "
+            "trained; set model.lora (its weights stay in full precision)"
+        )
+    if config.adapter is not None:
+        folder = Path(config.adapter)
+        if folder.exists() and not (folder / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"model.adapter {folder} has no adapter_config.json; not a peft adapter"
+            )
+
+
+def apply(model: nn.Module, config: ModelConfig) -> nn.Module:
+    """The model ready to train: with a fresh LoRA, with the adapter to continue, or as it is."""
+    check(config)
+    if config.adapter is not None:
+        return load(model, config.adapter)
+    return model if config.lora is None else attach(model, config.lora)
+
+
+def attach(model: nn.Module, spec: LoraSpec, *, task: str | None = "CAUSAL_LM") -> PeftModel:
+    """The model with fresh low-rank adapters, which change nothing before the first step.
+
+    Args:
+        model: The base; its own parameters are frozen.
+        spec: Rank, scale and targets.
+        task: peft's task type, which decides the wrapper class.
+
+    Raises:
+        ConfigError: when a target fits no module, or fits the output head.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    _check_targets(model, spec)
+    targets = spec.targets if spec.targets == "all-linear" else _names(spec)
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,  # pyright: ignore[reportArgumentType]  peft takes any number
+        lora_dropout=spec.dropout,
+        target_modules=targets,
+        use_dora=spec.dora,
+        fan_in_fan_out=_is_transposed(model),
+        task_type=task,  # pyright: ignore[reportArgumentType]
+    )
+    return get_peft_model(model, config)  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+def load(model: nn.Module, folder: str | Path, *, trainable: bool = True) -> PeftModel:
+    """The model with an adapter that was trained before.
+
+    Raises:
+        ConfigError: when there is none, it does not fit, or it replaces the output head.
+    """
+    from peft import PeftModel
+
+    try:
+        policy = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"model.adapter {folder}: cannot be loaded on this model: {error}"
+        ) from error
+    head = _head(policy)
+    if hasattr(head, "base_layer") or hasattr(head, "original_module"):
+        raise ConfigError(
+            f"model.adapter {folder} changes the output head, which is scored directly; "
+            "merge the adapter into the base (mmalign merge), then train from that"
+        )
+    return policy
+
+
+def copy_adapter(policy: PeftModel) -> None:
+    """Add a frozen second adapter with the weights that the trained one has now."""
+    config = copy(policy.peft_config[TRAINED])
+    policy.add_adapter(REFERENCE, config)
+    policy.set_adapter(TRAINED)
+    for _, trained, reference in adapter_pairs(policy):
+        reference.data = trained.detach().clone()
+        reference.requires_grad_(False)
+
+
+def adapter_pairs(policy: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, trained tensor and reference tensor of every adapter weight."""
+    tensors = dict(policy.named_parameters())
+    for name, trained in tensors.items():
+        head, found, tail = f"{name}.".rpartition(f".{TRAINED}.")
+        if found:
+            yield name, trained, tensors[f"{head}.{REFERENCE}.{tail}".rstrip(".")]
+
+
+def save(policy: PeftModel, folder: Path) -> None:
+    """Write the trained adapter in peft's layout: adapter_config.json, adapter_model.safetensors."""
+    policy.save_pretrained(str(folder), selected_adapters=[TRAINED])
+
+
+def merge(policy: PeftModel) -> nn.Module:
+    """The base with the trained adapter added to its weights; `policy` is used up."""
+    return policy.merge_and_unload(adapter_names=[TRAINED])  # pyright: ignore
+
+
+def _names(spec: LoraSpec) -> list[str]:
+    return [spec.targets] if isinstance(spec.targets, str) else list(spec.targets)
+
+
+def _check_targets(model: nn.Module, spec: LoraSpec) -> None:
+    modules = [name for name, module in model.named_modules() if _takes_lora(module)]
+    available = sorted({name.rpartition(".")[2] for name in modules})
+    if spec.targets == "all-linear":
+        if not available:
+            raise ConfigError("model.lora: the model has no linear layer to adapt")
+        return
+    head = _head(model)
+    for target in _names(spec):
+        matched = [n for n in modules if n == target or n.endswith(f".{target}")]
+        if not matched:
+            raise ConfigError(
+                f"model.lora.targets: {target!r} fits no module of {type(model).__name__}; it has "
+                f"{', '.join(available) or 'none that takes a LoRA'}. Or use all-linear"
+            )
+        if head is not None and any(model.get_submodule(name) is head for name in matched):
+            raise ConfigError(
+                f"model.lora.targets: {target!r} is the output head, which is scored directly in "
+                "blocks; leave it out"
+            )
+
+
+def _takes_lora(module: nn.Module) -> bool:
+    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return isinstance(module, kinds) or type(module).__name__ == "Conv1D"
+
+
+def _is_transposed(model: nn.Module) -> bool:
+    """Whether the layers are GPT-2's Conv1D, whose weight is stored [in, out]."""
+    return any(type(module).__name__ == "Conv1D" for module in model.modules())
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    find = getattr(model, "get_output_embeddings", None)
+    return find() if find is not None else None

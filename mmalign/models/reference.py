@@ -1,0 +1,166 @@
+"""The frozen model that log-ratios are taken against: which kind a run needs, and its making."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmalign.errors import ConfigError
+from mmalign.models.frozen import (
+    AdapterCopy,
+    Cached,
+    Copy,
+    Ema,
+    FrozenCopy,
+    LoraOff,
+    Mixture,
+    NoReference,
+    Reference,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from mmalign.config import RunConfig
+    from mmalign.core import Needs
+
+__all__ = [
+    "AdapterCopy",
+    "Cached",
+    "Ema",
+    "FrozenCopy",
+    "LoraOff",
+    "Mixture",
+    "NoReference",
+    "Reference",
+    "build_reference",
+    "resolve",
+]
+
+
+def resolve(config: RunConfig, needs: Needs) -> str:
+    """The kind of reference a run uses; looks at no weights.
+
+    Returns:
+        lora-off, frozen-copy, ema, mixture, cached or none.
+
+    Raises:
+        ConfigError: for a combination that cannot work, with the reason.
+    """
+    reference, model = config.reference, config.model
+    kind = reference.kind
+    if kind == "auto" and reference.path is not None:
+        kind = "frozen-copy"
+    meaning = {
+        "path": "frozen-copy",
+        "decay": "ema",
+        "every": "ema",
+        "mixture": "mixture",
+        "cache": "cached",
+    }
+    for option, owner in meaning.items():
+        if option in reference.model_fields_set and kind != owner:
+            raise ConfigError(
+                f"reference.{option} only means something with reference.kind: {owner}; the kind "
+                f"is {reference.kind}. Set the kind, or remove the option"
+            )
+    has_lora = model.lora is not None or model.adapter is not None
+    if not (needs.reference or needs.kl):
+        return "none"
+    if kind == "auto":
+        return "lora-off" if has_lora and model.adapter is None else "frozen-copy"
+    if kind == "none":
+        raise ConfigError(
+            "reference.kind is none, but the objective needs a reference model; remove the line to "
+            "let it be chosen"
+        )
+    if kind == "lora-off" and not has_lora:
+        raise ConfigError(
+            "reference.kind is lora-off, but model.lora is not set, so there is no adapter to "
+            "switch off; set model.lora, or use frozen-copy"
+        )
+    if kind == "lora-off" and model.adapter is not None:
+        raise ConfigError(
+            "reference.kind is lora-off, but model.adapter continues a trained adapter: without it "
+            "the base would be the reference, and not the model that training starts from. Use "
+            "frozen-copy (a second frozen adapter, almost free)"
+        )
+    if kind == "mixture":
+        _check_mixture(config, needs)
+    return kind
+
+
+def build_reference(
+    config: RunConfig,
+    policy: nn.Module,
+    needs: Needs,
+    *,
+    load: Callable[[str], nn.Module] | None = None,
+) -> Reference:
+    """The reference of a run; call it after the policy is complete and before the first step.
+
+    Args:
+        config: `config.reference` says which kind.
+        policy: The model to train, a PeftModel where it has an adapter.
+        needs: What the objective asks for.
+        load: Loads another model from a folder or hub name, in the policy's dtype.
+
+    Raises:
+        ConfigError: for a combination that cannot work.
+    """
+    kind = resolve(config, needs)
+    reference = config.reference
+    if kind == "none":
+        return NoReference()
+    if kind == "cached":
+        return Cached()
+    if kind == "ema":
+        return Ema(_copy(policy), reference.decay, reference.every)
+    if kind == "mixture":
+        start: Reference | None = None
+        parts: list[tuple[float, Reference]] = []
+        for part in reference.mixture:
+            if part.path is None:
+                start = start or _start(config, policy)
+                parts.append((part.weight, start))
+            else:
+                parts.append((part.weight, FrozenCopy(policy, _loaded(part.path, load))))
+        return Mixture(parts)
+    if reference.path is not None:
+        return FrozenCopy(policy, _loaded(reference.path, load))
+    return _start(config, policy) if kind == "lora-off" else _copy(policy)
+
+
+def _start(config: RunConfig, policy: nn.Module) -> Reference:
+    """The policy's start, the cheapest way."""
+    if config.model.lora is not None:
+        return LoraOff(policy)  # pyright: ignore[reportArgumentType]  lora means a PeftModel
+    return _copy(policy)
+
+
+def _copy(policy: nn.Module) -> Copy:
+    from peft import PeftModel
+
+    return AdapterCopy(policy) if isinstance(policy, PeftModel) else FrozenCopy(policy)
+
+
+def _loaded(path: str, load: Callable[[str], nn.Module] | None) -> nn.Module:
+    if load is None:
+        raise ConfigError(f"reference {path}: this modality cannot load a second model")
+    return load(path)
+
+
+def _check_mixture(config: RunConfig, needs: Needs) -> None:
+    parts = config.reference.mixture
+    total = sum(part.weight for part in parts)
+    if not parts or abs(total - 1.0) > 1e-6:
+        raise ConfigError(
+            f"reference.mixture has {len(parts)} parts whose weights sum to {total:g}; give at "
+            "least one part, and weights that sum to 1 (else equal models would not give log-ratio 0)"
+        )
+    if needs.kl:
+        raise ConfigError(
+            "reference.kind is mixture, but the objective needs the per-token KL: a geometric "
+            "mixture is not normalised over the vocabulary, so it has none. Use a single reference"
+        )
