@@ -117,6 +117,11 @@ class DataSource(_Section):
 
 
 def _one_or_many(value: Any) -> Any:
+    if not isinstance(value, str | dict | list):
+        found = "nothing" if value is None else repr(value)
+        raise ValueError(
+            f"must be a path, a section with `path`, or a list of them (found {found})"
+        )
     many = cast("list[Any]", value if isinstance(value, list) else [value])
     return [{"path": item} if isinstance(item, str) else item for item in many]
 

@@ -78,6 +78,7 @@ _WORDING = {
     "tuple_type": "must be a list",
     "dict_type": "must be a section of keys",
     "model_type": "must be a section of keys",
+    "too_short": "must have at least {min_length}",
     "too_long": "has more than {max_length} values",
     "greater_than": "must be greater than {gt}",
     "greater_than_equal": "must be at least {ge}",

@@ -1,0 +1,63 @@
+"""A run folder, or several, as one HTML page that needs no network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from markupsafe import Markup
+
+from mmalign import __version__
+from mmalign.report.blocks import Section
+from mmalign.report.page import describe, lead, run_sections, state
+from mmalign.report.run import read_run
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Section", "write_report"]
+
+_HERE = Path(__file__).parent
+
+
+def write_report(
+    run_dirs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    title: str | None = None,
+    sections: Sequence[Section] = (),
+) -> Path:
+    """Write one self-contained page about one run, or about several side by side.
+
+    Args:
+        run_dirs: Folders that `mmalign train` wrote; an interrupted run is shown as far as it got.
+        out: The HTML file to write.
+        title: Heading of the page; by default it names the objective and the model.
+        sections: Parts to show first, before the run's own; build them with `report.blocks`.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ConfigError: A folder is missing or holds no run.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    runs = [read_run(folder) for folder in run_dirs]
+    page = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined
+    ).get_template("page.html")
+    text = page.render(
+        title=title or describe(runs),
+        lead=lead(runs),
+        runs=[{"name": run.name, "state": state(run)} for run in runs],
+        sections=[*sections, *run_sections(runs)],
+        css=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        version=__version__,
+    )
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(out)
+    return out

@@ -1,0 +1,114 @@
+"""Pieces of a report page: tables, figures, notes and answers side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from markupsafe import Markup, escape
+
+from mmalign.report.run import is_number
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the page. `html` made by the functions of this module; plain text is escaped."""
+
+    title: str
+    html: Markup | str
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """The responses to one prompt, in the order in which they stand side by side."""
+
+    prompt: str
+    responses: Mapping[str, str]  # column label, e.g. before or after, to text
+    marks: Mapping[str, Sequence[str]] = field(
+        default_factory=dict
+    )  # column label to small remarks
+
+
+def number(value: object) -> str:
+    """A number with three or four significant digits; anything else as text."""
+    if not is_number(value) or not isinstance(value, int | float):
+        return "–" if value is None or isinstance(value, float) else str(value)
+    if isinstance(value, int) or (value == int(value) and abs(value) < 1e5):
+        return f"{value:,.0f}"
+    if 1e-3 <= abs(value) < 1e5:
+        return f"{value:,.3f}" if abs(value) < 100 else f"{value:,.1f}"
+    return f"{value:.2e}"
+
+
+def paragraph(text: str | Markup) -> Markup:
+    """One paragraph."""
+    return Markup("<p>{}</p>").format(text)
+
+
+def note(text: str | Markup, kind: Literal["info", "warning"] = "info") -> Markup:
+    """A framed remark."""
+    word = "Note" if kind == "info" else "Warning"
+    return Markup('<p class="note {}"><strong>{}.</strong> {}</p>').format(kind, word, text)
+
+
+def figure(svg: Markup, caption: str, remark: str = "") -> Markup:
+    """A drawing under its caption."""
+    small = Markup('<p class="remark">{}</p>').format(remark) if remark else Markup()
+    return Markup("<figure><figcaption>{}</figcaption>{}{}</figure>").format(caption, svg, small)
+
+
+def figures(items: Sequence[Markup]) -> Markup:
+    """Several figures, two in a row where the screen is wide enough."""
+    return Markup('<div class="figures">{}</div>').format(Markup().join(items))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> Markup:
+    """A table whose first column names the row; numbers are formatted and right-aligned."""
+    head = Markup().join(Markup('<th scope="col">{}</th>').format(cell) for cell in header)
+    body = Markup().join(
+        Markup('<tr><th scope="row">{}</th>{}</tr>').format(
+            _cell(row[0]), Markup().join(Markup("<td>{}</td>").format(_cell(c)) for c in row[1:])
+        )
+        for row in rows
+    )
+    title = Markup("<caption>{}</caption>").format(caption) if caption else Markup()
+    return Markup(
+        '<div class="scroll"><table>{}<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
+    ).format(title, head, body)
+
+
+def side_by_side(rows: Sequence[Answers], *, count_words: bool = True) -> Markup:
+    """Responses to the same prompts next to each other, below each other on a narrow screen."""
+    return Markup().join(_answers(row, count_words) for row in rows)
+
+
+def folded(summary: str, content: Markup) -> Markup:
+    """Content that opens on a click."""
+    return Markup("<details><summary>{}</summary>{}</details>").format(summary, content)
+
+
+def preformatted(text: str) -> Markup:
+    """Text as it is, in a fixed-width font."""
+    return Markup("<pre>{}</pre>").format(text)
+
+
+def _answers(row: Answers, count_words: bool) -> Markup:
+    cells: list[Markup] = []
+    for label, text in row.responses.items():
+        words = len(text.split())
+        remarks = [f"{words} word{'' if words == 1 else 's'}"] if count_words else []
+        remarks += list(row.marks.get(label, ()))
+        shown = escape(text) if text.strip() else Markup("<em>(empty)</em>")
+        cells.append(
+            Markup('<div class="answer"><h4>{} <small>{}</small></h4><p>{}</p></div>').format(
+                label, " · ".join(remarks), shown
+            )
+        )
+    return Markup(
+        '<article class="answers"><p class="prompt">{}</p><div class="columns">{}</div></article>'
+    ).format(row.prompt, Markup().join(cells))
+
+
+def _cell(value: object) -> object:
+    return value if isinstance(value, str) else number(value)

@@ -1,0 +1,183 @@
+"""Figures as inline SVG. Colours are CSS variables, so they follow the page, light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup, escape
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from mmalign.report.run import Run
+
+# matplotlib draws in these placeholders; the SVG gets the variable in their place.
+_INK, _GRID = "#010101", "#020202"
+_SERIES = tuple(f"#0301{index:02d}" for index in range(1, 7))
+_VARIABLES = {_INK: "var(--ink-soft)", _GRID: "var(--grid)"} | {
+    colour: f"var(--series-{index})" for index, colour in enumerate(_SERIES, 1)
+}
+
+CHOSEN, REJECTED = 0, 1
+"""Series colours of the two sides of a pair, the same in every figure."""
+
+_MAX_POINTS = 240
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One line of a figure: a metric, how it is called, and how it is drawn."""
+
+    key: str
+    label: str
+    colour: int
+    style: str = "-"
+    held_out: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """One figure over the steps of a run."""
+
+    title: str
+    unit: str
+    curves: tuple[Curve, ...]
+    note: str = ""
+    bounds: tuple[float, float] | None = None
+    level: float | None = None  # a thin reference line
+
+
+def colour(index: int) -> str:
+    """The placeholder of a series colour, for a figure drawn by the caller through `svg`."""
+    return _SERIES[index % len(_SERIES)]
+
+
+def svg(
+    draw: Callable[[Axes], None], *, alt: str, size: tuple[float, float] = (4.7, 2.7)
+) -> Markup:
+    """One figure as an inline SVG.
+
+    Args:
+        draw: Draws on the axes given; use `colour(index)` for lines, bars and points.
+        alt: What the figure shows, for a reader who cannot see it.
+        size: Width and height in inches; about 4.7 wide keeps the text legible on a phone.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",  # real text: sharp, selectable, in the page's own font
+        "svg.hashsalt": alt,
+        "font.size": 9.5,
+        "axes.edgecolor": _GRID,
+        "axes.labelcolor": _INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": _GRID,
+        "grid.linewidth": 0.7,
+        "lines.linewidth": 1.8,
+        "lines.markersize": 5,
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "text.color": _INK,
+        "legend.frameon": False,
+        "legend.fontsize": 9.5,
+        "axes.formatter.limits": (-3, 4),
+        "axes.formatter.useoffset": False,
+    }
+    with mpl.rc_context(style):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        draw(axes)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    return _inline(out.getvalue(), alt)
+
+
+def _inline(text: str, alt: str) -> Markup:
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', text)
+    used = set(re.findall(r"#([\w-]+)[)\"]", text))
+    text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
+    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
+    for placeholder, variable in _VARIABLES.items():
+        text = text.replace(placeholder, variable)
+    return Markup(text.replace('role="img">', f'role="img" aria-label="{escape(alt)}">', 1))
+
+
+def plot(spec: Plot, runs: Sequence[Run]) -> Markup | None:
+    """The figure of one metric over the steps, for one run or several; None without any value.
+
+    With one run the colours tell the curves apart; with several the colours tell the runs apart and
+    the line styles the curves.
+    """
+    drawn = [
+        (index, curve, *run.series(curve.key, held_out=curve.held_out))
+        for index, run in enumerate(runs)
+        for curve in spec.curves
+    ]
+    drawn = [entry for entry in drawn if entry[2]]
+    if not drawn:
+        return None
+    many = len(runs) > 1
+    from matplotlib.ticker import MaxNLocator
+
+    labels: dict[str, Any] = {}
+
+    def draw(axes: Axes) -> None:
+        for index, curve, steps, values in drawn:
+            steps, values = _thin(steps, values)
+            marker = "o" if curve.held_out or len(steps) == 1 else ""
+            (line,) = axes.plot(
+                steps,
+                values,
+                curve.style,
+                marker=marker,
+                color=colour(index if many else curve.colour),
+            )
+            labels.setdefault(curve.label, line)
+        if spec.level is not None:
+            axes.axhline(spec.level, color=_INK, linewidth=0.8, linestyle=(0, (1, 3)))
+        if spec.bounds is not None:
+            axes.set_ylim(*spec.bounds)
+        axes.set_xlabel("optimiser step")
+        axes.set_ylabel(spec.unit)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(labels) > 1:
+            axes.figure.legend(
+                labels.values(),
+                labels.keys(),
+                loc="outside upper left",
+                ncols=4,
+                handlelength=1.8,
+                columnspacing=1.4,
+            )
+
+    ends = ", ".join(
+        f"{curve.label}{f' of {runs[index].name}' if many else ''} from {values[0]:.3g} to "
+        f"{values[-1]:.3g}"
+        for index, curve, _, values in drawn
+    )
+    return svg(draw, alt=f"{spec.title} over the optimiser steps: {ends}")
+
+
+def _thin(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
+    """At most `_MAX_POINTS` points, each the mean of its neighbours."""
+    width = -(-len(steps) // _MAX_POINTS)
+    if width <= 1:
+        return steps, values
+    starts = range(0, len(steps), width)
+    mean = [
+        [sum(part) / len(part) for part in (x[i : i + width] for i in starts)]
+        for x in (steps, values)
+    ]
+    return mean[0], mean[1]

@@ -1,0 +1,163 @@
+"""Held-out numbers before and after, with their intervals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from mmalign.report import blocks
+from mmalign.report.blocks import Section
+from mmalign.report.run import is_number
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mmalign.report.run import Record, Run
+
+
+@dataclass(frozen=True, slots=True)
+class _Metric:
+    key: str
+    label: str
+    meaning: str
+    is_share: bool = False
+
+
+_METRICS = (
+    _Metric(
+        "ranking_accuracy",
+        "Ranking accuracy",
+        "pairs whose chosen answer the model itself finds at least as likely",
+        is_share=True,
+    ),
+    _Metric(
+        "ranking_accuracy_per_token",
+        "Ranking accuracy per token",
+        "the same by mean log-probability, which does not favour short answers",
+        is_share=True,
+    ),
+    _Metric(
+        "reward_accuracy",
+        "Reward accuracy",
+        "pairs whose chosen answer gained more than the rejected one",
+        is_share=True,
+    ),
+    _Metric(
+        "idealised_accuracy",
+        "Idealised ranking accuracy",
+        "what the exact optimum of this objective would reach from this reference",
+        is_share=True,
+    ),
+    _Metric(
+        "separation",
+        "Separation",
+        "how often a desirable answer scores above an undesirable one of another row",
+        is_share=True,
+    ),
+    _Metric("loss", "Loss", "the objective on held-out rows"),
+    _Metric("log_ratio_margin", "Log-ratio margin", "chosen minus rejected, in nats"),
+    _Metric("drift/chosen", "Log-ratio of the chosen answers", "nats against the reference"),
+    _Metric("drift/rejected", "Log-ratio of the rejected answers", "nats against the reference"),
+    _Metric("drift/desirable", "Log-ratio of desirable answers", "nats against the reference"),
+    _Metric("drift/undesirable", "Log-ratio of undesirable answers", "nats against the reference"),
+    _Metric("kl_per_token", "KL per token", "KL(reference, policy), in nats"),
+)
+
+
+def held_out(runs: Sequence[Run]) -> Section | None:
+    """The first and the last evaluation of a run; of several runs the last of each."""
+    runs = [run for run in runs if run.evals]
+    if not runs:
+        return None
+    table = _before_and_after(runs[0]) if len(runs) == 1 else _compared(runs)
+    return Section("Held-out numbers", table)
+
+
+def _before_and_after(run: Run) -> Markup:
+    first, last = run.evals[0], run.evals[-1]
+    if first is last:
+        header = ["", f"at step {last.get('step')}"]
+        rows = [[_name(m), _cell(last, m)] for m in _METRICS if _has(last, m)]
+        return blocks.table(header, rows, _caption(run))
+    changes = _changes(first, last)
+    before = "before" if first.get("step") == 0 else f"at step {first.get('step')}"
+    header = ["", before, f"after {last.get('step'):,} steps", "change"]
+    rows = [
+        [_name(m), _cell(first, m), _cell(last, m), changes.get(m.key, "–")]
+        for m in _METRICS
+        if _has(last, m)
+    ]
+    return blocks.table(header, rows, _caption(run))
+
+
+def _compared(runs: Sequence[Run]) -> Markup:
+    start = runs[0].evals[0]
+    has_start = start.get("step") == 0
+    header = ["", *(["before"] if has_start else []), *(run.name for run in runs)]
+    rows: list[list[object]] = []
+    for metric in _METRICS:
+        if any(_has(run.evals[-1], metric) for run in runs):
+            before = [_cell(start, metric)] if has_start else []
+            rows.append([_name(metric), *before, *(_cell(run.evals[-1], metric) for run in runs)])
+    return blocks.table(header, rows, _caption(runs[0]))
+
+
+def _caption(run: Run) -> str:
+    count = len(run.evals[-1].get("rows") or [])
+    if not count:
+        return "Below each mean: its 95 % bootstrap interval."
+    return (
+        f"{count:,} held-out rows: one row is {100 / count:.2g} percentage points of an accuracy. "
+        "Below each mean: its 95 % bootstrap interval."
+    )
+
+
+def _changes(first: Record, last: Record) -> dict[str, Markup]:
+    """Change of each metric, with its interval over the same rows where there are such."""
+    from mmalign.evaluate import bootstrap_interval, row_values
+
+    old, new = first.get("rows") or [], last.get("rows") or []
+    paired = bool(old) and [row.get("id") for row in old] == [row.get("id") for row in new]
+    columns = (row_values(old), row_values(new)) if paired else ({}, {})
+    changes: dict[str, Markup] = {}
+    for metric in _METRICS:
+        if not (_has(first, metric) and _has(last, metric)):
+            continue
+        interval = None
+        if metric.key in columns[0] and metric.key in columns[1]:
+            gap = columns[1][metric.key] - columns[0][metric.key]
+            gap = gap[gap == gap]  # rows that have the metric both times
+            interval = bootstrap_interval(gap) if len(gap) > 1 else None
+        changes[metric.key] = _shown(last[metric.key] - first[metric.key], interval, metric, "+")
+    return changes
+
+
+def _has(record: Record, metric: _Metric) -> bool:
+    return is_number(record.get(metric.key))
+
+
+def _name(metric: _Metric) -> Markup:
+    return Markup("{} <small>{}</small>").format(metric.label, metric.meaning)
+
+
+def _cell(record: Record, metric: _Metric) -> Markup | str:
+    if not _has(record, metric):
+        return "–"
+    interval: Any = (record.get("intervals") or {}).get(metric.key)
+    return _shown(record[metric.key], interval, metric)
+
+
+def _shown(value: float, interval: Any, metric: _Metric, sign: str = "") -> Markup:
+    def text(number: float) -> str:
+        if metric.is_share:
+            return f"{100 * number:{sign}.0f}"
+        return f"{number:{sign}.3f}" if abs(number) < 1 else f"{number:{sign}.2f}"
+
+    unit = " %" if metric.is_share and not sign else ""
+    shown = Markup("{}{}").format(text(value), unit)
+    if interval is None or not all(is_number(end) for end in interval):
+        return shown
+    low, high = interval
+    return shown + Markup(" <small>{} to {}</small>").format(text(low), text(high))

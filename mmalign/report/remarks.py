@@ -1,0 +1,92 @@
+"""What in a run's numbers a reader should look at first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmalign.report.run import is_number
+
+if TYPE_CHECKING:
+    from mmalign.report.run import Run
+
+_NATS_PER_NAT = 5.0
+"""Fall of the rejected answers per gain of the chosen ones from which a run is suspect."""
+
+
+def remarks(run: Run) -> list[str]:
+    """Sentences about what went wrong or may mislead; empty for a healthy run."""
+    return [text for check in _CHECKS if (text := check(run)) is not None]
+
+
+def _unfinished(run: Run) -> str | None:
+    if run.is_finished:
+        return None
+    if not run.metrics:
+        return "The run stopped before its first log line."
+    return (
+        f"The run stopped at step {run.last_step:,}, before its end. "
+        "Go on with `mmalign train CONFIG --resume`."
+    )
+
+
+def _not_finite(run: Run) -> str | None:
+    bad = [r.get("step") for r in run.metrics if "loss" in r and not is_number(r["loss"])]
+    return f"The loss was not finite at step {bad[0]}." if bad else None
+
+
+def _chosen_falls(run: Run) -> str | None:
+    chosen, rejected = _last(run, "drift/chosen"), _last(run, "drift/rejected")
+    if chosen is None or chosen >= 0:
+        return None
+    other = f", the rejected ones by {-rejected:.1f}" if rejected is not None else ""
+    return (
+        "The chosen answers became less likely than under the reference: held out they lost "
+        f"{-chosen:.1f} nats{other}. Then a growing margin says little about better answers. "
+        "A larger beta, a smaller learning rate or an NLL term on the chosen answer holds them up."
+    )
+
+
+def _rejected_dominates(run: Run) -> str | None:
+    chosen, rejected = _last(run, "drift/chosen"), _last(run, "drift/rejected")
+    if chosen is None or rejected is None or chosen <= 0 or -rejected < _NATS_PER_NAT * chosen:
+        return None
+    return (
+        f"Held out, the rejected answers fell {-rejected / chosen:.1f} nats for every nat that the "
+        "chosen ones gained. Runs that collapsed looked like this; read the completions."
+    )
+
+
+def _accuracies_disagree(run: Run) -> str | None:
+    reward, ranking = _last(run, "reward_accuracy"), _last(run, "ranking_accuracy")
+    if reward is None or ranking is None or reward - ranking < 0.15:
+        return None
+    return (
+        f"Reward accuracy is {reward:.0%}, ranking accuracy only {ranking:.0%}: in most pairs the "
+        "gap moved the right way, in fewer it changed sign. The second says what the model prefers."
+    )
+
+
+def _accuracy_is_spent(run: Run) -> str | None:
+    _, values = run.series("rewards/accuracies")
+    last = values[-max(1, len(values) // 10) :]
+    if len(values) < 5 or sum(last) < 0.999 * len(last):
+        return None
+    return (
+        "Training reward accuracy is 100 %, so it can tell nothing more: good and ruined runs both "
+        "reach it. Judge by the completions and the held-out numbers."
+    )
+
+
+def _last(run: Run, key: str) -> float | None:
+    _, values = run.series(key, held_out=True)
+    return values[-1] if values else None
+
+
+_CHECKS = (
+    _unfinished,
+    _not_finite,
+    _chosen_falls,
+    _rejected_dominates,
+    _accuracies_disagree,
+    _accuracy_is_spent,
+)

@@ -1,0 +1,114 @@
+"""A run folder, read for the report; whatever an interrupted run left out is simply absent."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from mmalign import configfile
+from mmalign.errors import ConfigError
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says."""
+
+    folder: Path
+    config: Record
+    env: Record
+    metrics: list[Record]  # training log lines, in order of the step
+    evals: list[Record]  # held-out evaluations, in order of the step
+    samples: list[Record]
+    problems: tuple[str, ...]  # files that could only be read in part
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the trained weights were saved at the end."""
+        return (self.folder / "final").is_dir()
+
+    @property
+    def last_step(self) -> int:
+        """The last optimiser step that left a log line."""
+        return int(self.metrics[-1].get("step", 0)) if self.metrics else 0
+
+    def series(self, key: str, *, held_out: bool = False) -> tuple[list[float], list[float]]:
+        """Steps and values of one metric; values that are missing or not finite are left out."""
+        pairs = [
+            (float(record["step"]), float(record[key]))
+            for record in (self.evals if held_out else self.metrics)
+            if "step" in record and is_number(record.get(key))
+        ]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        ConfigError: The folder is missing or holds no run.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: there is no such folder; give the `output` of a run")
+    if not any((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+        raise ConfigError(
+            f"{folder}: has neither config.yaml nor metrics.jsonl, so it is no run folder"
+        )
+    problems: list[str] = []
+    config: Record = {}
+    if (folder / "config.yaml").is_file():
+        config = configfile.read(folder / "config.yaml")
+    return Run(
+        folder=folder,
+        config=config,
+        env=_read_object(folder / "env.json", problems),
+        metrics=_read_lines(folder / "metrics.jsonl", problems),
+        evals=_read_lines(folder / "eval.jsonl", problems),
+        samples=_read_lines(folder / "samples.jsonl", problems),
+        problems=tuple(problems),
+    )
+
+
+def _read_object(path: Path, problems: list[str]) -> Record:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # JSONDecodeError and UnicodeDecodeError
+        problems.append(f"{path.name} is not readable JSON and was left out")
+        return {}
+    return cast("Record", value) if isinstance(value, dict) else {}
+
+
+def _read_lines(path: Path, problems: list[str]) -> list[Record]:
+    """The records of a JSONL file; a run killed while writing leaves its last line torn."""
+    if not path.is_file():
+        return []
+    records: list[Record] = []
+    torn = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            value = json.loads(line) if line.strip() else None
+        except ValueError:
+            torn += 1
+            continue
+        if isinstance(value, dict):
+            records.append(cast("Record", value))
+    if torn:
+        problems.append(f"{path.name}: {torn} unreadable line{'s' if torn > 1 else ''} left out")
+    return records
