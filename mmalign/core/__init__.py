@@ -1,5 +1,74 @@
 """The shared core: it knows only log-probabilities. Imports torch, the standard library and errors."""
 
+from mmalign.core import links, listwise, presets, terms, weights
+from mmalign.core.batchwide import Aot, AotUnpaired, Bco, Kahneman, KahnemanPair, RunningMean
+from mmalign.core.catalogue import DIVERGENCES, register_divergence, resolve_divergence
+from mmalign.core.divergence import (
+    Alpha,
+    ChiSquaredKL,
+    ForwardKL,
+    Hellinger,
+    Jeffreys,
+    JensenShannon,
+    LogOdds,
+    MapoScore,
+    ReverseKL,
+    SkewedJensenShannon,
+    Transform,
+)
+from mmalign.core.links import Link
+from mmalign.core.objective import Objective
+from mmalign.core.score import Score
+from mmalign.core.terms import (
+    KlPenalty,
+    LogRatio,
+    Nll,
+    OnlineKl,
+    Preference,
+    Term,
+    WeightL1,
+    Wpo,
+)
 from mmalign.core.types import CandidateLogps, Loss, Needs
 
-__all__ = ["CandidateLogps", "Loss", "Needs"]
+__all__ = [
+    "DIVERGENCES",
+    "Alpha",
+    "Aot",
+    "AotUnpaired",
+    "Bco",
+    "CandidateLogps",
+    "ChiSquaredKL",
+    "ForwardKL",
+    "Hellinger",
+    "Jeffreys",
+    "JensenShannon",
+    "Kahneman",
+    "KahnemanPair",
+    "KlPenalty",
+    "Link",
+    "LogOdds",
+    "LogRatio",
+    "Loss",
+    "MapoScore",
+    "Needs",
+    "Nll",
+    "Objective",
+    "OnlineKl",
+    "Preference",
+    "ReverseKL",
+    "RunningMean",
+    "Score",
+    "SkewedJensenShannon",
+    "Term",
+    "Transform",
+    "WeightL1",
+    "Wpo",
+    "links",
+    "listwise",
+    "presets",
+    "register_divergence",
+    "resolve_divergence",
+    "terms",
+    "weights",
+]

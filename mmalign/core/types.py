@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal
 
+from torch import Tensor
+
 from mmalign.errors import NeedsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from torch import Tensor
 
 Rows = Literal["any", "pair", "unpaired", "list"]
 """The shape of a record: `pair` chosen and rejected; `unpaired` one rated response; `list` K ranked."""
@@ -46,7 +46,8 @@ class Needs:
     roles: tuple[str, ...] = ()
 
     def __or__(self, other: Needs) -> Needs:
-        rows = {self.rows, other.rows} - {"any"}
+        rows: set[Rows] = {self.rows, other.rows}
+        rows.discard("any")
         if len(rows) > 1:
             raise NeedsError(
                 f"the terms of one objective need different kinds of rows: {sorted(rows)}; "
@@ -70,7 +71,9 @@ class Needs:
 
     def describe(self) -> str:
         """The needs as a short sentence part, e.g. `reference, kl, at least 2 candidates (pair)`."""
-        parts = [n for n in ("reference", "kl", "weight", "log_sum_p2", "prompt") if getattr(self, n)]
+        parts = [
+            n for n in ("reference", "kl", "weight", "log_sum_p2", "prompt") if getattr(self, n)
+        ]
         parts += [f"a {role} response" for role in dict.fromkeys(self.roles)]
         plural = "s" if self.candidates > 1 else ""
         kind = "" if self.rows == "any" else f" ({self.rows})"
@@ -125,11 +128,25 @@ class CandidateLogps:
         """A copy with some fields exchanged."""
         return replace(self, **changes)
 
+    def columns(self, candidates: tuple[int, ...]) -> CandidateLogps:
+        """The same rows with only these candidates, in this order."""
+        if candidates == tuple(range(self.policy.shape[1])):
+            return self
+        index = list(candidates)
+        picked = {
+            name: tensor if name == "row_weight" else tensor[:, index]
+            for name, tensor in self.tensors()
+        }
+        return replace(self, **picked)
+
 
 @dataclass(frozen=True, slots=True)
 class Loss:
     """A training step's scalar and what to log beside it."""
 
     value: Tensor  # []  differentiable
-    metrics: dict[str, Tensor] = field(default_factory=dict)  # detached, averaged over rows
-    rows: Tensor | None = None  # [B]  per-row loss before row weights, detached where terms allow
+    metrics: dict[str, Tensor] = field(
+        default_factory=dict[str, Tensor]
+    )  # detached, mean over rows
+    rows: Tensor | None = None  # [B]  per-row loss before row weights, detached
+    rewards: Tensor | None = None  # [B, K]  implicit rewards of the first preference term, detached

@@ -1,0 +1,243 @@
+"""Divergences as transforms of a log-ratio: f'(u) with f'(1) = 0, written in log u.
+
+A transform turns the log-ratio of one response into its score. Valid are the convex f whose f' is
+strictly increasing and unbounded below at u = 0: then the optimum of the regularised problem keeps
+every response possible, and reward = beta * f'(policy / reference) + c(prompt). The unknown c cancels
+between candidates of one row only, so losses that look at a single response need reverse KL.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmalign.core.numerics import expm1_linear, log1mexp, require
+
+LIMIT = 30.0
+"""Exponents beyond this follow the tangent line; `limit=None` on a transform switches that off."""
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """Log-ratio to score, elementwise; finite for |log_u| <= 200 in float32."""
+
+    def __call__(self, log_u: Tensor) -> Tensor: ...
+
+
+def is_pointwise(transform: Transform) -> bool:
+    """Whether one response's score means something alone (no unknown constant to cancel)."""
+    return bool(getattr(transform, "pointwise", False))
+
+
+@dataclass(frozen=True, slots=True)
+class ReverseKL:
+    """Reverse KL, f(u) = u log u: f'(u) = log u. The divergence of DPO."""
+
+    pointwise: ClassVar[bool] = True
+
+    def __call__(self, log_u: Tensor) -> Tensor:
+        return log_u
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardKL:
+    """Forward KL, f(u) = -log u: f'(u) = 1 - 1/u.
+
+    Grows without bound for responses the policy has become less likely to give, so rejected
+    responses dominate the gradient; prefer a small beta.
+
+    Source: Wang et al. 2023, arXiv:2309.16240.
+    Departs: 1/u = exp(-log u) follows its tangent line above exp(limit). Clamping, as in public
+        code, gives the worst pairs a zero gradient.
+    """
+
+    limit: float | None = LIMIT
+
+    def __call__(self, log_u: Tensor) -> Tensor:
+        return -expm1_linear(-log_u, self.limit)
+
+
+@dataclass(frozen=True, slots=True)
+class JensenShannon:
+    """Jensen-Shannon (twice the usual half-half definition): f'(u) = log(2u / (1 + u)).
+
+    Bounded above by log 2: once a response is likely enough, it is pushed no further.
+
+    Source: Wang et al. 2023, arXiv:2309.16240.
+    Departs: log 2 is not rounded to ten digits.
+    """
+
+    def __call__(self, log_u: Tensor) -> Tensor:
+        return math.log(2.0) + F.logsigmoid(log_u)
+
+
+@dataclass(frozen=True, slots=True)
+class SkewedJensenShannon:
+    """Skewed Jensen-Shannon: f'(u) = p log(u / (1 - p + p u)); p = 1/2 is half of JensenShannon."""
+
+    p: float = 0.5
+
+    def __post_init__(self) -> None:
+        require(
+            0.0 < self.p < 1.0, "p", self.p, "in (0, 1), the share of the policy in the mixture"
+        )
+
+    def __call__(self, log_u: Tensor) -> Tensor:
+        logit = math.log(self.p) - math.log1p(-self.p)
+        return self.p * (F.logsigmoid(log_u + logit) - math.log(self.p))
+
+
+@dataclass(frozen=True, slots=True)
+class Alpha:
+    """Alpha divergence: f'(u) = (1 - u^-alpha) / alpha; 0 is reverse KL, 1 forward KL, 2 reverse chi2.
+
+    Args:
+        alpha: The parameter of the f-DPO paper, at least 0. TRL's coefficient is 1 - alpha.
+        limit: Exponent beyond which the tangent line takes over; None for never.
+
+    Source: Wang et al. 2023, arXiv:2309.16240. All alpha > 0 are valid, not only (0, 1).
+    Departs: the constant 1/alpha is kept, so equal policies score 0; computed with expm1.
+    """
+
+    alpha: float = 0.5
+    limit: float | None = LIMIT
+
+    def __post_init__(self) -> None:
+        require(
+            0.0 <= self.alpha < math.inf,
+            "alpha",
+            self.alpha,
+            "at least 0: with a negative alpha f'(0) is finite, so the optimum may give a response "
+            "probability zero and the reward is no longer f'(policy / reference)",
+        )
+
+    @classmethod
+    def from_trl(cls, coefficient: float, limit: float | None = LIMIT) -> Alpha:
+        """The divergence TRL calls `f_alpha_divergence_coef`: alpha = 1 - coefficient."""
+        return cls(1.0 - coefficient, limit)
+
+    @property
+    def pointwise(self) -> bool:
+        """Only the reverse KL limit scores a response alone."""
+        return self._is_reverse_kl
+
+    @property
+    def _is_reverse_kl(self) -> bool:
+        return (
+            self.alpha < 1e-12
+        )  # below, alpha * log_u^2 / 2 is under rounding; above, expm1 is exact
+
+    def __call__(self, log_u: Tensor) -> Tensor:
+        if self._is_reverse_kl:
+            return log_u
+        return -expm1_linear(-self.alpha * log_u, self.limit) / self.alpha
+
+
+@dataclass(frozen=True, slots=True)
+class Hellinger:
+    """Squared Hellinger, f(u) = (sqrt u - 1)^2: f'(u) = 1 - u^(-1/2); Alpha(1/2) with half the beta."""
+
+    limit: float | None = LIMIT
+
+    def __call__(self, log_u: Tensor) -> Tensor:
+        return -expm1_linear(-0.5 * log_u, self.limit)
+
+
+@dataclass(frozen=True, slots=True)
+class Jeffreys:
+    """Jeffreys, f(u) = (u - 1) log u: f'(u) = log u + 1 - 1/u."""
+
+    limit: float | None = LIMIT
+
+    def __call__(self, log_u: Tensor) -> Tensor:
+        return log_u - expm1_linear(-log_u, self.limit)
+
+
+@dataclass(frozen=True, slots=True)
+class ChiSquaredKL:
+    """Chi-squared plus KL, the mixture of chi-PO: f'(u) = u - 1 + log u.
+
+    Source: Huang et al. 2024, arXiv:2407.13399.
+    Departs: the paper's link u + log u is 1 at equal policies; the constant is dropped (it cancels).
+    """
+
+    limit: float | None = LIMIT
+
+    def __call__(self, log_u: Tensor) -> Tensor:
+        return expm1_linear(log_u, self.limit) + log_u
+
+
+class _LogOdds(torch.autograd.Function):
+    """log(p / (1 - p)) of log p, with its tangent line above -1e-6 and the exact slope 1 / (1 - p)."""
+
+    EDGE = -1e-6
+
+    @staticmethod
+    def forward(ctx: Any, log_p: Tensor) -> Tensor:
+        inside = log_p.clamp(max=_LogOdds.EDGE)
+        ctx.save_for_backward(inside)
+        slope = -1.0 / math.expm1(_LogOdds.EDGE)
+        return inside - log1mexp(inside) + slope * (log_p - inside)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        (inside,) = ctx.saved_tensors
+        return -grad_outputs[0] / torch.expm1(inside)
+
+
+@dataclass(frozen=True, slots=True)
+class LogOdds:
+    """Log-odds of a probability, log_u - log(1 - exp(log_u)) for log_u < 0: ORPO and ASFT.
+
+    Not a divergence: it reads the mean log-probability of a response, without a reference.
+    Above -1e-6 it follows its tangent line, so a certain response stays finite.
+    """
+
+    pointwise: ClassVar[bool] = True
+
+    def __call__(self, log_u: Tensor) -> Tensor:
+        return _LogOdds.apply(log_u)  # pyright: ignore
+
+
+@dataclass(frozen=True, slots=True)
+class MapoScore:
+    """MaPO's score of a denoising error e, read from log_u = -e/2: s e / (exp(s e) - 1).
+
+    Not a divergence. Decreasing in the error, 1 at e = 0, where it is 1 - s e / 2 + (s e)^2 / 12.
+
+    Source: Hong et al. 2024, arXiv:2406.06424, released code.
+    Departs: a series below |s e| = 1/2; the released form is 0/0 at e = 0.
+    """
+
+    s: float = 0.5
+    pointwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require(0.0 < self.s < math.inf, "s", self.s, "above 0")
+
+    def __call__(self, log_u: Tensor) -> Tensor:
+        x = -2.0 * self.s * log_u
+        small = x.abs() < 0.5
+        near = torch.where(small, x, 0.0)
+        square = near * near
+        series = (
+            1.0
+            - near / 2.0
+            + square
+            / 12.0
+            * (
+                1.0
+                - square
+                / 60.0
+                * (1.0 - square / 42.0 * (1.0 - square / 40.0 * (1.0 - square / 39.6)))
+            )
+        )
+        far = torch.where(small, 1.0, x)
+        size = far.abs()  # x / expm1(x) = size / expm1(size), plus size where x is negative
+        closed = size * torch.exp(-size) / -torch.expm1(-size) + F.relu(-far)
+        return torch.where(small, series, closed)

@@ -1,0 +1,278 @@
+"""Links: scores of one row's candidates to a loss. They never see log-probabilities or betas.
+
+m is the margin score[:, 0] - score[:, 1]; nll(m) = -log sigmoid(m). `margin_only` links stay the same
+when a constant is added to all scores of a row, so they are defined under every valid divergence;
+the others look at one response alone and need reverse KL (or log-odds).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmalign.core.numerics import expm1_linear, require
+from mmalign.core.types import Rows
+
+
+class Link(Protocol):
+    """Scores and labels of the candidates of each row to a loss per row."""
+
+    candidates: ClassVar[int]  # how many the link reads; the smallest number for a list link
+    rows: ClassVar[Rows]
+    margin_only: ClassVar[bool]
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor: ...  # [B, K], [B, K] -> [B]
+
+
+def nll(margin: Tensor) -> Tensor:
+    """-log sigmoid; not softplus, whose threshold costs 2e-9."""
+    return -F.logsigmoid(margin)
+
+
+def _margin(score: Tensor) -> Tensor:  # [B, K] -> [B]
+    return score[:, 0] - score[:, 1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    candidates: ClassVar[int] = 2
+    rows: ClassVar[Rows] = "pair"
+    margin_only: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, slots=True)
+class _EachOfPair:
+    candidates: ClassVar[int] = 2
+    rows: ClassVar[Rows] = "pair"
+    margin_only: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, slots=True)
+class Logistic(_Pair):
+    """nll(m - target_margin): DPO, SimPO, TDPO, RRPO."""
+
+    target_margin: float = 0.0
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        return nll(_margin(score) - self.target_margin)
+
+
+@dataclass(frozen=True, slots=True)
+class ClippedLogistic(_Pair):
+    """nll(m clipped to [-bound, bound]): chi-PO. The gradient outside is zero, as published."""
+
+    bound: float
+
+    def __post_init__(self) -> None:
+        require(0.0 < self.bound < math.inf, "r_max", self.bound, "above 0")
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        return nll(_margin(score).clamp(-self.bound, self.bound))
+
+
+@dataclass(frozen=True, slots=True)
+class Contrast:
+    """nll(score_0 - sum of the other scores): one response against several (POVID)."""
+
+    candidates: ClassVar[int] = 3
+    rows: ClassVar[Rows] = "pair"
+    margin_only: ClassVar[bool] = False  # one constant enters, two leave
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        return nll(score[:, 0] - score[:, 1:].sum(1))
+
+
+@dataclass(frozen=True, slots=True)
+class Conservative(_Pair):
+    """(1 - flip) nll(m) + flip nll(-m): cDPO, SimPO with label smoothing; m less target_margin."""
+
+    flip: float = 0.1
+    target_margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(
+            0.0 <= self.flip <= 0.5, "flip", self.flip, "in [0, 0.5], the share of wrong labels"
+        )
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        margin = _margin(score) - self.target_margin
+        return (1.0 - self.flip) * nll(margin) + self.flip * nll(-margin)
+
+
+@dataclass(frozen=True, slots=True)
+class Robust(_Pair):
+    """Logistic loss made unbiased under random label flips.
+
+    [(1 - flip) nll(m) - flip nll(-m)] / (1 - 2 flip). Can be negative and is unbounded below for large
+    margins; its mean over flipped and unflipped copies of a pair equals nll(m).
+    """
+
+    flip: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(0.0 <= self.flip < 0.5, "flip", self.flip, "in [0, 0.5), the share of wrong labels")
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        margin = _margin(score)
+        kept, flipped = nll(margin), nll(-margin)
+        return ((1.0 - self.flip) * kept - self.flip * flipped) / (1.0 - 2.0 * self.flip)
+
+
+@dataclass(frozen=True, slots=True)
+class CrossEntropy(_Pair):
+    """label_0 nll(m) + label_1 nll(-m): soft labels, per-pair smoothing (UPO, MCTS-DPO)."""
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        margin = _margin(score)
+        return labels[:, 0] * nll(margin) + labels[:, 1] * nll(-margin)
+
+
+@dataclass(frozen=True, slots=True)
+class Smoothed(_Pair):
+    """nll((label_0 - label_1) m): SmPO's averaged preference; hard labels give Logistic."""
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        return nll((labels[:, 0] - labels[:, 1]) * _margin(score))
+
+
+@dataclass(frozen=True, slots=True)
+class Squared(_Pair):
+    """((m - target) / scale)^2: IPO, INPO. With scale = beta the square is in log-ratio units."""
+
+    target: float = 0.5
+    scale: float = 1.0
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        return ((_margin(score) - self.target) / self.scale) ** 2
+
+
+@dataclass(frozen=True, slots=True)
+class SquaredToLabels(_Pair):
+    """((m - (label_0 - label_1)) / scale)^2, labels being win rates: online IPO, EGPO."""
+
+    scale: float = 1.0
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        return ((_margin(score) - (labels[:, 0] - labels[:, 1])) / self.scale) ** 2
+
+
+@dataclass(frozen=True, slots=True)
+class Hinge(_Pair):
+    """relu(1 + target_margin - m): SLiC, RSO."""
+
+    target_margin: float = 0.0
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        return F.relu(1.0 + self.target_margin - _margin(score))
+
+
+@dataclass(frozen=True, slots=True)
+class Exo(_Pair):
+    """KL(sigmoid(m) || target), the reverse direction of cross-entropy, for log targets given.
+
+    p (log p - log_target) + (1 - p) (log(1 - p) - log_other), p = sigmoid(m).
+    """
+
+    log_target: float
+    log_other: float
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        margin = _margin(score)
+        log_p, log_q = F.logsigmoid(margin), F.logsigmoid(-margin)
+        return torch.sigmoid(margin) * (log_p - self.log_target) + torch.sigmoid(-margin) * (
+            log_q - self.log_other
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DiscoPop(_Pair):
+    """nll(m) sigmoid(-m / tau) + exp(-m) sigmoid(m / tau): the discovered blend.
+
+    Not monotone: a shoulder near m = 0 for small tau. The second term is one exponential of a sum: the
+    plain product is inf * 0 for m below -88 in float32.
+    """
+
+    tau: float = 0.05
+
+    def __post_init__(self) -> None:
+        require(0.0 < self.tau < math.inf, "tau", self.tau, "above 0")
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        margin = _margin(score)
+        exponential = 1.0 + expm1_linear(-margin + F.logsigmoid(margin / self.tau))
+        return nll(margin) * torch.sigmoid(-margin / self.tau) + exponential
+
+
+@dataclass(frozen=True, slots=True)
+class Nca(_EachOfPair):
+    """nll(s_0) + [nll(-s_0) + nll(-s_1)] / 2: noise-contrastive alignment."""
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        return nll(score[:, 0]) + 0.5 * (nll(-score[:, 0]) + nll(-score[:, 1]))
+
+
+@dataclass(frozen=True, slots=True)
+class ApoZero(_EachOfPair):
+    """sigmoid(-s_0) + sigmoid(s_1): raises the chosen response and lowers the rejected one."""
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        return torch.sigmoid(-score[:, 0]) + torch.sigmoid(score[:, 1])
+
+
+@dataclass(frozen=True, slots=True)
+class ApoDown(_EachOfPair):
+    """sigmoid(s_0) + sigmoid(-m): lowers both responses, the rejected one more."""
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        return torch.sigmoid(score[:, 0]) + torch.sigmoid(-_margin(score))
+
+
+@dataclass(frozen=True, slots=True)
+class Positive(_EachOfPair):
+    """nll(m - penalty * relu(-s_0)): DPO-positive, which keeps the chosen response likely."""
+
+    penalty: float = 50.0
+
+    def __post_init__(self) -> None:
+        require(0.0 <= self.penalty < math.inf, "penalty", self.penalty, "at least 0")
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        return nll(_margin(score) - self.penalty * F.relu(-score[:, 0]))
+
+
+@dataclass(frozen=True, slots=True)
+class Bernoulli(_EachOfPair):
+    """sum over k of label_k nll(s_k) + (1 - label_k) nll(-s_k): ASFT."""
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        return (labels * nll(score) + (1.0 - labels) * nll(-score)).sum(1)
+
+
+@dataclass(frozen=True, slots=True)
+class SquaredEach(_EachOfPair):
+    """share * sum over k of ((s_k - (label_k - offset)) / scale)^2: SPPO, GPO."""
+
+    scale: float
+    offset: float = 0.5
+    share: float = 0.5
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        return self.share * (((score - (labels - self.offset)) / self.scale) ** 2).sum(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """nll(s_0 - target): one response's score above a floor (mDPO's anchor, rationales)."""
+
+    target: float = 0.0
+    candidates: ClassVar[int] = 1
+    rows: ClassVar[Rows] = "any"
+    margin_only: ClassVar[bool] = False
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        return nll(score[:, 0] - self.target)

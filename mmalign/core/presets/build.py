@@ -1,0 +1,320 @@
+"""Presets by name: the literal table, keyword checks, mixes, and a user's own functions."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, get_origin
+
+from mmalign.core.objective import Objective
+from mmalign.core.presets import (
+    diffusion,
+    lists,
+    pairwise,
+    pointwise,
+    reference_free,
+    regression,
+    regularised,
+    soft,
+    token,
+    unpaired,
+    video,
+)
+from mmalign.core.terms import Wpo
+from mmalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+PRESETS: dict[str, Callable[..., Objective]] = {
+    "dpo": pairwise.dpo,
+    "f_dpo": pairwise.f_dpo,
+    "chi_po": pairwise.chi_po,
+    "cdpo": pairwise.cdpo,
+    "rdpo": pairwise.rdpo,
+    "ipo": pairwise.ipo,
+    "hinge": pairwise.hinge,
+    "rso": pairwise.rso,
+    "sigmoid_norm": pairwise.sigmoid_norm,
+    "exo": pairwise.exo,
+    "discopop": pairwise.discopop,
+    "wpo": pairwise.wpo,
+    "dpo_gamma": pairwise.dpo_gamma,
+    "flex_dpo": pairwise.flex_dpo,
+    "soft_dpo": soft.soft_dpo,
+    "upo": soft.upo,
+    "mcts_dpo": soft.mcts_dpo,
+    "sem_dpo": soft.sem_dpo,
+    "nca": pointwise.nca,
+    "bco": pointwise.bco,
+    "apo_zero": pointwise.apo_zero,
+    "apo_down": pointwise.apo_down,
+    "dpop": pointwise.dpop,
+    "kto_pair": pointwise.kto_pair,
+    "aot": pointwise.aot,
+    "aot_unpaired": pointwise.aot_unpaired,
+    "sppo": regression.sppo,
+    "gpo": regression.gpo,
+    "inpo_nash": regression.inpo_nash,
+    "online_ipo": regression.online_ipo,
+    "kto": unpaired.kto,
+    "apo_zero_unpaired": unpaired.apo_zero_unpaired,
+    "sft": reference_free.sft,
+    "simpo": reference_free.simpo,
+    "alphapo": reference_free.alphapo,
+    "cpo": reference_free.cpo,
+    "orpo": reference_free.orpo,
+    "asft": reference_free.asft,
+    "rpo": regularised.rpo,
+    "mpo": regularised.mpo,
+    "vpo": regularised.vpo,
+    "hypo": regularised.hypo,
+    "rationale": regularised.rationale,
+    "tdpo1": token.tdpo1,
+    "tdpo2": token.tdpo2,
+    "sparse_po": token.sparse_po,
+    "plackett_luce": lists.plackett_luce,
+    "tpo_tree": lists.tpo_tree,
+    "diffusion_dpo": diffusion.diffusion_dpo,
+    "smpo": diffusion.smpo,
+    "mapo": diffusion.mapo,
+    "diffusion_orpo": diffusion.diffusion_orpo,
+    "diffusion_kto": diffusion.diffusion_kto,
+    "rrpo": video.rrpo,
+    "adpo": video.adpo,
+    "vdpo": video.vdpo,
+    "pami_vdpo": video.pami_vdpo,
+    "mdpo": video.mdpo,
+    "vdpo_symmetric": video.vdpo_symmetric,
+    "povid": video.povid,
+    "tpo_temporal": video.tpo_temporal,
+    "ha_dpo": video.ha_dpo,
+}
+"""Every method: name to the function that builds it."""
+
+ALIASES: dict[str, str] = {
+    "sigmoid": "dpo",
+    "robust": "rdpo",
+    "slic": "hinge",
+    "exo_pair": "exo",
+    "nca_pair": "nca",
+    "bco_pair": "bco",
+    "sppo_hard": "sppo",
+    "egpo": "online_ipo",
+    "chipo": "chi_po",
+}
+"""Other names of the same methods, TRL's among them."""
+
+
+class ObjectiveConfigLike(Protocol):
+    """What `from_config` reads of a configuration."""
+
+    @property
+    def name(self) -> str | None:
+        """A preset, or `package.module:function`."""
+        ...
+
+    @property
+    def mix(self) -> Mapping[str, float | dict[str, Any]] | None:
+        """Presets to weights, or to keywords with a `weight`."""
+        ...
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Keyword arguments of the preset."""
+        ...
+
+
+def preset(name: str) -> Callable[..., Objective]:
+    """The function of a preset, an alias, or a user's `package.module:function`.
+
+    Raises:
+        ConfigError: Nothing goes by that name; the nearest one is suggested.
+    """
+    if ":" in name:
+        return _imported(name)
+    known = ALIASES.get(name, name)
+    if known not in PRESETS:
+        near = difflib.get_close_matches(name, [*PRESETS, *ALIASES], 1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(PRESETS)}"
+        raise ConfigError(f"objective.name is {name!r}, which is not a preset. {hint}")
+    return PRESETS[known]
+
+
+def build(
+    name: str,
+    *,
+    ld_alpha: float | None = None,
+    wpo: bool | Mapping[str, Any] = False,
+    **keywords: Any,
+) -> Objective:
+    """An objective from a preset's name and its keyword arguments.
+
+    Args:
+        name: A preset, an alias, or `package.module:function`.
+        ld_alpha: LD-DPO on any pair loss: weight in [0, 1] of the tokens beyond the length of the
+            shorter response; 1 changes nothing.
+        wpo: WPO's weight on any pair loss: true, or {"clamp_max": number or null}.
+        keywords: The preset's own.
+
+    Raises:
+        ConfigError: An unknown name or keyword, a wrong type or range, or a modifier that the method
+            does not define.
+    """
+    function = preset(name)
+    _check_keywords(name, function, keywords)
+    objective = function(**keywords)
+    weight = _wpo(wpo)
+    if ld_alpha is None and weight is None:
+        return objective
+    if ld_alpha is not None:
+        _check_type("ld_alpha", ld_alpha, float)
+    return objective.modified(ld_alpha, weight)
+
+
+def build_mix(
+    mix: Mapping[str, float | Mapping[str, Any]],
+    *,
+    ld_alpha: float | None = None,
+    wpo: bool | Mapping[str, Any] = False,
+) -> Objective:
+    """A weighted sum of presets, e.g. {"dpo": 1.0, "sft": {"weight": 0.1, "reduce": "mean"}}.
+
+    Args:
+        mix: Preset to weight, or to keyword arguments with a `weight` (1 if left out).
+        ld_alpha: As in `build`, on every part that reads pairs.
+        wpo: As in `build`, on every part that reads pairs.
+
+    Raises:
+        ConfigError: An empty mix, a bad weight, or what `build` refuses.
+        NeedsError: Parts that need different kinds of rows or extra candidates.
+    """
+    if not mix:
+        raise ConfigError(
+            "objective.mix is empty; give presets with weights, e.g. {dpo: 1, sft: 0.1}"
+        )
+    parts: dict[str, tuple[float, Objective]] = {}
+    for name, value in mix.items():
+        keywords: dict[str, Any] = {"weight": value}
+        if not isinstance(value, float | int):
+            keywords = dict(value)
+        weight = keywords.pop("weight", 1.0)
+        _check_type(f"mix.{name}.weight", weight, float)
+        objective = build(name, **keywords)
+        reads_pairs = objective.needs.rows == "pair"
+        if reads_pairs and (ld_alpha is not None or wpo):
+            objective = objective.modified(ld_alpha, _wpo(wpo))
+        parts[name] = (float(weight), objective)
+    return Objective.mix(parts)
+
+
+def from_config(config: ObjectiveConfigLike) -> Objective:
+    """The objective that a configuration's `objective` section describes."""
+    if config.mix is not None:
+        return build_mix(config.mix, **config.keywords)
+    if config.name is None:
+        raise ConfigError("objective has neither `name` nor `mix`; give one of them")
+    return build(config.name, **config.keywords)
+
+
+def _wpo(value: bool | Mapping[str, Any]) -> Wpo | None:
+    if value is False:
+        return None
+    if value is True:
+        return Wpo()
+    unknown = set(value) - {"clamp_max"}
+    if unknown:
+        raise ConfigError(f"objective.wpo has unknown keys {sorted(unknown)}; it knows clamp_max")
+    clamp_max = value.get("clamp_max", 1.0)
+    _check_type("wpo.clamp_max", clamp_max, float | None)
+    return Wpo(clamp_max)
+
+
+def _imported(name: str) -> Callable[..., Objective]:
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"objective.name is {name!r}, but {module_name!r} cannot be imported: {error}"
+        ) from error
+    function: Any = getattr(module, function_name, None)
+    if not callable(function):
+        raise ConfigError(f"objective.name is {name!r}, but {module_name!r} has no such function")
+
+    def checked(**keywords: Any) -> Objective:
+        objective = function(**keywords)
+        if not isinstance(objective, Objective):
+            raise ConfigError(f"objective.name is {name!r}: it returned {objective!r}, no Objective")
+        return objective
+
+    return functools.wraps(function)(checked)
+
+
+def _check_keywords(
+    name: str, function: Callable[..., Objective], keywords: Mapping[str, Any]
+) -> None:
+    signature = inspect.signature(function, eval_str=True)
+    known = list(signature.parameters)
+    for key, value in keywords.items():
+        if key in signature.parameters:
+            _check_type(key, value, signature.parameters[key].annotation)
+        elif key == "divergence":
+            raise ConfigError(
+                f"objective.divergence is given, but {name!r} is defined for its own score only: losses "
+                "on single responses need reverse KL. Use f_dpo, or another loss on margins"
+            )
+        elif key == "compat":
+            raise ConfigError(
+                f"objective.compat is given, but no released code of {name!r} computes it otherwise; "
+                "leave it out"
+            )
+        else:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"Did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(
+                f"objective.{key} is not a keyword of {name!r}. {hint}"
+                f"Its keywords: {', '.join(known) or 'none'}; on any pair loss also ld_alpha, wpo"
+            )
+    for key, parameter in signature.parameters.items():
+        if parameter.default is parameter.empty and key not in keywords:
+            raise ConfigError(f"objective.{key} is missing; {name!r} has no default for it")
+
+
+def _check_type(key: str, value: object, annotation: Any) -> None:
+    """Raise ConfigError unless a value from YAML fits the annotation of a preset's keyword."""
+    if not _fits(value, annotation):
+        raise ConfigError(f"objective.{key} is {value!r}; it must be {_describe(annotation)}")
+
+
+def _fits(value: object, annotation: Any) -> bool:
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return value in arguments
+    if arguments:
+        return any(_fits(value, one) for one in arguments)
+    if annotation is None or annotation is type(None):
+        return value is None
+    if annotation is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if annotation in (str, bool):
+        return isinstance(value, annotation)
+    if annotation is inspect.Parameter.empty or not isinstance(annotation, type):
+        return True  # a user's function without annotations
+    return isinstance(value, annotation)
+
+
+def _describe(annotation: Any) -> str:
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return " or ".join(repr(one) for one in arguments)
+    if arguments:
+        return " or ".join(_describe(one) for one in arguments)
+    names = {float: "a number", int: "a whole number", bool: "true or false", str: "a name"}
+    if annotation is None or annotation is type(None):
+        return "null"
+    return names.get(annotation, f"a {getattr(annotation, '__name__', annotation)}")

@@ -1,0 +1,122 @@
+"""Losses on denoising errors: candidates' log-probabilities are -1/2 * mean squared error.
+
+The adapter supplies policy = -e/2 at one drawn timestep a row, e the mean squared denoising error.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from mmalign.core.batchwide import Baseline, Kahneman, Utility
+from mmalign.core.divergence import MapoScore
+from mmalign.core.links import Hinge, Link, Logistic, Smoothed, Squared
+from mmalign.core.numerics import require
+from mmalign.core.objective import Objective
+from mmalign.core.score import Score
+from mmalign.core.terms import Nll, Preference
+
+
+def diffusion_dpo(
+    beta: float = 5000.0,
+    link: Literal["sigmoid", "hinge", "ipo"] = "sigmoid",
+    convention: Literal["diffusion_dpo", "diffusers"] = "diffusion_dpo",
+) -> Objective:
+    """Diffusion-DPO: dpo on denoising errors.
+
+    loss = -log sigmoid(-(beta / 2) * [(e - e_ref)(chosen) - (e - e_ref)(rejected)])
+
+    Args:
+        beta: Regularisation, per unit of mean squared error; 2000 for SD 1.5, 5000 for SDXL.
+        link: "hinge" is max(0, 1 - beta * m); "ipo" is (m - 1/(2 beta))^2; m without the half.
+        convention: "diffusers" has no factor 1/2 (its SD LoRA script; 2500 there is 5000 here).
+
+    Source: Wallace et al. 2023, arXiv:2311.12908, released code; diffusers research projects.
+    Departs: nothing.
+    """
+    whole = 2.0 * beta if convention == "diffusers" or link != "sigmoid" else beta
+    chosen: Link = Logistic()
+    if link == "hinge":
+        chosen = Hinge()
+    elif link == "ipo":
+        chosen = Squared(0.5, scale=beta)
+    return Objective(Preference(Score(whole), chosen))
+
+
+def smpo(beta: float = 50000.0) -> Objective:
+    """SmPO-Diffusion: smoothed preferences; the inversion is the adapter's estimator.
+
+    loss = -log sigmoid((beta / 2) * (p_w - p_l) * [log-ratio margin in errors]), (p_w, p_l) = labels
+
+    Args:
+        beta: Regularisation, per unit of mean squared error, with the published constant 10 folded in:
+            20000 is the published 2000 (SD 1.5), 50000 the published 5000 (SDXL).
+
+    Source: Lu et al. 2025, SmPO-Diffusion, released code.
+    Departs: each row has its own label; the release applies the first row's to the whole micro-batch.
+    """
+    return Objective(Preference(Score(beta), Smoothed()))
+
+
+def mapo(beta: float = 0.1, s: float = 0.5, temperature: float = 1000.0) -> Objective:
+    """MaPO: margin-aware, reference-free, on denoising errors.
+
+    loss = e(chosen) - beta * log sigmoid(temperature * [g(e_chosen) - g(e_rejected)]),
+    g(e) = s e / (exp(s e) - 1)
+
+    Args:
+        beta: Weight of the preference term.
+        s: Scale of errors inside g.
+        temperature: Scale of the score, the number of timesteps in the release.
+
+    Source: Hong et al. 2024, arXiv:2406.06424, released code.
+    Departs: g is continued by its series at e = 0.
+    """
+    require(0.0 <= beta < math.inf, "beta", beta, "at least 0")
+    score = Score(temperature, MapoScore(s), reference_weight=0.0)
+    return Objective(Preference(score, Logistic(), coef=beta), Nll(2.0, "sum"))
+
+
+def diffusion_orpo(beta: float = 0.1, compat: Literal["official"] | None = None) -> Objective:
+    """ORPO-style loss on denoising errors, reference-free.
+
+    loss = e(chosen) - beta * log sigmoid(e(rejected) - e(chosen))
+
+    Args:
+        beta: Weight of the preference term.
+        compat: "official" has the released sign, which rewards a larger error on the chosen image.
+
+    Source: diffusers research projects, diffusion_orpo.
+    Departs: the sign lowers the chosen error.
+    """
+    require(0.0 <= beta < math.inf, "beta", beta, "at least 0")
+    sides = None if compat is None else (1, 0)
+    score = Score(2.0, reference_weight=0.0)
+    return Objective(Preference(score, Logistic(), coef=beta, candidates=sides), Nll(2.0, "sum"))
+
+
+def diffusion_kto(
+    beta: float = 1000.0,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    utility: Utility = "sigmoid",
+    baseline: Baseline = "batch",
+) -> Objective:
+    """Diffusion-KTO: utility of single rated images.
+
+    loss = weight * (1 - h(z)), z = +-beta * (u - z0), u = e_ref - e, + for desirable images
+
+    Args:
+        beta: Regularisation, per unit of mean squared error, without the factor 1/2.
+        desirable_weight: Weight of desirable rows.
+        undesirable_weight: Weight of undesirable rows.
+        utility: h: "sigmoid"; "loss_averse" log sigmoid(z); "risk_seeking_1" -y log sigmoid(-beta (u - z0))
+            with y = +-1; "risk_seeking_3" -log sigmoid(-z).
+        baseline: z0, no gradient: "batch" max(0, mean u); "class_means" average of both groups' means;
+            "mismatched" max(0, mean u under other prompts); "zero".
+
+    Source: Li et al. 2024, arXiv:2404.04465, released code.
+    Departs: baselines are means over all processes.
+    """
+    score = Score(2.0 * beta)  # policy is -e/2, and this method's beta has no half
+    return Objective(Kahneman(score, desirable_weight, undesirable_weight, baseline, utility))

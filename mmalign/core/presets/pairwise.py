@@ -1,0 +1,351 @@
+"""Losses on the margin of a pair: defined under every valid divergence."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from mmalign.core.catalogue import resolve_divergence
+from mmalign.core.divergence import Alpha, ChiSquaredKL, Transform
+from mmalign.core.links import (
+    ClippedLogistic,
+    Conservative,
+    DiscoPop,
+    Exo,
+    Hinge,
+    Link,
+    Logistic,
+    Robust,
+    Squared,
+)
+from mmalign.core.numerics import Reduce, require
+from mmalign.core.objective import Objective
+from mmalign.core.score import Score
+from mmalign.core.terms import Preference, Wpo
+
+
+def dpo(beta: float = 0.1) -> Objective:
+    """Direct preference optimisation.
+
+    loss = -log sigmoid(beta * m), m = (log pi - log ref)(chosen) - (log pi - log ref)(rejected)
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats. Usual range 0.05 to 0.5.
+
+    Source: Rafailov et al. 2023, arXiv:2305.18290.
+    Departs: nothing.
+    """
+    return Objective(Preference(Score(beta), Logistic()))
+
+
+def f_dpo(
+    divergence: str | Transform = "js",
+    beta: float = 0.1,
+    alpha: float | None = None,
+    p: float | None = None,
+    compat: Literal["trl-1.16"] | None = None,
+) -> Objective:
+    """DPO under another divergence than reverse KL.
+
+    loss = -log sigmoid(beta * [f'(u_chosen) - f'(u_rejected)]), u = pi / ref of the whole response
+
+    On diffusion a non-linear f' is a per-timestep heuristic, not a bound on a trajectory's loss.
+
+    Args:
+        divergence: Name in DIVERGENCES, or a transform object.
+        beta: Scale of the implicit reward, no unit beyond that of f'.
+        alpha: Parameter of the alpha divergence, the paper's: 0 reverse KL, 1 forward KL.
+        p: Policy's share of the mixture, for skewed_js.
+        compat: "trl-1.16" reads alpha as TRL's f_alpha_divergence_coef, which is 1 - alpha.
+
+    Source: Wang et al. 2023, arXiv:2309.16240.
+    Departs: constants are kept so that equal policies score 0 (they cancel in the loss and shift the
+        logged rewards); exponentials beyond exp(30) follow their tangent line instead of being clamped.
+    """
+    if compat is not None and alpha is not None:
+        alpha = Alpha.from_trl(alpha).alpha
+    transform = resolve_divergence(divergence, alpha=alpha, p=p)
+    return Objective(Preference(Score(beta, transform), Logistic()))
+
+
+def chi_po(beta: float = 0.1, r_max: float | None = None) -> Objective:
+    """Chi-squared preference optimisation.
+
+    loss = -log sigmoid(clip(beta * [phi(u_chosen) - phi(u_rejected)], -2 r_max, 2 r_max)),
+    phi(u) = u + log u
+
+    Args:
+        beta: Scale of the implicit reward.
+        r_max: Bound of the reward; None for no clipping. Clipped pairs have no gradient.
+
+    Source: Huang et al. 2024, arXiv:2407.13399.
+    Departs: the exponential u follows its tangent line beyond exp(30).
+    """
+    link: Link = Logistic() if r_max is None else ClippedLogistic(2.0 * r_max)
+    return Objective(Preference(Score(beta, ChiSquaredKL()), link))
+
+
+def cdpo(
+    beta: float = 0.1,
+    flip: float = 0.1,
+    divergence: str | Transform = "reverse_kl",
+    alpha: float | None = None,
+    p: float | None = None,
+) -> Objective:
+    """Conservative DPO: label smoothing.
+
+    loss = -(1 - flip) log sigmoid(beta * m) - flip log sigmoid(-beta * m)
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        flip: Assumed share of wrong labels, in [0, 0.5].
+        divergence: Name in DIVERGENCES, or a transform object.
+        alpha: Parameter of the alpha divergence.
+        p: Parameter of skewed_js.
+
+    Source: Mitchell 2023, a note on DPO with noisy preferences; eric-mitchell released code.
+    Departs: nothing. TRL 1.16 accepts label_smoothing with its sigmoid loss and ignores it.
+    """
+    transform = resolve_divergence(divergence, alpha=alpha, p=p)
+    return Objective(Preference(Score(beta, transform), Conservative(flip)))
+
+
+def rdpo(
+    beta: float = 0.1,
+    flip: float = 0.1,
+    divergence: str | Transform = "reverse_kl",
+    alpha: float | None = None,
+    p: float | None = None,
+) -> Objective:
+    """Provably robust DPO: unbiased under random label flips.
+
+    loss = [-(1 - flip) log sigmoid(beta * m) + flip log sigmoid(-beta * m)] / (1 - 2 flip)
+
+    Can be negative, and falls without bound as the margin grows: watch the margins.
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        flip: Share of wrong labels, in [0, 0.5).
+        divergence: Name in DIVERGENCES, or a transform object.
+        alpha: Parameter of the alpha divergence.
+        p: Parameter of skewed_js.
+
+    Source: Chowdhury et al. 2024, arXiv:2403.00409.
+    Departs: flip = 0.5 is an error, not a division by zero.
+    """
+    transform = resolve_divergence(divergence, alpha=alpha, p=p)
+    return Objective(Preference(Score(beta, transform), Robust(flip)))
+
+
+def ipo(
+    tau: float = 0.1,
+    reduce: Reduce = "mean",
+    divergence: str | Transform = "reverse_kl",
+    alpha: float | None = None,
+    p: float | None = None,
+    length_norm: Literal["log_ratio", "score"] = "log_ratio",
+    compat: Literal["trl-1.16", "official"] | None = None,
+) -> Objective:
+    """Identity preference optimisation.
+
+    loss = (m - 1 / (2 tau))^2, m of per-token mean log-ratios, or of summed ones
+
+    Args:
+        tau: Regularisation, in 1/nats; the target margin is 1 / (2 tau).
+        reduce: "mean" divides each log-ratio by its response's length; "sum" is the paper's equation.
+        divergence: Name in DIVERGENCES, or a transform object.
+        alpha: Parameter of the alpha divergence.
+        p: Parameter of skewed_js.
+        length_norm: What "mean" divides under a divergence: the log_ratio before f', or the score.
+        compat: "trl-1.16" is reduce mean with length_norm score; "official" (the DPO repository) sums.
+
+    Source: Azar et al. 2023, arXiv:2310.12036, eq. 17; TRL reports that its authors use the mean.
+    Departs: the mean is the default; lengths are counted on the scored tokens.
+    """
+    require(0.0 < tau < math.inf, "tau", tau, "above 0 and finite")
+    if compat == "trl-1.16":
+        reduce, length_norm = "mean", "score"
+    elif compat == "official":
+        reduce = "sum"
+    transform = resolve_divergence(divergence, alpha=alpha, p=p)
+    score = Score(tau, transform, reduce=reduce, length_norm=length_norm)
+    return Objective(Preference(score, Squared(0.5, scale=tau)))
+
+
+def hinge(
+    beta: float = 0.1,
+    divergence: str | Transform = "reverse_kl",
+    alpha: float | None = None,
+    p: float | None = None,
+) -> Objective:
+    """Hinge loss on the log-ratio margin (SLiC with a reference).
+
+    loss = max(0, 1 - beta * m)
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        divergence: Name in DIVERGENCES, or a transform object.
+        alpha: Parameter of the alpha divergence.
+        p: Parameter of skewed_js.
+
+    Source: Zhao et al. 2023, arXiv:2305.10425; Liu et al. 2023, arXiv:2309.06657.
+    Departs: nothing.
+    """
+    transform = resolve_divergence(divergence, alpha=alpha, p=p)
+    return Objective(Preference(Score(beta, transform), Hinge()))
+
+
+def rso(gamma: float = 0.05) -> Objective:
+    """RSO's hinge-norm loss; its rejection sampling happens in the data.
+
+    loss = max(0, 1 - gamma * m)
+
+    Args:
+        gamma: Inverse temperature of the implicit reward, in 1/nats.
+
+    Source: Liu et al. 2023, arXiv:2309.06657.
+    Departs: nothing. "norm" means that the reference ratio is kept, not a division by length.
+    """
+    return hinge(gamma)
+
+
+def sigmoid_norm(
+    beta: float = 2.0,
+    divergence: str | Transform = "reverse_kl",
+    alpha: float | None = None,
+    p: float | None = None,
+    length_norm: Literal["log_ratio", "score"] = "log_ratio",
+    compat: Literal["trl-1.16"] | None = None,
+) -> Objective:
+    """DPO on per-token mean log-ratios.
+
+    loss = -log sigmoid(beta * m), m of per-token mean log-ratios
+
+    Args:
+        beta: Inverse temperature, in 1/nats per token; 2 to 10, larger than DPO's.
+        divergence: Name in DIVERGENCES, or a transform object.
+        alpha: Parameter of the alpha divergence.
+        p: Parameter of skewed_js.
+        length_norm: What is divided under a divergence: the log_ratio before f', or the score.
+        compat: "trl-1.16" divides the score.
+
+    Source: TRL 1.16 loss_type sigmoid_norm; Lambert et al. 2024, arXiv:2411.15124.
+    Departs: under a divergence, f' is taken of the per-token ratio, not divided afterwards.
+    """
+    if compat is not None:
+        length_norm = "score"
+    transform = resolve_divergence(divergence, alpha=alpha, p=p)
+    score = Score(beta, transform, reduce="mean", length_norm=length_norm)
+    return Objective(Preference(score, Logistic()))
+
+
+def exo(
+    beta: float = 0.5,
+    flip: float = 1e-3,
+    divergence: str | Transform = "reverse_kl",
+    alpha: float | None = None,
+    p: float | None = None,
+    compat: Literal["official"] | None = None,
+) -> Objective:
+    """Exact optimisation on pairs: reverse KL to the smoothed label.
+
+    loss = q [log q - log(1 - flip)] + (1 - q) [log(1 - q) - log flip], q = sigmoid(beta * m)
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        flip: Label smoothing, in (0, 0.5].
+        divergence: Name in DIVERGENCES, or a transform object.
+        alpha: Parameter of the alpha divergence.
+        p: Parameter of skewed_js.
+        compat: "official" uses the released targets (0, -10) as log-probabilities: flip is exp(-10) and
+            they do not sum to one.
+
+    Source: Ji et al. 2024, arXiv:2402.00856, eq. 16.
+    Departs: the label is normalised.
+    """
+    require(0.0 < flip <= 0.5, "flip", flip, "in (0, 0.5], the label smoothing")
+    link = Exo(math.log1p(-flip), math.log(flip)) if compat is None else Exo(0.0, -10.0)
+    transform = resolve_divergence(divergence, alpha=alpha, p=p)
+    return Objective(Preference(Score(beta, transform), link))
+
+
+def discopop(
+    beta: float = 0.05,
+    tau: float = 0.05,
+    divergence: str | Transform = "reverse_kl",
+    alpha: float | None = None,
+    p: float | None = None,
+) -> Objective:
+    """Discovered preference optimisation: a blend of logistic and exponential loss.
+
+    loss = -log sigmoid(z) * sigmoid(-z / tau) + exp(-z) * sigmoid(z / tau), z = beta * m
+
+    Not monotone in the margin: there is a shoulder near zero.
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        tau: Width of the blend, no unit.
+        divergence: Name in DIVERGENCES, or a transform object.
+        alpha: Parameter of the alpha divergence.
+        p: Parameter of skewed_js.
+
+    Source: Lu et al. 2024, arXiv:2406.08414, eq. 5.
+    Departs: computed as one exponential, finite for all margins.
+    """
+    transform = resolve_divergence(divergence, alpha=alpha, p=p)
+    return Objective(Preference(Score(beta, transform), DiscoPop(tau)))
+
+
+def wpo(
+    beta: float = 0.1,
+    clamp_max: float | None = 1.0,
+    compat: Literal["trl-1.16"] | None = None,
+) -> Objective:
+    """Weighted preference optimisation: pairs the current policy might give count more.
+
+    loss = -w log sigmoid(beta * m), w = min(clamp_max, w_chosen * w_rejected) without gradient,
+    w_side = exp(mean over tokens of [log pi - log sum_v pi(v)^2])
+
+    The same weight goes on any pair loss with the keyword `wpo: true`.
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        clamp_max: Largest weight of a pair; None for no bound.
+        compat: "trl-1.16" does not clamp.
+
+    Source: Zhou et al. 2024, arXiv:2406.11827, eq. 2 and released code.
+    Departs: nothing.
+    """
+    if compat is not None:
+        clamp_max = None
+    return Objective(Preference(Score(beta), Logistic(), wpo=Wpo(clamp_max)))
+
+
+def dpo_gamma(beta: float = 0.1, gamma: float = 1.0) -> Objective:
+    """DPO with a scaled reference.
+
+    loss = -log sigmoid(beta * [log pi(chosen)/pi(rejected) - gamma log ref(chosen)/ref(rejected)])
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        gamma: Weight of the reference: 1 is dpo, 0 is reference-free.
+
+    Source: Chen et al. 2024, arXiv:2405.19534, preference ranking accuracy.
+    Departs: nothing.
+    """
+    return Objective(Preference(Score(beta, reference_weight=gamma), Logistic()))
+
+
+def flex_dpo(beta_chosen: float = 0.1, beta_rejected: float = 0.05) -> Objective:
+    """DPO with one temperature per side.
+
+    loss = -log sigmoid(beta_chosen * r_chosen - beta_rejected * r_rejected), r the log-ratios
+
+    Args:
+        beta_chosen: Scale of the chosen response's log-ratio, in 1/nats.
+        beta_rejected: Scale of the rejected one's; smaller slows the fall of rejected likelihoods.
+
+    Source: 3D-Properties, arXiv:2406.07327 (Flex-DPO).
+    Departs: the default values are ours.
+    """
+    return Objective(Preference(Score((beta_chosen, beta_rejected)), Logistic()))

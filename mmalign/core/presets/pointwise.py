@@ -1,0 +1,141 @@
+"""Losses on pairs that look at each response alone: reverse KL only."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mmalign.core.batchwide import Aot, AotUnpaired, Bco, KahnemanPair, RunningMean
+from mmalign.core.links import ApoDown, ApoZero, Nca, Positive
+from mmalign.core.objective import Objective
+from mmalign.core.score import Score
+from mmalign.core.terms import Preference
+
+
+def nca(beta: float = 0.1) -> Objective:
+    """Noise-contrastive alignment on pairs.
+
+    loss = -log sigmoid(r_w) - [log sigmoid(-r_w) + log sigmoid(-r_l)] / 2,
+    r = beta * log-ratio of the chosen (w) and the rejected (l) response
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+
+    Source: Chen et al. 2024, arXiv:2402.05369.
+    Departs: nothing.
+    """
+    return Objective(Preference(Score(beta), Nca()))
+
+
+def bco(
+    beta: float = 0.1,
+    rows: Literal["pair", "unpaired"] = "pair",
+    shift: Literal["running", "none"] = "running",
+    compat: Literal["trl-1.16"] | None = None,
+) -> Objective:
+    """Binary classifier optimisation.
+
+    loss = -log sigmoid(r_w - delta) - log sigmoid(-(r_l - delta)), r = beta * log-ratio,
+    delta = running mean of all rewards seen
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        rows: Read pairs, or single rated responses (one of the two summands each).
+        shift: "running" takes a batch into delta before using it, over all processes, in training
+            only; it is saved with checkpoints. "none" is delta = 0.
+        compat: "trl-1.16" has no delta.
+
+    Source: Jung et al. 2024, arXiv:2404.04656; the running mean as in TRL 1.10's BCOTrainer.
+    Departs: a prompt classifier's density-ratio weights are data: put them in a record's `weight`.
+    """
+    running = shift == "running" and compat is None
+    state = RunningMean() if running else None
+    return Objective(Bco(Score(beta), shift=state, kind=rows))
+
+
+def apo_zero(beta: float = 0.1) -> Objective:
+    """Anchored preference optimisation, zero: for chosen responses better than the model's own.
+
+    loss = sigmoid(-r_w) + sigmoid(r_l), r = beta * log-ratio
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+
+    Source: D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7.
+    Departs: nothing.
+    """
+    return Objective(Preference(Score(beta), ApoZero()))
+
+
+def apo_down(beta: float = 0.1) -> Objective:
+    """Anchored preference optimisation, down: for chosen responses worse than the model's own.
+
+    loss = sigmoid(r_w) + sigmoid(-(r_w - r_l)), r = beta * log-ratio
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+
+    Source: D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 8.
+    Departs: nothing.
+    """
+    return Objective(Preference(Score(beta), ApoDown()))
+
+
+def dpop(beta: float = 0.3, penalty: float = 50.0) -> Objective:
+    """DPO-positive (Smaug): a penalty where the chosen response becomes less likely.
+
+    loss = -log sigmoid(beta * [m - penalty * max(0, -log-ratio of chosen)])
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        penalty: Weight of the chosen response's lost log-ratio, no unit.
+
+    Source: Pal et al. 2024, arXiv:2402.13228.
+    Departs: nothing.
+    """
+    return Objective(Preference(Score(beta), Positive(penalty)))
+
+
+def kto_pair(beta: float = 0.1) -> Objective:
+    """KTO's older form for pairs.
+
+    loss = [sigmoid(-(r_w - z_l)) + sigmoid(r_l - z_w)] / 2, z = max(0, batch mean of r), no gradient
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+
+    Source: uclaml/SPPO released code, loss_type kto_pair; prefer kto.
+    Departs: the baselines are means over all processes.
+    """
+    return Objective(KahnemanPair(Score(beta)))
+
+
+def aot(beta: float = 0.1, flip: float = 0.0) -> Objective:
+    """Alignment by optimal transport, paired.
+
+    loss = -(1 - flip) log sigmoid(beta * q) - flip log sigmoid(-beta * q),
+    q_i = sort(policy margins)_i - sort(reference margins)_i over the batch
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        flip: Label smoothing, in [0, 0.5].
+
+    Source: Melnyk et al. 2024, arXiv:2406.05882.
+    Departs: sorts the rows of all processes; accumulation steps still sort separately.
+    """
+    return Objective(Aot(Score(beta), flip))
+
+
+def aot_unpaired(beta: float = 0.1, flip: float = 0.0) -> Objective:
+    """Alignment by optimal transport, between all chosen and all rejected responses.
+
+    loss = -(1 - flip) log sigmoid(beta * q) - flip log sigmoid(-beta * q),
+    q_i = sort(chosen log-ratios)_i - sort(rejected log-ratios)_i over the batch
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        flip: Label smoothing, in [0, 0.5].
+
+    Source: Melnyk et al. 2024, arXiv:2406.05882.
+    Departs: sorts the rows of all processes; accumulation steps still sort separately.
+    """
+    return Objective(AotUnpaired(Score(beta), flip))

@@ -1,0 +1,176 @@
+"""Losses of video and multimodal papers: spans, corrupted inputs, anchors.
+
+Roles after the pair: "corrupted" is the chosen response under a corrupted visual input,
+"rejected_corrupted" the rejected response under it.
+"""
+
+from __future__ import annotations
+
+import math
+
+from mmalign.core.links import Anchor, Contrast, Logistic
+from mmalign.core.numerics import require
+from mmalign.core.objective import Objective
+from mmalign.core.score import Score
+from mmalign.core.terms import KlPenalty, Nll, NllReduce, Preference
+from mmalign.core.types import Needs
+
+
+def rrpo(beta: float = 0.1, alpha: float = 0.01) -> Objective:
+    """Refined regularised preference optimisation: reward on spans, token KL on the chosen response.
+
+    loss = -log sigmoid(beta * m_spans) + alpha * KL(reference, policy) summed over the chosen response
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats. 0.1 to 0.9.
+        alpha: Weight of the KL, no unit. 0.01 to 0.1.
+
+    Source: Sarkar et al. 2025, arXiv:2504.12083, released code.
+    Departs: spans count only on response tokens, and the lowest span id is never dropped; the published
+        formula's sign of the KL is the code's.
+    """
+    require(0.0 <= alpha < math.inf, "alpha", alpha, "at least 0")
+    term = Preference(Score(beta, weighted=True), Logistic())
+    return Objective(term, KlPenalty(alpha)) if alpha else Objective(term)
+
+
+def adpo(beta: float = 0.1, nll_weight: float = 0.0) -> Objective:
+    """CAT's ambiguity-aware DPO: DPO on pairs of precise and vague answers.
+
+    loss = -log sigmoid(beta * m) + nll_weight * NLL(chosen)
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        nll_weight: Weight of the chosen response's mean negative log-likelihood; the release accepts one
+            and never uses it.
+
+    Source: Ye et al. 2024, arXiv:2403.04640, released code.
+    Departs: labels are those of the expanded sequence, padding is not scored, the mean is over rows.
+    """
+    require(0.0 <= nll_weight < math.inf, "nll_weight", nll_weight, "at least 0")
+    term = Preference(Score(beta), Logistic())
+    return Objective(term, Nll(nll_weight)) if nll_weight else Objective(term)
+
+
+def vdpo(beta: float = 0.1) -> Objective:
+    """Visual DPO: the same response preferred under the true input to a corrupted one.
+
+    loss = -log sigmoid(beta * [h(y | v) - h(y | v_corrupted)]), h the log-ratio
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+
+    Source: the conditional term of mDPO; video DPO with fixed responses.
+    Departs: nothing.
+    """
+    return Objective(Preference(Score(beta), Logistic()))
+
+
+def pami_vdpo(beta: float = 0.1) -> Objective:
+    """PaMi-VDPO: the response under its clip against the same under an augmented clip.
+
+    loss = -w log sigmoid(beta * [h(y | v) - h(y | v_augmented)]), h the log-ratio, w = row weight
+
+    The adapter chooses the clip. Soft selection over K clips makes K rows with weights K * a_k.
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+
+    Source: Ding et al. 2025, arXiv:2504.05810; reconstructed, no public code.
+    Departs: constants are ours.
+    """
+    return Objective(Preference(Score(beta), Logistic()))
+
+
+def mdpo(beta: float = 0.1, anchor: float = 0.0) -> Objective:
+    """Multimodal DPO: response preference, visual preference and an anchor on the chosen response.
+
+    loss = -log sigmoid(beta * [h(y_w|v) - h(y_l|v)]) - log sigmoid(beta * [h(y_w|v) - h(y_w|v_c)])
+    - log sigmoid(beta * h(y_w|v) - anchor), h the log-ratio, v_c the corrupted input
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        anchor: Floor of the chosen response's reward, no unit.
+
+    Source: Wang et al. 2024, arXiv:2406.11839.
+    Departs: nothing.
+    """
+    score = Score(beta)
+    return Objective(
+        Preference(score, Logistic()),
+        Preference(score, Logistic(), candidates=(0, 2)),
+        Preference(score, Anchor(anchor), candidates=(0,)),
+        needs=Needs(rows="pair", roles=("corrupted",)),
+    )
+
+
+def vdpo_symmetric(beta: float = 0.1) -> Objective:
+    """Symmetric visual DPO: each response is preferred under its own input.
+
+    loss = -1/2 log sigmoid(beta * [h(y_w|v) - h(y_w|v_c)]) - 1/2 log sigmoid(beta * [h(y_l|v_c) - h(y_l|v)])
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+
+    Source: symmetric variant of visual DPO; ours.
+    Departs: not published.
+    """
+    score = Score(beta)
+    return Objective(
+        Preference(score, Logistic(), coef=0.5, candidates=(0, 2)),
+        Preference(score, Logistic(), coef=0.5, candidates=(3, 1)),
+        needs=Needs(rows="pair", roles=("corrupted", "rejected_corrupted")),
+    )
+
+
+def povid(beta: float = 0.1, beta_rejected: float = 0.1) -> Objective:
+    """POVID: the chosen response against a rejected one and one under a noised image.
+
+    loss = -log sigmoid(beta * h(y_w|v) - beta_rejected * [h(y_l|v) + h(y'|v_noisy)]), h the log-ratio
+
+    Args:
+        beta: Scale of the chosen response's log-ratio, in 1/nats.
+        beta_rejected: Scale of each rejected log-ratio, in 1/nats.
+
+    Source: Zhou et al. 2024, arXiv:2402.11411.
+    Departs: one scale for both rejected terms.
+    """
+    score = Score((beta, beta_rejected, beta_rejected))
+    return Objective(
+        Preference(score, Contrast(), candidates=(0, 1, 2)),
+        needs=Needs(roles=("rejected_corrupted",)),
+    )
+
+
+def tpo_temporal(
+    beta: float = 0.1, nll_weight: float = 0.5, nll_reduce: NllReduce = "mean"
+) -> Objective:
+    """Temporal preference optimisation of long videos: DPO plus likelihood of the chosen response.
+
+    loss = -log sigmoid(beta * m) + nll_weight * NLL(chosen)
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        nll_weight: Weight of the likelihood term.
+        nll_reduce: "mean" over the response's tokens; "sum"; "batch_token" over the batch's.
+
+    Source: Li et al. 2025, arXiv:2501.13919.
+    Departs: nothing known; no code was run.
+    """
+    require(0.0 <= nll_weight < math.inf, "nll_weight", nll_weight, "at least 0")
+    return Objective(Preference(Score(beta), Logistic()), Nll(nll_weight, nll_reduce))
+
+
+def ha_dpo(beta: float = 0.1, nll_weight: float = 0.5) -> Objective:
+    """Hallucination-aware DPO: DPO plus the summed likelihood of style-consistent answers.
+
+    loss = -log sigmoid(beta * m) - nll_weight * log pi(chosen)
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        nll_weight: Weight of the summed negative log-likelihood, per nat.
+
+    Source: Zhao et al. 2023, arXiv:2311.16839.
+    Departs: the auxiliary likelihood is the chosen response's.
+    """
+    return tpo_temporal(beta, nll_weight, "sum")
