@@ -1,0 +1,225 @@
+"""Tensors computed once and kept on disk, found again by a hash of everything they depend on.
+
+A folder holds shards in the safetensors format; tensor `KEY/NAME` is tensor NAME of the entry KEY.
+Shards are written to a temporary name, flushed to disk and renamed, so a killed run leaves whole
+shards only; the next run goes on from there. An entry whose key does not match is a miss, and so is
+one whose bytes do not match their checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import zlib
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from types import TracebackType
+
+    from mmalign.data.example import Example
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+log = logging.getLogger(__name__)
+
+VERSION = "1"  # raise it when entries of the same key change meaning
+_DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BOOL": "?",
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where one tensor's bytes lie."""
+
+    shard: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+    checksum: int
+
+
+class TensorCache:
+    """A store of named arrays by key, for reading while training and for writing beforehand.
+
+    Attributes:
+        hits, misses: Lookups so far.
+        corrupt: Shards and entries that could not be used; they count as misses.
+    """
+
+    def __init__(
+        self, folder: str | Path, settings: Mapping[str, str], *, shard_bytes: int = 64 << 20
+    ) -> None:
+        """Open a folder, made when it is first written to.
+
+        Args:
+            folder: Where the shards lie; may serve several models and settings.
+            settings: All that decides the values beside the record: fingerprints of model and
+                encoding, dtype, what is stored. Any change makes every old entry a miss.
+            shard_bytes: Size at which `put` writes what it has gathered.
+        """
+        self.folder = Path(folder)
+        self.settings = dict(settings)
+        self.shard_bytes = shard_bytes
+        self.hits = self.misses = self.corrupt = 0
+        self._pending: dict[str, dict[str, Array]] = {}
+        self._pending_bytes = 0
+        self._index: dict[str, dict[str, _Place]] = {}
+        for shard in sorted(self.folder.glob("*.safetensors")):
+            self._read_header(shard)
+
+    def __len__(self) -> int:
+        """Entries on disk, of any settings, and those not yet written."""
+        return len(self._index.keys() | self._pending.keys())
+
+    def __enter__(self) -> Self:
+        """The cache itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Write what is left, also when the work was interrupted."""
+        self.flush()
+
+    def key(self, content: object) -> str:
+        """The key of a record under these settings; see `content_of` for examples."""
+        parts = [VERSION, sorted(self.settings.items()), content]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """The keys that have no entry yet, in order, each once."""
+        return [k for k in dict.fromkeys(keys) if k not in self._index and k not in self._pending]
+
+    def get(self, key: str) -> dict[str, Array] | None:
+        """The arrays of an entry; None, and a miss, when there is none that can be trusted."""
+        found = self._pending.get(key)
+        if found is None and key in self._index:
+            found = self._read(key)
+        if found is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        return found
+
+    def put(self, key: str, arrays: Mapping[str, Array]) -> None:
+        """Add an entry; written once enough have been gathered, or by `flush`.
+
+        Args:
+            key: From `key`.
+            arrays: Any numpy arrays; bfloat16 goes in as its bits, viewed as int16.
+        """
+        self._pending[key] = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        self._pending_bytes += sum(array.nbytes for array in arrays.values())
+        if self._pending_bytes >= self.shard_bytes:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was put so far as one shard."""
+        if not self._pending:
+            return
+        from safetensors.numpy import save
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{k}/{n}": array for k, entry in self._pending.items() for n, array in entry.items()
+        }
+        sums = {name: str(zlib.crc32(array.tobytes())) for name, array in tensors.items()}
+        name = hashlib.sha256("".join(sorted(tensors)).encode()).hexdigest()[:32]
+        shard = self.folder / f"{name}.safetensors"
+        partial = self.folder / f".{name}.{os.getpid()}.part"
+        with partial.open("wb") as stream:
+            stream.write(save(tensors, metadata=sums))
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(shard)
+        self._pending, self._pending_bytes = {}, 0
+        self._read_header(shard)
+
+    def _read_header(self, shard: Path) -> None:
+        """Index a shard from its header: 8 bytes of length, JSON, then the tensors' bytes."""
+        try:
+            with shard.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                size = os.fstat(stream.fileno()).st_size
+                header = json.loads(stream.read(min(length, size)))
+            sums = header.pop("__metadata__")
+            places = {
+                name: _Place(
+                    shard,
+                    8 + length + entry["data_offsets"][0],
+                    _DTYPES[entry["dtype"]],
+                    tuple(entry["shape"]),
+                    int(sums[name]),
+                )
+                for name, entry in header.items()
+            }
+            whole = max(entry["data_offsets"][1] for entry in header.values()) + 8 + length <= size
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self._damaged(shard, str(error))
+            return
+        if not whole:
+            self._damaged(shard, "it ends too early")
+            return
+        for name, place in places.items():
+            key, _, array = name.partition("/")
+            self._index.setdefault(key, {})[array] = place
+
+    def _read(self, key: str) -> dict[str, Array] | None:
+        arrays: dict[str, Array] = {}
+        for name, place in self._index[key].items():
+            dtype = np.dtype(place.dtype)
+            count = int(np.prod(place.shape, dtype=np.int64))
+            with place.shard.open("rb") as stream:
+                stream.seek(place.offset)
+                data = stream.read(count * dtype.itemsize)
+            if zlib.crc32(data) != place.checksum:
+                self._damaged(place.shard, f"the checksum of {name} is wrong")
+                del self._index[key]
+                return None
+            arrays[name] = np.frombuffer(bytearray(data), dtype).reshape(place.shape)
+        return arrays
+
+    def _damaged(self, shard: Path, reason: str) -> None:
+        self.corrupt += 1
+        log.warning("%s cannot be used (%s); its entries are made anew", shard, reason)
+
+
+def content_of(example: Example) -> dict[str, Any]:
+    """All of an example that a model sees, ready for `TensorCache.key`.
+
+    Left out are its name, labels and weight, which change no log-probability. A file counts with
+    its path, size and time of change.
+    """
+    return {
+        name: _plain(getattr(example, name)) for name in ("prompt", "candidates", "video", "audio")
+    }
+
+
+def estimate_bytes(arrays: Mapping[str, Array], num_rows: int) -> int:
+    """Size on disk of `num_rows` entries like this one, in bytes."""
+    return num_rows * sum(array.nbytes for array in arrays.values())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        info = value.stat()
+        return [str(value), info.st_size, info.st_mtime_ns]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {
+            name: _plain(getattr(value, name)) for name in (item.name for item in fields(value))
+        }
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
