@@ -65,13 +65,13 @@ class Example:
         return len(rated) > 1 and len(set(rated)) == 1
 
 
-def as_text(text: Prompt) -> str:
+def as_text(text: Prompt | Path) -> str:
     """A prompt or response as one string, with the roles of a conversation."""
-    if isinstance(text, str):
-        return text
+    if not isinstance(text, tuple):
+        return str(text)
     return "\n".join(f"{turn.role}: {turn.content}" for turn in text)
 
 
-def normalised(text: Prompt) -> str:
+def normalised(text: Prompt | Path) -> str:
     """The text without what does not make it another one: case, spacing, forms of a character."""
     return " ".join(unicodedata.normalize("NFKC", as_text(text)).casefold().split())

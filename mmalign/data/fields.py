@@ -126,7 +126,8 @@ class Fields:
         result = number(value)
         if result is None or not low <= result <= high:
             bounds = f"of at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
-            self.fail(f"{key} must be a finite number {bounds}", f"is {show(value)}")
+            bounds = "" if math.isinf(low) else f" {bounds}"
+            self.fail(f"{key} must be a finite number{bounds}", f"is {show(value)}")
             return None
         return result
 

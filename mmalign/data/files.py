@@ -231,7 +231,7 @@ def _hub_dataset(path: str, name: str | None, split: str | None) -> Iterator[Row
         raise DataError(
             f"{path}: neither a file or folder here nor a hub dataset that can be loaded: {error}"
         ) from error
-    return _dataset_rows(path, data, None)
+    return _dataset_rows(path, data if split is None else {split: data}, split)
 
 
 def _dataset_rows(path: str, data: Any, split: str | None) -> Iterator[Row]:

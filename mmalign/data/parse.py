@@ -14,7 +14,9 @@ exp(-alpha * cosine distance)) go into `weight`.
 
 from __future__ import annotations
 
+import math
 from difflib import get_close_matches
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from mmalign.data.example import Candidate, Example, ExampleKind, Message, Prompt
@@ -36,6 +38,8 @@ OPTIONAL = {
     "votes_chosen": "pair: votes for chosen; a vote for a tie counts half for each side",
     "votes_rejected": "pair: votes for rejected",
     "votes_tie": "pair: votes for a tie",
+    "label_chosen": "pair: a graded label of chosen (win rate for SPPO and EGPO, score for GPO)",
+    "label_rejected": "pair: the same of rejected; the two need not add to 1",
     "prompt_chosen": "pair: the prompt of chosen where the two differ",
     "prompt_rejected": "pair: the prompt of rejected",
     "spans": "character ranges [start, end) of the response; one list a response for lists",
@@ -76,6 +80,8 @@ def read_record(record: Mapping[str, Any], *, where: str) -> tuple[Example | Non
     """Like `parse_record`, but hands the problems back; the Example is None when there are any."""
     fields = Fields(record)
     kind = _kind(fields)
+    if kind is None:
+        return None, fields.problems
     prompt = _prompt(fields, "prompt") if "prompt" in fields or not _own_prompts(fields) else ""
     rated: list[Candidate | None]
     if kind == "pair":
@@ -96,8 +102,7 @@ def read_record(record: Mapping[str, Any], *, where: str) -> tuple[Example | Non
         fields.fail("meta must be an object")
     fields.get("split")
     unread = fields.unread()
-    _refuse_near_misses(fields, unread)
-
+    _check_unread(fields, unread, kind)
     candidates = tuple(c for c in (*rated, *extra) if c is not None)
     if fields.problems or prompt is None or meta is None:
         return None, fields.problems
@@ -114,7 +119,7 @@ def read_record(record: Mapping[str, Any], *, where: str) -> tuple[Example | Non
     return example, []
 
 
-def _kind(fields: Fields) -> ExampleKind:
+def _kind(fields: Fields) -> ExampleKind | None:
     kinds: list[ExampleKind] = []
     if "chosen" in fields or "rejected" in fields:
         kinds.append("pair")
@@ -126,7 +131,7 @@ def _kind(fields: Fields) -> ExampleKind:
         fields.fail("no response: give chosen and rejected, responses and scores, or response")
     elif len(kinds) > 1:
         fields.fail("more than one kind of record at once", f"found {' and '.join(kinds)}")
-    return kinds[0] if kinds else "plain"
+    return kinds[0] if kinds else None
 
 
 def _own_prompts(fields: Fields) -> bool:
@@ -184,8 +189,19 @@ def _pair(fields: Fields) -> tuple[list[Candidate | None], tuple[float, ...]]:
         left, right = (chosen.response, chosen.prompt), (rejected.response, rejected.prompt)
         if left == right:
             fields.fail("chosen equals rejected")
+    return sides, _pair_labels(fields)
+
+
+def _pair_labels(fields: Fields) -> tuple[float, float]:
     p = _p_chosen(fields)
-    return sides, (p, 1.0 - p)
+    graded = [fields.number(f"label_{side}", -math.inf) for side in ("chosen", "rejected")]
+    if graded == [None, None]:
+        return (p, 1.0 - p)
+    if None in graded:
+        fields.fail("label_chosen and label_rejected must be given together")
+    if p != 1.0:
+        fields.fail("label_chosen is given beside a probability, votes or tie; give one of them")
+    return (graded[0] or 0.0, graded[1] or 0.0)
 
 
 def _p_chosen(fields: Fields) -> float:
@@ -251,9 +267,16 @@ def _extra_roles(fields: Fields) -> list[Candidate | None]:
     return extra
 
 
-def _refuse_near_misses(fields: Fields, unread: Mapping[str, Any]) -> None:
-    """An extra key is kept in `meta`, unless it looks like a misspelt one that would be ignored."""
+def _check_unread(fields: Fields, unread: Mapping[str, Any], kind: ExampleKind) -> None:
+    """What is left goes to `meta`, unless it looks meant to be read and would be ignored."""
     for key in unread:
-        near = [name for name in get_close_matches(key, _MISSPELT, 1, 0.85) if name not in fields]
-        if near:
+        near = [name for name in _alike(key) if name not in fields]
+        if key in OPTIONAL or key in KIND_KEYS:
+            fields.fail(f"the key {key!r} means nothing in a record of kind {kind}")
+        elif near:
             fields.fail(f"unknown key {key!r}; did you mean {near[0]!r}?")
+
+
+@cache
+def _alike(key: str) -> list[str]:
+    return get_close_matches(key, _MISSPELT, 1, 0.85)

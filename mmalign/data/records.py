@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mmalign.data.convert import to_record
 from mmalign.data.fields import Problem
@@ -12,8 +15,7 @@ from mmalign.data.parse import read_record
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping
 
     from mmalign.data.example import Example
 
@@ -27,6 +29,7 @@ class Record:
     split: str  # "" when the row names none
     example: Example | None
     problems: tuple[Problem, ...] = ()
+    value: Mapping[str, Any] = field(default_factory=dict[str, Any])  # the canonical record
 
 
 def read_records(
@@ -38,9 +41,11 @@ def read_records(
 ) -> Iterator[Record]:
     """Every row of a source; `split` names a hub split, or a value of the `split` column."""
     first_use: dict[str, str] = {}
+    other_splits: set[str] = set()
     for row in read_rows(path, name=name, split=split):
         part = str((row.value or {}).get("split") or "")
-        if split is not None and part and part != split:
+        if split is not None and row.value is not None and part != split:
+            other_splits.add(part)
             continue
         record, problems = {}, [Problem(row.problem)]
         if row.value is not None:
@@ -51,11 +56,15 @@ def read_records(
         example = None
         if record:
             example, problems = read_record(record, where=row.place)
-        identity = str(record.get("id") or row.place)
+        identity = str(record.get("id", row.place))
         if identity in first_use:
             problems.append(Problem("the id is not unique", f"is also at {first_use[identity]}"))
         first_use.setdefault(identity, row.place)
-        yield Record(row.place, identity, part, None if problems else example, tuple(problems))
+        example = None if problems else example
+        yield Record(row.place, identity, part, example, tuple(problems), record)
+    if other_splits and not first_use:
+        named = ", ".join(sorted(other_splits - {""})) or "it has no `split` column"
+        raise DataError(f"{path}: no row has the split {split!r}; found: {named}")
 
 
 @dataclass(slots=True)
@@ -65,13 +74,16 @@ class ProblemList:
     groups: dict[str, list[tuple[Record, Problem]]] = field(
         default_factory=dict[str, "list[tuple[Record, Problem]]"]
     )
-    num_records: int = 0  # with at least one problem
 
-    def add(self, record: Record) -> None:
-        """Take in the problems of one record."""
-        self.num_records += bool(record.problems)
-        for problem in record.problems:
+    def add(self, record: Record, *problems: Problem) -> None:
+        """Take in problems of one record."""
+        for problem in problems:
             self.groups.setdefault(problem.what, []).append((record, problem))
+
+    @property
+    def num_records(self) -> int:
+        """Records with at least one problem."""
+        return len({record.place for group in self.groups.values() for record, _ in group})
 
     def lines(self, show: int = 8) -> list[str]:
         """One sentence for each kind of problem: the first in full, the places of `show` more."""
@@ -96,3 +108,49 @@ def _sentence(group: list[tuple[Record, Problem]], show: int) -> str:
     places = ", ".join(other.place.rpartition(":")[2] for other, _ in group[1 : show + 1])
     dots = ", ..." if len(group) > show + 1 else ""
     return f"{text} {len(group) - 1} more have the same problem: {places}{dots}."
+
+
+def convert_file(
+    source: str | Path,
+    out: str | Path,
+    *,
+    layout: str | None = None,
+    split: str | None = None,
+    drop_bad: bool = False,
+) -> tuple[int, int]:
+    """Write the records of a file or dataset in mmalign's own layout, as JSONL.
+
+    Args:
+        source: File, saved dataset or hub name.
+        out: The JSONL file to write; it appears whole or not at all.
+        layout: A name of `LAYOUTS`; None to recognise it.
+        split: Only these rows.
+        drop_bad: Leave out records with problems instead of stopping.
+
+    Returns:
+        How many records were written and how many left out.
+
+    Raises:
+        DataError: naming the problems, unless they are left out.
+    """
+    target = Path(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    problems = ProblemList()
+    written = 0
+    partial = target.with_name(target.name + ".partial")
+    try:
+        with partial.open("w", encoding="utf-8") as handle:
+            for record in read_records(source, split=split, layout=layout):
+                problems.add(record, *record.problems)
+                if record.example is not None:
+                    # Dates and such, which only tables hold, are written as text.
+                    handle.write(json.dumps(record.value, ensure_ascii=False, default=str) + "\n")
+                    written += 1
+        if problems.groups and not drop_bad:
+            raise problems.error(str(source))
+        if not written:
+            raise DataError(f"{source}: holds no records that can be used")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return written, problems.num_records

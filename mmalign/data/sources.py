@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +29,7 @@ def load_examples(
     """Read, check and shape the rows of a run; the same config and seed give the same rows.
 
     Held out are: the rows of `data.eval`; else rows of the train sources whose `split` says so;
-    else a share `data.eval_fraction` of the prompts.
+    else a share `data.eval_fraction` of the prompts. Rows so marked are never trained on.
 
     Args:
         config: The `data` section.
@@ -41,22 +43,27 @@ def load_examples(
         DataError: for anything that cannot be used, naming file and line.
     """
 
-    def shape(rows: Sequence[Example]) -> list[Example]:
+    def shape(rows: Sequence[Example], needs: Needs) -> list[Example]:
         return fit(rows, needs, ties=config.ties, swap=config.swap, list_pairs=config.list_pairs)
 
-    train: list[Example] = []
     held_out: list[Example] = []
-    for i, source in enumerate(config.train):
+    sources: list[list[Example]] = []
+    for source in config.train:
         here, there = _parts(source, config)
-        train += _repeat(shape(here), source.weight, seed + i)
+        sources.append(here)
         held_out += there
     if config.eval:
         parts = [_parts(source, config) for source in config.eval]
         held_out = [row for here, there in parts for row in there or here]
-    evaluation = shape(held_out)
-    if not evaluation and config.eval_fraction:
-        train, evaluation = _hold_out(train, config.eval_fraction)
-    train = _sample(train, config.max_samples, seed)
+    elif not held_out and config.eval_fraction:
+        sources, held_out = _hold_out(sources, config.eval_fraction)
+    mixed = [
+        row
+        for i, (source, rows) in enumerate(zip(config.train, sources, strict=True))
+        for row in _repeat(rows, source.weight, seed + i)
+    ]
+    train = _sample(shape(mixed, needs), config.max_samples, seed)
+    evaluation = shape(held_out, _on_pairs(held_out, needs))
     evaluation = _sample(evaluation, config.max_eval_samples, seed)
     if not train:
         names = ", ".join(source.path for source in config.train)
@@ -68,6 +75,19 @@ def load_examples(
     return train, evaluation
 
 
+@dataclass(frozen=True, slots=True)
+class _PairNeeds:
+    rows: str = "pair"
+    candidates: int = 2
+    roles: tuple[str, ...] = ()
+
+
+def _on_pairs(rows: Sequence[Example], needs: Needs) -> Needs:
+    """Needs for evaluation: where one response is enough (sft), pairs still tell a ranking."""
+    enough = needs.rows == "any" and needs.candidates <= 1
+    return _PairNeeds() if enough and all(row.kind == "pair" for row in rows) else needs
+
+
 def _parts(source: DataSource, config: DataConfig) -> tuple[list[Example], list[Example]]:
     """The rows of one source, and apart from them those its `split` column holds out."""
     problems = ProblemList()
@@ -77,14 +97,13 @@ def _parts(source: DataSource, config: DataConfig) -> tuple[list[Example], list[
     records = read_records(source.path, name=source.name, split=source.split, layout=source.layout)
     for record in records:
         total += 1
-        problems.add(record)
+        problems.add(record, *record.problems)
         if record.example is not None:
             held_out = source.split is None and record.split.lower() in HELD_OUT
             (there if held_out else here).append(record.example)
     if not total:
-        wanted = f" with split {source.split!r}" if source.split else ""
-        raise DataError(f"{source.path}: holds no records{wanted}")
-    if problems.num_records:
+        raise DataError(f"{source.path}: holds no records")
+    if problems.groups:
         if config.bad_rows == "stop":
             raise problems.error(source.path)
         message = "%s: %d of %d records have problems and are left out: %s"
@@ -106,16 +125,24 @@ def _sample(rows: list[Example], size: int | None, seed: int) -> list[Example]:
     return [rows[i] for i in sorted(chosen.tolist())]
 
 
-def _hold_out(rows: list[Example], fraction: float) -> tuple[list[Example], list[Example]]:
+def _hold_out(
+    sources: list[list[Example]], fraction: float
+) -> tuple[list[list[Example]], list[Example]]:
     """Prompts whose hash lies below `fraction`: the same whatever the file, order and seed."""
-    place = {as_text(row.prompt): 1.0 for row in rows}
-    for prompt in place:
-        place[prompt] = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7]) / 2**56
+
+    def place(row: Example) -> float:
+        return int.from_bytes(hashlib.sha256(as_text(row.prompt).encode()).digest()[:6]) / 2**48
+
+    places = [[place(row) for row in rows] for rows in sources]
+    lowest = min((p for part in places for p in part), default=1.0)
     # A small file may have no prompt below the fraction: then the lowest one is held out.
-    limit = max(fraction, min(place.values(), default=0.0) + 2**-56)
-    held_out = [place[as_text(row.prompt)] < limit for row in rows]
-    train = [row for row, out in zip(rows, held_out, strict=True) if not out]
-    return train, [row for row, out in zip(rows, held_out, strict=True) if out]
+    limit = max(fraction, math.nextafter(lowest, 1.0))
+    train: list[list[Example]] = []
+    held_out: list[Example] = []
+    for rows, part in zip(sources, places, strict=True):
+        train.append([row for row, p in zip(rows, part, strict=True) if p >= limit])
+        held_out += [row for row, p in zip(rows, part, strict=True) if p < limit]
+    return train, held_out
 
 
 def _warn_of_leakage(train: Sequence[Example], evaluation: Sequence[Example]) -> None:

@@ -1,0 +1,194 @@
+"""`mmalign data check`: all problems of the files in one pass, and what is in them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmalign.data.example import Example, as_text, normalised
+from mmalign.data.fields import Problem
+from mmalign.data.files import HELD_OUT
+from mmalign.data.records import ProblemList, Record, read_records
+from mmalign.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+EVAL = "eval"
+QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
+
+
+@dataclass(slots=True)
+class Report:
+    """What `check_files` found. Problems stop a run; warnings do not."""
+
+    names: str
+    problems: ProblemList = field(default_factory=ProblemList)
+    warnings: ProblemList = field(default_factory=ProblemList)
+    num_records: int = 0
+    kinds: Counter[str] = field(default_factory=Counter[str])
+    splits: Counter[str] = field(default_factory=Counter[str])
+    labels: Counter[str] = field(default_factory=Counter[str])
+    lengths: dict[str, list[tuple[int, int]]] = field(
+        default_factory=dict[str, "list[tuple[int, int]]"]
+    )
+    """For each part of a row: (characters, words) of every one."""
+
+    @property
+    def exit_code(self) -> int:
+        """1 when there are problems."""
+        return int(bool(self.problems.groups))
+
+    def text(self, show: int = 20) -> str:
+        """The report for a terminal; `show` places for each kind of problem."""
+        lines = [f"{self.names}: {self.num_records} records"]
+        for title, counts in (
+            ("kinds", self.kinds),
+            ("splits", self.splits),
+            ("labels", self.labels),
+        ):
+            if counts:
+                lines.append(f"  {title:8} " + ", ".join(f"{n} {key}" for key, n in counts.items()))
+        lines += _length_table(self.lengths)
+        for title, found in (("problem", self.problems), ("warning", self.warnings)):
+            if not found.groups:
+                lines.append(f"no {title}s")
+                continue
+            lines.append(f"{title}s in {found.num_records} of {self.num_records} records:")
+            lines += [f"  {line}" for line in found.lines(show)]
+        return "\n".join(lines)
+
+
+def check_files(
+    paths: Sequence[str | Path],
+    *,
+    eval_paths: Sequence[str | Path] = (),
+    layout: str | None = None,
+) -> Report:
+    """Read every record of the files and report every problem with its line.
+
+    Args:
+        paths: Files, saved datasets or hub names. Rows whose `split` column says eval, test or
+            validation count as evaluation rows.
+        eval_paths: More of them, all of evaluation rows.
+        layout: The layout of all of them; None to recognise it.
+    """
+    report = Report(", ".join(map(str, (*paths, *eval_paths))))
+    book = _Book(report)
+    for group, always_eval in ((paths, False), (eval_paths, True)):
+        for path in group:
+            try:
+                for record in read_records(path, layout=layout):
+                    held_out = always_eval or record.split.lower() in HELD_OUT
+                    book.add(record, EVAL if held_out else record.split or "train")
+            except DataError as error:
+                nowhere = Record(str(path), str(path), "", None)
+                report.problems.add(nowhere, Problem(str(error)))
+    book.close()
+    return report
+
+
+class _Book:
+    """Fills a report; keeps what must be compared between records."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.first_row: dict[tuple[str, ...], str] = {}
+        self.train_prompts: set[str] = set()
+        self.train_answers: set[tuple[str, str]] = set()
+        self.eval_rows: list[tuple[Record, str, list[str]]] = []
+        self.lists: list[tuple[Record, int]] = []
+
+    def add(self, record: Record, split: str) -> None:
+        """Take in one record of the split."""
+        self.report.num_records += 1
+        self.report.problems.add(record, *record.problems)
+        row = record.example
+        if row is None:
+            return
+        self.report.kinds[row.kind] += 1
+        self.report.splits[split] += 1
+        self.report.labels[_label(row)] += 1
+        for part, text in _parts(row):
+            self.report.lengths.setdefault(part, []).append((len(text), len(text.split())))
+        if row.kind == "list":
+            self.lists.append((record, row.num_rated))
+        self._compare(record, row, split)
+
+    def _compare(self, record: Record, row: Example, split: str) -> None:
+        warn = self.report.warnings.add
+        prompt = normalised(row.prompt)
+        answers = [normalised(c.response) for c in row.candidates[: row.num_rated]]
+        key, reverse = (prompt, *answers), (prompt, *reversed(answers))
+        if key in self.first_row:
+            warn(record, Problem("rows should differ", f"this one repeats {self.first_row[key]}"))
+        elif row.kind == "pair" and not row.is_tie and reverse in self.first_row:
+            found = f"this one prefers the other response of {self.first_row[reverse]}"
+            warn(record, Problem("rows should not contradict each other", found))
+        self.first_row.setdefault(key, record.place)
+        if split == EVAL:
+            self.eval_rows.append((record, prompt, answers))
+        else:
+            self.train_prompts.add(prompt)
+            self.train_answers.update((prompt, answer) for answer in answers)
+
+    def close(self) -> None:
+        """Compare what needed all records."""
+        for record, prompt, answers in self.eval_rows:
+            leaks = ""
+            if any((prompt, answer) in self.train_answers for answer in answers):
+                leaks = "evaluation prompts with their responses should not be trained on"
+            elif prompt in self.train_prompts:
+                leaks = "evaluation prompts should not be trained on"
+            if leaks:
+                self.report.warnings.add(record, Problem(leaks, "this one is"))
+        usual = Counter(k for _, k in self.lists).most_common(1)
+        for record, k in self.lists:
+            if k != usual[0][0]:
+                what = f"all lists must have the same length, which is mostly {usual[0][0]} here"
+                self.report.problems.add(record, Problem(what, f"this one has {k} responses"))
+
+
+def _label(row: Example) -> str:
+    if row.kind == "list":
+        return f"lists of {row.num_rated}"
+    if row.kind == "plain":
+        return "unrated"
+    if row.kind == "unpaired":
+        return "desirable" if row.labels[0] else "undesirable"
+    if row.is_tie:
+        return "ties"
+    return "hard" if row.labels[:2] == (1.0, 0.0) else "soft"
+
+
+def _parts(row: Example) -> Iterable[tuple[str, str]]:
+    yield "prompt", as_text(row.prompt)
+    rated = ("chosen", "rejected") if row.kind == "pair" else ("response",) * row.num_rated
+    for i, candidate in enumerate(row.candidates):
+        yield candidate.role or rated[i], as_text(candidate.response)
+
+
+def _length_table(lengths: dict[str, list[tuple[int, int]]]) -> list[str]:
+    """Quantiles of characters and words, a line for each part of a row."""
+    if not lengths:
+        return []
+    width = max(map(len, lengths)) + 2
+    head = "".join(f"{name:>8}" for name in ("min", "5%", "median", "95%", "max"))
+    lines = [
+        f"  {'':{width}}{'characters':>40}      {'words':>40}",
+        f"  {'':{width}}{head}      {head}",
+    ]
+    for part, values in lengths.items():
+        table = np.quantile(np.array(values), QUANTILES, axis=0).round().astype(int)
+        characters, words = ("".join(f"{n:8}" for n in table[:, i].tolist()) for i in (0, 1))
+        lines.append(f"  {part:{width}}{characters}      {words}")
+    if {"chosen", "rejected"} <= set(lengths):
+        pairs = zip(lengths["chosen"], lengths["rejected"], strict=True)
+        longer = sum(chosen > rejected for (chosen, _), (rejected, _) in pairs)
+        share = longer / len(lengths["chosen"])
+        lines.append(f"  chosen is the longer one in {share:.0%} of the pairs")
+    return lines
