@@ -317,18 +317,30 @@ def schema() -> dict[str, Any]:
     return RunConfig.model_json_schema()
 
 
-def fingerprint(config: RunConfig) -> str:
-    """A short hash of all that decides the trained numbers, not of what is only reported."""
+def deciding(config: RunConfig) -> dict[str, Any]:
+    """All that decides the trained numbers, not what is only reported or a matter of speed."""
     reporting = {"log_every", "eval_every", "eval_batch_size", "save_every", "sample_every"}
-    decides = config.model_dump(
+    return config.model_dump(
         mode="json",
         exclude={
             "output": True,
             "sample": True,
-            "train": {*reporting, "keep_checkpoints", "trackers"},
+            "train": {
+                *reporting,
+                "keep_checkpoints",
+                "trackers",
+                "num_threads",
+                "check_reference",
+            },
+            "data": {"num_workers", "eval", "max_eval_samples"},
         },
     )
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fingerprint(config: RunConfig) -> str:
+    """A short hash of `deciding`."""
+    decides = json.dumps(deciding(config), sort_keys=True)
+    return hashlib.sha256(decides.encode()).hexdigest()[:16]
 
 
 def check(config: RunConfig, *, where: str = "config") -> Objective:

@@ -1,0 +1,292 @@
+"""How good a policy is on held-out rows, and how sure one can be of that.
+
+`evaluate` scores batches and keeps one record a row; everything else is a pure function of arrays,
+so the same numbers can be had from a run folder's `eval.jsonl`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from mmalign.core import CandidateLogps, Needs, Objective
+    from mmalign.models.adapter import Batch
+
+    Floats = NDArray[np.float64]
+
+SIMULATED_AGREEMENT = 0.75
+"""Share of raters for the better response where the data give none, as in the paper's own code."""
+
+
+def ranked(chosen: Floats, rejected: Floats) -> NDArray[np.bool_]:
+    """Whether the policy gives the chosen response at least the probability of the rejected one.
+
+    log pi(chosen) >= log pi(rejected), from summed or from per-token log-probabilities, [N] each.
+
+    Source: Chen et al. 2024, arXiv:2405.19534, definition 2.3.
+    """
+    return chosen >= rejected
+
+
+def rewarded(chosen_log_ratio: Floats, rejected_log_ratio: Floats) -> NDArray[np.bool_]:
+    """Whether the implicit reward orders a pair rightly; a tie is wrong, as in training logs."""
+    return chosen_log_ratio > rejected_log_ratio
+
+
+def difficulty(ref_chosen: Floats, ref_rejected: Floats) -> Floats:  # [N], [N] -> [N]
+    """c = log ref(rejected) - log ref(chosen), in nats; beta * c >> 1 is hardly fixable."""
+    return ref_rejected - ref_chosen
+
+
+def loss_threshold(c: Floats, beta: float) -> Floats:  # [N] -> [N]
+    """-log sigmoid(beta * c): the policy ranks a pair rightly iff its DPO loss is at most this.
+
+    Source: Chen et al. 2024, arXiv:2405.19534, theorem 4.1.
+    """
+    return np.logaddexp(0.0, -beta * c)
+
+
+def idealised_log_ratio(
+    ref_chosen: Floats, ref_rejected: Floats, agreement: Floats, beta: float, eps: float = 1e-3
+) -> Floats:
+    """log pi*(chosen) - log pi*(rejected) at the exact optimum pi* of the KL-regularised objective.
+
+    = log ref(chosen) - log ref(rejected) + log(a / (1 - a)) / beta
+
+    Args:
+        ref_chosen: Summed log-probabilities under the reference, [N], in nats.
+        ref_rejected: The same for the rejected response, [N].
+        agreement: Share a of raters who prefer the chosen response, [N], kept in [eps, 1 - eps].
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        eps: Distance kept from certainty, where the optimum would be infinite.
+
+    Source: Chen et al. 2024, arXiv:2405.19534, theorem 3.1.
+    """
+    a = np.clip(agreement, eps, 1.0 - eps)
+    return ref_chosen - ref_rejected + (np.log(a) - np.log1p(-a)) / beta
+
+
+def separation(scores: Floats, desirable: NDArray[np.bool_]) -> float:
+    """Share of (desirable, undesirable) pairs of rows that scores order rightly; ties half."""
+    good, bad = scores[desirable], np.sort(scores[~desirable])
+    if not len(good) or not len(bad):
+        return float("nan")
+    below = np.searchsorted(bad, good, side="left") + np.searchsorted(bad, good, side="right")
+    return float(below.mean() / 2 / len(bad))
+
+
+def bootstrap_interval(
+    values: Floats, *, level: float = 0.95, num_resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values` [N], rows drawn with replacement."""
+    rng = np.random.default_rng(seed)
+    size = len(values)
+    resampled = [values[rng.integers(0, size, size)].mean() for _ in range(num_resamples)]
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Held-out numbers.
+
+    Attributes:
+        metrics: Means over rows.
+        intervals: 95 % bootstrap intervals, for the metrics that are means of one value a row.
+        rows: What each row contributed: `id`, `labels`, and per rated candidate `logps` (summed, in
+            nats), `lengths` (positions), with a reference `ref_logps`, with a KL `kl` (summed).
+    """
+
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Tally:
+    """Scores of a share of the batches; shares of several processes are joined with `+`."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)  # metric -> sum, rows
+
+    def __add__(self, other: Tally) -> Tally:
+        sums = dict(self.sums)
+        for name, (total, count) in other.sums.items():
+            before = sums.get(name, (0.0, 0.0))
+            sums[name] = (before[0] + total, before[1] + count)
+        return Tally(self.rows + other.rows, sums)
+
+
+def evaluate(
+    adapter: Callable[[Batch, Needs], CandidateLogps] | nn.Module,
+    objective: Objective,
+    batches: Iterable[Batch],
+    *,
+    needs: Needs | None = None,
+    beta: float | None = None,
+) -> Evaluation:
+    """Score held-out batches and summarise them.
+
+    Args:
+        adapter: Scores a batch; put in evaluation mode by the caller.
+        objective: The loss that is reported; its own metrics are averaged over rows.
+        batches: On the device of the adapter.
+        needs: What to ask of the adapter; by default what the objective needs. Ask for more, e.g.
+            the reference or the KL, to have more reported: only what is available is.
+        beta: Inverse temperature for the idealised accuracy, in 1/nats; without it, it is left out.
+    """
+    tally = Tally()
+    for batch in batches:
+        tally += score(adapter, objective, batch, needs or objective.needs)
+    return summarise(tally, beta=beta)
+
+
+@torch.no_grad()
+def score(
+    adapter: Callable[[Batch, Needs], CandidateLogps] | nn.Module,
+    objective: Objective,
+    batch: Batch,
+    needs: Needs,
+) -> Tally:
+    """Score one batch. The objective is in evaluation mode meanwhile, so its statistics stay."""
+    was_training = objective.training
+    objective.eval()
+    logps = adapter(batch, needs)
+    loss = objective(logps)
+    objective.train(was_training)
+
+    num_rows = len(batch.ids)
+    values = {"loss": loss.value, **loss.metrics}
+    sums = {
+        name: (float(value) * num_rows, float(num_rows))
+        for name, value in values.items()
+        if not bool(torch.isnan(value))
+    }
+    num_rated = logps.policy.shape[1] - len(needs.roles)
+    columns: dict[str, list[Any]] = {
+        "labels": logps.labels[:, :num_rated].tolist(),
+        "logps": _summed(logps.policy, logps.mask, num_rated),
+        "lengths": logps.mask[:, :num_rated].sum(-1).tolist(),
+    }
+    if logps.reference is not None:
+        columns["ref_logps"] = _summed(logps.reference, logps.mask, num_rated)
+    if logps.kl is not None:
+        columns["kl"] = _summed(logps.kl, logps.mask, num_rated)
+    if loss.rows is not None:
+        columns["loss"] = loss.rows.tolist()
+    rows = [
+        {"id": row, **{name: column[i] for name, column in columns.items()}}
+        for i, row in enumerate(batch.ids)
+    ]
+    return Tally(rows, sums)
+
+
+def _summed(values: Tensor, mask: Tensor, num_rated: int) -> list[list[float]]:
+    return values.double().where(mask, 0.0)[:, :num_rated].sum(-1).tolist()
+
+
+def summarise(tally: Tally, *, beta: float | None = None) -> Evaluation:
+    """The means of a tally, with what the rows themselves tell about ranking, rewards and drift."""
+    metrics = {name: total / count for name, (total, count) in tally.sums.items()}
+    values = row_values(tally.rows, beta=beta)
+    intervals = {}
+    for name, column in values.items():
+        present = column[~np.isnan(column)]
+        if len(present):
+            metrics.setdefault(name, float(present.mean()))
+        if len(present) > 1:
+            intervals[name] = bootstrap_interval(present)
+    metrics |= _over_rows(tally.rows)
+    if "idealised_accuracy" in metrics:
+        metrics["alignment_gap"] = metrics["idealised_accuracy"] - metrics["ranking_accuracy"]
+    return Evaluation(metrics, intervals, tally.rows)
+
+
+def row_values(
+    rows: Sequence[Mapping[str, Any]], *, beta: float | None = None
+) -> dict[str, Floats]:
+    """Every metric that is a mean over rows, one value a row; nan where a row has none.
+
+    A row with several rated candidates counts all pairs with different labels, so pairs and lists
+    are one case. Names:
+        ranking_accuracy, ranking_accuracy_per_token: by log-probability, summed and per position
+        reward_accuracy, log_ratio_margin: by log-ratio with the reference
+        ref_ranking_accuracy, difficulty, idealised_accuracy: of the reference
+        drift/chosen, drift/rejected: summed log pi - log ref of the best and worst rated response;
+            drift/desirable, drift/undesirable for single responses
+        kl_per_token: mean KL(reference, policy)
+    """
+    if not rows:
+        return {}
+    table = {
+        name: np.asarray([row[name] for row in rows], dtype=np.float64)
+        for name in ("labels", "logps", "lengths", "ref_logps", "kl", "loss")
+        if name in rows[0]
+    }
+    labels, logps = table["labels"], table["logps"]  # [N, K]
+    lengths = np.maximum(table["lengths"], 1.0)
+    values: dict[str, Floats] = {"loss": table["loss"]} if "loss" in table else {}
+    if "kl" in table:
+        values["kl_per_token"] = table["kl"].sum(1) / lengths.sum(1)
+    log_ratio = logps - table["ref_logps"] if "ref_logps" in table else None
+
+    if labels.shape[1] == 1:
+        if log_ratio is not None:
+            desirable = labels[:, 0] > 0.5
+            values["drift/desirable"] = np.where(desirable, log_ratio[:, 0], np.nan)
+            values["drift/undesirable"] = np.where(desirable, np.nan, log_ratio[:, 0])
+        return values
+
+    better = labels[:, :, None] > labels[:, None, :]  # [N, K, K]  candidate i is rated above j
+
+    def over_pairs(function: Callable[..., Any], scores: Floats) -> Floats:
+        """Mean of function(score of the better, score of the worse) over a row's pairs."""
+        found = np.asarray(function(scores[:, :, None], scores[:, None, :]), dtype=np.float64)
+        count = better.sum((1, 2))
+        return np.where(count > 0, (found * better).sum((1, 2)) / np.maximum(count, 1), np.nan)
+
+    values["ranking_accuracy"] = over_pairs(ranked, logps)
+    values["ranking_accuracy_per_token"] = over_pairs(ranked, logps / lengths)
+    if log_ratio is None:
+        return values
+    ref = table["ref_logps"]
+    values["reward_accuracy"] = over_pairs(rewarded, log_ratio)
+    values["log_ratio_margin"] = over_pairs(np.subtract, log_ratio)
+    values["ref_ranking_accuracy"] = over_pairs(ranked, ref)
+    values["difficulty"] = over_pairs(difficulty, ref)
+    at = np.arange(len(labels))
+    values["drift/chosen"] = log_ratio[at, labels.argmax(1)]
+    values["drift/rejected"] = log_ratio[at, labels.argmin(1)]
+    if beta is not None and beta > 0:
+        given = np.clip(labels[:, :, None], 0, 1) * np.ones_like(better)
+        soft = labels.shape[1] == 2 and bool(((labels > 0) & (labels < 1)).any())
+        agreement = given if soft else np.full(better.shape, SIMULATED_AGREEMENT)
+
+        def ideal(chosen: Floats, rejected: Floats) -> NDArray[np.bool_]:
+            return idealised_log_ratio(chosen, rejected, agreement, beta) > 0
+
+        values["idealised_accuracy"] = over_pairs(ideal, ref)
+    return values
+
+
+def _over_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Metrics that compare rows with each other: how well single rated responses are told apart."""
+    if not rows or len(rows[0]["labels"]) != 1:
+        return {}
+    columns: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        columns["score"].append(row["logps"][0] - row.get("ref_logps", [0.0])[0])
+        columns["label"].append(row["labels"][0])
+    desirable = np.asarray(columns["label"]) > 0.5
+    value = separation(np.asarray(columns["score"]), desirable)
+    return {} if np.isnan(value) else {"separation": value}

@@ -1,0 +1,197 @@
+"""What must be true before the first step, and the message when a step went wrong."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import gather_object
+
+from mmalign.core.links import Logistic
+from mmalign.core.terms import Preference
+from mmalign.errors import ConfigError, NonFiniteLoss
+from mmalign.train.rng import own_random_stream
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from mmalign.config import RunConfig
+    from mmalign.core import CandidateLogps, Loss, Needs, Objective
+    from mmalign.models.adapter import Batch
+    from mmalign.train.run import Run
+
+
+def require_sensible(config: RunConfig, needs: Needs) -> None:
+    """Refuse combinations of training settings that would be ignored or give a wrong loss."""
+    train = config.train
+    if train.optimizer in ("adafactor", "sgd") and "betas" in train.model_fields_set:
+        raise ConfigError(
+            f"train.betas is {list(train.betas)}, but {train.optimizer} has no betas; "
+            "remove train.betas, or use train.optimizer: adamw"
+        )
+    if "mismatched" in needs.roles and min(train.batch_size, train.eval_batch_size or 2) < 2:
+        raise ConfigError(
+            "train.batch_size and train.eval_batch_size must be at least 2 for this objective: its "
+            "mismatched response comes from another row of the micro-batch"
+        )
+
+
+def score_tolerance(config: RunConfig) -> float:
+    """How far two ways to the same log-probability may differ on average, in nats a position."""
+    half = config.model.dtype == "bfloat16" or config.train.mixed_precision == "bf16"
+    return 0.05 if half or config.model.quantization else 1e-3
+
+
+def why_unequal(config: RunConfig, needs: Needs) -> str | None:
+    """The reason why policy and reference need not agree before step 1; None when they must."""
+    if not needs.reference:
+        return "the objective needs no reference"
+    if not config.train.check_reference:
+        return "train.check_reference is false"
+    if config.reference.path is not None:
+        return f"the reference is another model, {config.reference.path}"
+    if config.reference.kind == "mixture":
+        return "the reference is a mixture"
+    return None
+
+
+def check_start(run: Run) -> str:
+    """The truth check on every process's first micro-batch; returns what was found, as a line.
+
+    Raises:
+        ConfigError: The policy is not its reference, with the likely causes.
+    """
+    reason = why_unequal(run.config, run.objective.needs)
+    if reason is not None:
+        return f"not checked that the policy starts as its reference: {reason}"
+    rows = [run.train_rows[i] for i in run.order.micro_batch(0, run.accelerator.process_index)]
+    batch = run.adapter.collate(rows).to(run.accelerator.device)
+    with own_random_stream(run.config.train.seed):
+        problem = unequal_start(run.model, run.objective, batch, score_tolerance(run.config))
+    problems = [found for found in gather_object([problem]) if found is not None]
+    if problems:
+        raise ConfigError(problems[0])
+    return "policy and reference agree before the first step"
+
+
+@torch.no_grad()
+def unequal_start(
+    model: nn.Module, objective: Objective, batch: Batch, tolerance: float
+) -> str | None:
+    """What is wrong before step 1, when the policy should *be* the reference; None if nothing.
+
+    Every log-ratio is 0 then, and the loss of a logistic pair is log 2. Asked in training mode,
+    because dropout is one of the faults it finds.
+
+    Args:
+        model: The adapter as it will be trained.
+        objective: What is trained; its running statistics (BCO) are left as they were.
+        batch: Some rows.
+        tolerance: Largest mean log-ratio, in nats a position.
+    """
+    logps = model(batch, objective.needs)
+    log_ratio = (logps.policy - logps.reference)[logps.mask].abs()
+    if not bool(log_ratio.isfinite().all()):
+        names = [name for name, value in logps.tensors() if not bool(value.isfinite().all())]
+        return (
+            f"{' and '.join(names)} are not finite before the first step, on rows "
+            f"{_listed(batch.ids)}; the model's weights or its dtype are at fault"
+        )
+    mean, largest = float(log_ratio.mean()), float(log_ratio.max())
+    if mean > tolerance:
+        return (
+            f"policy and reference differ before the first step: log-ratios are {mean:.3g} nats a "
+            f"position on average and {largest:.3g} at most, on rows {_listed(batch.ids)}. Likely "
+            "causes: dropout is on (model.lora.dropout, or the model's own config); the policy "
+            "continues from an adapter that the reference does not have; a cached reference was "
+            "written by another model; noise is drawn twice. If it is what you want, set "
+            "train.check_reference: false"
+        )
+    was_training = objective.training
+    loss = objective.eval()(logps)
+    objective.train(was_training)
+    expected = _expected_loss(objective)
+    if expected is None or loss.rows is None:
+        return None
+    gap = float((loss.rows - expected).abs().max())
+    if gap <= max(0.01, 100 * tolerance):
+        return None
+    return (
+        f"policy and reference agree before the first step, but the loss of a pair is {gap:.3g} "
+        "away from log 2: the objective does not see the log-ratios it should (weights, labels)"
+    )
+
+
+def _expected_loss(objective: Objective) -> float | None:
+    """log 2 for a single logistic preference term; None where the start has no such value."""
+    if len(objective.terms) != 1:
+        return None
+    (term,) = objective.terms.values()
+    if not isinstance(term, Preference) or term.link != Logistic() or term.wpo is not None:
+        return None
+    return objective.coefs[0] * math.log(2.0) if term.score.reference_weight == 1.0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What is kept of a micro-batch until its step is done, to say what was wrong with it."""
+
+    ids: tuple[str, ...]
+    value: Tensor  # []
+    rows: Tensor | None  # [B]
+    tensors: dict[str, Tensor]  # the fields of CandidateLogps, detached
+
+    @classmethod
+    def of(cls, batch: Batch, loss: Loss, logps: CandidateLogps) -> Scored:
+        """The numbers of a micro-batch without its graph."""
+        tensors = {name: value.detach() for name, value in logps.tensors()}
+        return cls(batch.ids, loss.value.detach(), loss.rows, tensors)
+
+
+def describe_non_finite(window: list[Scored]) -> str:
+    """Which rows and which tensors of a step are not finite, as sentences."""
+    return " ".join(_describe(scored) for scored in window if not bool(scored.value.isfinite()))
+
+
+def _describe(scored: Scored) -> str:
+    broken = {
+        name: ~value.isfinite()
+        for name, value in scored.tensors.items()
+        if value.is_floating_point()
+    }
+    per_row = [flags.flatten(1).any(1) for flags in broken.values() if flags.dim() > 1]
+    if scored.rows is not None:
+        per_row.append(~scored.rows.isfinite())
+    bad = torch.stack(per_row).any(0).tolist()
+    ids = [row for row, is_bad in zip(scored.ids, bad, strict=True) if is_bad] or scored.ids
+    parts = [_count(name, scored.tensors[name], flags) for name, flags in broken.items()]
+    return f"Loss is {float(scored.value)} for rows {_listed(ids)}: {'; '.join(parts)}."
+
+
+def _count(name: str, value: Tensor, flags: Tensor) -> str:
+    if not bool(flags.any()):
+        return f"{name}: finite"
+    kinds = {"nan": value.isnan(), "-inf": value.isneginf(), "inf": value.isposinf()}
+    found = [f"{int(where.sum())} {kind}" for kind, where in kinds.items() if bool(where.any())]
+    return f"{name}: {' and '.join(found)} of {value.numel()}"
+
+
+def _listed(ids: tuple[str, ...] | list[str], most: int = 8) -> str:
+    more = f" and {len(ids) - most} more" if len(ids) > most else ""
+    return ", ".join(repr(one) for one in ids[:most]) + more
+
+
+def non_finite_error(step: int, reports: list[str], last_good: Path | None) -> NonFiniteLoss:
+    """The error that ends a run, from what every process saw."""
+    seen = " ".join(report for report in reports if report) or (
+        "The losses are finite, but their gradient is not."
+    )
+    kept = last_good if last_good is not None else "none had been written yet"
+    return NonFiniteLoss(
+        f"step {step}: {seen} Nothing was saved after it. Try a lower train.lr or model.dtype: "
+        f"float32, or look at the rows with `mmalign data show`. Last good checkpoint: {kept}"
+    )

@@ -1,0 +1,122 @@
+"""The files of a run folder that do not change while it trains."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import mmalign
+from mmalign.config import dump
+from mmalign.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mmalign.data.example import Example
+    from mmalign.train.run import Run
+
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
+
+
+def require_output(run_dir: Path, *, resume: bool) -> None:
+    """Refuse to mix two runs in one folder, or to resume where there is none."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"output {run_dir} is a file; give a folder")
+    found = sorted(path.name for path in run_dir.iterdir()) if run_dir.exists() else []
+    if resume and "config.yaml" not in found:
+        raise CheckpointError(
+            f"{run_dir}: there is no run to resume; check `output`, or start one without --resume"
+        )
+    if found and not resume:
+        some = ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
+        raise ConfigError(
+            f"output {run_dir} is not empty (it holds {some}). Continue that run with --resume, "
+            "choose another output, or delete the folder"
+        )
+
+
+def rows_hash(rows: Sequence[Example]) -> str:
+    """A hash of what the rows say, in their order; 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row.id, row.prompt, row.candidates, row.labels, row.weight)).encode())
+    return digest.hexdigest()[:16]
+
+
+def describe_environment(run: Run) -> dict[str, Any]:
+    """Versions, device and data: what one needs to know to run the same again elsewhere."""
+    accelerator = run.accelerator
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "mmalign": mmalign.__version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "packages": {package: _version(package) for package in _PACKAGES},
+        "device": device.type,
+        "device_name": name,
+        "distributed": accelerator.distributed_type.value,
+        "num_processes": accelerator.num_processes,
+        "num_threads": torch.get_num_threads(),
+        "data": {
+            "train_rows": len(run.train_rows),
+            "train_hash": rows_hash(run.train_rows),
+            "eval_rows": len(run.eval_rows),
+            "eval_hash": rows_hash(run.eval_rows),
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of mmalign itself where it runs from a checkout."""
+    root = Path(mmalign.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        told = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return told.stdout.strip()
+
+
+def fixed_facts(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What of it must be the same when a run resumes."""
+    return {
+        "data": {"train_hash": environment["data"]["train_hash"]},
+        "num_processes": environment["num_processes"],
+    }
+
+
+def begin(run: Run, environment: Mapping[str, Any]) -> None:
+    """Open the run folder with config.yaml and env.json."""
+    if run.accelerator.is_main_process:
+        output = run.config.output
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / "env.json", json.dumps(environment, indent=2) + "\n")
+        write_text(output / "config.yaml", dump(run.config))
+    run.accelerator.wait_for_everyone()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is whole or not there."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

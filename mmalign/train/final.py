@@ -1,0 +1,39 @@
+"""The end of a run: the trained weights in their library's own layout, with a model card."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from mmalign.models.adapter import build_adapter
+from mmalign.train.card import model_card
+from mmalign.train.checkpoint import publish
+from mmalign.train.metrics import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from mmalign.train.run import Run
+
+
+def save_final(run: Run, environment: Mapping[str, Any]) -> Path:
+    """Write `final/`; it appears complete or not at all. Called by every process."""
+    output = run.config.output
+    target, temporary = output / "final", output / ".final.tmp"
+    adapter = run.adapter
+    if run.is_sharded:
+        whole = run.accelerator.get_state_dict(run.model)  # every process gives its part
+        if run.accelerator.is_main_process:
+            adapter = build_adapter(run.config, run.objective.needs)
+            adapter.load_state_dict(whole, strict=False)
+    if run.accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        adapter.save(temporary)
+        evaluations = read_json(output / "eval.jsonl")
+        card = model_card(run.config, environment, evaluations, run.position.step)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        publish(temporary, target)
+    run.accelerator.wait_for_everyone()
+    return target

@@ -1,0 +1,110 @@
+"""Held-out evaluation and sample completions in the course of a run."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from accelerate.utils import gather_object
+
+from mmalign.core import Needs
+from mmalign.core.terms import Preference
+from mmalign.data.example import as_text
+from mmalign.evaluate import Evaluation, Tally, score, summarise
+from mmalign.models.adapter import Adapter
+from mmalign.train.metrics import append_json
+from mmalign.train.order import held_out
+from mmalign.train.rng import own_random_stream
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mmalign.core import Objective
+    from mmalign.data.example import Example, Prompt
+    from mmalign.train.run import Run
+
+
+class HeldOut:
+    """The eval rows of a run, scored by every process, written down by the main one."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        needs = run.objective.needs
+        has_kl = needs.reference and run.adapter.provides(run.config).kl
+        self._needs = needs | Needs(kl=True) if has_kl else needs  # reported, if not trained on
+        self._prompts = _first_prompts(run.eval_rows, run.config.sample.num_prompts)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Score all rows, append to eval.jsonl, and return the metrics as `eval_NAME`."""
+        run = self._run
+        if not run.eval_rows:
+            return {}
+        result = self._score()
+        if run.accelerator.is_main_process:
+            record = {"step": step, **result.metrics, "intervals": result.intervals}
+            append_json(run.config.output / "eval.jsonl", [{**record, "rows": result.rows}])
+        return {f"eval_{name}": value for name, value in result.metrics.items()}
+
+    def _score(self) -> Evaluation:
+        run, train = self._run, self._run.config.train
+        batches = held_out(len(run.eval_rows), train.eval_batch_size or train.batch_size)
+        here, num = run.accelerator.process_index, run.accelerator.num_processes
+        tallies: list[tuple[int, Tally]] = []
+        run.model.eval()
+        with own_random_stream(train.seed):
+            for turn in range(math.ceil(len(batches) / num)):
+                index = turn * num + here
+                # Every process scores as many batches: a sharded forward, and a loss that looks at
+                # all processes, wait for each other. What is scored twice is counted once.
+                rows = [run.eval_rows[i] for i in batches[index % len(batches)]]
+                batch = run.adapter.collate(rows).to(run.accelerator.device)
+                tally = score(run.model, run.objective, batch, self._needs)
+                if index < len(batches):
+                    tallies.append((index, tally))
+        run.model.train()
+        gathered = sorted(gather_object(tallies), key=lambda item: item[0])
+        total = sum((tally for _, tally in gathered), Tally())
+        return summarise(total, beta=reward_beta(run.objective))
+
+    def sample(self, step: int) -> None:
+        """Complete the first eval prompts and append them to samples.jsonl."""
+        run = self._run
+        if not self._prompts or not self.can_sample or not run.accelerator.is_main_process:
+            return
+        options = run.config.sample.model_dump(exclude={"num_prompts"})
+        run.adapter.eval()
+        with own_random_stream(run.config.train.seed):
+            texts = run.adapter.sample(list(self._prompts.values()), **options)
+        run.adapter.train()
+        append_json(
+            run.config.output / "samples.jsonl",
+            [
+                {"step": step, "id": row, "prompt": as_text(prompt), "response": str(text)}
+                for (row, prompt), text in zip(self._prompts.items(), texts, strict=True)
+            ],
+        )
+
+    @property
+    def can_sample(self) -> bool:
+        """Whether the adapter generates, and one process alone holds the weights to do it with."""
+        return type(self._run.adapter).sample is not Adapter.sample and not self._run.is_sharded
+
+
+def reward_beta(objective: Objective) -> float | None:
+    """The first preference term's beta, in 1/nats, where one number with a reference exists."""
+    for term in objective.terms.values():
+        if isinstance(term, Preference):
+            beta = term.score.beta
+            plain = term.score.needs.reference and term.score.reduce == "sum"
+            return beta if plain and not isinstance(beta, tuple) else None
+    return None
+
+
+def _first_prompts(rows: Sequence[Example], count: int) -> dict[str, Prompt]:
+    """Row id to prompt, for the first `count` different prompts."""
+    seen: dict[Prompt, str] = {}
+    for row in rows:
+        if len(seen) == count:
+            break
+        seen.setdefault(row.prompt, row.id)
+    return {row: prompt for prompt, row in seen.items()}

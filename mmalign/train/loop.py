@@ -1,0 +1,224 @@
+"""The training loop, top to bottom."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import gather_object
+
+from mmalign import config as configs
+from mmalign.train import checkpoint, files
+from mmalign.train.backward import backward_joint, backward_per_candidate
+from mmalign.train.check import (
+    Scored,
+    check_start,
+    describe_non_finite,
+    non_finite_error,
+    require_sensible,
+    score_tolerance,
+)
+from mmalign.train.display import Display
+from mmalign.train.dryrun import describe_dry_run
+from mmalign.train.final import save_final
+from mmalign.train.holdout import HeldOut
+from mmalign.train.metrics import append_json, last_values, means, merge
+from mmalign.train.optim import lr_scale, set_lr
+from mmalign.train.run import Run, build_run, trackers
+from mmalign.train.stop import StopRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from mmalign.config import RunConfig
+    from mmalign.models.adapter import Batch
+    from mmalign.train.backward import Backward
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        steps: Optimiser steps done, those before a resume included.
+        seconds: Wall time of this call.
+        run_dir: The run folder.
+        metrics: The last training metrics, and the last held-out ones as `eval_NAME`.
+        final_dir: The trained weights; None where the run did not reach its end.
+        stopped: Ctrl-C or SIGTERM ended the run; `--resume` goes on.
+    """
+
+    steps: int
+    seconds: float
+    run_dir: Path
+    metrics: dict[str, float] = field(default_factory=dict)
+    final_dir: Path | None = None
+    stopped: bool = False
+
+
+def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> RunResult:
+    """Train what `config` describes and write everything to `config.output`.
+
+    A step is `accumulate` micro-batches of `batch_size` rows on every process. The mean is over
+    rows, so accumulation and more processes equal a larger batch exactly. What a loss itself takes
+    over a micro-batch does not: a token mean (`batch_token`), KTO's z0, AOT's sorting, BCO's shift.
+
+    Args:
+        config: The whole configuration.
+        resume: Continue from the newest complete checkpoint; on a CPU the weights end up
+            bit-identical to those of an unbroken run.
+        dry_run: Build everything, run one micro-batch forward and backward, print what came of it,
+            and write nothing.
+
+    Raises:
+        ConfigError: What cannot train, or a policy that does not start as its reference.
+        CheckpointError: There is nothing to resume, or it belongs to another run.
+        NonFiniteLoss: A loss or a gradient became nan or infinite.
+    """
+    began = time.perf_counter()
+    objective = configs.check(config)
+    require_sensible(config, objective.needs)
+    if not dry_run:
+        files.require_output(config.output, resume=resume)
+    run = build_run(config, objective)
+    settings, position, accelerator = config.train, run.position, run.accelerator
+    backward = _backward(config)
+    if dry_run:
+        batch = next(run.batches()).to(accelerator.device)
+        loss, logps = backward(accelerator, run.model, objective, batch)
+        accelerator.print(describe_dry_run(run, batch, loss, logps))
+        return RunResult(0, time.perf_counter() - began, config.output)
+
+    environment = files.describe_environment(run)
+    identity = {"config": configs.deciding(config), **files.fixed_facts(environment)}
+    saved = checkpoint.resume(run, identity) if resume else None
+    start_note = check_start(run) if position.step == 0 else f"resuming after step {position.step}"
+    files.begin(run, environment)  # the first thing written: all that can be refused has been
+    held = HeldOut(run)
+
+    with trackers(run), Display(run) as display, StopRequest() as stop:
+        display.say(start_note)
+        if position.step == 0:
+            _hold_out(run, held, display)
+            held.sample(0)
+
+        loader = run.batches()
+        while position.step < run.num_steps:
+            clock = time.perf_counter()
+            lr = set_lr(run.optimizer, lr_scale(position.step, run.num_steps, settings))
+            window = _accumulate(run, backward, loader)
+            grad_norm = _clip(run)
+            finite = torch.stack([scored.value for scored in window]).isfinite().all()
+            broken, wanted = _agree(run, not bool(finite & grad_norm.isfinite()), stop.wanted)
+            if broken:
+                reports = gather_object([describe_non_finite(window)])
+                raise non_finite_error(position.step + 1, reports, saved)
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=True)
+
+            position.step += 1
+            position.rows += run.order.rows_per_step
+            run.adapter.after_step(position.step)
+            run.averages.add({"grad_norm": grad_norm, "seconds": time.perf_counter() - clock})
+
+            at_end = position.step == run.num_steps
+            values: dict[str, float] = {}
+            if at_end or position.step % settings.log_every == 0:
+                values = _training_values(run, lr)
+                _log(run, values)
+            display.step(position.step, values)
+            if at_end or _due(position.step, settings.eval_every):
+                _hold_out(run, held, display)
+            if at_end or _due(position.step, settings.sample_every):
+                held.sample(position.step)
+            if at_end or wanted or _due(position.step, settings.save_every):
+                saved = checkpoint.save(run, identity)
+            if wanted and not at_end:
+                display.say(
+                    f"stopped after step {position.step} of {run.num_steps}, saved in {saved}. "
+                    f"Go on with: mmalign train {config.output / 'config.yaml'} --resume"
+                )
+                break
+
+    finished = position.step == run.num_steps
+    final_dir = save_final(run, environment) if finished else None
+    return RunResult(
+        steps=position.step,
+        seconds=time.perf_counter() - began,
+        run_dir=config.output,
+        metrics=last_values(config.output / "metrics.jsonl"),
+        final_dir=final_dir,
+        stopped=not finished,
+    )
+
+
+def _backward(config: RunConfig) -> Backward:
+    if config.train.backward == "joint":
+        return backward_joint
+    return partial(backward_per_candidate, tolerance=score_tolerance(config))
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _accumulate(run: Run, backward: Backward, loader: Iterator[Batch]) -> list[Scored]:
+    """Gradients of one step; they travel between processes with the last micro-batch."""
+    window: list[Scored] = []
+    for _ in range(run.config.train.accumulate):
+        batch = next(loader).to(run.accelerator.device)
+        with run.accelerator.accumulate(run.model):
+            loss, logps = backward(run.accelerator, run.model, run.objective, batch)
+        window.append(Scored.of(batch, loss, logps))
+        run.averages.add({**loss.metrics, "loss": loss.value, "rows": len(batch.ids)})
+        run.averages.add({"tokens": logps.mask.sum()})
+    return window
+
+
+def _clip(run: Run) -> torch.Tensor:  # []
+    """Scale the gradient down to `max_grad_norm`; its norm before that."""
+    parameters = [p for p in run.model.parameters() if p.requires_grad]
+    norm = run.accelerator.clip_grad_norm_(parameters, run.config.train.max_grad_norm)
+    return torch.as_tensor(0.0 if norm is None else norm)
+
+
+def _agree(run: Run, *flags: bool) -> list[bool]:
+    """What any process says, all of them hear, so that all stop after the same step."""
+    if run.accelerator.num_processes == 1:
+        return list(flags)
+    said = torch.tensor(flags, dtype=torch.int64, device=run.accelerator.device)
+    return run.accelerator.reduce(said, "sum").bool().tolist()  # type: ignore[union-attr]
+
+
+def _training_values(run: Run, lr: float) -> dict[str, float]:
+    """What the log line says: means since the last one over micro-batches and processes."""
+    sums = merge(gather_object([run.averages.pop()]))
+    rows, tokens = sums.pop("rows")[0], sums.pop("tokens")[0]
+    seconds = sums.pop("seconds")[0] / run.accelerator.num_processes
+    run.position.tokens += round(tokens)
+    return {
+        "epoch": run.order.epoch(run.position.step),
+        **means(sums),
+        "learning_rate": lr,
+        "num_tokens": run.position.tokens,
+        "rows_per_second": rows / seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+
+
+def _hold_out(run: Run, held: HeldOut, display: Display) -> None:
+    values = held.evaluate(run.position.step)
+    if values:
+        _log(run, values)
+        display.held_out(run.position.step, values)
+
+
+def _log(run: Run, values: dict[str, float]) -> None:
+    if run.accelerator.is_main_process:
+        record = {"step": run.position.step, **values}
+        append_json(run.config.output / "metrics.jsonl", [record])
+    run.accelerator.log(values, step=run.position.step)

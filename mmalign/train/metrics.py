@@ -1,0 +1,123 @@
+"""What a run writes down: JSON lines and running averages."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from torch import Tensor
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested sections as (dotted key, value)."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def append_json(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append one JSON line a record, all in one write, so a line is never torn by another writer.
+
+    A value that is not finite becomes null: `NaN` is not JSON.
+    """
+    text = "".join(json.dumps(_plain(record), ensure_ascii=False) + "\n" for record in records)
+    with path.open("ab", buffering=0) as file:
+        file.write(text.encode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def read_json(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a file written by `append_json`; a torn last line is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]  # what ends without "\n" is torn
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the lines after `step`, which a run that resumes there will write again."""
+    if not path.exists():
+        return
+    kept = [record for record in read_json(path) if record["step"] <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    append_json(temporary, kept)
+    os.replace(temporary, path)
+
+
+def last_values(path: Path) -> dict[str, float]:
+    """The last value of every metric of a file."""
+    values: dict[str, float] = {}
+    for record in read_json(path):
+        values |= record
+    return values
+
+
+class Averages:
+    """Running means since the last log line; nothing is copied off the device before it is read.
+
+    A metric that is nan in one micro-batch (no undesirable row in it) does not count there.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def add(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Count one micro-batch's or one step's metrics in."""
+        for name, value in metrics.items():
+            one = torch.as_tensor(value).detach()
+            present = ~one.isnan()
+            self._sums[name] = self._sums.get(name, 0) + torch.where(present, one, 0.0)
+            self._counts[name] = self._counts.get(name, 0) + present
+
+    def pop(self) -> dict[str, tuple[float, float]]:
+        """(sum, count) of every metric on this process; starts afresh."""
+        state = self.state()
+        self._sums, self._counts = {}, {}
+        return state
+
+    def state(self) -> dict[str, tuple[float, float]]:
+        """(sum, count) of every metric, for a checkpoint between two log lines."""
+        return {
+            name: (float(total), float(self._counts[name])) for name, total in self._sums.items()
+        }
+
+    def load(self, state: Mapping[str, tuple[float, float]]) -> None:
+        """Continue from what `state` gave."""
+        self._sums = {name: torch.tensor(total) for name, (total, _) in state.items()}
+        self._counts = {name: torch.tensor(count) for name, (_, count) in state.items()}
+
+
+def merge(parts: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    """(sum, count) over processes."""
+    merged: dict[str, tuple[float, float]] = {}
+    for part in parts:
+        for name, (total, count) in part.items():
+            before = merged.get(name, (0.0, 0.0))
+            merged[name] = (before[0] + total, before[1] + count)
+    return merged
+
+
+def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """The mean of every metric that occurred; nan where it never had a value."""
+    return {name: total / count if count else math.nan for name, (total, count) in sums.items()}

@@ -1,0 +1,145 @@
+"""A run: everything a training is made of, built once from a config."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+
+from mmalign.data.sources import load_examples
+from mmalign.models.adapter import build_adapter
+from mmalign.train.metrics import Averages, flatten
+from mmalign.train.optim import build_optimizer
+from mmalign.train.order import Order, batches
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from accelerate.optimizer import AcceleratedOptimizer
+    from torch import nn
+
+    from mmalign.config import RunConfig
+    from mmalign.core import Objective
+    from mmalign.data.example import Example
+    from mmalign.models.adapter import Adapter, Batch
+
+
+@dataclass(slots=True)
+class Position:
+    """How far a run is; the next row follows from the step alone."""
+
+    step: int = 0  # optimiser steps done
+    rows: int = 0  # rows seen, over all processes
+    tokens: int = 0  # scored positions seen up to the last log line, over all processes
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What the loop works on; `position` and `averages` are what changes beside the weights."""
+
+    config: RunConfig
+    objective: Objective
+    accelerator: Accelerator
+    adapter: Adapter  # unwrapped
+    model: nn.Module  # the adapter as accelerate prepared it
+    optimizer: AcceleratedOptimizer
+    train_rows: list[Example]
+    eval_rows: list[Example]
+    order: Order
+    num_steps: int
+    position: Position = field(default_factory=Position)
+    averages: Averages = field(default_factory=Averages)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process holds all parameters."""
+        kinds = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        return self.accelerator.distributed_type in kinds
+
+    def batches(self) -> Iterator[Batch]:
+        """This process's micro-batches from the current position to the end, on the CPU."""
+        return batches(
+            self.train_rows,
+            self.adapter,
+            self.order,
+            process=self.accelerator.process_index,
+            start=self.position.step,
+            stop=self.num_steps,
+            num_workers=self.config.data.num_workers,
+        )
+
+
+def build_run(config: RunConfig, objective: Objective) -> Run:
+    """Load data and model, and let accelerate place them as it was launched."""
+    train = config.train
+    if train.num_threads is not None:
+        torch.set_num_threads(train.num_threads)
+    accelerator = _accelerator(config)
+    set_seed(train.seed)  # alike on all processes: they must start from the same weights
+    with accelerator.main_process_first():  # one process fills the caches of downloads
+        train_rows, eval_rows = load_examples(config.data, objective.needs, seed=train.seed)
+    num_processes = accelerator.num_processes
+    order = Order(len(train_rows), train.batch_size, train.accumulate, num_processes, train.seed)
+
+    adapter = build_adapter(config, objective.needs)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _name_blocks(adapter)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # It asks for the size of a batch and is given no loader that it could ask.
+        plugin: Any = accelerator.state.deepspeed_plugin
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = train.batch_size
+    model, optimizer = accelerator.prepare(adapter, build_optimizer(adapter, train))
+    model.train()
+    objective.to(accelerator.device).train()
+    adapter.before_training(train_rows)
+    set_seed(train.seed, device_specific=True)  # dropout and noise differ between processes
+    return Run(
+        config=config,
+        objective=objective,
+        accelerator=accelerator,
+        adapter=adapter,
+        model=model,
+        optimizer=cast("AcceleratedOptimizer", optimizer),
+        train_rows=train_rows,
+        eval_rows=eval_rows,
+        order=order,
+        num_steps=order.num_steps(train),
+    )
+
+
+def _accelerator(config: RunConfig) -> Accelerator:
+    # accelerate keeps one state a process and refuses another precision later on; a second run in
+    # the same process starts afresh. The process group stays.
+    if AcceleratorState._shared_state:
+        AcceleratorState._reset_state()
+    output = str(config.output)
+    return Accelerator(
+        mixed_precision=config.train.mixed_precision,
+        gradient_accumulation_steps=config.train.accumulate,
+        log_with=list(config.train.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=output, logging_dir=output),
+    )
+
+
+def _name_blocks(adapter: Adapter) -> None:
+    """Tell FSDP which blocks to shard as one, as the models inside the adapter name them."""
+    named = [getattr(module, "_no_split_modules", None) or [] for module in adapter.modules()]
+    adapter._no_split_modules = sorted({name for names in named for name in names})  # type: ignore
+
+
+@contextmanager
+def trackers(run: Run) -> Iterator[None]:
+    """Trackers open, with the configuration as their hyperparameters; closed whatever happens."""
+    if run.config.train.trackers:
+        values = {key: str(value) for key, value in flatten(run.config.model_dump(mode="json"))}
+        run.accelerator.init_trackers(run.config.output.name, config=values)
+    try:
+        yield
+    finally:
+        for tracker in run.accelerator.trackers:
+            tracker.finish()
