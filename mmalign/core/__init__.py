@@ -1,7 +1,7 @@
-"""The shared core: it knows only log-probabilities. Imports torch, the standard library and errors."""
+"""The shared core: it knows log-probabilities only; imports torch and errors, nothing else."""
 
-from mmalign.core import links, listwise, presets, terms, weights
-from mmalign.core.batchwide import Aot, AotUnpaired, Bco, Kahneman, KahnemanPair, RunningMean
+from mmalign.core import links, listwise, presets, regularisers, terms, weights
+from mmalign.core.batchwide import Aot, AotUnpaired, Bco, RunningMean
 from mmalign.core.catalogue import DIVERGENCES, register_divergence, resolve_divergence
 from mmalign.core.divergence import (
     Alpha,
@@ -16,19 +16,12 @@ from mmalign.core.divergence import (
     SkewedJensenShannon,
     Transform,
 )
+from mmalign.core.kahneman import Kahneman, KahnemanPair
 from mmalign.core.links import Link
 from mmalign.core.objective import Objective
+from mmalign.core.regularisers import KlPenalty, LogRatio, Nll, OnlineKl, WeightL1
 from mmalign.core.score import Score
-from mmalign.core.terms import (
-    KlPenalty,
-    LogRatio,
-    Nll,
-    OnlineKl,
-    Preference,
-    Term,
-    WeightL1,
-    Wpo,
-)
+from mmalign.core.terms import Preference, Term, Wpo
 from mmalign.core.types import CandidateLogps, Loss, Needs
 
 __all__ = [
@@ -68,6 +61,7 @@ __all__ = [
     "listwise",
     "presets",
     "register_divergence",
+    "regularisers",
     "resolve_divergence",
     "terms",
     "weights",

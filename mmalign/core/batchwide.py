@@ -1,8 +1,8 @@
 """Terms that look across the batch, or keep a running state: KTO, BCO and AOT.
 
-Their rows are not independent: results depend on how many rows meet in one step. What they compare is
-gathered over all processes, so splitting a batch over processes changes nothing; splitting it over
-accumulation steps does.
+Their rows are not independent: results depend on how many rows meet in one step. What they compare
+is gathered over all processes, so splitting a batch over processes changes nothing; splitting it
+over accumulation steps does.
 """
 
 from __future__ import annotations
@@ -15,18 +15,15 @@ from torch import Tensor, nn
 
 from mmalign.core.links import nll
 from mmalign.core.metrics import preference_metrics
-from mmalign.core.numerics import full_precision, gather_rows, global_mean, global_sum, require
+from mmalign.core.numerics import full_precision, gather_rows, global_sum, require
 from mmalign.core.score import Score
 from mmalign.core.terms import Term, Wpo
 from mmalign.core.types import CandidateLogps, Needs, Rows
 from mmalign.errors import ConfigError
 
-Baseline = Literal["mismatched", "batch", "class_means", "zero"]
-Utility = Literal["sigmoid", "loss_averse", "risk_seeking_1", "risk_seeking_3"]
-
 
 @dataclass(frozen=True)
-class _Scored(Term):
+class Scored(Term):
     """A term on scores of rated candidates, reverse KL only; `rated` columns are compared."""
 
     score: Score
@@ -38,128 +35,17 @@ class _Scored(Term):
         """The score: responses of different rows meet here."""
         return self.score
 
-    def _rated(self, c: CandidateLogps) -> CandidateLogps:
+    def rated_columns(self, c: CandidateLogps) -> CandidateLogps:
+        """The candidates that are compared."""
         return c.columns(self.rated)
 
     def rewards(self, c: CandidateLogps) -> Tensor:  # [B, K]
         """The scores of the rated candidates."""
-        return self.score.rewards(self._rated(c))
+        return self.score.rewards(self.rated_columns(c))
 
     def report(self, c: CandidateLogps) -> dict[str, Tensor]:
         """Rewards, margins, accuracy and log-probabilities with TRL's names."""
-        return preference_metrics(self._rated(c), self.score)
-
-
-@dataclass(frozen=True)
-class Kahneman(_Scored):
-    """Prospect-theoretic utility of single rated responses: KTO and its relatives.
-
-    loss = lambda_y * (1 - h(z)),  z = +-(score - z0), + where the label is desirable (above 1/2)
-
-    Args:
-        score: How a response is scored.
-        desirable: lambda of desirable rows.
-        undesirable: lambda of the others.
-        baseline: z0, without gradient: `mismatched` max(0, mean score of candidate 1, a response to
-            another prompt); `batch` max(0, mean score of the batch); `class_means` the average of the
-            two groups' means; `zero`. Means run over all processes.
-        utility: h: `sigmoid(z)`; loss_averse `log sigmoid(z)`; risk_seeking_1
-            `-+log sigmoid(-+z)`, that is -y log sigmoid(-(score - z0)); risk_seeking_3
-            `-log sigmoid(-z)`.
-        coef: Weight of the term.
-    """
-
-    desirable: float = 1.0
-    undesirable: float = 1.0
-    baseline: Baseline = "mismatched"
-    utility: Utility = "sigmoid"
-    coef: float = 1.0
-    name: ClassVar[str] = "kahneman"
-    rated: ClassVar[tuple[int, ...]] = (0,)
-
-    def __post_init__(self) -> None:
-        require(self.desirable >= 0.0, "desirable", self.desirable, "at least 0")
-        require(self.undesirable >= 0.0, "undesirable", self.undesirable, "at least 0")
-
-    @property
-    def needs(self) -> Needs:
-        """Unpaired rows; the mismatched response where it is the baseline."""
-        mismatched = self.baseline == "mismatched"
-        return self.score.needs | Needs(
-            rows="unpaired",
-            candidates=2 if mismatched else 1,
-            roles=("mismatched",) if mismatched else (),
-        )
-
-    def __call__(self, c: CandidateLogps) -> Tensor:  # [B]
-        """lambda * (1 - utility) of each row."""
-        rated = self._rated(c)
-        gain = self.score(rated)[:, 0] - self._z0(c)
-        desirable = rated.labels[:, 0] > 0.5
-        sign = torch.where(desirable, 1.0, -1.0).to(gain.dtype)
-        z = sign * gain
-        if self.utility == "sigmoid":
-            regret = torch.sigmoid(-z)
-        elif self.utility == "loss_averse":
-            regret = 1.0 + nll(z)
-        elif self.utility == "risk_seeking_1":
-            regret = 1.0 - sign * nll(-gain)
-        else:
-            regret = 1.0 - nll(-z)
-        return torch.where(desirable, self.desirable, self.undesirable).to(gain.dtype) * regret
-
-    def report(self, c: CandidateLogps) -> dict[str, Tensor]:
-        """The usual metrics, and z0 in nats as TRL's `kl`."""
-        assert isinstance(self.score.beta, float | int)
-        return super().report(c) | {"kl": self._z0(c) / self.score.beta}
-
-    def modified(self, ld_alpha: float | None, wpo: Wpo | None) -> Kahneman:
-        """Refused: the modifiers compare the two sides of a pair."""
-        raise ConfigError(
-            "ld_alpha and wpo are defined for pairs; this loss rates single responses"
-        )
-
-    @torch.no_grad()
-    def _z0(self, c: CandidateLogps) -> Tensor:  # []
-        column = 1 if self.baseline == "mismatched" else 0
-        score = self.score(c.columns((column,)))[:, 0]
-        if self.baseline == "zero":
-            return torch.zeros_like(score[0])
-        if self.baseline != "class_means":
-            return global_mean(score).clamp(min=0.0)
-        desirable = (c.labels[:, 0] > 0.5).to(score.dtype)
-        groups = torch.stack([desirable, 1.0 - desirable])  # [2, B]
-        count = global_sum(groups.sum(1))
-        total = global_sum((groups * score).sum(1))
-        present = count > 0
-        return (total / count.clamp(min=1.0)).sum() / present.sum()
-
-
-@dataclass(frozen=True)
-class KahnemanPair(_Scored):
-    """KTO on pairs: each side's z0 is the other side's batch mean, at least 0.
-
-    loss = [sigmoid(-(s_0 - z_1)) + sigmoid(s_1 - z_0)] / 2,  z_k = max(0, mean over rows of s_k)
-    """
-
-    coef: float = 1.0
-    name: ClassVar[str] = "kahneman_pair"
-
-    @property
-    def needs(self) -> Needs:
-        """Pairs."""
-        return self.score.needs | Needs(rows="pair", candidates=2)
-
-    def __call__(self, c: CandidateLogps) -> Tensor:  # [B]
-        """The mean of both sides' regrets."""
-        score = self.score(self._rated(c))
-        z0, z1 = (global_mean(score[:, k]).clamp(min=0.0) for k in (0, 1))
-        return 0.5 * (torch.sigmoid(z1 - score[:, 0]) + torch.sigmoid(score[:, 1] - z0))
-
-    def modified(self, ld_alpha: float | None, wpo: Wpo | None) -> KahnemanPair:
-        """LD-DPO's weight; WPO is refused, since sides of different rows meet."""
-        _refuse_wpo(self, wpo)
-        return replace(self, score=replace(self.score, ld_alpha=ld_alpha))
+        return preference_metrics(self.rated_columns(c), self.score)
 
 
 class RunningMean(nn.Module):
@@ -185,15 +71,15 @@ class RunningMean(nn.Module):
 
 
 @dataclass(frozen=True)
-class Bco(_Scored):
+class Bco(Scored):
     """Binary classifier optimisation: every rated response against a common shift.
 
     loss = sum over k of label_k nll(s_k - shift) + (1 - label_k) nll(-(s_k - shift))
 
     Args:
         score: How a response is scored.
-        shift: Running mean of all scores, updated with a batch before it is used, in training mode only;
-            None for no shift.
+        shift: Running mean of all scores, updated with a batch before it is used, in training mode
+            only; None for no shift.
         kind: `pair` reads candidates 0 and 1, `unpaired` candidate 0.
         coef: Weight of the term.
     """
@@ -214,12 +100,13 @@ class Bco(_Scored):
         """The running shift."""
         return self.shift
 
-    def _rated(self, c: CandidateLogps) -> CandidateLogps:
+    def rated_columns(self, c: CandidateLogps) -> CandidateLogps:
+        """The pair, or the one response of the row."""
         return c.columns((0, 1) if self.kind == "pair" else (0,))
 
     def __call__(self, c: CandidateLogps) -> Tensor:  # [B]
         """The classifier's cross-entropy, summed over the rated candidates."""
-        c = self._rated(c)
+        c = self.rated_columns(c)
         score, labels = self.score(c), full_precision(c.labels)
         if self.shift is not None:
             score = score - self.shift(score.detach())
@@ -234,20 +121,21 @@ class Bco(_Scored):
 
     def modified(self, ld_alpha: float | None, wpo: Wpo | None) -> Bco:
         """LD-DPO's weight on pairs; WPO is refused, since the shift mixes rows."""
-        _refuse_wpo(self, wpo)
+        refuse_wpo(self, wpo)
         if self.kind == "unpaired":
             raise ConfigError("ld_alpha is defined for pairs; this loss rates single responses")
         return replace(self, score=replace(self.score, ld_alpha=ld_alpha))
 
 
 @dataclass(frozen=True)
-class Aot(_Scored):
+class Aot(Scored):
     """Alignment by optimal transport: the sorted margins of the policy against the reference's.
 
     q_i = sort(policy margins)_i - sort(reference margins)_i, times beta;
     loss = (1 - flip) nll(q) + flip nll(-q)
 
-    Rows of all processes are sorted together. A row's loss is the one at the rank of its policy margin.
+    Rows of all processes are sorted together. A row's loss is the one at the rank of its policy
+    margin.
     """
 
     flip: float = 0.0
@@ -273,7 +161,7 @@ class Aot(_Scored):
 
     def __call__(self, c: CandidateLogps) -> Tensor:  # [B]
         """The loss at each row's rank."""
-        first, second = self._sides(self._rated(c))
+        first, second = self._sides(self.rated_columns(c))
         (first, own), (second, _) = gather_rows(first), gather_rows(second)
         order = first.argsort(stable=True)
         gap = first[order] - second.sort().values  # [W * B]
@@ -282,7 +170,7 @@ class Aot(_Scored):
 
     def modified(self, ld_alpha: float | None, wpo: Wpo | None) -> Aot:
         """LD-DPO's weight; WPO is refused, since sorting parts a row's sides."""
-        _refuse_wpo(self, wpo)
+        refuse_wpo(self, wpo)
         return replace(self, score=replace(self.score, ld_alpha=ld_alpha))
 
 
@@ -290,7 +178,8 @@ class Aot(_Scored):
 class AotUnpaired(Aot):
     """As Aot, between the sorted scores of chosen and of rejected responses.
 
-    q_i = sort(chosen scores)_i - sort(rejected scores)_i. Compares across prompts, so reverse KL only.
+    q_i = sort(chosen scores)_i - sort(rejected scores)_i. Compares across prompts, so reverse KL
+    only.
     """
 
     name: ClassVar[str] = "aot_unpaired"
@@ -300,7 +189,8 @@ class AotUnpaired(Aot):
         return score[:, 0], score[:, 1]
 
 
-def _refuse_wpo(term: Term, wpo: Wpo | None) -> None:
+def refuse_wpo(term: Term, wpo: Wpo | None) -> None:
+    """Raise ConfigError when WPO's weight of a pair is asked for where rows are mixed."""
     if wpo is not None:
         raise ConfigError(
             f"wpo weighs pairs, but {type(term).__name__} compares responses of different rows"

@@ -2,8 +2,9 @@
 
 A transform turns the log-ratio of one response into its score. Valid are the convex f whose f' is
 strictly increasing and unbounded below at u = 0: then the optimum of the regularised problem keeps
-every response possible, and reward = beta * f'(policy / reference) + c(prompt). The unknown c cancels
-between candidates of one row only, so losses that look at a single response need reverse KL.
+every response possible, and reward = beta * f'(policy / reference) + c(prompt). The unknown c
+cancels between candidates of one row only, so losses that look at a single response need reverse
+KL.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class SkewedJensenShannon:
 
 @dataclass(frozen=True, slots=True)
 class Alpha:
-    """Alpha divergence: f'(u) = (1 - u^-alpha) / alpha; 0 is reverse KL, 1 forward KL, 2 reverse chi2.
+    """Alpha divergence: f'(u) = (1 - u^-alpha) / alpha; 0 is reverse KL, 1 forward KL.
 
     Args:
         alpha: The parameter of the f-DPO paper, at least 0. TRL's coefficient is 1 - alpha.
@@ -140,7 +141,7 @@ class Alpha:
 
 @dataclass(frozen=True, slots=True)
 class Hellinger:
-    """Squared Hellinger, f(u) = (sqrt u - 1)^2: f'(u) = 1 - u^(-1/2); Alpha(1/2) with half the beta."""
+    """Squared Hellinger, f(u) = (sqrt u - 1)^2: f'(u) = 1 - u^(-1/2), half of Alpha(1/2)."""
 
     limit: float | None = LIMIT
 
@@ -163,7 +164,8 @@ class ChiSquaredKL:
     """Chi-squared plus KL, the mixture of chi-PO: f'(u) = u - 1 + log u.
 
     Source: Huang et al. 2024, arXiv:2407.13399.
-    Departs: the paper's link u + log u is 1 at equal policies; the constant is dropped (it cancels).
+    Departs: the paper's link u + log u is 1 at equal policies; the constant cancels
+        and is dropped.
     """
 
     limit: float | None = LIMIT
@@ -173,7 +175,7 @@ class ChiSquaredKL:
 
 
 class _LogOdds(torch.autograd.Function):
-    """log(p / (1 - p)) of log p, with its tangent line above -1e-6 and the exact slope 1 / (1 - p)."""
+    """log(p / (1 - p)) of log p, its tangent line above -1e-6; exact slope 1 / (1 - p)."""
 
     EDGE = -1e-6
 

@@ -1,8 +1,8 @@
 """Links: scores of one row's candidates to a loss. They never see log-probabilities or betas.
 
-m is the margin score[:, 0] - score[:, 1]; nll(m) = -log sigmoid(m). `margin_only` links stay the same
-when a constant is added to all scores of a row, so they are defined under every valid divergence;
-the others look at one response alone and need reverse KL (or log-odds).
+m is the margin score[:, 0] - score[:, 1]; nll(m) = -log sigmoid(m). `margin_only` links stay the
+same when a constant is added to all scores of a row, so they are defined under every valid
+divergence; the others look at one response alone and need reverse KL (or log-odds).
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class Conservative(_Pair):
 class Robust(_Pair):
     """Logistic loss made unbiased under random label flips.
 
-    [(1 - flip) nll(m) - flip nll(-m)] / (1 - 2 flip). Can be negative and is unbounded below for large
-    margins; its mean over flipped and unflipped copies of a pair equals nll(m).
+    [(1 - flip) nll(m) - flip nll(-m)] / (1 - 2 flip). Can be negative and is unbounded below for
+    large margins; its mean over flipped and unflipped copies of a pair equals nll(m).
     """
 
     flip: float = 0.1
@@ -193,8 +193,8 @@ class Exo(_Pair):
 class DiscoPop(_Pair):
     """nll(m) sigmoid(-m / tau) + exp(-m) sigmoid(m / tau): the discovered blend.
 
-    Not monotone: a shoulder near m = 0 for small tau. The second term is one exponential of a sum: the
-    plain product is inf * 0 for m below -88 in float32.
+    Not monotone: a shoulder near m = 0 for small tau. The second term is one exponential of a sum:
+    the plain product is inf * 0 for m below -88 in float32.
     """
 
     tau: float = 0.05

@@ -34,9 +34,9 @@ class PlackettLuce:
 class LambdaRank:
     """Sum over pairs with label_i > label_j of lambda_ij nll(s_i - s_j).
 
-    lambda_ij = |2^label_i - 2^label_j| |1/log(1 + rank_i) - 1/log(1 + rank_j)|, natural logarithm; rank
-    counts from 1 by the current score and carries no gradient. Ties contribute nothing. Labels are
-    grades; use small ones, the gain is exponential.
+    lambda_ij = |2^label_i - 2^label_j| |1/log(1 + rank_i) - 1/log(1 + rank_j)|, natural logarithm;
+    rank counts from 1 by the current score and carries no gradient. Ties contribute nothing. Labels
+    are grades; use small ones, the gain is exponential.
     """
 
     candidates: ClassVar[int] = 2

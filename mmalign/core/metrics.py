@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def preference_metrics(c: CandidateLogps, score: Score) -> dict[str, Tensor]:
     """Rewards, margins, strict accuracy, ties and log-probabilities of the candidates in `c`.
 
-    The chosen candidate is the one with the highest label, the rejected one that with the lowest; in
-    a tie the earlier and the later. With one candidate a row (unpaired data) the two are groups of
-    rows: labels above 1/2, and the others; a group without rows is left out.
+    The chosen candidate is the one with the highest label, the rejected one that with the lowest;
+    in a tie the earlier and the later. With one candidate a row (unpaired data) the two are groups
+    of rows: labels above 1/2, and the others; a group without rows is left out.
     """
     values = {"rewards": score.rewards(c), "logps": over_positions(c.policy, c.mask)}
     if not score.is_log_ratio:

@@ -26,7 +26,7 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 class _Expm1Linear(torch.autograd.Function):
-    """Forward expm1, backward exp: autograd's expm1(x) + 1 loses all digits where exp(x) is small."""
+    """Forward expm1, backward exp; autograd's expm1(x) + 1 loses digits where exp(x) is small."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class Objective(nn.Module):
     """A weighted sum of terms: the loss of one method, or of a mix.
 
-    A module, so that a running state (BCO's shift) is saved and moved with it; it has no parameters.
+    A module, so that a running state (BCO's shift) is saved and moved with it; it has no
+    parameters.
 
     Args:
         terms: The summands; each brings its own coefficient.
@@ -118,7 +119,7 @@ def _refuse_undefined(term: Term) -> None:
     what = type(term.link if isinstance(term, Preference) else term).__name__
     raise ConfigError(
         f"{what} looks at one response alone, which is not defined under "
-        f"{type(term.alone.transform).__name__}: the reward is f'(u) plus an unknown constant of the "
-        "prompt, and only a difference between responses of one row cancels it. Use reverse_kl, or a "
-        "loss on margins"
+        f"{type(term.alone.transform).__name__}: the reward is f'(u) plus an unknown constant of "
+        "the prompt, and only a difference between responses of one row cancels it. Use "
+        "reverse_kl, or a loss on margins"
     )

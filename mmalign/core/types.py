@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 Rows = Literal["any", "pair", "unpaired", "list"]
-"""The shape of a record: `pair` chosen and rejected; `unpaired` one rated response; `list` K ranked."""
+"""The shape of a record: chosen and rejected, one rated response, or K ranked ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +70,14 @@ class Needs:
         )
 
     def describe(self) -> str:
-        """The needs as a short sentence part, e.g. `reference, kl, at least 2 candidates (pair)`."""
+        """The needs as words, e.g. `reference, kl, at least 2 candidates (pair)`."""
         parts = [
             n for n in ("reference", "kl", "weight", "log_sum_p2", "prompt") if getattr(self, n)
         ]
-        parts += [f"a {role} response" for role in dict.fromkeys(self.roles)]
+        parts += [
+            f"{'an' if role[0] in 'aeiou' else 'a'} {role} response"
+            for role in dict.fromkeys(self.roles)
+        ]
         plural = "s" if self.candidates > 1 else ""
         kind = "" if self.rows == "any" else f" ({self.rows})"
         parts.append(f"at least {self.candidates} candidate{plural}{kind}")

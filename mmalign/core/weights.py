@@ -48,7 +48,8 @@ def uncertainty_labels(uncertainty: Tensor) -> Tensor:  # [N] -> [N, 2]
         uncertainty: `bald` of each pair.
 
     Source: Uncertainty-Enhanced Preference Optimization (paper text).
-    Departs: the printed a = 1 / (P + 1), P <= 1, is always at least 1/2: training would run backwards.
+    Departs: the printed a = 1 / (P + 1), P <= 1, is always at least 1/2: training would run
+        backwards.
     """
     flip = (0.5 * uncertainty / math.log(2.0)).clamp(0.0, 0.5)
     return torch.stack([1.0 - flip, flip], dim=-1)

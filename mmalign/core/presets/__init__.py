@@ -1,4 +1,4 @@
-"""Every published method as a function that composes an `Objective`, and the ways to build one by name."""
+"""Every published method as a function that composes an `Objective`; objectives by name."""
 
 from __future__ import annotations
 
@@ -13,19 +13,15 @@ from mmalign.core.presets.diffusion import (
 from mmalign.core.presets.lists import plackett_luce, tpo_tree
 from mmalign.core.presets.pairwise import (
     cdpo,
-    chi_po,
     discopop,
     dpo,
-    dpo_gamma,
     exo,
     f_dpo,
-    flex_dpo,
     hinge,
     ipo,
     rdpo,
     rso,
     sigmoid_norm,
-    wpo,
 )
 from mmalign.core.presets.pointwise import (
     aot,
@@ -43,6 +39,7 @@ from mmalign.core.presets.regularised import hypo, mpo, rationale, rpo, vpo
 from mmalign.core.presets.soft import mcts_dpo, sem_dpo, soft_dpo, upo
 from mmalign.core.presets.token import sparse_po, tdpo1, tdpo2
 from mmalign.core.presets.unpaired import apo_zero_unpaired, kto
+from mmalign.core.presets.variants import chi_po, dpo_gamma, flex_dpo, wpo
 from mmalign.core.presets.video import (
     adpo,
     ha_dpo,

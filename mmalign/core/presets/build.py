@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import difflib
 import functools
-import inspect
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mmalign.core.objective import Objective
 from mmalign.core.presets import (
@@ -20,8 +19,10 @@ from mmalign.core.presets import (
     soft,
     token,
     unpaired,
+    variants,
     video,
 )
+from mmalign.core.presets.keywords import check_keywords, check_type
 from mmalign.core.terms import Wpo
 from mmalign.errors import ConfigError
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 PRESETS: dict[str, Callable[..., Objective]] = {
     "dpo": pairwise.dpo,
     "f_dpo": pairwise.f_dpo,
-    "chi_po": pairwise.chi_po,
+    "chi_po": variants.chi_po,
     "cdpo": pairwise.cdpo,
     "rdpo": pairwise.rdpo,
     "ipo": pairwise.ipo,
@@ -40,9 +41,9 @@ PRESETS: dict[str, Callable[..., Objective]] = {
     "sigmoid_norm": pairwise.sigmoid_norm,
     "exo": pairwise.exo,
     "discopop": pairwise.discopop,
-    "wpo": pairwise.wpo,
-    "dpo_gamma": pairwise.dpo_gamma,
-    "flex_dpo": pairwise.flex_dpo,
+    "wpo": variants.wpo,
+    "dpo_gamma": variants.dpo_gamma,
+    "flex_dpo": variants.flex_dpo,
     "soft_dpo": soft.soft_dpo,
     "upo": soft.upo,
     "mcts_dpo": soft.mcts_dpo,
@@ -160,17 +161,17 @@ def build(
         keywords: The preset's own.
 
     Raises:
-        ConfigError: An unknown name or keyword, a wrong type or range, or a modifier that the method
-            does not define.
+        ConfigError: An unknown name or keyword, a wrong type or range, or a modifier that the
+            method does not define.
     """
     function = preset(name)
-    _check_keywords(name, function, keywords)
+    check_keywords(name, function, keywords)
     objective = function(**keywords)
     weight = _wpo(wpo)
     if ld_alpha is None and weight is None:
         return objective
     if ld_alpha is not None:
-        _check_type("ld_alpha", ld_alpha, float)
+        check_type("ld_alpha", ld_alpha, float)
     return objective.modified(ld_alpha, weight)
 
 
@@ -201,7 +202,7 @@ def build_mix(
         if not isinstance(value, float | int):
             keywords = dict(value)
         weight = keywords.pop("weight", 1.0)
-        _check_type(f"mix.{name}.weight", weight, float)
+        check_type(f"mix.{name}.weight", weight, float)
         objective = build(name, **keywords)
         reads_pairs = objective.needs.rows == "pair"
         if reads_pairs and (ld_alpha is not None or wpo):
@@ -228,7 +229,7 @@ def _wpo(value: bool | Mapping[str, Any]) -> Wpo | None:
     if unknown:
         raise ConfigError(f"objective.wpo has unknown keys {sorted(unknown)}; it knows clamp_max")
     clamp_max = value.get("clamp_max", 1.0)
-    _check_type("wpo.clamp_max", clamp_max, float | None)
+    check_type("wpo.clamp_max", clamp_max, float | None)
     return Wpo(clamp_max)
 
 
@@ -247,74 +248,9 @@ def _imported(name: str) -> Callable[..., Objective]:
     def checked(**keywords: Any) -> Objective:
         objective = function(**keywords)
         if not isinstance(objective, Objective):
-            raise ConfigError(f"objective.name is {name!r}: it returned {objective!r}, no Objective")
+            raise ConfigError(
+                f"objective.name is {name!r}, but it returned {objective!r}, not an Objective"
+            )
         return objective
 
     return functools.wraps(function)(checked)
-
-
-def _check_keywords(
-    name: str, function: Callable[..., Objective], keywords: Mapping[str, Any]
-) -> None:
-    signature = inspect.signature(function, eval_str=True)
-    known = list(signature.parameters)
-    for key, value in keywords.items():
-        if key in signature.parameters:
-            _check_type(key, value, signature.parameters[key].annotation)
-        elif key == "divergence":
-            raise ConfigError(
-                f"objective.divergence is given, but {name!r} is defined for its own score only: losses "
-                "on single responses need reverse KL. Use f_dpo, or another loss on margins"
-            )
-        elif key == "compat":
-            raise ConfigError(
-                f"objective.compat is given, but no released code of {name!r} computes it otherwise; "
-                "leave it out"
-            )
-        else:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"Did you mean {near[0]!r}? " if near else ""
-            raise ConfigError(
-                f"objective.{key} is not a keyword of {name!r}. {hint}"
-                f"Its keywords: {', '.join(known) or 'none'}; on any pair loss also ld_alpha, wpo"
-            )
-    for key, parameter in signature.parameters.items():
-        if parameter.default is parameter.empty and key not in keywords:
-            raise ConfigError(f"objective.{key} is missing; {name!r} has no default for it")
-
-
-def _check_type(key: str, value: object, annotation: Any) -> None:
-    """Raise ConfigError unless a value from YAML fits the annotation of a preset's keyword."""
-    if not _fits(value, annotation):
-        raise ConfigError(f"objective.{key} is {value!r}; it must be {_describe(annotation)}")
-
-
-def _fits(value: object, annotation: Any) -> bool:
-    arguments = get_args(annotation)
-    if get_origin(annotation) is Literal:
-        return value in arguments
-    if arguments:
-        return any(_fits(value, one) for one in arguments)
-    if annotation is None or annotation is type(None):
-        return value is None
-    if annotation is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if annotation in (str, bool):
-        return isinstance(value, annotation)
-    if annotation is inspect.Parameter.empty or not isinstance(annotation, type):
-        return True  # a user's function without annotations
-    return isinstance(value, annotation)
-
-
-def _describe(annotation: Any) -> str:
-    arguments = get_args(annotation)
-    if get_origin(annotation) is Literal:
-        return " or ".join(repr(one) for one in arguments)
-    if arguments:
-        return " or ".join(_describe(one) for one in arguments)
-    names = {float: "a number", int: "a whole number", bool: "true or false", str: "a name"}
-    if annotation is None or annotation is type(None):
-        return "null"
-    return names.get(annotation, f"a {getattr(annotation, '__name__', annotation)}")

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from mmalign.core.batchwide import Baseline, Kahneman, Utility
 from mmalign.core.divergence import MapoScore
+from mmalign.core.kahneman import Baseline, Kahneman, Utility
 from mmalign.core.links import Hinge, Link, Logistic, Smoothed, Squared
 from mmalign.core.numerics import require
 from mmalign.core.objective import Objective
+from mmalign.core.regularisers import Nll
 from mmalign.core.score import Score
-from mmalign.core.terms import Nll, Preference
+from mmalign.core.terms import Preference
 
 
 def diffusion_dpo(
@@ -46,14 +47,15 @@ def diffusion_dpo(
 def smpo(beta: float = 50000.0) -> Objective:
     """SmPO-Diffusion: smoothed preferences; the inversion is the adapter's estimator.
 
-    loss = -log sigmoid((beta / 2) * (p_w - p_l) * [log-ratio margin in errors]), (p_w, p_l) = labels
+    loss = -log sigmoid((beta / 2) * (p_w - p_l) * [m in errors]), (p_w, p_l) = labels
 
     Args:
-        beta: Regularisation, per unit of mean squared error, with the published constant 10 folded in:
-            20000 is the published 2000 (SD 1.5), 50000 the published 5000 (SDXL).
+        beta: Regularisation, per unit of mean squared error, with the published constant 10 folded
+            in: 20000 is the published 2000 (SD 1.5), 50000 the published 5000 (SDXL).
 
     Source: Lu et al. 2025, SmPO-Diffusion, released code.
-    Departs: each row has its own label; the release applies the first row's to the whole micro-batch.
+    Departs: each row has its own label; the release applies the first row's to the whole
+        micro-batch.
     """
     return Objective(Preference(Score(beta), Smoothed()))
 
@@ -110,10 +112,10 @@ def diffusion_kto(
         beta: Regularisation, per unit of mean squared error, without the factor 1/2.
         desirable_weight: Weight of desirable rows.
         undesirable_weight: Weight of undesirable rows.
-        utility: h: "sigmoid"; "loss_averse" log sigmoid(z); "risk_seeking_1" -y log sigmoid(-beta (u - z0))
-            with y = +-1; "risk_seeking_3" -log sigmoid(-z).
-        baseline: z0, no gradient: "batch" max(0, mean u); "class_means" average of both groups' means;
-            "mismatched" max(0, mean u under other prompts); "zero".
+        utility: h: "sigmoid"; "loss_averse" log sigmoid(z); "risk_seeking_1" -y log sigmoid(-beta
+            (u - z0)) with y = +-1; "risk_seeking_3" -log sigmoid(-z).
+        baseline: z0, no gradient: "batch" max(0, mean u); "class_means" average of both groups'
+            means; "mismatched" max(0, mean u under other prompts); "zero".
 
     Source: Li et al. 2024, arXiv:2404.04465, released code.
     Departs: baselines are means over all processes.

@@ -12,7 +12,8 @@ from mmalign.core.terms import Preference
 def plackett_luce(beta: float = 0.1) -> Objective:
     """Likelihood of a whole ranking.
 
-    loss = sum over ranks k of [log sum of exp(r_j) over j not ranked above k] - r_k, r = beta * log-ratio
+    loss = sum over ranks k of [log sum of exp(r_j) over j not ranked above k] - r_k, r = beta *
+    log-ratio
 
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats.
@@ -32,11 +33,12 @@ def tpo_tree(beta: float = 0.1, weighted: bool = True) -> Objective:
 
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats.
-        weighted: Needs the adapter's step weights (text.masks kind steps); false for plain log-ratios.
+        weighted: Needs the adapter's step weights (text.masks kind steps); false for plain
+            log-ratios.
 
     Source: Liao et al. 2024, arXiv:2410.12854, in the LiPO-lambda form that the paper names.
-    Departs: the released code wraps the list loss in another -log sigmoid, so that descent raises the
-        ranking loss; it also counts the diagonal and only the sign of label differences.
+    Departs: the released code wraps the list loss in another -log sigmoid, so that descent raises
+        the ranking loss; it also counts the diagonal and only the sign of label differences.
     """
     link: Link = LambdaRank()
     return Objective(Preference(Score(beta, weighted=weighted), link))

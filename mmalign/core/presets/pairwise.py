@@ -6,14 +6,12 @@ import math
 from typing import Literal
 
 from mmalign.core.catalogue import resolve_divergence
-from mmalign.core.divergence import Alpha, ChiSquaredKL, Transform
+from mmalign.core.divergence import Alpha, Transform
 from mmalign.core.links import (
-    ClippedLogistic,
     Conservative,
     DiscoPop,
     Exo,
     Hinge,
-    Link,
     Logistic,
     Robust,
     Squared,
@@ -21,7 +19,7 @@ from mmalign.core.links import (
 from mmalign.core.numerics import Reduce, require
 from mmalign.core.objective import Objective
 from mmalign.core.score import Score
-from mmalign.core.terms import Preference, Wpo
+from mmalign.core.terms import Preference
 
 
 def dpo(beta: float = 0.1) -> Objective:
@@ -59,30 +57,14 @@ def f_dpo(
         compat: "trl-1.16" reads alpha as TRL's f_alpha_divergence_coef, which is 1 - alpha.
 
     Source: Wang et al. 2023, arXiv:2309.16240.
-    Departs: constants are kept so that equal policies score 0 (they cancel in the loss and shift the
-        logged rewards); exponentials beyond exp(30) follow their tangent line instead of being clamped.
+    Departs: constants are kept so that equal policies score 0 (they cancel in the loss and shift
+        the logged rewards); exponentials beyond exp(30) follow their tangent line instead of being
+        clamped.
     """
     if compat is not None and alpha is not None:
         alpha = Alpha.from_trl(alpha).alpha
     transform = resolve_divergence(divergence, alpha=alpha, p=p)
     return Objective(Preference(Score(beta, transform), Logistic()))
-
-
-def chi_po(beta: float = 0.1, r_max: float | None = None) -> Objective:
-    """Chi-squared preference optimisation.
-
-    loss = -log sigmoid(clip(beta * [phi(u_chosen) - phi(u_rejected)], -2 r_max, 2 r_max)),
-    phi(u) = u + log u
-
-    Args:
-        beta: Scale of the implicit reward.
-        r_max: Bound of the reward; None for no clipping. Clipped pairs have no gradient.
-
-    Source: Huang et al. 2024, arXiv:2407.13399.
-    Departs: the exponential u follows its tangent line beyond exp(30).
-    """
-    link: Link = Logistic() if r_max is None else ClippedLogistic(2.0 * r_max)
-    return Objective(Preference(Score(beta, ChiSquaredKL()), link))
 
 
 def cdpo(
@@ -152,12 +134,14 @@ def ipo(
 
     Args:
         tau: Regularisation, in 1/nats; the target margin is 1 / (2 tau).
-        reduce: "mean" divides each log-ratio by its response's length; "sum" is the paper's equation.
+        reduce: "mean" divides each log-ratio by its response's length; "sum" is the paper's
+            equation.
         divergence: Name in DIVERGENCES, or a transform object.
         alpha: Parameter of the alpha divergence.
         p: Parameter of skewed_js.
         length_norm: What "mean" divides under a divergence: the log_ratio before f', or the score.
-        compat: "trl-1.16" is reduce mean with length_norm score; "official" (the DPO repository) sums.
+        compat: "trl-1.16" is reduce mean with length_norm score; "official" (the DPO repository)
+            sums.
 
     Source: Azar et al. 2023, arXiv:2310.12036, eq. 17; TRL reports that its authors use the mean.
     Departs: the mean is the default; lengths are counted on the scored tokens.
@@ -257,8 +241,8 @@ def exo(
         divergence: Name in DIVERGENCES, or a transform object.
         alpha: Parameter of the alpha divergence.
         p: Parameter of skewed_js.
-        compat: "official" uses the released targets (0, -10) as log-probabilities: flip is exp(-10) and
-            they do not sum to one.
+        compat: "official" uses the released targets (0, -10) as log-probabilities: flip is exp(-10)
+            and they do not sum to one.
 
     Source: Ji et al. 2024, arXiv:2402.00856, eq. 16.
     Departs: the label is normalised.
@@ -294,58 +278,3 @@ def discopop(
     """
     transform = resolve_divergence(divergence, alpha=alpha, p=p)
     return Objective(Preference(Score(beta, transform), DiscoPop(tau)))
-
-
-def wpo(
-    beta: float = 0.1,
-    clamp_max: float | None = 1.0,
-    compat: Literal["trl-1.16"] | None = None,
-) -> Objective:
-    """Weighted preference optimisation: pairs the current policy might give count more.
-
-    loss = -w log sigmoid(beta * m), w = min(clamp_max, w_chosen * w_rejected) without gradient,
-    w_side = exp(mean over tokens of [log pi - log sum_v pi(v)^2])
-
-    The same weight goes on any pair loss with the keyword `wpo: true`.
-
-    Args:
-        beta: Inverse temperature of the implicit reward, in 1/nats.
-        clamp_max: Largest weight of a pair; None for no bound.
-        compat: "trl-1.16" does not clamp.
-
-    Source: Zhou et al. 2024, arXiv:2406.11827, eq. 2 and released code.
-    Departs: nothing.
-    """
-    if compat is not None:
-        clamp_max = None
-    return Objective(Preference(Score(beta), Logistic(), wpo=Wpo(clamp_max)))
-
-
-def dpo_gamma(beta: float = 0.1, gamma: float = 1.0) -> Objective:
-    """DPO with a scaled reference.
-
-    loss = -log sigmoid(beta * [log pi(chosen)/pi(rejected) - gamma log ref(chosen)/ref(rejected)])
-
-    Args:
-        beta: Inverse temperature of the implicit reward, in 1/nats.
-        gamma: Weight of the reference: 1 is dpo, 0 is reference-free.
-
-    Source: Chen et al. 2024, arXiv:2405.19534, preference ranking accuracy.
-    Departs: nothing.
-    """
-    return Objective(Preference(Score(beta, reference_weight=gamma), Logistic()))
-
-
-def flex_dpo(beta_chosen: float = 0.1, beta_rejected: float = 0.05) -> Objective:
-    """DPO with one temperature per side.
-
-    loss = -log sigmoid(beta_chosen * r_chosen - beta_rejected * r_rejected), r the log-ratios
-
-    Args:
-        beta_chosen: Scale of the chosen response's log-ratio, in 1/nats.
-        beta_rejected: Scale of the rejected one's; smaller slows the fall of rejected likelihoods.
-
-    Source: 3D-Properties, arXiv:2406.07327 (Flex-DPO).
-    Departs: the default values are ours.
-    """
-    return Objective(Preference(Score((beta_chosen, beta_rejected)), Logistic()))

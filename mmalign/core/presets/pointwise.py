@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mmalign.core.batchwide import Aot, AotUnpaired, Bco, KahnemanPair, RunningMean
+from mmalign.core.batchwide import Aot, AotUnpaired, Bco, RunningMean
+from mmalign.core.kahneman import KahnemanPair
 from mmalign.core.links import ApoDown, ApoZero, Nca, Positive
 from mmalign.core.objective import Objective
 from mmalign.core.score import Score
@@ -98,7 +99,8 @@ def dpop(beta: float = 0.3, penalty: float = 50.0) -> Objective:
 def kto_pair(beta: float = 0.1) -> Objective:
     """KTO's older form for pairs.
 
-    loss = [sigmoid(-(r_w - z_l)) + sigmoid(r_l - z_w)] / 2, z = max(0, batch mean of r), no gradient
+    loss = [sigmoid(-(r_w - z_l)) + sigmoid(r_l - z_w)] / 2, z = max(0, batch mean of r), no
+    gradient
 
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats.

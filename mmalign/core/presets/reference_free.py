@@ -9,8 +9,9 @@ from mmalign.core.divergence import Alpha, LogOdds, ReverseKL, Transform
 from mmalign.core.links import Bernoulli, Conservative, Hinge, Link, Logistic, Squared
 from mmalign.core.numerics import Reduce, require
 from mmalign.core.objective import Objective
+from mmalign.core.regularisers import Nll, NllReduce
 from mmalign.core.score import Score
-from mmalign.core.terms import Nll, NllReduce, Preference, Term
+from mmalign.core.terms import Preference, Term
 
 
 def sft(reduce: NllReduce = "batch_token") -> Objective:
@@ -19,8 +20,9 @@ def sft(reduce: NllReduce = "batch_token") -> Objective:
     loss = -log pi(chosen), averaged over tokens
 
     Args:
-        reduce: "batch_token" averages over all response tokens of the batch; "mean" over each response,
-            then over rows (the same however a batch is accumulated); "sum" over the response.
+        reduce: "batch_token" averages over all response tokens of the batch; "mean" over each
+            response, then over rows (the same however a batch is accumulated); "sum" over the
+            response.
 
     Source: standard; TRL 1.16 loss_type sft.
     Departs: nothing.
@@ -77,7 +79,8 @@ def alphapo(
         sft_weight: Weight of the chosen response's mean negative log-likelihood.
 
     Source: Gupta et al. 2025, arXiv:2501.03884.
-    Departs: computed with expm1 and continued by its tangent line; TRL's power of exp(a) is nan below -104.
+    Departs: computed with expm1 and continued by its tangent line; TRL's power of exp(a) is nan
+        below -104.
     """
     return _simpo(Alpha(alpha), beta, gamma, link, label_smoothing, sft_weight)
 
@@ -116,9 +119,11 @@ def cpo(
     Args:
         beta: Scale, in 1/nats.
         sft_weight: Weight of the chosen response's negative log-likelihood.
-        link: "hinge" is max(0, 1 - beta * [S_w - S_l]); "ipo" is (a_w - a_l - 1/(2 beta))^2 on means.
+        link: "hinge" is max(0, 1 - beta * [S_w - S_l]); "ipo" is (a_w - a_l - 1/(2 beta))^2 on
+            means.
         label_smoothing: Assumed share of wrong labels, in [0, 0.5]; sigmoid only.
-        nll_reduce: "mean" over each response, then rows; "batch_token" over the batch's tokens; "sum".
+        nll_reduce: "mean" over each response, then rows; "batch_token" over the batch's tokens;
+            "sum".
         compat: "trl-1.16" is nll_reduce batch_token.
 
     Source: Xu et al. 2024, arXiv:2401.08417.
@@ -149,7 +154,8 @@ def orpo(
 
     Args:
         lam: Weight of the odds-ratio term, no unit (TRL calls it beta).
-        nll_reduce: "mean" over each response, then rows; "batch_token" over the batch's tokens; "sum".
+        nll_reduce: "mean" over each response, then rows; "batch_token" over the batch's tokens;
+            "sum".
         compat: "trl-1.16" takes the NLL over prompt and response, averaged over the batch's tokens.
 
     Source: Hong et al. 2024, arXiv:2403.07691.

@@ -50,8 +50,8 @@ def inpo_nash(eta: float = 7.5e-3) -> Objective:
     loss = (m - 1 / (2 eta))^2,
     m = margin of log pi - (tau/eta) log ref - (1 - tau/eta) log previous
 
-    The reference is the mixture: set reference.kind to mixture with weights tau/eta (the base model)
-    and 1 - tau/eta (the round's start). With the base alone it is ipo with reduce sum.
+    The reference is the mixture: set reference.kind to mixture with weights tau/eta (the base
+    model) and 1 - tau/eta (the round's start). With the base alone it is ipo with reduce sum.
 
     Args:
         eta: Step size, in 1/nats; the published tau is eta / 3.

@@ -9,8 +9,9 @@ from mmalign.core.batchwide import Bco, RunningMean
 from mmalign.core.links import Anchor, Logistic
 from mmalign.core.numerics import require
 from mmalign.core.objective import Objective
+from mmalign.core.regularisers import LogRatio, Nll, NllReduce, OnlineKl
 from mmalign.core.score import Score
-from mmalign.core.terms import LogRatio, Nll, NllReduce, OnlineKl, Preference
+from mmalign.core.terms import Preference
 from mmalign.core.types import Needs
 
 
@@ -76,8 +77,8 @@ def vpo(
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats.
         alpha: Weight of the value term, no unit.
-        mode: "offline" (minus: pessimism) pulls the calibration response up; "online" (plus: optimism)
-            pushes it down. The calibration response is each row's candidate of that role.
+        mode: "offline" (minus: pessimism) pulls the calibration response up; "online" (plus:
+            optimism) pushes it down. The calibration response is each row's candidate of that role.
 
     Source: Cen et al. 2024, arXiv:2405.19320; sign checked against TRL's XPO.
     Departs: reconstructed from the paper.
@@ -94,8 +95,8 @@ def vpo(
 def hypo(beta: float = 0.1, lam: float = 1e-4, samples: int = 2) -> Objective:
     """Hybrid preference optimisation: DPO on the data, KL to the reference on fresh samples.
 
-    loss = -log sigmoid(beta * m) + lam * KL(policy, reference), the KL estimated on online samples with
-    the leave-one-out policy gradient
+    loss = -log sigmoid(beta * m) + lam * KL(policy, reference), the KL estimated on online samples
+    with the leave-one-out policy gradient
 
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats.
@@ -116,7 +117,8 @@ def rationale(beta: float = 0.1, gamma: float = 0.01) -> Objective:
 
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats.
-        gamma: Scale of the rationale's summed log-probability, in 1/nats; 0.001 to 0.1 in the release.
+        gamma: Scale of the rationale's summed log-probability, in 1/nats; 0.001 to 0.1 in the
+            release.
 
     Source: Just et al. 2024, arXiv:2407.14477, released code.
     Departs: nothing.

@@ -7,8 +7,9 @@ import math
 from mmalign.core.links import CrossEntropy, Logistic
 from mmalign.core.numerics import require
 from mmalign.core.objective import Objective
+from mmalign.core.regularisers import Nll
 from mmalign.core.score import Score
-from mmalign.core.terms import Nll, Preference
+from mmalign.core.terms import Preference
 
 
 def soft_dpo(beta: float = 0.1) -> Objective:
@@ -36,8 +37,8 @@ def upo(beta: float = 0.1, nll_weight: float = 0.0) -> Objective:
         nll_weight: Weight of the chosen response's mean negative log-likelihood.
 
     Source: Self-Evolutionary LLMs through Uncertainty-Enhanced Preference Optimization, paper text.
-    Departs: a runs from 0 to 1/2; the printed 1 / (P + 1) is never below 1/2 and trains backwards. The
-        likelihood term raises the chosen response; the printed sign lowers it.
+    Departs: a runs from 0 to 1/2; the printed 1 / (P + 1) is never below 1/2 and trains backwards.
+        The likelihood term raises the chosen response; the printed sign lowers it.
     """
     require(0.0 <= nll_weight < math.inf, "nll_weight", nll_weight, "at least 0")
     term = Preference(Score(beta), CrossEntropy())
@@ -62,8 +63,8 @@ def mcts_dpo(beta: float = 0.1) -> Objective:
 def sem_dpo(beta: float = 0.1) -> Objective:
     """Semantically weighted DPO.
 
-    loss = -w log sigmoid(beta * m), w = the record's weight = exp(-alpha * cosine distance of prompt and
-    chosen response) (core.weights.semantic_weights)
+    loss = -w log sigmoid(beta * m), w = the record's weight = exp(-alpha * cosine distance of
+    prompt and chosen response) (core.weights.semantic_weights)
 
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats.

@@ -7,8 +7,9 @@ from typing import Literal
 from mmalign.core.links import Logistic
 from mmalign.core.numerics import require
 from mmalign.core.objective import Objective
+from mmalign.core.regularisers import WeightL1
 from mmalign.core.score import Score
-from mmalign.core.terms import Preference, Term, WeightL1
+from mmalign.core.terms import Preference, Term
 
 
 def tdpo1(beta: float = 0.1) -> Objective:
@@ -16,8 +17,8 @@ def tdpo1(beta: float = 0.1) -> Objective:
 
     loss = -log sigmoid(beta * [m - (KL_rejected - KL_chosen)])
 
-    m is the sequence log-ratio margin, KL_y the sum over response tokens of KL(reference, policy) over
-    the full vocabulary.
+    m is the sequence log-ratio margin, KL_y the sum over response tokens of KL(reference, policy)
+    over the full vocabulary.
 
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats. Usual range 0.05 to 0.5.
@@ -33,8 +34,8 @@ def tdpo2(beta: float = 0.1, alpha: float = 0.5) -> Objective:
 
     loss = -log sigmoid(beta * [m - alpha * (KL_rejected - stopgrad(KL_chosen))])
 
-    m is the sequence log-ratio margin, KL_y the sum over response tokens of KL(reference, policy). Logged
-    rewards are beta * (log-ratio + KL), as released, whatever alpha.
+    m is the sequence log-ratio margin, KL_y the sum over response tokens of KL(reference, policy).
+    Logged rewards are beta * (log-ratio + KL), as released, whatever alpha.
 
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats. Usual range 0.05 to 0.5.
@@ -59,8 +60,8 @@ def sparse_po(
     loss = -log sigmoid(beta * [(u_w - u_l) + (d_w - d_l)]) + l1_reward * |mr| + l1_kl * |mk|,
     u = sum of mr * log-ratio, d = sum of mk * KL(reference, policy), |.| summed over both responses
 
-    The masks come from the adapter (text.masks): learned, or from the reference's activations (MaPO).
-    A mask shared by both counts once when both coefficients are equal.
+    The masks come from the adapter (text.masks): learned, or from the reference's activations
+    (MaPO). A mask shared by both counts once when both coefficients are equal.
 
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmalign.core.batchwide import Kahneman
+from mmalign.core.kahneman import Kahneman
 from mmalign.core.objective import Objective
 from mmalign.core.score import Score
 

@@ -11,23 +11,25 @@ import math
 from mmalign.core.links import Anchor, Contrast, Logistic
 from mmalign.core.numerics import require
 from mmalign.core.objective import Objective
+from mmalign.core.regularisers import KlPenalty, Nll, NllReduce
 from mmalign.core.score import Score
-from mmalign.core.terms import KlPenalty, Nll, NllReduce, Preference
+from mmalign.core.terms import Preference
 from mmalign.core.types import Needs
 
 
 def rrpo(beta: float = 0.1, alpha: float = 0.01) -> Objective:
-    """Refined regularised preference optimisation: reward on spans, token KL on the chosen response.
+    """Refined regularised preference optimisation: reward on spans, KL on the chosen response.
 
-    loss = -log sigmoid(beta * m_spans) + alpha * KL(reference, policy) summed over the chosen response
+    loss = -log sigmoid(beta * m_spans) + alpha * KL(reference, policy) summed over the chosen
+    response
 
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats. 0.1 to 0.9.
         alpha: Weight of the KL, no unit. 0.01 to 0.1.
 
     Source: Sarkar et al. 2025, arXiv:2504.12083, released code.
-    Departs: spans count only on response tokens, and the lowest span id is never dropped; the published
-        formula's sign of the KL is the code's.
+    Departs: spans count only on response tokens, and the lowest span id is never dropped; the
+        published formula's sign of the KL is the code's.
     """
     require(0.0 <= alpha < math.inf, "alpha", alpha, "at least 0")
     term = Preference(Score(beta, weighted=True), Logistic())
@@ -41,11 +43,12 @@ def adpo(beta: float = 0.1, nll_weight: float = 0.0) -> Objective:
 
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats.
-        nll_weight: Weight of the chosen response's mean negative log-likelihood; the release accepts one
-            and never uses it.
+        nll_weight: Weight of the chosen response's mean negative log-likelihood; the release
+            accepts one and never uses it.
 
     Source: Ye et al. 2024, arXiv:2403.04640, released code.
-    Departs: labels are those of the expanded sequence, padding is not scored, the mean is over rows.
+    Departs: labels are those of the expanded sequence, padding is not scored, the mean is over
+        rows.
     """
     require(0.0 <= nll_weight < math.inf, "nll_weight", nll_weight, "at least 0")
     term = Preference(Score(beta), Logistic())
@@ -107,7 +110,8 @@ def mdpo(beta: float = 0.1, anchor: float = 0.0) -> Objective:
 def vdpo_symmetric(beta: float = 0.1) -> Objective:
     """Symmetric visual DPO: each response is preferred under its own input.
 
-    loss = -1/2 log sigmoid(beta * [h(y_w|v) - h(y_w|v_c)]) - 1/2 log sigmoid(beta * [h(y_l|v_c) - h(y_l|v)])
+    loss = -1/2 log sigmoid(beta * [h(y_w|v) - h(y_w|v_c)]) - 1/2 log sigmoid(beta * [h(y_l|v_c) -
+    h(y_l|v)])
 
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats.
@@ -126,7 +130,8 @@ def vdpo_symmetric(beta: float = 0.1) -> Objective:
 def povid(beta: float = 0.1, beta_rejected: float = 0.1) -> Objective:
     """POVID: the chosen response against a rejected one and one under a noised image.
 
-    loss = -log sigmoid(beta * h(y_w|v) - beta_rejected * [h(y_l|v) + h(y'|v_noisy)]), h the log-ratio
+    loss = -log sigmoid(beta * h(y_w|v) - beta_rejected * [h(y_l|v) + h(y'|v_noisy)]), h the
+    log-ratio
 
     Args:
         beta: Scale of the chosen response's log-ratio, in 1/nats.
