@@ -15,12 +15,12 @@ import os
 import zlib
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from types import TracebackType
 
     from mmalign.data.example import Example
@@ -221,5 +221,5 @@ def _plain(value: Any) -> Any:
             name: _plain(getattr(value, name)) for name in (item.name for item in fields(value))
         }
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [_plain(item) for item in cast("Sequence[Any]", value)]
     return value

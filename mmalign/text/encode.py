@@ -20,6 +20,7 @@ from mmalign.text.tokenizer import TextTokenizer, load_tokenizer
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence
 
+    from rich.console import Group
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -86,6 +87,11 @@ class Encoder:
         `survey` fills those of this process.
         """
         return Counter({name: len(rows) for name, rows in self._rows.items()})
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that can end a turn; also where generation stops."""
+        return self._tokenize.ends
 
     def survey(self, examples: Iterable[Example]) -> Counter[str]:
         """Encode every example once, for the counts and for errors before the first step."""
@@ -155,6 +161,12 @@ class Encoder:
             row_weight=torch.tensor([example.weight for example in rows], dtype=torch.float32),
             ids=tuple(example.id for example in rows),
         )
+
+    def show(self, examples: Iterable[Example]) -> Group:
+        """What the model will see of these rows, masks coloured; print it on a rich console."""
+        from mmalign.text.show import show
+
+        return show(self, examples)
 
     def fingerprint(self) -> str:
         """Hash of everything that decides the tokens: tokenizer, template, limits, code version."""

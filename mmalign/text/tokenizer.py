@@ -59,7 +59,7 @@ class TextTokenizer:
         self.has_offsets = bool(tokenizer.is_fast)
         self.leading = _leading(tokenizer)
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.ends: set[int | None] = special | {self.eos_id}
+        self.ends = frozenset(special | ({self.eos_id} if self.eos_id is not None else set()))
 
     def __call__(self, text: str, *, add_leading: bool) -> tuple[list[int], Offsets]:
         """Ids and character offsets of a text, whatever its length.
