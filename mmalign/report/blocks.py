@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,6 +10,8 @@ from typing import Literal
 from markupsafe import Markup, escape
 
 from mmalign.report.run import is_number
+
+MISSING = "–"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class Answers:
 def number(value: object) -> str:
     """A number with three or four significant digits; anything else as text."""
     if not is_number(value) or not isinstance(value, int | float):
-        return "–" if value is None or isinstance(value, float) else str(value)
+        return MISSING if value is None or isinstance(value, float) else str(value)
     if isinstance(value, int) or (value == int(value) and abs(value) < 1e5):
         return f"{value:,.0f}"
     if 1e-3 <= abs(value) < 1e5:
@@ -42,14 +45,16 @@ def number(value: object) -> str:
 
 
 def paragraph(text: str | Markup) -> Markup:
-    """One paragraph."""
-    return Markup("<p>{}</p>").format(text)
+    """One paragraph; `words` between backticks are set as code."""
+    return Markup("<p>{}</p>").format(_inline(text))
 
 
 def note(text: str | Markup, kind: Literal["info", "warning"] = "info") -> Markup:
     """A framed remark."""
     word = "Note" if kind == "info" else "Warning"
-    return Markup('<p class="note {}"><strong>{}.</strong> {}</p>').format(kind, word, text)
+    return Markup('<p class="note {}"><strong>{}.</strong> {}</p>').format(
+        kind, word, _inline(text)
+    )
 
 
 def figure(svg: Markup, caption: str, remark: str = "") -> Markup:
@@ -64,18 +69,26 @@ def figures(items: Sequence[Markup]) -> Markup:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], caption: str = "") -> Markup:
-    """A table whose first column names the row; numbers are formatted and right-aligned."""
-    head = Markup().join(Markup('<th scope="col">{}</th>').format(cell) for cell in header)
+    """A table whose first column names the row. Columns with plain text are left-aligned."""
+    is_text = [any(_is_text(row[i]) for row in rows) for i in range(len(header))]
+    head = Markup().join(
+        Markup('<th scope="col"{}>{}</th>').format(_align(text), cell)
+        for cell, text in zip(header, is_text, strict=True)
+    )
     body = Markup().join(
         Markup('<tr><th scope="row">{}</th>{}</tr>').format(
-            _cell(row[0]), Markup().join(Markup("<td>{}</td>").format(_cell(c)) for c in row[1:])
+            _shown(row[0]),
+            Markup().join(
+                Markup("<td{}>{}</td>").format(_align(text), _shown(cell))
+                for cell, text in zip(row[1:], is_text[1:], strict=True)
+            ),
         )
         for row in rows
     )
-    title = Markup("<caption>{}</caption>").format(caption) if caption else Markup()
-    return Markup(
-        '<div class="scroll"><table>{}<thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
-    ).format(title, head, body)
+    title = Markup('<p class="remark">{}</p>').format(caption) if caption else Markup()
+    return title + Markup(
+        '<div class="scroll"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>'
+    ).format(head, body)
 
 
 def side_by_side(rows: Sequence[Answers], *, count_words: bool = True) -> Markup:
@@ -91,6 +104,10 @@ def folded(summary: str, content: Markup) -> Markup:
 def preformatted(text: str) -> Markup:
     """Text as it is, in a fixed-width font."""
     return Markup("<pre>{}</pre>").format(text)
+
+
+def _inline(text: str | Markup) -> Markup:
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text)))
 
 
 def _answers(row: Answers, count_words: bool) -> Markup:
@@ -110,5 +127,13 @@ def _answers(row: Answers, count_words: bool) -> Markup:
     ).format(row.prompt, Markup().join(cells))
 
 
-def _cell(value: object) -> object:
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and not isinstance(value, Markup) and value != MISSING
+
+
+def _align(text: bool) -> Markup:
+    return Markup(' class="text"') if text else Markup()
+
+
+def _shown(value: object) -> object:
     return value if isinstance(value, str) else number(value)

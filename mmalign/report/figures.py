@@ -129,6 +129,7 @@ def plot(spec: Plot, runs: Sequence[Run]) -> Markup | None:
     if not drawn:
         return None
     many = len(runs) > 1
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
     labels: dict[str, Any] = {}
@@ -144,6 +145,8 @@ def plot(spec: Plot, runs: Sequence[Run]) -> Markup | None:
                 marker=marker,
                 color=colour(index if many else curve.colour),
             )
+            if many:  # the key tells the curves apart, so it has no run's colour
+                line = Line2D([], [], linestyle=curve.style, marker=marker, color=_INK)
             labels.setdefault(curve.label, line)
         if spec.level is not None:
             axes.axhline(spec.level, color=_INK, linewidth=0.8, linestyle=(0, (1, 3)))
@@ -151,14 +154,14 @@ def plot(spec: Plot, runs: Sequence[Run]) -> Markup | None:
             axes.set_ylim(*spec.bounds)
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(spec.unit)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         if len(labels) > 1:
             axes.figure.legend(
                 labels.values(),
                 labels.keys(),
                 loc="outside upper left",
                 ncols=4,
-                handlelength=1.8,
+                handlelength=2.4,
                 columnspacing=1.4,
             )
 

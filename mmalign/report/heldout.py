@@ -23,6 +23,7 @@ class _Metric:
     label: str
     meaning: str
     is_share: bool = False
+    changes: bool = True
 
 
 _METRICS = (
@@ -47,8 +48,9 @@ _METRICS = (
     _Metric(
         "idealised_accuracy",
         "Idealised ranking accuracy",
-        "what the exact optimum of this objective would reach from this reference",
+        "what the exact optimum would reach from this reference",
         is_share=True,
+        changes=False,
     ),
     _Metric(
         "separation",
@@ -85,7 +87,7 @@ def _before_and_after(run: Run) -> Markup:
     before = "before" if first.get("step") == 0 else f"at step {first.get('step')}"
     header = ["", before, f"after {last.get('step'):,} steps", "change"]
     rows = [
-        [_name(m), _cell(first, m), _cell(last, m), changes.get(m.key, "–")]
+        [_name(m), _cell(first, m), _cell(last, m), changes.get(m.key, blocks.MISSING)]
         for m in _METRICS
         if _has(last, m)
     ]
@@ -123,7 +125,7 @@ def _changes(first: Record, last: Record) -> dict[str, Markup]:
     columns = (row_values(old), row_values(new)) if paired else ({}, {})
     changes: dict[str, Markup] = {}
     for metric in _METRICS:
-        if not (_has(first, metric) and _has(last, metric)):
+        if not (metric.changes and _has(first, metric) and _has(last, metric)):
             continue
         interval = None
         if metric.key in columns[0] and metric.key in columns[1]:
@@ -144,7 +146,7 @@ def _name(metric: _Metric) -> Markup:
 
 def _cell(record: Record, metric: _Metric) -> Markup | str:
     if not _has(record, metric):
-        return "–"
+        return blocks.MISSING
     interval: Any = (record.get("intervals") or {}).get(metric.key)
     return _shown(record[metric.key], interval, metric)
 
@@ -152,10 +154,11 @@ def _cell(record: Record, metric: _Metric) -> Markup | str:
 def _shown(value: float, interval: Any, metric: _Metric, sign: str = "") -> Markup:
     def text(number: float) -> str:
         if metric.is_share:
-            return f"{100 * number:{sign}.0f}"
-        return f"{number:{sign}.3f}" if abs(number) < 1 else f"{number:{sign}.2f}"
+            return f"{100 * number:{sign}.0f}".replace("-", "−")
+        digits = 3 if abs(number) < 1 else 2
+        return f"{number:{sign}.{digits}f}".replace("-", "−")
 
-    unit = " %" if metric.is_share and not sign else ""
+    unit = (" points" if sign else " %") if metric.is_share else ""
     shown = Markup("{}{}").format(text(value), unit)
     if interval is None or not all(is_number(end) for end in interval):
         return shown

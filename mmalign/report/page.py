@@ -12,7 +12,7 @@ from mmalign.report.blocks import Answers, Section
 from mmalign.report.curves import PLOTS
 from mmalign.report.figures import plot
 from mmalign.report.heldout import held_out
-from mmalign.report.remarks import remarks
+from mmalign.report.remarks import Remark, remarks
 from mmalign.report.run import is_number
 
 if TYPE_CHECKING:
@@ -89,13 +89,18 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
 
 
 def _remarks(runs: Sequence[Run]) -> Section | None:
-    many = len(runs) > 1
-    found = [
-        blocks.note(f"{run.name}: {text}" if many else text, "warning")
-        for run in runs
-        for text in (*remarks(run), *run.problems)
+    whose: dict[Remark, list[str]] = {}
+    for run in runs:
+        for remark in remarks(run):
+            whose.setdefault(remark, []).append(run.name)
+    notes = [
+        blocks.note(
+            remark.text if len(runs) == 1 else f"{', '.join(names)}: {remark.text}",
+            "warning" if remark.is_warning else "info",
+        )
+        for remark, names in sorted(whose.items(), key=lambda item: not item[0].is_warning)
     ]
-    return Section("What to look at first", Markup().join(found)) if found else None
+    return Section("What to look at first", Markup().join(notes)) if notes else None
 
 
 def _setup(runs: Sequence[Run]) -> Section:
@@ -106,7 +111,7 @@ def _setup(runs: Sequence[Run]) -> Section:
         )
         return Section("What was trained", Markup('<dl class="facts">{}</dl>').format(items))
     keys = list(dict.fromkeys(key for one in facts for key in one))
-    rows = [[key, *(one.get(key, "–") for one in facts)] for key in keys]
+    rows = [[key, *(one.get(key, blocks.MISSING) for one in facts)] for key in keys]
     return Section("What was trained", blocks.table(["", *(run.name for run in runs)], rows))
 
 

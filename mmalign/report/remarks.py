@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mmalign.report.run import is_number
@@ -13,67 +14,78 @@ _NATS_PER_NAT = 5.0
 """Fall of the rejected answers per gain of the chosen ones from which a run is suspect."""
 
 
-def remarks(run: Run) -> list[str]:
-    """Sentences about what went wrong or may mislead; empty for a healthy run."""
-    return [text for check in _CHECKS if (text := check(run)) is not None]
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """A sentence about a run; a warning where something went wrong."""
+
+    text: str
+    is_warning: bool = True
 
 
-def _unfinished(run: Run) -> str | None:
+def remarks(run: Run) -> list[Remark]:
+    """What went wrong or may mislead; empty for a run without anything to explain."""
+    found = [remark for check in _CHECKS if (remark := check(run)) is not None]
+    return found + [Remark(problem) for problem in run.problems]
+
+
+def _unfinished(run: Run) -> Remark | None:
     if run.is_finished:
         return None
     if not run.metrics:
-        return "The run stopped before its first log line."
-    return (
+        return Remark("The run stopped before its first log line.")
+    return Remark(
         f"The run stopped at step {run.last_step:,}, before its end. "
         "Go on with `mmalign train CONFIG --resume`."
     )
 
 
-def _not_finite(run: Run) -> str | None:
+def _not_finite(run: Run) -> Remark | None:
     bad = [r.get("step") for r in run.metrics if "loss" in r and not is_number(r["loss"])]
-    return f"The loss was not finite at step {bad[0]}." if bad else None
+    return Remark(f"The loss was not finite at step {bad[0]}.") if bad else None
 
 
-def _chosen_falls(run: Run) -> str | None:
+def _chosen_falls(run: Run) -> Remark | None:
     chosen, rejected = _last(run, "drift/chosen"), _last(run, "drift/rejected")
     if chosen is None or chosen >= 0:
         return None
-    other = f", the rejected ones by {-rejected:.1f}" if rejected is not None else ""
-    return (
+    other = f" (the rejected ones: {rejected:+.1f})" if rejected is not None else ""
+    return Remark(
         "The chosen answers became less likely than under the reference: held out they lost "
         f"{-chosen:.1f} nats{other}. Then a growing margin says little about better answers. "
         "A larger beta, a smaller learning rate or an NLL term on the chosen answer holds them up."
     )
 
 
-def _rejected_dominates(run: Run) -> str | None:
+def _rejected_dominates(run: Run) -> Remark | None:
     chosen, rejected = _last(run, "drift/chosen"), _last(run, "drift/rejected")
     if chosen is None or rejected is None or chosen <= 0 or -rejected < _NATS_PER_NAT * chosen:
         return None
-    return (
+    return Remark(
         f"Held out, the rejected answers fell {-rejected / chosen:.1f} nats for every nat that the "
         "chosen ones gained. Runs that collapsed looked like this; read the completions."
     )
 
 
-def _accuracies_disagree(run: Run) -> str | None:
+def _accuracies_disagree(run: Run) -> Remark | None:
     reward, ranking = _last(run, "reward_accuracy"), _last(run, "ranking_accuracy")
     if reward is None or ranking is None or reward - ranking < 0.15:
         return None
-    return (
+    return Remark(
         f"Reward accuracy is {reward:.0%}, ranking accuracy only {ranking:.0%}: in most pairs the "
-        "gap moved the right way, in fewer it changed sign. The second says what the model prefers."
+        "gap moved the right way, in fewer it changed sign. The second tells what it prefers.",
+        is_warning=False,
     )
 
 
-def _accuracy_is_spent(run: Run) -> str | None:
+def _accuracy_is_spent(run: Run) -> Remark | None:
     _, values = run.series("rewards/accuracies")
     last = values[-max(1, len(values) // 10) :]
     if len(values) < 5 or sum(last) < 0.999 * len(last):
         return None
-    return (
+    return Remark(
         "Training reward accuracy is 100 %, so it can tell nothing more: good and ruined runs both "
-        "reach it. Judge by the completions and the held-out numbers."
+        "reach it. Judge by the completions and the held-out numbers.",
+        is_warning=False,
     )
 
 

@@ -1,0 +1,203 @@
+"""`mmalign objectives`: pages made from each preset's docstring, signature and needs."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmalign import configfile
+from mmalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mmalign.core import Objective
+
+WIDTH = 100
+_SECTIONS = ("Args", "Source", "Departs", "Raises")
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A preset's docstring, taken apart."""
+
+    title: str
+    formula: list[str]  # lines
+    remarks: list[str]  # paragraphs
+    keywords: dict[str, str]  # name to meaning
+    source: str
+    departs: str
+
+
+def listing() -> str:
+    """Every preset with its formula, needs and paper."""
+    from mmalign.core import presets
+
+    lines: list[str] = []
+    for name, function in presets.PRESETS.items():
+        about = describe(function)
+        lines += ["", f"{name}    {about.title}"] if lines else [f"{name}    {about.title}"]
+        lines += _entry("loss", about.formula)
+        lines += _entry("needs", [presets.build(name).needs.describe()])
+        lines += _entry("paper", [_paper(about.source)])
+    lines += ["", "`mmalign objectives NAME` shows the keywords of one, and where we differ."]
+    return "\n".join(lines)
+
+
+def page(name: str) -> str:
+    """Everything about one preset.
+
+    Raises:
+        ConfigError: Nothing goes by that name.
+    """
+    from mmalign.core import presets
+
+    function = presets.preset(name)
+    known = presets.ALIASES.get(name, name)
+    about = describe(function)
+    lines = [f"{known}    {about.title}"]
+    lines += _entry("loss", about.formula)
+    for remark in about.remarks:
+        lines += _entry("", [remark])
+    lines += _keywords(function, about)
+    lines += _entry("needs", [_needs(known, function)])
+    lines += _entry("also", _modifiers(known, function))
+    lines += _entry("works on", [_modalities(function)])
+    others = [alias for alias, target in presets.ALIASES.items() if target == known]
+    lines += _entry("also called", [", ".join(others)])
+    lines += _entry("paper", [about.source])
+    lines += _entry("departs", [about.departs])
+    lines += _entry("config", [str(path) for path in find_configs(known)])
+    return "\n".join(lines)
+
+
+def describe(function: Callable[..., Any]) -> Description:
+    """Take a preset's docstring apart; a user's function may have none."""
+    paragraphs = (inspect.getdoc(function) or function.__name__).split("\n\n")
+    title, body = " ".join(paragraphs[0].split()), paragraphs[1:]
+    plain = [p for p in body if not p.startswith(tuple(f"{s}:" for s in _SECTIONS))]
+    formula = plain.pop(0).splitlines() if plain and "=" in plain[0] else []
+    if formula:
+        formula[0] = formula[0].removeprefix("loss = ")
+    sections: dict[str, str] = {}
+    for line in "\n".join(p for p in body if p not in plain).splitlines():
+        start = re.match(rf"({'|'.join(_SECTIONS)}):(.*)", line)
+        if start:
+            sections[start[1]] = start[2]
+        elif sections:
+            sections[list(sections)[-1]] += f"\n{line}"
+    return Description(
+        title=title.rstrip("."),
+        formula=formula,
+        remarks=[" ".join(p.split()) for p in plain],
+        keywords=dict(_arguments(sections.get("Args", ""))),
+        source=" ".join(sections.get("Source", "").split()),
+        departs=" ".join(sections.get("Departs", "").split()),
+    )
+
+
+def find_configs(name: str) -> list[Path]:
+    """Shipped configs that train with a preset, from ./configs or beside the package's checkout."""
+    here = Path("configs")
+    folder = here if here.is_dir() else Path(__file__).resolve().parent.parent / "configs"
+    found: list[Path] = []
+    for path in sorted(folder.glob(f"*{name}*.y*ml")):
+        try:
+            section = configfile.read(path).get("objective") or {}
+        except ConfigError:  # a half-written file of the user's own says nothing about a preset
+            continue
+        if section.get("name") == name:
+            found.append(path)
+    return found
+
+
+def _arguments(text: str) -> Iterator[tuple[str, str]]:
+    """Name and meaning of each entry of an Args section."""
+    for entry in re.split(r"\n(?= {4}\w)", text):
+        name, colon, meaning = entry.strip().partition(":")
+        if colon:
+            yield name, " ".join(meaning.split())
+
+
+def _keywords(function: Callable[..., Objective], about: Description) -> list[str]:
+    rows: list[tuple[str, str]] = []
+    for key, parameter in inspect.signature(function).parameters.items():
+        default = "" if parameter.default is parameter.empty else f" = {_plain(parameter.default)}"
+        rows.append((key + default, about.keywords.get(key, "")))
+    if not rows:
+        return _entry("keywords", ["none"])
+    width = max(len(left) for left, _ in rows)
+    lines: list[str] = []
+    for left, meaning in rows:
+        wrapped = textwrap.wrap(meaning, WIDTH - width - 16) or [""]
+        lines.append(f"{left:<{width}}  {wrapped[0]}")
+        lines += [" " * (width + 2) + line for line in wrapped[1:]]
+    return _entry("keywords", lines, wrap=False)
+
+
+def _is_complete(function: Callable[..., Objective]) -> bool:
+    """Whether every keyword has a default; a user's own function may ask for some."""
+    parameters = inspect.signature(function).parameters.values()
+    return all(parameter.default is not parameter.empty for parameter in parameters)
+
+
+def _needs(name: str, function: Callable[..., Objective]) -> str:
+    from mmalign.core import presets
+
+    if not _is_complete(function):
+        return "depend on its keywords"
+    return presets.build(name).needs.describe()
+
+
+def _modifiers(name: str, function: Callable[..., Objective]) -> list[str]:
+    """The keywords of `build` that this preset accepts beside its own."""
+    from mmalign.core import presets
+
+    if not _is_complete(function):
+        return []
+    modifiers: dict[str, dict[str, Any]] = {"ld_alpha": {"ld_alpha": 0.5}, "wpo": {"wpo": True}}
+    if presets.build(name).needs.log_sum_p2:
+        del modifiers["wpo"]  # the loss has it already
+    accepted: list[str] = []
+    for keyword, value in modifiers.items():
+        try:
+            presets.build(name, **value)
+        except ConfigError:  # not defined on this loss, which is what is asked here
+            continue
+        accepted.append(f"`{keyword}`, the modifier of any pair loss")
+    return accepted
+
+
+def _plain(default: Any) -> str:
+    if default is None or isinstance(default, bool):
+        return {None: "null", True: "true", False: "false"}[default]
+    return str(default)
+
+
+def _modalities(function: Callable[..., Objective]) -> str:
+    from mmalign.models.adapter import ADAPTERS
+
+    family = function.__module__.rpartition(".")[2]
+    if family not in ("diffusion", "video"):
+        return ", ".join(ADAPTERS)
+    missing = "" if family in ADAPTERS else " (its adapter is not in this version)"
+    also = "; text where the data has what it needs" if family == "video" else ""
+    return f"{family}{missing}{also}"
+
+
+def _paper(source: str) -> str:
+    """Authors, year and arXiv id of a Source, without equation numbers and the like."""
+    found = re.match(r"(.*?arXiv:\S+?)(?=[,.;:]?(?:\s|$))", source)
+    return found[1] if found else source
+
+
+def _entry(label: str, lines: list[str], *, wrap: bool = True) -> list[str]:
+    """Lines under a label, wrapped; none for an entry without text."""
+    if not any(lines):
+        return []
+    if wrap:
+        lines = [part for line in lines for part in textwrap.wrap(line, WIDTH - 14) or [""]]
+    return [f"  {label if i == 0 else '':<12}{line}".rstrip() for i, line in enumerate(lines)]
