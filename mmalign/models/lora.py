@@ -31,8 +31,8 @@ def check(config: ModelConfig) -> None:
     if config.lora is not None and config.adapter is not None:
         raise ConfigError(
             "model.lora and model.adapter are both set, but an existing adapter brings its own "
-            "rank and targets. Remove model.lora to go on training it, or merge it into the base first "
-            f"(mmalign merge {config.path} --add {config.adapter}=1 --out DIR)"
+            "rank and targets. Remove model.lora to go on training it, or merge it into the base "
+            f"first (mmalign merge {config.path} --add {config.adapter}=1 --out DIR)"
         )
     if config.quantization is not None and config.lora is None and config.adapter is None:
         raise ConfigError(
@@ -125,7 +125,7 @@ def adapter_pairs(policy: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def save(policy: PeftModel, folder: Path) -> None:
-    """Write the trained adapter in peft's layout: adapter_config.json, adapter_model.safetensors."""
+    """Write the trained adapter in peft's layout (adapter_model.safetensors and its config)."""
     policy.save_pretrained(str(folder), selected_adapters=[TRAINED])
 
 

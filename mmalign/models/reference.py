@@ -157,7 +157,7 @@ def _check_mixture(config: RunConfig, needs: Needs) -> None:
     if not parts or abs(total - 1.0) > 1e-6:
         raise ConfigError(
             f"reference.mixture has {len(parts)} parts whose weights sum to {total:g}; give at "
-            "least one part, and weights that sum to 1 (else equal models would not give log-ratio 0)"
+            "least one part, and weights that sum to 1 (else equal models do not give log-ratio 0)"
         )
     if needs.kl:
         raise ConfigError(
