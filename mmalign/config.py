@@ -85,7 +85,7 @@ class ReferenceConfig(_Section):
     @model_validator(mode="after")
     def _only_what_the_kind_reads(self) -> Self:
         readers = {
-            "path": ("frozen-copy", "cached"),
+            "path": ("frozen-copy", "auto"),
             "decay": ("ema",),
             "every": ("ema",),
             "mixture": ("mixture",),
@@ -302,9 +302,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     set_by = {configfile.override(raw, item) for item in overrides}
     try:
         # Strict: `rank: true` or `lr: "1"` is no number. As JSON: a list may be a tuple.
-        return RunConfig.model_validate_json(json.dumps(raw), strict=True)
+        config = RunConfig.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
         raise configfile.explain(error, raw, RunConfig, str(path), set_by) from error
+    # So that `model_fields_set` holds what differs from the defaults, for the whole config of a run
+    # folder as for the short one it came from.
+    return RunConfig.model_validate(config.model_dump(exclude_defaults=True))
 
 
 def dump(config: RunConfig) -> str:

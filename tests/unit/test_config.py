@@ -261,7 +261,9 @@ def test_dump_is_read_back_equal(tmp_path: Path) -> None:
         "objective={mix: {dpo: 1, sft: {weight: 0.1, reduce: 'yes'}}}",
     )
     text = configs.dump(run)
-    assert load(tmp_path, text) == run
+    again = load(tmp_path, text)
+    assert again == run
+    assert again.train.model_fields_set == {"lr", "betas"}, "defaults count as left out"
     assert yaml.safe_load(text)["train"]["mixed_precision"] == "no", "other YAML readers agree"
 
 
