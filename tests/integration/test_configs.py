@@ -1,0 +1,132 @@
+"""Every file in configs/ trains: dry-run on a tiny model and tiny data of the kind it reads."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from mmalign import config as configs
+from mmalign.core import presets
+
+if TYPE_CHECKING:
+    from mmalign.config import RunConfig
+    from mmalign.core import Needs
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+WITHOUT_CONFIG = {
+    "diffusion_dpo": "reads denoising errors; comes with the diffusion adapter",
+    "smpo": "reads denoising errors; comes with the diffusion adapter",
+    "mapo": "reads denoising errors; comes with the diffusion adapter",
+    "diffusion_orpo": "reads denoising errors; comes with the diffusion adapter",
+    "diffusion_kto": "reads denoising errors; comes with the diffusion adapter",
+    "vdpo": "one response under two videos; comes with the video adapter",
+    "vdpo_symmetric": "needs a corrupted visual input; comes with the video adapter",
+    "pami_vdpo": "needs augmented clips; comes with the video adapter",
+    "mdpo": "needs a corrupted visual input; comes with the video adapter",
+    "povid": "needs a noised image; comes with the video adapter",
+}
+"""Presets that no adapter of this package can feed yet, with the reason."""
+
+
+def preset_names(config: RunConfig) -> list[str]:
+    return list(config.objective.mix or [config.objective.name or ""])
+
+
+def record(number: int, name: str, needs: Needs, mask_kind: str) -> dict[str, Any]:
+    """One row of the kind the objective reads, with every field it needs."""
+    row: dict[str, Any] = {"id": f"row-{number}", "prompt": f"How many cats are {number}?"}
+    good, bad, third = "Some cats like the sun.", "No cat. Not one at all here.", "Cats play."
+    if needs.rows == "unpaired":
+        return row | {"response": good if number % 2 else bad, "desirable": bool(number % 2)}
+    if needs.rows == "list":
+        responses = [good, bad, third]
+        row |= {"responses": responses, "scores": [2.0, 0.0, 1.0]}
+        if mask_kind == "steps":
+            row["steps"] = [[[0, 5], [5, len(text)]] for text in responses]
+        return row
+    row |= {"chosen": good, "rejected": bad}
+    if mask_kind == "spans":
+        row |= {"spans_chosen": [[0, 4]], "spans_rejected": [[0, 2]]}
+    if name in ("soft_dpo", "upo", "mcts_dpo", "sppo"):
+        row["p_chosen"] = 0.8
+    if name in ("gpo", "online_ipo"):
+        row |= {"label_chosen": 0.7, "label_rejected": 0.4}
+    if name == "sem_dpo":
+        row["weight"] = 0.5
+    extra: dict[str, Any] = {
+        "calibration": third,
+        "rationale": third,
+        "online": [third, f"{number} cats."],
+    }
+    row |= {role: extra[role] for role in dict.fromkeys(needs.roles)}
+    if "rationale" in needs.roles:
+        row["rationale_prompt"] = "Why is that better?"
+    return row
+
+
+def shrunk(path: Path, model: Path, folder: Path) -> RunConfig:
+    """The config with a tiny model and tiny data in place of its own, all else as it is."""
+    config = configs.load(path)
+    needs = presets.from_config(config.objective).needs
+    kind = config.text.masks.kind if config.text.masks else ""
+    name = preset_names(config)[0]
+    rows = [record(number, name, needs, kind) for number in range(24)]
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    overrides = [f"model.path={model}", f"data.train={data}", f"output={folder / 'run'}"]
+    if config.reference.mixture:
+        parts = [{"weight": part.weight} for part in config.reference.mixture]
+        parts[0]["path"] = str(model)
+        overrides.append(f"reference.mixture={json.dumps(parts)}")
+    return configs.load(path, overrides)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_dry_runs(
+    path: Path, tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mmalign.train.loop import train
+
+    config = shrunk(path, tiny_llama_dir, tmp_path)
+    train(config, dry_run=True)
+    said = capsys.readouterr().out
+    found = re.search(r"loss\s+(-?[\d.e+-]+|nan|-?inf)", said)
+    assert found, said
+    assert math.isfinite(float(found[1]))
+    assert not config.output.exists(), "a dry run writes nothing"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_says_what_hardware_and_data_first(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert 15 <= len(lines) <= 30
+    assert lines[1].startswith("# Hardware:")
+    assert lines[2].startswith("# Data:")
+    assert max(map(len, lines)) <= 110
+
+
+def test_every_preset_has_a_config() -> None:
+    covered = {name for path in CONFIGS for name in preset_names(configs.load(path))}
+    assert covered - set(presets.PRESETS) == set()
+    assert set(presets.PRESETS) - covered == set(WITHOUT_CONFIG)
+
+
+def test_config_is_named_after_its_method() -> None:
+    for name in set(presets.PRESETS) - set(WITHOUT_CONFIG):
+        path = ROOT / "configs" / f"{name}_smollm2.yaml"
+        assert preset_names(configs.load(path)) == [name]
+
+
+def test_every_preset_has_a_section_in_the_papers() -> None:
+    text = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
+    sections = {
+        name.strip() for line in re.findall(r"^### (.+)$", text, re.M) for name in line.split(",")
+    }
+    assert sections == set(presets.PRESETS)
