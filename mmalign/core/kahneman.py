@@ -64,8 +64,8 @@ class Kahneman(Scored):
         """lambda * (1 - utility) of each row."""
         rated = self.rated_columns(c)
         gain = self.score(rated)[:, 0] - self._z0(c)
-        desirable = rated.labels[:, 0] > 0.5
-        sign = torch.where(desirable, 1.0, -1.0).to(gain.dtype)
+        desirable = (rated.labels[:, 0] > 0.5).to(gain.dtype)
+        sign = 2.0 * desirable - 1.0
         z = sign * gain
         if self.utility == "sigmoid":
             regret = torch.sigmoid(-z)
@@ -75,7 +75,7 @@ class Kahneman(Scored):
             regret = 1.0 - sign * nll(-gain)
         else:
             regret = 1.0 - nll(-z)
-        return torch.where(desirable, self.desirable, self.undesirable).to(gain.dtype) * regret
+        return (self.desirable * desirable + self.undesirable * (1.0 - desirable)) * regret
 
     def report(self, c: CandidateLogps) -> dict[str, Tensor]:
         """The usual metrics, and z0 in nats as TRL's `kl`."""
@@ -109,8 +109,14 @@ class KahnemanPair(Scored):
     """KTO on pairs: each side's z0 is the other side's batch mean, at least 0.
 
     loss = [sigmoid(-(s_0 - z_1)) + sigmoid(s_1 - z_0)] / 2,  z_k = max(0, mean over rows of s_k)
+
+    Args:
+        score: How a response is scored.
+        detach: z carries no gradient; without it, that of this process's rows.
+        coef: Weight of the term.
     """
 
+    detach: bool = True
     coef: float = 1.0
     name: ClassVar[str] = "kahneman_pair"
 
@@ -122,8 +128,14 @@ class KahnemanPair(Scored):
     def __call__(self, c: CandidateLogps) -> Tensor:  # [B]
         """The mean of both sides' regrets."""
         score = self.score(self.rated_columns(c))
-        z0, z1 = (global_mean(score[:, k]).clamp(min=0.0) for k in (0, 1))
+        z0, z1 = self._mean(score[:, 0]), self._mean(score[:, 1])
         return 0.5 * (torch.sigmoid(z1 - score[:, 0]) + torch.sigmoid(score[:, 1] - z0))
+
+    def _mean(self, score: Tensor) -> Tensor:  # [B] -> []
+        mean = global_mean(score)
+        if not self.detach:
+            mean = mean + score.mean() - score.mean().detach()
+        return mean.clamp(min=0.0)
 
     def modified(self, ld_alpha: float | None, wpo: Wpo | None) -> KahnemanPair:
         """LD-DPO's weight; WPO is refused, since sides of different rows meet."""

@@ -110,8 +110,8 @@ class Score:
         if self.ld_alpha is None:
             return c.weight
         shared = c.mask.sum(-1).amin(dim=1)[:, None, None]  # [B, 1, 1] length of the shorter side
-        tail = c.mask.cumsum(-1) > shared
-        weight = torch.where(tail, self.ld_alpha, 1.0).to(c.policy.dtype)
+        tail = (c.mask.cumsum(-1) > shared).to(full_precision(c.policy).dtype)
+        weight = 1.0 + (self.ld_alpha - 1.0) * tail
         return weight if c.weight is None else weight * c.weight
 
     def _transformed(self, c: CandidateLogps) -> Tensor:  # [B, K]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -82,7 +83,7 @@ class Wpo:
         """The weight of each pair."""
         assert c.log_sum_p2 is not None, "Objective checks the needs first"
         likeness = over_positions(c.policy - c.log_sum_p2, c.mask, reduce="mean").sum(1)
-        return torch.exp(likeness).clamp(max=self.clamp_max)
+        return torch.exp(likeness).clamp(max=math.inf if self.clamp_max is None else self.clamp_max)
 
 
 @dataclass(frozen=True)

@@ -25,23 +25,23 @@ def diffusion_dpo(
 ) -> Objective:
     """Diffusion-DPO: dpo on denoising errors.
 
-    loss = -log sigmoid(-(beta / 2) * [(e - e_ref)(chosen) - (e - e_ref)(rejected)])
+    loss = -log sigmoid(b * m), b = beta / 2, m = (e_ref - e)(chosen) - (e_ref - e)(rejected)
 
     Args:
         beta: Regularisation, per unit of mean squared error; 2000 for SD 1.5, 5000 for SDXL.
-        link: "hinge" is max(0, 1 - beta * m); "ipo" is (m - 1/(2 beta))^2; m without the half.
-        convention: "diffusers" has no factor 1/2 (its SD LoRA script; 2500 there is 5000 here).
+        link: "hinge" is max(0, 1 - b * m); "ipo" is (m - 1/(2 b))^2.
+        convention: "diffusers" has b = beta (its SD LoRA script; 2500 there is 5000 here).
 
     Source: Wallace et al. 2023, arXiv:2311.12908, released code; diffusers research projects.
     Departs: nothing.
     """
-    whole = 2.0 * beta if convention == "diffusers" or link != "sigmoid" else beta
+    scale = beta if convention == "diffusers" else 0.5 * beta
     chosen: Link = Logistic()
     if link == "hinge":
         chosen = Hinge()
     elif link == "ipo":
-        chosen = Squared(0.5, scale=beta)
-    return Objective(Preference(Score(whole), chosen))
+        chosen = Squared(0.5, scale=scale)
+    return Objective(Preference(Score(2.0 * scale), chosen))  # policy is -e/2
 
 
 def smpo(beta: float = 50000.0) -> Objective:

@@ -22,6 +22,11 @@ from mmalign.core.score import Score
 from mmalign.core.terms import Preference
 
 
+def _official(alpha: float | None, compat: str | None) -> float | None:
+    """The paper's alpha; TRL's coefficient is one minus it."""
+    return Alpha.from_trl(alpha).alpha if compat == "trl-1.16" and alpha is not None else alpha
+
+
 def dpo(beta: float = 0.1) -> Objective:
     """Direct preference optimisation.
 
@@ -61,9 +66,7 @@ def f_dpo(
         the logged rewards); exponentials beyond exp(30) follow their tangent line instead of being
         clamped.
     """
-    if compat is not None and alpha is not None:
-        alpha = Alpha.from_trl(alpha).alpha
-    transform = resolve_divergence(divergence, alpha=alpha, p=p)
+    transform = resolve_divergence(divergence, alpha=_official(alpha, compat), p=p)
     return Objective(Preference(Score(beta, transform), Logistic()))
 
 
@@ -140,8 +143,8 @@ def ipo(
         alpha: Parameter of the alpha divergence.
         p: Parameter of skewed_js.
         length_norm: What "mean" divides under a divergence: the log_ratio before f', or the score.
-        compat: "trl-1.16" is reduce mean with length_norm score; "official" (the DPO repository)
-            sums.
+        compat: "trl-1.16" is reduce mean with length_norm score, and alpha is TRL's coefficient;
+            "official" (the DPO repository) sums.
 
     Source: Azar et al. 2023, arXiv:2310.12036, eq. 17; TRL reports that its authors use the mean.
     Departs: the mean is the default; lengths are counted on the scored tokens.
@@ -151,7 +154,7 @@ def ipo(
         reduce, length_norm = "mean", "score"
     elif compat == "official":
         reduce = "sum"
-    transform = resolve_divergence(divergence, alpha=alpha, p=p)
+    transform = resolve_divergence(divergence, alpha=_official(alpha, compat), p=p)
     score = Score(tau, transform, reduce=reduce, length_norm=length_norm)
     return Objective(Preference(score, Squared(0.5, scale=tau)))
 
@@ -211,14 +214,14 @@ def sigmoid_norm(
         alpha: Parameter of the alpha divergence.
         p: Parameter of skewed_js.
         length_norm: What is divided under a divergence: the log_ratio before f', or the score.
-        compat: "trl-1.16" divides the score.
+        compat: "trl-1.16" divides the score, and alpha is TRL's coefficient.
 
     Source: TRL 1.16 loss_type sigmoid_norm; Lambert et al. 2024, arXiv:2411.15124.
     Departs: under a divergence, f' is taken of the per-token ratio, not divided afterwards.
     """
     if compat is not None:
         length_norm = "score"
-    transform = resolve_divergence(divergence, alpha=alpha, p=p)
+    transform = resolve_divergence(divergence, alpha=_official(alpha, compat), p=p)
     score = Score(beta, transform, reduce="mean", length_norm=length_norm)
     return Objective(Preference(score, Logistic()))
 

@@ -96,7 +96,7 @@ def dpop(beta: float = 0.3, penalty: float = 50.0) -> Objective:
     return Objective(Preference(Score(beta), Positive(penalty)))
 
 
-def kto_pair(beta: float = 0.1) -> Objective:
+def kto_pair(beta: float = 0.1, compat: Literal["official"] | None = None) -> Objective:
     """KTO's older form for pairs.
 
     loss = [sigmoid(-(r_w - z_l)) + sigmoid(r_l - z_w)] / 2, z = max(0, batch mean of r), no
@@ -104,11 +104,12 @@ def kto_pair(beta: float = 0.1) -> Objective:
 
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats.
+        compat: "official" lets the gradient through z.
 
     Source: uclaml/SPPO released code, loss_type kto_pair; prefer kto.
-    Departs: the baselines are means over all processes.
+    Departs: the baselines are means over all processes and carry no gradient.
     """
-    return Objective(KahnemanPair(Score(beta)))
+    return Objective(KahnemanPair(Score(beta), detach=compat is None))
 
 
 def aot(beta: float = 0.1, flip: float = 0.0) -> Objective:
