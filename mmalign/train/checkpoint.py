@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from mmalign.core import Objective
     from mmalign.models.adapter import Adapter
     from mmalign.train.run import Run
 
@@ -174,32 +175,41 @@ def load(path: Path, run: Run) -> None:
     if run.is_sharded:
         run.accelerator.load_state(str(path / "sharded"))
     else:
-        weights = load_file(path / "weights.safetensors", device=device)
-        parameters = dict(_trainable(run.adapter))
-        if weights.keys() != parameters.keys():
-            odd = sorted(weights.keys() ^ parameters.keys())
-            raise CheckpointError(
-                f"{path / 'weights.safetensors'}: its parameters are not those of the model; "
-                f"{len(odd)} are only in one of them, e.g. {odd[0]}"
-            )
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
+        load_weights(path, run.adapter, device)
         run.optimizer.load_state_dict(
             torch.load(path / "optimizer.pt", map_location=device, weights_only=True)
         )
-    others = load_file(path / "state.safetensors", device=device)
-    parts: dict[str, dict[str, torch.Tensor]] = {"objective": {}, "adapter": {}}
-    for key, value in others.items():
-        owner, name = key.split("/", 1)
-        parts[owner][name] = value
-    run.objective.load_state_dict(parts["objective"])
-    run.adapter.load_extra_state(parts["adapter"])
+    load_state(path, run.adapter, run.objective, device)
 
     own = f"process-{run.accelerator.process_index}.pt"
     process = torch.load(path / own, map_location="cpu", weights_only=True)
     run.averages.load(process["averages"])
     set_rng_state(process["rng"])  # last: what came before may have drawn
+
+
+def load_weights(path: Path, adapter: Adapter, device: str = "cpu") -> None:
+    """Put the trained parameters of a checkpoint that is not sharded into an adapter."""
+    weights = load_file(path / "weights.safetensors", device=device)
+    parameters = dict(_trainable(adapter))
+    if weights.keys() != parameters.keys():
+        odd = sorted(weights.keys() ^ parameters.keys())
+        raise CheckpointError(
+            f"{path / 'weights.safetensors'}: its parameters are not those of the model; "
+            f"{len(odd)} are only in one of them, e.g. {odd[0]}"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def load_state(path: Path, adapter: Adapter, objective: Objective, device: str = "cpu") -> None:
+    """Put back what changes in a run beside the weights: running statistics, an EMA reference."""
+    parts: dict[str, dict[str, torch.Tensor]] = {"objective": {}, "adapter": {}}
+    for key, value in load_file(path / "state.safetensors", device=device).items():
+        owner, name = key.split("/", 1)
+        parts[owner][name] = value
+    objective.load_state_dict(parts["objective"])
+    adapter.load_extra_state(parts["adapter"])
 
 
 def _trainable(adapter: Adapter) -> list[tuple[str, nn.Parameter]]:
