@@ -1,8 +1,61 @@
 """Records in, Examples out: sources, public layouts, validation, selection and the cache."""
 
-from mmalign.data.convert import to_record
+from mmalign.data.convert import find_layout, to_record
 from mmalign.data.example import Candidate, Example, Message
-from mmalign.data.parse import parse_record
+from mmalign.data.layouts import LAYOUTS
+from mmalign.data.parse import OPTIONAL, parse_record
+from mmalign.data.records import convert_file, read_records
+from mmalign.data.rewards import (
+    assign_users,
+    direction,
+    leave_one_out,
+    precision_reward,
+    project,
+    recall_hits,
+    tool_reward,
+    win_rate,
+    worst_group,
+)
+from mmalign.data.select import (
+    all_pairs,
+    best_worst,
+    first_round,
+    rejection_rounds,
+    rejection_sample,
+    tournament,
+    wider_than,
+)
 from mmalign.data.sources import load_examples
+from mmalign.data.validate import Report, check_files
 
-__all__ = ["Candidate", "Example", "Message", "load_examples", "parse_record", "to_record"]
+__all__ = [
+    "LAYOUTS",
+    "OPTIONAL",
+    "Candidate",
+    "Example",
+    "Message",
+    "Report",
+    "all_pairs",
+    "assign_users",
+    "best_worst",
+    "check_files",
+    "convert_file",
+    "direction",
+    "find_layout",
+    "first_round",
+    "leave_one_out",
+    "load_examples",
+    "parse_record",
+    "precision_reward",
+    "project",
+    "read_records",
+    "recall_hits",
+    "rejection_rounds",
+    "rejection_sample",
+    "to_record",
+    "tool_reward",
+    "tournament",
+    "wider_than",
+    "win_rate",
+    "worst_group",
+]

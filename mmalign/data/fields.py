@@ -163,7 +163,7 @@ class Fields:
             pair = as_list(item)
             if pair is None or len(pair) != 2 or not all(type(end) is int for end in pair):
                 self.fail(f"{name} must be a list of [start, end) pairs", f"[{i}] is {show(item)}")
-                continue
+                return ()
             start, end = int(pair[0]), int(pair[1])
             if length is not None and not 0 <= start < end <= length:
                 self.fail(

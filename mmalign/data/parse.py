@@ -131,7 +131,7 @@ def _kind(fields: Fields) -> ExampleKind | None:
         fields.fail("no response: give chosen and rejected, responses and scores, or response")
     elif len(kinds) > 1:
         fields.fail("more than one kind of record at once", f"found {' and '.join(kinds)}")
-    return kinds[0] if kinds else None
+    return kinds[0] if len(kinds) == 1 else None
 
 
 def _own_prompts(fields: Fields) -> bool:
@@ -215,11 +215,12 @@ def _p_chosen(fields: Fields) -> float:
             given[key] = value
     names = ("votes_chosen", "votes_rejected", "votes_tie")
     if any(name in fields for name in names):
-        chosen, rejected, tie = (fields.number(name, 0.0) or 0.0 for name in names)
+        counts = [fields.number(name, 0.0) for name in names]
+        chosen, rejected, tie = (count or 0.0 for count in counts)
         total = chosen + rejected + tie
         if total > 0:
             given["votes"] = (chosen + 0.5 * tie) / total
-        else:
+        elif any(count is not None for count in counts):
             fields.fail("votes must not all be 0")
     values = list(given.values())
     if values and max(values) - min(values) > 1e-6 and "tie" not in given:

@@ -106,8 +106,8 @@ def _sentence(group: list[tuple[Record, Problem]], show: int) -> str:
     if len(group) == 1:
         return text
     places = ", ".join(other.place.rpartition(":")[2] for other, _ in group[1 : show + 1])
-    dots = ", ..." if len(group) > show + 1 else ""
-    return f"{text} {len(group) - 1} more have the same problem: {places}{dots}."
+    end = ", ..." if len(group) > show + 1 else "."
+    return f"{text} {len(group) - 1} more have the same problem: {places}{end}"
 
 
 def convert_file(

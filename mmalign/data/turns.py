@@ -11,7 +11,7 @@ from mmalign.errors import DataError
 Columns = dict[str, Any]
 Turns = list[dict[str, Any]]
 
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+_ROLES = {"human": "user"} | dict.fromkeys(("assistant", "gpt", "bot", "model"), "assistant")
 _TRANSCRIPT_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
@@ -47,9 +47,13 @@ def transcript(text: str) -> Turns | None:
     if not marks or marks[0].start() != 0 or marks[0][1] != "Human":
         return None
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
-    contents = [text[mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True)]
-    roles = ["user" if mark[1] == "Human" else "assistant" for mark in marks]
-    result: Turns = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+    result: Turns = []
+    for mark, end in zip(marks, ends, strict=True):
+        role, content = _ROLES[mark[1].lower()], text[mark.end() : end].strip()
+        if result and result[-1]["role"] == role:  # chat templates want the roles to alternate
+            result[-1]["content"] = f"{result[-1]['content']}\n\n{content}".strip()
+        else:
+            result.append({"role": role, "content": content})
     return result if result[-1]["content"] or len(result) == 1 else result[:-1]
 
 
