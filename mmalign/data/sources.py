@@ -42,20 +42,25 @@ def load_examples(
     Raises:
         DataError: for anything that cannot be used, naming file and line.
     """
+    if any(source.weight != 1.0 for source in config.eval):
+        raise DataError("data.eval has a `weight`; only what is trained on can be weighted")
 
     def shape(rows: Sequence[Example], needs: Needs) -> list[Example]:
         return fit(rows, needs, ties=config.ties, swap=config.swap, list_pairs=config.list_pairs)
 
-    held_out: list[Example] = []
-    sources: list[list[Example]] = []
-    for source in config.train:
-        here, there = _parts(source, config)
-        sources.append(here)
-        held_out += there
+    parts = [_parts(source, config) for source in config.train]
+    sources = [here for here, _ in parts]
+    held_out = [row for _, there in parts for row in there]
     if config.eval:
+        _warn_of_unused(config, [len(there) for _, there in parts])
         parts = [_parts(source, config) for source in config.eval]
         held_out = [row for here, there in parts for row in there or here]
-    elif not held_out and config.eval_fraction:
+    elif config.eval_fraction:
+        if held_out:
+            raise DataError(
+                f"data.eval_fraction is {config.eval_fraction}, but the `split` column already "
+                f"holds out {len(held_out)} rows; leave eval_fraction at 0, or choose a `split`"
+            )
         sources, held_out = _hold_out(sources, config.eval_fraction)
     mixed = [
         row
@@ -143,6 +148,14 @@ def _hold_out(
         train.append([row for row, p in zip(rows, part, strict=True) if p >= limit])
         held_out += [row for row, p in zip(rows, part, strict=True) if p < limit]
     return train, held_out
+
+
+def _warn_of_unused(config: DataConfig, held_out: Sequence[int]) -> None:
+    """What a train source holds out, when other files are evaluated on, is used for nothing."""
+    evaluated = {source.path for source in config.eval}
+    for source, count in zip(config.train, held_out, strict=True):
+        if count and source.path not in evaluated:
+            log.warning("%d rows of %s are held out by `split`: not used", count, source.path)
 
 
 def _warn_of_leakage(train: Sequence[Example], evaluation: Sequence[Example]) -> None:

@@ -81,6 +81,26 @@ def test_a_fraction_holds_out_at_least_one_prompt(write: Write) -> None:
         load(train=write("a.jsonl", pairs(1)), eval_fraction=0.5)
 
 
+def test_options_that_would_be_ignored_are_refused(write: Write) -> None:
+    path = write("a.jsonl", [*pairs(1), pairs(2, split="eval")[1]])
+    with pytest.raises(DataError, match="already holds out 1 rows; leave eval_fraction at 0"):
+        load(train=path, eval_fraction=0.5)
+    with pytest.raises(DataError, match="only what is trained on can be weighted"):
+        load(train=path, eval={"path": path, "weight": 2})
+
+
+def test_held_out_rows_that_nothing_uses_are_counted(
+    write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write("a.jsonl", [*pairs(1), pairs(2, split="eval")[1]])
+    _, evaluation = load(train=path, eval=write("b.jsonl", pairs(1, prompt="else")))
+    assert len(evaluation) == 1
+    assert "1 rows of" in caplog.text
+    caplog.clear()
+    load(train=path, eval=path)
+    assert caplog.text == ""
+
+
 def test_leakage_is_warned_of(write: Write, caplog: pytest.LogCaptureFixture) -> None:
     shouted = [p | {"prompt": p["prompt"].upper() + "  "} for p in pairs(2)]
     load(train=write("a.jsonl", pairs(3)), eval=write("b.jsonl", shouted))
