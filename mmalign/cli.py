@@ -2,61 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from mmalign import __version__
-from mmalign.errors import MmalignError
+from mmalign import __version__, cli_data
+from mmalign.cli_parts import Config, Overrides, argument, group, option
+from mmalign.errors import ConfigError
 
-EXIT_STATUS = "Exit status: 0 done, 1 wrong input, 2 wrong usage, 3 loss became non-finite."
+EXIT_STATUS = (
+    "Exit status: 0 done, 1 wrong input, 2 wrong usage, 3 loss became non-finite, "
+    "130 stopped by Ctrl-C."
+)
 
-
-class _Commands(TyperGroup):
-    """Prints what is wrong with the input as one message instead of a traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except MmalignError as error:
-            typer.echo(f"{type(error).__name__}: {error}", err=True)
-            raise typer.Exit(error.exit_code) from error
-        except OSError as error:  # a full disk, a folder without permission: the machine's state
-            typer.echo(f"{type(error).__name__}: {error}", err=True)
-            raise typer.Exit(1) from error
-
-
-def _group(help_text: str) -> typer.Typer:
-    return typer.Typer(
-        cls=_Commands,
-        help=help_text,
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-        no_args_is_help=True,
-        add_completion=False,
-        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    )
-
-
-app = _group("Preference alignment for text, image and video models, with one set of losses.")
-data_app = _group("Look at preference data before training on it.")
-quickstart_app = _group("See an alignment run from start to report, with data that is shipped.")
-app.add_typer(data_app, name="data")
+app = group("Preference alignment for text, image and video models, with one set of losses.")
+quickstart_app = group("See an alignment run from start to report, on shipped data.")
+app.add_typer(cli_data.app, name="data")
 app.add_typer(quickstart_app, name="quickstart")
 
-Config = Annotated[
-    str,
-    typer.Argument(
-        metavar="CONFIG", help="YAML file; see configs/ for one per method", show_default=False
-    ),
-]
-Overrides = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="override one value of CONFIG, e.g. objective.beta=0.05",
-        show_default=False,
+Checkpoint = Annotated[
+    Path | None,
+    option(
+        "--checkpoint",
+        metavar="DIR",
+        text="trained weights: a checkpoint-N or final folder; by default the newest of `output`",
     ),
 ]
 
@@ -70,43 +40,170 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="print the version"),
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
     pass
 
 
-@app.command(epilog=EXIT_STATUS)
+@app.command(epilog=EXIT_STATUS, short_help="Train the model described by CONFIG.")
 def train(
     config: Config,
-    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    overrides: Overrides = None,
     resume: Annotated[
         bool,
-        typer.Option(
-            "--resume", help="continue from the newest complete checkpoint in the output folder"
-        ),
+        option("--resume", text="continue from the newest complete checkpoint in `output`"),
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option(
+        option(
             "--dry-run",
-            help="load, run one batch forward and backward, print shapes and memory, stop",
+            text="load, run one batch forward and backward, print shapes and memory, stop",
         ),
     ] = False,
 ) -> None:
     """Train the model described by CONFIG and write everything to its `output` folder."""
     from mmalign import config as configs
 
-    run = configs.load(config, overrides)
+    run = configs.load(config, overrides or ())
     configs.check(run, where=config)
 
-    from mmalign.train.loop import train as run_training
+    from mmalign.train.loop import train as train_run
 
-    run_training(run, resume=resume, dry_run=dry_run)
+    result = train_run(run, resume=resume, dry_run=dry_run)
+    if result.stopped:
+        raise typer.Exit(130)
+    if result.final_dir is not None and _is_main_process():
+        from mmalign.report import write_report
+
+        page = write_report([result.run_dir], result.run_dir / "report.html")
+        typer.echo(f"weights: {result.final_dir}\nreport:  {page}")
 
 
-@app.command()
+@app.command("eval", short_help="Score held-out rows under trained weights.")
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    checkpoint: Checkpoint = None,
+    data: Annotated[
+        str | None,
+        option("--data", metavar="FILE", text="rows to score instead of those of CONFIG"),
+    ] = None,
+    out: Annotated[
+        Path | None, option("--out", metavar="FILE", text="also write the numbers as JSON")
+    ] = None,
+) -> None:
+    """Score held-out rows: loss, ranking and reward accuracy, log-ratios, KL, with intervals."""
+    from mmalign import config as configs
+    from mmalign.offline import evaluate_checkpoint, table
+
+    run = configs.load(config, overrides or ())
+    result = evaluate_checkpoint(run, checkpoint, data=data, out=out)
+    typer.echo(table(result))
+
+
+@app.command(short_help="Complete prompts with a trained model.")
+def sample(
+    config: Annotated[
+        str | None, argument("CONFIG", "YAML file; or give a run folder with --run")
+    ] = None,
+    overrides: Overrides = None,
+    prompts: Annotated[
+        Path | None,
+        option(
+            "--prompts",
+            metavar="FILE",
+            text="JSONL with a `prompt` in each record, or a text file with one prompt a line",
+        ),
+    ] = None,
+    run: Annotated[
+        Path | None, option("--run", metavar="DIR", text="run folder whose config is used")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    base: Annotated[
+        bool, option("--base", text="the model as it was before training, for comparison")
+    ] = False,
+    out: Annotated[
+        Path | None, option("--out", metavar="FILE", text="write JSONL here instead of printing")
+    ] = None,
+) -> None:
+    """Complete prompts with a trained model; length and temperature are those of CONFIG's `sample`.
+
+    For example: mmalign sample --run runs/dpo --prompts questions.txt sample.temperature=0.7
+    """
+    from mmalign import config as configs
+    from mmalign.offline import read_prompts, sample_checkpoint
+
+    overrides = list(overrides or ())
+    if run is not None and config is not None:  # the first KEY=VALUE lands in CONFIG's place
+        overrides.insert(0, config)
+    elif run is None and config is None:
+        raise ConfigError("sample: give CONFIG, or a run folder with --run DIR")
+    if prompts is None:
+        raise ConfigError("sample: give the prompts with --prompts FILE")
+    path = run / "config.yaml" if run is not None else Path(str(config))
+    settings = configs.load(path, overrides)
+    texts = sample_checkpoint(settings, read_prompts(prompts), checkpoint, base=base, out=out)
+    for text in texts if out is None else ():
+        typer.echo(text)
+
+
+@app.command(short_help="Write the reference's scores to disk, once for all epochs.")
+def cache(config: Config, overrides: Overrides = None) -> None:
+    """Write the reference's log-probabilities to disk, for runs with `reference.kind: cached`.
+
+    Where the objective needs a KL, the reference's last hidden states are kept instead.
+    """
+    from mmalign import config as configs
+    from mmalign.offline import write_cache
+
+    run = configs.load(config, overrides or ())
+    typer.echo(write_cache(run))
+
+
+@app.command(short_help="List every objective, or explain one.")
+def objectives(
+    name: Annotated[str | None, argument("NAME", "a preset, or my_package.module:function")] = None,
+) -> None:
+    """List every objective; with NAME, its formula, keywords, needs, paper and configs."""
+    from mmalign import objectives_page
+
+    typer.echo(objectives_page.listing() if name is None else objectives_page.page(name))
+
+
+@app.command(short_help="Merge checkpoints by weight arithmetic.")
+def merge(
+    base: Annotated[str, argument("BASE", "full checkpoint: folder or hub name")],
+    out: Annotated[Path, option("--out", metavar="DIR", text="folder to make")],
+    add: Annotated[
+        list[str] | None,
+        option("--add", metavar="DIR=COEF", text="add COEF times what DIR changes; repeat it"),
+    ] = None,
+) -> None:
+    """Merge checkpoints or adapters by weight arithmetic: BASE + sum of COEF * (DIR - BASE).
+
+    For example: mmalign merge some/model --add runs/dpo/final=1.0 --out merged
+    """
+    from mmalign.models.merge import merge_checkpoints
+
+    typer.echo(merge_checkpoints(base, [_weighted(item) for item in add or ()], out))
+
+
+@app.command(short_help="Write one HTML page about runs.")
+def report(
+    runs: Annotated[list[Path], argument("RUN_DIR", "folders that `mmalign train` wrote")],
+    out: Annotated[
+        Path | None,
+        option("--out", metavar="FILE", text="the page; by default report.html in the first run"),
+    ] = None,
+) -> None:
+    """Write one HTML page about a run, or about several side by side; it needs no network."""
+    from mmalign.report import write_report
+
+    typer.echo(write_report(runs, out or runs[0] / "report.html"))
+
+
+@app.command(short_help="Print the JSON schema of a config.")
 def schema() -> None:
     """Print the JSON schema of a config, for completion and checks in an editor."""
     import json
@@ -114,6 +211,48 @@ def schema() -> None:
     from mmalign import config as configs
 
     typer.echo(json.dumps(configs.schema(), indent=2))
+
+
+@quickstart_app.callback()
+def _quickstart() -> None:
+    pass
+
+
+@quickstart_app.command("text", short_help="A chat model that answers in one sentence.")
+def quickstart_text(
+    output: Annotated[
+        Path | None,
+        option("--output", metavar="DIR", text="run folder; by default runs/quickstart-text"),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", help="order of rows, start of LoRA")
+    ] = 0,
+    fast: Annotated[
+        bool, option("--fast", text="a smoke run of seconds, whose numbers mean nothing")
+    ] = False,
+) -> None:
+    """Teach a 135-million-parameter chat model to answer in one sentence, and report on it."""
+    from mmalign.quickstart import text
+
+    text.run(output, seed, fast)
+
+
+def _weighted(item: str) -> tuple[str, float]:
+    folder, _, coefficient = item.rpartition("=")
+    try:
+        if not folder:
+            raise ValueError
+        return folder, float(coefficient)
+    except ValueError:
+        message = f"--add {item}: write it as DIR=COEF, e.g. runs/dpo/final=1.0"
+        raise ConfigError(message) from None
+
+
+def _is_main_process() -> bool:
+    """Whether this is the process that reports, where several train one model."""
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
 
 
 def main() -> None:

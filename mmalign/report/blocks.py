@@ -107,7 +107,7 @@ def preformatted(text: str) -> Markup:
 
 
 def _inline(text: str | Markup) -> Markup:
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text)))
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _answers(row: Answers, count_words: bool) -> Markup:

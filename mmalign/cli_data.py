@@ -1,0 +1,70 @@
+"""`mmalign data`: look at preference data before training on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmalign.cli_parts import Config, Overrides, argument, group, option
+
+app = group("Look at preference data before training on it.")
+
+Layout = Annotated[
+    str | None, option("--layout", metavar="NAME", text="found by itself when left out")
+]
+
+
+@app.command("check", short_help="Report every problem of preference files.")
+def data_check(
+    files: Annotated[list[str], argument("FILE", "files, saved datasets or hub names")],
+    evaluation: Annotated[
+        list[str] | None,
+        option("--eval", metavar="FILE", text="held-out rows, compared with the others; repeat"),
+    ] = None,
+    layout: Layout = None,
+    show: Annotated[
+        int, typer.Option("--show", metavar="N", min=0, help="places named for each problem")
+    ] = 20,
+) -> None:
+    """Report every problem of preference files in one pass, with lines, and what is in them."""
+    from mmalign.data.validate import check_files
+
+    found = check_files(files, eval_paths=evaluation or (), layout=layout)
+    typer.echo(found.text(show))
+    raise typer.Exit(found.exit_code)
+
+
+@app.command("show", short_help="Print rows as the model will see them.")
+def data_show(
+    config: Config,
+    overrides: Overrides = None,
+    rows: Annotated[
+        int, typer.Option("--rows", metavar="N", min=1, help="how many of the training rows")
+    ] = 3,
+) -> None:
+    """Print rows as the model will see them: context dim, scored tokens coloured."""
+    from mmalign import config as configs
+    from mmalign.offline import show_rows
+
+    show_rows(configs.load(config, overrides or ()), rows)
+
+
+@app.command("convert", short_help="Write any known layout as mmalign's own.")
+def data_convert(
+    source: Annotated[str, argument("FILE", "file, saved dataset or hub name")],
+    out: Annotated[Path, option("--out", metavar="FILE", text="the JSONL file to write")],
+    layout: Layout = None,
+    split: Annotated[
+        str | None, option("--split", metavar="NAME", text="only the rows of this split")
+    ] = None,
+    drop_bad: Annotated[
+        bool, option("--drop-bad", text="leave out records with problems instead of stopping")
+    ] = False,
+) -> None:
+    """Write a file in any known layout as JSONL in mmalign's own layout."""
+    from mmalign.data.records import convert_file
+
+    written, left_out = convert_file(source, out, layout=layout, split=split, drop_bad=drop_bad)
+    typer.echo(f"{out}: {written} records written, {left_out} left out")

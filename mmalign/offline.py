@@ -1,0 +1,274 @@
+"""Trained weights at work outside of training: evaluate, sample, cache a reference, show rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmalign import config as configs
+from mmalign.errors import CheckpointError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from mmalign.config import RunConfig
+    from mmalign.core import Objective
+    from mmalign.data.example import Example, Prompt
+    from mmalign.evaluate import Evaluation
+    from mmalign.models.adapter import Adapter
+
+
+def evaluate_checkpoint(
+    config: RunConfig, checkpoint: Path | None, *, data: str | None = None, out: Path | None = None
+) -> Evaluation:
+    """Score held-out rows under trained weights.
+
+    Args:
+        config: The run's configuration; its reference is the one of before training.
+        checkpoint: A `checkpoint-N` or `final` folder; None for the newest of `config.output`.
+        data: A file of rows to score instead of the config's held-out ones.
+        out: Also write metrics and intervals here, as JSON.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: What is missing or does not fit.
+    """
+    from mmalign.core import Needs
+    from mmalign.evaluate import evaluate
+    from mmalign.models.adapter import build_adapter
+    from mmalign.train.holdout import reward_beta
+    from mmalign.train.order import held_out
+
+    objective = configs.check(config)
+    folder = trained_folder(config, checkpoint)
+    rows = _held_out_rows(config, objective, data)
+    device = _device(config)
+    adapter = build_adapter(config, objective.needs).to(device).eval()
+    restore(adapter, folder, objective)
+    adapter.before_training(rows)
+    has_kl = objective.needs.reference and adapter.provides(config).kl
+    size = config.train.eval_batch_size or config.train.batch_size
+    result = evaluate(
+        adapter,
+        objective.to(device).eval(),
+        (adapter.collate([rows[i] for i in b]).to(device) for b in held_out(len(rows), size)),
+        needs=objective.needs | Needs(kl=True) if has_kl else objective.needs,
+        beta=reward_beta(objective),
+    )
+    if out is not None:
+        record = {"checkpoint": str(folder), "rows": len(rows), "metrics": result.metrics}
+        _write(out, json.dumps({**record, "intervals": result.intervals}, indent=2) + "\n")
+    return result
+
+
+def table(result: Evaluation) -> str:
+    """Metrics and their 95 % intervals, one line each."""
+    width = max(len(name) for name in result.metrics)
+    lines: list[str] = []
+    for name, value in result.metrics.items():
+        interval = result.intervals.get(name)
+        between = f"   {interval[0]:.4g} to {interval[1]:.4g}" if interval else ""
+        lines.append(f"{name:<{width}}  {value:>10.4g}{between}")
+    return f"{len(result.rows)} rows; behind a mean: its 95 % interval\n" + "\n".join(lines)
+
+
+def sample_checkpoint(
+    config: RunConfig,
+    prompts: Sequence[Prompt],
+    checkpoint: Path | None,
+    *,
+    base: bool = False,
+    out: Path | None = None,
+) -> list[str]:
+    """One completion a prompt, with the config's `sample` settings.
+
+    Args:
+        config: The run's configuration.
+        prompts: Plain or conversational.
+        checkpoint: A `checkpoint-N` or `final` folder; None for the newest of `config.output`.
+        base: Use the model as it was before training.
+        out: Also write prompts and completions here, as JSONL.
+    """
+    import torch
+
+    from mmalign.core import Needs
+    from mmalign.models.adapter import build_adapter
+
+    if base and checkpoint is not None:
+        raise ConfigError("sample: --base is the untrained model, so it has no --checkpoint")
+    folder = None if base else trained_folder(config, checkpoint)
+    torch.manual_seed(config.train.seed)
+    adapter = build_adapter(config, Needs()).to(_device(config)).eval()
+    if folder is not None:
+        restore(adapter, folder)
+    options = config.sample.model_dump(exclude={"num_prompts"})
+    size = config.train.eval_batch_size or config.train.batch_size
+    texts: list[str] = []
+    for start in range(0, len(prompts), size):
+        texts += map(str, adapter.sample(list(prompts[start : start + size]), **options))
+    if out is not None:
+        pairs = zip(prompts, texts, strict=True)
+        lines = [json.dumps({"prompt": _plain(p), "text": t}, ensure_ascii=False) for p, t in pairs]
+        _write(out, "\n".join(lines) + "\n")
+    return texts
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts of a file: one a line in a text file, else the `prompt` of each record.
+
+    Raises:
+        DataError: The file is missing, empty, or a record has no usable prompt.
+    """
+    from mmalign.data.example import Message
+    from mmalign.data.files import read_rows
+    from mmalign.data.turns import prompt_of
+
+    prompts: list[Prompt] = []
+    if path.suffix == ".txt" and path.is_file():
+        prompts += [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        for row in read_rows(path):
+            value = None if row.value is None else prompt_of(row.value.get("prompt"))
+            if not value:
+                raise DataError(f"{row.place}: {row.problem or 'has no `prompt`'}")
+            many = isinstance(value, list)
+            prompts.append(
+                tuple(Message(t["role"], t["content"]) for t in value) if many else value
+            )
+    if not prompts:
+        raise DataError(f"{path}: holds no prompts")
+    return prompts
+
+
+def trained_folder(config: RunConfig, checkpoint: Path | None) -> Path:
+    """The folder of trained weights that is meant.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    from mmalign.train.checkpoint import checkpoints
+
+    if checkpoint is not None:
+        if not checkpoint.is_dir():
+            raise CheckpointError(f"--checkpoint {checkpoint}: there is no such folder")
+        return checkpoint
+    found = checkpoints(config.output)  # the end of a run is one of them, with all of its state
+    if found:
+        return found[-1]
+    if (config.output / "final").is_dir():
+        return config.output / "final"
+    raise CheckpointError(
+        f"{config.output}: has neither a complete checkpoint nor final/; train first, or name "
+        "trained weights with --checkpoint DIR"
+    )
+
+
+def restore(adapter: Adapter, folder: Path, objective: Objective | None = None) -> None:
+    """Put trained weights into an adapter that is as it was before training.
+
+    Args:
+        adapter: As `build_adapter` made it.
+        folder: A `checkpoint-N`, or weights in the layout of peft or transformers.
+        objective: Its running state is restored too, where the folder holds one.
+
+    Raises:
+        CheckpointError: The folder holds no weights of this model.
+    """
+    from mmalign.train import checkpoint
+
+    if (folder / "sharded").is_dir():
+        raise CheckpointError(
+            f"{folder}: is a checkpoint in parts; only `mmalign train --resume` can read it. Use "
+            "the final/ folder of the run"
+        )
+    if not (folder / "weights.safetensors").is_file():
+        _load_library_layout(adapter, folder)
+        return
+    checkpoint.load_weights(folder, adapter)
+    if objective is not None:
+        checkpoint.load_state(folder, adapter, objective)
+
+
+def _load_library_layout(adapter: Adapter, folder: Path) -> None:
+    """Load what `final/` holds into the policy, the only model among an adapter's submodules."""
+    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+    from safetensors.torch import load_file
+    from transformers import PreTrainedModel
+
+    from mmalign.models.files import weight_files
+
+    is_adapter = (folder / "adapter_config.json").is_file()
+    wanted = PeftModel if is_adapter else PreTrainedModel
+    policy = next(
+        (m for m in adapter.modules() if isinstance(m, PeftModel | PreTrainedModel)), None
+    )
+    if not isinstance(policy, wanted):
+        has, lacks = ("a LoRA", "has none") if is_adapter else ("whole weights", "has a LoRA")
+        raise CheckpointError(f"{folder}: holds {has}, but the config's model {lacks}")
+    if isinstance(policy, PeftModel):
+        result = set_peft_model_state_dict(policy, load_peft_weights(str(folder), device="cpu"))
+    else:
+        state = {k: v for file in weight_files(folder) for k, v in load_file(file).items()}
+        result = policy.load_state_dict(state, strict=False)  # tied weights are stored once
+    if result.unexpected_keys:
+        raise CheckpointError(
+            f"{folder}: holds weights that the config's model does not have, "
+            f"e.g. {result.unexpected_keys[0]}"
+        )
+
+
+def _held_out_rows(config: RunConfig, objective: Objective, data: str | None) -> list[Example]:
+    from mmalign.data.sources import load_examples
+
+    section = config.data
+    if data is not None:
+        source = configs.DataSource(path=data)
+        section = section.model_copy(update={"train": [source], "eval": [], "eval_fraction": 0.0})
+    train, held_out = load_examples(section, objective.needs, seed=config.train.seed)
+    rows = held_out if data is None else train + held_out
+    if not rows:
+        raise DataError(
+            "the config holds out no rows: set data.eval or data.eval_fraction, or "
+            "name a file with --data"
+        )
+    return rows
+
+
+def _device(config: RunConfig) -> torch.device:
+    import torch
+    from accelerate import Accelerator
+
+    if config.train.num_threads is not None:
+        torch.set_num_threads(config.train.num_threads)
+    return Accelerator().device
+
+
+def _plain(prompt: Prompt) -> Any:
+    if isinstance(prompt, str):
+        return prompt
+    return [{"role": message.role, "content": message.content} for message in prompt]
+
+
+def _write(path: Path, text: str) -> None:
+    from mmalign.train.files import write_text
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+
+
+def show_rows(config: RunConfig, count: int) -> None:
+    """Print the first training rows as the model will see them, with the masks coloured."""
+    from itertools import islice
+
+    from rich.console import Console
+
+    from mmalign.data.sources import load_examples
+    from mmalign.text.encode import Encoder, load_tokenizer
+    from mmalign.text.show import show
+
+    objective = configs.check(config)
+    rows, _ = load_examples(config.data, objective.needs, seed=config.train.seed)
+    encoder = Encoder(load_tokenizer(config), config)
+    Console(highlight=False).print(show(encoder, islice(rows, count)))
