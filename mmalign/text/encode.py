@@ -204,7 +204,7 @@ class Encoder:
         context, responses = self.render.responses(prompt, candidates, row)
         alone, _ = self._ids(context)
         joined = [
-            self._joined(context, response, candidate.complete)
+            self._joined(context, response, candidate.complete, row)
             for response, candidate in zip(responses, candidates, strict=True)
         ]
         shared = min(_common_prefix(alone, ids) for ids, _ in joined)
@@ -225,7 +225,7 @@ class Encoder:
         return encoded
 
     def _joined(
-        self, context: str, response: Response, complete: bool
+        self, context: str, response: Response, complete: bool, row: str
     ) -> tuple[list[int], Offsets]:
         """Context and response as one token sequence, with the end token of a complete response."""
         text = context + response.body
@@ -241,7 +241,7 @@ class Encoder:
         for index, (token, (start, _)) in enumerate(zip(ids, offsets, strict=True)):
             if start >= len(text) and token in self._tokenize.ends:
                 return ids[: index + 1], offsets[: index + 1]
-        self._count("without_end", "", "the chat template has no end token after an answer")
+        self._count("without_end", row, "the chat template has no end token after an answer")
         return ids, offsets
 
     def _marks(
