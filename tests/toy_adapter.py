@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from mmalign import config as configs
 from mmalign.core import CandidateLogps, Needs
-from mmalign.models import adapter as adapters
 from mmalign.models.adapter import Adapter, Batch
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from mmalign.config import RunConfig
     from mmalign.data.example import Example
 
+TOY = "toy_adapter:ToyAdapter"
 VOCABULARY = 48
 HIDDEN = 8
 
@@ -148,11 +148,6 @@ def _encode(text: str) -> Tensor:
     return torch.tensor([ord(c) % VOCABULARY for c in text])
 
 
-def use_toy() -> None:
-    """Let `modality: text` mean the toy in this process."""
-    adapters.ADAPTERS["text"] = "toy_adapter:ToyAdapter"
-
-
 def write_pairs(path: Path, num_rows: int, *, bad_row: int | None = None) -> Path:
     """Pairs whose chosen response repeats early letters and whose rejected one late letters."""
     generator = torch.Generator().manual_seed(0)
@@ -162,8 +157,8 @@ def write_pairs(path: Path, num_rows: int, *, bad_row: int | None = None) -> Pat
             record = {
                 "id": f"row-{i}",
                 "prompt": "".join(chr(97 + d) for d in draw[:4]),
-                "chosen": "".join(chr(97 + d) for d in draw[4 : 9 + i % 3]),
-                "rejected": "".join(chr(110 + d) for d in draw[5:9]) + "!" * (i == bad_row),
+                "chosen": "".join(chr(97 + d) for d in draw[4 : 9 + i % 3]) + "!" * (i == bad_row),
+                "rejected": "".join(chr(110 + d) for d in draw[5:9]),
             }
             file.write(json.dumps(record) + "\n")
     return path

@@ -88,6 +88,7 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> 
     settings, position, accelerator = config.train, run.position, run.accelerator
     backward = _backward(config)
     if dry_run:
+        accelerator.print(check_start(run))
         batch = next(run.batches()).to(accelerator.device)
         loss, logps = backward(accelerator, run.model, objective, batch)
         accelerator.print(describe_dry_run(run, batch, loss, logps))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -116,4 +117,4 @@ def held_out(num_rows: int, batch_size: int) -> list[range]:
     starts = list(range(0, num_rows, batch_size))
     if len(starts) > 1 and num_rows - starts[-1] == 1:
         starts.pop()
-    return [range(a, b) for a, b in zip(starts, [*starts[1:], num_rows], strict=True)]
+    return [range(a, b) for a, b in pairwise([*starts, num_rows])]

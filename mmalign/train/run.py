@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -12,6 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 
 from mmalign.data.sources import load_examples
+from mmalign.errors import ConfigError
 from mmalign.models.adapter import build_adapter
 from mmalign.train.metrics import Averages, flatten
 from mmalign.train.optim import build_optimizer
@@ -118,12 +120,21 @@ def _accelerator(config: RunConfig) -> Accelerator:
     if AcceleratorState._shared_state:
         AcceleratorState._reset_state()
     output = str(config.output)
-    return Accelerator(
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # or torchrun without a GPU stays unnoticed
         mixed_precision=config.train.mixed_precision,
         gradient_accumulation_steps=config.train.accumulate,
         log_with=list(config.train.trackers) or None,
         project_config=ProjectConfiguration(project_dir=output, logging_dir=output),
     )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes == 1 < launched:
+        raise ConfigError(
+            f"{launched} processes were launched, but accelerate sees one: "
+            "each would train alone into the same folder. Launch with `accelerate launch`, whose "
+            "configuration (`accelerate config`) names the devices"
+        )
+    return accelerator
 
 
 def _name_blocks(adapter: Adapter) -> None:

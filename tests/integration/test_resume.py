@@ -1,0 +1,220 @@
+"""Kill a real process in the middle of an epoch, resume, and compare bit for bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from toy_adapter import toy_config
+
+from mmalign.errors import CheckpointError, ConfigError
+from mmalign.train.checkpoint import checkpoints
+from mmalign.train.loop import train
+from mmalign.train.metrics import read_json
+
+pytestmark = pytest.mark.usefixtures("toy")
+RUN_TOY = Path(__file__).with_name("run_toy.py")
+
+# An epoch is 6 steps: step 5 to 9 lie in the middle of one and across a boundary. BCO has running
+# state, noise uses the random stream, three micro-batches a log line fill the averages.
+SETTINGS = (
+    "objective={name: bco, beta: 0.5}",
+    "train.num_steps=12",
+    "train.batch_size=2",
+    "train.accumulate=2",
+    "train.save_every=3",
+    "train.log_every=2",
+    "train.eval_every=5",
+    "train.warmup=2",
+)
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(RUN_TOY), str(folder / "config.json"), *SETTINGS, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    """Wait until the run has logged `step`."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if any(line["step"] >= step for line in read_json(run_dir / "metrics.jsonl")):
+            return
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.02)
+    raise AssertionError("the run does not get on")
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics without what a clock decides."""
+    return [
+        {key: value for key, value in line.items() if not key.endswith("_per_second")}
+        for line in read_json(run_dir / "metrics.jsonl")
+    ]
+
+
+def require_same_run(found: Path, expected: Path) -> None:
+    for name in ("model.safetensors",):
+        assert (found / "final" / name).read_bytes() == (expected / "final" / name).read_bytes()
+    last = "checkpoint-12"
+    for name in ("weights.safetensors", "state.safetensors"):
+        ours, theirs = load_file(found / last / name), load_file(expected / last / name)
+        assert ours.keys() == theirs.keys()
+        assert all(ours[key].equal(theirs[key]) for key in ours), name
+    assert lines(found) == [pytest.approx(line, rel=1e-6) for line in lines(expected)]
+    for name in ("samples.jsonl", "eval.jsonl"):
+        assert read_json(found / name) == read_json(expected / name)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    knobs = {"noise": 0.1, "seconds": 0.05}
+    train(toy_config(whole, *SETTINGS, **knobs))
+    config = toy_config(killed, *SETTINGS, **knobs)
+
+    process = start(killed)
+    wait_for_step(process, config.output, 8)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    newest = checkpoints(config.output)[-1]
+    assert newest.name in ("checkpoint-6", "checkpoint-9"), "nothing after the last one counts"
+    assert not (config.output / "final").exists()
+
+    result = train(config, resume=True)
+    assert result.steps == 12
+    require_same_run(config.output, whole / "run")
+    assert not list(config.output.glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_any_number_of_kills_at_any_moment(tmp_path: Path, seed: int) -> None:
+    """Killed again and again after a random time, often while a checkpoint is being written."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    knobs = {"noise": 0.1, "seconds": 0.03}
+    train(toy_config(whole, *SETTINGS, **knobs))
+    config = toy_config(killed, *SETTINGS, **knobs)
+    draw = random.Random(seed)
+    kills = 0
+    resume: tuple[str, ...] = ()
+    while not (config.output / "final").exists():
+        process = start(killed, "train.save_every=1", *resume)
+        while process.poll() is None and not (config.output / "config.yaml").exists():
+            time.sleep(0.01)
+        resume = ("--resume",)
+        time.sleep(draw.uniform(0.0, 0.4) + 3.0 * (kills > 0))  # a resumed one loads libraries first
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    assert kills >= 2
+    train(config, resume=True)
+    for name in ("weights.safetensors", "state.safetensors"):
+        ours = load_file(config.output / "checkpoint-12" / name)
+        theirs = load_file(whole / "run/checkpoint-12" / name)
+        assert all(ours[key].equal(theirs[key]) for key in theirs), name
+    assert lines(config.output) == [pytest.approx(line, rel=1e-6) for line in lines(whole / "run")]
+
+
+def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir()
+    stopped.mkdir()
+    knobs = {"noise": 0.1, "seconds": 0.1}
+    train(toy_config(whole, *SETTINGS, **knobs))
+    config = toy_config(stopped, *SETTINGS, **knobs)
+
+    process = start(stopped, "train.save_every=1000")
+    wait_for_step(process, config.output, 4)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 0
+    (saved,) = checkpoints(config.output)
+    assert f"saved in {saved}" in told
+    assert f"mmalign train {config.output / 'config.yaml'} --resume" in told
+    assert read_json(config.output / "metrics.jsonl")[-1]["step"] < 12
+
+    train(config, resume=True)
+    require_same_run(config.output, whole / "run")
+
+
+def test_a_second_ctrl_c_quits_at_once(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, seconds=30.0)
+    process = start(tmp_path)
+    deadline = time.monotonic() + 60
+    while not (config.output / "samples.jsonl").exists():  # then comes step 1, which takes long
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None, "the first one lets the step finish"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) != 0
+    assert checkpoints(config.output) == []
+
+
+def test_a_run_without_a_checkpoint_yet_starts_again(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, *SETTINGS)
+    first = train(config)
+    for path in checkpoints(config.output):
+        (path / "run.json").unlink()
+    again = train(config, resume=True)
+    for name in ("rows_per_second", "tokens_per_second"):
+        first.metrics.pop(name), again.metrics.pop(name)
+    assert again.metrics == first.metrics
+    assert len(read_json(config.output / "eval.jsonl")) == 4  # steps 0, 5, 10, 12
+
+
+def test_a_finished_run_only_writes_its_end_again(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, *SETTINGS)
+    train(config)
+    weights = (config.output / "final/model.safetensors").read_bytes()
+    before = lines(config.output)
+    result = train(config, resume=True)
+    assert result.final_dir == config.output / "final"
+    assert (config.output / "final/model.safetensors").read_bytes() == weights
+    assert lines(config.output) == before
+
+
+def test_another_config_is_refused_but_reporting_may_change(tmp_path: Path) -> None:
+    train(toy_config(tmp_path, *SETTINGS, "train.num_steps=3"))
+    with pytest.raises(CheckpointError, match=r"config\.train\.lr: 0\.02 in the checkpoint"):
+        train(toy_config(tmp_path, *SETTINGS, "train.num_steps=3", "train.lr=0.1"), resume=True)
+    with pytest.raises(CheckpointError, match=r"data\.train_hash"):
+        train(toy_config(tmp_path, *SETTINGS, "train.num_steps=3", num_rows=30), resume=True)
+    result = train(
+        toy_config(tmp_path, *SETTINGS, "train.num_steps=3", "train.log_every=1"), resume=True
+    )
+    assert result.steps == 3
+
+
+def test_a_full_folder_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    config = toy_config(tmp_path)
+    config.output.mkdir()
+    (config.output / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"not empty \(it holds thesis\.txt\)"):
+        train(config)
+    with pytest.raises(CheckpointError, match="no run to resume"):
+        train(config, resume=True)
+    assert [path.name for path in config.output.iterdir()] == ["thesis.txt"]
+
+
+def test_nothing_is_written_when_the_start_is_refused(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, shift=0.5)
+    with pytest.raises(ConfigError, match="policy and reference differ"):
+        train(config)
+    assert not config.output.exists()
