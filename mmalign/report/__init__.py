@@ -33,7 +33,8 @@ def write_report(
         run_dirs: Folders that `mmalign train` wrote; an interrupted run is shown as far as it got.
         out: The HTML file to write.
         title: Heading of the page; by default it names the objective and the model.
-        sections: Parts to show first, before the run's own; build them with `report.blocks`.
+        sections: Parts to show first, before the run's own; build them with `report.blocks`. One
+            with the title of a run's own part replaces it.
 
     Returns:
         The path written.
@@ -44,6 +45,7 @@ def write_report(
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     runs = [read_run(folder) for folder in run_dirs]
+    given = {section.title for section in sections}
     page = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined
     ).get_template("page.html")
@@ -51,7 +53,7 @@ def write_report(
         title=title or describe(runs),
         lead=lead(runs),
         runs=[{"name": run.name, "state": state(run)} for run in runs],
-        sections=[*sections, *run_sections(runs)],
+        sections=[*sections, *(own for own in run_sections(runs) if own.title not in given)],
         css=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         version=__version__,
     )

@@ -60,7 +60,7 @@ def test_config_snippet_is_valid(tmp_path: Path) -> None:
 def test_data_snippet_is_read() -> None:
     import json
 
-    from mmalign.data.example import parse_record
+    from mmalign.data.parse import parse_record
 
     (shown,) = blocks("json")
     kinds = []
