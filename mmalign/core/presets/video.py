@@ -108,21 +108,21 @@ def mdpo(beta: float = 0.1, anchor: float = 0.0) -> Objective:
 
 
 def vdpo_symmetric(beta: float = 0.1) -> Objective:
-    """Symmetric visual DPO: each response is preferred under its own input.
+    """Symmetric visual DPO: each response is preferred under the input it belongs to.
 
-    loss = -1/2 log sigmoid(beta * [h(y_w|v) - h(y_w|v_c)]) - 1/2 log sigmoid(beta * [h(y_l|v_c) -
-    h(y_l|v)])
+    loss = -1/2 log sigmoid(beta * [h(y_w|v) - h(y_l|v)])
+    - 1/2 log sigmoid(beta * [h(y_l|v_l) - h(y_w|v_l)]), h the log-ratio, v_l the input of y_l
 
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats.
 
-    Source: symmetric variant of visual DPO; ours.
-    Departs: not published.
+    Source: symmetric form of visual DPO, reconstructed; no code was run.
+    Departs: not published in this form.
     """
     score = Score(beta)
     return Objective(
-        Preference(score, Logistic(), coef=0.5, candidates=(0, 2)),
-        Preference(score, Logistic(), coef=0.5, candidates=(3, 1)),
+        Preference(score, Logistic(), coef=0.5),
+        Preference(score, Logistic(), coef=0.5, candidates=(3, 2)),
         needs=Needs(rows="pair", roles=("corrupted", "rejected_corrupted")),
     )
 

@@ -117,7 +117,9 @@ def gradient(loss: Loss, *leaves: Tensor, of_sum: bool = False) -> list[Tensor]:
     return list(torch.autograd.grad(loss.value * scale, leaves, retain_graph=True))
 
 
-def pair_results(objective: Objective, c: CandidateLogps, of_sum: bool = False) -> dict[str, Tensor]:
+def pair_results(
+    objective: Objective, c: CandidateLogps, of_sum: bool = False
+) -> dict[str, Tensor]:
     """Loss, rows, rewards and gradients of a batch whose policy is a leaf."""
     loss = objective(c)
     (grad,) = gradient(loss, c.policy, of_sum=of_sum)
@@ -126,15 +128,14 @@ def pair_results(objective: Objective, c: CandidateLogps, of_sum: bool = False) 
     if loss.rewards is not None:
         got |= {"chosen_rewards": loss.rewards[:, 0], "rejected_rewards": loss.rewards[:, -1]}
     chosen, rejected = grad[:, 0].sum(-1), grad[:, 1].sum(-1)
+    trl = "log_ratio" if "log_ratio/chosen" in loss.metrics else "rewards"
     return got | {
         "grad_policy_chosen_logps": chosen,
         "grad_policy_rejected_logps": rejected,
         "grad_policy_chosen": chosen,
         "grad_policy_rejected": rejected,
-        "rewards_chosen_mean": loss.metrics.get("log_ratio/chosen", loss.metrics.get("rewards/chosen")),
-        "rewards_rejected_mean": loss.metrics.get(
-            "log_ratio/rejected", loss.metrics.get("rewards/rejected")
-        ),
+        "rewards_chosen_mean": loss.metrics[f"{trl}/chosen"],
+        "rewards_rejected_mean": loss.metrics[f"{trl}/rejected"],
         "reward_accuracy": loss.metrics["rewards/accuracies"],
         "logps_chosen_mean": loss.metrics["logps/chosen"],
         "logps_rejected_mean": loss.metrics["logps/rejected"],
