@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,14 +35,16 @@ class Answers:
 
 
 def number(value: object) -> str:
-    """A number with three or four significant digits; anything else as text."""
+    """A number with four significant digits; anything else as text."""
     if not is_number(value) or not isinstance(value, int | float):
         return MISSING if value is None or isinstance(value, float) else str(value)
-    if isinstance(value, int) or (value == int(value) and abs(value) < 1e5):
+    if value == int(value) and abs(value) < 1e15:
         return f"{value:,.0f}"
-    if 1e-3 <= abs(value) < 1e5:
-        return f"{value:,.3f}" if abs(value) < 100 else f"{value:,.1f}"
-    return f"{value:.2e}"
+    if not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.3g}"
+    decimals = max(0, 3 - math.floor(math.log10(abs(value))))
+    text = f"{value:,.{decimals}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def paragraph(text: str | Markup) -> Markup:

@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from markupsafe import Markup, escape
 
@@ -35,7 +35,7 @@ class Curve:
     key: str
     label: str
     colour: int
-    style: str = "-"
+    style: Literal["-", "--"] = "-"
     held_out: bool = False
 
 

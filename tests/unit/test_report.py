@@ -291,13 +291,25 @@ def test_own_sections_come_first_and_are_escaped(tmp_path: Path) -> None:
     for words in (
         "T & T",
         "Run mmalign & see <it>.",
-        "before 41.400 cut after – –",
+        "before 41.4 cut after – –",
         "after 0 words · keyword (empty)",
         "a < b",
     ):
         assert words in text, words
     assert "<code>mmalign</code>" in raw
     assert 'aria-label="A &#34;bar&#34; chart"' in raw
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (41.4, "41.4"), (0.69314, "0.6931"), (12345.678, "12,346"), (12340.2, "12,340"), (1e-5, "1e-05"), (0, "0"),
+        (3.0, "3"), (1234567, "1,234,567"), (-0.5, "-0.5"), (100.04, "100"), (None, "–"),
+        (math.nan, "–"), (True, "True"), ("text", "text"),
+    ],
+)  # fmt: skip
+def test_numbers_are_short(value: object, shown: str) -> None:
+    assert blocks.number(value) == shown
 
 
 def _luminance(colour: str) -> float:
