@@ -52,10 +52,14 @@ class Objective(nn.Module):
                 terms[name if len(objective.terms) == 1 else f"{name}/{label}"] = term
             coefs += [weight * coef for coef in objective.coefs]
             needs = needs | objective.needs
-        mixed = cls.__new__(cls)
-        nn.Module.__init__(mixed)
-        mixed._setup(terms, coefs, needs)
-        return mixed
+        return cls._of(terms, coefs, needs)
+
+    @classmethod
+    def _of(cls, terms: dict[str, Term], coefs: list[float], needs: Needs) -> Objective:
+        objective = cls.__new__(cls)
+        nn.Module.__init__(objective)
+        objective._setup(terms, coefs, needs)
+        return objective
 
     def _setup(self, terms: dict[str, Term], coefs: list[float], needs: Needs) -> None:
         self.terms = terms
@@ -72,10 +76,10 @@ class Objective(nn.Module):
         Raises:
             ConfigError: No term reads a pair, or one that does has no such modified form.
         """
-        terms = [term.modified(ld_alpha, wpo) for term in self.terms.values()]
-        if all(new is old for new, old in zip(terms, self.terms.values(), strict=True)):
+        terms = {name: term.modified(ld_alpha, wpo) for name, term in self.terms.items()}
+        if all(terms[name] is term for name, term in self.terms.items()):
             raise ConfigError("ld_alpha and wpo act on pairs, but this objective does not read any")
-        return Objective(*terms, needs=self.needs)
+        return self._of(terms, list(self.coefs), self.needs)
 
     def forward(self, c: CandidateLogps) -> Loss:
         """The loss of a batch.

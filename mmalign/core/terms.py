@@ -139,6 +139,8 @@ class Preference(Term):
 
     def modified(self, ld_alpha: float | None, wpo: Wpo | None) -> Preference:
         """With LD-DPO's tail weight in the score and WPO's weight on the loss; pairs only."""
+        if self.link.rows == "any":
+            return self
         if self.link.rows != "pair" or self.link.candidates != 2:
             raise ConfigError(
                 "ld_alpha and wpo are defined for pairs of responses, which "

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 from mmalign.errors import NeedsError
@@ -113,6 +114,16 @@ class CandidateLogps:
         if self.policy.dim() != 3:
             raise NeedsError(
                 f"CandidateLogps.policy has shape {list(self.policy.shape)}; it must be [B, K, L]"
+            )
+        if self.mask.shape != self.policy.shape or self.mask.dtype != torch.bool:
+            raise NeedsError(
+                f"CandidateLogps.mask is {self.mask.dtype} of shape {list(self.mask.shape)}; it "
+                f"must be bool of policy's shape {list(self.policy.shape)}"
+            )
+        if self.labels.shape != self.policy.shape[:2]:
+            raise NeedsError(
+                f"CandidateLogps.labels has shape {list(self.labels.shape)}; it must be [B, K] = "
+                f"{list(self.policy.shape[:2])}"
             )
         if self.policy.shape[1] < needs.candidates:
             raise NeedsError(

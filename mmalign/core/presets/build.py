@@ -214,6 +214,12 @@ def build_mix(
 def from_config(config: ObjectiveConfigLike) -> Objective:
     """The objective that a configuration's `objective` section describes."""
     if config.mix is not None:
+        unknown = sorted(set(config.keywords) - {"ld_alpha", "wpo"})
+        if unknown:
+            raise ConfigError(
+                f"objective.{unknown[0]} is given beside `mix`; keywords of a preset belong to its "
+                "entry in the mix. Beside it stand only ld_alpha and wpo"
+            )
         return build_mix(config.mix, **config.keywords)
     if config.name is None:
         raise ConfigError("objective has neither `name` nor `mix`; give one of them")
@@ -225,6 +231,7 @@ def _wpo(value: bool | Mapping[str, Any]) -> Wpo | None:
         return None
     if value is True:
         return Wpo()
+    check_type("wpo", value, dict)
     unknown = set(value) - {"clamp_max"}
     if unknown:
         raise ConfigError(f"objective.wpo has unknown keys {sorted(unknown)}; it knows clamp_max")

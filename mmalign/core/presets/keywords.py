@@ -21,11 +21,18 @@ def check_keywords(
     name: str, function: Callable[..., Objective], keywords: Mapping[str, Any]
 ) -> None:
     """Raise ConfigError for a keyword the preset does not know, of a wrong type, or missing."""
-    signature = inspect.signature(function, eval_str=True)
-    known = list(signature.parameters)
+    try:
+        signature = inspect.signature(function, eval_str=True)
+    except NameError:  # a user's annotations that exist for type checkers only
+        signature = inspect.signature(function)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    free = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in signature.parameters.values())
+    known = [key for key, one in signature.parameters.items() if one.kind not in variadic]
     for key, value in keywords.items():
-        if key in signature.parameters:
+        if key in known:
             check_type(key, value, signature.parameters[key].annotation)
+        elif free:
+            continue
         elif key == "divergence":
             raise ConfigError(
                 f"objective.divergence is given, but {name!r} is defined for its own score only: "
@@ -43,8 +50,8 @@ def check_keywords(
                 f"objective.{key} is not a keyword of {name!r}. {hint}"
                 f"Its keywords: {', '.join(known) or 'none'}; on any pair loss also ld_alpha, wpo"
             )
-    for key, parameter in signature.parameters.items():
-        if parameter.default is parameter.empty and key not in keywords:
+    for key in known:
+        if signature.parameters[key].default is inspect.Parameter.empty and key not in keywords:
             raise ConfigError(f"objective.{key} is missing; {name!r} has no default for it")
 
 

@@ -71,10 +71,10 @@ def test_rpo_token_mean(case: dict[str, Any]) -> None:
     mask = torch.ones(len(lengths), 2, width, dtype=torch.bool)
     mask[:, 0] = torch.arange(width) < lengths[:, None]
     whole = columns(source["policy_chosen_logps"], source["policy_rejected_logps"])
+    share = mask / mask.sum(-1, keepdim=True).double()
     batch = CandidateLogps(
-        policy=whole.requires_grad_() / mask.sum(-1, keepdim=True),
-        reference=columns(source["ref_chosen_logps"], source["ref_rejected_logps"])
-        / mask.sum(-1, keepdim=True),
+        policy=whole.requires_grad_() * share,
+        reference=columns(source["ref_chosen_logps"], source["ref_rejected_logps"]) * share,
         mask=mask,
         labels=tensor([[1.0, 0.0]] * len(lengths)),
     )

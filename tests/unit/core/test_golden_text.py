@@ -206,7 +206,7 @@ def test_log_probabilities(case: dict[str, Any]) -> None:
         got = {
             "policy_per_token_logps": torch.where(mask, tokens.policy, 0.0),
             "mask": mask.double(),
-            "log_sum_sq_probs": tokens.log_sum_p2,
+            "log_sum_sq_probs": torch.where(mask, tokens.log_sum_p2, 0.0),
         }
         check(case, got)
         return
