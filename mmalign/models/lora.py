@@ -26,18 +26,13 @@ def check(config: ModelConfig) -> None:
     """Refuse what cannot be trained, before a weight is loaded.
 
     Raises:
-        ConfigError: lora and adapter together, a quantised model without either, a wrong folder.
+        ConfigError: lora and adapter together, or a folder without an adapter.
     """
     if config.lora is not None and config.adapter is not None:
         raise ConfigError(
             "model.lora and model.adapter are both set, but an existing adapter brings its own "
             "rank and targets. Remove model.lora to go on training it, or merge it into the base "
             f"first (mmalign merge {config.path} --add {config.adapter}=1 --out DIR)"
-        )
-    if config.quantization is not None and config.lora is None and config.adapter is None:
-        raise ConfigError(
-            f"model.quantization is {config.quantization}, but quantised weights cannot be "
-            "trained; set model.lora (its weights stay in full precision)"
         )
     if config.adapter is not None:
         folder = Path(config.adapter)

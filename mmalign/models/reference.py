@@ -52,33 +52,14 @@ def resolve(config: RunConfig, needs: Needs) -> str:
     kind = reference.kind
     if kind == "auto" and reference.path is not None:
         kind = "frozen-copy"
-    meaning = {
-        "path": "frozen-copy",
-        "decay": "ema",
-        "every": "ema",
-        "mixture": "mixture",
-        "cache": "cached",
-    }
-    for option, owner in meaning.items():
-        if option in reference.model_fields_set and kind != owner:
-            raise ConfigError(
-                f"reference.{option} only means something with reference.kind: {owner}; the kind "
-                f"is {reference.kind}. Set the kind, or remove the option"
-            )
-    has_lora = model.lora is not None or model.adapter is not None
     if not (needs.reference or needs.kl):
         return "none"
     if kind == "auto":
-        return "lora-off" if has_lora and model.adapter is None else "frozen-copy"
+        return "lora-off" if model.lora is not None else "frozen-copy"
     if kind == "none":
         raise ConfigError(
             "reference.kind is none, but the objective needs a reference model; remove the line to "
             "let it be chosen"
-        )
-    if kind == "lora-off" and not has_lora:
-        raise ConfigError(
-            "reference.kind is lora-off, but model.lora is not set, so there is no adapter to "
-            "switch off; set model.lora, or use frozen-copy"
         )
     if kind == "lora-off" and model.adapter is not None:
         raise ConfigError(
@@ -152,12 +133,11 @@ def _loaded(path: str, load: Callable[[str], nn.Module] | None) -> nn.Module:
 
 
 def _check_mixture(config: RunConfig, needs: Needs) -> None:
-    parts = config.reference.mixture
-    total = sum(part.weight for part in parts)
-    if not parts or abs(total - 1.0) > 1e-6:
+    total = sum(part.weight for part in config.reference.mixture)
+    if abs(total - 1.0) > 1e-6:
         raise ConfigError(
-            f"reference.mixture has {len(parts)} parts whose weights sum to {total:g}; give at "
-            "least one part, and weights that sum to 1 (else equal models do not give log-ratio 0)"
+            f"reference.mixture has weights that sum to {total:g}; they must sum to 1, else equal "
+            "models do not give log-ratio 0"
         )
     if needs.kl:
         raise ConfigError(
