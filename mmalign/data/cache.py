@@ -72,7 +72,8 @@ class TensorCache:
         self.hits = self.misses = self.corrupt = 0
         self._pending: dict[str, dict[str, Array]] = {}
         self._pending_bytes = 0
-        self._index: dict[str, dict[str, _Place]] = {}
+        # Several shards may hold a key: one written anew stands beside the damaged one.
+        self._index: dict[str, list[dict[str, _Place]]] = {}
         for shard in sorted(self.folder.glob("*.safetensors")):
             self._read_header(shard)
 
@@ -172,21 +173,36 @@ class TensorCache:
         if not whole:
             self._damaged(shard, "it ends too early")
             return
+        entries: dict[str, dict[str, _Place]] = {}
         for name, place in places.items():
             key, _, array = name.partition("/")
-            self._index.setdefault(key, {})[array] = place
+            entries.setdefault(key, {})[array] = place
+        for key, entry in entries.items():
+            self._index.setdefault(key, []).append(entry)
 
     def _read(self, key: str) -> dict[str, Array] | None:
+        while entries := self._index.get(key):
+            arrays = self._arrays(entries[-1])
+            if arrays is not None:
+                return arrays
+            entries.pop()
+        self._index.pop(key, None)
+        return None
+
+    def _arrays(self, entry: dict[str, _Place]) -> dict[str, Array] | None:
         arrays: dict[str, Array] = {}
-        for name, place in self._index[key].items():
+        for name, place in entry.items():
             dtype = np.dtype(place.dtype)
             count = int(np.prod(place.shape, dtype=np.int64))
-            with place.shard.open("rb") as stream:
-                stream.seek(place.offset)
-                data = stream.read(count * dtype.itemsize)
+            try:
+                with place.shard.open("rb") as stream:
+                    stream.seek(place.offset)
+                    data = stream.read(count * dtype.itemsize)
+            except OSError as error:
+                self._damaged(place.shard, str(error))
+                return None
             if zlib.crc32(data) != place.checksum:
                 self._damaged(place.shard, f"the checksum of {name} is wrong")
-                del self._index[key]
                 return None
             arrays[name] = np.frombuffer(bytearray(data), dtype).reshape(place.shape)
         return arrays
