@@ -6,13 +6,11 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
-from mmalign.errors import ConfigError, DataError, NeedsError
-from mmalign.models.adapter import Batch
+from mmalign.errors import ConfigError, DataError
+from mmalign.text.batch import collate
 from mmalign.text.positions import mark_spans, mark_steps
 from mmalign.text.render import ChatTemplate, PlainText
 from mmalign.text.tokenizer import TextTokenizer, load_tokenizer
@@ -21,12 +19,12 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence
 
     from rich.console import Group
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from mmalign.config import RunConfig
     from mmalign.core import Needs
     from mmalign.data.example import Candidate, Example, Prompt
+    from mmalign.models.adapter import Batch
     from mmalign.text.render import Response
     from mmalign.text.tokenizer import Offsets
 
@@ -90,8 +88,15 @@ class Encoder:
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """Tokens that can end a turn; also where generation stops."""
-        return self._tokenize.ends
+        """Tokens that end an answer, where generation stops: eos, and the template's end token."""
+        ids, _ = self._tokenize(self.render.end(), add_leading=False)
+        found = next((token for token in ids if token in self._tokenize.ends), None)
+        return frozenset(t for t in (found, self._tokenize.eos_id) if t is not None)
+
+    @property
+    def pad_id(self) -> int:
+        """Fills padded positions, which are masked."""
+        return self._tokenize.pad_id
 
     def survey(self, examples: Iterable[Example]) -> Counter[str]:
         """Encode every example once, for the counts and for errors before the first step."""
@@ -121,46 +126,8 @@ class Encoder:
         return tuple(encoded[index] for index in range(len(encoded)))
 
     def collate(self, examples: Sequence[Example], needs: Needs) -> Batch:
-        """A batch on the CPU: the rated candidates, then the extra roles in the order of `needs`.
-
-        Inputs, right-padded to the longest of the batch:
-            prompt_ids, prompt_mask: [B, K, P]
-            response_ids, response_mask: [B, K, L]; True on every scored token, end included.
-            span_mask (text.masks.kind spans): [B, K, L] bool.
-            step_index (text.masks.kind steps): [B, K, L] long; 0 is no step.
-
-        A "mismatched" candidate is the response of the row before under this prompt, tokenised
-        on its own: no label of a row depends on the rows beside it.
-
-        Raises:
-            NeedsError: when a row lacks a role, or rows differ in their number of candidates.
-        """
-        rows = [_selected(example, needs) for example in examples]
-        encoded = [list(self.encode_example(example)) for example in rows]
-        labels = [list(example.labels) for example in rows]
-        if "mismatched" in needs.roles:
-            for index, example in enumerate(rows):
-                other = replace(rows[index - 1].candidates[0], prompt=None, role="mismatched")
-                encoded[index] += self.encode_example(replace(example, candidates=(other,)))
-                labels[index].append(0.0)
-        sizes = sorted({len(row) for row in encoded})
-        if len(sizes) > 1 or sizes[0] < needs.candidates:
-            raise NeedsError(
-                f"rows {rows[0].id!r} to {rows[-1].id!r} have {sizes} candidates; every row of a "
-                f"run needs the same number, at least {needs.candidates}"
-            )
-        inputs = self._inputs(encoded)
-        if "mismatched" in needs.roles and len(rows) == 1:
-            self._count(
-                "without_mismatch", rows[0].id, "alone in its batch, so nothing to mismatch"
-            )
-            inputs["response_mask"][:, -1] = False
-        return Batch(
-            inputs=inputs,
-            labels=torch.tensor(labels, dtype=torch.float32),
-            row_weight=torch.tensor([example.weight for example in rows], dtype=torch.float32),
-            ids=tuple(example.id for example in rows),
-        )
+        """A batch on the CPU: rated candidates, then the extra roles of `needs`; see `batch`."""
+        return collate(self, examples, needs)
 
     def show(self, examples: Iterable[Example]) -> Group:
         """What the model will see of these rows, masks coloured; print it on a rich console."""
@@ -180,19 +147,6 @@ class Encoder:
         }
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
-    def _inputs(self, encoded: Sequence[Sequence[EncodedCandidate]]) -> dict[str, Tensor]:
-        inputs: dict[str, Tensor] = {}
-        for name in ("prompt", "response"):
-            ids = [[getattr(item, name) for item in row] for row in encoded]
-            inputs[f"{name}_ids"] = _pad(ids, self._tokenize.pad_id)
-            # By length and never by id: the pad token may be the end token, which is scored.
-            inputs[f"{name}_mask"] = _pad([[[1] * len(i) for i in row] for row in ids], 0).bool()
-        if self.uses_spans:
-            inputs["span_mask"] = _pad([[item.spans for item in row] for row in encoded], 0).bool()
-        if self.uses_steps:
-            inputs["step_index"] = _pad([[item.steps for item in row] for row in encoded], 0)
-        return inputs
-
     def _group(
         self, prompt: Prompt, candidates: Sequence[Candidate], row: str
     ) -> list[EncodedCandidate]:
@@ -209,7 +163,7 @@ class Encoder:
         ]
         shared = min(_common_prefix(alone, ids) for ids, _ in joined)
         if shared < len(alone):
-            self._count("boundary_moved", row, "prompt and response merge; responses start early")
+            self.count("boundary_moved", row, "prompt and response merge; responses start early")
         prompt_ids = self._cut_prompt(self._started(alone[:shared], row), row)
         encoded: list[EncodedCandidate] = []
         for (ids, offsets), response, candidate in zip(joined, responses, candidates, strict=True):
@@ -217,7 +171,7 @@ class Encoder:
             if len(ids) == shared:
                 raise DataError(f"{row}: a response has no token to score; remove the row")
             if len(ids) > stop:
-                self._count("responses_cut", row)
+                self.count("responses_cut", row)
             start = len(context) + (response.offset or 0)
             local = [(first - start, last - start) for first, last in offsets[shared:stop]]
             marks = self._marks(local, response, candidate, row)
@@ -241,7 +195,7 @@ class Encoder:
         for index, (token, (start, _)) in enumerate(zip(ids, offsets, strict=True)):
             if start >= len(text) and token in self._tokenize.ends:
                 return ids[: index + 1], offsets[: index + 1]
-        self._count("without_end", row, "the chat template has no end token after an answer")
+        self.count("without_end", row, "the chat template has no end token after an answer")
         return ids, offsets
 
     def _marks(
@@ -267,7 +221,7 @@ class Encoder:
         """At least one token, since the first response token is predicted from the one before."""
         if ids:
             return ids
-        self._count("prompts_empty", row)
+        self.count("prompts_empty", row)
         for start in (self._tokenize.bos_id, self._tokenize.eos_id):
             if start is not None:
                 return [start]
@@ -280,13 +234,14 @@ class Encoder:
         limit = self.data.max_prompt_length
         if len(ids) <= limit:
             return ids
-        self._count("prompts_cut", row)
+        self.count("prompts_cut", row)
         if self.data.truncate_prompt == "keep_start":
             return ids[:limit]
         keeps_bos = ids[0] == self._tokenize.bos_id and limit > 1  # models lean on their bos
         return [ids[0], *ids[len(ids) - limit + 1 :]] if keeps_bos else ids[len(ids) - limit :]
 
-    def _count(self, name: str, row: str, warning: str = "") -> None:
+    def count(self, name: str, row: str, warning: str = "") -> None:
+        """Note that something was done to a row; a warning is logged the first time."""
         if warning and name not in self._rows:
             log.warning("row %r: %s (said once; counted in %s)", row, warning, name)
         self._rows.setdefault(name, set()).add(row)
@@ -297,28 +252,3 @@ def _common_prefix(first: list[int], second: list[int]) -> int:
         if left != right:
             return index
     return min(len(first), len(second))
-
-
-def _selected(example: Example, needs: Needs) -> Example:
-    """The rated candidates and those of the roles asked for, in that order."""
-    pairs = list(zip(example.candidates, example.labels, strict=True))
-    kept = [pair for pair in pairs if not pair[0].role]
-    for role in dict.fromkeys(needs.roles):
-        if role == "mismatched":  # made from the batch
-            continue
-        found = [pair for pair in pairs if pair[0].role == role]
-        wanted = needs.roles.count(role)
-        if len(found) < wanted:
-            raise NeedsError(
-                f"row {example.id!r}: the objective needs {wanted} {role!r} response(s), the row "
-                f"has {len(found)}; add the field {role!r} to the data"
-            )
-        kept += found[:wanted]
-    candidates, labels = zip(*kept, strict=True)
-    return replace(example, candidates=candidates, labels=labels)
-
-
-def _pad(rows: Sequence[Sequence[Sequence[int]]], value: int) -> Tensor:  # -> [B, K, L]
-    length = max(len(item) for row in rows for item in row)
-    padded = [[[*item, *[value] * (length - len(item))] for item in row] for row in rows]
-    return torch.tensor(padded, dtype=torch.long)

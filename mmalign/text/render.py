@@ -45,6 +45,10 @@ class PlainText:
             )
         return prompt
 
+    def end(self) -> str:
+        """Nothing: the end token is not written as text."""
+        return ""
+
     def responses(
         self, prompt: Prompt, candidates: Sequence[Candidate], where: str
     ) -> tuple[str, list[Response]]:
@@ -74,6 +78,10 @@ class ChatTemplate:
     def context(self, prompt: Prompt, where: str) -> str:
         """Everything before the first token of the answer."""
         return self._frame(self._messages(prompt), where)[0]
+
+    def end(self) -> str:
+        """What the template writes after an answer."""
+        return self._frame(self._messages("Hello"), "chat template")[1]
 
     def responses(
         self, prompt: Prompt, candidates: Sequence[Candidate], where: str

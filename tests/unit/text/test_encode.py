@@ -526,6 +526,16 @@ def test_encoder_travels_to_loader_workers() -> None:
     assert again.encode_example(pair()) == encoder.encode_example(pair())
 
 
+def test_generation_stops_where_answers_end() -> None:
+    """And not at every special token: some open a part of the answer."""
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.eos_token = "</s>"
+    ids = Encoder(tokenizer, run_config()).end_ids
+    assert {tokenizer.decode([token]) for token in ids} == {"</s>", "<|im_end|>"}
+    tokenizer = make_tokenizer(bos=True)
+    assert Encoder(tokenizer, run_config()).end_ids == {tokenizer.eos_token_id}
+
+
 def test_show_colours_what_is_scored() -> None:
     from rich.console import Console
 
