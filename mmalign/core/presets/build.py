@@ -198,9 +198,9 @@ def build_mix(
         )
     parts: dict[str, tuple[float, Objective]] = {}
     for name, value in mix.items():
-        keywords: dict[str, Any] = {"weight": value}
-        if not isinstance(value, float | int):
-            keywords = dict(value)
+        check_type(f"mix.{name}", value, float | dict)
+        keywords: dict[str, Any] = {}
+        keywords.update({"weight": value} if isinstance(value, float | int) else value)
         weight = keywords.pop("weight", 1.0)
         check_type(f"mix.{name}.weight", weight, float)
         objective = build(name, **keywords)
