@@ -123,7 +123,7 @@ class AdapterCopy(Copy):
     def active(self) -> Iterator[nn.Module]:
         """The policy with its adapters exchanged."""
         with _frozen(self.policy):
-            self.policy.set_adapter(lora.REFERENCE, inference_mode=True)
+            self.policy.set_adapter(lora.REFERENCE)
             try:
                 yield self.policy
             finally:
