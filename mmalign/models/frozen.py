@@ -99,7 +99,9 @@ class FrozenCopy(Copy):
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
         """The copy, on the device where the policy is by now."""
-        self.module.to(next(self.policy.parameters()).device)
+        device = next(self.policy.parameters()).device
+        if next(self.module.parameters()).device != device:
+            self.module.to(device)
         with torch.no_grad():
             yield self.module
 
