@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from mmalign.models.linear import product
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -44,7 +46,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:  # [m, D] -> [m, V]
         """Logits in float32 or wider, in memory of their own."""
-        out = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        out = product(hidden, self.weight, self.bias)
         if out.dtype not in (torch.float32, torch.float64):
             out = out.float()
         if self.scale != 1.0:
@@ -52,6 +54,16 @@ class Head:
         if self.softcap is not None:
             out.div_(self.softcap).tanh_().mul_(self.softcap)
         return out
+
+    def detached(self) -> Head:
+        """A copy that training does not move."""
+        bias = None if self.bias is None else self.bias.detach().clone()
+        return Head(self.weight.detach().clone(), bias, self.scale, self.softcap)
+
+    def to(self, device: torch.device) -> Head:
+        """The head on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return Head(self.weight.to(device), bias, self.scale, self.softcap)
 
     def slope(self, logits: Tensor) -> Tensor | None:
         """d logits / d (h W^T + b), elementwise; None where it is 1."""
@@ -100,7 +112,7 @@ def response_logps(
 
     Departs: TDPO's released code takes log(softmax), which is nan where p_ref underflows.
     """
-    dtype = _compute_dtype(hidden)
+    dtype = compute_dtype(hidden)
     policy_head = Head(weight.to(dtype), None if bias is None else bias.to(dtype), scale, softcap)
     ref_head = policy_head
     if ref_weight is not None:
@@ -134,7 +146,7 @@ def _block_rows(block_size: int, weight: Tensor) -> int:
     return min(block_size, max(CPU_BLOCK_ROWS, CPU_BLOCK_ELEMENTS // weight.shape[0]))
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
+def compute_dtype(hidden: Tensor) -> torch.dtype:
     """The type the model's own head would compute in, autocast included."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
@@ -212,9 +224,9 @@ class _ResponseLogps(torch.autograd.Function):
                 slope = head.slope(logits)
                 p = logits.sub_(lse[block, None]).exp_()
                 if d_kl is not None and p_ref is not None:
-                    d_kl[block] = _times(p - p_ref, slope).to(weight.dtype) @ weight
+                    d_kl[block] = product(_times(p - p_ref, slope).to(weight.dtype), weight.t())
                 d_logits = p.neg_().scatter_add_(-1, target, torch.ones_like(lse[block, None]))
-                d_policy[block] = _times(d_logits, slope).to(weight.dtype) @ weight
+                d_policy[block] = product(_times(d_logits, slope).to(weight.dtype), weight.t())
 
         ctx.options, ctx.ahead = options, ahead
         if ahead:
@@ -277,12 +289,9 @@ class _ResponseLogps(torch.autograd.Function):
                 d_bias += d_logits.sum(0)
             d_logits = d_logits.to(weight.dtype)
             if d_hidden is not None:
-                d_hidden[rows] = d_logits @ weight
+                d_hidden[rows] = product(d_logits, weight.t())
             if d_weight is not None:
-                if d_weight.dtype == h.dtype:
-                    d_weight.addmm_(d_logits.T, h)
-                else:
-                    d_weight += d_logits.T @ h
+                d_weight += product(d_logits.t(), h.t())
         return (
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),

@@ -1,0 +1,324 @@
+"""The text adapter: causal language models scored on response tokens."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from mmalign.core import CandidateLogps, Needs, presets
+from mmalign.errors import ConfigError
+from mmalign.models import lora
+from mmalign.models.adapter import Adapter
+from mmalign.models.linear import use_onednn
+from mmalign.models.reference import Cached, NoReference, build_reference, resolve
+from mmalign.text.cached import ReferenceCache, check_cacheable
+from mmalign.text.encode import Encoder, load_tokenizer
+from mmalign.text.generate import generate
+from mmalign.text.layout import check_length, why_plain
+from mmalign.text.logps import TokenStats, response_logps
+from mmalign.text.masks import record_activations
+from mmalign.text.model import (
+    Heads,
+    causal_model,
+    load_model,
+    no_dropout,
+    run_body,
+    scored_states,
+)
+from mmalign.text.prefix import Layout, Rows, arrange
+from mmalign.text.weights import PositionWeights, Scored
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mmalign.config import RunConfig, TrainConfig
+    from mmalign.data.example import Example, Prompt
+    from mmalign.models.adapter import Batch
+    from mmalign.models.reference import Reference
+    from mmalign.text.logps import Head
+
+log = logging.getLogger(__name__)
+
+
+class TextAdapter(Adapter):
+    """A causal language model as policy, and its reference.
+
+    Inputs of a batch are those of `Encoder.collate`, and from a cache `ref_logps` [B, K, L] or
+    `ref_hidden` [B, K, L, D].
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        needs: Needs,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        """Make a loaded model trainable as `config` says; `build` is this after loading."""
+        super().__init__()
+        self.config, self.needs = config, needs
+        self.encoder = Encoder(tokenizer, config)
+        _require_fit(model, tokenizer)
+        no_dropout(model)
+        use_onednn(model)
+        if config.model.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.heads = Heads()
+        masks = config.text.masks
+        self.weights = PositionWeights(masks, model) if masks and needs.weight else None
+        self.policy = lora.apply(model, config.model)
+        self.reference = build_reference(config, self.policy, needs, load=self._load_reference)
+        self._start_head: Head | None = None
+        self._cache: ReferenceCache | None = None
+        if isinstance(self.reference, Cached):
+            self._cache = ReferenceCache(config, self.encoder, needs)
+            if needs.kl:  # states come from the cache, the head that reads them is the start's
+                self._start_head = self.heads.of(model).detached()
+        self._layout: Layout | None = None
+        if self.weights is not None and self.weights.reads_reference:
+            _require_single(self.reference)
+
+    @classmethod
+    def build(cls, config: RunConfig, needs: Needs) -> Self:
+        """Load tokenizer and model; what cannot work is refused before."""
+        lora.check(config.model)
+        if resolve(config, needs) == "cached":
+            check_cacheable(config, needs)
+        tokenizer = load_tokenizer(config)
+        model = load_model(config.model.path, config.model, config.model.revision)
+        return cls(config, needs, model, tokenizer)
+
+    @classmethod
+    def provides(cls, config: RunConfig) -> Needs:
+        """All but what the kind of reference and the absence of `text.masks` rule out."""
+        kind = config.reference.kind
+        kl = kind not in ("none", "mixture")
+        if kind == "cached":  # holds the states for a KL only where the objective has one
+            kl = presets.from_config(config.objective).needs.kl
+        return Needs(
+            reference=kind != "none",
+            kl=kl,
+            weight=config.text.masks is not None,
+            log_sum_p2=True,
+            prompt=True,
+        )
+
+    def before_training(self, examples: Sequence[Example]) -> None:
+        """Refuse a cache that lacks rows, before the first step."""
+        if self._cache is not None:
+            self._cache.require(examples)
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Token ids of all candidates, and the cached reference's values where there are any."""
+        batch = self.encoder.collate(examples, self.needs)
+        if self._cache is None:
+            return batch
+        length = batch.inputs["response_ids"].shape[-1]
+        values = {self._cache.name: self._cache.get(examples, length)}
+        return replace(batch, inputs={**batch.inputs, **values})
+
+    def forward(self, batch: Batch, needs: Needs) -> CandidateLogps:
+        """Score the response tokens of every candidate; only what `needs` names is computed."""
+        if self._layout is None:
+            self._layout = self._choose_layout(batch)
+        rows = arrange(batch.inputs, self._layout, prompts=needs.prompt)
+        check_length(causal_model(self.policy), rows)
+
+        weighs = needs.weight and self.weights is not None
+        reference, ref_logps = self._run_reference(batch, rows, needs, layers=weighs)
+        policy = self._run(self.policy, rows)
+        stats = self._stats(policy, rows, needs, reference if needs.kl else None)
+
+        weight = kl_weight = None
+        if weighs and self.weights is not None:
+            weight, kl_weight = self.weights(batch, rows, policy, reference)
+        if stats.reference is not None:
+            ref_logps = rows.responses(stats.reference)
+        return CandidateLogps(
+            policy=rows.responses(stats.policy),
+            mask=rows.mask,
+            labels=batch.labels,
+            reference=ref_logps,
+            kl=None if stats.kl is None else rows.responses(stats.kl),
+            weight=weight,
+            kl_weight=kl_weight,
+            row_weight=batch.row_weight,
+            log_sum_p2=None if stats.log_sum_p2 is None else rows.responses(stats.log_sum_p2),
+            prompt=rows.prompts(stats.policy),
+            prompt_mask=rows.prompt_mask,
+        )
+
+    def _run(self, model: nn.Module, rows: Rows, *, layers: bool = False) -> Scored:
+        """The states of one model that score the rows, and its head."""
+        inner = causal_model(model)
+        kind = self.weights.config.kind if layers and self.weights is not None else None
+        recorder = record_activations(inner) if kind == "activations" else nullcontext()
+        with recorder as activations:
+            output = run_body(inner, rows, all_layers=kind == "learned")
+        stacked = None
+        if kind == "learned":
+            stacked = torch.stack([scored_states(h, rows) for h in output.hidden_states[1:]])
+        states = scored_states(output.last_hidden_state, rows)
+        return Scored(states, self.heads.of(inner), stacked, activations)
+
+    def _run_reference(
+        self, batch: Batch, rows: Rows, needs: Needs, *, layers: bool
+    ) -> tuple[Scored | None, Tensor | None]:
+        """The reference's pass, for a KL or a mask to read, and its log-probabilities [B, K, L].
+
+        With a KL, the latter are left to the pass over the policy's states.
+        """
+        layers = layers and self.weights is not None and self.weights.reads_reference
+        if not (needs.reference or needs.kl or layers):
+            return None, None
+        if "ref_logps" in batch.inputs:
+            return None, batch.inputs["ref_logps"]
+        if "ref_hidden" in batch.inputs:
+            states = rows.from_responses(batch.inputs["ref_hidden"])
+            parts = [(1.0, Scored(states, self._head_of_start(states.device)))]
+        else:
+            parts: list[tuple[float, Scored]] = []
+            for share, member in self.reference.members():
+                with member.active() as model:
+                    parts.append((share, self._run(model, rows, layers=layers)))
+        if needs.kl or not needs.reference:
+            return parts[0][1], None
+        with torch.no_grad():
+            logps = sum(share * self._stats(part, rows, Needs()).policy for share, part in parts)
+        return parts[0][1], rows.responses(torch.as_tensor(logps))
+
+    def _stats(
+        self, policy: Scored, rows: Rows, needs: Needs, reference: Scored | None = None
+    ) -> TokenStats:
+        """One pass over the head, in blocks."""
+        head = policy.head
+        return response_logps(
+            policy.states,
+            head.weight,
+            head.bias,
+            rows.targets,
+            ref_hidden=None if reference is None else reference.states,
+            ref_weight=None if reference is None else reference.head.weight,
+            ref_bias=None if reference is None else reference.head.bias,
+            kl=needs.kl,
+            log_sum_p2=needs.log_sum_p2,
+            scale=head.scale,
+            softcap=head.softcap,
+            block_size=self.config.text.block_size,
+        )
+
+    def _head_of_start(self, device: torch.device) -> Head:
+        assert self._start_head is not None
+        self._start_head = self._start_head.to(device)
+        return self._start_head
+
+    def _choose_layout(self, batch: Batch) -> Layout:
+        wanted = self.config.text.shared_prefix
+        if wanted == "off":
+            return "plain"
+        reason = why_plain(self._models(), self.heads, batch)
+        if reason is None:
+            return "packed"
+        if wanted == "on":
+            raise ConfigError(f"text.shared_prefix is on, but {reason}. Use auto or off")
+        log.warning("text.shared_prefix: every candidate is a row of its own, since %s", reason)
+        return "plain"
+
+    def _models(self) -> Iterator[nn.Module]:
+        """Every model that scores: the policy, and references that are models of their own."""
+        yield self.policy
+        seen = {id(causal_model(self.policy))}
+        if isinstance(self.reference, Cached | NoReference):
+            return
+        for _, member in self.reference.members():
+            with member.active() as model:
+                if id(causal_model(model)) not in seen:
+                    seen.add(id(causal_model(model)))
+                    yield model
+
+    def _load_reference(self, path: str) -> PreTrainedModel:
+        model = load_model(path, self.config.model)
+        _require_fit(model, self.encoder.tokenizer)
+        no_dropout(model)
+        use_onednn(model)
+        return model
+
+    def save(self, directory: Path) -> None:
+        """Write the adapter in peft's layout, or the model in that of transformers; the tokenizer.
+
+        Learned position weights only matter in training: checkpoints hold them.
+        """
+        if isinstance(self.policy, PeftModel):
+            lora.save(self.policy, directory)
+        else:
+            causal_model(self.policy).save_pretrained(directory)
+        self.encoder.tokenizer.save_pretrained(directory)
+
+    def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
+        """The policy; learned position weights in a group of their own."""
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self.policy.parameters() if p.requires_grad]}
+        ]
+        if self.weights is not None:
+            masks = self.weights.config
+            rate = {} if masks.lr is None else {"lr": masks.lr}
+            parameters = list(self.weights.parameters())
+            groups.append({"params": parameters, "weight_decay": masks.weight_decay, **rate})
+        return groups
+
+    def after_step(self, step: int) -> None:
+        """Move an averaged reference."""
+        self.reference.after_step(step)
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """The tensors of an averaged reference."""
+        return self.reference.state()
+
+    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `extra_state` gave."""
+        self.reference.load_state(state)
+
+    @torch.no_grad()
+    def cacheable(self, batch: Batch, needs: Needs) -> dict[str, Tensor]:
+        """The reference's states `ref_hidden` where a KL is needed, else `ref_logps`; [B, K, L]."""
+        if self._layout is None:
+            self._layout = self._choose_layout(batch)
+        rows = arrange(batch.inputs, self._layout)
+        needs = Needs(reference=True, kl=needs.kl)
+        reference, logps = self._run_reference(batch, rows, needs, layers=False)
+        if logps is not None:
+            return {"ref_logps": logps}
+        assert reference is not None
+        return {"ref_hidden": rows.responses(reference.states)}
+
+    def sample(self, prompts: Sequence[Prompt], **options: Any) -> list[str]:
+        """One completion a prompt; see `generate`."""
+        return generate(self.policy, self.encoder, prompts, **options)
+
+
+def _require_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"model.path: the tokenizer has {len(tokenizer)} tokens, but the model embeds {rows}; "
+            "they do not belong together"
+        )
+
+
+def _require_single(reference: Reference) -> None:
+    if len(reference.members()) > 1:
+        raise ConfigError(
+            "text.masks.kind learned and activations read the layers of one reference model, but "
+            "reference.kind is mixture; use another kind of reference"
+        )

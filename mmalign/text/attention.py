@@ -1,0 +1,128 @@
+"""Attention within segments of one packed row: each prompt, and each response after its prompt.
+
+Registered with transformers as one more attention implementation. Called without segments, as in
+generation, it is the model's usual scaled dot product attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from mmalign.errors import MmalignError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+NAME = "mmalign_segments"
+_PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+_UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")  # change attention; not done here
+
+
+class CannotPackError(MmalignError):
+    """A model whose layers are not plain causal attention; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Lengths, in tokens, of the pieces of one row: prompt, its responses, next prompt, ..."""
+
+    groups: tuple[tuple[int, tuple[int, ...]], ...]  # (prompt, responses)
+    windows: set[int] = field(default_factory=set)  # sliding windows that layers asked for
+
+
+def why_not(model: PreTrainedModel) -> str | None:
+    """What in a model's class and config rules packing out; None where nothing does."""
+    config: Any = model.config.get_text_config()
+    if model.config._attn_implementation not in ("sdpa", NAME):
+        return f"model.attention is {model.config._attn_implementation}, and only sdpa can do it"
+    if not model._supports_attention_backend:
+        return f"{type(model).__name__} computes its attention by itself"
+    other = set(getattr(config, "layer_types", None) or ()) - _PLAIN_LAYERS
+    if other:
+        return f"{type(model).__name__} has layers that are not plain attention: {sorted(other)}"
+    for name in ("attention_chunk_size", "alibi"):
+        if getattr(config, name, None):
+            return f"{type(model).__name__} has {name} {getattr(config, name)}"
+    return None
+
+
+def install(model: PreTrainedModel) -> None:
+    """Let `model` take `segments` as a keyword of its forward."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+
+
+def check_windows(model: PreTrainedModel, segments: Segments) -> None:
+    """Refuse a model whose sliding windows did not reach the attention function.
+
+    Raises:
+        CannotPackError: Long rows would silently attend further than they may.
+    """
+    config: Any = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ("sliding_attention",))
+    slides = slides and getattr(config, "use_sliding_window", True)
+    if window and slides and window not in segments.windows:
+        raise CannotPackError(f"its sliding window of {window} is known to its masks only")
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,  # [1, H, T, D]
+    key: Tensor,  # [1, H', T, D]
+    value: Tensor,  # [1, H', T, D]
+    attention_mask: Tensor | None,
+    segments: Segments | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface; the output is [1, T, H, D]."""
+    if segments is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    unknown = [name for name in _UNKNOWN if kwargs.get(name) is not None]
+    if unknown:
+        raise CannotPackError(f"its attention uses {', '.join(unknown)}")
+    window = kwargs.get("sliding_window")
+    if window is not None:
+        segments.windows.add(window)
+    options = {
+        "scale": kwargs.get("scaling"),
+        "dropout_p": kwargs.get("dropout", 0.0),
+        "enable_gqa": query.shape[1] != key.shape[1],
+    }
+    lengths = [n for prompt, responses in segments.groups for n in (prompt, *responses)]
+    pieces = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    out: list[Tensor] = []
+    for prompt, responses in segments.groups:
+        q, k_prompt, v_prompt = next(pieces)
+        out.append(_causal(q, k_prompt, v_prompt, window, options))
+        for _ in range(len(responses)):
+            q, k, v = next(pieces)
+            if prompt:
+                k, v = torch.cat([k_prompt, k], dim=2), torch.cat([v_prompt, v], dim=2)
+            out.append(_causal(q, k, v, window, options))
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None, options: dict[str, Any]) -> Tensor:
+    """Attention of the last positions of a sequence to all up to themselves."""
+    rows, columns = q.shape[2], k.shape[2]
+    if window is None or columns <= window:
+        if rows == columns:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+        window = columns
+    # Query i stands at column i + columns - rows; it sees `window` columns, its own the last.
+    mask = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
+    if window < columns:
+        mask = mask.triu(columns - rows - window + 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)

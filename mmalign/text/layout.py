@@ -1,0 +1,103 @@
+"""Whether a model may be fed packed rows: by its kind, and by trying."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmalign.errors import ConfigError
+from mmalign.text import attention
+from mmalign.text.logps import compute_dtype, response_logps
+from mmalign.text.model import causal_model, run_body, scored_states
+from mmalign.text.prefix import arrange
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from mmalign.models.adapter import Batch
+    from mmalign.text.model import Heads
+    from mmalign.text.prefix import Layout, Rows
+
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}  # largest difference, in nats
+_TOLERANCE_HALF = 0.05  # mean difference, in nats: single tokens differ by more in bfloat16
+
+
+def check_length(model: PreTrainedModel, rows: Rows) -> None:
+    """Refuse rows beyond the model's positions.
+
+    Raises:
+        ConfigError: naming the limits to lower.
+    """
+    settings: Any = model.config.get_text_config()
+    limit = getattr(settings, "max_position_embeddings", None)
+    if limit is not None and rows.length > limit:
+        raise ConfigError(
+            f"a row has {rows.length} tokens, but the model has {limit} positions; lower "
+            f"data.max_prompt_length and data.max_response_length to {limit} together"
+        )
+
+
+def why_plain(models: Iterable[nn.Module], heads: Heads, batch: Batch) -> str | None:
+    """The reason why rows of these models cannot be packed; None when they can be.
+
+    Looks at each model's kind, then scores up to two rows of the batch in both layouts.
+    """
+    for model in models:
+        inner = causal_model(model)
+        reason = attention.why_not(inner) or _compare(inner, heads, batch)
+        if reason is not None:
+            return reason
+    return None
+
+
+@torch.no_grad()
+def _compare(model: PreTrainedModel, heads: Heads, batch: Batch) -> str | None:
+    sizes = sum(batch.inputs[f"{name}_mask"].flatten(1).sum(1) for name in ("prompt", "response"))
+    few = torch.as_tensor(sizes).argsort()[:2]
+    inputs = {name: value[few] for name, value in batch.inputs.items()}
+    attention.install(model)
+    try:
+        with _evaluating(model):
+            plain, packed = (_score(model, heads, inputs, x) for x in ("plain", "packed"))
+    except attention.CannotPackError as error:
+        return str(error)
+    except TypeError as error:
+        if "segments" not in str(error):
+            raise
+        return "its forward pass takes no further keywords"
+    gap = (packed[0] - plain[0])[inputs["response_mask"]].abs()
+    limit = _TOLERANCE.get(packed[1])
+    found, limit = (gap.mean(), _TOLERANCE_HALF) if limit is None else (gap.max(), limit)
+    if float(found) <= limit:
+        return None
+    return f"its log-probabilities differ by {float(found):.3g} nats between the two layouts"
+
+
+def _score(
+    model: PreTrainedModel, heads: Heads, inputs: Mapping[str, Tensor], layout: Layout
+) -> tuple[Tensor, torch.dtype]:  # [B, K, L], and what it was computed in
+    rows = arrange(inputs, layout)
+    states = scored_states(run_body(model, rows).last_hidden_state, rows)
+    if rows.segments is not None:
+        attention.check_windows(model, rows.segments)
+    head = heads.of(model)
+    stats = response_logps(
+        states, head.weight, head.bias, rows.targets, scale=head.scale, softcap=head.softcap
+    )
+    return rows.responses(stats.policy), compute_dtype(states)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,150 @@
+"""A batch of candidates as rows of tokens: which state predicts which token, nothing twice.
+
+Two layouts with the same scores. `packed`: one row for the whole batch, each distinct prompt once,
+then each of its distinct responses, positions restarting at the prompt's end; no padding.
+`plain`: a right-padded row for each distinct (prompt, response), for any causal model.
+
+The first token of every response is predicted from the last token of the prompt, and the last token
+of a response predicts nothing, so it is not fed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from mmalign.text.attention import Segments
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+Layout = Literal["packed", "plain"]
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Tokens to feed, and where the scores of a batch come from.
+
+    M is the number of scored tokens; a score shared by several candidates is computed once.
+    """
+
+    length: int  # of the longest prompt with its response, as fed
+    input_ids: Tensor  # [R, T]
+    position_ids: Tensor | None  # [R, T]; None: 0, 1, 2, ...
+    segments: Segments | None  # of the one row of the packed layout
+    states: Tensor  # [M]  place in the flattened [R * T] of the state that predicts
+    targets: Tensor  # [M]  token ids
+    slots: Tensor  # [B, K, L]  place in [M] of each response token's score
+    mask: Tensor  # [B, K, L]
+    prompt_slots: Tensor | None  # [B, K, P]  the same for prompt tokens
+    prompt_mask: Tensor | None  # [B, K, P]  without the first token, which nothing predicts
+
+    def responses(self, scores: Tensor) -> Tensor:  # [M, ...] -> [B, K, L, ...]
+        """Scores of response tokens, left-aligned; 0 where the mask is False."""
+        return _spread(scores, self.slots, self.mask)
+
+    def from_responses(self, values: Tensor) -> Tensor:  # [B, K, L, ...] -> [M, ...]
+        """The reverse of `responses`; 0 for prompt tokens."""
+        scores = values.new_zeros(len(self.targets), *values.shape[3:])
+        scores[self.slots[self.mask]] = values[self.mask]
+        return scores
+
+    def prompts(self, scores: Tensor) -> Tensor | None:  # [M] -> [B, K, P]
+        """Scores of prompt tokens; 0 where the mask is False; None unless asked for."""
+        if self.prompt_slots is None or self.prompt_mask is None:
+            return None
+        return _spread(scores, self.prompt_slots, self.prompt_mask)
+
+
+def arrange(inputs: Mapping[str, Tensor], layout: Layout, *, prompts: bool = False) -> Rows:
+    """Lay out a batch.
+
+    Args:
+        inputs: prompt_ids, prompt_mask [B, K, P] and response_ids, response_mask [B, K, L].
+        layout: packed or plain.
+        prompts: Whether prompt tokens are scored too.
+    """
+    device = inputs["prompt_ids"].device
+    pairs = list(zip(_tokens(inputs, "prompt"), _tokens(inputs, "response"), strict=True))
+    groups: dict[Tokens, dict[Tokens, None]] = {}
+    for prompt, response in pairs:
+        groups.setdefault(prompt, {})[response] = None
+    width = max(len(prompt) + max(len(response) - 1, 0) for prompt, response in pairs)
+
+    ids: list[int] = []
+    positions: list[int] = []
+    segments: list[tuple[int, tuple[int, ...]]] = []
+    states: list[int] = []
+    targets: list[int] = []
+    places: dict[tuple[Tokens, Tokens], int] = {}
+    prompt_places: dict[Tokens, int] = {}
+    for prompt, responses in groups.items():
+        length, start = len(prompt), len(ids)
+        if layout == "packed":
+            ids += prompt
+            positions += range(length)
+            segments.append((length, tuple(len(r) - 1 for r in responses if len(r) > 1)))
+        if prompts:
+            prompt_places[prompt] = len(targets)
+            states += range(start, start + length - 1)
+            targets += prompt[1:]
+        for response in responses:
+            if layout == "plain":
+                start = len(ids)
+                ids += prompt
+            after = len(ids)
+            ids += response[:-1]
+            positions += range(length, length + len(response[:-1]))
+            if layout == "plain":
+                ids += prompt[-1:] * (start + width - len(ids))  # no earlier token sees them
+            places[prompt, response] = len(targets)
+            states += [start + length - 1, *range(after, after + len(response) - 1)][
+                : len(response)
+            ]
+            targets += response
+
+    def tensor(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    def slots(starts: list[int], mask: Tensor, skipped: int) -> Tensor:
+        steps = torch.arange(mask.shape[-1], device=device) - skipped
+        return torch.where(mask, tensor(starts).view(*mask.shape[:2], 1) + steps, 0)
+
+    packed = layout == "packed"
+    mask, prompt_mask = inputs["response_mask"], None
+    if prompts:
+        prompt_mask = inputs["prompt_mask"].clone()
+        prompt_mask[..., 0] = False
+    return Rows(
+        length=width,
+        input_ids=tensor(ids).view(1 if packed else -1, len(ids) if packed else width),
+        position_ids=tensor(positions)[None] if packed else None,
+        segments=Segments(tuple(segments)) if packed else None,
+        states=tensor(states),
+        targets=tensor(targets),
+        slots=slots([places[pair] for pair in pairs], mask, 0),
+        mask=mask,
+        prompt_slots=None
+        if prompt_mask is None
+        else slots([prompt_places[prompt] for prompt, _ in pairs], prompt_mask, 1),
+        prompt_mask=prompt_mask,
+    )
+
+
+def _tokens(inputs: Mapping[str, Tensor], name: str) -> list[Tokens]:
+    """The real tokens of every candidate, row by row."""
+    ids = inputs[f"{name}_ids"].flatten(0, 1).tolist()
+    lengths = inputs[f"{name}_mask"].sum(-1).flatten().tolist()
+    return [tuple(row[:length]) for row, length in zip(ids, lengths, strict=True)]
+
+
+def _spread(scores: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+    trail = scores.shape[1:]
+    if not len(scores):  # a batch without any scored token still has a graph behind it
+        return scores.sum() + scores.new_zeros(*mask.shape, *trail)
+    return scores[slots].masked_fill(~mask.view(*mask.shape, *(1 for _ in trail)), 0.0)

@@ -1,0 +1,91 @@
+"""The position weights that `text.masks` asks for, of one batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mmalign.text import masks
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from mmalign.config import MaskConfig
+    from mmalign.models.adapter import Batch
+    from mmalign.text.logps import Head
+    from mmalign.text.prefix import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What one pass of a model leaves behind for the M scored tokens of a batch."""
+
+    states: Tensor  # [M, D]
+    head: Head
+    layers: Tensor | None = None  # [J, M, D]  states after every layer, for a learned mask
+    activations: Mapping[str, Sequence[Tensor]] | None = None  # [R, T] each, for MaPO's mask
+
+
+class PositionWeights(nn.Module):
+    """Weights of the log-ratio and of the KL at each response position."""
+
+    def __init__(self, config: MaskConfig, model: PreTrainedModel) -> None:
+        """Make the learned head; the other kinds have no parameters."""
+        super().__init__()
+        self.config = config
+        self.learned: masks.LearnedMask | None = None
+        if config.kind == "learned":
+            settings: Any = model.config.get_text_config()
+            eps = [getattr(settings, f"{name}_eps", None) for name in ("rms_norm", "layer_norm")]
+            self.learned = masks.LearnedMask(
+                settings.num_hidden_layers,
+                settings.hidden_size,
+                common=config.common,
+                on_reward=config.on_reward,
+                on_kl=config.on_kl,
+                dropout=config.dropout,
+                eps=next((value for value in eps if value), 1e-5),
+            )
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether the layers of a live reference model are needed."""
+        return self.config.kind in ("learned", "activations")
+
+    def forward(
+        self, batch: Batch, rows: Rows, policy: Scored, reference: Scored | None
+    ) -> tuple[Tensor, Tensor | None]:  # [B, K, L] each
+        """Weights of the log-ratio, and of the KL where they are others than 1.
+
+        Args:
+            batch: As collated.
+            rows: Its layout.
+            policy: The policy's pass; the steps of a tree are compared by its states.
+            reference: The reference's pass, for learned and activation masks.
+        """
+        if self.config.kind == "spans":
+            return masks.span_weights(batch.inputs["span_mask"], rows.mask), None
+        if self.config.kind == "steps":
+            states = rows.responses(policy.states.detach())
+            steps = batch.inputs["step_index"]
+            return masks.step_weights(states, steps, batch.labels), None
+        assert reference is not None
+        if self.learned is not None:
+            assert reference.layers is not None
+            on_reward, on_kl = self.learned(reference.layers)
+            weight = rows.responses(on_reward)
+            return weight, weight if on_kl is on_reward else rows.responses(on_kl)
+        assert reference.activations is not None
+        means = {
+            kind: [rows.responses(mean.flatten()[rows.states]) for mean in group]
+            for kind, group in reference.activations.items()
+        }
+        weight = masks.activation_mask(means, rows.mask)
+        ones = torch.ones_like(weight)
+        return (weight if self.config.on_reward else ones, weight if self.config.on_kl else ones)
