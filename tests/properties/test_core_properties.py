@@ -214,7 +214,7 @@ LOGISTIC = [
     for n, build in PRESETS.items()
     if all(isinstance(t, Preference) and isinstance(t.link, Logistic) and not t.link.target_margin
            and t.wpo is None for t in build().terms.values())
-    and build().needs.reference and sum(build().coefs) == 1.0
+    and build().needs.reference and len(build().terms) == 1
 ]  # fmt: skip
 
 
