@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -43,7 +46,11 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
-    pass
+    # What libraries say to their developers is no help to who runs a command; nor is a progress bar
+    # of theirs in a log file.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 @app.command(epilog=EXIT_STATUS, short_help="Train the model described by CONFIG.")
@@ -143,9 +150,12 @@ def sample(
         raise ConfigError("sample: give the prompts with --prompts FILE")
     path = run / "config.yaml" if run is not None else Path(str(config))
     settings = configs.load(path, overrides)
-    texts = sample_checkpoint(settings, read_prompts(prompts), checkpoint, base=base, out=out)
-    for text in texts if out is None else ():
-        typer.echo(text)
+    asked = read_prompts(prompts)
+    texts = sample_checkpoint(settings, asked, checkpoint, base=base, out=out)
+    if out is None:
+        for prompt, text in zip(asked, texts, strict=True):
+            question = prompt if isinstance(prompt, str) else prompt[-1].content
+            typer.echo(f"> {question}\n{text}\n")
 
 
 @app.command(short_help="Write the reference's scores to disk, once for all epochs.")
@@ -250,8 +260,6 @@ def _weighted(item: str) -> tuple[str, float]:
 
 def _is_main_process() -> bool:
     """Whether this is the process that reports, where several train one model."""
-    import os
-
     return os.environ.get("RANK", "0") == "0"
 
 

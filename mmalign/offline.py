@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
+    from torch import nn
 
     from mmalign.config import RunConfig
     from mmalign.core import Objective
@@ -100,7 +101,9 @@ def sample_checkpoint(
         raise ConfigError("sample: --base is the untrained model, so it has no --checkpoint")
     folder = None if base else trained_folder(config, checkpoint)
     torch.manual_seed(config.train.seed)
-    adapter = build_adapter(config, Needs()).to(_device(config)).eval()
+    # Without a reference; learned position weights are built because checkpoints hold them.
+    needs = Needs(weight=configs.check(config).needs.weight)
+    adapter = build_adapter(config, needs).to(_device(config)).eval()
     if folder is not None:
         restore(adapter, folder)
     options = config.sample.model_dump(exclude={"num_prompts"})
@@ -183,15 +186,23 @@ def restore(adapter: Adapter, folder: Path, objective: Objective | None = None) 
             f"{folder}: is a checkpoint in parts; only `mmalign train --resume` can read it. Use "
             "the final/ folder of the run"
         )
-    if not (folder / "weights.safetensors").is_file():
-        _load_library_layout(adapter, folder)
+    if (folder / "weights.safetensors").is_file():
+        checkpoint.load_weights(folder, adapter)
+        if objective is not None:
+            checkpoint.load_state(folder, adapter, objective)
         return
-    checkpoint.load_weights(folder, adapter)
-    if objective is not None:
-        checkpoint.load_state(folder, adapter, objective)
+    policy = _load_library_layout(adapter, folder)
+    own = {id(parameter) for parameter in policy.parameters()}
+    others = [n for n, p in adapter.named_parameters() if p.requires_grad and id(p) not in own]
+    others += list(adapter.extra_state())
+    if objective is not None and others:
+        raise CheckpointError(
+            f"{folder}: holds the model only, but the loss of this config also reads {others[0]}. "
+            "Name a checkpoint-N of the run, which has it"
+        )
 
 
-def _load_library_layout(adapter: Adapter, folder: Path) -> None:
+def _load_library_layout(adapter: Adapter, folder: Path) -> nn.Module:
     """Load what `final/` holds into the policy, the only model among an adapter's submodules."""
     from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -217,6 +228,7 @@ def _load_library_layout(adapter: Adapter, folder: Path) -> None:
             f"{folder}: holds weights that the config's model does not have, "
             f"e.g. {result.unexpected_keys[0]}"
         )
+    return policy
 
 
 def _held_out_rows(config: RunConfig, objective: Objective, data: str | None) -> list[Example]:
@@ -256,6 +268,58 @@ def _write(path: Path, text: str) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
+
+
+def write_cache(config: RunConfig) -> str:
+    """Store what the reference says about every row of a config; rows that are there stay.
+
+    Returns:
+        What was done, as a sentence.
+
+    Raises:
+        ConfigError: A reference that no cache can hold.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    from mmalign.data.sources import load_examples
+    from mmalign.models.adapter import build_adapter
+    from mmalign.text.cached import ReferenceCache, check_cacheable
+
+    needs = configs.check(config).needs
+    reference = config.reference
+    if not needs.reference:
+        raise ConfigError("cache: the objective reads no reference, so there is nothing to store")
+    if reference.kind in ("ema", "mixture") or reference.path is not None:
+        raise ConfigError(
+            "cache: it holds the model that training starts from as the reference; "
+            f"reference.{'path' if reference.path else 'kind'} asks for another"
+        )
+    check_cacheable(config, needs)
+    rows = [
+        row for part in load_examples(config.data, needs, seed=config.train.seed) for row in part
+    ]
+    live = config.model_copy(update={"reference": configs.ReferenceConfig()})
+    adapter: Any = build_adapter(live, needs).to(_device(config)).eval()
+    cache = ReferenceCache(config, adapter.encoder, needs)
+    absent = set(cache.store.missing(map(cache.key, rows)))
+    todo = [row for row in rows if cache.key(row) in absent]
+    size = config.train.eval_batch_size or config.train.batch_size
+    console = Console(stderr=True)
+    with cache.store:
+        for start in track(
+            range(0, len(todo), size), "reference", console=console, disable=not console.is_terminal
+        ):
+            part = todo[start : start + size]
+            batch = adapter.collate(part).to(_device(config))
+            values = adapter.cacheable(batch, needs)[cache.name]  # [B, K, L, ...]
+            lengths = batch.inputs["response_mask"].sum(-1).amax(1).tolist()  # [B]
+            for row, value, length in zip(part, values, lengths, strict=True):
+                cache.put(row, value[:, :length])
+    return (
+        f"{cache.store.folder}: {len(todo)} rows written, {len(rows) - len(todo)} were there. "
+        "Train with reference.kind=cached"
+    )
 
 
 def show_rows(config: RunConfig, count: int) -> None:
