@@ -1,4 +1,4 @@
-"""A real Adapter small enough to train in a blink: a character model of one embedding and one layer.
+"""A real Adapter small enough to train in a blink: a character model of one layer.
 
 What it can do that a full text model cannot: run in float64, draw noise in `forward` as a diffusion
 model does, and produce an infinite score on demand (a `!` in a response).
@@ -62,7 +62,8 @@ class ToyAdapter(Adapter):
         with torch.no_grad():
             frozen.head.weight += knobs.get("shift", 0.0) * torch.randn_like(frozen.head.weight)
         self._reference = (frozen,)  # in a tuple: no submodule
-        self.average = [p.detach().clone() for p in self.policy.parameters()]  # an EMA, for resume
+        averaged = list(self.policy.parameters()) if knobs.get("average", True) else []
+        self.average = [p.detach().clone() for p in averaged]  # state outside the parameters
 
     @classmethod
     def build(cls, config: RunConfig, needs: Needs) -> Self:
@@ -130,7 +131,7 @@ class ToyAdapter(Adapter):
 
     def after_step(self, step: int) -> None:
         time.sleep(self.seconds)
-        for mean, parameter in zip(self.average, self.policy.parameters(), strict=True):
+        for mean, parameter in zip(self.average, self.policy.parameters(), strict=False):
             mean.lerp_(parameter.detach(), 0.1)
 
     def extra_state(self) -> dict[str, Tensor]:

@@ -85,7 +85,7 @@ class Needs:
         return ", ".join(parts)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: DeepSpeed looks for tensors in the __dict__ of a result
 class CandidateLogps:
     """Log-probabilities of K candidates per row, position by position; float32 or wider.
 

@@ -89,10 +89,12 @@ def backward_per_candidate(
         candidates=1,
     )
     num_candidates = logps.policy.shape[1]
+    sync = accelerator.sync_gradients  # whether this is the step's last micro-batch
     for k in range(num_candidates):
-        # Gradients travel between processes once a step: with the last candidate of the last
-        # micro-batch. (Outside a step's last micro-batch `accumulate` holds them back already.)
-        hold = accelerator.sync_gradients and k < num_candidates - 1
+        # Gradients travel between processes once a step, with its very last backward pass;
+        # DeepSpeed takes the step itself then. (`accumulate` holds back the micro-batches before the last.)
+        hold = sync and k < num_candidates - 1
+        accelerator.sync_gradients = sync and not hold
         with accelerator.no_sync(model) if hold else nullcontext():
             set_rng_state(before)
             again = dict(model(batch.select(k), needs).tensors())

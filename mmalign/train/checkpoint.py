@@ -171,15 +171,13 @@ def _require_same_run(path: Path, then: Mapping[str, Any], now: Mapping[str, Any
 
 def load(path: Path, run: Run) -> None:
     """Put everything but the position back as `save` found it. Called by every process."""
-    device = str(run.accelerator.device)
     if run.is_sharded:
         run.accelerator.load_state(str(path / "sharded"))
     else:
-        load_weights(path, run.adapter, device)
-        run.optimizer.load_state_dict(
-            torch.load(path / "optimizer.pt", map_location=device, weights_only=True)
-        )
-    load_state(path, run.adapter, run.objective, device)
+        load_weights(path, run.adapter)
+        optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        run.optimizer.load_state_dict(optimizer)  # moves it to where the parameters are
+    load_state(path, run.adapter, run.objective)
 
     own = f"process-{run.accelerator.process_index}.pt"
     process = torch.load(path / own, map_location="cpu", weights_only=True)
@@ -187,9 +185,9 @@ def load(path: Path, run: Run) -> None:
     set_rng_state(process["rng"])  # last: what came before may have drawn
 
 
-def load_weights(path: Path, adapter: Adapter, device: str = "cpu") -> None:
+def load_weights(path: Path, adapter: Adapter) -> None:
     """Put the trained parameters of a checkpoint that is not sharded into an adapter."""
-    weights = load_file(path / "weights.safetensors", device=device)
+    weights = load_file(path / "weights.safetensors")
     parameters = dict(_trainable(adapter))
     if weights.keys() != parameters.keys():
         odd = sorted(weights.keys() ^ parameters.keys())
@@ -202,10 +200,10 @@ def load_weights(path: Path, adapter: Adapter, device: str = "cpu") -> None:
             parameter.copy_(weights[name])
 
 
-def load_state(path: Path, adapter: Adapter, objective: Objective, device: str = "cpu") -> None:
+def load_state(path: Path, adapter: Adapter, objective: Objective) -> None:
     """Put back what changes in a run beside the weights: running statistics, an EMA reference."""
     parts: dict[str, dict[str, torch.Tensor]] = {"objective": {}, "adapter": {}}
-    for key, value in load_file(path / "state.safetensors", device=device).items():
+    for key, value in load_file(path / "state.safetensors").items():
         owner, name = key.split("/", 1)
         parts[owner][name] = value
     objective.load_state_dict(parts["objective"])

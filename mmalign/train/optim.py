@@ -24,8 +24,8 @@ def build_optimizer(adapter: Adapter, train: TrainConfig) -> Optimizer:
     A group may bring its own `lr` and `weight_decay`. AdamW runs as one fused kernel wherever all
     parameters lie on a device that has it. SGD is plain: no momentum.
     """
-    groups = [{"lr": train.lr, **group} for group in adapter.parameter_groups(train)]
-    groups = [group for group in groups if group["params"]]
+    groups = [{"lr": train.lr, **g} for g in adapter.parameter_groups(train) if g["params"]]
+    groups = [{"initial_lr": group["lr"], **group} for group in groups]
     if not groups:
         raise ConfigError(
             "the model has no trainable parameter; set model.lora, or train the whole model"
@@ -70,5 +70,5 @@ def set_lr(optimizer: Optimizer, scale: float) -> float:
     rate.
     """
     for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * scale
+        group["lr"] = group["initial_lr"] * scale
     return float(optimizer.param_groups[0]["lr"])

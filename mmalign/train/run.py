@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from mmalign.models.adapter import Adapter, Batch
 
 
+_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
 @dataclass(slots=True)
 class Position:
     """How far a run is; the next row follows from the step alone."""
@@ -60,8 +63,7 @@ class Run:
     @property
     def is_sharded(self) -> bool:
         """Whether no process holds all parameters."""
-        kinds = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        return self.accelerator.distributed_type in kinds
+        return self.accelerator.distributed_type in _SHARDED
 
     def batches(self) -> Iterator[Batch]:
         """This process's micro-batches from the current position to the end, on the CPU."""
@@ -89,12 +91,20 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     order = Order(len(train_rows), train.batch_size, train.accumulate, num_processes, train.seed)
 
     adapter = build_adapter(config, objective.needs)
+    if accelerator.distributed_type in _SHARDED and adapter.extra_state():
+        raise ConfigError(
+            f"reference.kind is {config.reference.kind}, which follows the policy's parameters, "
+            f"but {accelerator.distributed_type.value} shards them; use lora-off or frozen-copy, or "
+            "train without sharding"
+        )
     if accelerator.distributed_type == DistributedType.FSDP:
         _name_blocks(adapter)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # It asks for the size of a batch and is given no loader that it could ask.
-        plugin: Any = accelerator.state.deepspeed_plugin
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = train.batch_size
+        # What it would else take from a data loader, ignore, or refuse when final/ is written.
+        settings = cast("Any", accelerator.state.deepspeed_plugin).deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = train.batch_size
+        settings["gradient_clipping"] = train.max_grad_norm
+        settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     model, optimizer = accelerator.prepare(adapter, build_optimizer(adapter, train))
     model.train()
     objective.to(accelerator.device).train()

@@ -118,9 +118,7 @@ def weights_after(folder: Path, *overrides: str) -> dict[str, Any]:
 def test_accumulation_equals_a_larger_batch(tmp_path: Path, name: str) -> None:
     common = (f"objective={{name: {name}}}", "train.optimizer=sgd", "train.num_steps=4")
     whole = weights_after(tmp_path / "whole", *common, "train.batch_size=6")
-    parts = weights_after(
-        tmp_path / "parts", *common, "train.batch_size=2", "train.accumulate=3"
-    )
+    parts = weights_after(tmp_path / "parts", *common, "train.batch_size=2", "train.accumulate=3")
     turns = weights_after(
         tmp_path / "turns",
         *common,

@@ -115,7 +115,9 @@ def test_any_number_of_kills_at_any_moment(tmp_path: Path, seed: int) -> None:
         while process.poll() is None and not (config.output / "config.yaml").exists():
             time.sleep(0.01)
         resume = ("--resume",)
-        time.sleep(draw.uniform(0.0, 0.4) + 3.0 * (kills > 0))  # a resumed one loads libraries first
+        time.sleep(
+            draw.uniform(0.0, 0.4) + 3.0 * (kills > 0)
+        )  # a resumed one loads libraries first
         kills += process.poll() is None
         process.kill()
         process.wait()

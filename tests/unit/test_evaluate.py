@@ -41,9 +41,11 @@ def test_preference_rankings_against_the_golden(case: dict[str, Any]) -> None:
     np.testing.assert_allclose(threshold, out["loss_threshold"], rtol=1e-9)
     # Theorem 4.1: the DPO loss tells by the threshold whether the pair is ranked rightly.
     under = np.asarray(out["dpo_losses"]) <= threshold
-    assert under.tolist() == ev.ranked(chosen, rejected).tolist() == [
-        bool(flip) for flip in out["flips_by_threshold"]
-    ]
+    assert (
+        under.tolist()
+        == ev.ranked(chosen, rejected).tolist()
+        == [bool(flip) for flip in out["flips_by_threshold"]]
+    )
 
 
 def row(labels: list[float], logps: list[float], **columns: Any) -> dict[str, Any]:

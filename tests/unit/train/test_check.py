@@ -61,7 +61,7 @@ def test_the_check_leaves_the_random_stream_alone(tmp_path: Path) -> None:
 
 
 def test_an_infinite_start_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="policy.* not finite before the first step"):
+    with pytest.raises(ConfigError, match=r"policy.* not finite before the first step"):
         start(tmp_path, "train.batch_size=24", bad_row=3)
 
 
@@ -91,6 +91,4 @@ def test_the_report_names_rows_and_tensors() -> None:
     )
     fine = Scored(("d",), torch.tensor(1.0), None, {"policy": torch.zeros(1, 2, 4)})
     text = describe_non_finite([fine, broken])
-    assert text == (
-        "Loss is nan for rows 'b': policy: 1 nan and 1 -inf of 24; reference: finite."
-    )
+    assert text == ("Loss is nan for rows 'b': policy: 1 nan and 1 -inf of 24; reference: finite.")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ def test_cosine_schedule_by_hand() -> None:
     found = scales(schedule="cosine")
     assert found[0] == 1.0
     assert found[5] == pytest.approx(0.5)
-    assert all(a > b > 0 for a, b in zip(found, found[1:], strict=False))
+    assert all(a > b > 0 for a, b in pairwise(found))
 
 
 def test_constant_schedule_after_warmup() -> None:
