@@ -104,27 +104,30 @@ class _GatherRows(torch.autograd.Function):
     """all_gather whose backward sums what every process sends back to the owner of a row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.rows = x.shape[0]
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+    def forward(ctx: Any, x: Tensor, counts: list[int]) -> Tensor:
+        padded = x.new_zeros(max(counts))
+        padded[: x.shape[0]] = x
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        start = sum(counts[: dist.get_rank()])
+        ctx.own = slice(start, start + x.shape[0])
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        grad = grad_outputs[0].contiguous()
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        grad = grad_outputs[0].clone()
         dist.all_reduce(grad)
-        start = dist.get_rank() * ctx.rows
-        return grad[start : start + ctx.rows]
+        return grad[ctx.own], None
 
 
-def gather_rows(x: Tensor) -> tuple[Tensor, slice]:  # [B] -> [W * B], own slice
-    """The rows of all processes, with gradient, and which of them are this process's own.
-
-    Every process must hold the same number of rows (accelerate evens batches out).
-    """
+def gather_rows(x: Tensor) -> tuple[Tensor, slice]:  # [B] -> [sum of all B], own slice
+    """The rows of all processes, with gradient, and which of them are this process's own."""
     if not is_distributed():
         return x, slice(0, x.shape[0])
-    start = dist.get_rank() * x.shape[0]
-    gathered: Tensor = _GatherRows.apply(x)  # pyright: ignore
+    here = torch.tensor([x.shape[0]], device=x.device)
+    numbers = [torch.empty_like(here) for _ in range(dist.get_world_size())]
+    dist.all_gather(numbers, here)
+    counts = [int(number) for number in numbers]  # a last batch may be shorter somewhere
+    gathered: Tensor = _GatherRows.apply(x, counts)  # pyright: ignore
+    start = sum(counts[: dist.get_rank()])
     return gathered, slice(start, start + x.shape[0])

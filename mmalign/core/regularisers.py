@@ -64,7 +64,7 @@ class Nll(Term):
             return total / tokens.clamp(min=1)
         # The mean of these rows over all processes is the sum of all tokens over their number.
         per_row = global_mean(tokens.to(total.dtype))
-        return torch.where(per_row > 0, total / per_row, total)
+        return total / torch.where(per_row > 0.0, per_row, 1.0)
 
 
 @dataclass(frozen=True)

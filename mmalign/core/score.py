@@ -96,8 +96,9 @@ class Score:
 
     @property
     def is_log_ratio(self) -> bool:
-        """Whether rewards and `log_ratio_rewards` are the same thing."""
-        return isinstance(self.transform, ReverseKL) and self.reduce == "sum" and not self.kl_coef
+        """Whether rewards and `log_ratio_rewards` are one thing, or the second is undefined."""
+        plain = isinstance(self.transform, ReverseKL) and self.reduce == "sum" and not self.kl_coef
+        return plain or self.reference_weight == 0.0
 
     def _positions(self, c: CandidateLogps) -> Tensor:  # [B, K, L]
         policy = full_precision(c.policy)

@@ -36,9 +36,8 @@ def whole(name: str) -> tuple[torch.Tensor, CandidateLogps]:
     return theta, CandidateLogps(policy=theta, mask=mask, labels=labels, reference=reference)
 
 
-def part(c: CandidateLogps, rank: int) -> CandidateLogps:
-    half = slice(3 * rank, 3 * rank + 3)
-    return CandidateLogps(**{name: value[half] for name, value in c.tensors()})
+def rows_of(c: CandidateLogps, rows: slice) -> CandidateLogps:
+    return CandidateLogps(**{name: value[rows] for name, value in c.tensors()})
 
 
 def run(rank: int, folder: str) -> None:
@@ -50,9 +49,11 @@ def run(rank: int, folder: str) -> None:
     for name, keywords in BUILDS.items():
         theta, c = whole(name)
         objective = presets.build(name, **keywords)
-        loss = objective(part(c, rank))
+        loss = objective(rows_of(c, slice(3 * rank, 3 * rank + 3)))
         (grad,) = torch.autograd.grad(loss.value, theta)
         result[name] = (loss.value.detach(), grad, objective.state_dict())
+    uneven = presets.aot()(rows_of(whole("aot")[1], slice(0, 4) if rank == 0 else slice(4, 6)))
+    result["uneven"] = uneven.rows
     torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -72,3 +73,5 @@ def test_two_processes_equal_one_batch(tmp_path: Path) -> None:
         for state in states:
             for key, value in objective.state_dict().items():
                 torch.testing.assert_close(state[key], value, msg=f"{name} {key}")
+    together = presets.aot()(whole("aot")[1]).rows
+    torch.testing.assert_close(torch.cat([rank["uneven"] for rank in ranks]), together)

@@ -95,6 +95,11 @@ def test_other_divergences_log_the_log_ratio_beside_the_reward() -> None:
     assert metrics["rewards/chosen"].item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_reference_free_score_has_no_log_ratio_to_log() -> None:
+    assert "log_ratio/chosen" not in presets.simpo()(pairs(2.0, 1.0)).metrics
+    assert "log_ratio/chosen" in presets.sigmoid_norm()(pairs(2.0, 1.0)).metrics
+
+
 def test_sequential_kl_is_reported() -> None:
     metrics = presets.tdpo1()(one_row()).metrics
     assert metrics["kl"].item() == pytest.approx((0.3 + 0.8) / 2.0)
