@@ -92,7 +92,7 @@ def backward_per_candidate(
     sync = accelerator.sync_gradients  # whether this is the step's last micro-batch
     for k in range(num_candidates):
         # Gradients travel between processes once a step, with its very last backward pass;
-        # DeepSpeed takes the step itself then. (`accumulate` holds back the micro-batches before the last.)
+        # DeepSpeed takes the step itself then. `accumulate` holds back earlier micro-batches.
         hold = sync and k < num_candidates - 1
         accelerator.sync_gradients = sync and not hold
         with accelerator.no_sync(model) if hold else nullcontext():

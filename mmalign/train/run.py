@@ -94,8 +94,8 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     if accelerator.distributed_type in _SHARDED and adapter.extra_state():
         raise ConfigError(
             f"reference.kind is {config.reference.kind}, which follows the policy's parameters, "
-            f"but {accelerator.distributed_type.value} shards them; use lora-off or frozen-copy, or "
-            "train without sharding"
+            f"but {accelerator.distributed_type.value} shards them; use lora-off or frozen-copy, "
+            "or train without sharding"
         )
     if accelerator.distributed_type == DistributedType.FSDP:
         _name_blocks(adapter)
@@ -108,7 +108,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     model, optimizer = accelerator.prepare(adapter, build_optimizer(adapter, train))
     model.train()
     objective.to(accelerator.device).train()
-    adapter.before_training(train_rows)
+    adapter.before_training([*train_rows, *eval_rows])
     set_seed(train.seed, device_specific=True)  # dropout and noise differ between processes
     return Run(
         config=config,
