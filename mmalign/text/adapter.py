@@ -129,10 +129,7 @@ class TextAdapter(Adapter):
 
     def forward(self, batch: Batch, needs: Needs) -> CandidateLogps:
         """Score the response tokens of every candidate; only what `needs` names is computed."""
-        if self._layout is None:
-            self._layout = self._choose_layout(batch)
-        rows = arrange(batch.inputs, self._layout, prompts=needs.prompt)
-        check_length(causal_model(self.policy), rows)
+        rows = self._arrange(batch, prompts=needs.prompt)
 
         weighs = needs.weight and self.weights is not None
         reference, ref_logps = self._run_reference(batch, rows, needs, layers=weighs)
@@ -222,6 +219,12 @@ class TextAdapter(Adapter):
         self._start_head = self._start_head.to(device)
         return self._start_head
 
+    def _arrange(self, batch: Batch, *, prompts: bool = False) -> Rows:
+        check_length(causal_model(self.policy), batch.inputs)
+        if self._layout is None:
+            self._layout = self._choose_layout(batch)
+        return arrange(batch.inputs, self._layout, prompts=prompts)
+
     def _choose_layout(self, batch: Batch) -> Layout:
         wanted = self.config.text.shared_prefix
         if wanted == "off":
@@ -291,9 +294,7 @@ class TextAdapter(Adapter):
     @torch.no_grad()
     def cacheable(self, batch: Batch, needs: Needs) -> dict[str, Tensor]:
         """The reference's states `ref_hidden` where a KL is needed, else `ref_logps`; [B, K, L]."""
-        if self._layout is None:
-            self._layout = self._choose_layout(batch)
-        rows = arrange(batch.inputs, self._layout)
+        rows = self._arrange(batch)
         needs = Needs(reference=True, kl=needs.kl)
         reference, logps = self._run_reference(batch, rows, needs, layers=False)
         if logps is not None:

@@ -52,7 +52,9 @@ def why_not(model: PreTrainedModel) -> str | None:
 
 
 def install(model: PreTrainedModel) -> None:
-    """Let `model` take `segments` as a keyword of its forward."""
+    """Let `model` take `segments` as a keyword of its forward; nothing where it does already."""
+    if model.config._attn_implementation == NAME:
+        return
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 

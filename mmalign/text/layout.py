@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
     from mmalign.models.adapter import Batch
     from mmalign.text.model import Heads
-    from mmalign.text.prefix import Layout, Rows
+    from mmalign.text.prefix import Layout
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}  # largest difference, in nats
 _TOLERANCE_HALF = 0.05  # mean difference, in nats: single tokens differ by more in bfloat16
 
 
-def check_length(model: PreTrainedModel, rows: Rows) -> None:
+def check_length(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
     """Refuse rows beyond the model's positions.
 
     Raises:
@@ -35,9 +35,10 @@ def check_length(model: PreTrainedModel, rows: Rows) -> None:
     """
     settings: Any = model.config.get_text_config()
     limit = getattr(settings, "max_position_embeddings", None)
-    if limit is not None and rows.length > limit:
+    lengths = inputs["prompt_mask"].sum(-1) + inputs["response_mask"].sum(-1) - 1
+    if limit is not None and int(lengths.max()) > limit:
         raise ConfigError(
-            f"a row has {rows.length} tokens, but the model has {limit} positions; lower "
+            f"a row has {int(lengths.max())} tokens, but the model has {limit} positions; lower "
             f"data.max_prompt_length and data.max_response_length to {limit} together"
         )
 
@@ -60,7 +61,6 @@ def _compare(model: PreTrainedModel, heads: Heads, batch: Batch) -> str | None:
     sizes = sum(batch.inputs[f"{name}_mask"].flatten(1).sum(1) for name in ("prompt", "response"))
     few = torch.as_tensor(sizes).argsort()[:2]
     inputs = {name: value[few] for name, value in batch.inputs.items()}
-    attention.install(model)
     try:
         with _evaluating(model):
             plain, packed = (_score(model, heads, inputs, x) for x in ("plain", "packed"))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmalign.errors import ConfigError
+from mmalign.text import attention
 from mmalign.text.logps import Head
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def run_body(model: PreTrainedModel, rows: Rows, *, all_layers: bool = False) ->
     """The model without its head on laid-out rows; `last_hidden_state` is [R, T, D]."""
     options: dict[str, Any] = {}
     if rows.segments is not None:
+        attention.install(model)
         # A mask of four dimensions is taken as it is: none is made, and ours reads the segments.
         options["attention_mask"] = rows.input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool)
         options |= {"segments": rows.segments, "position_ids": rows.position_ids}

@@ -33,7 +33,6 @@ class Rows:
     M is the number of scored tokens; a score shared by several candidates is computed once.
     """
 
-    length: int  # of the longest prompt with its response, as fed
     input_ids: Tensor  # [R, T]
     position_ids: Tensor | None  # [R, T]; None: 0, 1, 2, ...
     segments: Segments | None  # of the one row of the packed layout
@@ -121,7 +120,6 @@ def arrange(inputs: Mapping[str, Tensor], layout: Layout, *, prompts: bool = Fal
         prompt_mask = inputs["prompt_mask"].clone()
         prompt_mask[..., 0] = False
     return Rows(
-        length=width,
         input_ids=tensor(ids).view(1 if packed else -1, len(ids) if packed else width),
         position_ids=tensor(positions)[None] if packed else None,
         segments=Segments(tuple(segments)) if packed else None,
