@@ -32,7 +32,7 @@ __all__ = ["EncodedCandidate", "Encoder", "load_tokenizer"]
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # raise it when the same settings give other tokens: caches depend on it
+VERSION = 2  # raise it when the same settings give other tokens: caches depend on it
 
 
 @dataclass(frozen=True, slots=True)

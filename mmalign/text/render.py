@@ -31,19 +31,31 @@ class Response:
 
 
 class PlainText:
-    """No template: the context is the prompt's own text; the end token is the encoder's to add."""
+    """No template: a prompt is its own text; a conversation becomes a transcript.
+
+    The end token after a response is the encoder's to add.
+    """
 
     is_chat = False
 
     def context(self, prompt: Prompt, where: str) -> str:
-        """The prompt's text, with nothing added."""
-        if not isinstance(prompt, str):
+        """The prompt's text with nothing added, or the transcript up to the assistant's turn.
+
+        Source of the transcript's form: HH-RLHF, Bai et al. 2022, arXiv:2204.05862.
+        """
+        if isinstance(prompt, str):
+            return prompt
+        speakers = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
+        unknown = [turn.role for turn in prompt if turn.role not in speakers]
+        if unknown:
             raise ConfigError(
-                f"{where}: the prompt is a conversation, but no chat template is in use (the "
-                "tokenizer has none, or text.chat_template is false). Use a chat model, or give "
-                "the prompt as one string"
+                f"{where}: the conversation has turns of {unknown}, but no chat template is in use "
+                "(the tokenizer has none, or text.chat_template is false), and a transcript knows "
+                f"{sorted(speakers)} only. Use a chat model, or give the prompt as one string"
             )
-        return prompt
+        text = "".join(speakers[turn.role] + turn.content for turn in prompt)
+        goes_on = bool(prompt) and prompt[-1].role == "assistant"
+        return text if goes_on else text + "\n\nAssistant:"
 
     def end(self) -> str:
         """Nothing: the end token is not written as text."""
@@ -52,9 +64,15 @@ class PlainText:
     def responses(
         self, prompt: Prompt, candidates: Sequence[Candidate], where: str
     ) -> tuple[str, list[Response]]:
-        """The context and each response's text, with nothing added."""
-        answers = [answer_text(candidate, where) for candidate in candidates]
-        return self.context(prompt, where), [Response(text, text, "", 0) for text in answers]
+        """The context and each response's text; after a transcript's colon comes a space."""
+        context = self.context(prompt, where)
+        opened = context.endswith(":") and not isinstance(prompt, str)
+        found: list[Response] = []
+        for candidate in candidates:
+            text = answer_text(candidate, where)
+            space = " " if opened and not text.startswith(" ") else ""
+            found.append(Response(text, space + text, "", len(space)))
+        return context, found
 
 
 class ChatTemplate:

@@ -275,13 +275,6 @@ def test_system_prompt_without_a_template_is_refused() -> None:
         plain(text={"system_prompt": "Be brief."})
 
 
-def test_conversation_without_a_template_is_refused() -> None:
-    example = pair(prompt=(Message("user", PROMPT),))
-    for encoder in (plain(), chat(text={"chat_template": False})):
-        with pytest.raises(ConfigError, match="row-1: the prompt is a conversation"):
-            encoder.encode_example(example)
-
-
 def test_role_that_the_template_refuses_is_named() -> None:
     template = "{{ raise_exception('no system role') if messages[0]['role'] == 'system' }}" + CHATML
     example = pair(prompt=(Message("system", "x"), Message("user", "y")))
@@ -546,3 +539,24 @@ def test_show_colours_what_is_scored() -> None:
     for text in ("The", " cat", " sat.", "&lt;/s&gt;"):
         assert f">{text}<" in html  # each in a style of its own
     assert html.count(PROMPT) == 1
+
+
+def test_a_conversation_without_a_template_is_a_transcript() -> None:
+    turns = (
+        Message("system", "Be kind."),
+        Message("user", "Hello"),
+        Message("assistant", "Hi"),
+        Message("user", "Why?"),
+    )
+    encoder = Encoder(make_tokenizer(), run_config())
+    expected = "Be kind.\n\nHuman: Hello\n\nAssistant: Hi\n\nHuman: Why?\n\nAssistant:"
+    (context, chosen), (_, rejected) = texts(encoder, pair("Because.", " So.", prompt=turns))
+    assert context + chosen == expected + " Because.</s>"
+    assert context + rejected == expected + " So.</s>"
+    assert encoder.tokenizer.decode(encoder.encode_prompt(turns)).startswith("Be kind.\n\nHuman:")
+
+
+def test_a_transcript_refuses_roles_it_cannot_write() -> None:
+    encoder = Encoder(make_tokenizer(), run_config())
+    with pytest.raises(ConfigError, match=r"turns of \['tool'\].*no chat template"):
+        encoder.encode_example(pair(prompt=(Message("tool", "42"),)))
