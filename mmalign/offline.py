@@ -112,9 +112,11 @@ def sample_checkpoint(
     for start in range(0, len(prompts), size):
         texts += map(str, adapter.sample(list(prompts[start : start + size]), **options))
     if out is not None:
-        pairs = zip(prompts, texts, strict=True)
-        lines = [json.dumps({"prompt": _plain(p), "text": t}, ensure_ascii=False) for p, t in pairs]
-        _write(out, "\n".join(lines) + "\n")
+        records = [
+            {"prompt": _plain(prompt), "response": text}
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        _write(out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     return texts
 
 

@@ -179,9 +179,9 @@ def _completions(runs: Sequence[Run]) -> Section | None:
             columns = rows.setdefault(prompt, {})
             first, last = samples[0], samples[-1]
             if first.get("step") == 0 and last is not first:
-                columns.setdefault("Before", str(first.get("text", "")))
+                columns.setdefault("Before", str(first.get("response", "")))
             label = run.name if len(runs) > 1 else "After"
-            columns[f"{label}, step {last.get('step', '?')}"] = str(last.get("text", ""))
+            columns[f"{label}, step {last.get('step', '?')}"] = str(last.get("response", ""))
     if not rows:
         return None
     answers = [Answers(prompt, columns) for prompt, columns in rows.items()]

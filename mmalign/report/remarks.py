@@ -45,14 +45,37 @@ def _not_finite(run: Run) -> Remark | None:
 
 
 def _chosen_falls(run: Run) -> Remark | None:
-    chosen, rejected = _last(run, "drift/chosen"), _last(run, "drift/rejected")
-    if chosen is None or chosen >= 0:
+    for good, bad in (("chosen", "rejected"), ("desirable", "undesirable")):
+        gain, other = _last(run, f"drift/{good}"), _last(run, f"drift/{bad}")
+        if gain is not None and gain < 0:
+            beside = f" (the {bad} ones: {other:+.1f})" if other is not None else ""
+            return Remark(
+                f"The {good} answers became less likely than under the reference: held out they "
+                f"lost {-gain:.1f} nats{beside}. Then a growing margin says little about better "
+                "answers. A larger beta, a smaller learning rate or an NLL term on the "
+                f"{good} answer holds them up."
+            )
+    return None
+
+
+def _loss_rises(run: Run) -> Remark | None:
+    _, values = run.series("loss", held_out=True)
+    if len(values) < 2 or values[-1] <= values[0]:
         return None
-    other = f" (the rejected ones: {rejected:+.1f})" if rejected is not None else ""
     return Remark(
-        "The chosen answers became less likely than under the reference: held out they lost "
-        f"{-chosen:.1f} nats{other}. Then a growing margin says little about better answers. "
-        "A larger beta, a smaller learning rate or an NLL term on the chosen answer holds them up."
+        f"The held-out loss rose from {values[0]:.3f} to {values[-1]:.3f}: what was learned does "
+        "not carry over to new rows. Try a smaller learning rate, fewer steps or a larger beta."
+    )
+
+
+def _coin(run: Run) -> Remark | None:
+    accuracy = _last(run, "reward_accuracy")
+    interval = (run.evals[-1].get("intervals") or {}).get("reward_accuracy") if run.evals else None
+    if accuracy is None or interval is None or not interval[0] <= 0.5 <= interval[1]:
+        return None
+    return Remark(
+        f"Held out, reward accuracy is {accuracy:.0%} ({interval[0]:.0%} to {interval[1]:.0%}), "
+        "which a coin would reach: these rows show no effect of the training."
     )
 
 
@@ -97,6 +120,8 @@ def _last(run: Run, key: str) -> float | None:
 _CHECKS = (
     _unfinished,
     _not_finite,
+    _loss_rises,
+    _coin,
     _chosen_falls,
     _rejected_dominates,
     _accuracies_disagree,

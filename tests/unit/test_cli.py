@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from markupsafe import escape
 from typer.testing import CliRunner
 
 from mmalign import __version__
@@ -291,7 +292,9 @@ def test_train_writes_a_run_and_its_report(trained: tuple[Path, Result]) -> None
     assert (run / "final" / "adapter_model.safetensors").is_file()
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "finished after 8 steps" in page
-    assert "What is" in page, "completions are shown"
+    sample = json.loads((run / "samples.jsonl").read_text().splitlines()[-1])
+    assert sample["prompt"] in page
+    assert str(escape(sample["response"].strip())) in page, "completions are shown"
     assert page.count("<svg") >= 8
     assert "nan" not in page.split("<pre>")[0]
 
@@ -361,7 +364,7 @@ def test_sample_completes_prompts_with_trained_and_with_base_weights(
         assert result.code == 0, result.err
         records = [json.loads(line) for line in out.read_text().splitlines()]
         assert [record["prompt"] for record in records] == ["What is 2?", talk]
-        texts[name] = [record["text"] for record in records]
+        texts[name] = [record["response"] for record in records]
     assert texts["trained"] != texts["base"]
     plain = tmp_path / "prompts.txt"
     plain.write_text("What is 2?\n\n")

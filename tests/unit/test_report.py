@@ -93,8 +93,8 @@ def make_run(
     write_lines(
         folder / "samples.jsonl",
         [
-            {"step": 0, "id": "a", "prompt": question, "text": "A long & winding answer."},
-            {"step": steps, "id": "a", "prompt": question, "text": "Yeast."},
+            {"step": 0, "id": "a", "prompt": question, "response": "A long & winding answer."},
+            {"step": steps, "id": "a", "prompt": question, "response": "Yeast."},
         ],
     )
     if final:
@@ -211,12 +211,30 @@ def test_several_runs_share_a_page(tmp_path: Path) -> None:
         ({"chosen": -4.0, "rejected": -9.0}, "The chosen answers became less likely"),
         ({"chosen": 1.0, "rejected": -9.0}, "nats for every nat that the chosen ones gained"),
         ({"chosen": 1.0, "rejected": -2.0}, "Reward accuracy is 100%, ranking accuracy only 75%"),
+        ({"chosen": 1.0, "rejected": 4.0}, "The held-out loss rose from 0.693 to "),
         ({"final": False}, "stopped at step 30, before its end"),
     ],
 )
 def test_what_went_wrong_is_said(tmp_path: Path, values: dict[str, Any], words: str) -> None:
     found = remarks(read_run(make_run(tmp_path / "run", **values)))
     assert any(words in remark.text for remark in found)
+
+
+def test_an_accuracy_like_a_coins_is_called_that(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    last = {**evaluation(30, 1.0, 0.0), "reward_accuracy": 0.55}
+    last["intervals"]["reward_accuracy"] = [0.42, 0.67]
+    write_lines(folder / "eval.jsonl", [evaluation(0, 0.0, 0.0), last])
+    text = " ".join(remark.text for remark in remarks(read_run(folder)))
+    assert "reward accuracy is 55% (42% to 67%), which a coin would reach" in text
+
+
+def test_single_responses_have_their_own_warning(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    drift = {"drift/desirable": -40.0, "drift/undesirable": -35.0}
+    write_lines(folder / "eval.jsonl", [{"step": 30, "loss": 0.5, **drift}])
+    text = " ".join(remark.text for remark in remarks(read_run(folder)))
+    assert "The desirable answers became less likely than under the reference" in text
 
 
 def test_a_healthy_run_has_no_warning(tmp_path: Path) -> None:
