@@ -131,7 +131,9 @@ def _answers(row: Answers, count_words: bool) -> Markup:
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and not isinstance(value, Markup) and value != MISSING
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return False
+    return value != MISSING and not re.fullmatch(r"[-+−]?[\d.,]+ ?%?", value)
 
 
 def _align(text: bool) -> Markup:

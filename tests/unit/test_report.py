@@ -331,6 +331,13 @@ def test_numbers_are_short(value: object, shown: str) -> None:
     assert blocks.number(value) == shown
 
 
+def test_columns_of_numbers_are_right_aligned() -> None:
+    html = blocks.table(
+        ["", "n", "m", "t"], [["a", "41 %", blocks.MISSING, "x"], ["b", 1, -2.5, "3"]]
+    )
+    assert html.count('class="text"') == 4, "the row names and the last column"
+
+
 def _luminance(colour: str) -> float:
     channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
