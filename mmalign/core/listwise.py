@@ -44,7 +44,7 @@ class LambdaRank:
     margin_only: ClassVar[bool] = True
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
-        order = score.detach().argsort(dim=1, descending=True, stable=True)
+        order = score.argsort(dim=1, descending=True, stable=True)
         rank = order.argsort(dim=1).to(score.dtype) + 1.0  # [B, K]
         gain, discount = torch.exp2(labels.to(score.dtype)), 1.0 / torch.log1p(rank)
         gap = (gain[:, :, None] - gain[:, None, :]) * (labels[:, :, None] > labels[:, None, :])

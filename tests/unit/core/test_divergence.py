@@ -149,6 +149,12 @@ def test_mapo_score_joins_its_series_and_its_closed_form(dtype: torch.dtype) -> 
     assert slope[0].item() == pytest.approx(0.5, abs=1e-6)  # d/dlog_u = -2 d/de, d/de at 0 = -s/2
 
 
+def test_mapo_score_of_a_diverged_error_stays_finite() -> None:
+    log_u = torch.tensor([-5e5, 5e5], requires_grad=True)
+    (slope,) = torch.autograd.grad(MapoScore(0.5)(log_u).sum(), log_u)
+    assert slope.tolist() == [0.0, 1.0]
+
+
 @dataclass(frozen=True)
 class Shifted:
     """A valid transform of a user, or one of several invalid ones."""

@@ -179,6 +179,16 @@ def test_awkward_rows_stay_finite(name: str, case: str) -> None:
     assert loss.rows.shape == c.labels.shape[:1]
 
 
+@pytest.mark.parametrize("name", [n for n in PRESETS if PRESETS[n]().needs.reference])
+def test_the_reference_never_gets_a_gradient(name: str) -> None:
+    """Even if an adapter hands one over with a graph behind it."""
+    c = rich()
+    assert c.reference is not None
+    reference = c.reference.requires_grad_()
+    value = presets.build(name)(c).value
+    assert torch.autograd.grad(value, reference, allow_unused=True) == (None,)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_extreme_log_ratios_stay_finite_in_float32(name: str) -> None:
     c = rich(length=1)
