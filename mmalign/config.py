@@ -385,11 +385,22 @@ def check_needs(config: RunConfig, needs: Needs, provides: Needs) -> list[str]:
         "log_sum_p2": ("the sum of squared probabilities", "this adapter cannot give it"),
         "prompt": ("log-probabilities of the prompt", "this adapter cannot give them"),
     }
-    return [
+    problems = [
         f"{name} needs {what}, but {remedy}."
         for field, (what, remedy) in remedies.items()
         if getattr(needs, field) and not getattr(provides, field)
     ]
+    if config.data.ties == "soft" and not needs.labels:
+        problems.append(
+            f"data.ties is soft, which gives tied rows the labels (1/2, 1/2), but {name} does not "
+            "read labels. Use an objective that does, e.g. soft_dpo, or data.ties: drop or half."
+        )
+    if provides.weight and not needs.weight:
+        problems.append(
+            f"{config.modality}.masks is set, but {name} reads no weights of tokens. Remove it, or "
+            "use an objective that does: sparse_po, rrpo, tpo_tree."
+        )
+    return problems
 
 
 def _missing_extras(config: RunConfig) -> list[str]:

@@ -93,7 +93,8 @@ class Bco(Scored):
     def needs(self) -> Needs:
         """Rated responses, paired or not."""
         rows: Rows = self.kind
-        return self.score.needs | Needs(rows=rows, candidates=2 if self.kind == "pair" else 1)
+        count = 2 if self.kind == "pair" else 1
+        return self.score.needs | Needs(rows=rows, candidates=count, labels=True)
 
     @property
     def state(self) -> nn.Module | None:

@@ -25,6 +25,7 @@ class Link(Protocol):
     candidates: ClassVar[int]  # how many the link reads; the smallest number for a list link
     rows: ClassVar[Rows]
     margin_only: ClassVar[bool]
+    reads_labels: ClassVar[bool]  # a pair's label values; the order of a pair is no label
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor: ...  # [B, K], [B, K] -> [B]
 
@@ -43,6 +44,7 @@ class _Pair:
     candidates: ClassVar[int] = 2
     rows: ClassVar[Rows] = "pair"
     margin_only: ClassVar[bool] = True
+    reads_labels: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class _EachOfPair:
     candidates: ClassVar[int] = 2
     rows: ClassVar[Rows] = "pair"
     margin_only: ClassVar[bool] = False
+    reads_labels: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ class Contrast:
     candidates: ClassVar[int] = 3
     rows: ClassVar[Rows] = "pair"
     margin_only: ClassVar[bool] = False  # one constant enters, two leave
+    reads_labels: ClassVar[bool] = False
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
         return nll(score[:, 0] - score[:, 1:].sum(1))
@@ -127,6 +131,8 @@ class Robust(_Pair):
 class CrossEntropy(_Pair):
     """label_0 nll(m) + label_1 nll(-m): soft labels, per-pair smoothing (UPO, MCTS-DPO)."""
 
+    reads_labels: ClassVar[bool] = True
+
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
         margin = _margin(score)
         return labels[:, 0] * nll(margin) + labels[:, 1] * nll(-margin)
@@ -135,6 +141,8 @@ class CrossEntropy(_Pair):
 @dataclass(frozen=True, slots=True)
 class Smoothed(_Pair):
     """nll((label_0 - label_1) m): SmPO's averaged preference; hard labels give Logistic."""
+
+    reads_labels: ClassVar[bool] = True
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
         return nll((labels[:, 0] - labels[:, 1]) * _margin(score))
@@ -156,6 +164,7 @@ class SquaredToLabels(_Pair):
     """((m - (label_0 - label_1)) / scale)^2, labels being win rates: online IPO, EGPO."""
 
     scale: float = 1.0
+    reads_labels: ClassVar[bool] = True
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
         return ((_margin(score) - (labels[:, 0] - labels[:, 1])) / self.scale) ** 2
@@ -249,6 +258,8 @@ class Positive(_EachOfPair):
 class Bernoulli(_EachOfPair):
     """sum over k of label_k nll(s_k) + (1 - label_k) nll(-s_k): ASFT."""
 
+    reads_labels: ClassVar[bool] = True
+
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
         return (labels * nll(score) + (1.0 - labels) * nll(-score)).sum(1)
 
@@ -260,6 +271,7 @@ class SquaredEach(_EachOfPair):
     scale: float
     offset: float = 0.5
     share: float = 0.5
+    reads_labels: ClassVar[bool] = True
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
         return self.share * (((score - (labels - self.offset)) / self.scale) ** 2).sum(1)
@@ -273,6 +285,7 @@ class Anchor:
     candidates: ClassVar[int] = 1
     rows: ClassVar[Rows] = "any"
     margin_only: ClassVar[bool] = False
+    reads_labels: ClassVar[bool] = False
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
         return nll(score[:, 0] - self.target)

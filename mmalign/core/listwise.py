@@ -23,6 +23,7 @@ class PlackettLuce:
     candidates: ClassVar[int] = 2
     rows: ClassVar[Rows] = "list"
     margin_only: ClassVar[bool] = True
+    reads_labels: ClassVar[bool] = True
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
         above = labels[:, None, :] > labels[:, :, None]  # [B, K, K] j is ranked above k
@@ -42,6 +43,7 @@ class LambdaRank:
     candidates: ClassVar[int] = 2
     rows: ClassVar[Rows] = "list"
     margin_only: ClassVar[bool] = True
+    reads_labels: ClassVar[bool] = True
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
         order = score.argsort(dim=1, descending=True, stable=True)

@@ -111,7 +111,10 @@ class Preference(Term):
         """The score's needs and the link's kind of rows."""
         highest = self.link.candidates if self.candidates is None else max(self.candidates) + 1
         return self.score.needs | Needs(
-            candidates=highest, rows=self.link.rows, log_sum_p2=self.wpo is not None
+            candidates=highest,
+            rows=self.link.rows,
+            log_sum_p2=self.wpo is not None,
+            labels=self.link.reads_labels,
         )
 
     @property

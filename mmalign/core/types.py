@@ -31,6 +31,7 @@ class Needs:
         weight: A position weight, from a learned mask or from the data (spans, tree steps).
         log_sum_p2: log of the sum of squared policy probabilities at each position (WPO).
         prompt: Policy log-probabilities of the prompt's own tokens (ORPO as released).
+        labels: The values of a pair's labels, not only which response is the better one.
         candidates: Smallest number of candidates K.
         rows: The record shape the objective is defined on.
         roles: Candidates after the rated ones, in order: "mismatched" (KTO), "calibration" (VPO),
@@ -42,6 +43,7 @@ class Needs:
     weight: bool = False
     log_sum_p2: bool = False
     prompt: bool = False
+    labels: bool = False
     candidates: int = 1
     rows: Rows = "any"
     roles: tuple[str, ...] = ()
@@ -65,6 +67,7 @@ class Needs:
             weight=self.weight or other.weight,
             log_sum_p2=self.log_sum_p2 or other.log_sum_p2,
             prompt=self.prompt or other.prompt,
+            labels=self.labels or other.labels,
             candidates=max(self.candidates, other.candidates),
             rows=rows.pop() if rows else "any",
             roles=self.roles or other.roles,
@@ -85,7 +88,7 @@ class Needs:
         return ", ".join(parts)
 
 
-@dataclass(frozen=True)  # no slots: DeepSpeed looks for tensors in the __dict__ of a result
+@dataclass(frozen=True, slots=True)
 class CandidateLogps:
     """Log-probabilities of K candidates per row, position by position; float32 or wider.
 

@@ -65,6 +65,17 @@ def test_name_is_the_functions_name(name: str) -> None:
     assert getattr(presets, name) is PRESETS[name]
 
 
+@pytest.mark.parametrize("name", [n for n in PRESETS if PRESETS[n]().needs.rows == "pair"])
+def test_needs_say_whether_label_values_matter(name: str) -> None:
+    objective = presets.build(name).eval()
+    logps = batch(candidates=max(2, objective.needs.candidates))
+    logps = logps.replace(prompt=logps.policy, prompt_mask=logps.mask)
+    tied = logps.labels.clone()
+    tied[:, :2] = 0.5
+    moved = float(objective(logps.replace(labels=tied)).value) != float(objective(logps).value)
+    assert moved == objective.needs.labels
+
+
 def test_aliases_lead_to_presets() -> None:
     assert not set(ALIASES) & set(PRESETS)
     for alias, name in ALIASES.items():
