@@ -6,7 +6,6 @@ paths are relative to the current directory, like any path given to a command.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -338,12 +337,6 @@ def deciding(config: RunConfig) -> dict[str, Any]:
             "data": {"num_workers", "eval", "max_eval_samples"},
         },
     )
-
-
-def fingerprint(config: RunConfig) -> str:
-    """A short hash of `deciding`."""
-    decides = json.dumps(deciding(config), sort_keys=True)
-    return hashlib.sha256(decides.encode()).hexdigest()[:16]
 
 
 def check(config: RunConfig, *, where: str = "config") -> Objective:

@@ -267,12 +267,12 @@ def test_dump_is_read_back_equal(tmp_path: Path) -> None:
     assert yaml.safe_load(text)["train"]["mixed_precision"] == "no", "other YAML readers agree"
 
 
-def test_fingerprint_ignores_reporting_only(tmp_path: Path) -> None:
-    first = configs.fingerprint(load(tmp_path, SMALLEST))
+def test_reporting_decides_nothing(tmp_path: Path) -> None:
+    first = configs.deciding(load(tmp_path, SMALLEST))
     same = load(tmp_path, SMALLEST, "output=elsewhere", "train.log_every=7", "sample.num_prompts=0")
-    assert configs.fingerprint(same) == first
+    assert configs.deciding(same) == first
     for item in ("objective.beta=0.2", "train.seed=1", "data.swap=true", "model.path=other"):
-        assert configs.fingerprint(load(tmp_path, SMALLEST, item)) != first
+        assert configs.deciding(load(tmp_path, SMALLEST, item)) != first
 
 
 def test_the_schema_describes_what_load_accepts() -> None:
