@@ -281,6 +281,11 @@ class RunConfig(_Section):
             raise ValueError(
                 "model.quantization needs model.lora: quantised weights are not trainable"
             )
+        if self.model.revision is not None and Path(self.model.path).is_dir():
+            raise ValueError(
+                f"model.revision names a version on the hub, but model.path {self.model.path} is a "
+                "folder; remove model.revision"
+            )
         lora = self.model.lora or self.model.adapter
         if self.reference.kind == "lora-off" and lora is None:
             raise ValueError(
@@ -383,6 +388,11 @@ def check_needs(config: RunConfig, needs: Needs, provides: Needs) -> list[str]:
         for field, (what, remedy) in remedies.items()
         if getattr(needs, field) and not getattr(provides, field)
     ]
+    if kind not in ("auto", "none") and not needs.reference and not needs.kl:
+        problems.append(
+            f"reference.kind is {kind}, but {name} reads no reference. Remove `reference`, or use an "
+            "objective with one."
+        )
     if config.data.ties == "soft" and not needs.labels:
         problems.append(
             f"data.ties is soft, which gives tied rows the labels (1/2, 1/2), but {name} does not "

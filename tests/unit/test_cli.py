@@ -218,6 +218,11 @@ def test_merge_parses_folders_and_coefficients(tmp_path: Path, tiny_llama_dir: P
         (["train", "{cfg}", "reference.kind=none"], "reference.kind is none"),
         (["train", "{cfg}", "objective.name=sparse_po"], "text.masks is not set"),
         (["train", "{cfg}", "data.ties=soft"], "data.ties is soft"),
+        (["train", "{cfg}", "model={{path: '{tmp}', revision: v1}}"], "remove model.revision"),
+        (
+            ["train", "{cfg}", "objective={{name: simpo}}", "reference.kind=frozen-copy"],
+            "'simpo' reads no reference",
+        ),
         (["train", "{cfg}", "text.masks.kind=spans"], "text.masks is set, but objective 'dpo'"),
         (
             ["train", "{cfg}", "objective={{name: bco, divergence: js}}"],
