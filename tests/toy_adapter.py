@@ -71,7 +71,7 @@ class ToyAdapter(Adapter):
 
     @classmethod
     def provides(cls, config: RunConfig) -> Needs:
-        return Needs(reference=True, kl=True, weight=True)
+        return Needs(reference=True, kl=True, weight=config.text.masks is not None)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         prompts = [str(e.prompt) for e in examples]

@@ -73,7 +73,7 @@ def model_card(
     return _TEMPLATE.format(
         front_matter=_front_matter(config),
         name=config.output.name,
-        model=config.model.path,
+        model=Path(config.model.path).name if _is_local(config) else config.model.path,
         objective=objective,
         steps=step,
         version=environment["mmalign"],
@@ -86,9 +86,14 @@ def model_card(
 
 def _front_matter(config: RunConfig) -> str:
     lines = ["tags: [mmalign, preference-alignment]"]
-    if not Path(config.model.path).exists():  # a folder of this machine means nothing elsewhere
+    if not _is_local(config):
         lines.insert(0, f"base_model: {config.model.path}")
     return "\n".join(lines)
+
+
+def _is_local(config: RunConfig) -> bool:
+    """Whether the model is a folder, whose place means nothing on another machine."""
+    return Path(config.model.path).exists()
 
 
 def _numbers(evaluations: Sequence[Mapping[str, Any]]) -> str:

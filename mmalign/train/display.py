@@ -38,6 +38,7 @@ class Display:
     def __init__(self, run: Run) -> None:
         self._num_steps = run.num_steps
         self._start = run.position.step
+        self._rows_per_step = run.order.rows_per_step
         self._is_main = run.accelerator.is_main_process
         self._began = time.perf_counter()
         self._last_line = -_SECONDS_BETWEEN_LINES
@@ -101,7 +102,8 @@ class Display:
         due = step == self._num_steps or elapsed - self._last_line >= _SECONDS_BETWEEN_LINES
         if text and due:
             self._last_line = elapsed
-            left = round(elapsed / (step - self._start) * (self._num_steps - step))
+            rows = (self._num_steps - step) * self._rows_per_step
+            left = round(rows / values["rows_per_second"])  # of training alone
             self.say(f"step {step}/{self._num_steps}  {text}  left {left // 60}:{left % 60:02d}")
 
     def held_out(self, step: int, values: Mapping[str, float]) -> None:

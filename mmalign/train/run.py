@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 
 from mmalign.data.sources import load_examples
-from mmalign.errors import ConfigError
 from mmalign.models.adapter import build_adapter
+from mmalign.train.launch import build_accelerator, is_sharded, ready_for_sharding
 from mmalign.train.metrics import Averages, flatten
 from mmalign.train.optim import build_optimizer
 from mmalign.train.order import Order, batches
@@ -22,6 +19,7 @@ from mmalign.train.order import Order, batches
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
     from torch import nn
 
@@ -29,9 +27,6 @@ if TYPE_CHECKING:
     from mmalign.core import Objective
     from mmalign.data.example import Example
     from mmalign.models.adapter import Adapter, Batch
-
-
-_SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 @dataclass(slots=True)
@@ -63,7 +58,7 @@ class Run:
     @property
     def is_sharded(self) -> bool:
         """Whether no process holds all parameters."""
-        return self.accelerator.distributed_type in _SHARDED
+        return is_sharded(self.accelerator)
 
     def batches(self) -> Iterator[Batch]:
         """This process's micro-batches from the current position to the end, on the CPU."""
@@ -83,7 +78,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     train = config.train
     if train.num_threads is not None:
         torch.set_num_threads(train.num_threads)
-    accelerator = _accelerator(config)
+    accelerator = build_accelerator(config)
     set_seed(train.seed)  # alike on all processes: they must start from the same weights
     with accelerator.main_process_first():  # one process fills the caches of downloads
         train_rows, eval_rows = load_examples(config.data, objective.needs, seed=train.seed)
@@ -91,20 +86,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     order = Order(len(train_rows), train.batch_size, train.accumulate, num_processes, train.seed)
 
     adapter = build_adapter(config, objective.needs)
-    if accelerator.distributed_type in _SHARDED and adapter.extra_state():
-        raise ConfigError(
-            f"reference.kind is {config.reference.kind}, which follows the policy's parameters, "
-            f"but {accelerator.distributed_type.value} shards them; use lora-off or frozen-copy, "
-            "or train without sharding"
-        )
-    if accelerator.distributed_type == DistributedType.FSDP:
-        _name_blocks(adapter)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # What it would else take from a data loader, ignore, or refuse when final/ is written.
-        settings = cast("Any", accelerator.state.deepspeed_plugin).deepspeed_config
-        settings["train_micro_batch_size_per_gpu"] = train.batch_size
-        settings["gradient_clipping"] = train.max_grad_norm
-        settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    ready_for_sharding(accelerator, adapter, config)
     model, optimizer = accelerator.prepare(adapter, build_optimizer(adapter, train))
     model.train()
     objective.to(accelerator.device).train()
@@ -122,35 +104,6 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
         order=order,
         num_steps=order.num_steps(train),
     )
-
-
-def _accelerator(config: RunConfig) -> Accelerator:
-    # accelerate keeps one state a process and refuses another precision later on; a second run in
-    # the same process starts afresh. The process group stays.
-    if AcceleratorState._shared_state:
-        AcceleratorState._reset_state()
-    output = str(config.output)
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # or torchrun without a GPU stays unnoticed
-        mixed_precision=config.train.mixed_precision,
-        gradient_accumulation_steps=config.train.accumulate,
-        log_with=list(config.train.trackers) or None,
-        project_config=ProjectConfiguration(project_dir=output, logging_dir=output),
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes == 1 < launched:
-        raise ConfigError(
-            f"{launched} processes were launched, but accelerate sees one: "
-            "each would train alone into the same folder. Launch with `accelerate launch`, whose "
-            "configuration (`accelerate config`) names the devices"
-        )
-    return accelerator
-
-
-def _name_blocks(adapter: Adapter) -> None:
-    """Tell FSDP which blocks to shard as one, as the models inside the adapter name them."""
-    named = [getattr(module, "_no_split_modules", None) or [] for module in adapter.modules()]
-    adapter._no_split_modules = sorted({name for names in named for name in names})  # type: ignore
 
 
 @contextmanager

@@ -31,7 +31,7 @@ def step(run: Run, name: str) -> tuple[dict[str, torch.Tensor], float]:
             run.accelerator, run.model, run.objective, batch, tolerance=1e-6
         )
     gradients = {n: p.grad.clone() for n, p in run.adapter.named_parameters() if p.grad is not None}
-    return gradients, float(loss.value)
+    return gradients, float(loss.value.detach())
 
 
 @pytest.mark.parametrize(

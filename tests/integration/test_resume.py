@@ -112,15 +112,12 @@ def test_any_number_of_kills_at_any_moment(tmp_path: Path, seed: int) -> None:
     resume: tuple[str, ...] = ()
     while not (config.output / "final").exists():
         process = start(killed, "train.save_every=1", *resume)
-        while process.poll() is None and not (config.output / "config.yaml").exists():
-            time.sleep(0.01)
-        resume = ("--resume",)
-        time.sleep(
-            draw.uniform(0.0, 0.4) + 3.0 * (kills > 0)
-        )  # a resumed one loads libraries first
+        read_until(process, "agree", "resuming")  # then comes the loop
+        time.sleep(draw.uniform(0.0, 0.4))
         kills += process.poll() is None
         process.kill()
-        process.wait()
+        process.communicate()
+        resume = ("--resume",) if (config.output / "config.yaml").exists() else ()
     assert kills >= 2
     train(config, resume=True)
     for name in ("weights.safetensors", "state.safetensors"):
@@ -152,20 +149,23 @@ def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path: Path) -> None:
     require_same_run(config.output, whole / "run")
 
 
+def read_until(process: subprocess.Popen[str], *texts: str) -> None:
+    """Read what a run tells until a line holds one of `texts`, or it has ended."""
+    assert process.stderr is not None
+    while line := process.stderr.readline():
+        if any(text in line for text in texts):
+            return
+
+
 def test_a_second_ctrl_c_quits_at_once(tmp_path: Path) -> None:
-    config = toy_config(tmp_path, seconds=30.0)
+    config = toy_config(tmp_path, seconds=60.0)
     process = start(tmp_path)
-    deadline = time.monotonic() + 60
-    while not (config.output / "samples.jsonl").exists():  # then comes step 1, which takes long
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.02)
-    time.sleep(0.3)
+    read_until(process, "held out at step 0")  # then comes step 1, which takes a minute
     process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    read_until(process, "once more quits at once")
     assert process.poll() is None, "the first one lets the step finish"
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) != 0
+    assert process.wait(timeout=30) != 0
     assert checkpoints(config.output) == []
 
 
