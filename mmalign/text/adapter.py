@@ -20,11 +20,11 @@ from mmalign.models.reference import Cached, NoReference, build_reference, resol
 from mmalign.text.cached import ReferenceCache, check_cacheable
 from mmalign.text.encode import Encoder, load_tokenizer
 from mmalign.text.generate import generate
+from mmalign.text.head import Heads
 from mmalign.text.layout import check_length, why_plain
 from mmalign.text.logps import TokenStats, response_logps
 from mmalign.text.masks import record_activations
 from mmalign.text.model import (
-    Heads,
     causal_model,
     load_model,
     no_dropout,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from mmalign.data.example import Example, Prompt
     from mmalign.models.adapter import Batch
     from mmalign.models.reference import Reference
-    from mmalign.text.logps import Head
+    from mmalign.text.head import Head
 
 log = logging.getLogger(__name__)
 

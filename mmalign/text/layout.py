@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mmalign.models.adapter import Batch
-    from mmalign.text.model import Heads
+    from mmalign.text.head import Heads
     from mmalign.text.prefix import Layout
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}  # largest difference, in nats

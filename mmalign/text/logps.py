@@ -1,8 +1,9 @@
 """Per-token statistics of response tokens, straight from hidden states.
 
-Logits exist for one block of positions at a time and are recomputed in the backward pass, so no
-[rows, length, vocabulary] tensor is ever made. One pass over a block gives the policy's and the
-reference's log-probability, their full-vocabulary KL, and the policy's log sum of p squared.
+Logits exist for at most `block_size` positions at a time; those beyond are recomputed in the
+backward pass, so no [rows, length, vocabulary] tensor is ever made. One pass over a block gives the
+policy's and the reference's log-probability, their full-vocabulary KL, and the policy's log sum of
+p squared.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from mmalign.models.linear import product
+from mmalign.text.head import Head
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,43 +35,6 @@ class TokenStats:
     reference: Tensor | None = None  # [M]  log pi_ref(target), no gradient
     kl: Tensor | None = None  # [M]  KL(reference, policy), carries gradient
     log_sum_p2: Tensor | None = None  # [M]  log sum_v p(v)^2 under the policy, no gradient
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """A language model's output layer: logits = cap * tanh(scale * (h W^T + b) / cap)."""
-
-    weight: Tensor  # [V, D]
-    bias: Tensor | None = None  # [V]
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:  # [m, D] -> [m, V]
-        """Logits in float32 or wider, in memory of their own."""
-        out = product(hidden, self.weight, self.bias)
-        if out.dtype not in (torch.float32, torch.float64):
-            out = out.float()
-        if self.scale != 1.0:
-            out *= self.scale
-        if self.softcap is not None:
-            out.div_(self.softcap).tanh_().mul_(self.softcap)
-        return out
-
-    def detached(self) -> Head:
-        """A copy that training does not move."""
-        bias = None if self.bias is None else self.bias.detach().clone()
-        return Head(self.weight.detach().clone(), bias, self.scale, self.softcap)
-
-    def to(self, device: torch.device) -> Head:
-        """The head on a device."""
-        bias = None if self.bias is None else self.bias.to(device)
-        return Head(self.weight.to(device), bias, self.scale, self.softcap)
-
-    def slope(self, logits: Tensor) -> Tensor | None:
-        """d logits / d (h W^T + b), elementwise; None where it is 1."""
-        if self.softcap is None:
-            return None if self.scale == 1.0 else logits.new_tensor(self.scale)
-        return (1.0 - (logits / self.softcap) ** 2) * self.scale
 
 
 def response_logps(
@@ -123,6 +88,7 @@ def response_logps(
         scale=scale,
         softcap=softcap,
         rows=_block_rows(block_size, weight),
+        kept=0 if not torch.is_grad_enabled() else block_size // 2 if kl else block_size,
         kl=kl,
         log_sum_p2=log_sum_p2,
     )
@@ -158,7 +124,8 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 class _Options:
     scale: float
     softcap: float | None
-    rows: int
+    rows: int  # of a block
+    kept: int  # positions whose logits may wait for the backward pass
     kl: bool
     log_sum_p2: bool
 
@@ -169,9 +136,10 @@ class _Options:
 class _ResponseLogps(torch.autograd.Function):
     """Blocks forward; backward by the closed-form logit gradient.
 
-    With a trained head, the backward pass recomputes each block. With a frozen one (LoRA), d stat /
-    d hidden is [M, D] whatever the upstream gradient, so the forward pass takes it while it has the
-    probabilities, and the backward pass needs no logits at all.
+    With a trained head, the backward pass uses the logits of the first blocks, which are kept, and
+    recomputes the others. With a frozen one (LoRA), d stat / d hidden is [M, D] whatever the
+    upstream gradient, so the forward pass takes it while it has the probabilities, and the backward
+    pass needs no logits at all.
     """
 
     @staticmethod
@@ -201,6 +169,9 @@ class _ResponseLogps(torch.autograd.Function):
         ahead = ctx.needs_input_grad[0] and not head_trains
         d_policy = torch.empty_like(hidden) if ahead else None
         d_kl = torch.empty_like(hidden) if ahead and options.kl else None
+        # While a later block is worked on, its logits exist beside the kept ones.
+        room = options.kept - (options.rows if count > options.kept else 0) if head_trains else 0
+        kept: dict[int, tuple[Tensor, Tensor | None]] = {}
 
         for block in options.blocks(count):
             target = targets[block, None]
@@ -220,6 +191,8 @@ class _ResponseLogps(torch.autograd.Function):
                     gap.masked_fill_(p_ref == 0, 0.0)  # a token the reference excludes: 0 * inf
                     kl[block] = torch.linalg.vecdot(p_ref, gap) - (ref_lse[block] - lse[block])
                     del gap
+            if block.stop <= room:
+                kept[block.start] = logits, p_ref
             if d_policy is not None:
                 slope = head.slope(logits)
                 p = logits.sub_(lse[block, None]).exp_()
@@ -228,7 +201,7 @@ class _ResponseLogps(torch.autograd.Function):
                 d_logits = p.neg_().scatter_add_(-1, target, torch.ones_like(lse[block, None]))
                 d_policy[block] = product(_times(d_logits, slope).to(weight.dtype), weight.t())
 
-        ctx.options, ctx.ahead = options, ahead
+        ctx.options, ctx.ahead, ctx.kept = options, ahead, kept
         if ahead:
             ctx.save_for_backward(d_policy, d_kl)
         else:
@@ -263,41 +236,55 @@ class _ResponseLogps(torch.autograd.Function):
         ref_head = Head(ref_weight, ref_bias, options.scale, options.softcap)
         g1 = torch.zeros_like(lse) if g_policy is None else g_policy
         live = g1 != 0 if g_kl is None else (g1 != 0) | (g_kl != 0)
-        index = live.nonzero().squeeze(-1)  # saturated pairs and stopped gradients cost nothing
         d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
-        d_bias = None
-        if bias is not None and ctx.needs_input_grad[2]:
-            d_bias = torch.zeros_like(bias, dtype=lse.dtype)
+        d_weight: Tensor | None = None
+        d_bias: Tensor | None = None
 
-        for block in options.blocks(len(index)):
-            rows = index[block]
+        for block in options.blocks(len(hidden)):
+            logits, p_ref = ctx.kept.pop(block.start, (None, None))
+            index = live[block].nonzero().squeeze(-1)
+            if not len(index):  # saturated pairs and stopped gradients cost nothing
+                continue
+            rows: slice | Tensor = block
+            if len(index) < block.stop - block.start:
+                rows = index + block.start
+                logits, p_ref = (None if x is None else x[index] for x in (logits, p_ref))
             h, upstream = hidden[rows], g1[rows, None]
-            logits = head.logits(h)
+            if logits is None:
+                logits = head.logits(h)
             slope = head.slope(logits)
             d_logits = logits.sub_(lse[rows, None]).exp_()
             if g_kl is None:
                 d_logits.mul_(-upstream)
             else:
                 d_logits.mul_(g_kl[rows, None] - upstream)
-                p_ref = ref_head.logits(ref_hidden[rows]).sub_(ref_lse[rows, None]).exp_()
+                if p_ref is None:
+                    p_ref = ref_head.logits(ref_hidden[rows]).sub_(ref_lse[rows, None]).exp_()
                 d_logits.addcmul_(p_ref, g_kl[rows, None], value=-1.0)
-                del p_ref
+            del logits, p_ref
             d_logits.scatter_add_(-1, targets[rows, None], upstream)
             d_logits = _times(d_logits, slope)
-            if d_bias is not None:
-                d_bias += d_logits.sum(0)
+            if ctx.needs_input_grad[2]:
+                d_bias = _plus(d_bias, d_logits.sum(0))
             d_logits = d_logits.to(weight.dtype)
             if d_hidden is not None:
                 d_hidden[rows] = product(d_logits, weight.t())
-            if d_weight is not None:
-                d_weight += product(d_logits.t(), h.t())
+            if ctx.needs_input_grad[1]:
+                d_weight = _plus(d_weight, product(d_logits.t(), h.t()).to(lse.dtype))
+        if ctx.needs_input_grad[1] and d_weight is None:
+            d_weight = torch.zeros_like(weight)
+        if ctx.needs_input_grad[2] and d_bias is None:
+            d_bias = torch.zeros_like(bias)
         return (
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),
             None if d_bias is None else d_bias.to(weight.dtype),
             *none,
         )
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
 
 
 def _times(value: Tensor, factor: Tensor | None) -> Tensor:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from mmalign.config import MaskConfig
     from mmalign.models.adapter import Batch
-    from mmalign.text.logps import Head
+    from mmalign.text.head import Head
     from mmalign.text.prefix import Rows
 
 
