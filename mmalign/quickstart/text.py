@@ -48,7 +48,6 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
     Raises:
         ConfigError: `output` is not empty, the model cannot be had, or the run was interrupted.
     """
-    from mmalign.offline import evaluate_checkpoint
     from mmalign.quickstart import chat_model, stand_in
     from mmalign.quickstart.text_report import write
     from mmalign.train.files import write_text
@@ -74,18 +73,16 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
 
     keywords = {row["id"]: row["keyword"] for row in rows}
     preference = config(model.path, PREFERENCE, output / "preference", seed, fast)
-    before, after = _train(preference, keywords)
+    before, after = train_arm(preference, keywords)
     lap("preference")
-    _, control = _train(config(model.path, CONTROL, output / "control", seed, fast), keywords)
+    _, control = train_arm(config(model.path, CONTROL, output / "control", seed, fast), keywords)
     lap("control")
 
     numbers = {
-        "before": _numbers(before, _evaluation(output / "preference", first=True)),
-        "after": _numbers(after, _evaluation(output / "preference")),
+        "before": numbers_of(before, _evaluation(output / "preference", first=True)),
+        "after": numbers_of(after, _evaluation(output / "preference")),
         # Scored as the other arm is: its own objective never saw a pair, and has no reference.
-        "control": _numbers(
-            control, evaluate_checkpoint(preference, output / "control" / "final").metrics
-        ),
+        "control": numbers_of(control, pair_metrics(preference, output / "control" / "final")),
     }
     lap("control_on_pairs")
     result = {
@@ -107,7 +104,7 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
 
 
 def config(
-    model: Path, objective: Mapping[str, Any], output: Path, seed: int, fast: bool
+    model: Path, objective: Mapping[str, Any], output: Path, seed: int, fast: bool = False
 ) -> RunConfig:
     """One arm: 21 steps of 4 rows are one pass over the training rows."""
     from mmalign.config import RunConfig
@@ -154,7 +151,7 @@ def free_folder(output: Path | None) -> Path:
     return output
 
 
-def _train(config: RunConfig, keywords: Mapping[str, str]) -> tuple[list[Answer], list[Answer]]:
+def train_arm(config: RunConfig, keywords: Mapping[str, str]) -> tuple[list[Answer], list[Answer]]:
     """Run one arm; its answers before the first and after the last step."""
     from transformers import AutoTokenizer
 
@@ -179,13 +176,21 @@ def _train(config: RunConfig, keywords: Mapping[str, str]) -> tuple[list[Answer]
     return answers[:half], answers[half:]
 
 
+def pair_metrics(config: RunConfig, trained: Path) -> dict[str, float]:
+    """Held-out metrics of trained weights on the pairs that `config` holds out."""
+    from mmalign.offline import evaluate_checkpoint
+
+    return evaluate_checkpoint(config, trained).metrics
+
+
 def _evaluation(folder: Path, *, first: bool = False) -> dict[str, Any]:
     from mmalign.train.metrics import read_json
 
     return read_json(folder / "eval.jsonl")[0 if first else -1]
 
 
-def _numbers(answers: list[Answer], evaluation: Mapping[str, Any]) -> dict[str, float]:
+def numbers_of(answers: list[Answer], evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """What answers and held-out metrics say together; shares are between 0 and 1."""
     from mmalign.quickstart.answers import summary
 
     held_out = {name: evaluation[key] for key, name in _HELD_OUT.items()}

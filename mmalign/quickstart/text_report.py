@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from mmalign.quickstart.answers import Answer
 
+ARMS = Path(__file__).parent / "text_arms.json"
 _ROWS = (  # key, what the reader sees, whether it is a share
     ("words", "words in an answer", False),
     ("ended_within_40_tokens", "ended by itself within 40 tokens", True),
@@ -33,6 +35,7 @@ def write(output: Path, result: Mapping[str, Any], answers: Mapping[str, list[An
     sections = [
         Section("What happened", _what_happened(result)),
         Section("What this does not show", _limits(result)),
+        Section("Why reward accuracy is not the headline", _stored_arms()),
         Section("Length of the answers", _lengths(answers)),
         Section("Completions before and after", _answers(answers)),
     ]
@@ -98,6 +101,32 @@ def _limits(result: Mapping[str, Any]) -> Markup:
     )
 
 
+def _stored_arms() -> Markup:
+    """Runs that were made once and shipped as a table: they cost minutes, and one is a failure."""
+    stored = json.loads(ARMS.read_text(encoding="utf-8"))
+    shown = ("words", "keyword", "reward_accuracy", "log_ratio_chosen", "log_ratio_rejected")
+    columns = [row for row in _ROWS if row[0] in shown]
+    table = blocks.table(
+        ["arm", *(label for _, label, _ in columns)],
+        [
+            [arm["arm"], *(_cell(arm[key], share) for key, _, share in columns)]
+            for arm in stored["arms"]
+        ],
+        f"Stored, not from this run: `{stored['command']}`, mmalign {stored['mmalign']}, seed "
+        f"{stored['seed']}, {stored['model']}",
+    )
+    answers = Markup().join(
+        Markup("<dt>{}</dt><dd>{}</dd>").format(arm["arm"], arm["answer"]) for arm in stored["arms"]
+    )
+    return Markup().join(
+        [
+            table,
+            blocks.paragraph(f"What each arm answers to “{stored['prompt']}”:"),
+            Markup('<dl class="terms">{}</dl>').format(answers),
+        ]
+    )
+
+
 def _lengths(answers: Mapping[str, list[Answer]]) -> Markup:
     top = max(a.words for many in answers.values() for a in many) + 1
     bins = range(0, top + 4, 4)
@@ -112,6 +141,7 @@ def _lengths(answers: Mapping[str, list[Answer]]) -> Markup:
                 color=figures.colour(index),
                 label=label.lower(),
             )
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("words in the answer")
         axes.set_ylabel("prompts")
         axes.legend()
@@ -143,4 +173,4 @@ def _answers(answers: Mapping[str, list[Answer]]) -> Markup:
 
 
 def _cell(value: float, is_share: bool) -> str:
-    return f"{value:.0%}" if is_share else f"{value:+.1f}" if value < 0 else f"{value:.1f}"
+    return f"{100 * value:.0f} %" if is_share else f"{value:.1f}".replace("-", "−")
