@@ -28,7 +28,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # ImportError: it asks for protobuf then
         raise ConfigError(f"model.path {model.path!r}: cannot read a tokenizer: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = pad_id(tokenizer)  # generation pads too; no token is added

@@ -119,7 +119,7 @@ def test_the_run_folder(tmp_path: Path) -> None:
         (step, row) for step in (0, 6) for row in ("row-0", "row-1")
     ]
     environment = json.loads((run_dir / "env.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert torch.__version__.startswith(environment["packages"]["torch"])
     assert environment["data"]["train_rows"] == 24
 
     card = (run_dir / "final/README.md").read_text()
