@@ -52,7 +52,9 @@ def cache_dir() -> Path:
 def _from_hub() -> Path | None:
     """The snapshot's folder, or None where the Hub cannot be reached in a few seconds."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HTTPError  # the base of its client's network errors
+
+    # The base of its client's network errors, whichever client its version is built on.
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
     unreachable = (OSError, HTTPError)  # no network, HF_HUB_OFFLINE, a proxy's refusal
     try:
@@ -135,8 +137,8 @@ def _save_float32(source: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source.parent, **location)
     model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **location)
     # Saving is refused as long as the model calls itself quantised, though its weights are float32.
-    for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
-        delattr(model, mark)
-    del model.config.quantization_config
+    marks = [(model, name) for name in ("hf_quantizer", "is_quantized", "quantization_method")]
+    for owner, mark in [*marks, (model.config, "quantization_config")]:
+        delattr(owner, mark)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -128,6 +128,8 @@ def _stored_arms() -> Markup:
 
 
 def _lengths(answers: Mapping[str, list[Answer]]) -> Markup:
+    from matplotlib.ticker import MaxNLocator
+
     top = max(a.words for many in answers.values() for a in many) + 1
     bins = range(0, top + 4, 4)
 
@@ -141,7 +143,7 @@ def _lengths(answers: Mapping[str, list[Answer]]) -> Markup:
                 color=figures.colour(index),
                 label=label.lower(),
             )
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("words in the answer")
         axes.set_ylabel("prompts")
         axes.legend()
