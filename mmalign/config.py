@@ -390,8 +390,8 @@ def check_needs(config: RunConfig, needs: Needs, provides: Needs) -> list[str]:
     ]
     if kind not in ("auto", "none") and not needs.reference and not needs.kl:
         problems.append(
-            f"reference.kind is {kind}, but {name} reads no reference. Remove `reference`, or use an "
-            "objective with one."
+            f"reference.kind is {kind}, but {name} reads no reference. Remove `reference`, or use "
+            "an objective with one."
         )
     if config.data.ties == "soft" and not needs.labels:
         problems.append(

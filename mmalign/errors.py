@@ -1,4 +1,4 @@
-"""The errors a user can cause. Each message says what is wrong, where, what was found, what to do."""
+"""The errors a user can cause. Each says what is wrong, where, what was found, and what to do."""
 
 from __future__ import annotations
 

@@ -56,14 +56,15 @@ class Batch:
 class Adapter(nn.Module, ABC):
     """A trainable policy, its reference, and the way to score candidates under both.
 
-    The adapter is the module that accelerate prepares: one forward per backward. Trainable parameters are
-    those that require a gradient. The reference is held by a plain object, never a registered submodule.
+    The adapter is the module that accelerate prepares: one forward per backward. Trainable
+    parameters are those that require a gradient. The reference is held by a plain object, never a
+    registered submodule.
     """
 
     @classmethod
     @abstractmethod
     def build(cls, config: RunConfig, needs: Needs) -> Self:
-        """Load the model that `config` describes. Everything wrong with the config is refused before."""
+        """Load the model that `config` describes; what is wrong with the config is refused before."""
 
     @classmethod
     @abstractmethod
@@ -76,7 +77,7 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Batch, needs: Needs) -> CandidateLogps:
-        """Score every candidate under the policy and, if asked, the reference; only what is needed."""
+        """Score every candidate under the policy and, if asked, the reference; no more than that."""
 
     @abstractmethod
     def save(self, directory: Path) -> None:
@@ -100,7 +101,7 @@ class Adapter(nn.Module, ABC):
         """Restore what `extra_state` gave."""
 
     def cacheable(self, batch: Batch, needs: Needs) -> dict[str, Tensor]:
-        """Per-row tensors worth storing for later epochs; [B, ...] each. Used by `mmalign cache`."""
+        """Per-row tensors worth storing for later epochs, [B, ...] each, for `mmalign cache`."""
         return {}
 
     def sample(self, prompts: Sequence[Any], **options: Any) -> list[Any]:
