@@ -64,7 +64,7 @@ class Adapter(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def build(cls, config: RunConfig, needs: Needs) -> Self:
-        """Load the model that `config` describes; what is wrong with the config is refused before."""
+        """Load the model that `config` describes; all that is wrong with it is refused before."""
 
     @classmethod
     @abstractmethod
@@ -77,7 +77,7 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Batch, needs: Needs) -> CandidateLogps:
-        """Score every candidate under the policy and, if asked, the reference; no more than that."""
+        """Score every candidate under the policy and, if asked, the reference, and no more."""
 
     @abstractmethod
     def save(self, directory: Path) -> None:
