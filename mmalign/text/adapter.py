@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from peft import PeftModel
-from torch import nn
 
 from mmalign.core import CandidateLogps, Needs, presets
 from mmalign.errors import ConfigError
 from mmalign.models import lora
 from mmalign.models.adapter import Adapter
 from mmalign.models.linear import use_onednn
-from mmalign.models.reference import Cached, NoReference, build_reference, resolve
+from mmalign.models.reference import Cached, build_reference, resolve
 from mmalign.text.cached import ReferenceCache, check_cacheable
 from mmalign.text.encode import Encoder, load_tokenizer
 from mmalign.text.generate import generate
 from mmalign.text.head import Heads
 from mmalign.text.layout import check_length, why_plain
-from mmalign.text.logps import TokenStats, response_logps
-from mmalign.text.masks import record_activations
 from mmalign.text.model import (
     causal_model,
     load_model,
     no_dropout,
-    run_body,
-    scored_states,
 )
+from mmalign.text.passes import Scored, run_model, score, scoring_models
 from mmalign.text.prefix import Layout, Rows, arrange
-from mmalign.text.weights import PositionWeights, Scored
+from mmalign.text.weights import PositionWeights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -70,13 +65,13 @@ class TextAdapter(Adapter):
         self.encoder = Encoder(tokenizer, config)
         _require_fit(model, tokenizer)
         no_dropout(model)
-        use_onednn(model)
         if config.model.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.heads = Heads()
         masks = config.text.masks
         self.weights = PositionWeights(masks, model) if masks and needs.weight else None
         self.policy = lora.apply(model, config.model)
+        use_onednn(self.policy)
         self.reference = build_reference(config, self.policy, needs, load=self._load_reference)
         self._start_head: Head | None = None
         self._cache: ReferenceCache | None = None
@@ -85,7 +80,7 @@ class TextAdapter(Adapter):
             if needs.kl:  # states come from the cache, the head that reads them is the start's
                 self._start_head = self.heads.of(model).detached()
         self._layout: Layout | None = None
-        if self.weights is not None and self.weights.reads_reference:
+        if self.weights is not None and self.weights.reads is not None:
             _require_single(self.reference)
 
     @classmethod
@@ -133,8 +128,9 @@ class TextAdapter(Adapter):
 
         weighs = needs.weight and self.weights is not None
         reference, ref_logps = self._run_reference(batch, rows, needs, layers=weighs)
-        policy = self._run(self.policy, rows)
-        stats = self._stats(policy, rows, needs, reference if needs.kl else None)
+        policy = run_model(self.policy, rows, self.heads)
+        size = self.config.text.block_size
+        stats = score(policy, rows, needs, size, reference if needs.kl else None)
 
         weight = kl_weight = None
         if weighs and self.weights is not None:
@@ -155,18 +151,9 @@ class TextAdapter(Adapter):
             prompt_mask=rows.prompt_mask,
         )
 
-    def _run(self, model: nn.Module, rows: Rows, *, layers: bool = False) -> Scored:
-        """The states of one model that score the rows, and its head."""
-        inner = causal_model(model)
-        kind = self.weights.config.kind if layers and self.weights is not None else None
-        recorder = record_activations(inner) if kind == "activations" else nullcontext()
-        with recorder as activations:
-            output = run_body(inner, rows, all_layers=kind == "learned")
-        stacked = None
-        if kind == "learned":
-            stacked = torch.stack([scored_states(h, rows) for h in output.hidden_states[1:]])
-        states = scored_states(output.last_hidden_state, rows)
-        return Scored(states, self.heads.of(inner), stacked, activations)
+    @property
+    def _inner(self) -> PreTrainedModel:
+        return causal_model(self.policy)
 
     def _run_reference(
         self, batch: Batch, rows: Rows, needs: Needs, *, layers: bool
@@ -175,8 +162,8 @@ class TextAdapter(Adapter):
 
         With a KL, the latter are left to the pass over the policy's states.
         """
-        layers = layers and self.weights is not None and self.weights.reads_reference
-        if not (needs.reference or needs.kl or layers):
+        keep = self.weights.reads if layers and self.weights is not None else None
+        if not (needs.reference or needs.kl or keep):
             return None, None
         if "ref_logps" in batch.inputs:
             return None, batch.inputs["ref_logps"]
@@ -187,32 +174,13 @@ class TextAdapter(Adapter):
             parts: list[tuple[float, Scored]] = []
             for share, member in self.reference.members():
                 with member.active() as model:
-                    parts.append((share, self._run(model, rows, layers=layers)))
+                    parts.append((share, run_model(model, rows, self.heads, keep)))
         if needs.kl or not needs.reference:
             return parts[0][1], None
+        size = self.config.text.block_size
         with torch.no_grad():
-            logps = sum(share * self._stats(part, rows, Needs()).policy for share, part in parts)
+            logps = sum(share * score(part, rows, Needs(), size).policy for share, part in parts)
         return parts[0][1], rows.responses(torch.as_tensor(logps))
-
-    def _stats(
-        self, policy: Scored, rows: Rows, needs: Needs, reference: Scored | None = None
-    ) -> TokenStats:
-        """One pass over the head, in blocks."""
-        head = policy.head
-        return response_logps(
-            policy.states,
-            head.weight,
-            head.bias,
-            rows.targets,
-            ref_hidden=None if reference is None else reference.states,
-            ref_weight=None if reference is None else reference.head.weight,
-            ref_bias=None if reference is None else reference.head.bias,
-            kl=needs.kl,
-            log_sum_p2=needs.log_sum_p2,
-            scale=head.scale,
-            softcap=head.softcap,
-            block_size=self.config.text.block_size,
-        )
 
     def _head_of_start(self, device: torch.device) -> Head:
         assert self._start_head is not None
@@ -220,7 +188,7 @@ class TextAdapter(Adapter):
         return self._start_head
 
     def _arrange(self, batch: Batch, *, prompts: bool = False) -> Rows:
-        check_length(causal_model(self.policy), batch.inputs)
+        check_length(self._inner, batch.inputs)
         if self._layout is None:
             self._layout = self._choose_layout(batch)
         return arrange(batch.inputs, self._layout, prompts=prompts)
@@ -229,7 +197,7 @@ class TextAdapter(Adapter):
         wanted = self.config.text.shared_prefix
         if wanted == "off":
             return "plain"
-        reason = why_plain(self._models(), self.heads, batch)
+        reason = why_plain(scoring_models(self.policy, self.reference), self.heads, batch)
         if reason is None:
             return "packed"
         if wanted == "on":
@@ -237,21 +205,15 @@ class TextAdapter(Adapter):
         log.warning("text.shared_prefix: every candidate is a row of its own, since %s", reason)
         return "plain"
 
-    def _models(self) -> Iterator[nn.Module]:
-        """Every model that scores: the policy, and references that are models of their own."""
-        yield self.policy
-        seen = {id(causal_model(self.policy))}
-        if isinstance(self.reference, Cached | NoReference):
-            return
-        for _, member in self.reference.members():
-            with member.active() as model:
-                if id(causal_model(model)) not in seen:
-                    seen.add(id(causal_model(model)))
-                    yield model
-
     def _load_reference(self, path: str) -> PreTrainedModel:
         model = load_model(path, self.config.model)
         _require_fit(model, self.encoder.tokenizer)
+        outputs = [self.heads.of(m).weight.shape[0] for m in (model, self._inner)]
+        if self.needs.kl and outputs[0] != outputs[1]:
+            raise ConfigError(
+                f"reference.path {path}: has {outputs[0]} outputs, the policy has {outputs[1]}; a "
+                "KL between them needs one vocabulary"
+            )
         no_dropout(model)
         use_onednn(model)
         return model
@@ -264,7 +226,7 @@ class TextAdapter(Adapter):
         if isinstance(self.policy, PeftModel):
             lora.save(self.policy, directory)
         else:
-            causal_model(self.policy).save_pretrained(directory)
+            self._inner.save_pretrained(directory)
         self.encoder.tokenizer.save_pretrained(directory)
 
     def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:

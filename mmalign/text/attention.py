@@ -33,6 +33,7 @@ class Segments:
 
     groups: tuple[tuple[int, tuple[int, ...]], ...]  # (prompt, responses)
     windows: set[int] = field(default_factory=set)  # sliding windows that layers asked for
+    masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict)  # of the first layer
 
 
 def why_not(model: PreTrainedModel) -> str | None:
@@ -102,29 +103,35 @@ def _attention(
         "dropout_p": kwargs.get("dropout", 0.0),
         "enable_gqa": query.shape[1] != key.shape[1],
     }
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = _mask(q, k, window, segments.masks)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **options)
+
     lengths = [n for prompt, responses in segments.groups for n in (prompt, *responses)]
     pieces = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     out: list[Tensor] = []
-    for prompt, responses in segments.groups:
+    for _, responses in segments.groups:
         q, k_prompt, v_prompt = next(pieces)
-        out.append(_causal(q, k_prompt, v_prompt, window, options))
-        for _ in range(len(responses)):
+        out.append(attend(q, k_prompt, v_prompt))
+        for _ in responses:
             q, k, v = next(pieces)
-            if prompt:
-                k, v = torch.cat([k_prompt, k], dim=2), torch.cat([v_prompt, v], dim=2)
-            out.append(_causal(q, k, v, window, options))
+            out.append(attend(q, torch.cat([k_prompt, k], 2), torch.cat([v_prompt, v], 2)))
     return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, window: int | None, options: dict[str, Any]) -> Tensor:
-    """Attention of the last positions of a sequence to all up to themselves."""
+def _mask(
+    q: Tensor, k: Tensor, window: int | None, made: dict[tuple[object, ...], Tensor]
+) -> Tensor | None:
+    """What the last positions of a sequence may not see, as numbers to add; None: plain causal."""
     rows, columns = q.shape[2], k.shape[2]
-    if window is None or columns <= window:
-        if rows == columns:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
-        window = columns
-    # Query i stands at column i + columns - rows; it sees `window` columns, its own the last.
-    mask = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
-    if window < columns:
-        mask = mask.triu(columns - rows - window + 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+    visible = columns if window is None else min(window, columns)
+    if rows == columns == visible:
+        return None
+    key = (rows, columns, visible, q.device)
+    if key not in made:
+        # Query i stands at column i + columns - rows; it sees `visible` columns, its own the last.
+        seen = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
+        seen = seen.triu(columns - rows - visible + 1)
+        made[key] = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
+    return made[key]

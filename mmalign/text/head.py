@@ -88,8 +88,9 @@ def _head_shape(model: PreTrainedModel) -> tuple[float, float | None]:
             f"(found {type(layer).__name__}), so its tokens cannot be scored"
         )
     ids = torch.arange(1, 9, device=layer.weight.device)[None]  # any tokens
-    expected = model(input_ids=ids, use_cache=False).logits[0]
-    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    with torch.autocast(ids.device.type, enabled=False):
+        expected = model(input_ids=ids, use_cache=False).logits[0]
+        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
     wide = torch.promote_types(expected.dtype, torch.float32)
     expected = expected.to(wide)
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(layer.weight.dtype, 3e-2)

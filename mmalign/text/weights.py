@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,25 +10,13 @@ from torch import nn
 from mmalign.text import masks
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from mmalign.config import MaskConfig
     from mmalign.models.adapter import Batch
-    from mmalign.text.head import Head
+    from mmalign.text.passes import Keep, Scored
     from mmalign.text.prefix import Rows
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """What one pass of a model leaves behind for the M scored tokens of a batch."""
-
-    states: Tensor  # [M, D]
-    head: Head
-    layers: Tensor | None = None  # [J, M, D]  states after every layer, for a learned mask
-    activations: Mapping[str, Sequence[Tensor]] | None = None  # [R, T] each, for MaPO's mask
 
 
 class PositionWeights(nn.Module):
@@ -54,9 +41,9 @@ class PositionWeights(nn.Module):
             )
 
     @property
-    def reads_reference(self) -> bool:
-        """Whether the layers of a live reference model are needed."""
-        return self.config.kind in ("learned", "activations")
+    def reads(self) -> Keep | None:
+        """What is needed of a live reference model beside its last states."""
+        return {"learned": "layers", "activations": "activations"}.get(self.config.kind)  # pyright: ignore
 
     def forward(
         self, batch: Batch, rows: Rows, policy: Scored, reference: Scored | None

@@ -444,3 +444,49 @@ def test_what_is_saved_loads_elsewhere(lora, tmp_path: Path) -> None:
     torch.testing.assert_close(adapter(batch, Needs()).policy, expected, rtol=1e-5, atol=1e-5)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer("the cat")["input_ids"] == adapter.encoder.tokenizer("the cat")["input_ids"]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_scores_are_float32_and_start_at_the_reference(autocast: bool) -> None:
+    made = make_model("llama") if autocast else make_model("llama").bfloat16()
+    adapter = TextAdapter(run_config(text={"shared_prefix": "on"}), ALL, made, make_tokenizer())
+    batch = adapter.collate(examples())
+    exact = build(needs=ALL)
+    exact.policy.load_state_dict({k: v.double() for k, v in made.state_dict().items()})
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logps = adapter(batch, ALL)
+    mixed_loss(logps).backward()
+    assert {value.dtype for name, value in logps.tensors() if "mask" not in name} == {torch.float32}
+    assert torch.equal(logps.policy, logps.reference)
+    assert logps.kl.abs().max() < 1e-6
+    gap = (logps.policy - exact(batch, ALL).policy)[logps.mask]
+    assert gap.abs().mean() < 0.05
+
+
+def test_a_mixture_has_no_layers_for_a_mask() -> None:
+    mixture = {"kind": "mixture", "mixture": [{"weight": 1.0}, {"weight": 0.0}]}
+    needs = Needs(reference=True, weight=True, candidates=2)
+    with pytest.raises(ConfigError, match="layers of one reference"):
+        build(needs=needs, reference=mixture, text={"masks": {"kind": "learned"}})
+
+
+def test_what_an_adapter_can_supply_follows_from_the_config() -> None:
+    def provided(**sections: Any) -> Needs:
+        return TextAdapter.provides(run_config(**sections))
+
+    assert provided().kl
+    assert not provided().weight
+    assert not provided(reference={"kind": "none"}).reference
+    mixture = {"kind": "mixture", "mixture": [{"weight": 1.0}]}
+    assert (provided(reference=mixture).reference, provided(reference=mixture).kl) == (True, False)
+    cached = {"reference": {"kind": "cached"}}
+    assert not provided(**cached).kl
+    assert provided(**cached, objective={"name": "tdpo2"}).kl
+    assert provided(text={"masks": {"kind": "spans"}}).weight
+
+
+def test_a_tokenizer_of_another_model_is_refused() -> None:
+    made = make_model("llama")
+    made.resize_token_embeddings(300)
+    with pytest.raises(ConfigError, match="do not belong together"):
+        TextAdapter(run_config(), Needs(), made, make_tokenizer())
