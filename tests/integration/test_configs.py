@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -124,9 +125,24 @@ def test_config_is_named_after_its_method() -> None:
         assert preset_names(configs.load(path)) == [name]
 
 
-def test_every_preset_has_a_section_in_the_papers() -> None:
+def sections() -> dict[str, str]:
+    """Preset to the text of its section in docs/papers.md; one section may serve several."""
     text = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
-    sections = {
-        name.strip() for line in re.findall(r"^### (.+)$", text, re.M) for name in line.split(",")
+    parts = re.split(r"^### (.+)$", text, flags=re.M)[1:]
+    return {
+        name.strip(): body
+        for names, body in zip(parts[::2], parts[1::2], strict=True)
+        for name in names.split(",")
     }
-    assert sections == set(presets.PRESETS)
+
+
+def test_every_preset_has_a_section_in_the_papers() -> None:
+    assert set(sections()) == set(presets.PRESETS)
+
+
+def test_papers_name_every_compat_option() -> None:
+    found = sections()
+    for name, function in presets.PRESETS.items():
+        parameter = inspect.signature(function).parameters.get("compat")
+        for option in re.findall(r"'([^']+)'", str(parameter.annotation)) if parameter else []:
+            assert f"`{option}`" in found[name], f"{name}: compat {option}"
