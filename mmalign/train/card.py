@@ -34,7 +34,7 @@ _TEMPLATE = """\
 # {name}
 
 `{model}`, trained with the preference objective `{objective}` for {steps:,} steps by
-[mmalign](https://pypi.org/project/mmalign/) {version}.
+mmalign {version}.
 
 ## Held-out numbers
 
