@@ -98,15 +98,18 @@ def _attention(
     window = kwargs.get("sliding_window")
     if window is not None:
         segments.windows.add(window)
-    options = {
-        "scale": kwargs.get("scaling"),
-        "dropout_p": kwargs.get("dropout", 0.0),
-        "enable_gqa": query.shape[1] != key.shape[1],
-    }
+    options = {"scale": kwargs.get("scaling"), "dropout_p": kwargs.get("dropout", 0.0)}
+    groups = query.shape[1] // key.shape[1]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = _mask(q, k, window, segments.masks)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **options)
+        shares = groups > 1
+        if shares and mask is not None and q.is_cuda:  # no fast kernel takes both
+            k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+            shares = False
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, enable_gqa=shares, **options
+        )
 
     lengths = [n for prompt, responses in segments.groups for n in (prompt, *responses)]
     pieces = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
