@@ -134,6 +134,8 @@ def evaluate(
     *,
     needs: Needs | None = None,
     beta: float | None = None,
+    facts: Callable[[Batch], dict[str, list[Any]]] | None = None,
+    summary: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, float]] | None = None,
 ) -> Evaluation:
     """Score held-out batches and summarise them.
 
@@ -144,11 +146,13 @@ def evaluate(
         needs: What to ask of the adapter; by default what the objective needs. Ask for more, e.g.
             the reference or the KL, to have more reported: only what is available is.
         beta: Inverse temperature for the idealised accuracy, in 1/nats; without it, it is left out.
+        facts: `Adapter.facts`: more columns to keep of every row.
+        summary: `Adapter.summarise`: more metrics made of the rows.
     """
     tally = Tally()
     for batch in batches:
-        tally += score(adapter, objective, batch, needs or objective.needs)
-    return summarise(tally, beta=beta)
+        tally += score(adapter, objective, batch, needs or objective.needs, facts)
+    return summarise(tally, beta=beta, also=summary(tally.rows) if summary else None)
 
 
 @torch.no_grad()
@@ -157,8 +161,12 @@ def score(
     objective: Objective,
     batch: Batch,
     needs: Needs,
+    facts: Callable[[Batch], dict[str, list[Any]]] | None = None,
 ) -> Tally:
-    """Score one batch. The objective is in evaluation mode meanwhile, so its statistics stay."""
+    """Score one batch. The objective is in evaluation mode meanwhile, so its statistics stay.
+
+    `facts` gives more columns to keep of every row, e.g. the timestep at which it was scored.
+    """
     was_training = objective.training
     objective.eval()
     logps = adapter(batch, needs)
@@ -174,6 +182,7 @@ def score(
     }
     num_rated = logps.policy.shape[1] - len(needs.roles)
     columns: dict[str, list[Any]] = {
+        **(facts(batch) if facts else {}),
         "labels": logps.labels[:, :num_rated].tolist(),
         "logps": _summed(logps.policy, logps.mask, num_rated),
         "lengths": logps.mask[:, :num_rated].sum(-1).tolist(),
@@ -195,8 +204,13 @@ def _summed(values: Tensor, mask: Tensor, num_rated: int) -> list[list[float]]:
     return values.double().where(mask, 0.0)[:, :num_rated].sum(-1).tolist()
 
 
-def summarise(tally: Tally, *, beta: float | None = None) -> Evaluation:
-    """The means of a tally, with what the rows themselves tell about ranking, rewards and drift."""
+def summarise(
+    tally: Tally, *, beta: float | None = None, also: Mapping[str, float] | None = None
+) -> Evaluation:
+    """The means of a tally, with what the rows themselves tell about ranking, rewards and drift.
+
+    `also` holds metrics that somebody else made of the same rows.
+    """
     metrics = {name: total / count for name, (total, count) in tally.sums.items()}
     values = row_values(tally.rows, beta=beta)
     intervals = {}
@@ -206,7 +220,7 @@ def summarise(tally: Tally, *, beta: float | None = None) -> Evaluation:
             metrics.setdefault(name, float(present.mean()))
         if len(present) > 1:
             intervals[name] = bootstrap_interval(present)
-    metrics |= _over_rows(tally.rows)
+    metrics |= _over_rows(tally.rows) | dict(also or {})
     if "idealised_accuracy" in metrics:
         metrics["alignment_gap"] = metrics["idealised_accuracy"] - metrics["ranking_accuracy"]
     return Evaluation(metrics, intervals, tally.rows)

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
-    from torch import nn
 
     from mmalign.config import RunConfig
     from mmalign.core import Objective
@@ -48,6 +47,7 @@ def evaluate_checkpoint(
     device = _device(config)
     adapter = build_adapter(config, objective.needs).to(device).eval()
     restore(adapter, folder, objective)
+    rows = adapter.held_out(rows)
     adapter.before_training(rows)
     has_kl = objective.needs.reference and adapter.provides(config).kl
     size = config.train.eval_batch_size or config.train.batch_size
@@ -57,6 +57,8 @@ def evaluate_checkpoint(
         (adapter.collate([rows[i] for i in b]).to(device) for b in held_out(len(rows), size)),
         needs=objective.needs | Needs(kl=True) if has_kl else objective.needs,
         beta=reward_beta(objective),
+        facts=adapter.facts,
+        summary=adapter.summarise,
     )
     if out is not None:
         record = {"checkpoint": str(folder), "rows": len(rows), "metrics": result.metrics}
@@ -106,7 +108,7 @@ def sample_checkpoint(
     adapter = build_adapter(config, needs).to(_device(config)).eval()
     if folder is not None:
         restore(adapter, folder)
-    options = config.sample.model_dump(exclude={"num_prompts"})
+    options = config.sample.model_dump(exclude={"num_prompts", "prompts"})
     size = config.train.eval_batch_size or config.train.batch_size
     texts: list[str] = []
     for start in range(0, len(prompts), size):
@@ -193,7 +195,7 @@ def restore(adapter: Adapter, folder: Path, objective: Objective | None = None) 
         if objective is not None:
             checkpoint.load_state(folder, adapter, objective)
         return
-    policy = _load_library_layout(adapter, folder)
+    policy = adapter.restore(folder)
     own = {id(parameter) for parameter in policy.parameters()}
     others = [n for n, p in adapter.named_parameters() if p.requires_grad and id(p) not in own]
     others += list(adapter.extra_state())
@@ -204,43 +206,14 @@ def restore(adapter: Adapter, folder: Path, objective: Objective | None = None) 
         )
 
 
-def _load_library_layout(adapter: Adapter, folder: Path) -> nn.Module:
-    """Load what `final/` holds into the policy, the only model among an adapter's submodules."""
-    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-    from safetensors.torch import load_file
-    from transformers import PreTrainedModel
-
-    from mmalign.models.files import weight_files
-
-    is_adapter = (folder / "adapter_config.json").is_file()
-    wanted = PeftModel if is_adapter else PreTrainedModel
-    policy = next(
-        (m for m in adapter.modules() if isinstance(m, PeftModel | PreTrainedModel)), None
-    )
-    if not isinstance(policy, wanted):
-        has, lacks = ("a LoRA", "has none") if is_adapter else ("whole weights", "has a LoRA")
-        raise CheckpointError(f"{folder}: holds {has}, but the config's model {lacks}")
-    if isinstance(policy, PeftModel):
-        result = set_peft_model_state_dict(policy, load_peft_weights(str(folder), device="cpu"))
-    else:
-        state = {k: v for file in weight_files(folder) for k, v in load_file(file).items()}
-        result = policy.load_state_dict(state, strict=False)  # tied weights are stored once
-    if result.unexpected_keys:
-        raise CheckpointError(
-            f"{folder}: holds weights that the config's model does not have, "
-            f"e.g. {result.unexpected_keys[0]}"
-        )
-    return policy
-
-
 def _held_out_rows(config: RunConfig, objective: Objective, data: str | None) -> list[Example]:
-    from mmalign.data.sources import load_examples
+    from mmalign.models.adapter import load_usable
 
-    section = config.data
     if data is not None:
         source = configs.DataSource(path=data)
-        section = section.model_copy(update={"train": [source], "eval": [], "eval_fraction": 0.0})
-    train, held_out = load_examples(section, objective.needs, seed=config.train.seed)
+        changes = {"train": [source], "eval": [], "eval_fraction": 0.0}
+        config = config.model_copy(update={"data": config.data.model_copy(update=changes)})
+    train, held_out = load_usable(config, objective.needs)
     rows = held_out if data is None else train + held_out
     if not rows:
         raise DataError(
@@ -273,68 +246,28 @@ def _write(path: Path, text: str) -> None:
 
 
 def write_cache(config: RunConfig) -> str:
-    """Store what the reference says about every row of a config; rows that are there stay.
+    """Store what training would compute again and again; what is there already stays.
 
     Returns:
         What was done, as a sentence.
 
     Raises:
-        ConfigError: A reference that no cache can hold.
+        ConfigError: What no cache can hold.
     """
-    from rich.console import Console
-    from rich.progress import track
-
-    from mmalign.data.sources import load_examples
-    from mmalign.models.adapter import build_adapter
-    from mmalign.text.cached import ReferenceCache, check_cacheable
+    from mmalign.models.adapter import adapter_class
 
     needs = configs.check(config).needs
-    reference = config.reference
-    if not needs.reference:
-        raise ConfigError("cache: the objective reads no reference, so there is nothing to store")
-    if reference.kind in ("ema", "mixture") or reference.path is not None:
-        raise ConfigError(
-            "cache: it holds the model that training starts from as the reference; "
-            f"reference.{'path' if reference.path else 'kind'} asks for another"
-        )
-    check_cacheable(config, needs)
-    rows = [
-        row for part in load_examples(config.data, needs, seed=config.train.seed) for row in part
-    ]
-    live = config.model_copy(update={"reference": configs.ReferenceConfig()})
-    adapter: Any = build_adapter(live, needs).to(_device(config)).eval()
-    cache = ReferenceCache(config, adapter.encoder, needs)
-    absent = set(cache.store.missing(map(cache.key, rows)))
-    todo = [row for row in rows if cache.key(row) in absent]
-    size = config.train.eval_batch_size or config.train.batch_size
-    console = Console(stderr=True)
-    with cache.store:
-        for start in track(
-            range(0, len(todo), size), "reference", console=console, disable=not console.is_terminal
-        ):
-            part = todo[start : start + size]
-            batch = adapter.collate(part).to(_device(config))
-            values = adapter.cacheable(batch, needs)[cache.name]  # [B, K, L, ...]
-            lengths = batch.inputs["response_mask"].sum(-1).amax(1).tolist()  # [B]
-            for row, value, length in zip(part, values, lengths, strict=True):
-                cache.put(row, value[:, :length])
-    return (
-        f"{cache.store.folder}: {len(todo)} rows written, {len(rows) - len(todo)} were there. "
-        "Train with reference.kind=cached"
-    )
+    _device(config)  # sets the number of threads
+    return adapter_class(config.modality).write_cache(config, needs)
 
 
 def show_rows(config: RunConfig, count: int) -> None:
-    """Print the first training rows as the model will see them, with the masks coloured."""
-    from itertools import islice
-
+    """Print the first training rows as the model will see them."""
     from rich.console import Console
 
-    from mmalign.data.sources import load_examples
-    from mmalign.text.encode import Encoder, load_tokenizer
-    from mmalign.text.show import show
+    from mmalign.models.adapter import adapter_class, load_usable
 
     objective = configs.check(config)
-    rows, _ = load_examples(config.data, objective.needs, seed=config.train.seed)
-    encoder = Encoder(load_tokenizer(config), config)
-    Console(highlight=False).print(show(encoder, islice(rows, count)))
+    rows, _ = load_usable(config, objective.needs)
+    shown = adapter_class(config.modality).show_rows(config, rows[:count])
+    Console(highlight=False).print(shown)

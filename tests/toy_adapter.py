@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmalign import config as configs
@@ -73,7 +73,7 @@ class ToyAdapter(Adapter):
     def provides(cls, config: RunConfig) -> Needs:
         return Needs(reference=True, kl=True, weight=config.text.masks is not None)
 
-    def collate(self, examples: Sequence[Example]) -> Batch:
+    def collate(self, examples: Sequence[Example], draws: Sequence[int] | None = None) -> Batch:
         prompts = [str(e.prompt) for e in examples]
         responses = [[str(c.response) for c in e.candidates] for e in examples]
         labels = [list(e.labels) for e in examples]
@@ -128,6 +128,10 @@ class ToyAdapter(Adapter):
 
     def save(self, directory: Path) -> None:
         save_file(dict(self.policy.state_dict()), directory / "model.safetensors")
+
+    def restore(self, directory: Path) -> nn.Module:
+        self.policy.load_state_dict(load_file(directory / "model.safetensors"))
+        return self.policy
 
     def after_step(self, step: int) -> None:
         time.sleep(self.seconds)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import nn
 
 from mmalign.core import Needs
+from mmalign.data.example import as_text
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from mmalign.config import RunConfig, TrainConfig
+    from mmalign.config import RunConfig, SampleConfig, TrainConfig
     from mmalign.core import CandidateLogps
     from mmalign.data.example import Example
 
@@ -71,9 +72,26 @@ class Adapter(nn.Module, ABC):
     def provides(cls, config: RunConfig) -> Needs:
         """What this adapter can supply under `config`; looks at no weights."""
 
+    @classmethod
+    def problems(cls, config: RunConfig) -> list[str]:
+        """What `config` asks for and this adapter cannot do, as sentences; looks at no weights."""
+        return []
+
+    @classmethod
+    def usable(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
+        """The rows that can be learned from; what is left out is counted, named and logged."""
+        return list(examples)
+
     @abstractmethod
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        """Examples to one batch, on the CPU; may run in worker processes."""
+    def collate(self, examples: Sequence[Example], draws: Sequence[int] | None = None) -> Batch:
+        """Examples to one batch, on the CPU; may run in worker processes.
+
+        Args:
+            examples: The rows.
+            draws: A seed a row for all that is drawn at random for it (timesteps, noise, crops), a
+                function of the run's seed and the row's visit alone. None: the row's own, always
+                the same, so that held-out numbers of two steps can be compared.
+        """
 
     @abstractmethod
     def forward(self, batch: Batch, needs: Needs) -> CandidateLogps:
@@ -82,6 +100,14 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def save(self, directory: Path) -> None:
         """Write the trained weights in the layout of the model's own library."""
+
+    @abstractmethod
+    def restore(self, directory: Path) -> nn.Module:
+        """Load what `save` wrote into the policy, and return the module that has it.
+
+        Raises:
+            CheckpointError: The folder holds other weights than the policy has.
+        """
 
     def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
         """Optimiser groups; the default is one group of all trainable parameters."""
@@ -93,6 +119,22 @@ class Adapter(nn.Module, ABC):
     def after_step(self, step: int) -> None:
         """Called after every optimiser step: EMA, reference refresh."""
 
+    def held_out(self, examples: Sequence[Example]) -> list[Example]:
+        """The rows to evaluate on; more than were given where one row is scored several times."""
+        return list(examples)
+
+    def metrics(self, batch: Batch, logps: CandidateLogps) -> dict[str, Tensor]:
+        """What to log beside the objective's metrics, detached, means over rows."""
+        return {}
+
+    def facts(self, batch: Batch) -> dict[str, list[Any]]:
+        """What to keep of each held-out row beside its scores, one value a row."""
+        return {}
+
+    def summarise(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Held-out metrics that follow from the rows' scores and `facts`."""
+        return {}
+
     def extra_state(self) -> dict[str, Tensor]:
         """Tensors outside `parameters()` that a resumed run needs (an EMA reference)."""
         return {}
@@ -100,17 +142,53 @@ class Adapter(nn.Module, ABC):
     def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `extra_state` gave."""
 
-    def cacheable(self, batch: Batch, needs: Needs) -> dict[str, Tensor]:
-        """Per-row tensors worth storing for later epochs, [B, ...] each, for `mmalign cache`."""
-        return {}
+    @classmethod
+    def write_cache(cls, config: RunConfig, needs: Needs) -> str:
+        """Store what training would compute again and again; returns what was done, in words."""
+        raise ConfigError(f"{cls.__name__} has nothing to cache")
+
+    @classmethod
+    def show_rows(cls, config: RunConfig, examples: Sequence[Example]) -> Any:
+        """The rows as the model will see them, for a terminal."""
+        raise ConfigError(f"{cls.__name__} cannot show rows")
 
     def sample(self, prompts: Sequence[Any], **options: Any) -> list[Any]:
         """Generate one response a prompt with the policy, for reports and `mmalign sample`."""
         raise ConfigError(f"{type(self).__name__} cannot generate samples")
 
+    def write_samples(
+        self, prompts: Mapping[str, Any], folder: Path, step: int, options: SampleConfig
+    ) -> list[dict[str, Any]]:
+        """Generate for the prompts in the course of a run; here: texts, by `sample`.
+
+        Args:
+            prompts: Row id to prompt.
+            folder: The run folder; files go to `samples/step-N/` inside.
+            step: Optimiser steps done.
+            options: The config's `sample` section.
+
+        Returns:
+            One record a prompt for samples.jsonl: `id`, `prompt`, and `response` or file names.
+        """
+        settings = options.model_dump(exclude={"num_prompts", "prompts"})
+        texts = self.sample(list(prompts.values()), **settings)
+        return [
+            {"id": row, "prompt": as_text(prompt), "response": str(text)}
+            for (row, prompt), text in zip(prompts.items(), texts, strict=True)
+        ]
+
+    unit: ClassVar[str] = "tokens"  # what positions are called in logs
+
+    @classmethod
+    def score_tolerance(cls, config: RunConfig) -> float:
+        """How far two ways to one log-probability may differ on average, in nats a position."""
+        half = config.model.dtype == "bfloat16" or config.train.mixed_precision == "bf16"
+        return 0.05 if half or config.model.quantization else 1e-3
+
 
 ADAPTERS: dict[str, str] = {
     "text": "mmalign.text.adapter:TextAdapter",
+    "diffusion": "mmalign.diffusion.adapter:DiffusionAdapter",
 }
 
 
@@ -120,6 +198,15 @@ def adapter_class(modality: str) -> type[Adapter]:
         raise ConfigError(f"modality is {modality!r}; it must be one of {sorted(ADAPTERS)}")
     module, name = ADAPTERS[modality].split(":")
     return getattr(import_module(module), name)
+
+
+def load_usable(config: RunConfig, needs: Needs) -> tuple[list[Example], list[Example]]:
+    """Train and evaluation rows of a run, without those that the adapter cannot use."""
+    from mmalign.data.sources import load_examples
+
+    adapter = adapter_class(config.modality)
+    train, held_out = load_examples(config.data, needs, seed=config.train.seed)
+    return adapter.usable(config, train), adapter.usable(config, held_out)
 
 
 def build_adapter(config: RunConfig, needs: Needs) -> Adapter:

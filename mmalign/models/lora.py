@@ -11,7 +11,7 @@ from torch import nn
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from peft import PeftModel
     from torch import Tensor
@@ -42,27 +42,42 @@ def check(config: ModelConfig) -> None:
             )
 
 
-def apply(model: nn.Module, config: ModelConfig) -> nn.Module:
+def apply(
+    model: nn.Module,
+    config: ModelConfig,
+    *,
+    task: str | None = "CAUSAL_LM",
+    auto: Sequence[str] | None = None,
+) -> nn.Module:
     """The model ready to train: with a fresh LoRA, with the adapter to continue, or as it is."""
     check(config)
     if config.adapter is not None:
         return load(model, config.adapter)
-    return model if config.lora is None else attach(model, config.lora)
+    return model if config.lora is None else attach(model, config.lora, task=task, auto=auto)
 
 
-def attach(model: nn.Module, spec: LoraSpec, *, task: str | None = "CAUSAL_LM") -> PeftModel:
+def attach(
+    model: nn.Module,
+    spec: LoraSpec,
+    *,
+    task: str | None = "CAUSAL_LM",
+    auto: Sequence[str] | None = None,
+) -> PeftModel:
     """The model with fresh low-rank adapters, which change nothing before the first step.
 
     Args:
         model: The base; its own parameters are frozen.
         spec: Rank, scale and targets.
         task: peft's task type, which decides the wrapper class.
+        auto: Module names that the targets `auto` stand for; None for all linear layers. Those that
+            the model lacks are passed over.
 
     Raises:
         ConfigError: when a target fits no module, or fits the output head.
     """
     from peft import LoraConfig, get_peft_model
 
+    spec = _resolved(model, spec, auto)
     _check_targets(model, spec)
     targets = spec.targets if spec.targets == "all-linear" else _names(spec)
     config = LoraConfig(
@@ -127,6 +142,16 @@ def save(policy: PeftModel, folder: Path) -> None:
 def merge(policy: PeftModel) -> nn.Module:
     """The base with the trained adapter added to its weights; `policy` is used up."""
     return policy.merge_and_unload(adapter_names=[TRAINED])  # pyright: ignore
+
+
+def _resolved(model: nn.Module, spec: LoraSpec, auto: Sequence[str] | None) -> LoraSpec:
+    """The spec with `auto` replaced by what it stands for on this model."""
+    if spec.targets != "auto":
+        return spec
+    ends = {name.rpartition(".")[2] for name, part in model.named_modules() if _takes_lora(part)}
+    ends |= {"to_out.0"} if any(n.endswith("to_out.0") for n, _ in model.named_modules()) else set()
+    known = [target for target in auto or () if target in ends]
+    return spec.model_copy(update={"targets": known or "all-linear"})
 
 
 def _names(spec: LoraSpec) -> list[str]:

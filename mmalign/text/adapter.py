@@ -23,17 +23,21 @@ from mmalign.text.layout import check_length, why_plain
 from mmalign.text.model import (
     causal_model,
     load_model,
+    load_trained,
     no_dropout,
 )
 from mmalign.text.passes import Scored, run_model, score, scoring_models
 from mmalign.text.prefix import Layout, Rows, arrange
+from mmalign.text.show import show
 from mmalign.text.weights import PositionWeights
+from mmalign.text.write_cache import write_reference
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from torch import Tensor
+    from rich.console import Group
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mmalign.config import RunConfig, TrainConfig
@@ -113,7 +117,7 @@ class TextAdapter(Adapter):
         if self._cache is not None:
             self._cache.require(examples)
 
-    def collate(self, examples: Sequence[Example]) -> Batch:
+    def collate(self, examples: Sequence[Example], draws: Sequence[int] | None = None) -> Batch:
         """Token ids of all candidates, and the cached reference's values where there are any."""
         batch = self.encoder.collate(examples, self.needs)
         if self._cache is None:
@@ -229,6 +233,10 @@ class TextAdapter(Adapter):
             self._inner.save_pretrained(directory)
         self.encoder.tokenizer.save_pretrained(directory)
 
+    def restore(self, directory: Path) -> nn.Module:
+        """Load a peft adapter or whole weights into the policy."""
+        return load_trained(self.policy, directory)
+
     def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
         """The policy; learned position weights in a group of their own."""
         groups: list[dict[str, Any]] = [
@@ -253,8 +261,18 @@ class TextAdapter(Adapter):
         """Restore what `extra_state` gave."""
         self.reference.load_state(state)
 
+    @classmethod
+    def write_cache(cls, config: RunConfig, needs: Needs) -> str:
+        """Store the reference's log-probabilities, or hidden states where a KL is needed."""
+        return write_reference(config, needs, cls.build)
+
+    @classmethod
+    def show_rows(cls, config: RunConfig, examples: Sequence[Example]) -> Group:
+        """Context dim, scored tokens coloured."""
+        return show(Encoder(load_tokenizer(config), config), examples)
+
     @torch.no_grad()
-    def cacheable(self, batch: Batch, needs: Needs) -> dict[str, Tensor]:
+    def reference_values(self, batch: Batch, needs: Needs) -> dict[str, Tensor]:
         """The reference's states `ref_hidden` where a KL is needed, else `ref_logps`; [B, K, L]."""
         rows = self._arrange(batch)
         needs = Needs(reference=True, kl=needs.kl)

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmalign.errors import ConfigError
+from mmalign.errors import CheckpointError, ConfigError
+from mmalign.models.files import ADAPTER_CONFIG, weight_files
 from mmalign.text import attention
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
@@ -90,3 +93,29 @@ def run_body(model: PreTrainedModel, rows: Rows, *, all_layers: bool = False) ->
 def scored_states(output: Tensor, rows: Rows) -> Tensor:  # [R, T, D] -> [M, D]
     """The states from which tokens are scored."""
     return output.flatten(0, 1)[rows.states]
+
+
+def load_trained(policy: nn.Module, folder: Path) -> nn.Module:
+    """Load what a run's `final/` holds into the policy.
+
+    Raises:
+        CheckpointError: The folder holds other weights than the policy has.
+    """
+    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if isinstance(policy, PeftModel) != is_adapter:
+        has, lacks = ("a LoRA", "has none") if is_adapter else ("whole weights", "has a LoRA")
+        raise CheckpointError(f"{folder}: holds {has}, but the config's model {lacks}")
+    if isinstance(policy, PeftModel):
+        result = set_peft_model_state_dict(policy, load_peft_weights(str(folder), device="cpu"))
+    else:
+        state = {k: v for file in weight_files(folder) for k, v in load_file(file).items()}
+        result = policy.load_state_dict(state, strict=False)  # tied weights are stored once
+    if result.unexpected_keys:
+        raise CheckpointError(
+            f"{folder}: holds weights that the config's model does not have, "
+            f"e.g. {result.unexpected_keys[0]}"
+        )
+    return policy

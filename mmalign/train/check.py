@@ -40,12 +40,6 @@ def require_sensible(config: RunConfig, needs: Needs) -> None:
         )
 
 
-def score_tolerance(config: RunConfig) -> float:
-    """How far two ways to the same log-probability may differ on average, in nats a position."""
-    half = config.model.dtype == "bfloat16" or config.train.mixed_precision == "bf16"
-    return 0.05 if half or config.model.quantization else 1e-3
-
-
 def why_unequal(config: RunConfig, needs: Needs) -> str | None:
     """The reason why policy and reference need not agree before step 1; None when they must."""
     if not needs.reference:
@@ -68,10 +62,12 @@ def check_start(run: Run) -> str:
     reason = why_unequal(run.config, run.objective.needs)
     if reason is not None:
         return f"not checked that the policy starts as its reference: {reason}"
-    rows = [run.train_rows[i] for i in run.order.micro_batch(0, run.accelerator.process_index)]
-    batch = run.adapter.collate(rows).to(run.accelerator.device)
+    visits = run.order.micro_batch(0, run.accelerator.process_index)
+    batch = run.adapter.collate([run.train_rows[visit.row] for visit in visits])
+    batch = batch.to(run.accelerator.device)
+    tolerance = run.adapter.score_tolerance(run.config)
     with own_random_stream(run.config.train.seed):
-        problem = unequal_start(run.model, run.objective, batch, score_tolerance(run.config))
+        problem = unequal_start(run.model, run.objective, batch, tolerance)
     problems = [found for found in gather_object([problem]) if found is not None]
     if problems:
         raise ConfigError(problems[0])

@@ -21,6 +21,7 @@ _SHOWN = (  # metric, label, format
     ("rewards/accuracies", "accuracy", ".2f"),
     ("rows_per_second", "rows/s", ".1f"),
     ("tokens_per_second", "tokens/s", ".0f"),
+    ("images_per_second", "images/s", ".1f"),
 )
 _HELD_OUT = (
     ("eval_loss", "loss", ".4f"),

@@ -9,7 +9,6 @@ from accelerate.utils import gather_object
 
 from mmalign.core import Needs
 from mmalign.core.terms import Preference
-from mmalign.data.example import as_text
 from mmalign.evaluate import Evaluation, Tally, score, summarise
 from mmalign.models.adapter import Adapter
 from mmalign.train.metrics import append_json
@@ -17,7 +16,7 @@ from mmalign.train.order import held_out
 from mmalign.train.rng import own_random_stream
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from mmalign.core import Objective
     from mmalign.data.example import Example, Prompt
@@ -32,7 +31,9 @@ class HeldOut:
         needs = run.objective.needs
         has_kl = needs.reference and run.adapter.provides(run.config).kl
         self._needs = needs | Needs(kl=True) if has_kl else needs  # reported, if not trained on
-        self._prompts = _first_prompts(run.eval_rows, run.config.sample.num_prompts)
+        shown = run.config.sample
+        given = {f"prompt-{i}": prompt for i, prompt in enumerate(shown.prompts)}
+        self._prompts = given or _first_prompts(run.eval_rows, shown.num_prompts)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Score all rows, append to eval.jsonl, and return the metrics as `eval_NAME`."""
@@ -58,31 +59,27 @@ class HeldOut:
                 # all processes, wait for each other. What is scored twice is counted once.
                 rows = [run.eval_rows[i] for i in batches[index % len(batches)]]
                 batch = run.adapter.collate(rows).to(run.accelerator.device)
-                tally = score(run.model, run.objective, batch, self._needs)
+                tally = score(run.model, run.objective, batch, self._needs, run.adapter.facts)
                 if index < len(batches):
                     tallies.append((index, tally))
         run.model.train()
         gathered = sorted(gather_object(tallies), key=lambda item: item[0])
         total = sum((tally for _, tally in gathered), Tally())
-        return summarise(total, beta=reward_beta(run.objective))
+        return summarise(
+            total, beta=reward_beta(run.objective), also=run.adapter.summarise(total.rows)
+        )
 
     def sample(self, step: int) -> None:
-        """Complete the first eval prompts and append them to samples.jsonl."""
+        """Generate for the first eval prompts and append to samples.jsonl."""
         run = self._run
         if not self._prompts or not self.can_sample or not run.accelerator.is_main_process:
             return
-        options = run.config.sample.model_dump(exclude={"num_prompts"})
+        output, options = run.config.output, run.config.sample
         run.adapter.eval()
         with own_random_stream(run.config.train.seed):
-            texts = run.adapter.sample(list(self._prompts.values()), **options)
+            records = run.adapter.write_samples(self._prompts, output, step, options)
         run.adapter.train()
-        append_json(
-            run.config.output / "samples.jsonl",
-            [
-                {"step": step, "id": row, "prompt": as_text(prompt), "response": str(text)}
-                for (row, prompt), text in zip(self._prompts.items(), texts, strict=True)
-            ],
-        )
+        append_json(output / "samples.jsonl", [{"step": step, **record} for record in records])
 
     @property
     def can_sample(self) -> bool:
@@ -100,7 +97,7 @@ def reward_beta(objective: Objective) -> float | None:
     return None
 
 
-def _first_prompts(rows: Sequence[Example], count: int) -> dict[str, Prompt]:
+def _first_prompts(rows: Sequence[Example], count: int) -> Mapping[str, Prompt]:
     """Row id to prompt, for the first `count` different prompts."""
     seen: dict[Prompt, str] = {}
     for row in rows:

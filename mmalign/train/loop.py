@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import gather_object
 
 from mmalign import config as configs
+from mmalign.models.adapter import adapter_class
 from mmalign.train import checkpoint, files
 from mmalign.train.backward import backward_joint, backward_per_candidate
 from mmalign.train.check import (
@@ -19,7 +20,6 @@ from mmalign.train.check import (
     describe_non_finite,
     non_finite_error,
     require_sensible,
-    score_tolerance,
 )
 from mmalign.train.display import Display
 from mmalign.train.dryrun import describe_dry_run
@@ -160,7 +160,8 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> 
 def _backward(config: RunConfig) -> Backward:
     if config.train.backward == "joint":
         return backward_joint
-    return partial(backward_per_candidate, tolerance=score_tolerance(config))
+    tolerance = adapter_class(config.modality).score_tolerance(config)
+    return partial(backward_per_candidate, tolerance=tolerance)
 
 
 def _due(step: int, every: int | None) -> bool:
@@ -176,6 +177,7 @@ def _accumulate(run: Run, backward: Backward, loader: Iterator[Batch]) -> list[S
             loss, logps = backward(run.accelerator, run.model, run.objective, batch)
         window.append(Scored.of(batch, loss, logps))
         run.averages.add({**loss.metrics, "loss": loss.value, "rows": len(batch.ids)})
+        run.averages.add(run.adapter.metrics(batch, logps))
         run.averages.add({"tokens": logps.mask.sum()})
     return window
 
@@ -205,9 +207,9 @@ def _training_values(run: Run, lr: float) -> dict[str, float]:
         "epoch": run.order.epoch(run.position.step),
         **means(sums),
         "learning_rate": lr,
-        "num_tokens": run.position.tokens,
+        f"num_{run.adapter.unit}": run.position.tokens,
         "rows_per_second": rows / seconds,
-        "tokens_per_second": tokens / seconds,
+        f"{run.adapter.unit}_per_second": tokens / seconds,
     }
 
 

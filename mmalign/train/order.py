@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -63,23 +63,50 @@ class Order:
         """Passes over the data after `step` optimiser steps."""
         return step * self.rows_per_step / self.num_rows
 
-    def micro_batch(self, index: int, process: int) -> list[int]:
-        """Row numbers of the run's micro-batch `index` (counted from 0) on one process."""
+    def micro_batch(self, index: int, process: int) -> list[Visit]:
+        """The run's micro-batch `index` (counted from 0) on one process."""
         first = (index * self.num_processes + process) * self.batch_size
         positions = (divmod(first + i, self.num_rows) for i in range(self.batch_size))
-        return [int(_permutation(self.num_rows, self.seed, e)[at]) for e, at in positions]
+        rows = ((e, int(_permutation(self.num_rows, self.seed, e)[at])) for e, at in positions)
+        return [Visit(row, _draw(self.seed, epoch, row)) for epoch, row in rows]
+
+
+class Visit(NamedTuple):
+    """A row in a micro-batch, and the seed of what is drawn at random for it this time."""
+
+    row: int
+    draw: int
+
+
+def _draw(seed: int, epoch: int, row: int) -> int:
+    """63 bits that depend on nothing else: not on the process, the batch size, or a resume."""
+    state = np.random.SeedSequence([seed, epoch, row]).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Visited:
+    """The rows as a map-style dataset over visits."""
+
+    rows: Sequence[Example]
+
+    def __getitem__(self, visit: Visit) -> tuple[Example, int]:
+        return self.rows[visit.row], visit.draw
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 @dataclass(frozen=True, slots=True)
 class _MicroBatches:
-    """Row numbers of every micro-batch from `start` to `stop` steps on one process."""
+    """Every micro-batch from `start` to `stop` steps on one process."""
 
     order: Order
     process: int
     start: int
     stop: int
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Visit]]:
         for index in range(self.start * self.order.accumulate, self.stop * self.order.accumulate):
             yield self.order.micro_batch(index, self.process)
 
@@ -97,15 +124,20 @@ def batches(
     """Collated micro-batches of the steps `start` to `stop` on one process, on the CPU."""
     return iter(
         DataLoader(
-            rows,  # type: ignore[arg-type]  # a sequence is all a map-style dataset has to be
+            _Visited(rows),  # type: ignore[arg-type]  # all that a map-style dataset has to be
             batch_sampler=_MicroBatches(order, process, start, stop),  # type: ignore[arg-type]
-            collate_fn=adapter.collate,
+            collate_fn=partial(_collate, adapter),
             num_workers=num_workers,
             # A private generator: opening the loader must not move the run's own random stream,
             # or a resumed run would differ from an unbroken one.
             generator=torch.Generator().manual_seed(order.seed),
         )
     )
+
+
+def _collate(adapter: Adapter, visits: Sequence[tuple[Example, int]]) -> Batch:
+    rows, draws = zip(*visits, strict=True)
+    return adapter.collate(rows, draws)
 
 
 def held_out(num_rows: int, batch_size: int) -> list[range]:

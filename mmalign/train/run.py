@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from accelerate.utils import set_seed
 
-from mmalign.data.sources import load_examples
-from mmalign.models.adapter import build_adapter
+from mmalign.models.adapter import build_adapter, load_usable
 from mmalign.train.launch import build_accelerator, is_sharded, ready_for_sharding
 from mmalign.train.metrics import Averages, flatten
 from mmalign.train.optim import build_optimizer
@@ -81,7 +80,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     accelerator = build_accelerator(config)
     set_seed(train.seed)  # alike on all processes: they must start from the same weights
     with accelerator.main_process_first():  # one process fills the caches of downloads
-        train_rows, eval_rows = load_examples(config.data, objective.needs, seed=train.seed)
+        train_rows, eval_rows = load_usable(config, objective.needs)
     num_processes = accelerator.num_processes
     order = Order(len(train_rows), train.batch_size, train.accumulate, num_processes, train.seed)
 
@@ -90,6 +89,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     model, optimizer = accelerator.prepare(adapter, build_optimizer(adapter, train))
     model.train()
     objective.to(accelerator.device).train()
+    eval_rows = adapter.held_out(eval_rows)
     adapter.before_training([*train_rows, *eval_rows])
     set_seed(train.seed, device_specific=True)  # dropout and noise differ between processes
     return Run(

@@ -25,7 +25,7 @@ SETTINGS = ("train.save_every=1", "train.num_epochs=1", "train.num_steps=null")
 def row_of_step(step: int, process: int = 0, num_processes: int = 1) -> int:
     """A row that the toy's run first sees at `step`, counted from 1, on one process."""
     order = Order(24, 4 // num_processes, 1, num_processes, seed=0)
-    return order.micro_batch(step - 1, process)[0]
+    return order.micro_batch(step - 1, process)[0].row
 
 
 @pytest.mark.parametrize("backward", ["joint", "per_candidate"])

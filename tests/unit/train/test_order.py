@@ -16,10 +16,10 @@ from mmalign.train.order import Order, batches, held_out
 def stream(order: Order, num: int) -> list[int]:
     """Row numbers of the first `num` micro-batches over all processes, in order."""
     return [
-        row
+        visit.row
         for index in range(num)
         for process in range(order.num_processes)
-        for row in order.micro_batch(index, process)
+        for visit in order.micro_batch(index, process)
     ]
 
 
@@ -29,6 +29,18 @@ def test_every_epoch_holds_every_row_once_in_another_order() -> None:
     assert sorted(rows[:12]) == sorted(rows[12:]) == list(range(12))
     assert rows[:12] != rows[12:]
     assert rows[:12] != list(range(12))
+
+
+def test_draws_depend_on_the_visit_alone() -> None:
+    one = Order(num_rows=11, batch_size=4, accumulate=3, num_processes=1, seed=1)
+    two = Order(num_rows=11, batch_size=2, accumulate=6, num_processes=1, seed=1)
+    visits = [visit for i in range(10) for visit in one.micro_batch(i, 0)]
+    assert visits == [visit for i in range(20) for visit in two.micro_batch(i, 0)]
+    draws = [visit.draw for visit in visits]
+    assert len(set(draws)) == len(draws)
+    assert all(0 <= draw < 2**63 for draw in draws)
+    other = Order(num_rows=11, batch_size=4, accumulate=3, num_processes=1, seed=2)
+    assert {visit.draw for visit in other.micro_batch(0, 0)}.isdisjoint(draws)
 
 
 def test_the_last_batch_of_an_epoch_is_filled_from_the_next() -> None:

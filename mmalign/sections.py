@@ -1,0 +1,270 @@
+"""The sections of a configuration: what may be set, and which settings exclude each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, cast
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
+
+
+class Section(BaseModel):
+    """Frozen; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def default_of(section: BaseModel, name: str) -> object:
+    """The default of a setting."""
+    fields: dict[str, FieldInfo] = type(section).model_fields
+    return fields[name].default
+
+
+def only_read_by(section: Section, choice: str, readers: dict[str, tuple[str, ...]]) -> None:
+    """Refuse a setting that differs from its default where the section's `choice` ignores it."""
+    chosen = getattr(section, choice)
+    for key, kinds in readers.items():
+        if getattr(section, key) != default_of(section, key) and chosen not in kinds:
+            raise ValueError(
+                f"`{key}` is only read with {choice}: {' or '.join(kinds)} (found {chosen})"
+            )
+
+
+class LoraSpec(Section):
+    """Low-rank adapters on the policy."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0)
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="keep 0: with it policy and reference differ"
+    )
+    targets: str | list[str] = Field(
+        default="auto",
+        description="module names, or all-linear; auto: all-linear for text, the attention's "
+        "projections for diffusion",
+    )
+    dora: bool = False
+
+
+class ModelConfig(Section):
+    """The model to train."""
+
+    path: str = Field(description="folder or hub name")
+    revision: str | None = None
+    adapter: str | None = Field(
+        default=None, description="an existing peft adapter to continue from"
+    )
+    dtype: Literal["float64", "float32", "bfloat16"] = "float32"
+    lora: LoraSpec | None = None
+    quantization: Literal["4bit", "8bit"] | None = None
+    gradient_checkpointing: bool = False
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    trust_remote_code: bool = False
+
+
+class MixturePart(Section):
+    """One member of a reference mixture: sum of weight times log-probability."""
+
+    weight: float
+    path: str | None = Field(
+        default=None, description="folder or hub name; none means the policy's start"
+    )
+
+
+class ReferenceConfig(Section):
+    """The frozen model that log-ratios are taken against."""
+
+    kind: Literal["auto", "lora-off", "frozen-copy", "ema", "mixture", "cached", "none"] = "auto"
+    path: str | None = Field(
+        default=None, description="frozen-copy: a model other than the policy's start"
+    )
+    decay: float = Field(
+        default=0.999, ge=0, le=1, description="ema: share of the old one kept at a refresh"
+    )
+    every: int = Field(default=1, ge=1, description="ema: optimiser steps between refreshes")
+    mixture: list[MixturePart] = []
+    cache: Path | None = Field(
+        default=None, description="cached: folder; default: cache/ beside the output"
+    )
+
+    @model_validator(mode="after")
+    def _only_what_the_kind_reads(self) -> Self:
+        readers: dict[str, tuple[str, ...]] = {
+            "path": ("frozen-copy", "auto"),
+            "decay": ("ema",),
+            "every": ("ema",),
+            "mixture": ("mixture",),
+            "cache": ("cached",),
+        }
+        only_read_by(self, "kind", readers)
+        if self.kind == "mixture" and not self.mixture:
+            raise ValueError("kind: mixture needs `mixture`, a list of {weight, path}")
+        return self
+
+
+class DataSource(Section):
+    """One file or dataset."""
+
+    path: str = Field(description="JSONL, JSON, parquet, CSV, save_to_disk folder, or hub name")
+    name: str | None = Field(default=None, description="configuration of a hub dataset")
+    split: str | None = Field(default=None, description="hub split, or value of a `split` column")
+    weight: float = Field(
+        default=1.0, gt=0, description="times an epoch uses each of its rows; 0.5 is a seeded half"
+    )
+    layout: str | None = Field(
+        default=None, description="record layout; found by itself when left out"
+    )
+    pictures: Path | None = Field(
+        default=None, description="folder that picture paths start from; default: the file's own"
+    )
+
+
+def _one_or_many(value: Any) -> Any:
+    if not isinstance(value, str | dict | list):
+        found = "nothing" if value is None else repr(value)
+        raise ValueError(
+            f"must be a path, a section with `path`, or a list of them (found {found})"
+        )
+    many = cast("list[Any]", value if isinstance(value, list) else [value])
+    return [{"path": item} if isinstance(item, str) else item for item in many]
+
+
+Sources = Annotated[
+    list[DataSource],
+    BeforeValidator(_one_or_many, json_schema_input_type=str | DataSource | list[str | DataSource]),
+]
+"""A path, a source, or a list of them."""
+
+
+class DataConfig(Section):
+    """What to learn from."""
+
+    train: Sources = Field(min_length=1)
+    eval: Sources = []
+    eval_fraction: float = Field(
+        default=0.0, ge=0, lt=1, description="held out by a hash of the prompt"
+    )
+    max_samples: int | None = Field(default=None, ge=1)
+    max_eval_samples: int | None = Field(default=None, ge=1)
+    max_prompt_length: int = Field(default=512, ge=1, description="tokens")
+    max_response_length: int = Field(default=512, ge=1, description="tokens, end token included")
+    truncate_prompt: Literal["keep_end", "keep_start"] = "keep_end"
+    ties: Literal["drop", "half", "soft"] = Field(
+        default="drop", description="half: both orders, weight 1/2; soft: labels (1/2, 1/2)"
+    )
+    swap: bool = Field(default=False, description="exchange chosen and rejected (negative models)")
+    list_pairs: Literal["best_worst", "all"] = Field(
+        default="best_worst", description="how a ranked list becomes pairs, for losses on pairs"
+    )
+    bad_rows: Literal["stop", "drop"] = Field(
+        default="stop", description="drop: leave out, and count, records that have problems"
+    )
+    num_workers: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_way_to_hold_out(self) -> Self:
+        if self.eval and self.eval_fraction:
+            raise ValueError("give `eval` or `eval_fraction`, not both: the second makes the first")
+        return self
+
+
+class ObjectiveConfig(BaseModel):
+    """A preset by name, or a weighted mix; every further key is a keyword of the preset."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    name: str | None = Field(default=None, description="a preset, or my_package.module:function")
+    mix: dict[str, float | dict[str, Any]] | None = Field(
+        default=None, description="preset to weight, or to its keywords with a `weight`"
+    )
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.name is None) == (self.mix is None):
+            raise ValueError("give exactly one of `name` and `mix`; see `mmalign objectives`")
+        if self.mix is not None and not self.mix:
+            raise ValueError("`mix` is empty; write e.g. {dpo: 1, sft: 0.1}")
+        return self
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The preset's keyword arguments."""
+        return dict(self.model_extra or {})
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    num_steps: int | None = Field(default=None, ge=1, description="overrides num_epochs")
+    num_epochs: float = Field(default=1.0, gt=0)
+    batch_size: int = Field(default=4, ge=1, description="rows a device and micro-batch")
+    accumulate: int = Field(default=1, ge=1)
+    eval_batch_size: int | None = Field(default=None, ge=1)
+    lr: float = Field(default=1e-6, gt=0)
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "sgd"] = "adamw"
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = Field(
+        default=0.0, ge=0, description="steps if at least 1, else a share of all steps"
+    )
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    mixed_precision: Literal["no", "bf16"] = "no"
+    backward: Literal["joint", "per_candidate"] = "joint"
+    seed: int = 0
+    log_every: int = Field(default=1, ge=1)
+    eval_every: int | None = Field(
+        default=None, ge=1, description="steps; the end is always evaluated"
+    )
+    save_every: int | None = Field(default=None, ge=1, description="steps; the end is always saved")
+    sample_every: int | None = Field(default=None, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    num_threads: int | None = Field(
+        default=None, ge=1, description="CPU threads; 1 is best for tiny models"
+    )
+    check_reference: bool = Field(
+        default=True, description="stop if policy and reference differ before step 1"
+    )
+
+
+class SampleConfig(Section):
+    """Completions or pictures made during training and shown in the report."""
+
+    num_prompts: int = Field(default=4, ge=0, description="taken from the eval rows")
+    prompts: list[str] = Field(
+        default=[], description="diffusion: prompts to show in place of those of the eval rows"
+    )
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=0.0, ge=0, description="0 is greedy")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+
+
+class MaskConfig(Section):
+    """Position weights for SparsePO and tree losses."""
+
+    kind: Literal["learned", "activations", "spans", "steps"] = "learned"
+    common: bool = Field(default=True, description="learned: one head for reward and KL masks")
+    on_reward: bool = True
+    on_kl: bool = True
+    lr: float | None = Field(default=None, description="learned: the head's own learning rate")
+    weight_decay: float = Field(default=0.01, ge=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class TextConfig(Section):
+    """Settings of the text adapter."""
+
+    shared_prefix: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="prompt once, then each response; exact; off where a model cannot do it",
+    )
+    block_size: int = Field(
+        default=1024, ge=1, description="response positions with logits at one time"
+    )
+    chat_template: bool = Field(
+        default=True, description="use the tokenizer's template where it has one"
+    )
+    system_prompt: str | None = None
+    masks: MaskConfig | None = None

@@ -1,0 +1,72 @@
+"""Writing what the reference says about every row, for runs with `reference.kind: cached`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmalign.errors import ConfigError
+from mmalign.models.adapter import load_usable
+from mmalign.text.cached import ReferenceCache, check_cacheable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mmalign.config import RunConfig
+    from mmalign.core import Needs
+    from mmalign.text.adapter import TextAdapter
+
+
+def write_reference(
+    config: RunConfig, needs: Needs, build: Callable[[RunConfig, Needs], TextAdapter]
+) -> str:
+    """Store what the reference says about every row of a config; rows that are there stay.
+
+    Args:
+        config: The run's configuration.
+        needs: Of its objective.
+        build: Makes the adapter.
+
+    Returns:
+        What was done, as a sentence.
+
+    Raises:
+        ConfigError: A reference that no cache can hold.
+    """
+    from accelerate import Accelerator
+    from rich.console import Console
+    from rich.progress import track
+
+    from mmalign.config import ReferenceConfig
+
+    reference = config.reference
+    if not needs.reference:
+        raise ConfigError("cache: the objective reads no reference, so there is nothing to store")
+    if reference.kind in ("ema", "mixture") or reference.path is not None:
+        raise ConfigError(
+            "cache: it holds the model that training starts from as the reference; "
+            f"reference.{'path' if reference.path else 'kind'} asks for another"
+        )
+    check_cacheable(config, needs)
+    rows = [row for part in load_usable(config, needs) for row in part]
+    device = Accelerator().device
+    live = config.model_copy(update={"reference": ReferenceConfig()})
+    adapter = build(live, needs).to(device).eval()
+    cache = ReferenceCache(config, adapter.encoder, needs)
+    absent = set(cache.store.missing(map(cache.key, rows)))
+    todo = [row for row in rows if cache.key(row) in absent]
+    size = config.train.eval_batch_size or config.train.batch_size
+    console = Console(stderr=True)
+    with cache.store:
+        for start in track(
+            range(0, len(todo), size), "reference", console=console, disable=not console.is_terminal
+        ):
+            part = todo[start : start + size]
+            batch = adapter.collate(part).to(device)
+            values = adapter.reference_values(batch, needs)[cache.name]  # [B, K, L, ...]
+            lengths = batch.inputs["response_mask"].sum(-1).amax(1).tolist()  # [B]
+            for row, value, length in zip(part, values, lengths, strict=True):
+                cache.put(row, value[:, :length])
+    return (
+        f"{cache.store.folder}: {len(todo)} rows written, {len(rows) - len(todo)} were there. "
+        "Train with reference.kind=cached"
+    )
