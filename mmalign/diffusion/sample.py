@@ -1,0 +1,297 @@
+"""Pictures from prompts: a positive and, where wanted, a negative model, one start noise a seed.
+
+e = e_neg(x, t, empty) + guidance * (e_pos(x, t, prompt) - e_neg(x, t, empty))
+
+The steps are those of diffusers' schedulers; the denoiser is ours, so a pipeline without a VAE and
+a second network for the empty prompt go through the same lines.
+
+Source: Diffusion-NPO (two networks, `pipeline_*double_unet.py`), Lin et al. 2023, arXiv:2305.08891
+    (rescaled guidance).
+Departs: the latents stay in float32 between steps also where the network runs in bfloat16.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmalign.diffusion.denoiser import Condition, predict
+from mmalign.diffusion.guidance import guided
+from mmalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from PIL.Image import Image
+    from torch import Tensor, nn
+
+    from mmalign.config import DiffusionConfig
+    from mmalign.diffusion.latents import PixelSpace, Vae
+    from mmalign.diffusion.models import Components
+
+
+def generate(
+    model: nn.Module,
+    components: Components,
+    decoder: Vae | PixelSpace,
+    diffusion: DiffusionConfig,
+    prompts: Condition,
+    empty: Condition | None,
+    *,
+    seeds: Sequence[int],
+    negative_model: nn.Module | None = None,
+    batch_size: int = 4,
+) -> list[Image]:
+    """One picture a prompt.
+
+    Args:
+        model: The network to sample from; may carry adapters.
+        components: What the pipeline's files say.
+        decoder: Latents to pixels, on the same device.
+        diffusion: `sampling`, `resolution` and the kind of prediction are read.
+        prompts: N embedded prompts.
+        empty: The empty prompt, one row; not needed with guidance 1 or less.
+        seeds: Seed of each picture's start noise. `diffusers` gives the same picture for
+            `generator=torch.Generator("cpu").manual_seed(seed)`.
+        negative_model: A second network for the empty prompt.
+        batch_size: Pictures at one time; no picture depends on it.
+
+    Raises:
+        ConfigError: What the sampler, the guidance or the size cannot be.
+    """
+    height, width = picture_size(diffusion, decoder.factor)
+    shape = (decoder.channels, height // decoder.factor, width // decoder.factor)
+    device = next(model.parameters()).device
+    pictures: list[Image] = []
+    for start in range(0, len(seeds), batch_size):
+        part = slice(start, start + batch_size)
+        noise = start_noise(seeds[part], shape).to(device)
+        latents = denoise(
+            model,
+            components,
+            diffusion,
+            prompts.rows(torch.arange(start, start + len(noise))),
+            empty,
+            noise,
+            pixels=(height, width),
+            negative_model=negative_model,
+        )
+        # One by one: decoding a large picture takes more memory than a step of the denoiser.
+        pictures += [to_picture(decoder.decode(latents[i : i + 1])[0]) for i in range(len(latents))]
+    return pictures
+
+
+@torch.no_grad()
+def denoise(
+    model: nn.Module,
+    components: Components,
+    diffusion: DiffusionConfig,
+    prompts: Condition,
+    empty: Condition | None,
+    noise: Tensor,
+    *,
+    pixels: tuple[int, int],
+    negative_model: nn.Module | None = None,
+) -> Tensor:
+    """Start noise to clean latents.
+
+    Args:
+        model: The network to sample from.
+        components: What the pipeline's files say.
+        diffusion: `sampling` and the kind of prediction are read.
+        prompts: N embedded prompts.
+        empty: The empty prompt, one row.
+        noise: [N, C, H, W], standard normal.
+        pixels: Height and width of the pictures, which SDXL is told.
+        negative_model: A second network for the empty prompt.
+
+    Returns:
+        [N, C, H, W] in float32, or float64 where the noise is.
+    """
+    spec, family = diffusion.sampling, components.family
+    has_guidance = spec.guidance > 1.0
+    if negative_model is not None and not has_guidance:
+        raise ConfigError(
+            f"diffusion.sampling.negative is only read with guidance above 1 (found "
+            f"{spec.guidance:g})"
+        )
+    if has_guidance and empty is None:
+        raise ConfigError(f"guidance {spec.guidance:g} needs the empty prompt's embedding")
+    scheduler = scheduler_for(components.scheduler_config, diffusion, latents=noise.shape[-2:])
+    device, count = noise.device, len(noise)
+    dtype = torch.promote_types(noise.dtype, torch.float32)
+    positive = _sized(prompts.to(device), family, pixels)
+    negative = None
+    if has_guidance and empty is not None:
+        negative = _sized(empty.to(device).repeat(count), family, pixels)
+
+    def run(network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        own = next(network.parameters()).dtype
+        return predict(network, family, x.to(own), t.expand(len(x)), condition).to(dtype)
+
+    latents = noise.to(dtype) * getattr(scheduler, "init_noise_sigma", 1.0)
+    with _evaluating(model, negative_model):
+        for t in scheduler.timesteps.to(device):
+            scale = getattr(scheduler, "scale_model_input", None)
+            x = latents if scale is None else scale(latents, t)
+            if negative is None:
+                output = run(model, x, t, positive)
+            else:
+                if negative_model is None:  # one network: both branches in one pass
+                    both = run(model, torch.cat([x, x]), t, _joined(positive, negative))
+                    pos, neg = both.chunk(2)
+                else:
+                    pos = run(model, x, t, positive)
+                    neg = run(negative_model, x, t, negative)
+                output = guided(pos, neg, spec.guidance, spec.rescale)
+            latents = scheduler.step(output, t, latents, return_dict=False)[0].to(dtype)
+    return latents
+
+
+def start_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """[N, *shape]: each row from its own seed, drawn on the CPU, so the same on every device."""
+    return torch.stack(
+        [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
+
+
+def to_picture(pixels: Tensor) -> Image:
+    """[C, H, W] in [-1, 1] as an 8-bit picture; one channel gives a grey one."""
+    from PIL import Image as pil
+
+    levels = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+    if len(levels) == 1:
+        return pil.fromarray(levels[0].numpy())
+    return pil.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+
+
+def picture_size(diffusion: DiffusionConfig, factor: int) -> tuple[int, int]:
+    """Height and width in pixels.
+
+    Raises:
+        ConfigError: A side that the VAE cannot give.
+    """
+    spec = diffusion.sampling
+    size = (spec.height or diffusion.resolution, spec.width or diffusion.resolution)
+    if any(side % factor for side in size):
+        raise ConfigError(
+            f"diffusion.sampling: pictures of {size[0]} x {size[1]} pixels cannot be made; each "
+            f"side must be a multiple of {factor}, the size of one latent"
+        )
+    return size
+
+
+def scheduler_for(
+    config: Mapping[str, Any], diffusion: DiffusionConfig, *, latents: Sequence[int] = ()
+) -> Any:
+    """diffusers' scheduler for `diffusion.sampling`, with its timesteps set.
+
+    Args:
+        config: The pipeline's scheduler_config.json.
+        diffusion: Sampler, number of steps, prediction and noise table.
+        latents: Height and width of the latents, for flow models whose shift depends on it.
+
+    Raises:
+        ConfigError: A sampler that does not fit the prediction, or too many steps.
+    """
+    spec = diffusion.sampling
+    is_flow = diffusion.prediction == "flow" or "FlowMatch" in str(config.get("_class_name", ""))
+    total = int(config.get("num_train_timesteps", 1000))
+    if spec.num_steps > total:
+        raise ConfigError(
+            f"diffusion.sampling.num_steps is {spec.num_steps}, but the model knows {total} levels"
+        )
+    if is_flow:
+        return _flow_scheduler(config, diffusion, latents)
+    prediction = diffusion.prediction
+    if prediction == "auto":
+        prediction = str(config.get("prediction_type", "epsilon"))
+    changes: dict[str, Any] = {"prediction_type": prediction}
+    if diffusion.zero_terminal_snr:
+        # The last level is pure noise and must be the first step, which "leading" leaves out.
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    import diffusers
+
+    if spec.sampler == "ddim":
+        kind, changes["clip_sample"] = diffusers.DDIMScheduler, spec.clip_sample
+    elif spec.sampler == "euler":
+        kind = diffusers.EulerDiscreteScheduler
+        if prediction == "sample":
+            raise ConfigError(
+                "diffusion.sampling.sampler is euler, which cannot step with a network that "
+                "predicts the clean picture; use ddim or dpmpp"
+            )
+    else:
+        kind = diffusers.DPMSolverMultistepScheduler
+        if config.get("beta_schedule") == "squaredcos_cap_v2":
+            changes.setdefault("lambda_min_clipped", -5.1)  # as its documentation asks
+    if spec.clip_sample and spec.sampler != "ddim":
+        raise ConfigError("diffusion.sampling.clip_sample is only read with sampler: ddim")
+    scheduler = kind.from_config(dict(config), **changes)
+    scheduler.set_timesteps(spec.num_steps)
+    return scheduler
+
+
+def _flow_scheduler(
+    config: Mapping[str, Any], diffusion: DiffusionConfig, latents: Sequence[int]
+) -> Any:
+    spec = diffusion.sampling
+    if spec.sampler not in ("auto", "euler") or spec.clip_sample:
+        raise ConfigError(
+            f"diffusion.sampling.sampler is {spec.sampler}, but a flow model is sampled with euler "
+            "and without clip_sample"
+        )
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
+    shift: dict[str, float] = {}
+    if config.get("use_dynamic_shifting"):
+        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
+            calculate_shift,
+        )
+
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        given = [config[name] for name in names if name in config]
+        shift["mu"] = calculate_shift(
+            (latents[0] // 2) * (latents[1] // 2), *(given if len(given) == len(names) else ())
+        )
+    scheduler.set_timesteps(spec.num_steps, **shift)
+    return scheduler
+
+
+def _sized(condition: Condition, family: str, pixels: tuple[int, int]) -> Condition:
+    """SDXL: told that the picture is of this size and not cropped."""
+    if family != "sdxl":
+        return condition
+    ids = torch.tensor([*pixels, 0, 0, *pixels], dtype=condition.embeds.dtype)
+    return replace(
+        condition, time_ids=ids.to(condition.embeds.device).repeat(len(condition.embeds), 1)
+    )
+
+
+def _joined(first: Condition, second: Condition) -> Condition:
+    def join(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        return None if a is None or b is None else torch.cat([a, b])
+
+    return replace(
+        first,
+        embeds=torch.cat([first.embeds, second.embeds]),
+        pooled=join(first.pooled, second.pooled),
+        time_ids=join(first.time_ids, second.time_ids),
+    )
+
+
+@contextmanager
+def _evaluating(*models: nn.Module | None) -> Iterator[None]:
+    """Evaluation mode inside the block; every module's own mode comes back after it."""
+    modes = [(part, part.training) for model in models if model for part in model.modules()]
+    try:
+        for part, _ in modes:
+            part.training = False
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
