@@ -1,7 +1,7 @@
 """Records in, Examples out: sources, public layouts, validation, selection and the cache."""
 
 from mmalign.data.convert import find_layout, to_record
-from mmalign.data.example import Candidate, Example, Message
+from mmalign.data.example import Candidate, Example, Message, Picture
 from mmalign.data.layouts import LAYOUTS
 from mmalign.data.parse import OPTIONAL, parse_record
 from mmalign.data.records import convert_file, read_records
@@ -34,6 +34,7 @@ __all__ = [
     "Candidate",
     "Example",
     "Message",
+    "Picture",
     "Report",
     "all_pairs",
     "assign_users",

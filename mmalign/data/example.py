@@ -21,6 +21,19 @@ class Message:
     content: str
 
 
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture by reference: a file, or one cell of a table; its bytes are read when needed."""
+
+    path: Path  # the picture file, or the parquet or arrow file that holds it
+    row: int = -1  # of the table, counted from 0; -1: `path` is the picture itself
+    column: str = ""
+
+    def __str__(self) -> str:
+        """The place, as messages name it; rows count from 1."""
+        return str(self.path) if self.row < 0 else f"{self.path}:{self.row + 1} {self.column}"
+
+
 Prompt = str | tuple[Message, ...]
 Response = Prompt
 
@@ -29,7 +42,7 @@ Response = Prompt
 class Candidate:
     """One (context, response) pair of a row; what is None comes from the row."""
 
-    response: str | Path | tuple[Message, ...]
+    response: str | Path | Picture | tuple[Message, ...]  # "": none, of a row of a prompt alone
     prompt: Prompt | None = None  # None: the row's prompt
     video: Path | None = None  # None: the row's video
     spans: tuple[tuple[int, int], ...] = ()  # character ranges [start, end) of the response
@@ -65,13 +78,15 @@ class Example:
         return len(rated) > 1 and len(set(rated)) == 1
 
 
-def as_text(text: Prompt | Path) -> str:
+def as_text(text: Prompt | Path | Picture) -> str:
     """A prompt or response as one string, with the roles of a conversation."""
     if not isinstance(text, tuple):
         return str(text)
     return "\n".join(f"{turn.role}: {turn.content}" for turn in text)
 
 
-def normalised(text: Prompt | Path) -> str:
+def normalised(text: Prompt | Path | Picture) -> str:
     """The text without what does not make it another one: case, spacing, forms of a character."""
+    if isinstance(text, Picture):
+        return str(text)
     return " ".join(unicodedata.normalize("NFKC", as_text(text)).casefold().split())
