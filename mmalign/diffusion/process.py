@@ -1,0 +1,299 @@
+"""Noise processes: how a clean picture becomes a noisy one, and what the network is to predict.
+
+A noisy picture is x_t = alpha_t x0 + sigma_t noise. In the variance-preserving process alpha_t^2 is
+an entry of a table and t its index; in the rectified flow alpha = 1 - sigma and t is sigma itself.
+Numbers are computed in float32, in float64 where a picture is float64, never in half precision.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mmalign.core.numerics import full_precision
+from mmalign.diffusion.schedules import alphas_cumprod, betas, zero_terminal
+from mmalign.errors import ConfigError
+
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
+Weighting = Literal["constant", "epsilon", "sample", "min_snr"]
+
+
+class NoiseProcess(ABC):
+    """A forward process, and one kind of prediction.
+
+    Attributes:
+        prediction: What the network returns: "epsilon" the noise, "sample" the clean picture,
+            "v_prediction" alpha noise - sigma x0, "flow" noise - x0.
+        num_timesteps: Levels of the schedule the network was trained on.
+        ends_in_noise: A table whose last entry keeps nothing of the picture.
+    """
+
+    prediction: Prediction
+    num_timesteps: int
+    ends_in_noise: bool = False
+
+    @abstractmethod
+    def timestep(self, u: Tensor) -> Tensor:  # [N] -> [N]
+        """The timestep at a quantile of the schedule: 0 is the least noise, 1 (excluded) the most.
+
+        Args:
+            u: [N] in [0, 1), any float type.
+        """
+
+    @abstractmethod
+    def timestep_input(self, t: Tensor) -> Tensor:  # [N] -> [N]
+        """The number that the network is given for `t`."""
+
+    @abstractmethod
+    def grid(self, num_steps: int) -> list[float]:
+        """Where an inversion in `num_steps` steps begins its moves, rising, in units of `t`.
+
+        The first entry lies below the schedule: the release calls the network there.
+        """
+
+    @abstractmethod
+    def level(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t, shaped [N, 1, ...] for `like`; below the schedule: its first level.
+
+        Args:
+            t: [N] timesteps, on any device.
+            like: [N, ...]; gives device and number of axes, and float64 where it is float64.
+        """
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:  # [N, ...]
+        """x_t = alpha_t x0 + sigma_t noise."""
+        alpha, sigma = self.level(t, x0)
+        return alpha * full_precision(x0) + sigma * full_precision(noise)
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:  # [N, ...]
+        """What a perfect network returns for the x_t of `x0` and `noise`."""
+        x0, noise = full_precision(x0), full_precision(noise)
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "sample":
+            return x0
+        if self.prediction == "flow":
+            return noise - x0
+        alpha, sigma = self.level(t, x0)
+        return alpha * noise - sigma * x0
+
+    def x0_from(self, pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:  # [N, ...]
+        """The clean picture that a prediction implies.
+
+        Raises:
+            ConfigError: The noise table ends in pure noise and the network predicts noise: there
+                the clean picture does not follow from it.
+        """
+        alpha, sigma = self.level(t, x_t)
+        pred, x_t = full_precision(pred), full_precision(x_t)
+        if self.prediction == "sample":
+            return pred
+        if self.prediction == "v_prediction":
+            return alpha * x_t - sigma * pred
+        if self.prediction == "flow":
+            return x_t - sigma * pred
+        self._has_signal("the clean picture cannot be estimated from predicted noise")
+        return (x_t - sigma * pred) / alpha
+
+    def eps_from(self, pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:  # [N, ...]
+        """The noise that a prediction implies."""
+        alpha, sigma = self.level(t, x_t)
+        pred, x_t = full_precision(pred), full_precision(x_t)
+        if self.prediction == "epsilon":
+            return pred
+        if self.prediction == "v_prediction":
+            return alpha * pred + sigma * x_t
+        if self.prediction == "flow":
+            return x_t + alpha * pred
+        return (x_t - alpha * pred) / sigma
+
+    def error_weight(self, t: Tensor, kind: Weighting, gamma: float = 5.0) -> Tensor:  # [N]
+        """Factor of the squared error of the raw prediction, at each timestep.
+
+        "epsilon" makes it the error of the implied noise, "sample" the error of the implied clean
+        picture; "min_snr" is the latter times min(alpha^2 / sigma^2, gamma).
+
+        Args:
+            t: [N] timesteps.
+            kind: Which weight.
+            gamma: min_snr: the largest signal-to-noise ratio that counts.
+
+        Raises:
+            ConfigError: "sample" with predicted noise on a table that ends in pure noise.
+
+        Source: Hang et al. 2023, arXiv:2303.09556 (min_snr); the others are changes of variable.
+        """
+        alpha, sigma = self.level(t, torch.empty(len(t), device=t.device))
+        if kind == "constant":
+            return torch.ones_like(alpha)
+        if kind == "epsilon":
+            return {
+                "epsilon": torch.ones_like(alpha),
+                "v_prediction": alpha**2,
+                "flow": alpha**2,
+                "sample": (alpha / sigma) ** 2,
+            }[self.prediction]
+        if kind == "min_snr":
+            ratio = (alpha / sigma) ** 2
+            if self.prediction == "epsilon":  # in this order also where the ratio is 0
+                return (gamma / ratio).clamp(max=1.0)
+            of_sample = 1.0 if self.prediction == "sample" else sigma**2
+            return of_sample * ratio.clamp(max=gamma)
+        if self.prediction == "sample":
+            return torch.ones_like(alpha)
+        if self.prediction != "epsilon":
+            return sigma**2
+        self._has_signal("timesteps.weighting: sample has no value")
+        return (sigma / alpha) ** 2
+
+    def _has_signal(self, consequence: str) -> None:
+        if self.ends_in_noise:
+            raise ConfigError(
+                f"{consequence}: the noise table ends in pure noise (zero terminal SNR) and the "
+                "model predicts noise. Use a model of v_prediction, or zero_terminal_snr: false"
+            )
+
+
+class VPTable(NoiseProcess):
+    """Variance-preserving process (DDPM): alpha_t^2 = alphas_cumprod[t], sigma_t^2 = 1 - that.
+
+    Args:
+        alphas_cumprod: [T] float32, falling; 0 at the end is allowed (zero terminal SNR).
+        prediction: "epsilon", "v_prediction" or "sample".
+    """
+
+    def __init__(self, alphas_cumprod: Tensor, prediction: Prediction = "epsilon") -> None:
+        if prediction == "flow":
+            raise ConfigError("a table of alphas_cumprod has no flow prediction")
+        self.prediction = prediction
+        self.table = full_precision(alphas_cumprod.detach()).cpu()
+        self.num_timesteps = len(self.table)
+        self.ends_in_noise = bool(self.table[-1] <= 0.0)
+        self._moved: dict[torch.device, Tensor] = {}
+
+    def timestep(self, u: Tensor) -> Tensor:  # [N] -> [N] int64
+        """floor(T u), an index of the table."""
+        index = (u.double() * self.num_timesteps).floor().long()
+        return index.clamp(0, self.num_timesteps - 1)
+
+    def timestep_input(self, t: Tensor) -> Tensor:  # [N] -> [N]
+        """The index itself."""
+        return t
+
+    def grid(self, num_steps: int) -> list[float]:
+        """1 - S, 1, 1 + S, ..., with S = floor(T / num_steps), as diffusers 0.20 spaces them."""
+        stride = self.num_timesteps // num_steps
+        return [1 - stride + i * stride for i in range(num_steps)]
+
+    def level(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Square roots of the table at `t` and of its complement; t < 0 reads entry 0."""
+        if like.device not in self._moved:
+            self._moved[like.device] = self.table.to(like.device)
+        index = t.to(like.device).long().clamp(min=0)
+        share = self._moved[like.device][index]
+        share = share.double() if like.dtype == torch.float64 else share
+        share = share.view(-1, *(1,) * (like.dim() - 1))
+        return share.sqrt(), (1.0 - share).sqrt()
+
+
+class RectifiedFlow(NoiseProcess):
+    """Straight paths: x_sigma = (1 - sigma) x0 + sigma noise, velocity noise - x0; t is sigma.
+
+    Args:
+        num_timesteps: Levels of the schedule; the network is given num_timesteps * sigma.
+        shift: s moves level u to s u / (1 + (s - 1) u): more noise for s > 1 (3 for SD3).
+    """
+
+    prediction: Prediction = "flow"
+
+    def __init__(self, num_timesteps: int = 1000, shift: float = 1.0) -> None:
+        self.num_timesteps = num_timesteps
+        self.shift = shift
+
+    def timestep(self, u: Tensor) -> Tensor:  # [N] -> [N] float32
+        """The shifted level (floor(T u) + 1) / T: the levels of the scheduler, never 0."""
+        index = (u.double() * self.num_timesteps).floor().clamp(0, self.num_timesteps - 1)
+        return self._shifted((index + 1.0) / self.num_timesteps).float()
+
+    def timestep_input(self, t: Tensor) -> Tensor:  # [N] -> [N]
+        """num_timesteps * sigma."""
+        return t * self.num_timesteps
+
+    def grid(self, num_steps: int) -> list[float]:
+        """Shifted levels 0, 1/n, ..., (n - 1)/n; the flow begins at the clean picture itself."""
+        levels = torch.arange(num_steps, dtype=torch.float64) / num_steps
+        return self._shifted(levels).tolist()
+
+    def level(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """1 - sigma and sigma."""
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        sigma = t.to(device=like.device, dtype=wide).clamp(min=0.0)
+        sigma = sigma.view(-1, *(1,) * (like.dim() - 1))
+        return 1.0 - sigma, sigma
+
+    def _shifted(self, u: Tensor) -> Tensor:
+        return self.shift * u / (1.0 + (self.shift - 1.0) * u)
+
+
+def process_from(
+    scheduler_config: Mapping[str, Any], prediction: str = "auto", zero_terminal_snr: bool = False
+) -> NoiseProcess:
+    """The noise process that a model's scheduler describes.
+
+    Args:
+        scheduler_config: Contents of `scheduler_config.json`.
+        prediction: `diffusion.prediction`; other than "auto" it must agree with the scheduler, or
+            fill in what that leaves out.
+        zero_terminal_snr: Rescale the table so that it ends in pure noise.
+
+    Raises:
+        ConfigError: A prediction that contradicts the scheduler, or a schedule that is not known.
+    """
+    name = str(scheduler_config.get("_class_name", ""))
+    said = scheduler_config.get("prediction_type")
+    is_flow = (
+        "FlowMatch" in name
+        or said == "flow_prediction"
+        or bool(scheduler_config.get("use_flow_sigmas"))
+    )
+    if is_flow:
+        return _flow(scheduler_config, prediction, zero_terminal_snr)
+    if "EDM" in name or said not in (None, "epsilon", "v_prediction", "sample"):
+        raise ConfigError(
+            f"the model's scheduler {name or 'without a name'} has prediction_type {said!r}; known "
+            "are noise tables (epsilon, v_prediction, sample) and flow matching"
+        )
+    if prediction == "flow" or prediction not in ("auto", said or prediction):
+        raise ConfigError(
+            f"diffusion.prediction is {prediction!r}, but the model's scheduler says "
+            f"{said or 'a noise table'!r}. Training on another target would undo what the model "
+            "has learned; use auto, or correct scheduler/scheduler_config.json"
+        )
+    table = alphas_cumprod(betas(scheduler_config))
+    if zero_terminal_snr or scheduler_config.get("rescale_betas_zero_snr"):
+        table = zero_terminal(table)
+    kind: Any = (said or "epsilon") if prediction == "auto" else prediction
+    return VPTable(table, kind)
+
+
+def _flow(config: Mapping[str, Any], prediction: str, zero_terminal_snr: bool) -> RectifiedFlow:
+    if prediction not in ("auto", "flow"):
+        raise ConfigError(
+            f"diffusion.prediction is {prediction!r}, but the model's scheduler is one of flow "
+            "matching; use auto or flow"
+        )
+    if zero_terminal_snr:
+        raise ConfigError(
+            "diffusion.zero_terminal_snr is true, but a flow always ends in pure noise; leave it out"
+        )
+    if config.get("use_dynamic_shifting"):
+        raise ConfigError(
+            "the model's scheduler shifts its levels by the size of the picture "
+            "(use_dynamic_shifting), which is not built; models with a fixed shift are"
+        )
+    shift = config.get("flow_shift", config.get("shift", 1.0))
+    return RectifiedFlow(int(config.get("num_train_timesteps", 1000)), float(shift))
