@@ -34,16 +34,26 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
         ) from error
 
 
+def denoiser_folder(folder: Path) -> Path:
+    """The folder with the weights: unet/ or transformer/ of a diffusers pipeline, or the folder."""
+    for name in ("unet", "transformer"):
+        if (folder / name / "config.json").is_file():
+            return folder / name
+    return folder
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of one checkpoint: those of its index, else the usual name, else all.
 
     Raises:
         CheckpointError: when there is none.
     """
-    for index in sorted(folder.glob("*.safetensors.index.json")):
+    # Shortest name first: of a model and its fp16 variant the model.
+    for index in sorted(folder.glob("*.safetensors.index.json"), key=lambda p: (len(p.name), p)):
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         return [folder / name for name in sorted(named)]
-    for name in ("model.safetensors", "adapter_model.safetensors"):
+    names = ("model", "diffusion_pytorch_model", "adapter_model")
+    for name in (f"{stem}.safetensors" for stem in names):
         if (folder / name).is_file():
             return [folder / name]
     files = sorted(folder.glob("*.safetensors"))

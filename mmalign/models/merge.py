@@ -9,8 +9,13 @@ Extrapolation (APO): from the results new and prev of two rounds, W = new + alph
 `merge base --add new=(1 + alpha) --add prev=-alpha`. The products B A are extrapolated. Doing so
 with the factors A and B each is another thing, since B A is not linear in both.
 
+A pipeline of diffusers is merged in its denoiser (unet/ or transformer/); all else is copied. The
+negative model of Diffusion-NPO, W + a * delta_positive + b * delta_negative, is a merge with the
+coefficients a and b.
+
 Source: Accelerated Preference Optimization, He et al. 2024, arXiv:2410.06293: Nesterov step between
-    rounds; alpha 0.3 is our default. Diffusion-NPO and Self-NPO merge with the same formula.
+    rounds; alpha 0.3 is our default. Diffusion-NPO and Self-NPO merge with the same formula
+    (`gen.py`, `gen_xl.py` of the release: a = 1 - merge_weight, b = 1).
 Departs: nothing for models whose log-probabilities are linear in the weights; else weights are
     extrapolated in place of log-probabilities.
 """
@@ -26,8 +31,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mmalign.errors import CheckpointError, ConfigError
-from mmalign.models.files import ADAPTER_CONFIG, local_folder, weight_files
+from mmalign.models.files import denoiser_folder, local_folder, weight_files
 from mmalign.models.lora_delta import Change, LoraDelta
+from mmalign.models.lora_files import is_lora
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,8 +57,9 @@ def merge_checkpoints(
     """Write base + sum of coef * delta as a full checkpoint, in the base's layout and dtype.
 
     Args:
-        base: Full checkpoint with safetensors: folder or hub name.
-        add: Full checkpoints of the same model, or peft adapters on it, each with a coefficient.
+        base: Full checkpoint with safetensors, or pipeline of diffusers: folder or hub name.
+        add: Full checkpoints of the same model, or adapters on it in the layout of peft, diffusers
+            or kohya, each with a coefficient.
         out: Folder to make; appears only when complete.
 
     Returns:
@@ -67,16 +74,21 @@ def merge_checkpoints(
         raise ConfigError(f"merge: give at least one --add DIR=COEF with finite COEF; found {add}")
     if target.exists():
         raise ConfigError(f"merge: --out {target} exists; name a new folder")
-    if (source / ADAPTER_CONFIG).is_file():
+    if is_lora(source):
         raise CheckpointError(f"merge: base {source} is an adapter; name the full model it is for")
+    weights = denoiser_folder(source)
     partial = target.with_name(f"{target.name}.part-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         with ExitStack() as files:
-            deltas = [(_delta(local_folder(path), source, files), coef) for path, coef in add]
-            for file in weight_files(source):
-                _merge_file(file, partial / file.name, deltas)
-        _copy_settings(source, partial)
+            deltas = [(_delta(path, weights, files), coef) for path, coef in add]
+            into = partial / weights.relative_to(source)
+            into.mkdir(exist_ok=True)
+            for file in weight_files(weights):
+                _merge_file(file, into / file.name, deltas)
+        _copy_settings(weights, into)
+        if weights != source:
+            _copy_pipeline(source, partial, without=weights.name)
         record = {"base": str(base), "add": [[str(path), coef] for path, coef in add]}
         (partial / "merge.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         partial.rename(target)
@@ -89,6 +101,7 @@ class _FullDelta:
     """A full checkpoint minus the base, read tensor by tensor."""
 
     def __init__(self, folder: Path, base: Path, files: ExitStack) -> None:
+        folder = denoiser_folder(folder)
         self.folder = folder
         self.where = {name: handle for handle in _open(folder, files) for name in handle.keys()}  # noqa: SIM118
         known = {name for handle in _open(base, files) for name in handle.keys()}  # noqa: SIM118
@@ -109,11 +122,12 @@ class _FullDelta:
         return Change(tensor.double(), replaces=True)
 
 
-def _delta(folder: Path, base: Path, files: ExitStack) -> Delta:
-    if not (folder / ADAPTER_CONFIG).is_file():
-        return _FullDelta(folder, base, files)
+def _delta(added: str | Path, base: Path, files: ExitStack) -> Delta:
+    path = Path(added) if Path(added).is_file() else local_folder(added)
+    if not is_lora(path):
+        return _FullDelta(path, base, files)
     names = [name for handle in _open(base, files) for name in handle.keys()]  # noqa: SIM118
-    return LoraDelta(folder, names, base)
+    return LoraDelta(path, names, base)
 
 
 def _open(folder: Path, files: ExitStack) -> list[Any]:
@@ -130,11 +144,12 @@ def _merge_file(source: Path, target: Path, deltas: Sequence[tuple[Delta, float]
     with safe_open(source, framework="pt") as handle:
         for name in handle.keys():  # noqa: SIM118  not a dict
             tensor = handle.get_tensor(name)
-            merged[name] = _merged(name, tensor, deltas) if tensor.is_floating_point() else tensor
+            merged[name] = combined(name, tensor, deltas) if tensor.is_floating_point() else tensor
         save_file(merged, target, metadata=handle.metadata())
 
 
-def _merged(name: str, tensor: Tensor, deltas: Sequence[tuple[Delta, float]]) -> Tensor:
+def combined(name: str, tensor: Tensor, deltas: Sequence[tuple[Delta, float]]) -> Tensor:
+    """tensor + sum of coef * delta, summed in float64 and rounded to the tensor's dtype."""
     base = tensor.double()
     changes = [
         (change, coef) for delta, coef in deltas if (change := delta(name, base)) is not None
@@ -152,3 +167,11 @@ def _copy_settings(source: Path, target: Path) -> None:
     for file in source.iterdir():
         if file.is_file() and file.suffix not in _WEIGHTS:
             shutil.copyfile(file, target / file.name)
+
+
+def _copy_pipeline(source: Path, target: Path, *, without: str) -> None:
+    """The other parts of a pipeline: settings at the top, and every component's folder."""
+    _copy_settings(source, target)
+    for folder in source.iterdir():
+        if folder.is_dir() and folder.name != without and not folder.name.startswith("."):
+            shutil.copytree(folder, target / folder.name)
