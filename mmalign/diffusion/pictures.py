@@ -1,0 +1,246 @@
+"""Pictures of a row to arrays of one shape; what each went through goes to SDXL's time ids."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mmalign.data.example import Picture, as_text
+from mmalign.data.pictures import decode_all, open_picture
+from mmalign.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from mmalign.config import DiffusionConfig
+    from mmalign.data.example import Example
+
+__all__ = [
+    "Frame",
+    "describe_row",
+    "open_picture",
+    "prepare",
+    "row_pictures",
+    "row_size",
+    "target_size",
+    "usable",
+]
+
+log = logging.getLogger("mmalign.diffusion")
+
+Size = tuple[int, int]  # height, width, in pixels
+
+WIDEST = 2.0
+"""Largest ratio of the sides of a bucket, and of the aspect ratios inside a row."""
+
+NAMED = 8
+"""Rows that a warning names; the others are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Where a prepared picture comes from: all that SDXL's time ids tell the network."""
+
+    size: Size  # of the picture as it was, upright
+    crop: tuple[int, int]  # top, left, in the resized picture, before a flip
+    target: Size  # of the prepared picture
+
+
+def target_size(size: Size, diffusion: DiffusionConfig) -> Size:
+    """The shape that a picture of `size` (height, width) is brought to.
+
+    A square of `resolution`, or with buckets the sides, multiples of `bucket_multiple`, of nearly
+    the same area whose aspect ratio is nearest, in the logarithm, and at most 2 to 1.
+    """
+    if not diffusion.buckets:
+        return (diffusion.resolution, diffusion.resolution)
+    wanted = math.log(size[0] / size[1])
+    choices = _buckets(diffusion.resolution, diffusion.bucket_multiple)
+    return min(choices, key=lambda b: (abs(math.log(b[0] / b[1]) - wanted), -b[0] * b[1]))
+
+
+@cache
+def _buckets(resolution: int, multiple: int) -> tuple[Size, ...]:
+    """For every side, the longest other one that keeps to `resolution` squared pixels."""
+    if resolution < multiple:
+        raise ConfigError(
+            f"diffusion.bucket_multiple is {multiple}, above diffusion.resolution {resolution}; "
+            "no bucket is that small"
+        )
+    area = resolution**2
+    sides = range(multiple, int(WIDEST * resolution) + 1, multiple)
+    pairs = [(side, area // side // multiple * multiple) for side in sides]
+    both = {*pairs, *((b, a) for a, b in pairs)}
+    return tuple(sorted((h, w) for h, w in both if w and h and 1 / WIDEST <= h / w <= WIDEST))
+
+
+def row_size(sizes: Sequence[Size], diffusion: DiffusionConfig) -> Size:
+    """The one shape of all pictures of a row: that of their mean log aspect ratio."""
+    mean = sum(math.log(height / width) for height, width in sizes) / len(sizes)
+    # In units that keep the ratio exact where all sizes are equal, as mostly they are.
+    size = sizes[0] if len(set(sizes)) == 1 else (round(2**20 * math.exp(mean)), 2**20)
+    return target_size(size, diffusion)
+
+
+def prepare(
+    pictures: Sequence[Image.Image], diffusion: DiffusionConfig, draws_seed: int | None
+) -> list[tuple[NDArray[np.float32], Frame]]:
+    """Resize, crop and flip the pictures of a row; a pure function of its arguments.
+
+    A picture is resized, with its aspect ratio kept, to the smallest size that covers the row's
+    shape (antialiased and bilinear, as torchvision resizes; one of that size stays as it is), cut
+    to that shape, and mirrored or not, like all of the row. Random places are drawn as shares of
+    the free range, so that a shared one means the same place in pictures of different sizes.
+
+    Args:
+        pictures: All candidates of the row, in RGB.
+        diffusion: Its `resolution`, `buckets`, `crop`, `shared_crop` and `flip`.
+        draws_seed: Of what is random; None: the centre, and no flip.
+
+    Returns:
+        For each picture its pixels [3, H, W], float32 in [-1, 1], and its Frame.
+    """
+    target = row_size([_size(picture) for picture in pictures], diffusion)
+    # Always drawn in the same order and number: switching one thing on changes no other.
+    rng = None if draws_seed is None else np.random.default_rng(draws_seed)
+    flip = rng is not None and rng.random() < 0.5 and diffusion.flip
+    places = np.full((len(pictures), 2), 0.5) if rng is None else rng.random((len(pictures), 2))
+    if diffusion.crop == "center":
+        places[:] = 0.5
+    elif diffusion.shared_crop:
+        places[:] = places[0]
+    return [
+        _prepare(picture, target, tuple(place), flip)
+        for picture, place in zip(pictures, places.tolist(), strict=True)
+    ]
+
+
+def _prepare(
+    picture: Image.Image, target: Size, place: tuple[float, ...], flip: bool
+) -> tuple[NDArray[np.float32], Frame]:
+    size = _size(picture)
+    scaled = _covering(size, target)
+    if scaled != size:
+        picture = picture.resize((scaled[1], scaled[0]), Image.Resampling.BILINEAR)
+    free = [scaled[axis] - target[axis] for axis in (0, 1)]
+    # Half of an odd range is rounded as torchvision's centre crop does; a share is in [0, 1).
+    top, left = (
+        round(free[axis] / 2) if place[axis] == 0.5 else int(place[axis] * (free[axis] + 1))
+        for axis in (0, 1)
+    )
+    picture = picture.crop((left, top, left + target[1], top + target[0]))
+    if flip:
+        picture = ImageOps.mirror(picture)
+    pixels = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1) / np.float32(127.5) - 1
+    return np.ascontiguousarray(pixels), Frame(size, (top, left), target)
+
+
+def _size(picture: Image.Image) -> Size:
+    return (picture.height, picture.width)
+
+
+def _covering(size: Size, target: Size) -> Size:
+    """The smallest size of the same aspect ratio that covers `target`."""
+    (height, width), (rows, columns) = size, target
+    if rows * width >= columns * height:  # the height decides
+        return (rows, max(columns, rows * width // height))
+    return (max(rows, columns * height // width), columns)
+
+
+def usable(
+    examples: Sequence[Example], diffusion: DiffusionConfig
+) -> tuple[list[Example], list[str]]:
+    """The rows whose pictures can all be decoded and brought to one shape.
+
+    Every picture is decoded once, in threads, and let go. A row goes as a whole: with a picture
+    that cannot be decoded, or with two whose aspect ratios differ by more than 2 to 1. Rows of a
+    prompt alone stay. What is left out is logged as one warning.
+
+    Args:
+        examples: Rows of one run.
+        diffusion: For the size that small pictures are enlarged to.
+
+    Returns:
+        The rows that are left, and what was found, as sentences; the warning is made of them.
+
+    Raises:
+        DataError: A response is text, or no row is left.
+    """
+    found = decode_all((p for row in examples for p in row_pictures(row)), _size)
+    kept: list[Example] = []
+    broken: list[str] = []
+    odd: list[str] = []
+    enlarged = 0
+    for row in examples:
+        results = [found[picture] for picture in row_pictures(row)]
+        errors = [result for result in results if isinstance(result, DataError)]
+        sizes = [result for result in results if not isinstance(result, DataError)]
+        aspects = [height / width for height, width in sizes]
+        if errors:
+            broken.append(f"{row.id}: {errors[0]}")
+        elif aspects and max(aspects) > WIDEST * min(aspects):
+            odd.append(f"{row.id} ({' and '.join(f'{w} x {h}' for h, w in sizes)})")
+        else:
+            kept.append(row)
+            target = row_size(sizes, diffusion) if sizes else (0, 0)
+            enlarged += any(h < target[0] or w < target[1] for h, w in sizes)
+    notes = [
+        _sentence(broken, "with a picture that cannot be decoded are left out", "; "),
+        _sentence(odd, "with aspect ratios more than 2 to 1 apart are left out", ", "),
+    ]
+    if enlarged:
+        notes.append(f"{enlarged} rows have pictures smaller than they are trained at: enlarged.")
+    notes = [note for note in notes if note]
+    if examples and not kept:
+        raise DataError(f"none of {len(examples)} rows can be used. {' '.join(notes)}")
+    if notes:
+        log.warning("of %d rows: %s", len(examples), " ".join(notes))
+    return kept, notes
+
+
+def _sentence(rows: Sequence[str], what: str, between: str) -> str:
+    if not rows:
+        return ""
+    more = f"{between}and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+    return f"{len(rows)} rows {what}: {between.join(rows[:NAMED])}{more}."
+
+
+def row_pictures(row: Example) -> list[Picture]:
+    """The pictures of a row's candidates; none for a row of a prompt alone.
+
+    Raises:
+        DataError: A response is text.
+    """
+    pictures = [c.response for c in row.candidates if isinstance(c.response, Picture)]
+    if len(pictures) != len(row.candidates) and any(c.response for c in row.candidates):
+        raise DataError(
+            f"row {row.id!r}: the responses are text, and diffusion needs pictures: image_chosen "
+            "and image_rejected, images, or image. Where chosen and rejected are paths of "
+            "pictures, set `layout: pictures`"
+        )
+    return pictures
+
+
+def describe_row(row: Example, diffusion: DiffusionConfig) -> str:
+    """A row for a terminal: its captions, and each picture with its label, size and crop."""
+    pictures = [open_picture(picture) for picture in row_pictures(row)]
+    frames = [frame for _, frame in prepare(pictures, diffusion, None)] if pictures else []
+    lines = [f"row {row.id}, weight {row.weight:g}: {as_text(row.prompt) or '(own captions)'}"]
+    if not frames:
+        lines.append("  a prompt alone: its picture is generated in training")
+    for i, (candidate, frame) in enumerate(zip(row.candidates, frames, strict=False)):
+        (height, width), (top, left), target = frame.size, frame.crop, frame.target
+        place = "placed at random" if diffusion.crop == "random" else f"cut at {left}, {top}"
+        lines.append(f"  {i}  label {row.labels[i]:g}  {candidate.response}")
+        lines.append(f"     {width} x {height} to {target[1]} x {target[0]}, {place}")
+        if candidate.prompt is not None:
+            lines.append(f"     caption: {as_text(candidate.prompt)}")
+    return "\n".join(lines)
