@@ -20,6 +20,7 @@ import torch
 
 from mmalign.diffusion.denoiser import Condition, predict
 from mmalign.diffusion.guidance import guided
+from mmalign.diffusion.process import process_from
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def denoise(
         )
     if has_guidance and empty is None:
         raise ConfigError(f"guidance {spec.guidance:g} needs the empty prompt's embedding")
-    scheduler = scheduler_for(components.scheduler_config, diffusion, latents=noise.shape[-2:])
+    scheduler = scheduler_for(components.scheduler_config, diffusion)
     device, count = noise.device, len(noise)
     dtype = torch.promote_types(noise.dtype, torch.float32)
     positive = _sized(prompts.to(device), family, pixels)
@@ -184,42 +185,41 @@ def picture_size(diffusion: DiffusionConfig, factor: int) -> tuple[int, int]:
     return size
 
 
-def scheduler_for(
-    config: Mapping[str, Any], diffusion: DiffusionConfig, *, latents: Sequence[int] = ()
-) -> Any:
+def scheduler_for(config: Mapping[str, Any], diffusion: DiffusionConfig) -> Any:
     """diffusers' scheduler for `diffusion.sampling`, with its timesteps set.
 
     Args:
         config: The pipeline's scheduler_config.json.
         diffusion: Sampler, number of steps, prediction and noise table.
-        latents: Height and width of the latents, for flow models whose shift depends on it.
 
     Raises:
         ConfigError: A sampler that does not fit the prediction, or too many steps.
     """
-    spec = diffusion.sampling
-    is_flow = diffusion.prediction == "flow" or "FlowMatch" in str(config.get("_class_name", ""))
-    total = int(config.get("num_train_timesteps", 1000))
-    if spec.num_steps > total:
-        raise ConfigError(
-            f"diffusion.sampling.num_steps is {spec.num_steps}, but the model knows {total} levels"
-        )
-    if is_flow:
-        return _flow_scheduler(config, diffusion, latents)
-    prediction = diffusion.prediction
-    if prediction == "auto":
-        prediction = str(config.get("prediction_type", "epsilon"))
-    changes: dict[str, Any] = {"prediction_type": prediction}
-    if diffusion.zero_terminal_snr:
-        # The last level is pure noise and must be the first step, which "leading" leaves out.
-        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     import diffusers
 
-    if spec.sampler == "ddim":
+    spec = diffusion.sampling
+    process = process_from(config, diffusion.prediction, diffusion.zero_terminal_snr)
+    is_flow = process.prediction == "flow"
+    if spec.num_steps > process.num_timesteps:
+        raise ConfigError(
+            f"diffusion.sampling.num_steps is {spec.num_steps}, but the model knows "
+            f"{process.num_timesteps} levels"
+        )
+    if spec.clip_sample and spec.sampler != "ddim":
+        raise ConfigError("diffusion.sampling.clip_sample is only read with sampler: ddim")
+    changes: dict[str, Any] = {}
+    if is_flow:
+        if spec.sampler not in ("auto", "euler"):
+            raise ConfigError(
+                f"diffusion.sampling.sampler is {spec.sampler}, but a flow model is sampled with "
+                "euler"
+            )
+        kind = diffusers.FlowMatchEulerDiscreteScheduler
+    elif spec.sampler == "ddim":
         kind, changes["clip_sample"] = diffusers.DDIMScheduler, spec.clip_sample
     elif spec.sampler == "euler":
         kind = diffusers.EulerDiscreteScheduler
-        if prediction == "sample":
+        if process.prediction == "sample":
             raise ConfigError(
                 "diffusion.sampling.sampler is euler, which cannot step with a network that "
                 "predicts the clean picture; use ddim or dpmpp"
@@ -227,38 +227,14 @@ def scheduler_for(
     else:
         kind = diffusers.DPMSolverMultistepScheduler
         if config.get("beta_schedule") == "squaredcos_cap_v2":
-            changes.setdefault("lambda_min_clipped", -5.1)  # as its documentation asks
-    if spec.clip_sample and spec.sampler != "ddim":
-        raise ConfigError("diffusion.sampling.clip_sample is only read with sampler: ddim")
-    scheduler = kind.from_config(dict(config), **changes)
+            changes["lambda_min_clipped"] = -5.1  # as its documentation asks
+    if not is_flow:
+        changes["prediction_type"] = process.prediction
+    if diffusion.zero_terminal_snr:
+        # The last level is pure noise and must be the first step, which "leading" leaves out.
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler: Any = kind.from_config(dict(config), **changes)
     scheduler.set_timesteps(spec.num_steps)
-    return scheduler
-
-
-def _flow_scheduler(
-    config: Mapping[str, Any], diffusion: DiffusionConfig, latents: Sequence[int]
-) -> Any:
-    spec = diffusion.sampling
-    if spec.sampler not in ("auto", "euler") or spec.clip_sample:
-        raise ConfigError(
-            f"diffusion.sampling.sampler is {spec.sampler}, but a flow model is sampled with euler "
-            "and without clip_sample"
-        )
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
-    shift: dict[str, float] = {}
-    if config.get("use_dynamic_shifting"):
-        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
-            calculate_shift,
-        )
-
-        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        given = [config[name] for name in names if name in config]
-        shift["mu"] = calculate_shift(
-            (latents[0] // 2) * (latents[1] // 2), *(given if len(given) == len(names) else ())
-        )
-    scheduler.set_timesteps(spec.num_steps, **shift)
     return scheduler
 
 
