@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Frame",
     "describe_row",
+    "is_flipped",
     "open_picture",
     "prepare",
     "row_pictures",
@@ -109,9 +110,9 @@ def prepare(
         For each picture its pixels [3, H, W], float32 in [-1, 1], and its Frame.
     """
     target = row_size([_size(picture) for picture in pictures], diffusion)
+    flip = is_flipped(diffusion, draws_seed)
     # Always drawn in the same order and number: switching one thing on changes no other.
-    rng = None if draws_seed is None else np.random.default_rng(draws_seed)
-    flip = rng is not None and rng.random() < 0.5 and diffusion.flip
+    rng = None if draws_seed is None else np.random.default_rng([draws_seed, 1])
     places = np.full((len(pictures), 2), 0.5) if rng is None else rng.random((len(pictures), 2))
     if diffusion.crop == "center":
         places[:] = 0.5
@@ -121,6 +122,13 @@ def prepare(
         _prepare(picture, target, tuple(place), flip)
         for picture, place in zip(pictures, places.tolist(), strict=True)
     ]
+
+
+def is_flipped(diffusion: DiffusionConfig, draws_seed: int | None) -> bool:
+    """Whether the pictures of a row are mirrored this time."""
+    if not diffusion.flip or draws_seed is None:
+        return False
+    return bool(np.random.default_rng(draws_seed).random() < 0.5)
 
 
 def _prepare(
