@@ -1,30 +1,246 @@
-"""Where a candidate is scored: the noisy picture, its timestep, and what should be predicted."""
+"""Where a candidate is scored: the noisy picture, its timestep, and what should be predicted.
+
+Forward noise takes any noisy picture of x0. The inversions look for the one from which the model
+itself would arrive at x0: they run its sampler backwards, without gradient.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
+
+from mmalign.config import EstimatorSpec
+from mmalign.core.numerics import full_precision
+from mmalign.diffusion.draws import Draws
+from mmalign.diffusion.moves import ddim_move, ddim_spread
+from mmalign.diffusion.point import Point, Predict
+from mmalign.diffusion.process import NoiseProcess
+from mmalign.diffusion.teacher import Truncated
+from mmalign.errors import ConfigError
+
+Semantics = Literal["landing", "legacy", "modern"]
+
+
+class Estimator(ABC):
+    """Turns clean pictures into the points at which they are scored."""
+
+    needs_network: ClassVar[bool]
+
+    @abstractmethod
+    def __call__(
+        self,
+        x0: Tensor,
+        t: Tensor,
+        draws: Draws,
+        process: NoiseProcess,
+        predict: Predict | None,
+        *,
+        rows: int = 1,
+    ) -> Point:
+        """The point of every picture.
+
+        Args:
+            x0: [N, ...] clean pictures or latents; the candidates of a row follow each other.
+            t: [N] timesteps.
+            draws: N streams of random numbers.
+            process: The noise process.
+            predict: The network that inverts; None where `needs_network` is false.
+            rows: Candidates of a row; N is a multiple of it.
+        """
 
 
 @dataclass(frozen=True)
-class Point:
-    """Where networks are called and what they are compared with; no gradient flows into it.
+class ForwardNoise(Estimator):
+    """x_t = alpha_t x0 + sigma_t noise, with noise drawn at random.
 
-    Attributes:
-        x_t: [N, ...] noisy pictures, float32 or wider.
-        t: [N] timesteps of the noise process.
-        target: [N, ...] raw prediction to match, or with `in_x0` the clean picture to match.
-        in_x0: Compare the clean picture that a prediction implies.
+    Args:
+        shared: One noise for all candidates of a row, the first one's; else each its own stream's.
+        noise_offset: s; the noise is z + s z', z' one number for each picture and channel, shared
+            as the noise is.
+
+    Source: Wallace et al. 2023, arXiv:2311.12908, released code.
+    Departs: no input perturbation: as released it is drawn before the noise of the pair is made
+        equal, so that a rejected picture is noised with another draw than its target's.
     """
 
-    x_t: Tensor
-    t: Tensor
-    target: Tensor
-    in_x0: bool = False
+    shared: bool = True
+    noise_offset: float = 0.0
+    needs_network: ClassVar[bool] = False
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        x0: Tensor,
+        t: Tensor,
+        draws: Draws,
+        process: NoiseProcess,
+        predict: Predict | None = None,
+        *,
+        rows: int = 1,
+    ) -> Point:
+        """The point of every picture; see `Estimator`."""
+        x0 = full_precision(x0)
+        repeats = rows if self.shared else 1
+        own = draws.rows(range(0, len(draws), repeats))
+        noise = own.normal("noise", tuple(x0.shape[1:]), x0.device, x0.dtype)
+        if self.noise_offset:
+            shape = (x0.shape[1], *(1,) * (x0.dim() - 2))
+            noise = noise + self.noise_offset * own.normal("offset", shape, x0.device, x0.dtype)
+        noise = noise.repeat_interleave(repeats, 0)
+        return Point(process.add_noise(x0, noise, t), t, process.target(x0, noise, t))
 
 
-Predict = Callable[[Tensor, Tensor], Tensor]
-"""The noise that a network sees in pictures [N, ...] at timesteps [N] of the process; without
-gradient. Timesteps below the schedule occur (`semantics: legacy`)."""
+@dataclass(frozen=True)
+class _Move:
+    """One step of an inversion; every entry is [N]."""
+
+    source: Tensor  # level the pictures are at
+    goal: Tensor  # level they are moved to
+    call: Tensor  # timestep that the network is given
+    lower: Tensor  # added noise has the spread of the sampler's step
+    upper: Tensor  # from `upper` to `lower`
+    active: Tensor  # bool: pictures that still move
+
+
+@dataclass(frozen=True)
+class DDIMInversion(Estimator):
+    """The sampler run backwards: InPO's place to score at.
+
+    It makes moves of `ddim_move`; in a flow they are Euler's steps in sigma. The target is the
+    noise (x_t - alpha_t x0) / sigma_t that joins the picture and the end of its path.
+
+    With S = floor(T / num_steps) and the sources 1 - S, 1, 1 + S, ... below t:
+
+    landing: every move goes to the next source, the last one to t itself; the first source is
+        level 0, the network is called at sources. The path ends where the loss assumes it does.
+    legacy: moves of S, network called at sources, the first of them negative; ends at the first
+        level 1 + kS not below t, or at the last one.
+    modern: destinations 1, 1 + S, ... below t, network called there; ends below t.
+
+    Args:
+        num_steps: Steps over the whole schedule; about num_steps * t / T + 1 network calls.
+        semantics: Which grid; pictures with different t keep their own.
+        eta: After a move, eta * sqrt(variance) of fresh noise, the variance being that of the
+            sampler between the two levels of the move (modern: between this level and the next).
+
+    Source: Lu et al. 2025, InPO, released code; legacy is its pinned diffusers 0.20, modern the
+        same script with diffusers from 0.22 on.
+    Departs: landing is ours. Every picture has its own t; the release takes the first one of the
+        micro-batch for all. The noise table is float32; as released it is half precision, which
+        changes sigma_0^2 by 15 %. modern with eta reads past the table for large t (an IndexError
+        in the release); here the last entry is used. Added noise is that of the picture's stream,
+        the same for candidates that share one.
+    """
+
+    num_steps: int = 10
+    semantics: Semantics = "landing"
+    eta: float = 0.0
+    needs_network: ClassVar[bool] = True
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        x0: Tensor,
+        t: Tensor,
+        draws: Draws,
+        process: NoiseProcess,
+        predict: Predict | None,
+        *,
+        rows: int = 1,
+    ) -> Point:
+        """The point of every picture; see `Estimator`."""
+        assert predict is not None, "an inversion needs a network"
+        x0 = full_precision(x0)
+        x = x0
+        for number, move in enumerate(self._moves(t, process)):
+            moved = self._moved(x, move, predict, process)
+            if self.eta:
+                noise = draws.normal(f"eta {number}", tuple(x.shape[1:]), x.device, x.dtype)
+                spread = ddim_spread(move.lower, move.upper, moved, process)
+                moved = moved + self.eta * spread * noise
+            x = torch.where(move.active.view(-1, *(1,) * (x.dim() - 1)), moved, x)
+        alpha, sigma = process.level(t, x)
+        noise = (x - alpha * x0) / sigma
+        return Point(x, t, process.target(x0, noise, t))
+
+    def _moved(self, x: Tensor, move: _Move, predict: Predict, process: NoiseProcess) -> Tensor:
+        noise = full_precision(predict(x, move.call)).to(x.dtype)
+        return ddim_move(x, noise, move.source, move.goal, process)
+
+    def _moves(self, t: Tensor, process: NoiseProcess) -> Iterator[_Move]:
+        grid = process.grid(self.num_steps)
+        landing, modern = self.semantics == "landing", self.semantics == "modern"
+        if process.prediction == "flow" and not landing:
+            raise ConfigError(
+                f"estimator.semantics is {self.semantics!r}, which reproduces released code for "
+                "noise tables; a flow model has semantics: landing only"
+            )
+        last = process.num_timesteps - 1
+        goals = [*grid[1:], float("inf")] if landing else grid[1:]
+        highest = float(t.max())  # one wait for the device, before the first call
+        for source, goal in zip(grid, goals, strict=False):
+            call = goal if modern else source
+            if call >= highest:
+                break
+            start, at = torch.full_like(t, source), torch.full_like(t, call)
+            if landing:
+                start = at = start.clamp(min=0)
+                end = t.clamp(max=goal)
+                yield _Move(start, end, at, start, end, active=start < t)
+            else:
+                end = torch.full_like(t, min(goal, last))
+                lower, upper = start, end
+                if modern:
+                    lower, upper = end, torch.full_like(t, min(2 * goal - source, last))
+                yield _Move(start, end, at, lower, upper, active=at < t)
+
+
+@dataclass(frozen=True)
+class ReNoise(DDIMInversion):
+    """Inversion with one refinement a move: SmPO's place to score at.
+
+    e1 = network at x, x' = the move with e1, e2 = network at x' and the same timestep; the move is
+    made from x with (e1 + e2) / 2. Otherwise as `DDIMInversion`, at twice its calls.
+
+    Source: Lu et al. 2025, SmPO-Diffusion, released code, after Garibi et al. 2024,
+        arXiv:2403.14602.
+    Departs: as `DDIMInversion`. The original method's noise regularisation and weighted averages
+        are not part of the release.
+    """
+
+    num_steps: int = 5
+
+    def _moved(self, x: Tensor, move: _Move, predict: Predict, process: NoiseProcess) -> Tensor:
+        first = full_precision(predict(x, move.call)).to(x.dtype)
+        ahead = ddim_move(x, first, move.source, move.goal, process)
+        second = full_precision(predict(ahead, move.call)).to(x.dtype)
+        return ddim_move(x, 0.5 * (first + second), move.source, move.goal, process)
+
+
+def build_estimator(spec: EstimatorSpec, noise_offset: float = 0.0) -> Estimator | Truncated:
+    """The estimator that a configuration describes.
+
+    Args:
+        spec: `diffusion.estimator`; it has refused settings that its kind does not read.
+        noise_offset: `diffusion.noise_offset`.
+
+    Raises:
+        ConfigError: An offset of the noise where no noise of that kind is drawn.
+    """
+    if spec.kind == "forward":
+        return ForwardNoise(spec.shared, noise_offset)
+    if noise_offset:
+        raise ConfigError(
+            f"diffusion.noise_offset is {noise_offset}, but estimator.kind {spec.kind!r} does not "
+            "read it; only forward does"
+        )
+    if spec.kind == "ddim_inversion":
+        return DDIMInversion(spec.steps, spec.semantics, spec.eta)
+    if spec.kind == "renoise":
+        return ReNoise(spec.steps, spec.semantics)
+    return Truncated(spec)

@@ -50,9 +50,12 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def grid(self, num_steps: int) -> list[float]:
-        """Where an inversion in `num_steps` steps begins its moves, rising, in units of `t`.
+        """Levels of a sampler's walk through the schedule, rising, in units of `t`.
 
-        The first entry lies below the schedule: the release calls the network there.
+        num_steps + 1 numbers; the first may lie below the schedule.
+
+        Raises:
+            ConfigError: More steps than the schedule has levels.
         """
 
     @abstractmethod
@@ -150,6 +153,14 @@ class NoiseProcess(ABC):
         self._has_signal("timesteps.weighting: sample has no value")
         return (sigma / alpha) ** 2
 
+    def _stride(self, num_steps: int) -> int:
+        if not 1 <= num_steps <= self.num_timesteps:
+            raise ConfigError(
+                f"num_steps is {num_steps}; the schedule has {self.num_timesteps} levels, so it "
+                f"must be 1 to {self.num_timesteps}"
+            )
+        return self.num_timesteps // num_steps
+
     def _has_signal(self, consequence: str) -> None:
         if self.ends_in_noise:
             raise ConfigError(
@@ -186,8 +197,8 @@ class VPTable(NoiseProcess):
 
     def grid(self, num_steps: int) -> list[float]:
         """1 - S, 1, 1 + S, ..., with S = floor(T / num_steps), as diffusers 0.20 spaces them."""
-        stride = self.num_timesteps // num_steps
-        return [1 - stride + i * stride for i in range(num_steps)]
+        stride = self._stride(num_steps)
+        return [1 - stride + i * stride for i in range(num_steps + 1)]
 
     def level(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Square roots of the table at `t` and of its complement; t < 0 reads entry 0."""
@@ -224,8 +235,9 @@ class RectifiedFlow(NoiseProcess):
         return t * self.num_timesteps
 
     def grid(self, num_steps: int) -> list[float]:
-        """Shifted levels 0, 1/n, ..., (n - 1)/n; the flow begins at the clean picture itself."""
-        levels = torch.arange(num_steps, dtype=torch.float64) / num_steps
+        """Shifted levels 0, 1/n, ..., 1; the walk begins at the clean picture itself."""
+        self._stride(num_steps)
+        levels = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
         return self._shifted(levels).tolist()
 
     def level(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,7 +300,7 @@ def _flow(config: Mapping[str, Any], prediction: str, zero_terminal_snr: bool) -
         )
     if zero_terminal_snr:
         raise ConfigError(
-            "diffusion.zero_terminal_snr is true, but a flow always ends in pure noise; leave it out"
+            "diffusion.zero_terminal_snr is true, but a flow ends in pure noise by itself; remove it"
         )
     if config.get("use_dynamic_shifting"):
         raise ConfigError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmalign.core.numerics import full_precision
-from mmalign.diffusion.estimators import Point
+from mmalign.diffusion.point import Point
 from mmalign.diffusion.process import NoiseProcess
 
 Distance = Literal["mse", "pseudo_huber"]
