@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 
 from mmalign.diffusion.kohya import kohya_metadata, kohya_tensors, readable
@@ -16,8 +18,6 @@ from mmalign.models.lora import TRAINED
 from mmalign.models.lora_files import DIFFUSERS_LORA, LoraWeights, is_lora, read_lora
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor, nn
 
     from mmalign.config import RunConfig
@@ -75,7 +75,7 @@ def load_trained(policy: nn.Module, folder: Path) -> nn.Module:
         lacks = "has a LoRA" if has_lora else "has none"
         raise CheckpointError(f"{folder}: holds {has}, but the config's model {lacks}")
     if isinstance(policy, PeftModel):
-        _load_factors(policy, folder)
+        _load_factors(policy, _read_for(policy.get_base_model(), folder))
     else:
         _load_whole(policy, folder)
     return policy
@@ -92,8 +92,7 @@ def continue_lora(denoiser: nn.Module, path: Path, *, dropout: float = 0.0) -> P
     Raises:
         CheckpointError: The file is of another model, or of a kind that is not known here.
     """
-    lora = read_lora(path, _layers(denoiser))
-    _check_layers(lora, denoiser)
+    lora = _read_for(denoiser, path)
     ranks = {module: len(parts["A"]) for module, parts in lora.parts.items()}
     rank = max(ranks.values(), key=list(ranks.values()).count)
     alphas = {module: lora.scale(module) * ranks[module] for module in ranks}
@@ -108,33 +107,36 @@ def continue_lora(denoiser: nn.Module, path: Path, *, dropout: float = 0.0) -> P
         use_dora=any("magnitude" in parts for parts in lora.parts.values()),
     )
     policy: Any = get_peft_model(denoiser, config)  # pyright: ignore[reportArgumentType]
-    _load_factors(policy, path)
+    _load_factors(policy, lora)
     return policy
 
 
-def factors(policy: PeftModel) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """By name of the layer in the base: A, B and the scale of their product."""
-    found: dict[str, tuple[Tensor, Tensor, float]] = {}
-    for name, layer in policy.base_model.model.named_modules():
-        if TRAINED in getattr(layer, "lora_A", {}):
-            down, up = layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight
-            found[name] = (down.detach(), up.detach(), float(layer.scaling[TRAINED]))
-    return found
+def lora_of(policy: PeftModel) -> LoraWeights:
+    """The trained factors, by name of the layer in the base; alpha beside them."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, module in policy.get_base_model().named_modules():
+        layer: Any = module
+        if TRAINED not in getattr(layer, "lora_A", {}):
+            continue
+        down, up = layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight
+        alpha = torch.tensor(layer.scaling[TRAINED] * len(down), dtype=torch.float64)
+        own = {"A": down, "B": up, "alpha": alpha}
+        if TRAINED in (getattr(layer, "lora_magnitude_vector", None) or {}):
+            own["magnitude"] = layer.lora_magnitude_vector[TRAINED].weight
+        parts[name] = {part: tensor.detach() for part, tensor in own.items()}
+    return LoraWeights(Path("the policy"), {}, parts)
 
 
 def _save_diffusers(policy: PeftModel, family: str, file: Path) -> Path:
-    from safetensors.torch import save_file
-
-    prefix = _part(family)
+    prefix, lora = _part(family), lora_of(policy)
     tensors: dict[str, Tensor] = {}
-    for name, (down, up, scale) in factors(policy).items():
-        scaled = (up.double() * scale).to(up.dtype)
-        tensors[f"{prefix}.{name}.lora_A.weight"] = down.cpu().contiguous()
-        tensors[f"{prefix}.{name}.lora_B.weight"] = scaled.cpu().contiguous()
-        magnitude = _magnitude(policy, name)
-        if magnitude is not None:
-            tensors[f"{prefix}.{name}.lora_magnitude_vector"] = magnitude.cpu().contiguous()
-    _write(save_file, tensors, file, {"format": "pt", "mmalign": json.dumps(_record(policy))})
+    for name, parts in lora.parts.items():
+        key, scale = f"{prefix}.{name}", lora.scale(name)
+        tensors[f"{key}.lora_A.weight"] = parts["A"]
+        tensors[f"{key}.lora_B.weight"] = _times(parts["B"], scale)
+        if "magnitude" in parts:
+            tensors[f"{key}.lora_magnitude_vector"] = parts["magnitude"]
+    _write(tensors, file, {"format": "pt", "mmalign": json.dumps(_record(policy))})
     return file
 
 
@@ -154,16 +156,11 @@ def _save_kohya(
     spec: Any = policy.peft_config[TRAINED]
     if spec.use_dora:
         return "programs read a DoRA in this layout in different ways"
-    from safetensors.torch import save_file
-
-    denoiser: Any = policy.base_model.model
+    denoiser: Any = policy.get_base_model()
     layers = int(denoiser.config.layers_per_block)
-    found = {
-        name: (down.cpu().contiguous(), up.cpu().contiguous(), scale * len(down))
-        for name, (down, up, scale) in factors(policy).items()
-    }
-    tensors = kohya_tensors(found, family, layers)
-    if not readable(tensors, list(found), family, layers):
+    parts = lora_of(policy).parts
+    tensors = kohya_tensors(parts, family, layers)
+    if not readable(tensors, list(parts), family, layers):
         return "model.lora.targets names layers that diffusers does not find in such a file"
     process = process_from(components.scheduler_config, config.diffusion.prediction)
     metadata = kohya_metadata(
@@ -171,46 +168,45 @@ def _save_kohya(
         family,
         rank=spec.r,
         alpha=spec.lora_alpha,
-        prediction=process_from(
-            components.scheduler_config, config.diffusion.prediction
-        ).prediction,
+        prediction=process.prediction,
         text_width=denoiser.config.cross_attention_dim,
     )
-    _write(save_file, tensors, file, metadata)
+    _write(tensors, file, metadata)
     return None
 
 
-def _write(save: Any, tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+def _write(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
     unfinished = file.with_name(f".{file.name}.tmp")
-    save(tensors, unfinished, metadata=metadata)
+    save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, unfinished, metadata=metadata)
     unfinished.replace(file)
 
 
-def _load_factors(policy: PeftModel, path: Path) -> None:
+def _load_factors(policy: PeftModel, lora: LoraWeights) -> None:
     """Put the factors of a file under the policy's own scale."""
-    denoiser = policy.base_model.model
-    lora = read_lora(path, _layers(denoiser))
-    _check_layers(lora, denoiser)
-    own = factors(policy)
-    odd = sorted(own.keys() ^ lora.parts.keys())
+    own = lora_of(policy)
+    odd = sorted(own.parts.keys() ^ lora.parts.keys())
     if odd:
         raise CheckpointError(
-            f"{path}: adapts other layers than the config's model.lora: {len(odd)} are only in one "
-            f"of them, e.g. {odd[0]}"
+            f"{lora.path}: adapts other layers than the config's model.lora: {len(odd)} are in one "
+            f"of them only, e.g. {odd[0]}"
         )
     state: dict[str, Tensor] = {}
-    for name, (down, up, scale) in own.items():
-        parts = lora.parts[name]
-        if parts["A"].shape != down.shape or parts["B"].shape != up.shape:
+    for name, parts in lora.parts.items():
+        mine = own.parts[name]
+        if any(parts[part].shape != mine[part].shape for part in ("A", "B")):
             raise CheckpointError(
-                f"{path}: {name} has rank {len(parts['A'])}, but model.lora.rank is {len(down)}"
+                f"{lora.path}: {name} has rank {len(parts['A'])}, but model.lora.rank is "
+                f"{len(mine['A'])}"
+            )
+        if ("magnitude" in parts) != ("magnitude" in mine):
+            raise CheckpointError(
+                f"{lora.path}: one of it and the config's model.lora is a DoRA, the other is not"
             )
         key = f"base_model.model.{name}"
         state[f"{key}.lora_A.weight"] = parts["A"]
-        factor = lora.scale(name) / scale
-        state[f"{key}.lora_B.weight"] = (parts["B"].double() * factor).to(parts["B"].dtype)
-        if ("magnitude" in parts) != (_magnitude(policy, name) is not None):
-            raise CheckpointError(f"{path}: of it and the config's model.lora one only is a DoRA")
+        state[f"{key}.lora_B.weight"] = _times(parts["B"], lora.scale(name) / own.scale(name))
         if "magnitude" in parts:
             state[f"{key}.lora_magnitude_vector"] = parts["magnitude"]
     set_peft_model_state_dict(policy, state, adapter_name=TRAINED)
@@ -233,26 +229,19 @@ def _load_whole(policy: nn.Module, folder: Path) -> None:
     policy.load_state_dict(state)
 
 
-def _check_layers(lora: LoraWeights, denoiser: nn.Module) -> None:
-    known = set(_layers(denoiser))
+def _read_for(denoiser: nn.Module, path: Path) -> LoraWeights:
+    """The LoRA of a file, all of whose layers the denoiser has."""
+    names = [name for name, _ in denoiser.named_modules() if ".lora_" not in name]
+    known = {name.removesuffix(".base_layer") for name in names}
+    lora = read_lora(path, known)
     for name, parts in lora.parts.items():
         if name not in known or not {"A", "B"} <= parts.keys():
-            raise CheckpointError(f"{lora.path}: {name} fits no layer of the config's model")
+            raise CheckpointError(f"{path}: {name} fits no layer of the config's model")
+    return lora
 
 
-def _layers(denoiser: nn.Module) -> list[str]:
-    """Names of all layers as the base has them, without the wrappers of an adapter."""
-    names: list[str] = []
-    for name, _ in denoiser.named_modules():
-        if not any(part.startswith("lora_") for part in name.split(".")):
-            names.append(name.removesuffix(".base_layer"))
-    return list(dict.fromkeys(names))
-
-
-def _magnitude(policy: PeftModel, name: str) -> Tensor | None:
-    layer: Any = policy.base_model.model.get_submodule(name)
-    vectors = getattr(layer, "lora_magnitude_vector", {})
-    return vectors[TRAINED].weight.detach() if TRAINED in vectors else None
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    return (tensor.double() * factor).to(tensor.dtype)
 
 
 def _part(family: str) -> str:

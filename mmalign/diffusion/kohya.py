@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
-
-import torch
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from mmalign import __version__
 from mmalign.models.kohya_names import sd_name, sdxl_name
@@ -27,21 +26,21 @@ _SD2_WIDTH = 1024  # of the text encoder's output; 768 in SD 1
 
 
 def kohya_tensors(
-    factors: Mapping[str, tuple[Tensor, Tensor, float]], family: str, layers_per_block: int
+    factors: Mapping[str, Mapping[str, Tensor]], family: str, layers_per_block: int
 ) -> dict[str, Tensor]:
     """The tensors of the file.
 
     Args:
-        factors: By diffusers' name of a layer: A [r, in], B [out, r] and alpha.
+        factors: By diffusers' name of a layer: A [r, in], B [out, r] and alpha, a scalar.
         family: sd or sdxl; they name layers in different ways.
         layers_per_block: Of the U-Net's config.
     """
     tensors: dict[str, Tensor] = {}
-    for module, (down, up, alpha) in factors.items():
+    for module, parts in factors.items():
         name = sdxl_name(module, layers_per_block) if family == "sdxl" else sd_name(module)
-        tensors[f"{name}.lora_down.weight"] = down
-        tensors[f"{name}.lora_up.weight"] = up
-        tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=down.dtype)
+        tensors[f"{name}.lora_down.weight"] = parts["A"]
+        tensors[f"{name}.lora_up.weight"] = parts["B"]
+        tensors[f"{name}.alpha"] = parts["alpha"].to(parts["A"].dtype)
     return tensors
 
 
@@ -98,19 +97,19 @@ def readable(
     tensors: Mapping[str, Tensor], modules: Sequence[str], family: str, layers_per_block: int
 ) -> bool:
     """Whether diffusers finds just these layers in a file of kohya's layout."""
-    import diffusers
-
-    pipeline = (
-        diffusers.StableDiffusionXLPipeline
-        if family == "sdxl"
-        else diffusers.StableDiffusionPipeline
+    from diffusers.loaders.lora_pipeline import (
+        StableDiffusionLoraLoaderMixin,
+        StableDiffusionXLLoraLoaderMixin,
     )
-    config = type("UNetConfig", (), {"layers_per_block": layers_per_block})()
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+
+    loader: Any = StableDiffusionLoraLoaderMixin
+    if family == "sdxl":
+        loader = StableDiffusionXLLoraLoaderMixin
+    config = SimpleNamespace(layers_per_block=layers_per_block)
     try:
-        found, _ = pipeline.lora_state_dict(dict(tensors), unet_config=config)
+        found = loader.lora_state_dict(dict(tensors), unet_config=config)[0]
     except (ValueError, KeyError, IndexError):
         return False
-    from diffusers.utils import convert_unet_state_dict_to_peft
-
     own = {name.removeprefix("unet.") for name in convert_unet_state_dict_to_peft(found)}
     return own == {f"{m}.lora_{f}.weight" for m in modules for f in ("A", "B")}

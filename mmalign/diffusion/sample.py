@@ -195,7 +195,12 @@ def scheduler_for(config: Mapping[str, Any], diffusion: DiffusionConfig) -> Any:
     Raises:
         ConfigError: A sampler that does not fit the prediction, or too many steps.
     """
-    import diffusers
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+        FlowMatchEulerDiscreteScheduler,
+    )
 
     spec = diffusion.sampling
     process = process_from(config, diffusion.prediction, diffusion.zero_terminal_snr)
@@ -207,6 +212,7 @@ def scheduler_for(config: Mapping[str, Any], diffusion: DiffusionConfig) -> Any:
         )
     if spec.clip_sample and spec.sampler != "ddim":
         raise ConfigError("diffusion.sampling.clip_sample is only read with sampler: ddim")
+    kind: Any
     changes: dict[str, Any] = {}
     if is_flow:
         if spec.sampler not in ("auto", "euler"):
@@ -214,18 +220,18 @@ def scheduler_for(config: Mapping[str, Any], diffusion: DiffusionConfig) -> Any:
                 f"diffusion.sampling.sampler is {spec.sampler}, but a flow model is sampled with "
                 "euler"
             )
-        kind = diffusers.FlowMatchEulerDiscreteScheduler
+        kind = FlowMatchEulerDiscreteScheduler
     elif spec.sampler == "ddim":
-        kind, changes["clip_sample"] = diffusers.DDIMScheduler, spec.clip_sample
+        kind, changes["clip_sample"] = DDIMScheduler, spec.clip_sample
     elif spec.sampler == "euler":
-        kind = diffusers.EulerDiscreteScheduler
+        kind = EulerDiscreteScheduler
         if process.prediction == "sample":
             raise ConfigError(
                 "diffusion.sampling.sampler is euler, which cannot step with a network that "
                 "predicts the clean picture; use ddim or dpmpp"
             )
     else:
-        kind = diffusers.DPMSolverMultistepScheduler
+        kind = DPMSolverMultistepScheduler
         if config.get("beta_schedule") == "squaredcos_cap_v2":
             changes["lambda_min_clipped"] = -5.1  # as its documentation asks
     if not is_flow:
@@ -233,7 +239,7 @@ def scheduler_for(config: Mapping[str, Any], diffusion: DiffusionConfig) -> Any:
     if diffusion.zero_terminal_snr:
         # The last level is pure noise and must be the first step, which "leading" leaves out.
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    scheduler: Any = kind.from_config(dict(config), **changes)
+    scheduler = kind.from_config(dict(config), **changes)
     scheduler.set_timesteps(spec.num_steps)
     return scheduler
 

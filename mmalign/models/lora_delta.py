@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from mmalign.errors import CheckpointError
-from mmalign.models.lora_files import read_lora
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from torch import Tensor
+
+    from mmalign.models.lora_files import LoraWeights
 
 
 class Change(NamedTuple):
@@ -31,19 +32,20 @@ class LoraDelta:
     DoRA: magnitude * (W + scale * B A) / |W + scale * B A| - W, with the norm of each output.
     """
 
-    def __init__(self, path: Path, base_names: Sequence[str], base: Path | None = None) -> None:
-        """Read the adapter and find the base tensor that each part belongs to.
+    def __init__(
+        self, weights: LoraWeights, base_names: Sequence[str], base: Path | None = None
+    ) -> None:
+        """Find the base tensor that each part of an adapter belongs to.
 
         Args:
-            path: Folder or file of the adapter.
+            weights: The adapter.
             base_names: Names of the tensors of the model that it is for.
             base: Folder of that model, whose config says whether its head is tied.
 
         Raises:
-            CheckpointError: when a part is of a kind that is not known here, or fits no tensor.
+            CheckpointError: when a part fits no tensor.
         """
-        modules = [n.removesuffix(".weight") for n in base_names if n.endswith(".weight")]
-        self.weights = read_lora(path, modules)
+        self.weights = weights
         self.turned = bool(self.weights.settings.get("fan_in_fan_out"))
         self.modules: dict[str, str] = {}  # base tensor to module of the adapter
         for module, parts in self.weights.parts.items():

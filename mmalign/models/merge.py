@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models.files import denoiser_folder, local_folder, weight_files
 from mmalign.models.lora_delta import Change, LoraDelta
-from mmalign.models.lora_files import is_lora
+from mmalign.models.lora_files import is_lora, read_lora
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,7 +81,8 @@ def merge_checkpoints(
     partial.mkdir(parents=True)
     try:
         with ExitStack() as files:
-            deltas = [(_delta(path, weights, files), coef) for path, coef in add]
+            names = [n for handle in _open(weights, files) for n in handle.keys()]  # noqa: SIM118
+            deltas = [(open_delta(path, names, files, weights), coef) for path, coef in add]
             into = partial / weights.relative_to(source)
             into.mkdir(exist_ok=True)
             for file in weight_files(weights):
@@ -100,16 +101,14 @@ def merge_checkpoints(
 class _FullDelta:
     """A full checkpoint minus the base, read tensor by tensor."""
 
-    def __init__(self, folder: Path, base: Path, files: ExitStack) -> None:
-        folder = denoiser_folder(folder)
+    def __init__(self, folder: Path, base_names: Sequence[str], files: ExitStack) -> None:
         self.folder = folder
         self.where = {name: handle for handle in _open(folder, files) for name in handle.keys()}  # noqa: SIM118
-        known = {name for handle in _open(base, files) for name in handle.keys()}  # noqa: SIM118
-        odd = sorted(known ^ self.where.keys())
+        odd = sorted(set(base_names) ^ self.where.keys())
         if odd:
             raise CheckpointError(
-                f"merge: {folder} and the base {base} hold different tensors: {len(odd)} are only "
-                f"in one of them, e.g. {odd[0]!r}. Merge checkpoints of one model"
+                f"merge: {folder} and the base hold different tensors: {len(odd)} are only in one "
+                f"of them, e.g. {odd[0]!r}. Merge checkpoints of one model"
             )
 
     def __call__(self, name: str, base: Tensor) -> Change | None:
@@ -122,12 +121,25 @@ class _FullDelta:
         return Change(tensor.double(), replaces=True)
 
 
-def _delta(added: str | Path, base: Path, files: ExitStack) -> Delta:
+def open_delta(
+    added: str | Path, base_names: Sequence[str], files: ExitStack, base: Path | None = None
+) -> Delta:
+    """What a checkpoint or an adapter changes in a model with tensors of these names.
+
+    Args:
+        added: Folder, file or hub name.
+        base_names: Tensors of the model that it is for.
+        files: Keeps files open as long as the delta is read.
+        base: Folder of that model.
+
+    Raises:
+        CheckpointError: It is of another model, or of a kind that is not known here.
+    """
     path = Path(added) if Path(added).is_file() else local_folder(added)
     if not is_lora(path):
-        return _FullDelta(path, base, files)
-    names = [name for handle in _open(base, files) for name in handle.keys()]  # noqa: SIM118
-    return LoraDelta(path, names, base)
+        return _FullDelta(denoiser_folder(path), base_names, files)
+    modules = [n.removesuffix(".weight") for n in base_names if n.endswith(".weight")]
+    return LoraDelta(read_lora(path, modules), base_names, base)
 
 
 def _open(folder: Path, files: ExitStack) -> list[Any]:
