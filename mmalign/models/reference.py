@@ -35,6 +35,7 @@ __all__ = [
     "NoReference",
     "Reference",
     "build_reference",
+    "copy_of",
     "resolve",
 ]
 
@@ -97,7 +98,7 @@ def build_reference(
     if kind == "cached":
         return Cached()
     if kind == "ema":
-        return Ema(_copy(policy), reference.decay, reference.every)
+        return Ema(copy_of(policy), reference.decay, reference.every)
     if kind == "mixture":
         start: Reference | None = None
         parts: list[tuple[float, Reference]] = []
@@ -110,17 +111,18 @@ def build_reference(
         return Mixture(parts)
     if reference.path is not None:
         return FrozenCopy(policy, _loaded(reference.path, load))
-    return _start(config, policy) if kind == "lora-off" else _copy(policy)
+    return _start(config, policy) if kind == "lora-off" else copy_of(policy)
 
 
 def _start(config: RunConfig, policy: nn.Module) -> Reference:
     """The policy's start, the cheapest way."""
     if config.model.lora is not None:
         return LoraOff(policy)  # pyright: ignore[reportArgumentType]  lora means a PeftModel
-    return _copy(policy)
+    return copy_of(policy)
 
 
-def _copy(policy: nn.Module) -> Copy:
+def copy_of(policy: nn.Module) -> Copy:
+    """A frozen copy of the policy as it is now, the cheapest way."""
     from peft import PeftModel
 
     return AdapterCopy(policy) if isinstance(policy, PeftModel) else FrozenCopy(policy)

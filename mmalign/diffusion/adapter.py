@@ -1,0 +1,342 @@
+"""The diffusion adapter: denoisers scored by their error at a drawn timestep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from mmalign.core import CandidateLogps, Needs
+from mmalign.data.example import as_text
+from mmalign.diffusion import export, methods
+from mmalign.diffusion.batch import STRATUM, Collator, parts
+from mmalign.diffusion.denoiser import Condition, predict
+from mmalign.diffusion.draws import Draws
+from mmalign.diffusion.estimators import Point, build_estimator
+from mmalign.diffusion.inputs import Inputs
+from mmalign.diffusion.models import load_components, load_denoiser
+from mmalign.diffusion.process import process_from
+from mmalign.diffusion.rows import show_rows, usable
+from mmalign.diffusion.scoring import denoising_error
+from mmalign.diffusion.showing import paint, write_samples
+from mmalign.diffusion.teacher import Truncated
+from mmalign.diffusion.tracking import batch_metrics, by_timestep
+from mmalign.errors import ConfigError
+from mmalign.models import lora
+from mmalign.models.adapter import Adapter
+from mmalign.models.reference import Ema, build_reference, copy_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from PIL.Image import Image
+    from torch import Tensor, nn
+
+    from mmalign.config import RunConfig, SampleConfig
+    from mmalign.data.example import Example
+    from mmalign.diffusion.batch import Part
+    from mmalign.diffusion.estimators import Predict
+    from mmalign.diffusion.models import Components
+    from mmalign.models.adapter import Batch
+
+ATTENTION = (
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),  # of a flow transformer
+)
+"""What a LoRA with targets `auto` adapts: the projections of every attention."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """Log-probabilities of N pictures at one timestep each."""
+
+    policy: Tensor  # [N]
+    reference: Tensor | None = None  # [N]
+    kl: Tensor | None = None  # [N]
+
+
+class DiffusionAdapter(Adapter):
+    """A U-Net or flow transformer as policy, and its reference.
+
+    A candidate's log-probability is -logp_scale * e, e its denoising error at a drawn timestep.
+    Inputs of a batch are those of `Collator`.
+    """
+
+    unit: ClassVar[str] = "images"
+
+    def __init__(
+        self, config: RunConfig, needs: Needs, components: Components, *, banked: bool = False
+    ) -> None:
+        """Make a loaded denoiser trainable as `config` says; `build` is this after loading.
+
+        Args:
+            config: The run.
+            needs: Of its objective.
+            components: The pipeline's denoiser and what its files say.
+            banked: Use the stored draws, with a live reference: to write the cache of it.
+        """
+        super().__init__()
+        self.config, self.needs, self.components = config, needs, components
+        settings = config.diffusion
+        self.process = process_from(
+            components.scheduler_config, settings.prediction, settings.zero_terminal_snr
+        )
+        self.policy = _trainable(components.denoiser, config)
+        self.reference = build_reference(config, self.policy, needs, load=self._load_reference)
+        self.estimator = build_estimator(settings.estimator, settings.noise_offset)
+        self.teacher: Ema | None = None
+        if isinstance(self.estimator, Truncated):
+            self.teacher = Ema(copy_of(self.policy), settings.estimator.teacher_decay)
+        self.inputs = Inputs(config, needs, components, self.process, banked=banked)
+
+    @classmethod
+    def build(cls, config: RunConfig, needs: Needs) -> Self:
+        """Load the denoiser; the VAE and the text encoders only where no cache has their output."""
+        return cls(config, needs, load_components(config.model, config.diffusion))
+
+    @classmethod
+    def problems(cls, config: RunConfig) -> list[str]:
+        """What the method, the estimator and the model's options ask of each other."""
+        return methods.check_method(config)
+
+    @classmethod
+    def provides(cls, config: RunConfig) -> Needs:
+        """Reference errors, and with a live reference the gap of the two predictions as KL."""
+        kind = config.reference.kind
+        return Needs(reference=kind != "none", kl=kind not in ("none", "mixture", "cached"))
+
+    @classmethod
+    def usable(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
+        """Without rows whose pictures cannot be decoded or whose captions are too long."""
+        return usable(config, examples)
+
+    def held_out(self, examples: Sequence[Example]) -> list[Example]:
+        """Every row at `eval_draws` timesteps, spread evenly over their distribution."""
+        num = self.config.diffusion.eval_draws
+        return [
+            replace(row, id=f"{row.id}@{k}", meta={**row.meta, STRATUM: (k, num)})
+            for row in examples
+            for k in range(num)
+        ]
+
+    def before_training(self, examples: Sequence[Example]) -> None:
+        """Find out what caches hold of the rows; load what is needed for the rest."""
+        self.inputs.open(examples, self.policy)
+
+    def collate(self, examples: Sequence[Example], draws: Sequence[int] | None = None) -> Batch:
+        """Pictures or their latents, captions, timesteps and seeds."""
+        return self.inputs.collator(examples, draws)
+
+    def forward(self, batch: Batch, needs: Needs) -> CandidateLogps:
+        """Score every candidate at its row's timestep; only what `needs` names is computed."""
+        num_rows, num = batch.labels.shape
+        condition = self.inputs.condition(batch)
+        columns: dict[str, list[Tensor]] = {"policy": [], "reference": [], "kl": []}
+        order: list[Tensor] = []
+        for part in parts(batch):
+            flat = (part.rows[:, None] * num + torch.arange(num, device=part.rows.device)).flatten()
+            scores = self._score(batch, part, flat, condition.rows(flat), needs)
+            order.append(flat)
+            for name, values in columns.items():
+                value = getattr(scores, name)
+                if value is not None:
+                    values.append(value)
+        back = torch.cat(order).argsort()
+        found = {
+            name: torch.cat(values)[back].view(num_rows, num, 1)
+            for name, values in columns.items()
+            if values
+        }
+        if needs.reference and "ref_errors" in batch.inputs:
+            stored = batch.inputs["ref_errors"].view(num_rows, num, 1)
+            found["reference"] = -self.config.diffusion.logp_scale * stored
+        return CandidateLogps(
+            mask=torch.ones_like(found["policy"], dtype=torch.bool),
+            labels=batch.labels,
+            row_weight=batch.row_weight,
+            **found,
+        )
+
+    def _score(
+        self, batch: Batch, part: Part, flat: Tensor, condition: Condition, needs: Needs
+    ) -> _Scores:
+        """Scores of the pictures of one shape, [N] each; `flat` [N] are their places in B * K."""
+        settings = self.config.diffusion
+        num = batch.labels.shape[1]
+        own = Draws(batch.inputs["picture_seeds"].flatten()[flat])
+        draws = Draws(batch.inputs["seeds"].flatten()[flat])
+        x0 = self.inputs.latents(part.pictures, own)
+        t = batch.inputs["timesteps"][part.rows].repeat_interleave(num)
+        point = self._place(x0, t, draws, condition)
+
+        spec = settings.timesteps
+        weight = None
+        if spec.weighting != "constant":
+            weight = self.process.error_weight(point.t, spec.weighting, spec.gamma)
+        options: dict[str, Any] = {"reduction": settings.reduction, "weight": weight}
+        compare = dict(options)
+        if self.teacher is not None:
+            estimator = settings.estimator
+            compare |= {"distance": estimator.distance, "huber_c": estimator.huber_c}
+
+        def score(prediction: Tensor, at: Point, **how: Any) -> Tensor:
+            error = denoising_error(prediction, at, self.process, **how)
+            return -settings.logp_scale * error
+
+        reference = kl = ref_prediction = None
+        live = needs.kl or (needs.reference and "ref_errors" not in batch.inputs)
+        if live:  # before the policy, whose activations are kept
+            for share, member in self.reference.members():
+                with member.active() as model:
+                    ref_prediction = self._predict(model, point, condition)
+                part_of = share * score(ref_prediction, point, **compare)
+                reference = part_of if reference is None else reference + part_of
+        prediction = self._predict(self.policy, point, condition)
+        policy = score(prediction, point, **compare)
+        if needs.kl and ref_prediction is not None:
+            gap = replace(point, target=ref_prediction, in_x0=False)
+            kl = -score(prediction, gap, **options)
+        return _Scores(policy, reference, kl)
+
+    @torch.no_grad()
+    def _place(self, x0: Tensor, t: Tensor, draws: Draws, condition: Condition) -> Point:
+        """Where these pictures are scored, and what should be predicted there."""
+        if isinstance(self.estimator, Truncated):
+            assert self.teacher is not None
+            empty = self.inputs.empty(x0.device).repeat(len(x0))
+            with self.teacher.active() as model:
+                seen = [self._noise_seen(model, given) for given in (condition, empty)]
+                return self.estimator(x0, draws, self.process, *seen)
+        if not self.estimator.needs_network:
+            return self.estimator(x0, t, draws, self.process, None)
+        if self.config.diffusion.estimator.network == "reference":
+            with self.reference.active() as model:
+                seen = self._noise_seen(model, condition)
+                return self.estimator(x0, t, draws, self.process, seen)
+        seen = self._noise_seen(self.policy, condition)
+        return self.estimator(x0, t, draws, self.process, seen)
+
+    def _noise_seen(self, model: nn.Module, condition: Condition) -> Predict:
+        """The noise that a network sees under a condition."""
+
+        def noise(x: Tensor, t: Tensor) -> Tensor:
+            return self.process.eps_from(self._raw(model, x, t, condition), x, t)
+
+        return noise
+
+    def _predict(self, model: nn.Module, point: Point, condition: Condition) -> Tensor:
+        return self._raw(model, point.x_t, point.t, condition)
+
+    def _raw(self, model: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        times = self.process.timestep_input(t)
+        return predict(model, self.components.family, x, times, condition)
+
+    def _load_reference(self, path: str) -> nn.Module:
+        return load_denoiser(path, self.config.model)
+
+    # -- around training ---------------------------------------------------------------------
+
+    def metrics(self, batch: Batch, logps: CandidateLogps) -> dict[str, Tensor]:
+        """Denoising errors of policy and reference, and their difference."""
+        return batch_metrics(logps, self.config.diffusion.logp_scale)
+
+    def facts(self, batch: Batch) -> dict[str, list[Any]]:
+        """The noise level of each row, as a share of the schedule."""
+        t = batch.inputs["timesteps"].double()
+        share = t if t.max() <= 1.0 and not self._counts else t / self.process.num_timesteps
+        return {"noise_level": share.tolist()}
+
+    @property
+    def _counts(self) -> bool:
+        """Whether timesteps are numbers of levels and not levels."""
+        return self.process.prediction != "flow"
+
+    def summarise(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Implicit accuracy and errors by noise level."""
+        return by_timestep(rows, self.config.diffusion.logp_scale)
+
+    def after_step(self, step: int) -> None:
+        """Move an averaged reference and the teacher."""
+        self.reference.after_step(step)
+        if self.teacher is not None:
+            self.teacher.after_step(step)
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """The tensors of an averaged reference or of the teacher."""
+        teacher = {} if self.teacher is None else self.teacher.state()
+        return self.reference.state() | {f"teacher.{k}": v for k, v in teacher.items()}
+
+    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `extra_state` gave."""
+        own = {k.removeprefix("teacher."): v for k, v in state.items() if k.startswith("teacher.")}
+        if self.teacher is not None:
+            self.teacher.load_state(own)
+        else:
+            self.reference.load_state(state)
+
+    def save(self, directory: Path) -> None:
+        """Write the LoRA or the whole denoiser, in the layouts of diffusers and of kohya."""
+        export.save_trained(self.policy, self.components, directory, self.config)
+
+    def restore(self, directory: Path) -> nn.Module:
+        """Load what `save` wrote."""
+        return export.load_trained(self.policy, directory)
+
+    @classmethod
+    def score_tolerance(cls, config: RunConfig) -> float:
+        """Two passes agree to rounding; a cached error may come from a batch of another size."""
+        half = config.model.dtype == "bfloat16" or config.train.mixed_precision == "bf16"
+        return 2e-3 if half else 1e-5
+
+    @classmethod
+    def write_cache(cls, config: RunConfig, needs: Needs) -> str:
+        """Store latents, prompt embeddings and, with reference.kind cached, reference errors."""
+        from mmalign.diffusion.write_cache import write_cache
+
+        return write_cache(config, needs)
+
+    @classmethod
+    def for_bank(cls, config: RunConfig, needs: Needs) -> Self:
+        """An adapter with a live reference that uses the stored draws."""
+        from mmalign.config import ReferenceConfig
+
+        live = config.model_copy(update={"reference": ReferenceConfig()})
+        components = load_components(config.model, config.diffusion)
+        return cls(live, needs, components, banked=True)
+
+    @torch.no_grad()
+    def reference_errors(self, batch: Batch) -> Tensor:  # [B, K]
+        """Denoising errors of the reference, for a cache."""
+        logps = self(batch, Needs(reference=True))
+        return -logps.reference[..., 0] / self.config.diffusion.logp_scale
+
+    @classmethod
+    def show_rows(cls, config: RunConfig, examples: Sequence[Example]) -> Any:
+        """Captions, files, sizes and crops."""
+        return show_rows(config, examples)
+
+    # -- pictures ----------------------------------------------------------------------------
+
+    def sample(self, prompts: Sequence[Any], **options: Any) -> list[Image]:
+        """One picture a prompt, from seed `diffusion.sampling.seed` on."""
+        return paint(self.inputs, self.policy, [as_text(prompt) for prompt in prompts], **options)
+
+    def write_samples(
+        self, prompts: Mapping[str, Any], folder: Path, step: int, options: SampleConfig
+    ) -> list[dict[str, Any]]:
+        """Pictures from the same start noise as before training, and a sheet of both."""
+        asked = {row: as_text(prompt) for row, prompt in prompts.items()}
+        return write_samples(self.inputs, self.policy, asked, folder, step)
+
+
+def _trainable(denoiser: nn.Module, config: RunConfig) -> nn.Module:
+    """The denoiser with a fresh LoRA, with one to go on training, or as it is."""
+    if config.model.adapter is None:
+        return lora.apply(denoiser, config.model, task=None, auto=ATTENTION)
+    if config.model.lora is not None:
+        raise ConfigError(
+            "model.lora and model.adapter are both set, but an existing LoRA brings its own rank "
+            "and targets. Remove model.lora to go on training it, or merge it into the base first "
+            f"(mmalign merge {config.model.path} --add {config.model.adapter}=1 --out DIR)"
+        )
+    return export.continue_lora(denoiser, Path(config.model.adapter))

@@ -1,0 +1,103 @@
+"""Clean latents for prompts that have no picture: generated once by the model before training."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from mmalign.data.cache import TensorCache
+from mmalign.diffusion.batch import caption_of
+from mmalign.diffusion.draws import seed_of
+from mmalign.diffusion.pictures import Frame
+from mmalign.diffusion.sample import denoise, picture_size, start_noise
+from mmalign.models.files import state_fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from mmalign.data.example import Example
+    from mmalign.diffusion.inputs import Inputs
+
+_AT_ONCE = 16
+
+
+class Generated:
+    """Stands in for a cache of encoded pictures.
+
+    Self-NPO needs pictures only as places to start noising from; with those of the model itself it
+    needs no data but prompts. They are kept on disk, so that a resumed run goes on with the same.
+
+    Source: Self-NPO's paper calls the method data-free.
+    Departs: the released scripts start from a folder of images.
+    """
+
+    def __init__(self, inputs: Inputs, model: nn.Module) -> None:
+        """Open the folder.
+
+        Args:
+            inputs: Embeds prompts; its config says how pictures are generated.
+            model: The network as it is before training.
+        """
+        config = inputs.config
+        self._inputs, self._model = inputs, model
+        self._size = picture_size(config.diffusion, inputs.vae.factor)
+        sampling = config.diffusion.sampling.model_dump(mode="json", exclude={"seed", "negative"})
+        self._seed = config.train.seed
+        self._store = TensorCache(
+            config.diffusion.cache_folder or config.output.parent / "cache",
+            {
+                "holds": "generated latents",
+                "model": state_fingerprint(model),
+                "sampling": json.dumps(sampling, sort_keys=True),
+                "size": str(self._size),
+                "seed": str(self._seed),
+            },
+        )
+
+    def write(self, examples: Sequence[Example]) -> None:
+        """Generate what is not there yet."""
+        captions = {self._key(row): caption_of(row, 0) for row in examples}
+        todo = self._store.missing(captions)
+        console = Console(stderr=True)
+        with self._store:
+            for start in track(
+                range(0, len(todo), _AT_ONCE),
+                "clean pictures",
+                console=console,
+                disable=not console.is_terminal,
+            ):
+                keys = todo[start : start + _AT_ONCE]
+                for key, latents in zip(keys, self._generate(keys, captions), strict=True):
+                    self._store.put(key, {"mean": latents.cpu().numpy()})
+
+    def get(self, example: Example, flip: bool) -> tuple[Tensor, None, list[Frame]]:
+        """Latents [1, C, h, w] of a row, and its frame; there is nothing to mirror."""
+        entry = self._store.get(self._key(example))
+        assert entry is not None, "written before training"
+        return torch.from_numpy(entry["mean"])[None], None, [Frame(self._size, (0, 0), self._size)]
+
+    def _generate(self, keys: Sequence[str], captions: dict[str, str]) -> Tensor:
+        inputs = self._inputs
+        device = next(self._model.parameters()).device
+        factor = inputs.vae.factor
+        shape = (inputs.vae.channels, self._size[0] // factor, self._size[1] // factor)
+        noise = start_noise([seed_of(self._seed, key) for key in keys], shape)
+        options: dict[str, Any] = {"pixels": self._size}
+        return denoise(
+            self._model,
+            inputs.components,
+            inputs.config.diffusion,
+            inputs.embed([captions[key] for key in keys], device),
+            inputs.empty(device),
+            noise.to(device),
+            **options,
+        )
+
+    def _key(self, example: Example) -> str:
+        return self._store.key(caption_of(example, 0))

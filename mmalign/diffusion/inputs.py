@@ -1,0 +1,200 @@
+"""What goes into the denoiser: captions and pictures, embedded and encoded here or read from disk.
+
+The VAE and the text encoders are loaded when something is first missing from the caches, so a run
+with complete caches never holds them.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmalign.diffusion.batch import Collator, caption_of
+from mmalign.diffusion.caches import ErrorBank, LatentCache, PromptCache
+from mmalign.diffusion.conditioning import PromptEncoder
+from mmalign.diffusion.denoiser import Condition
+from mmalign.diffusion.generated import Generated
+from mmalign.diffusion.latents import PixelSpace, Vae, load_vae
+from mmalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from mmalign.config import RunConfig
+    from mmalign.core import Needs
+    from mmalign.data.example import Example
+    from mmalign.diffusion.draws import Draws
+    from mmalign.diffusion.models import Components
+    from mmalign.diffusion.process import NoiseProcess
+    from mmalign.models.adapter import Batch
+
+log = logging.getLogger(__name__)
+
+
+class Inputs:
+    """Collates rows, and turns batches into conditions and clean latents on the device."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        needs: Needs,
+        components: Components,
+        process: NoiseProcess,
+        *,
+        banked: bool = False,
+    ) -> None:
+        self.config, self.needs, self.components, self.process = config, needs, components, process
+        self.banked = banked
+        self._collator: Collator | None = None
+        self._encoder: PromptEncoder | None = None
+        self._vae: Vae | PixelSpace | None = None
+        self._prompts: PromptCache | None = None
+        self._empty: Condition | None = None
+
+    def open(self, examples: Sequence[Example], model: nn.Module) -> None:
+        """Use caches where they hold all of these rows.
+
+        Args:
+            examples: All rows of the run.
+            model: Generates the clean pictures of rows that have none, where the config asks.
+
+        Raises:
+            ConfigError: A cache that must be complete is not, with the command that writes it.
+        """
+        settings = self.config.diffusion
+        generated = settings.estimator.generated
+        prompts: PromptCache | None = None
+        latents: LatentCache | Generated | None = None
+        if settings.cache != "off":
+            captions = ["", *(c for row in examples for c in captions_of(row))]
+            prompts = PromptCache(self.config)
+            if settings.cache == "on":
+                prompts.require(captions)
+            elif prompts.missing(captions):
+                prompts = None
+            if self.components.has_vae and not generated and settings.crop == "center":
+                latents = LatentCache(self.config)
+                if settings.cache == "on":
+                    latents.require(examples)
+                elif latents.missing(examples):
+                    latents = None
+        if generated:
+            latents = Generated(self, model)
+            latents.write(examples)
+        bank = None
+        if self.config.reference.kind == "cached" and self.needs.reference:
+            bank = ErrorBank(self.config)
+            bank.require(examples)
+        self._prompts = prompts
+        self._collator = self._collate_with(prompts, latents, bank)
+
+    @property
+    def collator(self) -> Collator:
+        """Makes batches; without `open` everything is computed on the spot."""
+        if self._collator is None:
+            self._collator = self._collate_with(None, None, None)
+        return self._collator
+
+    def _collate_with(
+        self, prompts: PromptCache | None, latents: LatentCache | Generated | None, bank: ErrorBank | None
+    ) -> Collator:
+        return Collator(
+            self.config,
+            self.needs,
+            self.process,
+            encoder=None if prompts else self.encoder,
+            prompts=prompts,
+            latents=latents,
+            bank=bank,
+            banked=self.banked or bank is not None,
+            has_time_ids=self.components.family == "sdxl",
+        )
+
+    # -- captions ----------------------------------------------------------------------------
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """The text encoders, loaded on first use."""
+        if self._encoder is None:
+            model = self.config.model
+            dtype = getattr(torch, model.dtype)
+            self._encoder = PromptEncoder.load(
+                model.path, self.components.family, dtype, revision=model.revision
+            )
+        return self._encoder
+
+    def condition(self, batch: Batch) -> Condition:
+        """What the network is told of every picture, [B * K] rows."""
+        flat = {name: value.flatten(0, 1) for name, value in batch.inputs.items() if _is_told(name)}
+        time_ids = flat.get("time_ids")
+        if "embeds" in flat:
+            return Condition(flat["embeds"], flat.get("pooled"), time_ids)
+        ids = {n.removeprefix("ids."): v for n, v in flat.items() if n.startswith("ids.")}
+        told = self.encoder.to(batch.labels.device).embed(ids)
+        return Condition(told.embeds, told.pooled, time_ids)
+
+    def empty(self, device: torch.device) -> Condition:
+        """The empty prompt, one row, with the time ids of an uncropped picture."""
+        if self._empty is None:
+            self._empty = self.embed([""], device)
+        return self._empty.to(device)
+
+    def embed(self, prompts: Sequence[str], device: torch.device) -> Condition:
+        """Embedded prompts with the time ids of uncropped pictures, from the cache or the encoders.
+
+        Prompts to show during a run are seldom cached, and need the encoders then.
+        """
+        if self._prompts is not None and not self._prompts.missing(prompts):
+            found = self._prompts.get(prompts)
+            told = Condition(found["embeds"], found.get("pooled"), None).to(device)
+        else:
+            told = self.encoder.to(device).encode(prompts)
+        time_ids = None
+        if self.components.family == "sdxl":
+            sampling, side = self.config.diffusion.sampling, self.config.diffusion.resolution
+            size = [sampling.height or side, sampling.width or side]
+            time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=device)
+            time_ids = time_ids.repeat(len(prompts), 1)
+        return Condition(told.embeds, told.pooled, time_ids)
+
+    # -- pictures ----------------------------------------------------------------------------
+
+    @property
+    def vae(self) -> Vae | PixelSpace:
+        """The VAE, loaded on first use."""
+        if self._vae is None:
+            self._vae = load_vae(self.config.model.path, self.config.diffusion)
+        return self._vae
+
+    @torch.no_grad()
+    def latents(self, pictures: Mapping[str, Tensor], draws: Draws) -> Tensor:
+        """Clean latents [N, C, h, w], drawn from the VAE's posterior.
+
+        Args:
+            pictures: `mean` and perhaps `std`, or `pixels`; [R, K, ...] each, N = R * K.
+            draws: One stream a picture.
+        """
+        flat = {name: value.flatten(0, 1) for name, value in pictures.items()}
+        if "pixels" in flat:
+            pixels = flat["pixels"]
+            with torch.autocast(pixels.device.type, enabled=False):
+                mean, std = self.vae.to(pixels.device).encode(pixels)
+        else:
+            mean, std = flat["mean"].float(), flat.get("std")
+        if std is None or not bool(std.any()):
+            return mean
+        noise = draws.normal("posterior", tuple(mean.shape[1:]), mean.device, mean.dtype)
+        return mean + std.to(mean.dtype) * noise
+
+
+def captions_of(example: Example) -> list[str]:
+    """The captions of a row's candidates."""
+    return [caption_of(example, k) for k in range(len(example.candidates))]
+
+
+def _is_told(name: str) -> bool:
+    return name in ("embeds", "pooled", "time_ids") or name.startswith("ids.")

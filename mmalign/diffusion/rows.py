@@ -1,0 +1,73 @@
+"""The rows a run learns from, and how they are shown."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from mmalign.diffusion import pictures
+from mmalign.diffusion.batch import caption_of
+from mmalign.diffusion.conditioning import load_tokenizers
+from mmalign.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mmalign.config import RunConfig
+    from mmalign.data.example import Example
+
+log = logging.getLogger("mmalign.data")
+
+_NAMED = 8
+
+
+def usable(config: RunConfig, examples: Sequence[Example]) -> list[Example]:
+    """The rows whose pictures can be decoded and whose captions the model can read to their end.
+
+    Raises:
+        DataError: A caption is too long and `diffusion.long_captions` is stop.
+    """
+    kept, _ = pictures.usable(list(examples), config.diffusion)
+    return _readable(config, kept)
+
+
+def _readable(config: RunConfig, examples: list[Example]) -> list[Example]:
+    """Rows with a longer caption than the model reads are left out, cut, or refused."""
+    captions = {
+        caption_of(row, k) for row in examples for k in range(len(row.candidates) or 1)
+    }
+    # A caption has no more tokens than bytes, so that short ones need no tokenizer.
+    tokenizers = load_tokenizers(config.model.path, config.model.revision)
+    doubtful = [text for text in captions if len(text.encode()) + 2 > tokenizers.limit]
+    long = {text for text in doubtful if tokenizers.num_tokens(text) > tokenizers.limit}
+    if not long:
+        return examples
+    hit = [
+        row
+        for row in examples
+        if any(caption_of(row, k) in long for k in range(len(row.candidates)))
+    ]
+    names = ", ".join(repr(row.id) for row in hit[:_NAMED]) + (", ..." if len(hit) > _NAMED else "")
+    found = (
+        f"{len(hit)} of {len(examples)} rows have a caption of more than {tokenizers.limit} tokens "
+        f"({names})"
+    )
+    choice = config.diffusion.long_captions
+    if choice == "stop":
+        raise DataError(
+            f"{found}, and diffusion.long_captions is stop. Shorten them, or use drop or truncate"
+        )
+    if choice == "truncate":
+        log.warning("%s: the rest of it is not read", found)
+        return examples
+    log.warning("%s: left out; diffusion.long_captions: truncate keeps them", found)
+    out = {row.id for row in hit}
+    return [row for row in examples if row.id not in out]
+
+
+def show_rows(config: RunConfig, examples: Sequence[Example]) -> Any:
+    """Captions, files, sizes, crops and labels, for a terminal."""
+    from rich.text import Text
+
+    shown = [pictures.describe_row(row, config.diffusion) for row in examples]
+    return Text("\n\n".join(shown))
