@@ -1,0 +1,176 @@
+"""Denoisers of pipelines: loading them, and what their files say of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mmalign.diffusion.pipeline import (
+    Family,
+    component,
+    component_fingerprint,
+    denoiser_config,
+    family_of,
+    model_index,
+    pipeline_folder,
+    scheduler_config,
+    variant_of,
+)
+from mmalign.errors import ConfigError
+from mmalign.models.files import denoiser_folder
+
+if TYPE_CHECKING:
+    from mmalign.config import DiffusionConfig, ModelConfig
+
+__all__ = [
+    "Components",
+    "component_fingerprint",
+    "family_of",
+    "load_components",
+    "load_denoiser",
+    "scheduler_config",
+    "without_dropout",
+]
+
+
+@dataclass
+class Components:
+    """A pipeline's denoiser, and what its files say.
+
+    Attributes:
+        model: The config it was loaded by.
+        family: "sd", "sdxl" or "sd3".
+        folder: The pipeline's local folder (of a hub name: the copy's).
+        scheduler_config: Of the noise process it was trained with.
+        denoiser_config: The denoiser's config.json.
+        latent_channels: C of the latents, which are the pixels where there is no VAE.
+        has_vae: Whether the pipeline has one.
+    """
+
+    model: ModelConfig
+    family: Family
+    folder: Path
+    scheduler_config: dict[str, Any] = field(repr=False)
+    denoiser_config: dict[str, Any] = field(repr=False)
+    latent_channels: int
+    has_vae: bool
+
+    @cached_property
+    def denoiser(self) -> nn.Module:
+        """The U-Net or transformer, loaded on first use."""
+        return load_denoiser(self.model.path, self.model)
+
+
+def load_components(
+    model: ModelConfig, diffusion: DiffusionConfig, *, denoiser: bool = True
+) -> Components:
+    """Read a pipeline; VAE and text encoders stay where they are.
+
+    Args:
+        model: `path`, `revision`, `dtype` and `gradient_checkpointing` are read.
+        diffusion: `resolution` is checked against what the latents need.
+        denoiser: Load it now and not on first use.
+
+    Raises:
+        ConfigError: A pipeline or an option that cannot be used, with the reason.
+    """
+    family = family_of(model.path, model.revision)
+    config = denoiser_config(model.path, model.revision)
+    channels = int(config.get("in_channels", 4))
+    has_vae = has_component(model.path, "vae", model.revision)
+    if not has_vae and channels not in (1, 3):
+        raise ConfigError(
+            f"model.path {model.path}: has no vae/, and its denoiser reads {channels} channels. "
+            "Without a VAE a denoiser must read pixels (1 or 3 channels)"
+        )
+    components = Components(
+        model=model,
+        family=family,
+        folder=pipeline_folder(model.path, revision=model.revision),
+        scheduler_config=scheduler_config(model.path, model.revision),
+        denoiser_config=config,
+        latent_channels=channels,
+        has_vae=has_vae,
+    )
+    if denoiser:
+        _ = components.denoiser
+    return components
+
+
+def has_component(path: str | Path, name: str, revision: str | None = None) -> bool:
+    """Whether a pipeline has a part; an entry of nulls in model_index.json is none."""
+    entry = model_index(path, revision).get(name)
+    return bool(entry) and any(entry)
+
+
+def load_denoiser(path: str, model: ModelConfig) -> nn.Module:
+    """The U-Net or transformer of a pipeline, without dropout, in evaluation mode.
+
+    Args:
+        path: Pipeline folder or hub name; a folder with unet/ or transformer/; or a folder that is
+            one of those.
+        model: `dtype` and `gradient_checkpointing` are read; `revision` where `path` is its own.
+
+    Raises:
+        ConfigError: It cannot be loaded, or an option is not for denoisers.
+
+    Departs: dropout is set to 0, as in every released script, whose U-Nets have none; with it the
+        policy's error and the reference's could not be compared.
+    """
+    _check_options(model)
+    revision = model.revision if path == model.path else None
+    config = denoiser_config(path, revision)
+    kind = config.get("_class_name")
+    family_of(path, revision)
+    if Path(path).is_dir():
+        folder = denoiser_folder(Path(path))
+    else:
+        folder = component(
+            path, "unet" if kind == "UNet2DConditionModel" else "transformer", revision
+        )
+    import diffusers
+
+    try:
+        denoiser = getattr(diffusers, str(kind)).from_pretrained(
+            str(folder),
+            dtype=getattr(torch, model.dtype),
+            use_safetensors=True,
+            variant=variant_of(folder),
+            local_files_only=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ConfigError(f"model.path {path}: {kind} cannot be loaded: {error}") from error
+    if model.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    return without_dropout(denoiser).eval()
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The model with every dropout set to 0: with it, no two errors can be compared."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def _check_options(model: ModelConfig) -> None:
+    """Refuse the model options that only language models have."""
+    if model.quantization is not None:
+        raise ConfigError(
+            f"model.quantization is {model.quantization}, which denoisers are not loaded with; "
+            "remove it, and use dtype: bfloat16 with a LoRA to save memory"
+        )
+    if model.attention != "sdpa":
+        raise ConfigError(
+            f"model.attention is {model.attention}; denoisers run with sdpa, which picks the "
+            "fastest kernel by itself"
+        )
+    if model.trust_remote_code:
+        raise ConfigError(
+            "model.trust_remote_code is set, but no code of a pipeline is ever run; remove it"
+        )

@@ -1,0 +1,253 @@
+"""Pipelines of diffusers as files: which family a folder holds, and where its parts lie.
+
+A pipeline is read by its component folders, so that the VAE and the text encoders are neither
+loaded nor fetched before they are needed. Weights are read from safetensors only, and no code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from mmalign.errors import CheckpointError, ConfigError
+from mmalign.models.files import denoiser_folder, fingerprint
+
+Family = Literal["sd", "sdxl", "sd3"]
+
+PIPELINES: dict[str, Family] = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+}
+DENOISERS: dict[str, tuple[Family, ...]] = {
+    "UNet2DConditionModel": ("sd", "sdxl"),
+    "SD3Transformer2DModel": ("sd3",),
+}
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+NUM_TIME_IDS = 6  # original size, crop, target size; the SDXL refiner has a score in place of one
+
+
+def component(path: str | Path, name: str, revision: str | None = None) -> Path:
+    """The folder of one part of a pipeline: local, or fetched from the hub.
+
+    Args:
+        path: Pipeline folder or hub name.
+        name: "unet", "vae", "text_encoder", "tokenizer_2", "scheduler", ...
+        revision: Of a hub repository.
+
+    Raises:
+        ConfigError: The pipeline does not have it, or cannot be read.
+    """
+    folder = pipeline_folder(path, name, revision=revision) / name
+    if not folder.is_dir() or not any(folder.glob("*.json")):
+        raise ConfigError(f"model.path {path}: the pipeline has no folder {name}/ with a config")
+    return folder
+
+
+def pipeline_folder(path: str | Path, *parts: str, revision: str | None = None) -> Path:
+    """The folder itself, or the hub repository's local copy with at least these parts in it.
+
+    Of several precisions in the repository the plain files are fetched, and a variant (such as
+    `fp16`) only where there are no others.
+
+    Raises:
+        ConfigError: A single-file checkpoint, or neither a folder nor a hub repository.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).suffix in SINGLE_FILES:
+        state = "is a single-file checkpoint" if Path(path).is_file() else "does not exist"
+        raise ConfigError(
+            f"model.path {path}: {state}; a pipeline folder of diffusers is needed. To convert a "
+            "single file: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER) "
+            "(StableDiffusionXLPipeline, StableDiffusion3Pipeline for those)"
+        )
+    from huggingface_hub import snapshot_download
+
+    settings = ["model_index.json", *(f"{part}/{end}" for part in parts for end in _SETTINGS)]
+    stems = ("diffusion_pytorch_model", "model")
+    plain = [
+        f"{part}/{stem}{end}.safetensors" for part in parts for stem in stems for end in ("", "-*")
+    ]
+    try:
+        folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=settings))
+        weighty = [
+            part for part in parts if not part.startswith(("tokenizer", "scheduler", "feature"))
+        ]
+        if weighty:
+            snapshot_download(str(path), revision=revision, allow_patterns=plain)
+            lacking = [part for part in weighty if not list((folder / part).glob("*.safetensors"))]
+            variants = [f"{part}/*.safetensors" for part in lacking]
+            if lacking:
+                snapshot_download(str(path), revision=revision, allow_patterns=variants)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.path {path}: no such folder, and no hub repository could be read: {error}"
+        ) from error
+    return folder
+
+
+_SETTINGS = ("*.json", "*.txt", "*.model")
+
+
+def model_index(path: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """The pipeline's model_index.json; empty where the folder has none."""
+    return read_json(pipeline_folder(path, revision=revision) / "model_index.json", missing={})
+
+
+def denoiser_config(path: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """Settings of the U-Net or transformer of a pipeline, or of a folder that is one.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    folder = pipeline_folder(path, revision=revision)
+    if not Path(path).is_dir():
+        index = read_json(folder / "model_index.json", missing={})
+        name = "transformer" if "transformer" in index else "unet"
+        return read_json(component(path, name, revision) / "config.json")
+    file = denoiser_folder(folder) / "config.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"model.path {path}: has neither unet/config.json nor transformer/config.json; a "
+            "pipeline folder of diffusers is needed (the folder with model_index.json)"
+        )
+    return read_json(file)
+
+
+def scheduler_config(path: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """The pipeline's scheduler_config.json.
+
+    Raises:
+        ConfigError: It is missing.
+    """
+    file = component(path, "scheduler", revision) / "scheduler_config.json"
+    return read_json(file)
+
+
+def family_of(path: str | Path, revision: str | None = None) -> Family:
+    """Which wiring the pipeline has: "sd" (1.x, 2.x and pipelines built like them), "sdxl", "sd3".
+
+    By model_index.json; a folder that holds nothing but a denoiser is told by its settings.
+
+    Raises:
+        ConfigError: A pipeline that cannot be trained here, with the reason.
+    """
+    index = model_index(path, revision)
+    config = denoiser_config(path, revision)
+    kind = str(config.get("_class_name", "none"))
+    pipeline = index.get("_class_name")
+    if index.get("requires_aesthetics_score"):
+        raise ConfigError(f"model.path {path}: {_REFINER}")
+    if pipeline is not None and pipeline not in PIPELINES:
+        raise ConfigError(
+            f"model.path {path}: is a {pipeline}; supported are {', '.join(PIPELINES)}"
+        )
+    if kind not in DENOISERS:
+        raise ConfigError(
+            f"model.path {path}: its denoiser is a {kind}; supported are {', '.join(DENOISERS)}"
+        )
+    found: Family = "sd3" if kind == "SD3Transformer2DModel" else _unet_family(path, config)
+    if pipeline is not None and PIPELINES[pipeline] != found:
+        raise ConfigError(
+            f"model.path {path}: model_index.json says {pipeline}, but the denoiser is wired as "
+            f"{found}; the folder's parts are of different models"
+        )
+    return found
+
+
+_REFINER = (
+    "is an SDXL refiner, which is told an aesthetic score and continues another model's pictures; "
+    "preference data has neither. Train the base model"
+)
+
+
+def _unet_family(path: str | Path, config: Mapping[str, Any]) -> Family:
+    """`sd` or `sdxl`, after refusing U-Nets that are told more than a prompt."""
+    ins, outs = config.get("in_channels", 4), config.get("out_channels", 4)
+    if ins != outs:
+        known = {9: "an inpainting", 8: "an image-editing", 7: "an upscaling", 5: "a depth-guided"}
+        what = known.get(ins, "another")
+        raise ConfigError(
+            f"model.path {path}: is {what} model: its U-Net reads {ins} channels and returns "
+            f"{outs}, so it needs more than a prompt and a picture. Use the text-to-image model"
+        )
+    for name in ("class_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type"):
+        if config.get(name) is not None:
+            raise ConfigError(
+                f"model.path {path}: its U-Net has {name} {config[name]!r}, an input that "
+                "text-to-image training does not have"
+            )
+    embed = config.get("addition_embed_type")
+    if embed is None:
+        return "sd"
+    if embed != "text_time":
+        raise ConfigError(
+            f"model.path {path}: its U-Net has addition_embed_type {embed!r}; supported are none "
+            "(SD) and 'text_time' (SDXL)"
+        )
+    pooled = config["projection_class_embeddings_input_dim"]
+    pooled -= NUM_TIME_IDS * config["addition_time_embed_dim"]
+    encoder = Path(path) / "text_encoder_2" / "config.json"
+    if encoder.is_file() and read_json(encoder).get("projection_dim", pooled) != pooled:
+        raise ConfigError(f"model.path {path}: {_REFINER}")
+    return "sdxl"
+
+
+def component_fingerprint(path: str | Path, name: str, revision: str | None = None) -> str:
+    """Hash of one part's files: weights and settings, or all files of a tokenizer.
+
+    Raises:
+        ConfigError: The pipeline does not have the part.
+    """
+    import hashlib
+
+    folder = component(path, name, revision)
+    if not name.startswith(("tokenizer", "scheduler")):
+        try:
+            return fingerprint(folder)
+        except CheckpointError as error:
+            raise ConfigError(f"model.path {path}: {error}") from error
+    digest = hashlib.sha256()
+    for file in sorted(item for item in folder.iterdir() if item.is_file()):
+        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def variant_of(folder: Path) -> str | None:
+    """`fp16` and the like where a part has only such weights; None where it has plain ones.
+
+    Raises:
+        ConfigError: No safetensors at all.
+    """
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not names:
+        raise ConfigError(
+            f"{folder}: has no .safetensors file; only those are read, since other formats can run "
+            "code. Save the pipeline again with safe_serialization=True"
+        )
+    stems = ("diffusion_pytorch_model", "model")
+    if any(
+        name.startswith((f"{stem}.safetensors", f"{stem}-0")) for name in names for stem in stems
+    ):
+        return None
+    return names[0].split(".")[1].split("-")[0] if names[0].count(".") > 1 else None
+
+
+def read_json(file: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A JSON object of a pipeline.
+
+    Raises:
+        ConfigError: The file is missing (unless `missing` is given for that), or is no JSON.
+    """
+    if missing is not None and not file.is_file():
+        return missing
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: {file} cannot be read: {error}") from error
+
+
+assert set(PIPELINES.values()) == set(get_args(Family))
