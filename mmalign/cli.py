@@ -158,17 +158,25 @@ def sample(
             typer.echo(f"> {question}\n{text}\n")
 
 
-@app.command(short_help="Write the reference's scores to disk, once for all epochs.")
-def cache(config: Config, overrides: Overrides = None) -> None:
-    """Write the reference's log-probabilities to disk, for runs with `reference.kind: cached`.
+@app.command(short_help="Write to disk what training would compute again in every epoch.")
+def cache(
+    config: Config,
+    overrides: Overrides = None,
+    plan: Annotated[
+        bool, option("--plan", text="only say what would be written, and how large it is")
+    ] = False,
+) -> None:
+    """Write to disk what training would compute again in every epoch; what is there stays.
 
-    Where the objective needs a KL, the reference's last hidden states are kept instead.
+    Text: the reference's log-probabilities (its last hidden states where the objective needs a KL),
+    for runs with `reference.kind: cached`. Diffusion: latents, prompt embeddings, and with
+    `reference.kind: cached` the reference's errors.
     """
     from mmalign import config as configs
-    from mmalign.offline import write_cache
+    from mmalign.offline import plan_cache, write_cache
 
     run = configs.load(config, overrides or ())
-    typer.echo(write_cache(run))
+    typer.echo(plan_cache(run) if plan else write_cache(run))
 
 
 @app.command(short_help="List every objective, or explain one.")
@@ -245,6 +253,25 @@ def quickstart_text(
     from mmalign.quickstart import text
 
     text.run(output, seed, fast)
+
+
+@quickstart_app.command("diffusion", short_help="Handwritten digits with bolder strokes.")
+def quickstart_diffusion(
+    output: Annotated[
+        Path | None,
+        option("--output", metavar="DIR", text="run folder; by default runs/quickstart-diffusion"),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", help="pairs, order of rows, noise")
+    ] = 0,
+    fast: Annotated[
+        bool, option("--fast", text="a smoke run of seconds, whose numbers mean nothing")
+    ] = False,
+) -> None:
+    """Train a small diffusion model on real digits, teach it bold strokes, and report on it."""
+    from mmalign.quickstart import diffusion
+
+    diffusion.run(output, seed, fast)
 
 
 def _weighted(item: str) -> tuple[str, float]:

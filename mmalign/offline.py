@@ -261,6 +261,13 @@ def write_cache(config: RunConfig) -> str:
     return adapter_class(config.modality).write_cache(config, needs)
 
 
+def plan_cache(config: RunConfig) -> str:
+    """What `write_cache` would write, in words and bytes."""
+    from mmalign.models.adapter import adapter_class
+
+    return adapter_class(config.modality).plan_cache(config, configs.check(config).needs)
+
+
 def show_rows(config: RunConfig, count: int) -> None:
     """Print the first training rows as the model will see them."""
     from rich.console import Console

@@ -296,6 +296,13 @@ class DiffusionAdapter(Adapter):
         return write_cache(config, needs)
 
     @classmethod
+    def plan_cache(cls, config: RunConfig, needs: Needs) -> str:
+        """Sizes of latents, prompt embeddings and errors, from the shapes alone."""
+        from mmalign.diffusion.cache_plan import plan
+
+        return plan(config, needs).text()
+
+    @classmethod
     def for_bank(cls, config: RunConfig, needs: Needs) -> Self:
         """An adapter with a live reference that uses the stored draws."""
         from mmalign.config import ReferenceConfig

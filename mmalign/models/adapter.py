@@ -148,6 +148,11 @@ class Adapter(nn.Module, ABC):
         raise ConfigError(f"{cls.__name__} has nothing to cache")
 
     @classmethod
+    def plan_cache(cls, config: RunConfig, needs: Needs) -> str:
+        """What `write_cache` would write, and how large it is."""
+        raise ConfigError(f"--plan: the size of a {config.modality} cache is not known beforehand")
+
+    @classmethod
     def show_rows(cls, config: RunConfig, examples: Sequence[Example]) -> Any:
         """The rows as the model will see them, for a terminal."""
         raise ConfigError(f"{cls.__name__} cannot show rows")
