@@ -79,6 +79,22 @@ class ClippedLogistic(_Pair):
 
 
 @dataclass(frozen=True, slots=True)
+class ClippedRatio(_EachOfPair):
+    """nll(clip(s_0) - clip(s_1)), each score clipped to [low, high]: SPO.
+
+    With scores beta * log(pi / pi_ref) and bounds beta * log(1 -+ eps) the ratio pi / pi_ref is
+    clipped to 1 -+ eps. The gradient of a clipped score is zero, as published.
+    """
+
+    low: float
+    high: float
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        clipped = score.clamp(self.low, self.high)
+        return nll(_margin(clipped))
+
+
+@dataclass(frozen=True, slots=True)
 class Contrast:
     """nll(score_0 - sum of the other scores): one response against several (POVID)."""
 

@@ -57,14 +57,18 @@ class Draws:
         """Standard normal numbers, one block of `shape` per row."""
         if not self._seeds:
             return torch.empty((0, *shape), device=device, dtype=dtype)
-        blocks = [torch.randn(shape, generator=self._generator(i, name)) for i in range(len(self))]
-        return torch.stack(blocks).to(device=device, dtype=dtype)
+        drawn = {
+            seed: torch.randn(shape, generator=self._generator(seed, name))
+            for seed in dict.fromkeys(self._seeds)  # candidates that share a stream: once
+        }
+        blocks = torch.stack([drawn[seed] for seed in self._seeds])
+        return blocks.to(device=device, dtype=dtype)
 
     def uniform(self, name: str) -> Tensor:  # [B]
         """One number in [0, 1) per row, float64, on the CPU."""
         numbers = [
-            torch.rand((), generator=self._generator(i, name), dtype=torch.float64)
-            for i in range(len(self))
+            torch.rand((), generator=self._generator(seed, name), dtype=torch.float64)
+            for seed in self._seeds
         ]
         return torch.stack(numbers) if numbers else torch.empty(0, dtype=torch.float64)
 
@@ -72,13 +76,10 @@ class Draws:
         """Each row k times in a run: the candidates of a row share its stream."""
         return type(self)([seed for seed in self._seeds for _ in range(k)])
 
-    def apart(self, k: int) -> Self:
-        """As many rows with streams of their own: the place of each in its run of k counts."""
-        return type(self)([seed_of(seed, "place", i % k) for i, seed in enumerate(self._seeds)])
-
     def rows(self, index: Tensor | Sequence[int]) -> Self:
         """The rows at these positions."""
         return type(self)([self._seeds[int(i)] for i in torch.as_tensor(index).tolist()])
 
-    def _generator(self, row: int, name: str) -> torch.Generator:
-        return torch.Generator().manual_seed(seed_of(self._seeds[row], name))
+    @staticmethod
+    def _generator(seed: int, name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(seed_of(seed, name))

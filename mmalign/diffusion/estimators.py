@@ -14,13 +14,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mmalign.config import EstimatorSpec
+from mmalign.config import DiffusionConfig
 from mmalign.core.numerics import full_precision
 from mmalign.diffusion.draws import Draws
 from mmalign.diffusion.moves import ddim_move, ddim_spread
 from mmalign.diffusion.point import Point, Predict
 from mmalign.diffusion.process import NoiseProcess
-from mmalign.diffusion.teacher import Truncated
 from mmalign.errors import ConfigError
 
 Semantics = Literal["landing", "legacy", "modern"]
@@ -39,18 +38,15 @@ class Estimator(ABC):
         draws: Draws,
         process: NoiseProcess,
         predict: Predict | None,
-        *,
-        rows: int = 1,
     ) -> Point:
         """The point of every picture.
 
         Args:
-            x0: [N, ...] clean pictures or latents; the candidates of a row follow each other.
+            x0: [N, ...] clean pictures or latents.
             t: [N] timesteps.
-            draws: N streams of random numbers.
+            draws: N streams of random numbers; pictures with the same stream get the same noise.
             process: The noise process.
             predict: The network that inverts; None where `needs_network` is false.
-            rows: Candidates of a row; N is a multiple of it.
         """
 
 
@@ -58,9 +54,10 @@ class Estimator(ABC):
 class ForwardNoise(Estimator):
     """x_t = alpha_t x0 + sigma_t noise, with noise drawn at random.
 
+    The candidates of a row share the noise where they have the same stream (`estimator.shared`).
+
     Args:
-        shared: One noise for all candidates of a row, the first one's; else each its own stream's.
-        noise_offset: s; the noise is z + s z', z' one number for each picture and channel, shared
+        noise_offset: s; the noise is z + s z', z' one number for each channel of a picture, shared
             as the noise is.
 
     Source: Wallace et al. 2023, arXiv:2311.12908, released code.
@@ -68,7 +65,6 @@ class ForwardNoise(Estimator):
         equal, so that a rejected picture is noised with another draw than its target's.
     """
 
-    shared: bool = True
     noise_offset: float = 0.0
     needs_network: ClassVar[bool] = False
 
@@ -80,18 +76,13 @@ class ForwardNoise(Estimator):
         draws: Draws,
         process: NoiseProcess,
         predict: Predict | None = None,
-        *,
-        rows: int = 1,
     ) -> Point:
         """The point of every picture; see `Estimator`."""
         x0 = full_precision(x0)
-        repeats = rows if self.shared else 1
-        own = draws.rows(range(0, len(draws), repeats))
-        noise = own.normal("noise", tuple(x0.shape[1:]), x0.device, x0.dtype)
+        noise = draws.normal("noise", tuple(x0.shape[1:]), x0.device, x0.dtype)
         if self.noise_offset:
             shape = (x0.shape[1], *(1,) * (x0.dim() - 2))
-            noise = noise + self.noise_offset * own.normal("offset", shape, x0.device, x0.dtype)
-        noise = noise.repeat_interleave(repeats, 0)
+            noise = noise + self.noise_offset * draws.normal("offset", shape, x0.device, x0.dtype)
         return Point(process.add_noise(x0, noise, t), t, process.target(x0, noise, t))
 
 
@@ -150,8 +141,6 @@ class DDIMInversion(Estimator):
         draws: Draws,
         process: NoiseProcess,
         predict: Predict | None,
-        *,
-        rows: int = 1,
     ) -> Point:
         """The point of every picture; see `Estimator`."""
         assert predict is not None, "an inversion needs a network"
@@ -222,25 +211,26 @@ class ReNoise(DDIMInversion):
         return ddim_move(x, 0.5 * (first + second), move.source, move.goal, process)
 
 
-def build_estimator(spec: EstimatorSpec, noise_offset: float = 0.0) -> Estimator | Truncated:
-    """The estimator that a configuration describes.
+def build_estimator(settings: DiffusionConfig) -> Estimator:
+    """The estimator that a configuration describes; Self-NPO's is `teacher.Truncated`.
 
     Args:
-        spec: `diffusion.estimator`; it has refused settings that its kind does not read.
-        noise_offset: `diffusion.noise_offset`.
+        settings: Its section has refused settings of the estimator that its kind does not read.
 
     Raises:
-        ConfigError: An offset of the noise where no noise of that kind is drawn.
+        ConfigError: An offset of the noise where no noise of that kind is drawn, or the kind
+            truncated, which has a teacher and timesteps of its own.
     """
+    spec = settings.estimator
     if spec.kind == "forward":
-        return ForwardNoise(spec.shared, noise_offset)
-    if noise_offset:
+        return ForwardNoise(settings.noise_offset)
+    if settings.noise_offset:
         raise ConfigError(
-            f"diffusion.noise_offset is {noise_offset}, but estimator.kind {spec.kind!r} does not "
-            "read it; only forward does"
+            f"diffusion.noise_offset is {settings.noise_offset}, but estimator.kind {spec.kind!r} "
+            "does not read it; only forward does"
         )
     if spec.kind == "ddim_inversion":
         return DDIMInversion(spec.steps, spec.semantics, spec.eta)
     if spec.kind == "renoise":
         return ReNoise(spec.steps, spec.semantics)
-    return Truncated(spec)
+    raise ConfigError("estimator.kind is truncated; build it with mmalign.diffusion.teacher")

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from mmalign.core.presets.build import ALIASES, PRESETS, build, build_mix, from_config, preset
 from mmalign.core.presets.diffusion import (
+    dcpo,
     diffusion_dpo,
     diffusion_kto,
+    diffusion_npo,
     diffusion_orpo,
+    flow_dpo,
+    inpo,
     mapo,
+    self_npo,
     smpo,
+    spo,
 )
 from mmalign.core.presets.lists import plackett_luce, tpo_tree
 from mmalign.core.presets.pairwise import (
@@ -69,8 +75,10 @@ __all__ = [
     "cdpo",
     "chi_po",
     "cpo",
+    "dcpo",
     "diffusion_dpo",
     "diffusion_kto",
+    "diffusion_npo",
     "diffusion_orpo",
     "discopop",
     "dpo",
@@ -79,11 +87,13 @@ __all__ = [
     "exo",
     "f_dpo",
     "flex_dpo",
+    "flow_dpo",
     "from_config",
     "gpo",
     "ha_dpo",
     "hinge",
     "hypo",
+    "inpo",
     "inpo_nash",
     "ipo",
     "kto",
@@ -104,6 +114,7 @@ __all__ = [
     "rpo",
     "rrpo",
     "rso",
+    "self_npo",
     "sem_dpo",
     "sft",
     "sigmoid_norm",
@@ -111,6 +122,7 @@ __all__ = [
     "smpo",
     "soft_dpo",
     "sparse_po",
+    "spo",
     "sppo",
     "tdpo1",
     "tdpo2",

@@ -10,7 +10,7 @@ from typing import Literal
 
 from mmalign.core.divergence import MapoScore
 from mmalign.core.kahneman import Baseline, Kahneman, Utility
-from mmalign.core.links import Hinge, Link, Logistic, Smoothed, Squared
+from mmalign.core.links import ClippedRatio, Hinge, Link, Logistic, Smoothed, Squared
 from mmalign.core.numerics import require
 from mmalign.core.objective import Objective
 from mmalign.core.regularisers import Nll
@@ -42,6 +42,101 @@ def diffusion_dpo(
     elif link == "ipo":
         chosen = Squared(0.5, scale=scale)
     return Objective(Preference(Score(2.0 * scale), chosen))  # policy is -e/2
+
+
+def inpo(beta: float = 2000.0) -> Objective:
+    """InPO: diffusion_dpo at pictures that the model's own sampler would come through.
+
+    loss = -log sigmoid((beta / 2) * [m in errors]), errors at inverted pictures
+
+    Args:
+        beta: Regularisation, per unit of mean squared error; 2000 for SD 1.5, 5000 for SDXL.
+
+    Source: Lu et al. 2025, arXiv:2503.18454, released code.
+    Departs: the loss does not; the inversion (estimator.kind ddim_inversion) ends at the drawn
+        timestep, every row has its own one, and the noise table is not in half precision.
+    """
+    return diffusion_dpo(beta)
+
+
+def diffusion_npo(beta: float = 1000.0) -> Objective:
+    """Diffusion-NPO: a negative model, from pairs exchanged (data.swap: true).
+
+    loss = -log sigmoid((beta / 2) * [m in errors]), the rejected picture in the chosen one's place
+
+    Args:
+        beta: Regularisation, per unit of mean squared error; 1000 for SD 1.5 (the released script's
+            500 has no half), 2000 for SDXL.
+
+    Source: Wang et al. 2025, arXiv:2505.11245, released code.
+    Departs: ties are dropped or soft, as data says; the release keeps them in file order, so that
+        they pull the same way in the positive and in the negative model.
+    """
+    return diffusion_dpo(beta)
+
+
+def self_npo() -> Objective:
+    """Self-NPO: a negative model without preferences, from the model's own truncated walks.
+
+    loss = d(x0 of the student with the prompt, x0 of the teacher without it), d pseudo-Huber
+
+    The teacher, an average of the student, and the walk belong to estimator.kind truncated.
+
+    Source: Wang et al. 2025, arXiv:2505.11777, released code.
+    Departs: the loss does not; the walk's last estimate is always made, whichever rows are in a
+        batch together.
+    """
+    return Objective(Nll(2.0, "sum"))  # policy is -d/2
+
+
+def dcpo(beta: float = 500.0) -> Objective:
+    """DCPO: diffusion_dpo where each picture of a pair has its own caption.
+
+    loss = -log sigmoid((beta / 2) * [m in errors]), each error under the picture's own caption
+
+    Args:
+        beta: Regularisation, per unit of mean squared error; 500 for SD 2.1.
+
+    Source: Saeidi et al. 2025, arXiv:2502.06023, released code.
+    Departs: the loss does not; the prediction type is the model's own, where the release regresses
+        a model that predicts v onto noise.
+    """
+    return diffusion_dpo(beta)
+
+
+def flow_dpo(beta: float = 100.0) -> Objective:
+    """Flow-DPO: diffusion_dpo on the error of a flow model's velocity, from stored pairs.
+
+    loss = -log sigmoid((beta / 2) * [m in errors]), errors of the velocity noise - x0
+
+    Args:
+        beta: Regularisation, per unit of mean squared error; the same at all noise levels.
+
+    Source: Liu et al. 2025, arXiv:2501.13918; flow_grpo's released script.
+    Departs: offline only; the script samples groups with the policy and takes best and worst.
+    """
+    return diffusion_dpo(beta)
+
+
+def spo(beta: float = 10.0, eps: float = 0.1) -> Objective:
+    """SPO: pairs of next pictures of one step of the sampler, with clipped ratios.
+
+    loss = -log sigmoid(beta * [log r_w - log r_l]), r = pi / pi_ref clipped to [1 - eps, 1 + eps]
+
+    pi is the step's Gaussian density, averaged over elements before the exponential
+    (`mmalign.diffusion.stepwise`). The sampling that makes the pairs while the model trains is not
+    built; this is the loss for those who bring it.
+
+    Args:
+        beta: Inverse temperature of the ratio.
+        eps: Half-width of the clip, in (0, 1).
+
+    Source: Liang et al. 2024, arXiv:2406.04314, released code.
+    Departs: nothing.
+    """
+    require(0.0 < eps < 1.0, "eps", eps, "in (0, 1)")
+    link = ClippedRatio(beta * math.log1p(-eps), beta * math.log1p(eps))
+    return Objective(Preference(Score(beta), link))
 
 
 def smpo(beta: float = 50000.0) -> Objective:
