@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from mmalign.diffusion.denoiser import Condition
-from mmalign.diffusion.models import has_component
 from mmalign.diffusion.pipeline import (
     Family,
     component,
     component_fingerprint,
     denoiser_config,
     family_of,
+    has_component,
     model_index,
     read_json,
     variant_of,

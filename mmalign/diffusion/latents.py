@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from mmalign.diffusion import tiny_vae
-from mmalign.diffusion.models import has_component
 from mmalign.diffusion.pipeline import (
     component,
     component_fingerprint,
     denoiser_config,
+    has_component,
     read_json,
     variant_of,
 )

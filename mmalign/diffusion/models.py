@@ -16,7 +16,7 @@ from mmalign.diffusion.pipeline import (
     component_fingerprint,
     denoiser_config,
     family_of,
-    model_index,
+    has_component,
     pipeline_folder,
     scheduler_config,
     variant_of,
@@ -102,12 +102,6 @@ def load_components(
     return components
 
 
-def has_component(path: str | Path, name: str, revision: str | None = None) -> bool:
-    """Whether a pipeline has a part; an entry of nulls in model_index.json is none."""
-    entry = model_index(path, revision).get(name)
-    return bool(entry) and any(entry)
-
-
 def load_denoiser(path: str, model: ModelConfig) -> nn.Module:
     """The U-Net or transformer of a pipeline, without dropout, in evaluation mode.
 
@@ -130,9 +124,8 @@ def load_denoiser(path: str, model: ModelConfig) -> nn.Module:
     if Path(path).is_dir():
         folder = denoiser_folder(Path(path))
     else:
-        folder = component(
-            path, "unet" if kind == "UNet2DConditionModel" else "transformer", revision
-        )
+        name = "unet" if kind == "UNet2DConditionModel" else "transformer"
+        folder = component(path, name, revision)
     import diffusers
 
     try:

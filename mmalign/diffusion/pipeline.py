@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models.files import denoiser_folder, fingerprint
@@ -95,6 +95,15 @@ _SETTINGS = ("*.json", "*.txt", "*.model")
 def model_index(path: str | Path, revision: str | None = None) -> dict[str, Any]:
     """The pipeline's model_index.json; empty where the folder has none."""
     return read_json(pipeline_folder(path, revision=revision) / "model_index.json", missing={})
+
+
+def has_component(path: str | Path, name: str, revision: str | None = None) -> bool:
+    """Whether a pipeline has a part: by model_index.json, where nulls are none, else by folder."""
+    index = model_index(path, revision)
+    if not index:
+        return (Path(path) / name).is_dir()
+    entry = index.get(name)
+    return bool(entry) and any(entry)
 
 
 def denoiser_config(path: str | Path, revision: str | None = None) -> dict[str, Any]:
@@ -229,9 +238,8 @@ def variant_of(folder: Path) -> str | None:
             "code. Save the pipeline again with safe_serialization=True"
         )
     stems = ("diffusion_pytorch_model", "model")
-    if any(
-        name.startswith((f"{stem}.safetensors", f"{stem}-0")) for name in names for stem in stems
-    ):
+    plain = tuple(f"{stem}{end}" for stem in stems for end in (".safetensors", "-0"))
+    if any(name.startswith(plain) for name in names):
         return None
     return names[0].split(".")[1].split("-")[0] if names[0].count(".") > 1 else None
 
@@ -248,6 +256,3 @@ def read_json(file: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: {file} cannot be read: {error}") from error
-
-
-assert set(PIPELINES.values()) == set(get_args(Family))
