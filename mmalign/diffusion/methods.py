@@ -1,0 +1,148 @@
+"""What a method asks of the rest of a configuration, as sentences, before any weight loads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmalign.config import TimestepSpec
+
+if TYPE_CHECKING:
+    from mmalign.config import RunConfig
+    from mmalign.diffusion.process import NoiseProcess
+
+IN_ERRORS = frozenset(
+    {
+        *("diffusion_dpo", "smpo", "inpo", "diffusion_npo", "self_npo", "dcpo", "flow_dpo"),
+        *("mapo", "diffusion_orpo", "diffusion_kto"),
+    }
+)
+"""Presets whose constants are per unit of error: they count on a log-probability of -e/2."""
+
+PER_TOKEN = ("ld_alpha",)
+"""Keywords that act on the tokens of a response; a picture has one score."""
+
+
+def check_method(config: RunConfig) -> list[str]:
+    """What the objective, the estimator and the reference ask of each other and do not get."""
+    return [*_objective(config), *_estimator(config)]
+
+
+def check_process(config: RunConfig, process: NoiseProcess) -> list[str]:
+    """What the method and the estimator ask of the model's noise process and do not get."""
+    problems: list[str] = []
+    is_flow = process.prediction == "flow"
+    spec = config.diffusion.estimator
+    if "flow_dpo" in _names(config) and not is_flow:
+        problems.append(
+            f"objective 'flow_dpo' is for flow models, but this one predicts {process.prediction}. "
+            "Use diffusion_dpo"
+        )
+    if is_flow and spec.semantics != "landing":
+        problems.append(
+            f"diffusion.estimator.semantics is {spec.semantics}, which reproduces released code "
+            "for noise tables, but this is a flow model. Use landing"
+        )
+    if spec.kind == "truncated" and (is_flow or process.ends_in_noise):
+        problems.append(
+            "diffusion.estimator.kind is truncated, whose walk begins at the last noise level, "
+            "where this model's process keeps nothing of the picture (a flow, or zero terminal SNR)"
+        )
+    undefined = process.ends_in_noise and process.prediction == "epsilon"
+    if undefined and config.diffusion.timesteps.weighting == "sample":
+        problems.append(
+            "diffusion.timesteps.weighting is sample, which has no value for a model that predicts "
+            "noise at the end of a table with zero terminal SNR. Use constant or min_snr"
+        )
+    return problems
+
+
+def _objective(config: RunConfig) -> list[str]:
+    problems: list[str] = []
+    names, settings = _names(config), config.diffusion
+    in_errors = sorted(IN_ERRORS.intersection(names))
+    if in_errors and settings.logp_scale != 0.5:
+        problems.append(
+            f"diffusion.logp_scale is {settings.logp_scale}, but objective {in_errors[0]!r} has "
+            "its constants per unit of error, which is logp_scale 0.5. Change beta instead"
+        )
+    for key in PER_TOKEN:
+        if key in config.objective.keywords:
+            problems.append(
+                f"objective.{key} acts on the tokens of a response; a picture has none. Remove it"
+            )
+    if "diffusion_npo" in names and not config.data.swap:
+        problems.append(
+            "objective 'diffusion_npo' learns from exchanged pairs, but data.swap is false. Set "
+            "data.swap: true, or use diffusion_dpo"
+        )
+    return problems
+
+
+def _estimator(config: RunConfig) -> list[str]:
+    problems: list[str] = []
+    names, spec = _names(config), config.diffusion.estimator
+    if "inpo" in names and spec.kind != "ddim_inversion":
+        problems.append(
+            f"objective 'inpo' scores at inverted pictures, but diffusion.estimator.kind is "
+            f"{spec.kind}. Set it to ddim_inversion, or use diffusion_dpo"
+        )
+    if spec.kind == "truncated" or "self_npo" in names:
+        problems += _self_npo(config)
+    if spec.kind != "forward":
+        if config.reference.kind == "cached":
+            problems.append(
+                "reference.kind is cached, which needs places that do not change, but "
+                f"diffusion.estimator.kind is {spec.kind}. Use a live reference, or kind: forward"
+            )
+        if config.diffusion.noise_offset:
+            problems.append(
+                f"diffusion.noise_offset is {config.diffusion.noise_offset}, but only "
+                f"estimator.kind: forward reads it (found {spec.kind}). Remove it"
+            )
+    if spec.network == "reference" and not _has_one_reference(config):
+        problems.append(
+            "diffusion.estimator.network is reference, but this run has no single frozen "
+            f"reference (reference.kind {config.reference.kind}). Use network: policy"
+        )
+    return problems
+
+
+def _self_npo(config: RunConfig) -> list[str]:
+    problems: list[str] = []
+    names, settings = _names(config), config.diffusion
+    kind = settings.estimator.kind
+    if names != ["self_npo"]:
+        problems.append(
+            f"objective {', '.join(names)} and diffusion.estimator.kind {kind} do not go together: "
+            "truncated serves the objective self_npo alone, in no mix"
+        )
+    elif kind != "truncated":
+        problems.append(
+            "objective 'self_npo' learns from its teacher's walks, but diffusion.estimator.kind "
+            f"is {kind}. Set it to truncated"
+        )
+    drawn = settings.timesteps.model_copy(
+        update={"weighting": "constant", "gamma": TimestepSpec().gamma}
+    )
+    if kind == "truncated" and drawn != TimestepSpec():
+        problems.append(
+            "diffusion.timesteps chooses noise levels, but estimator.kind: truncated draws its "
+            "own. Remove all but weighting and gamma"
+        )
+    return problems
+
+
+def _names(config: RunConfig) -> list[str]:
+    """Presets of the objective, by their own names."""
+    from mmalign.core.presets import ALIASES
+
+    asked = config.objective.mix or [config.objective.name or ""]
+    return [ALIASES.get(name, name) for name in asked]
+
+
+def _has_one_reference(config: RunConfig) -> bool:
+    from mmalign.core import presets
+
+    if config.reference.kind in ("none", "mixture", "cached"):
+        return False
+    return presets.from_config(config.objective).needs.reference
