@@ -34,6 +34,7 @@ ENCODERS: dict[Family, tuple[str, ...]] = {
     "sdxl": ("text_encoder", "text_encoder_2"),
     "sd3": ("text_encoder", "text_encoder_2", "text_encoder_3"),
 }
+_CLIPS = ("text_encoder", "text_encoder_2")
 OPTIONAL = "text_encoder_3"  # SD3's T5: zeros stand for it where it was left out
 T5_LIMIT = 256  # places that SD3's T5 fills; what diffusers takes by default
 
@@ -226,7 +227,7 @@ class PromptEncoder:
             if self.family == "sd":
                 (name,) = self._models
                 return Condition(self._models[name](ids[name]).last_hidden_state)
-            clips = [self._clip(name, ids[name]) for name in ENCODERS[self.family][:2]]
+            clips = [self._clip(name, ids[name]) for name in _CLIPS]
             embeds = torch.cat([states for states, _ in clips], dim=-1)
             if self.family == "sdxl":
                 return self._zeroed(Condition(embeds, clips[1][1]), ids)
