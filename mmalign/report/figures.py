@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 # matplotlib draws in these placeholders; the SVG gets the variable in their place.
 _INK, _GRID = "#010101", "#020202"
+_WARN = "#040404"
 _SERIES = tuple(f"#0301{index:02d}" for index in range(1, 7))
-_VARIABLES = {_INK: "var(--ink-soft)", _GRID: "var(--grid)"} | {
+_VARIABLES = {_INK: "var(--ink-soft)", _GRID: "var(--grid)", _WARN: "var(--series-6)"} | {
     colour: f"var(--series-{index})" for index, colour in enumerate(_SERIES, 1)
 }
 
@@ -49,6 +50,7 @@ class Plot:
     note: str = ""
     bounds: tuple[float, float] | None = None
     level: float | None = None  # a thin reference line
+    warns_above: bool = False  # a red band where curves are above the level
 
 
 def colour(index: int) -> str:
@@ -150,6 +152,11 @@ def plot(spec: Plot, runs: Sequence[Run]) -> Markup | None:
             labels.setdefault(curve.label, line)
         if spec.level is not None:
             axes.axhline(spec.level, color=_INK, linewidth=0.8, linestyle=(0, (1, 3)))
+        if spec.warns_above and spec.level is not None:
+            low, high = axes.get_ylim()
+            if high > spec.level:
+                axes.axhspan(spec.level, high, color=_WARN, alpha=0.13, linewidth=0)
+                axes.set_ylim(low, high)
         if spec.bounds is not None:
             axes.set_ylim(*spec.bounds)
         axes.set_xlabel("optimiser step")

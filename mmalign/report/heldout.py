@@ -24,6 +24,7 @@ class _Metric:
     meaning: str
     is_share: bool = False
     changes: bool = True
+    is_tiny: bool = False  # shown with significant digits
 
 
 _METRICS = (
@@ -67,39 +68,74 @@ _METRICS = (
     _Metric("kl_per_token", "KL per token", "KL(reference, policy), in nats"),
 )
 
+_PICTURE_METRICS = (
+    _Metric(
+        "errors/chosen_diff",
+        "Error on preferred pictures",
+        "policy minus reference; above 0 the model explains them worse than before",
+        is_tiny=True,
+    ),
+    _Metric(
+        "errors/rejected_diff",
+        "Error on rejected pictures",
+        "policy minus reference; above 0 the model has moved away from them",
+        is_tiny=True,
+    ),
+    _Metric(
+        "reward_accuracy",
+        "Implicit accuracy",
+        "pairs whose preferred picture gained more than the rejected one",
+        is_share=True,
+    ),
+    _Metric(
+        "separation",
+        "Separation",
+        "how often a desirable picture scores above an undesirable one of another row",
+        is_share=True,
+    ),
+    _Metric("loss", "Loss", "the objective on held-out rows"),
+    _Metric(
+        "errors/policy_chosen",
+        "Denoising error of preferred pictures",
+        "under the trained model",
+        is_tiny=True,
+    ),
+)
+
 
 def held_out(runs: Sequence[Run]) -> Section | None:
     """The first and the last evaluation of a run; of several runs the last of each."""
     runs = [run for run in runs if run.evals]
     if not runs:
         return None
-    table = _before_and_after(runs[0]) if len(runs) == 1 else _compared(runs)
+    shown = _PICTURE_METRICS if all(run.has_pictures for run in runs) else _METRICS
+    table = _before_and_after(runs[0], shown) if len(runs) == 1 else _compared(runs, shown)
     return Section("Held-out numbers", table)
 
 
-def _before_and_after(run: Run) -> Markup:
+def _before_and_after(run: Run, metrics: Sequence[_Metric]) -> Markup:
     first, last = run.evals[0], run.evals[-1]
     if first is last:
         header = ["", f"at step {last.get('step')}"]
-        rows = [[_name(m), _cell(last, m)] for m in _METRICS if _has(last, m)]
+        rows = [[_name(m), _cell(last, m)] for m in metrics if _has(last, m)]
         return blocks.table(header, rows, _caption(run))
-    changes = _changes(first, last)
+    changes = _changes(first, last, metrics)
     before = "before" if first.get("step") == 0 else f"at step {first.get('step')}"
     header = ["", before, f"after {last.get('step'):,} steps", "change"]
     rows = [
         [_name(m), _cell(first, m), _cell(last, m), changes.get(m.key, blocks.MISSING)]
-        for m in _METRICS
+        for m in metrics
         if _has(last, m)
     ]
     return blocks.table(header, rows, _caption(run))
 
 
-def _compared(runs: Sequence[Run]) -> Markup:
+def _compared(runs: Sequence[Run], metrics: Sequence[_Metric]) -> Markup:
     start = runs[0].evals[0]
     has_start = start.get("step") == 0
     header = ["", *(["before"] if has_start else []), *(run.name for run in runs)]
     rows: list[list[object]] = []
-    for metric in _METRICS:
+    for metric in metrics:
         if any(_has(run.evals[-1], metric) for run in runs):
             before = [_cell(start, metric)] if has_start else []
             rows.append([_name(metric), *before, *(_cell(run.evals[-1], metric) for run in runs)])
@@ -116,7 +152,7 @@ def _caption(run: Run) -> str:
     )
 
 
-def _changes(first: Record, last: Record) -> dict[str, Markup]:
+def _changes(first: Record, last: Record, metrics: Sequence[_Metric]) -> dict[str, Markup]:
     """Change of each metric, with its interval over the same rows where there are such."""
     from mmalign.evaluate import bootstrap_interval, row_values
 
@@ -124,7 +160,7 @@ def _changes(first: Record, last: Record) -> dict[str, Markup]:
     paired = bool(old) and [row.get("id") for row in old] == [row.get("id") for row in new]
     columns = (row_values(old), row_values(new)) if paired else ({}, {})
     changes: dict[str, Markup] = {}
-    for metric in _METRICS:
+    for metric in metrics:
         if not (metric.changes and _has(first, metric) and _has(last, metric)):
             continue
         interval = None
@@ -155,6 +191,8 @@ def _shown(value: float, interval: Any, metric: _Metric, sign: str = "") -> Mark
     def text(number: float) -> str:
         if metric.is_share:
             return f"{100 * number:{sign}.0f}".replace("-", "−")
+        if metric.is_tiny:
+            return f"{number:{sign}.3g}".replace("-", "−")
         digits = 3 if abs(number) < 1 else 2
         return f"{number:{sign}.{digits}f}".replace("-", "−")
 

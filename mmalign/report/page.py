@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup, escape
 
 from mmalign import configfile
-from mmalign.report import blocks
+from mmalign.report import blocks, pictures
 from mmalign.report.blocks import Answers, Section
-from mmalign.report.curves import PLOTS
+from mmalign.report.curves import PICTURE_PLOTS, PLOTS
 from mmalign.report.figures import plot
 from mmalign.report.heldout import held_out
 from mmalign.report.remarks import Remark, remarks
 from mmalign.report.run import is_number
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from mmalign.report.figures import Plot
     from mmalign.report.run import Run
 
 _TERMS = {
@@ -76,13 +77,16 @@ def model(run: Run) -> str:
 def run_sections(runs: Sequence[Run]) -> list[Section]:
     """All sections that have something to say."""
     many = len(runs) > 1
+    are_pictures = all(run.has_pictures for run in runs)
     sections: list[Section | None] = [
         _setup(runs),
         _remarks(runs),
+        pictures.sheets(runs),
         held_out(runs),
-        _completions(runs),
-        _curves(runs),
-        Section("How to read the numbers", _terms()),
+        pictures.by_noise_level(runs),
+        _completions([run for run in runs if not run.has_pictures]),
+        _curves(runs, PICTURE_PLOTS if are_pictures else PLOTS),
+        Section("How to read the numbers", _terms(pictures.TERMS if are_pictures else _TERMS)),
         Section("Configurations" if many else "Configuration", _configs(runs)),
     ]
     return [section for section in sections if section is not None]
@@ -159,10 +163,10 @@ def _sources(sources: Any) -> str:
     return ", ".join(str(s["path"] if isinstance(s, dict) else s) for s in many)
 
 
-def _curves(runs: Sequence[Run]) -> Section | None:
+def _curves(runs: Sequence[Run], plots: Sequence[Plot]) -> Section | None:
     drawn = [
         blocks.figure(image, spec.title, spec.note)
-        for spec in PLOTS
+        for spec in plots
         if (image := plot(spec, runs)) is not None
     ]
     return Section("Curves", blocks.figures(drawn)) if drawn else None
@@ -196,9 +200,9 @@ def _prompt(prompt: Any) -> str:
     return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns)
 
 
-def _terms() -> Markup:
+def _terms(terms: Mapping[str, str]) -> Markup:
     items = Markup().join(
-        Markup("<dt>{}</dt><dd>{}</dd>").format(term, text) for term, text in _TERMS.items()
+        Markup("<dt>{}</dt><dd>{}</dd>").format(term, text) for term, text in terms.items()
     )
     return Markup('<dl class="terms">{}</dl>').format(items)
 

@@ -24,7 +24,8 @@ class Remark:
 
 def remarks(run: Run) -> list[Remark]:
     """What went wrong or may mislead; empty for a run without anything to explain."""
-    found = [remark for check in _CHECKS if (remark := check(run)) is not None]
+    checks = _PICTURE_CHECKS if run.has_pictures else _CHECKS
+    found = [remark for check in checks if (remark := check(run)) is not None]
     return found + [Remark(problem) for problem in run.problems]
 
 
@@ -79,6 +80,23 @@ def _coin(run: Run) -> Remark | None:
     )
 
 
+def _preferred_explained_worse(run: Run) -> Remark | None:
+    key, where = "errors/chosen_diff", "held out"
+    value = _last(run, key)
+    if value is None:  # no held-out rows: the mean of the last tenth of the log lines
+        _, values = run.series(key)
+        last = values[-max(1, len(values) // 10) :]
+        value, where = (sum(last) / len(last) if last else None), "in training"
+    if value is None or value <= 0:
+        return None
+    return Remark(
+        "The model now explains the preferred pictures worse than the reference does: "
+        f"{where}, its denoising error on them is {value:.2g} higher. Pictures lose quality soon "
+        "after this, while implicit accuracy stays high. Fewer steps, a smaller learning rate or a "
+        "larger beta prevent it."
+    )
+
+
 def _rejected_dominates(run: Run) -> Remark | None:
     chosen, rejected = _last(run, "drift/chosen"), _last(run, "drift/rejected")
     if chosen is None or rejected is None or chosen <= 0 or -rejected < _NATS_PER_NAT * chosen:
@@ -105,9 +123,10 @@ def _accuracy_is_spent(run: Run) -> Remark | None:
     last = values[-max(1, len(values) // 10) :]
     if len(values) < 5 or sum(last) < 0.999 * len(last):
         return None
+    shown = "pictures" if run.has_pictures else "completions"
     return Remark(
         "Training reward accuracy is 100 %, so it can tell nothing more: good and ruined runs both "
-        "reach it. Judge by the completions and the held-out numbers.",
+        f"reach it. Judge by the {shown} and the held-out numbers.",
         is_warning=False,
     )
 
@@ -125,5 +144,14 @@ _CHECKS = (
     _chosen_falls,
     _rejected_dominates,
     _accuracies_disagree,
+    _accuracy_is_spent,
+)
+
+_PICTURE_CHECKS = (
+    _unfinished,
+    _not_finite,
+    _preferred_explained_worse,
+    _loss_rises,
+    _coin,
     _accuracy_is_spent,
 )

@@ -32,6 +32,11 @@ class Run:
         return self.folder.resolve().name
 
     @property
+    def has_pictures(self) -> bool:
+        """Whether candidates are pictures, so that scores are denoising errors."""
+        return self.config.get("modality") == "diffusion"
+
+    @property
     def is_finished(self) -> bool:
         """Whether the trained weights were saved at the end."""
         return (self.folder / "final").is_dir()
