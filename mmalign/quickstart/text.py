@@ -50,6 +50,7 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
         ConfigError: `output` is not empty, the model cannot be had, or the run was interrupted.
     """
     from mmalign.quickstart import chat_model, stand_in
+    from mmalign.quickstart.folder import free_folder
     from mmalign.quickstart.text_report import write
     from mmalign.train.files import write_text
 
@@ -60,7 +61,7 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
         nonlocal clock
         stages[stage], clock = round(time.perf_counter() - clock, 1), time.perf_counter()
 
-    output = free_folder(output)
+    output = free_folder(output, "quickstart-text")
     rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
     if fast:
         model = stand_in.make(output / "model", [row["chosen"] for row in rows])
@@ -137,22 +138,6 @@ def config(
             "output": output,
         }
     )
-
-
-def free_folder(output: Path | None) -> Path:
-    """An empty folder: the one asked for, or the first default name that is free."""
-    if output is not None:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise ConfigError(
-                f"--output {output} exists and is not an empty folder; choose another, or delete it"
-            )
-        return output
-    default, number = Path("runs/quickstart-text"), 1
-    output = default
-    while output.exists():
-        number += 1
-        output = default.with_name(f"{default.name}-{number}")
-    return output
 
 
 def train_arm(config: RunConfig, keywords: Mapping[str, str]) -> tuple[list[Answer], list[Answer]]:

@@ -13,6 +13,7 @@ import pytest
 from mmalign.errors import ConfigError
 from mmalign.quickstart import chat_model, text
 from mmalign.quickstart.answers import measure, summary
+from mmalign.quickstart.folder import free_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,7 +66,7 @@ def test_default_folder_is_a_new_one_each_time(
     monkeypatch.chdir(tmp_path)
     names = []
     for _ in range(3):
-        folder = text.free_folder(None)
+        folder = free_folder(None, "quickstart-text")
         folder.mkdir(parents=True)
         names.append(folder.as_posix())
     assert names == [f"runs/quickstart-text{end}" for end in ("", "-2", "-3")]
