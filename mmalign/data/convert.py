@@ -8,7 +8,8 @@ from functools import cache
 from typing import Any
 
 from mmalign.data.fields import as_object
-from mmalign.data.layouts import LAYOUTS, Layout
+from mmalign.data.layout import Layout
+from mmalign.data.layouts import LAYOUTS
 from mmalign.data.parse import KIND_KEYS
 from mmalign.errors import DataError
 
@@ -55,13 +56,14 @@ def _find(row: Mapping[str, Any], layout: str | None) -> Layout:
 @cache
 def _recognise(columns: frozenset[str]) -> tuple[str, str]:
     """The layout's name, or why there is none; cached, since all rows of a file have the same."""
-    fits = [name for name, layout in LAYOUTS.items() if _fits(layout, columns)]
+    own = [name for name, layout in LAYOUTS.items() if not layout.named]
+    fits = [name for name in own if _fits(LAYOUTS[name], columns)]
     if len(fits) == 1:
         return fits[0], ""
     if fits:
         choices = ", ".join(fits)
         return "", f"the columns {_names(columns)} fit several layouts; set `layout`: {choices}"
-    near = sorted(LAYOUTS, key=lambda name: -_likeness(LAYOUTS[name], columns))[:3]
+    near = sorted(own, key=lambda name: -_likeness(LAYOUTS[name], columns))[:3]
     choices = "; ".join(f"{name} ({LAYOUTS[name].columns})" for name in near)
     return "", f"no layout has the columns {_names(columns)}. The nearest are: {choices}"
 

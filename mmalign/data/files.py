@@ -1,7 +1,7 @@
 """Rows of a file or a Hugging Face dataset, each with its place; what cannot be read is a problem.
 
-JSONL, JSON, CSV and parquet files, `.gz` of the text ones, folders of `datasets.save_to_disk`, and
-names of hub datasets.
+JSONL, JSON, CSV and parquet files, `.gz` of the text ones, folders of pictures or of
+`datasets.save_to_disk`, and names of hub datasets.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import gzip
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from difflib import get_close_matches
-from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
 
 from mmalign.data.fields import as_list, as_object, show
+from mmalign.data.folders import folder_rows
+from mmalign.data.row import HELD_OUT, Row
+from mmalign.data.tables import hub_rows, parquet_rows, saved_rows, shard_rows
 from mmalign.errors import DataError
 
-HELD_OUT = ("eval", "validation", "test", "valid", "val", "dev")
-"""Values of a `split` column, or names of hub splits, that are not trained on."""
+__all__ = ["HELD_OUT", "LONGEST_LINE", "Row", "read_rows"]
 
 LONGEST_LINE = 64 * 2**20  # bytes
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -31,17 +31,10 @@ _NOT_TEXT = frozenset((
     "votes_b", "tie", "desirable", "label", "kto_tag", "better_response_id", "responses", "scores",
     "completions", "ranks", "ratings", "online", "spans", "spans_chosen", "spans_rejected", "steps",
     "steps_chosen", "steps_rejected", "cut", "chosen_cut", "rejected_cut", "meta", "history",
+    "label_0", "label_1", "has_label", "images", "image_paths", "human_preference", "rank",
+    "score_0", "score_1", "score_chosen", "score_rejected",
 ))
 # fmt: on
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row as it was found."""
-
-    place: str  # "file.jsonl:12": the line, or the row counted from 1 where there are no lines
-    value: dict[str, Any] | None  # None: could not be read
-    problem: str = ""
 
 
 def read_rows(
@@ -50,7 +43,7 @@ def read_rows(
     """The rows of a file, a saved dataset or a hub dataset, in order.
 
     Args:
-        path: File, folder of `save_to_disk`, or hub name such as `owner/dataset`.
+        path: File, folder of pictures or of `save_to_disk`, or hub name such as `owner/dataset`.
         name: Configuration of a hub dataset.
         split: Split of a saved or hub dataset; for files the caller looks at the `split` column.
 
@@ -59,12 +52,13 @@ def read_rows(
     """
     file = Path(path)
     if file.is_dir():
-        return _saved_dataset(file, split)
+        of_files = folder_rows(file, read_rows) or shard_rows(file, split)
+        return of_files or saved_rows(file, split)
     if file.is_file():
         return _file_rows(file)
     if file.suffix in (*_SUFFIXES, ".gz") or str(path).startswith((".", "/", "~")):
         raise DataError(f"{path}: there is no such file{_nearest_file(file)}")
-    return _hub_dataset(str(path), name, split)
+    return hub_rows(str(path), name, split)
 
 
 def _nearest_file(file: Path) -> str:
@@ -80,7 +74,7 @@ def _file_rows(file: Path) -> Iterator[Row]:
     zipped = bool(suffixes) and suffixes[-1] == ".gz"
     kind = suffixes[-2 if zipped else -1] if len(suffixes) > zipped else ""
     if kind == ".parquet" and not zipped:
-        return _parquet(file)
+        return parquet_rows(file)
     readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv}
     if kind not in readers:
         raise DataError(
@@ -196,57 +190,3 @@ def _csv_value(column: str, cell: str) -> Any:
         return _parse(cell)
     except _NotJson:
         return {"true": True, "false": False, "": None}.get(cell.strip().lower(), cell)
-
-
-def _parquet(file: Path) -> Iterator[Row]:
-    arrow: Any = import_module("pyarrow")
-    parquet: Any = import_module("pyarrow.parquet")
-    number = 1
-    try:
-        with parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
-                    yield Row(f"{file}:{number}", record)
-                    number += 1
-    except (arrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file}: cannot be read as parquet: {error}") from error
-
-
-def _saved_dataset(folder: Path, split: str | None) -> Iterator[Row]:
-    datasets: Any = import_module("datasets")
-    try:
-        data = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{folder}: a folder must be one of datasets.save_to_disk ({error})"
-        ) from error
-    return _dataset_rows(str(folder), data, split)
-
-
-def _hub_dataset(path: str, name: str | None, split: str | None) -> Iterator[Row]:
-    datasets: Any = import_module("datasets")
-    try:
-        data = datasets.load_dataset(path, name, split=split)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: neither a file or folder here nor a hub dataset that can be loaded: {error}"
-        ) from error
-    return _dataset_rows(path, data if split is None else {split: data}, split)
-
-
-def _dataset_rows(path: str, data: Any, split: str | None) -> Iterator[Row]:
-    """Rows of a Dataset, or of the train and held-out splits of a DatasetDict."""
-    splits: dict[str, Any] = dict(data) if hasattr(data, "keys") else {}
-    if splits:
-        wanted = (split,) if split else ("train", *HELD_OUT)
-        if wanted[0] not in splits:
-            raise DataError(
-                f"{path}: has no split {wanted[0]!r}; set `split` to one of {sorted(splits)}"
-            )
-    else:
-        wanted, splits = ("",), {"": data}
-    for part in wanted:
-        mark = {"split": part} if part else {}
-        where = f"{path}/{part}" if part else path
-        for i, record in enumerate(splits.get(part, ()), start=1):
-            yield Row(f"{where}:{i}", {**record, **mark})

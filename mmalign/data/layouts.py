@@ -6,11 +6,11 @@ they amount to; what it leaves in the row is carried along by `convert.to_record
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from mmalign.data.fields import as_list, as_object, number, show
+from mmalign.data.fields import as_list, as_object, number
+from mmalign.data.layout import Layout, order_of
+from mmalign.data.picture_layouts import PICTURE_LAYOUTS
 from mmalign.data.turns import (
     Columns,
     Turns,
@@ -23,16 +23,6 @@ from mmalign.data.turns import (
     turns,
 )
 from mmalign.errors import DataError
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How a layout is recognised and read."""
-
-    columns: str  # as shown to a user
-    needs: tuple[tuple[str, ...], ...]  # one column of every group must be there
-    unless: tuple[str, ...]  # and none of these
-    read: Callable[[Columns], Columns]
 
 
 def read_pair(row: Columns) -> Columns:
@@ -61,30 +51,7 @@ def read_choice(row: Columns) -> Columns:
     if names is None:
         raise DataError("one of the two responses is missing")
     a, b = (row.pop(name) for name in names)
-    votes = [row.pop(f"votes_{side}", None) for side in "ab"]
-    winner = row.pop("winner", row.pop("better_response_id", None))
-    if winner is None and row.get("tie"):
-        winner = "tie"
-    if winner is None and None not in votes:
-        for_a, for_b = (number(count) or 0.0 for count in votes)
-        winner = "tie" if for_a == for_b else "ab"[for_b > for_a]
-    sides = {"a": 0, "model_a": 0, names[0]: 0, "b": 1, "model_b": 1, names[1]: 1}
-    if names[0] != "response_1":
-        sides |= {"0": 0, "1": 1}
-    else:
-        sides |= {"1": 0, "2": 1}
-    if str(winner).startswith("tie"):
-        first = 0
-        row["tie"] = True
-    elif str(winner) in sides:
-        first = sides[str(winner)]
-    else:
-        raise DataError(
-            f"{names[0]} and {names[1]} need a `winner` (a, b or tie), `better_response_id`, `tie` "
-            f"or `votes_a` and `votes_b`; the winner found is {show(winner)}"
-        )
-    if None not in votes:
-        row["votes_chosen"], row["votes_rejected"] = votes[first], votes[1 - first]
+    first = order_of(row, names)
     row["chosen"], row["rejected"] = (b, a) if first else (a, b)
     return read_pair(row)
 
@@ -236,4 +203,5 @@ LAYOUTS: dict[str, Layout] = {
         ("chosen", "rejected", "conversations", "instruction", "responses"),
         read_messages,
     ),
+    **PICTURE_LAYOUTS,
 }

@@ -7,9 +7,10 @@ A record is a JSON object of one of four kinds, told apart by the keys it has:
     unpaired  prompt, response, desirable
     plain     prompt, response
 
-A text is a string or a list of {role, content} messages. Any kind may have the keys of `OPTIONAL`;
-what is left over is kept in `meta`. Row weights a method computes offline (Sem-DPO's
-exp(-alpha * cosine distance)) go into `weight`.
+A text is a string or a list of {role, content} messages. Where the responses are pictures, their
+paths stand under image_chosen and image_rejected, images, or image instead. Any kind may have the
+keys of `OPTIONAL`; what is left over is kept in `meta`. Row weights a method computes offline
+(Sem-DPO's exp(-alpha * cosine distance)) go into `weight`.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 from mmalign.data.example import Candidate, Example, ExampleKind, Message, Prompt
 from mmalign.data.fields import Fields, Problem, Text, as_list, as_object
+from mmalign.data.parse_pictures import PICTURE_KEYS, read_pictures
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-KIND_KEYS = ("prompt", "chosen", "rejected", "responses", "scores", "response", "desirable")
+    from mmalign.data.pictures import PictureRoot
+
+TEXT_KEYS = ("chosen", "rejected", "responses", "response")
+KIND_KEYS = ("prompt", *TEXT_KEYS, *PICTURE_KEYS, "scores", "desirable")
 OPTIONAL = {
     "id": "name of the row, for messages and caches",
     "split": "part of the data: train; eval, test or validation are held out",
@@ -59,40 +64,53 @@ OPTIONAL = {
 _MISSPELT = ("desirable", *(key for key in OPTIONAL if len(key) > 5))  # short words are too alike
 
 
-def parse_record(record: Mapping[str, Any], *, where: str) -> Example:
+def parse_record(
+    record: Mapping[str, Any], *, where: str, root: PictureRoot | None = None
+) -> Example:
     """The Example a canonical record describes.
 
     Args:
         record: A JSON object of one of the four kinds.
         where: File and line, for messages; also the id of a record that has none.
+        root: Where paths of pictures start.
 
     Raises:
         DataError: naming every problem of the record.
     """
-    example, problems = read_record(record, where=where)
+    example, problems = read_record(record, where=where, root=root)
     if example is None:
         name = f" (id {record['id']!r})" if record.get("id") is not None else ""
         raise DataError(f"{where}{name}: " + "; ".join(str(problem) for problem in problems))
     return example
 
 
-def read_record(record: Mapping[str, Any], *, where: str) -> tuple[Example | None, list[Problem]]:
-    """Like `parse_record`, but hands the problems back; the Example is None when there are any."""
+def read_record(
+    record: Mapping[str, Any],
+    *,
+    where: str,
+    root: PictureRoot | None = None,
+    alone: bool = False,
+) -> tuple[Example | None, list[Problem]]:
+    """Like `parse_record`, but hands the problems back; the Example is None when there are any.
+
+    With `alone` a record is a prompt and nothing else: a plain one whose response is empty.
+    """
     fields = Fields(record)
-    kind = _kind(fields)
+    pictures = any(key in fields for key in PICTURE_KEYS)
+    kind = "plain" if alone else _kind(fields)
     if kind is None:
         return None, fields.problems
     prompt = _prompt(fields, "prompt") if "prompt" in fields or not _own_prompts(fields) else ""
+    extra: list[Candidate | None] = []
     rated: list[Candidate | None]
-    if kind == "pair":
-        rated, labels = _pair(fields)
-    elif kind == "list":
-        rated, labels = _list(fields)
+    if alone:
+        rated = [Candidate("")]
+    elif pictures:
+        rated = read_pictures(fields, kind, root)
     else:
-        response = fields.text("response")
-        rated = [_candidate(fields, response, "spans", "steps", "cut")]
-        labels = (1.0 if kind == "plain" or fields.flag("desirable") else 0.0,)
-    extra = _extra_roles(fields)
+        rated = _texts(fields, kind)
+        extra = _extra_roles(fields)
+    labels = _labels(fields, kind, len(rated))
     weight = fields.number("weight", 0.0)
     identity = fields.get("id")
     if not isinstance(identity, str | int | None) or isinstance(identity, bool):
@@ -120,13 +138,16 @@ def read_record(record: Mapping[str, Any], *, where: str) -> tuple[Example | Non
 
 
 def _kind(fields: Fields) -> ExampleKind | None:
-    kinds: list[ExampleKind] = []
-    if "chosen" in fields or "rejected" in fields:
-        kinds.append("pair")
-    if "responses" in fields:
-        kinds.append("list")
-    if "response" in fields:
-        kinds.append("unpaired" if "desirable" in fields else "plain")
+    single: ExampleKind = "unpaired" if "desirable" in fields else "plain"
+    named: tuple[tuple[ExampleKind, tuple[str, ...]], ...] = (
+        ("pair", ("chosen", "rejected")),
+        ("pair", ("image_chosen", "image_rejected")),
+        ("list", ("responses",)),
+        ("list", ("images",)),
+        (single, ("response",)),
+        (single, ("image",)),
+    )
+    kinds: list[ExampleKind] = [kind for kind, keys in named if any(key in fields for key in keys)]
     if not kinds:
         fields.fail("no response: give chosen and rejected, responses and scores, or response")
     elif len(kinds) > 1:
@@ -178,7 +199,15 @@ def _candidate(
     )
 
 
-def _pair(fields: Fields) -> tuple[list[Candidate | None], tuple[float, ...]]:
+def _texts(fields: Fields, kind: ExampleKind) -> list[Candidate | None]:
+    if kind == "pair":
+        return _pair(fields)
+    if kind == "list":
+        return _list(fields)
+    return [_candidate(fields, fields.text("response"), "spans", "steps", "cut")]
+
+
+def _pair(fields: Fields) -> list[Candidate | None]:
     sides: list[Candidate | None] = []
     for side in ("chosen", "rejected"):
         prompt = _prompt(fields, f"prompt_{side}") if f"prompt_{side}" in fields else None
@@ -189,7 +218,18 @@ def _pair(fields: Fields) -> tuple[list[Candidate | None], tuple[float, ...]]:
         left, right = (chosen.response, chosen.prompt), (rejected.response, rejected.prompt)
         if left == right:
             fields.fail("chosen equals rejected")
-    return sides, _pair_labels(fields)
+    return sides
+
+
+def _labels(fields: Fields, kind: ExampleKind, num_responses: int) -> tuple[float, ...]:
+    if kind == "pair":
+        return _pair_labels(fields)
+    if kind != "list":
+        return (1.0 if kind == "plain" or fields.flag("desirable") else 0.0,)
+    scores = fields.numbers("scores")
+    if num_responses and scores and num_responses != len(scores):
+        fields.fail("scores must have one number a response", f"{len(scores)} for {num_responses}")
+    return scores
 
 
 def _pair_labels(fields: Fields) -> tuple[float, float]:
@@ -228,13 +268,10 @@ def _p_chosen(fields: Fields) -> float:
     return values[0] if values else 1.0
 
 
-def _list(fields: Fields) -> tuple[list[Candidate | None], tuple[float, ...]]:
-    texts, scores = fields.texts("responses"), fields.numbers("scores")
+def _list(fields: Fields) -> list[Candidate | None]:
+    texts = fields.texts("responses")
     if len(texts) == 1:
         fields.fail("responses must hold at least two texts", "holds 1")
-    if texts and scores and len(texts) != len(scores):
-        fields.fail("scores must have one number a response", f"{len(scores)} for {len(texts)}")
-    each = Fields({})
     per_response: dict[str, list[Any]] = {}
     for key in ("spans", "steps", "cut"):
         raw = fields.get(key)
@@ -248,7 +285,7 @@ def _list(fields: Fields) -> tuple[list[Candidate | None], tuple[float, ...]]:
         each = Fields({key: values[i] for key, values in per_response.items()})
         rated.append(_candidate(each, text, "spans", "steps", "cut"))
         fields.problems.extend(each.problems)
-    return rated, scores
+    return rated
 
 
 def _extra_roles(fields: Fields) -> list[Candidate | None]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from mmalign.data.cells import cell_bytes
 from mmalign.data.example import Picture
-from mmalign.data.fields import show
+from mmalign.data.fields import Problem, show
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,12 +21,16 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """Raster formats that are decoded, told by their content and never by their name."""
 
+_ADDRESSES = ("http://", "https://", "s3://", "gs://", "hf://", "data:")
+
 MOST_BYTES = 64 * 2**20
 MOST_PIXELS = 100_000_000
+WIDEST = 2.0
+"""Largest ratio between the aspect ratios of a row's pictures; wider rows are not trained on."""
+
 _PART = 32  # pictures that a thread takes at a time
 
 
@@ -41,34 +45,36 @@ class PictureRoot:
         self.folder = None if folder is None else os.path.realpath(folder)
         self._real_parents: dict[str, str] = {}
 
-    def find(self, text: str) -> Picture | tuple[str, str]:
-        """The picture file that `text` names, or what is wrong and what was found.
+    def find(self, text: str) -> Picture | Problem:
+        """The picture file that `text` names, or what it must be and is not.
 
-        One look at the file system a path: links are followed only where there are any.
+        A path costs two looks at the file system; links are followed only where there are any.
         """
+        found = f"the path is {show(text, 200)}"
+        if text.startswith(_ADDRESSES):
+            return Problem("must be a file here: download the pictures first", found)
         if self.folder is None:
-            return "picture paths need a folder to start from; set `pictures` of the source", ""
+            return Problem("must start from a folder: set `pictures` of the source", found)
         parent, name = os.path.split(os.path.join(self.folder, text))
         try:
             if parent not in self._real_parents:
                 self._real_parents[parent] = os.path.realpath(parent)
             path = os.path.join(self._real_parents[parent], name)
-            if name in ("", ".", "..") or os.path.islink(path):
+            if name in ("", ".", "..") or (self._holds(path) and os.path.islink(path)):
                 path = os.path.realpath(path)
             # A path that leaves the folder is refused as such, whether or not it leads somewhere.
-            if not path.startswith(self.folder.rstrip(os.sep) + os.sep):
-                return f"a picture path must stay inside {self.folder}", _path(text)
+            if not self._holds(path):
+                return Problem(f"must stay inside {self.folder}", found)
             if stat.S_ISREG(os.stat(path).st_mode):
                 return Picture(Path(path))
         except (FileNotFoundError, NotADirectoryError):
-            return "there is no such picture file", _path(text)
+            pass
         except (OSError, ValueError) as error:
-            return "a picture file cannot be looked at", f"{_path(text)} ({error})"
-        return "a picture must be an ordinary file", _path(text)
+            return Problem("must be a path that can be looked at", f"{found} ({error})")
+        return Problem("must name a picture file that is there", found)
 
-
-def _path(text: str) -> str:
-    return f"the path is {show(text, 200)}"
+    def _holds(self, path: str) -> bool:
+        return path.startswith((self.folder or "").rstrip(os.sep) + os.sep)
 
 
 def picture_bytes(picture: Picture) -> bytes:
@@ -178,3 +184,13 @@ def _attempt(picture: Picture, use: Callable[[Image], Result]) -> Result | DataE
         return use(open_picture(picture))
     except DataError as error:
         return error
+
+
+def is_odd(sizes: Sequence[tuple[int, int]]) -> bool:
+    """Whether pictures of one row differ too much in shape to be brought to one.
+
+    Args:
+        sizes: (height, width) of each, or (width, height).
+    """
+    aspects = [one / other for one, other in sizes]
+    return bool(aspects) and max(aspects) > WIDEST * min(aspects)

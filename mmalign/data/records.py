@@ -12,6 +12,9 @@ from mmalign.data.convert import to_record
 from mmalign.data.fields import Problem
 from mmalign.data.files import read_rows
 from mmalign.data.parse import read_record
+from mmalign.data.picture_copies import PictureCopies
+from mmalign.data.picture_layouts import ALONE
+from mmalign.data.pictures import PictureRoot
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
@@ -38,8 +41,13 @@ def read_records(
     name: str | None = None,
     split: str | None = None,
     layout: str | None = None,
+    pictures: Path | None = None,
 ) -> Iterator[Record]:
-    """Every row of a source; `split` names a hub split, or a value of the `split` column."""
+    """Every row of a source; `split` names a hub split, or a value of the `split` column.
+
+    Paths of pictures start from the folder `pictures`, or that of the source, and stay inside it.
+    """
+    root = _root(Path(path), pictures)
     first_use: dict[str, str] = {}
     other_splits: set[str] = set()
     for row in read_rows(path, name=name, split=split):
@@ -55,7 +63,9 @@ def read_records(
                 problems = [Problem(str(error))]
         example = None
         if record:
-            example, problems = read_record(record, where=row.place)
+            example, problems = read_record(
+                record, where=row.place, root=root, alone=layout == ALONE
+            )
         identity = str(record.get("id", row.place))
         if identity in first_use:
             problems.append(Problem("the id is not unique", f"is also at {first_use[identity]}"))
@@ -65,6 +75,14 @@ def read_records(
     if other_splits and not first_use:
         named = ", ".join(sorted(other_splits - {""})) or "it has no `split` column"
         raise DataError(f"{path}: no row has the split {split!r}; found: {named}")
+
+
+def _root(source: Path, pictures: Path | None) -> PictureRoot:
+    if pictures is not None and not pictures.is_dir():
+        raise DataError(f"pictures: there is no folder {pictures}")
+    if pictures is None and source.exists():
+        pictures = source if source.is_dir() else source.parent
+    return PictureRoot(pictures)
 
 
 @dataclass(slots=True)
@@ -117,15 +135,20 @@ def convert_file(
     layout: str | None = None,
     split: str | None = None,
     drop_bad: bool = False,
+    pictures: Path | None = None,
 ) -> tuple[int, int]:
     """Write the records of a file or dataset in mmalign's own layout, as JSONL.
 
+    Pictures that are not below the folder of `out`, or that are cells of a table, are copied as
+    they are, byte for byte, to a folder beside it: paths in a data file start from its folder.
+
     Args:
-        source: File, saved dataset or hub name.
+        source: File, folder, saved dataset or hub name.
         out: The JSONL file to write; it appears whole or not at all.
         layout: A name of `LAYOUTS`; None to recognise it.
         split: Only these rows.
         drop_bad: Leave out records with problems instead of stopping.
+        pictures: The folder that picture paths of the source start from; None: the source's own.
 
     Returns:
         How many records were written and how many left out.
@@ -138,19 +161,29 @@ def convert_file(
     problems = ProblemList()
     written = 0
     partial = target.with_name(target.name + ".partial")
+    copies = PictureCopies(target, _root(Path(source), pictures))
     try:
         with partial.open("w", encoding="utf-8") as handle:
-            for record in read_records(source, split=split, layout=layout):
+            for record in read_records(source, split=split, layout=layout, pictures=pictures):
                 problems.add(record, *record.problems)
-                if record.example is not None:
-                    # Dates and such, which only tables hold, are written as text.
-                    handle.write(json.dumps(record.value, ensure_ascii=False, default=str) + "\n")
-                    written += 1
+                if record.example is None:
+                    continue
+                try:
+                    value = {**record.value, **copies.columns(record.example)}
+                except DataError as error:
+                    problems.add(record, Problem(str(error)))
+                    continue
+                # Dates and such, which only tables hold, are written as text.
+                handle.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+                written += 1
         if problems.groups and not drop_bad:
             raise problems.error(str(source))
         if not written:
             raise DataError(f"{source}: holds no records that can be used")
         os.replace(partial, target)
+    except BaseException:
+        copies.remove()
+        raise
     finally:
         partial.unlink(missing_ok=True)
     return written, problems.num_records

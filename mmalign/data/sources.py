@@ -99,7 +99,13 @@ def _parts(source: DataSource, config: DataConfig) -> tuple[list[Example], list[
     here: list[Example] = []
     there: list[Example] = []
     total = 0
-    records = read_records(source.path, name=source.name, split=source.split, layout=source.layout)
+    records = read_records(
+        source.path,
+        name=source.name,
+        split=source.split,
+        layout=source.layout,
+        pictures=source.pictures,
+    )
     for record in records:
         total += 1
         problems.add(record, *record.problems)
@@ -136,7 +142,7 @@ def _hold_out(
     """Prompts whose hash lies below `fraction`: the same whatever the file, order and seed."""
 
     def place(row: Example) -> float:
-        return int.from_bytes(hashlib.sha256(as_text(row.prompt).encode()).digest()[:6]) / 2**48
+        return int.from_bytes(hashlib.sha256(_asked(row).encode()).digest()[:6]) / 2**48
 
     places = [[place(row) for row in rows] for rows in sources]
     lowest = min((p for part in places for p in part), default=1.0)
@@ -150,6 +156,11 @@ def _hold_out(
     return train, held_out
 
 
+def _asked(row: Example) -> str:
+    """The prompt; that of the best candidate in a row whose candidates have their own."""
+    return as_text(row.prompt or row.candidates[0].prompt or "")
+
+
 def _warn_of_unused(config: DataConfig, held_out: Sequence[int]) -> None:
     """What a train source holds out, when other files are evaluated on, is used for nothing."""
     evaluated = {source.path for source in config.eval}
@@ -159,8 +170,8 @@ def _warn_of_unused(config: DataConfig, held_out: Sequence[int]) -> None:
 
 
 def _warn_of_leakage(train: Sequence[Example], evaluation: Sequence[Example]) -> None:
-    seen = {normalised(row.prompt) for row in train}
-    leaked = sum(normalised(row.prompt) in seen for row in evaluation)
+    seen = {normalised(_asked(row)) for row in train}
+    leaked = sum(normalised(_asked(row)) in seen for row in evaluation)
     if leaked:
         log.warning(
             "%d of %d evaluation rows have a prompt that is also trained on",

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmalign.data.example import Example, as_text, normalised
+from mmalign.data.example import Example, Picture, as_text, normalised
 from mmalign.data.fields import Problem
 from mmalign.data.files import HELD_OUT
 from mmalign.data.records import ProblemList, Record, read_records
+from mmalign.data.validate_pictures import PictureBook
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Report:
         default_factory=dict[str, "list[tuple[int, int]]"]
     )
     """For each part of a row: (characters, words) of every one."""
+    pictures: PictureBook = field(default_factory=PictureBook)
 
     @property
     def exit_code(self) -> int:
@@ -53,7 +55,7 @@ class Report:
         ):
             if counts:
                 lines.append(f"  {title:8} " + ", ".join(f"{n} {key}" for key, n in counts.items()))
-        lines += _length_table(self.lengths)
+        lines += _length_table(self.lengths) + self.pictures.lines()
         for title, found in (("problem", self.problems), ("warning", self.warnings)):
             if not found.groups:
                 lines.append(f"no {title}s")
@@ -68,6 +70,7 @@ def check_files(
     *,
     eval_paths: Sequence[str | Path] = (),
     layout: str | None = None,
+    pictures: Path | None = None,
 ) -> Report:
     """Read every record of the files and report every problem with its line.
 
@@ -76,13 +79,14 @@ def check_files(
             validation count as evaluation rows.
         eval_paths: More of them, all of evaluation rows.
         layout: The layout of all of them; None to recognise it.
+        pictures: The folder that picture paths start from; None: that of each file.
     """
     report = Report(", ".join(map(str, (*paths, *eval_paths))))
     book = _Book(report)
     for group, always_eval in ((paths, False), (eval_paths, True)):
         for path in group:
             try:
-                for record in read_records(path, layout=layout):
+                for record in read_records(path, layout=layout, pictures=pictures):
                     held_out = always_eval or record.split.lower() in HELD_OUT
                     book.add(record, EVAL if held_out else record.split or "train")
             except DataError as error:
@@ -115,6 +119,7 @@ class _Book:
         self.report.labels[_label(row)] += 1
         for part, text in _parts(row):
             self.report.lengths.setdefault(part, []).append((len(text), len(text.split())))
+        self.report.pictures.add(record, row)
         if row.kind == "list":
             self.lists.append((record, row.num_rated))
         self._compare(record, row, split)
@@ -137,7 +142,8 @@ class _Book:
             self.train_answers.update((prompt, answer) for answer in answers)
 
     def close(self) -> None:
-        """Compare what needed all records."""
+        """Compare what needed all records, and look into the pictures."""
+        self.report.pictures.close(self.report.problems, self.report.warnings)
         for record, prompt, answers in self.eval_rows:
             leaks = ""
             if any((prompt, answer) in self.train_answers for answer in answers):
@@ -166,10 +172,14 @@ def _label(row: Example) -> str:
 
 
 def _parts(row: Example) -> Iterable[tuple[str, str]]:
-    yield "prompt", as_text(row.prompt)
+    if row.prompt:
+        yield "prompt", as_text(row.prompt)
     rated = ("chosen", "rejected") if row.kind == "pair" else ("response",) * row.num_rated
     for i, candidate in enumerate(row.candidates):
-        yield candidate.role or rated[i], as_text(candidate.response)
+        if candidate.prompt is not None:
+            yield "own prompt", as_text(candidate.prompt)
+        if candidate.response and not isinstance(candidate.response, Picture):
+            yield candidate.role or rated[i], as_text(candidate.response)
 
 
 def _length_table(lengths: dict[str, list[tuple[int, int]]]) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mmalign.data.example import Picture, as_text
-from mmalign.data.pictures import decode_all, open_picture
+from mmalign.data.pictures import WIDEST, decode_all, is_odd, open_picture
 from mmalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -38,9 +38,6 @@ __all__ = [
 log = logging.getLogger("mmalign.diffusion")
 
 Size = tuple[int, int]  # height, width, in pixels
-
-WIDEST = 2.0
-"""Largest ratio of the sides of a bucket, and of the aspect ratios inside a row."""
 
 NAMED = 8
 """Rows that a warning names; the others are counted."""
@@ -191,10 +188,9 @@ def usable(
         results = [found[picture] for picture in row_pictures(row)]
         errors = [result for result in results if isinstance(result, DataError)]
         sizes = [result for result in results if not isinstance(result, DataError)]
-        aspects = [height / width for height, width in sizes]
         if errors:
             broken.append(f"{row.id}: {errors[0]}")
-        elif aspects and max(aspects) > WIDEST * min(aspects):
+        elif is_odd(sizes):
             odd.append(f"{row.id} ({' and '.join(f'{w} x {h}' for h, w in sizes)})")
         else:
             kept.append(row)

@@ -1,0 +1,76 @@
+"""Pictures of a converted file: where they lie from it, and copies of those that lie elsewhere."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mmalign.data.example import Example, Picture
+from mmalign.data.pictures import PictureRoot, picture_bytes
+
+_STARTS = {
+    b"\xff\xd8": ".jpg",
+    b"\x89PNG": ".png",
+    b"RIFF": ".webp",
+    b"GIF8": ".gif",
+    b"BM": ".bmp",
+    b"II*\0": ".tif",
+    b"MM\0*": ".tif",
+}
+"""How files of the formats that are read begin."""
+
+
+class PictureCopies:
+    """Paths of pictures as a data file in `target`'s folder names them."""
+
+    def __init__(self, target: Path, source: PictureRoot) -> None:
+        """Copies go to TARGET_pictures/ beside the file, in the order of folders of `source`."""
+        self.parent = Path(os.path.realpath(target.parent))
+        self.folder = self.parent / f"{target.stem}_pictures"
+        self._is_new = not self.folder.exists()
+        self._source = source
+
+    def columns(self, example: Example) -> dict[str, Any]:
+        """The canonical picture keys of a row; none for texts.
+
+        Raises:
+            DataError: A picture cannot be read.
+        """
+        responses = [c.response for c in example.candidates]
+        pictures = [picture for picture in responses if isinstance(picture, Picture)]
+        if not pictures:
+            return {}
+        paths = [self._path(picture) for picture in pictures]
+        if example.kind == "pair":
+            return {"image_chosen": paths[0], "image_rejected": paths[1]}
+        return {"images": paths} if example.kind == "list" else {"image": paths[0]}
+
+    def _path(self, picture: Picture) -> str:
+        file = picture.path
+        if picture.row < 0 and file.is_relative_to(self.parent):
+            return file.relative_to(self.parent).as_posix()
+        data = picture_bytes(picture)
+        inside = self._inside(Path(os.path.realpath(file)))
+        if picture.row >= 0:
+            name = f"{picture.row:06d}-{picture.column}{_suffix(data)}"
+            inside = inside.with_suffix("") / name
+        copy = self.folder / inside
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(data)
+        return copy.relative_to(self.parent).as_posix()
+
+    def _inside(self, file: Path) -> Path:
+        root = self._source.folder
+        is_below = root is not None and file.is_relative_to(root)
+        return file.relative_to(root) if root and is_below else Path(file.name)
+
+    def remove(self) -> None:
+        """Take back what was copied, unless the folder had been there before."""
+        if self._is_new:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _suffix(data: bytes) -> str:
+    return next((suffix for start, suffix in _STARTS.items() if data.startswith(start)), ".bin")

@@ -1,0 +1,162 @@
+"""Rows of parquet files and of Hugging Face datasets; pictures in their cells stay where they are.
+
+A cell that holds a picture becomes a `Picture`, a reference: a table of pictures can be listed
+without reading one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from importlib import import_module
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+from mmalign.data.cells import picture_columns, row_places
+from mmalign.data.example import Picture
+from mmalign.data.picture_layouts import LISTS
+from mmalign.data.row import HELD_OUT, Row
+from mmalign.errors import DataError
+
+_SHARD = re.compile(r"(\w+)-\d+-of-\d+")
+
+
+def parquet_rows(file: Path) -> Iterator[Row]:
+    """The rows of a parquet file."""
+    arrow: Any = import_module("pyarrow")
+    parquet: Any = import_module("pyarrow.parquet")
+    try:
+        with parquet.ParquetFile(file) as table:
+            schema = table.schema_arrow
+            pictures, lists = picture_columns(schema)
+            _refuse_lists(str(file), lists)
+            pictures = [name for name in pictures if not _is_empty(table.metadata, name)]
+            others = [name for name in schema.names if name not in pictures]
+            records: Iterator[dict[str, Any]] = (
+                record
+                for batch in table.iter_batches(batch_size=1024, columns=others)
+                for record in batch.to_pylist()
+            )
+            if not others:
+                records = repeat({}, table.metadata.num_rows)
+            for i, record in enumerate(records):
+                cells = {name: Picture(file, i, name) for name in pictures}
+                yield Row(f"{file}:{i + 1}", {**record, **cells})
+    except (arrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{file}: cannot be read as parquet: {error}") from error
+
+
+def shard_rows(folder: Path, split: str | None) -> Iterator[Row] | None:
+    """The rows of a folder of parquet files, or None when it holds none.
+
+    Files named SPLIT-00000-of-00012, as hubs name them, belong to that split.
+    """
+    files = sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
+    if not files:
+        return None
+    parts: dict[str, list[Path]] = {}
+    for file in files:
+        named = _SHARD.match(file.name)
+        parts.setdefault(named[1] if named else "", []).append(file)
+    if "" in parts:  # not all are named by a split: then none is
+        return (row for file in files for row in parquet_rows(file))
+    return _marked_rows(parts, _wanted(str(folder), parts, split))
+
+
+def _marked_rows(parts: Mapping[str, list[Path]], wanted: Sequence[str]) -> Iterator[Row]:
+    for part in wanted:
+        for file in parts.get(part, ()):
+            for row in parquet_rows(file):
+                yield Row(row.place, {**(row.value or {}), "split": part})
+
+
+def _wanted(path: str, parts: Collection[str], split: str | None) -> tuple[str, ...]:
+    """The named split, or the train and held-out ones."""
+    wanted = (split,) if split else ("train", *HELD_OUT)
+    if wanted[0] not in parts:
+        raise DataError(
+            f"{path}: has no split {wanted[0]!r}; set `split` to one of {sorted(parts)}"
+        )
+    return wanted
+
+
+def _is_empty(metadata: Any, column: str) -> bool:
+    """Whether the file's statistics say that no cell of a column has bytes."""
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        for leaf in map(group.column, range(group.num_columns)):
+            if leaf.path_in_schema in (column, f"{column}.bytes"):
+                counts = leaf.statistics
+                if counts is None or counts.null_count != group.num_rows:
+                    return False
+    return True
+
+
+def _refuse_lists(path: str, columns: list[str]) -> None:
+    for column in columns:
+        if column in LISTS:
+            raise DataError(
+                f"{path}: the cells of column {column!r} hold lists of pictures, and only cells of "
+                "one picture can be read. Write the pictures to files, and their paths into the "
+                "column"
+            )
+
+
+def saved_rows(folder: Path, split: str | None) -> Iterator[Row]:
+    """The rows of a folder of `datasets.save_to_disk`."""
+    datasets: Any = import_module("datasets")
+    try:
+        data = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{folder}: a folder must be one of datasets.save_to_disk, of parquet files, or of "
+            f"pictures ({error})"
+        ) from error
+    return _dataset_rows(str(folder), data, split)
+
+
+def hub_rows(path: str, name: str | None, split: str | None) -> Iterator[Row]:
+    """The rows of a hub dataset."""
+    datasets: Any = import_module("datasets")
+    try:
+        data = datasets.load_dataset(path, name, split=split)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: neither a file or folder here nor a hub dataset that can be loaded: {error}"
+        ) from error
+    return _dataset_rows(path, data if split is None else {split: data}, split)
+
+
+def _dataset_rows(path: str, data: Any, split: str | None) -> Iterator[Row]:
+    """Rows of a Dataset, or of the train and held-out splits of a DatasetDict."""
+    splits: dict[str, Any] = dict(data) if hasattr(data, "keys") else {}
+    if splits:
+        wanted = _wanted(path, splits, split)
+    else:
+        wanted, splits = ("",), {"": data}
+    for part in wanted:
+        mark = {"split": part} if part else {}
+        where = f"{path}/{part}" if part else path
+        for i, record in enumerate(_records(where, splits.get(part)), start=1):
+            yield Row(f"{where}:{i}", {**record, **mark})
+
+
+def _records(where: str, data: Any) -> Iterator[Mapping[str, Any]]:
+    """The rows of one Dataset; iterating over its pictures would decode every one."""
+    if data is None:
+        return
+    pictures, lists = picture_columns(data.features.arrow_schema)
+    _refuse_lists(where, lists)
+    if not pictures:
+        yield from data
+        return
+    # A selection or an order of rows, made after loading, is not in the files.
+    rows = -1 if getattr(data, "_indices", None) is not None else len(data)
+    try:
+        places = row_places([Path(entry["filename"]) for entry in data.cache_files], rows)
+        others = data.remove_columns(pictures)
+        for record, (file, i) in zip(others, places, strict=True):
+            yield {**record, **{name: Picture(file, i, name) for name in pictures}}
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
