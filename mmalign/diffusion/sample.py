@@ -130,8 +130,7 @@ def denoise(
         negative = _sized(empty.to(device).repeat(count), family, pixels)
 
     def run(network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        own = next(network.parameters()).dtype
-        return predict(network, family, x.to(own), t.expand(len(x)), condition).to(dtype)
+        return predict(network, family, x, t.expand(len(x)), condition).to(dtype)
 
     latents = noise.to(dtype) * getattr(scheduler, "init_noise_sigma", 1.0)
     with _evaluating(model, negative_model):
@@ -142,7 +141,7 @@ def denoise(
                 output = run(model, x, t, positive)
             else:
                 if negative_model is None:  # one network: both branches in one pass
-                    both = run(model, torch.cat([x, x]), t, _joined(positive, negative))
+                    both = run(model, torch.cat([x, x]), t, Condition.cat([positive, negative]))
                     pos, neg = both.chunk(2)
                 else:
                     pos = run(model, x, t, positive)
@@ -173,14 +172,14 @@ def picture_size(diffusion: DiffusionConfig, factor: int) -> tuple[int, int]:
     """Height and width in pixels.
 
     Raises:
-        ConfigError: A side that the VAE cannot give.
+        ConfigError: A side that is no whole number of latents.
     """
     spec = diffusion.sampling
     size = (spec.height or diffusion.resolution, spec.width or diffusion.resolution)
     if any(side % factor for side in size):
         raise ConfigError(
-            f"diffusion.sampling: pictures of {size[0]} x {size[1]} pixels cannot be made; each "
-            f"side must be a multiple of {factor}, the size of one latent"
+            f"diffusion.sampling: pictures of {size[0]} x {size[1]} pixels (height x width) cannot "
+            f"be made: each side must be a multiple of {factor}, the size of one latent"
         )
     return size
 
@@ -251,18 +250,6 @@ def _sized(condition: Condition, family: str, pixels: tuple[int, int]) -> Condit
     ids = torch.tensor([*pixels, 0, 0, *pixels], dtype=condition.embeds.dtype)
     return replace(
         condition, time_ids=ids.to(condition.embeds.device).repeat(len(condition.embeds), 1)
-    )
-
-
-def _joined(first: Condition, second: Condition) -> Condition:
-    def join(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-        return None if a is None or b is None else torch.cat([a, b])
-
-    return replace(
-        first,
-        embeds=torch.cat([first.embeds, second.embeds]),
-        pooled=join(first.pooled, second.pooled),
-        time_ids=join(first.time_ids, second.time_ids),
     )
 
 

@@ -70,12 +70,12 @@ class LoraDelta:
             product = parts["B"].flatten(1) @ parts["A"].flatten(1)
             product = product.view(shape) if product.numel() == base.numel() else product
         else:
-            raise CheckpointError(f"merge: {self.weights.path}: {name} has only {sorted(parts)}")
+            raise CheckpointError(f"{self.weights.path}: {name} has only {sorted(parts)}")
         change = self.weights.scale(module) * product
         change = change.T if turned else change
         if change.shape != base.shape:
             raise CheckpointError(
-                f"merge: {self.weights.path}: the delta of {name} is {list(change.shape)}, but the "
+                f"{self.weights.path}: the delta of {name} is {list(change.shape)}, but the "
                 f"base tensor is {list(base.shape)}"
             )
         if "magnitude" not in parts:
@@ -89,7 +89,7 @@ class LoraDelta:
         close = [n for n in base_names if n.endswith(f".{name}") or name.endswith(f".{n}")]
         if len(close) != 1:
             raise CheckpointError(
-                f"merge: {self.weights.path}: {name} fits {len(close)} tensors of the base; the "
+                f"{self.weights.path}: {name} fits {len(close)} tensors of the base; the "
                 "adapter belongs to another model"
             )
         return close[0]
@@ -102,7 +102,7 @@ class LoraDelta:
         for name, module in self.modules.items():
             if tied and "embedding_A" in self.weights.parts[module]:
                 raise CheckpointError(
-                    f"merge: {self.weights.path} adapts {name}, which the base also uses as output "
+                    f"{self.weights.path} adapts {name}, which the base also uses as output "
                     "head; adding the delta would change the head too"
                 )
 

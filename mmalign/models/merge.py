@@ -107,7 +107,7 @@ class _FullDelta:
         odd = sorted(set(base_names) ^ self.where.keys())
         if odd:
             raise CheckpointError(
-                f"merge: {folder} and the base hold different tensors: {len(odd)} are only in one "
+                f"{folder} and the base hold different tensors: {len(odd)} are only in one "
                 f"of them, e.g. {odd[0]!r}. Merge checkpoints of one model"
             )
 
@@ -115,7 +115,7 @@ class _FullDelta:
         tensor = self.where[name].get_tensor(name)
         if tensor.shape != base.shape:
             raise CheckpointError(
-                f"merge: {name} is {list(tensor.shape)} in {self.folder}, but {list(base.shape)} "
+                f"{name} is {list(tensor.shape)} in {self.folder}, but {list(base.shape)} "
                 "in the base"
             )
         return Change(tensor.double(), replaces=True)
