@@ -21,7 +21,7 @@ SMALLEST_ROWS = 8  # below, preparing oneDNN costs more than it gives (token by 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias without a gradient, for any strides: [m, k], [n, k] -> [m, n]."""
-    if _suits(x) and weight.dtype == x.dtype:
+    if suits(x) and weight.dtype == x.dtype:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return nn.functional.linear(x, weight, bias)
 
@@ -33,7 +33,7 @@ def use_onednn(model: nn.Module) -> int:
     """
     count = 0
     for module in model.modules():
-        if type(module) is nn.Linear and _suits(module.weight):
+        if type(module) is nn.Linear and suits(module.weight):
             module.__class__ = CpuLinear
             count += 1
     return count
@@ -45,7 +45,7 @@ class CpuLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """The same as `nn.Linear.forward`."""
         rows = input.numel() // max(input.shape[-1], 1)
-        if rows < SMALLEST_ROWS or not _suits(input) or torch.is_autocast_enabled("cpu"):
+        if rows < SMALLEST_ROWS or not suits(input) or torch.is_autocast_enabled("cpu"):
             return super().forward(input)
         if torch.is_grad_enabled():
             return _Linear.apply(input, self.weight, self.bias)
@@ -74,7 +74,8 @@ class _Linear(torch.autograd.Function):
         return d_x, d_weight, d_bias
 
 
-def _suits(tensor: Tensor) -> bool:
+def suits(tensor: Tensor) -> bool:
+    """Whether oneDNN can take it: float32 on a CPU, where PyTorch has oneDNN and it is on."""
     return (
         tensor.dtype == torch.float32
         and tensor.device.type == "cpu"

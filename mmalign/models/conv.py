@@ -1,0 +1,120 @@
+"""Float32 convolutions of few pixels and many channels on a CPU, as one matrix product.
+
+oneDNN brings the weight of a convolution into a layout of its own at every call. Deep inside a
+U-Net that costs more than the convolution: Stable Diffusion's 1280 x 1280 x 3 x 3 weights meet
+4 x 4 or 8 x 8 pixels there. A product of the unfolded pixels with the weight as it lies in memory
+needs no such copy: two to five times as fast there, forward and backward, in the same precision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from mmalign.models.linear import product, suits
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST_PIXELS = 256  # of all pictures of a batch; above, arranging the weight is soon paid back
+SMALLEST_WEIGHT = 2**20  # below, a weight stays in the processor's cache and is arranged quickly
+
+
+def use_products(model: nn.Module) -> int:
+    """Route every plain float32 `nn.Conv2d` of many channels that lies on a CPU; returns how many.
+
+    Only the class of those modules changes: parameters, names and state dicts stay as they are.
+    """
+    count = 0
+    for module in model.modules():
+        if type(module) is nn.Conv2d and _is_plain(module):
+            module.__class__ = CpuConv2d
+            count += 1
+    return count
+
+
+def _is_plain(module: nn.Conv2d) -> bool:
+    usual = module.groups == 1 and module.padding_mode == "zeros" and module.dilation == (1, 1)
+    large = module.weight.numel() >= SMALLEST_WEIGHT
+    return usual and large and not isinstance(module.padding, str) and suits(module.weight)
+
+
+class CpuConv2d(nn.Conv2d):
+    """`nn.Conv2d` that is a product of unfolded pixels wherever there are few of them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The same as `nn.Conv2d.forward`."""
+        windows = _Windows(self.kernel_size, cast("tuple[int, int]", self.padding), self.stride)
+        few = input.dim() == 4 and windows.count(input) <= MOST_PIXELS
+        if not few or not suits(input) or torch.is_autocast_enabled("cpu"):
+            return super().forward(input)
+        if torch.is_grad_enabled():
+            return cast("Tensor", _Conv.apply(input, self.weight, self.bias, windows))
+        return _convolve(input, self.weight, self.bias, windows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Windows:
+    """Where a convolution looks."""
+
+    kernel: tuple[int, ...]
+    padding: tuple[int, int]
+    stride: tuple[int, ...]
+
+    def sides(self, x: Tensor) -> list[int]:
+        """Height and width of what comes out."""
+        given = zip(x.shape[-2:], self.kernel, self.padding, self.stride, strict=True)
+        return [(side + 2 * pad - kernel) // stride + 1 for side, kernel, pad, stride in given]
+
+    def count(self, x: Tensor) -> int:
+        """Pixels that come out, of all pictures."""
+        height, width = self.sides(x)
+        return len(x) * height * width
+
+    def of(self, x: Tensor) -> Tensor:
+        """[N, H * W, C * kernel], a window a row."""
+        return nn.functional.unfold(
+            x, self.kernel, padding=self.padding, stride=self.stride
+        ).transpose(1, 2)
+
+    def back(self, rows: Tensor, shape: torch.Size) -> Tensor:
+        """The sum [N, C, h, w] of windows that overlap; the adjoint of `of`."""
+        return nn.functional.fold(
+            rows.transpose(1, 2), shape[-2:], self.kernel, padding=self.padding, stride=self.stride
+        )
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, windows: _Windows) -> Tensor:
+    found = product(windows.of(x), weight.flatten(1), bias)
+    return found.transpose(1, 2).unflatten(2, windows.sides(x)).contiguous()
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, windows: _Windows
+    ) -> Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        ctx.windows, ctx.shape = windows, x.shape
+        return _convolve(x, weight, bias, windows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = gradient.flatten(2).transpose(1, 2)  # [N, H * W, C_out]
+        d_x = d_weight = d_bias = None
+        if ctx.needs_input_grad[0]:
+            d_x = ctx.windows.back(product(rows, weight.flatten(1).t()), ctx.shape)
+        if ctx.needs_input_grad[1]:
+            columns = ctx.windows.of(x).flatten(0, 1).t()
+            d_weight = product(rows.flatten(0, 1).t(), columns).view_as(weight)
+        if ctx.needs_input_grad[2]:
+            d_bias = rows.flatten(0, 1).sum(0)
+        return d_x, d_weight, d_bias, None
