@@ -99,7 +99,7 @@ def load_tokenizers(path: str | Path, revision: str | None = None) -> Tokenizers
         try:
             found[encoder] = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, ImportError) as error:
-            raise ConfigError(f"model.path {path}: {name}/ cannot be loaded: {error}") from error
+            raise ConfigError(f"pipeline {path}: {name}/ cannot be loaded: {error}") from error
         limits[encoder] = T5_LIMIT
         if encoder != OPTIONAL:
             places = _encoder_config(path, encoder, revision).get("max_position_embeddings", 77)
@@ -117,7 +117,7 @@ def encoders_of(path: str | Path, family: Family, revision: str | None = None) -
     lacking = [name for name in ENCODERS[family] if name not in found and name != OPTIONAL]
     if lacking:
         raise ConfigError(
-            f"model.path {path}: has no {lacking[0]}/ by its model_index.json, and prompts cannot "
+            f"pipeline {path}: has no {lacking[0]}/ by its model_index.json, and prompts cannot "
             "be embedded without it"
         )
     return tuple(found)
@@ -177,7 +177,7 @@ class PromptEncoder:
         """
         tokenizers = load_tokenizers(path, revision)
         if family is not None and family != tokenizers.family:
-            raise ConfigError(f"model.path {path}: its family is {tokenizers.family}, not {family}")
+            raise ConfigError(f"pipeline {path}: its family is {tokenizers.family}, not {family}")
         models = {
             name: _load_encoder(path, name, dtype, revision) for name in tokenizers.by_encoder
         }
@@ -282,7 +282,7 @@ def _load_encoder(
     kind = (_encoder_config(path, name, revision).get("architectures") or ["none"])[0]
     if kind not in _CLASSES:
         raise ConfigError(
-            f"model.path {path}: {name}/ is a {kind}; supported are {', '.join(_CLASSES)}"
+            f"pipeline {path}: {name}/ is a {kind}; supported are {', '.join(_CLASSES)}"
         )
     try:
         model = getattr(transformers, kind).from_pretrained(
@@ -293,9 +293,9 @@ def _load_encoder(
             local_files_only=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"model.path {path}: {name}/ cannot be loaded: {error}") from error
+        raise ConfigError(f"pipeline {path}: {name}/ cannot be loaded: {error}") from error
     return model.eval().requires_grad_(False)
 
 
 def _encoder_config(path: str | Path, name: str, revision: str | None) -> dict[str, Any]:
-    return read_json(component(path, name, revision) / "config.json")
+    return read_json(component(path, name, revision, weights=False) / "config.json")

@@ -77,7 +77,7 @@ class Vae:
             return cls(tiny_vae.load(folder, dtype), config, path, revision)
         if kind not in ("AutoencoderKL", "AutoencoderTiny"):
             raise ConfigError(
-                f"model.path {path}: vae/ is a {kind}; supported are AutoencoderKL, "
+                f"pipeline {path}: vae/ is a {kind}; supported are AutoencoderKL, "
                 "AutoencoderTiny and tiny autoencoders with pooled blocks"
             )
         import diffusers
@@ -91,7 +91,7 @@ class Vae:
                 local_files_only=True,
             )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise ConfigError(f"model.path {path}: vae/ cannot be loaded: {error}") from error
+            raise ConfigError(f"pipeline {path}: vae/ cannot be loaded: {error}") from error
         return cls(model.eval().requires_grad_(False), dict(model.config), path, revision)
 
     @cached_property
@@ -216,7 +216,7 @@ def load_vae(
     vae = Vae.load(path, getattr(torch, diffusion.vae_dtype), revision=revision)
     if vae.channels != channels:
         raise ConfigError(
-            f"model.path {path}: the VAE has {vae.channels} latent channels, but the denoiser "
+            f"pipeline {path}: the VAE has {vae.channels} latent channels, but the denoiser "
             f"reads {channels}; the folder's parts are of different models"
         )
     return vae

@@ -85,13 +85,13 @@ def load_components(
     has_vae = has_component(model.path, "vae", model.revision)
     if not has_vae and channels not in (1, 3):
         raise ConfigError(
-            f"model.path {model.path}: has no vae/, and its denoiser reads {channels} channels. "
+            f"pipeline {model.path}: has no vae/, and its denoiser reads {channels} channels. "
             "Without a VAE a denoiser must read pixels (1 or 3 channels)"
         )
     components = Components(
         model=model,
         family=family,
-        folder=pipeline_folder(model.path, revision=model.revision),
+        folder=pipeline_folder(model.path, model.revision),
         scheduler_config=scheduler_config(model.path, model.revision),
         denoiser_config=config,
         latent_channels=channels,
@@ -118,18 +118,15 @@ def load_denoiser(path: str, model: ModelConfig) -> nn.Module:
     """
     _check_options(model)
     revision = model.revision if path == model.path else None
-    config = denoiser_config(path, revision)
-    kind = config.get("_class_name")
     family_of(path, revision)
-    if Path(path).is_dir():
-        folder = denoiser_folder(Path(path))
-    else:
-        name = "unet" if kind == "UNet2DConditionModel" else "transformer"
-        folder = component(path, name, revision)
+    kind = denoiser_config(path, revision)["_class_name"]
+    folder = denoiser_folder(pipeline_folder(path, revision))
+    if not Path(path).is_dir():
+        folder = component(path, folder.name, revision)
     import diffusers
 
     try:
-        denoiser = getattr(diffusers, str(kind)).from_pretrained(
+        denoiser = getattr(diffusers, kind).from_pretrained(
             str(folder),
             dtype=getattr(torch, model.dtype),
             use_safetensors=True,
@@ -137,7 +134,7 @@ def load_denoiser(path: str, model: ModelConfig) -> nn.Module:
             local_files_only=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ConfigError(f"model.path {path}: {kind} cannot be loaded: {error}") from error
+        raise ConfigError(f"pipeline {path}: {kind} cannot be loaded: {error}") from error
     if model.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     return without_dropout(denoiser).eval()

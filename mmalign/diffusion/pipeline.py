@@ -6,8 +6,10 @@ loaded nor fetched before they are needed. Weights are read from safetensors onl
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,31 +28,40 @@ DENOISERS: dict[str, tuple[Family, ...]] = {
     "SD3Transformer2DModel": ("sd3",),
 }
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+SETTINGS = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model")  # of tokenizers too
+_STEMS = ("diffusion_pytorch_model", "model")
+_WITHOUT_WEIGHTS = ("tokenizer", "scheduler", "feature_extractor")
 NUM_TIME_IDS = 6  # original size, crop, target size; the SDXL refiner has a score in place of one
 
 
-def component(path: str | Path, name: str, revision: str | None = None) -> Path:
+def component(
+    path: str | Path, name: str, revision: str | None = None, *, weights: bool = True
+) -> Path:
     """The folder of one part of a pipeline: local, or fetched from the hub.
 
     Args:
         path: Pipeline folder or hub name.
         name: "unet", "vae", "text_encoder", "tokenizer_2", "scheduler", ...
         revision: Of a hub repository.
+        weights: Fetch its weights too.
 
     Raises:
         ConfigError: The pipeline does not have it, or cannot be read.
     """
-    folder = pipeline_folder(path, name, revision=revision) / name
+    folder = pipeline_folder(path, revision) / name
     if not folder.is_dir() or not any(folder.glob("*.json")):
-        raise ConfigError(f"model.path {path}: the pipeline has no folder {name}/ with a config")
+        raise ConfigError(
+            f"pipeline {path}: the pipeline has no folder {name}/ with settings in it"
+        )
+    if weights and not Path(path).is_dir() and not name.startswith(_WITHOUT_WEIGHTS):
+        _fetch(str(path), revision, plain_weights(name))
+        if not list(folder.glob("*.safetensors")):
+            _fetch(str(path), revision, (f"{name}/*.safetensors",))
     return folder
 
 
-def pipeline_folder(path: str | Path, *parts: str, revision: str | None = None) -> Path:
-    """The folder itself, or the hub repository's local copy with at least these parts in it.
-
-    Of several precisions in the repository the plain files are fetched, and a variant (such as
-    `fp16`) only where there are no others.
+def pipeline_folder(path: str | Path, revision: str | None = None) -> Path:
+    """The folder itself, or the local copy of a hub repository's settings and tokenizers.
 
     Raises:
         ConfigError: A single-file checkpoint, or neither a folder nor a hub repository.
@@ -60,41 +71,35 @@ def pipeline_folder(path: str | Path, *parts: str, revision: str | None = None) 
     if Path(path).suffix in SINGLE_FILES:
         state = "is a single-file checkpoint" if Path(path).is_file() else "does not exist"
         raise ConfigError(
-            f"model.path {path}: {state}; a pipeline folder of diffusers is needed. To convert a "
+            f"pipeline {path}: {state}; a pipeline folder of diffusers is needed. To convert a "
             "single file: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER) "
             "(StableDiffusionXLPipeline, StableDiffusion3Pipeline for those)"
         )
+    return _fetch(str(path), revision, SETTINGS)
+
+
+def plain_weights(name: str) -> tuple[str, ...]:
+    """Patterns of a part's weights in full precision; variants such as fp16 do not fit them."""
+    return tuple(f"{name}/{stem}{end}.safetensors" for stem in _STEMS for end in ("", "-*"))
+
+
+@cache
+def _fetch(repository: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    """The local copy of a hub repository with the files that fit the patterns."""
     from huggingface_hub import snapshot_download
 
-    settings = ["model_index.json", *(f"{part}/{end}" for part in parts for end in _SETTINGS)]
-    stems = ("diffusion_pytorch_model", "model")
-    plain = [
-        f"{part}/{stem}{end}.safetensors" for part in parts for stem in stems for end in ("", "-*")
-    ]
     try:
-        folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=settings))
-        weighty = [
-            part for part in parts if not part.startswith(("tokenizer", "scheduler", "feature"))
-        ]
-        if weighty:
-            snapshot_download(str(path), revision=revision, allow_patterns=plain)
-            lacking = [part for part in weighty if not list((folder / part).glob("*.safetensors"))]
-            variants = [f"{part}/*.safetensors" for part in lacking]
-            if lacking:
-                snapshot_download(str(path), revision=revision, allow_patterns=variants)
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model.path {path}: no such folder, and no hub repository could be read: {error}"
+            f"pipeline {repository}: no such folder, and no hub repository could be read"
+            f"{f' at revision {revision}' if revision else ''}: {error}"
         ) from error
-    return folder
-
-
-_SETTINGS = ("*.json", "*.txt", "*.model")
 
 
 def model_index(path: str | Path, revision: str | None = None) -> dict[str, Any]:
     """The pipeline's model_index.json; empty where the folder has none."""
-    return read_json(pipeline_folder(path, revision=revision) / "model_index.json", missing={})
+    return read_json(pipeline_folder(path, revision) / "model_index.json", missing={})
 
 
 def has_component(path: str | Path, name: str, revision: str | None = None) -> bool:
@@ -112,15 +117,10 @@ def denoiser_config(path: str | Path, revision: str | None = None) -> dict[str, 
     Raises:
         ConfigError: There is none.
     """
-    folder = pipeline_folder(path, revision=revision)
-    if not Path(path).is_dir():
-        index = read_json(folder / "model_index.json", missing={})
-        name = "transformer" if "transformer" in index else "unet"
-        return read_json(component(path, name, revision) / "config.json")
-    file = denoiser_folder(folder) / "config.json"
+    file = denoiser_folder(pipeline_folder(path, revision)) / "config.json"
     if not file.is_file():
         raise ConfigError(
-            f"model.path {path}: has neither unet/config.json nor transformer/config.json; a "
+            f"pipeline {path}: has neither unet/config.json nor transformer/config.json; a "
             "pipeline folder of diffusers is needed (the folder with model_index.json)"
         )
     return read_json(file)
@@ -149,19 +149,21 @@ def family_of(path: str | Path, revision: str | None = None) -> Family:
     kind = str(config.get("_class_name", "none"))
     pipeline = index.get("_class_name")
     if index.get("requires_aesthetics_score"):
-        raise ConfigError(f"model.path {path}: {_REFINER}")
+        raise ConfigError(f"pipeline {path}: {_REFINER}")
     if pipeline is not None and pipeline not in PIPELINES:
         raise ConfigError(
-            f"model.path {path}: is a {pipeline}; supported are {', '.join(PIPELINES)}"
+            f"pipeline {path}: is a {pipeline}; supported are {', '.join(PIPELINES)}"
         )
     if kind not in DENOISERS:
         raise ConfigError(
-            f"model.path {path}: its denoiser is a {kind}; supported are {', '.join(DENOISERS)}"
+            f"pipeline {path}: its denoiser is a {kind}; supported are {', '.join(DENOISERS)}"
         )
-    found: Family = "sd3" if kind == "SD3Transformer2DModel" else _unet_family(path, config)
+    found: Family = (
+        "sd3" if kind == "SD3Transformer2DModel" else _unet_family(path, config, revision)
+    )
     if pipeline is not None and PIPELINES[pipeline] != found:
         raise ConfigError(
-            f"model.path {path}: model_index.json says {pipeline}, but the denoiser is wired as "
+            f"pipeline {path}: model_index.json says {pipeline}, but the denoiser is wired as "
             f"{found}; the folder's parts are of different models"
         )
     return found
@@ -173,20 +175,20 @@ _REFINER = (
 )
 
 
-def _unet_family(path: str | Path, config: Mapping[str, Any]) -> Family:
+def _unet_family(path: str | Path, config: Mapping[str, Any], revision: str | None) -> Family:
     """`sd` or `sdxl`, after refusing U-Nets that are told more than a prompt."""
     ins, outs = config.get("in_channels", 4), config.get("out_channels", 4)
     if ins != outs:
         known = {9: "an inpainting", 8: "an image-editing", 7: "an upscaling", 5: "a depth-guided"}
         what = known.get(ins, "another")
         raise ConfigError(
-            f"model.path {path}: is {what} model: its U-Net reads {ins} channels and returns "
+            f"pipeline {path}: is {what} model: its U-Net reads {ins} channels and returns "
             f"{outs}, so it needs more than a prompt and a picture. Use the text-to-image model"
         )
     for name in ("class_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type"):
         if config.get(name) is not None:
             raise ConfigError(
-                f"model.path {path}: its U-Net has {name} {config[name]!r}, an input that "
+                f"pipeline {path}: its U-Net has {name} {config[name]!r}, an input that "
                 "text-to-image training does not have"
             )
     embed = config.get("addition_embed_type")
@@ -194,14 +196,14 @@ def _unet_family(path: str | Path, config: Mapping[str, Any]) -> Family:
         return "sd"
     if embed != "text_time":
         raise ConfigError(
-            f"model.path {path}: its U-Net has addition_embed_type {embed!r}; supported are none "
+            f"pipeline {path}: its U-Net has addition_embed_type {embed!r}; supported are none "
             "(SD) and 'text_time' (SDXL)"
         )
     pooled = config["projection_class_embeddings_input_dim"]
     pooled -= NUM_TIME_IDS * config["addition_time_embed_dim"]
-    encoder = Path(path) / "text_encoder_2" / "config.json"
-    if encoder.is_file() and read_json(encoder).get("projection_dim", pooled) != pooled:
-        raise ConfigError(f"model.path {path}: {_REFINER}")
+    encoder = pipeline_folder(path, revision) / "text_encoder_2" / "config.json"
+    if read_json(encoder, missing={}).get("projection_dim", pooled) != pooled:
+        raise ConfigError(f"pipeline {path}: {_REFINER}")
     return "sdxl"
 
 
@@ -211,14 +213,12 @@ def component_fingerprint(path: str | Path, name: str, revision: str | None = No
     Raises:
         ConfigError: The pipeline does not have the part.
     """
-    import hashlib
-
     folder = component(path, name, revision)
-    if not name.startswith(("tokenizer", "scheduler")):
+    if not name.startswith(_WITHOUT_WEIGHTS):
         try:
             return fingerprint(folder)
         except CheckpointError as error:
-            raise ConfigError(f"model.path {path}: {error}") from error
+            raise ConfigError(f"pipeline {path}: {error}") from error
     digest = hashlib.sha256()
     for file in sorted(item for item in folder.iterdir() if item.is_file()):
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
@@ -237,8 +237,7 @@ def variant_of(folder: Path) -> str | None:
             f"{folder}: has no .safetensors file; only those are read, since other formats can run "
             "code. Save the pipeline again with safe_serialization=True"
         )
-    stems = ("diffusion_pytorch_model", "model")
-    plain = tuple(f"{stem}{end}" for stem in stems for end in (".safetensors", "-0"))
+    plain = tuple(f"{stem}{end}" for stem in _STEMS for end in (".safetensors", "-0"))
     if any(name.startswith(plain) for name in names):
         return None
     return names[0].split(".")[1].split("-")[0] if names[0].count(".") > 1 else None
@@ -255,4 +254,4 @@ def read_json(file: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: {file} cannot be read: {error}") from error
+        raise ConfigError(f"pipeline: {file} cannot be read: {error}") from error
