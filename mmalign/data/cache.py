@@ -11,8 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
+import time
 import zlib
+from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -29,11 +33,60 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+OPEN_SHARDS = 128
+"""Shards whose files are kept open for reading, those used last."""
+
 VERSION = "1"  # raise it when entries of the same key change meaning
 _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BOOL": "?",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1",
 }  # fmt: skip
+
+
+class _Files:
+    """Files open for reading: opening one costs more than reading an entry.
+
+    Reads name their offset, so that threads and forked processes may share an open file. A pickled
+    copy, as spawned processes get, starts without any.
+    """
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, _Descriptor] = OrderedDict()
+
+    def read(self, path: Path, offset: int, count: int) -> bytes:
+        """`count` bytes from `offset` on, fewer where the file ends."""
+        if not hasattr(os, "pread"):  # Windows
+            with path.open("rb") as stream:
+                stream.seek(offset)
+                return stream.read(count)
+        file = self._open.get(path)
+        if file is None:
+            file = self._open[path] = _Descriptor(path)
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)  # closed when the last thread is done with it
+        else:
+            with suppress(KeyError):  # closed by another thread just now
+                self._open.move_to_end(path)
+        return os.pread(file.number, count, offset)
+
+    def close(self, path: Path) -> None:
+        """Forget a file."""
+        self._open.pop(path, None)
+
+    def __reduce__(self) -> tuple[type[_Files], tuple[()]]:
+        return (_Files, ())
+
+
+class _Descriptor:
+    """A file open for reading, closed with its last use."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = -1
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +109,12 @@ class TensorCache:
     """
 
     def __init__(
-        self, folder: str | Path, settings: Mapping[str, str], *, shard_bytes: int = 64 << 20
+        self,
+        folder: str | Path,
+        settings: Mapping[str, str],
+        *,
+        shard_bytes: int = 64 << 20,
+        seconds: float = math.inf,
     ) -> None:
         """Open a folder, made when it is first written to.
 
@@ -65,13 +123,16 @@ class TensorCache:
             settings: All that decides the values beside the record: fingerprints of model and
                 encoding, dtype, what is stored. Any change makes every old entry a miss.
             shard_bytes: Size at which `put` writes what it has gathered.
+            seconds: Age of the oldest gathered entry at which it does so too.
         """
         self.folder = Path(folder)
         self.settings = dict(settings)
-        self.shard_bytes = shard_bytes
+        self.shard_bytes, self.seconds = shard_bytes, seconds
         self.hits = self.misses = self.corrupt = 0
         self._pending: dict[str, dict[str, Array]] = {}
         self._pending_bytes = 0
+        self._pending_since = 0.0
+        self._files = _Files()
         # Several shards may hold a key: one written anew stands beside the damaged one.
         self._index: dict[str, list[dict[str, _Place]]] = {}
         for shard in sorted(self.folder.glob("*.safetensors")):
@@ -121,9 +182,12 @@ class TensorCache:
             key: From `key`.
             arrays: Any numpy arrays; bfloat16 goes in as its bits, viewed as int16.
         """
+        if not self._pending:
+            self._pending_since = time.monotonic()
         self._pending[key] = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         self._pending_bytes += sum(array.nbytes for array in arrays.values())
-        if self._pending_bytes >= self.shard_bytes:
+        waited = time.monotonic() - self._pending_since
+        if self._pending_bytes >= self.shard_bytes or waited >= self.seconds:
             self.flush()
 
     def flush(self) -> None:
@@ -144,6 +208,7 @@ class TensorCache:
             stream.write(save(tensors, metadata=sums))
             stream.flush()
             os.fsync(stream.fileno())
+        self._files.close(shard)  # one of the same entries that was damaged
         partial.replace(shard)
         self._pending, self._pending_bytes = {}, 0
         self._read_header(shard)
@@ -195,9 +260,7 @@ class TensorCache:
             dtype = np.dtype(place.dtype)
             count = int(np.prod(place.shape, dtype=np.int64))
             try:
-                with place.shard.open("rb") as stream:
-                    stream.seek(place.offset)
-                    data = stream.read(count * dtype.itemsize)
+                data = self._files.read(place.shard, place.offset, count * dtype.itemsize)
             except OSError as error:
                 self._damaged(place.shard, str(error))
                 return None
