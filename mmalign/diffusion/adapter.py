@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
+
 from mmalign.core import CandidateLogps, Needs
 from mmalign.data.example import as_text
 from mmalign.diffusion import export, methods
-from mmalign.diffusion.batch import STRATUM, Collator, parts
+from mmalign.diffusion.batch import STRATUM, parts
 from mmalign.diffusion.denoiser import Condition, predict
 from mmalign.diffusion.draws import Draws
-from mmalign.diffusion.estimators import Point, build_estimator
+from mmalign.diffusion.estimators import Estimator, build_estimator
 from mmalign.diffusion.inputs import Inputs
 from mmalign.diffusion.models import load_components, load_denoiser
 from mmalign.diffusion.process import process_from
@@ -29,14 +30,15 @@ from mmalign.models.reference import Ema, build_reference, copy_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
     from PIL.Image import Image
     from torch import Tensor, nn
 
     from mmalign.config import RunConfig, SampleConfig
     from mmalign.data.example import Example
     from mmalign.diffusion.batch import Part
-    from mmalign.diffusion.estimators import Predict
     from mmalign.diffusion.models import Components
+    from mmalign.diffusion.point import Point, Predict
     from mmalign.models.adapter import Batch
 
 ATTENTION = (
@@ -81,12 +83,17 @@ class DiffusionAdapter(Adapter):
         self.process = process_from(
             components.scheduler_config, settings.prediction, settings.zero_terminal_snr
         )
+        if problems := methods.check_process(config, self.process):
+            raise ConfigError("; ".join(problems))
         self.policy = _trainable(components.denoiser, config)
         self.reference = build_reference(config, self.policy, needs, load=self._load_reference)
-        self.estimator = build_estimator(settings.estimator, settings.noise_offset)
+        self.estimator: Estimator | Truncated
         self.teacher: Ema | None = None
-        if isinstance(self.estimator, Truncated):
+        if settings.estimator.kind == "truncated":
+            self.estimator = Truncated(settings.estimator)
             self.teacher = Ema(copy_of(self.policy), settings.estimator.teacher_decay)
+        else:
+            self.estimator = build_estimator(settings)
         self.inputs = Inputs(config, needs, components, self.process, banked=banked)
 
     @classmethod
@@ -97,7 +104,13 @@ class DiffusionAdapter(Adapter):
     @classmethod
     def problems(cls, config: RunConfig) -> list[str]:
         """What the method, the estimator and the model's options ask of each other."""
-        return methods.check_method(config)
+        problems = methods.check_method(config)
+        if config.model.lora is not None and config.model.lora.dropout:
+            problems.append(
+                f"model.lora.dropout is {config.model.lora.dropout:g}, but with dropout the errors "
+                "of policy and reference cannot be compared. Remove it"
+            )
+        return problems
 
     @classmethod
     def provides(cls, config: RunConfig) -> Needs:
@@ -109,6 +122,16 @@ class DiffusionAdapter(Adapter):
     def usable(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
         """Without rows whose pictures cannot be decoded or whose captions are too long."""
         return usable(config, examples)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for all but the denoiser.
+
+        It has no dropout, but some blocks of diffusers lay memory out differently in training mode,
+        and policy and reference would differ by rounding.
+        """
+        super().train(mode)
+        self.policy.eval()
+        return self
 
     def held_out(self, examples: Sequence[Example]) -> list[Example]:
         """Every row at `eval_draws` timesteps, spread evenly over their distribution."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmalign.data.example import as_text
+from mmalign.data.example import Picture, as_text
 from mmalign.diffusion.draws import Draws, seed_of
 from mmalign.diffusion.pictures import Frame, is_flipped, open_picture, prepare, row_pictures
 from mmalign.diffusion.timesteps import draw_timesteps
@@ -17,6 +17,7 @@ from mmalign.models.adapter import Batch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
     from torch import Tensor
 
     from mmalign.config import RunConfig
@@ -118,8 +119,12 @@ class Collator:
         inputs["seeds"] = torch.tensor(
             [[s if shared else seed_of(s, "candidate", k) for k in range(num)] for s in row_seeds]
         )
+        # By name and not by place: exchanging two pictures exchanges all that is theirs.
         inputs["picture_seeds"] = torch.tensor(
-            [[seed_of(s, "picture", k) for k in range(num)] for s in row_seeds]
+            [
+                [seed_of(seed, "picture", _name(c.response)) for c in example.candidates]
+                for seed, example in zip(row_seeds, examples, strict=True)
+            ]
         )
         if self.bank is not None and self.needs.reference:
             numbers = [
@@ -147,9 +152,8 @@ class Collator:
 
     def _number(self, example: Example, draw: int | None) -> int:
         """Which of the stored draws a visit uses."""
-        if draw is None:
-            draw = example.meta.get(STRATUM, (0, 1))[0]
-        return draw % self.config.diffusion.num_draws
+        which: int = example.meta.get(STRATUM, (0, 1))[0] if draw is None else draw
+        return which % self.config.diffusion.num_draws
 
     def _quantiles(
         self, examples: Sequence[Example], chance: Draws, draws: Sequence[int] | None
@@ -243,5 +247,12 @@ def _doubled(example: Example) -> Example:
     )
 
 
+def _name(response: object) -> str:
+    """A picture's name, without the folder, which differs between machines."""
+    if isinstance(response, Picture):
+        return f"{response.path.name} {response.row} {response.column}"
+    return ""
+
+
 def _content(example: Example) -> str:
-    return repr((example.prompt, [(c.prompt, str(c.response)) for c in example.candidates]))
+    return repr((example.prompt, [(c.prompt, _name(c.response)) for c in example.candidates]))

@@ -6,18 +6,22 @@ with complete caches never holds them.
 
 from __future__ import annotations
 
-import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from mmalign.diffusion.batch import Collator, caption_of
-from mmalign.diffusion.caches import ErrorBank, LatentCache, PromptCache
+from mmalign.diffusion.caches import (
+    ErrorBank,
+    LatentCache,
+    PromptCache,
+    cache_folder,
+    has_latents,
+)
 from mmalign.diffusion.conditioning import PromptEncoder
 from mmalign.diffusion.denoiser import Condition
 from mmalign.diffusion.generated import Generated
 from mmalign.diffusion.latents import PixelSpace, Vae, load_vae
-from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,7 +36,8 @@ if TYPE_CHECKING:
     from mmalign.diffusion.process import NoiseProcess
     from mmalign.models.adapter import Batch
 
-log = logging.getLogger(__name__)
+
+C = TypeVar("C", PromptCache, LatentCache)
 
 
 class Inputs:
@@ -66,23 +71,16 @@ class Inputs:
             ConfigError: A cache that must be complete is not, with the command that writes it.
         """
         settings = self.config.diffusion
-        generated = settings.estimator.generated
         prompts: PromptCache | None = None
         latents: LatentCache | Generated | None = None
-        if settings.cache != "off":
+        # Opening a cache means hashing the model's files: not for one that is not there.
+        there = cache_folder(self.config).is_dir()
+        if settings.cache == "on" or (settings.cache == "auto" and there):
             captions = ["", *(c for row in examples for c in captions_of(row))]
-            prompts = PromptCache(self.config)
-            if settings.cache == "on":
-                prompts.require(captions)
-            elif prompts.missing(captions):
-                prompts = None
-            if self.components.has_vae and not generated and settings.crop == "center":
-                latents = LatentCache(self.config)
-                if settings.cache == "on":
-                    latents.require(examples)
-                elif latents.missing(examples):
-                    latents = None
-        if generated:
+            prompts = _complete(PromptCache(self.config), captions, settings.cache)
+            if has_latents(self.config):
+                latents = _complete(LatentCache(self.config), examples, settings.cache)
+        if settings.estimator.generated:
             latents = Generated(self, model)
             latents.write(examples)
         bank = None
@@ -100,7 +98,10 @@ class Inputs:
         return self._collator
 
     def _collate_with(
-        self, prompts: PromptCache | None, latents: LatentCache | Generated | None, bank: ErrorBank | None
+        self,
+        prompts: PromptCache | None,
+        latents: LatentCache | Generated | None,
+        bank: ErrorBank | None,
     ) -> Collator:
         return Collator(
             self.config,
@@ -167,7 +168,8 @@ class Inputs:
     def vae(self) -> Vae | PixelSpace:
         """The VAE, loaded on first use."""
         if self._vae is None:
-            self._vae = load_vae(self.config.model.path, self.config.diffusion)
+            model = self.config.model
+            self._vae = load_vae(model.path, self.config.diffusion, revision=model.revision)
         return self._vae
 
     @torch.no_grad()
@@ -189,6 +191,13 @@ class Inputs:
             return mean
         noise = draws.normal("posterior", tuple(mean.shape[1:]), mean.device, mean.dtype)
         return mean + std.to(mean.dtype) * noise
+
+
+def _complete(cache: C, wanted: Any, mode: str) -> C | None:
+    """The cache, where it holds all that is wanted; refused in mode `on` where it does not."""
+    if mode == "on":
+        cache.require(wanted)
+    return None if cache.missing(wanted) else cache
 
 
 def captions_of(example: Example) -> list[str]:

@@ -33,9 +33,7 @@ def usable(config: RunConfig, examples: Sequence[Example]) -> list[Example]:
 
 def _readable(config: RunConfig, examples: list[Example]) -> list[Example]:
     """Rows with a longer caption than the model reads are left out, cut, or refused."""
-    captions = {
-        caption_of(row, k) for row in examples for k in range(len(row.candidates) or 1)
-    }
+    captions = {caption_of(row, k) for row in examples for k in range(len(row.candidates) or 1)}
     # A caption has no more tokens than bytes, so that short ones need no tokenizer.
     tokenizers = load_tokenizers(config.model.path, config.model.revision)
     doubtful = [text for text in captions if len(text.encode()) + 2 > tokenizers.limit]
