@@ -1,12 +1,12 @@
 """Self-NPO's place to score at: where a slow copy of the model, without its prompt, would arrive.
 
 The student learns towards the clean picture that its teacher estimates a few steps later, under
-guidance away from the prompt. What it becomes is a negative model.
+guidance away from the prompt. What it becomes is a negative model. The teacher's weights are an
+average of the student's: `mmalign.models.reference.Ema`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -148,10 +148,3 @@ class Truncated:
             )
         grid = process.grid(self.spec.steps)
         return int(grid[1] - grid[0])
-
-
-@torch.no_grad()
-def follow(teacher: Iterable[Tensor], student: Iterable[Tensor], decay: float) -> None:
-    """Move the teacher's weights: teacher <- decay * teacher + (1 - decay) * student, in place."""
-    for slow, fast in zip(teacher, student, strict=True):
-        slow.lerp_(fast.detach().to(slow), 1.0 - decay)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmalign.core import CandidateLogps, Loss, Objective
 
-FOLDER = Path(__file__).resolve().parents[2] / "golden"
+FOLDER = Path(__file__).resolve().parent / "golden"
 DOUBLE = torch.float64
 
 

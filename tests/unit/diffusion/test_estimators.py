@@ -1,0 +1,189 @@
+"""Places to score at: per picture, whatever the batch; exact ends; finite everywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from nets import Net, table
+from torch import Tensor
+
+from mmalign.config import DiffusionConfig, EstimatorSpec
+from mmalign.diffusion.draws import Draws
+from mmalign.diffusion.estimators import DDIMInversion, ForwardNoise, ReNoise, build_estimator
+from mmalign.diffusion.process import NoiseProcess, RectifiedFlow, VPTable
+from mmalign.diffusion.schedules import zero_terminal
+from mmalign.errors import ConfigError
+
+INVERSIONS: list[Any] = [
+    *(kind(semantics=s) for kind in (DDIMInversion, ReNoise) for s in ("legacy", "modern")),
+    *(
+        DDIMInversion(),
+        ReNoise(),
+        DDIMInversion(eta=0.1),
+        DDIMInversion(semantics="modern", eta=0.1),
+    ),
+]
+NAMES = [f"{type(e).__name__}-{e.semantics}-{e.eta}" for e in INVERSIONS]
+
+
+def pictures(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(n, 4, 3, 3, dtype=dtype)
+
+
+def test_forward_noise_is_the_streams() -> None:
+    x0, t = pictures(4), torch.tensor([5, 5, 700, 700])
+    point = ForwardNoise()(x0, t, Draws([1, 2]).repeat(2), table())
+    assert torch.equal(point.target[0], point.target[1])
+    assert not torch.equal(point.target[1], point.target[2])
+    assert torch.equal(point.x_t, table().add_noise(x0, point.target, t))
+    apart = ForwardNoise()(x0, t, Draws([1, 2, 3, 4]), table())
+    assert not torch.equal(apart.target[0], apart.target[1])
+
+
+def test_the_offset_is_one_number_a_channel_and_shared_by_the_row() -> None:
+    x0, t = pictures(2), torch.tensor([5, 5])
+    draws = Draws([1]).repeat(2)
+    plain = ForwardNoise()(x0, t, draws, table()).target
+    moved = ForwardNoise(0.05)(x0, t, draws, table()).target
+    offset = moved - plain
+    assert torch.equal(moved[0], moved[1])
+    torch.testing.assert_close(offset, offset[:, :, :1, :1].expand_as(offset))
+    assert offset[0, :, 0, 0].unique().numel() == 4
+
+
+def test_a_network_is_called_where_one_is_needed() -> None:
+    assert not ForwardNoise.needs_network
+    assert DDIMInversion.needs_network
+    assert ReNoise.needs_network
+
+
+@pytest.mark.parametrize("estimator", INVERSIONS, ids=NAMES)
+def test_every_picture_has_its_own_path(estimator: DDIMInversion) -> None:
+    x0, condition = pictures(5), torch.randn(5, 3, dtype=torch.float64)
+    t, draws = torch.tensor([0, 1, 333, 950, 999]), Draws(range(5))
+    together = estimator(x0, t, draws, table(), Net([0.3, 0.1], condition))
+    for i in range(5):
+        net = Net([0.3, 0.1], condition[[i]])
+        alone = estimator(x0[[i]], t[[i]], draws.rows([i]), table(), net)
+        torch.testing.assert_close(together.x_t[i], alone.x_t[0])
+        torch.testing.assert_close(together.target[i], alone.target[0])
+
+
+@pytest.mark.parametrize("process", [table(), table("v_prediction"), RectifiedFlow(shift=3.0)])
+def test_landing_ends_at_the_drawn_timestep(process: NoiseProcess) -> None:
+    """A network that always sees one noise: its sampler's path is the line through that noise."""
+    x0, noise = pictures(6), pictures(6)
+    t = process.timestep(torch.tensor([0.0, 0.001, 0.25, 0.5, 0.95, 0.9999]))
+
+    def sees(x: Tensor, at: Tensor) -> Tensor:
+        return noise
+
+    for estimator in (DDIMInversion(7), ReNoise(3)):
+        point = estimator(x0, t, Draws(range(6)), process, sees)
+        start = process.level(torch.zeros_like(t), x0)  # where the path takes x0 to be
+        alpha, sigma = process.level(t, x0)
+        clean = (x0 - start[1] * noise) / start[0]
+        torch.testing.assert_close(point.x_t, alpha * clean + sigma * noise)
+        implied = process.eps_from(point.target, point.x_t, t)
+        torch.testing.assert_close(alpha * x0 + sigma * implied, point.x_t)
+
+
+def test_landing_calls_the_network_at_its_sources() -> None:
+    x0 = pictures(1)
+    for t, sources in [
+        (0, []),
+        (1, [0]),
+        (2, [0, 1]),
+        (101, [0, 1]),
+        (102, [0, 1, 101]),
+        (999, [0, *range(1, 902, 100)]),
+    ]:
+        net = Net([0.3, 0.1], torch.ones(1, 3))
+        DDIMInversion(10)(x0, torch.tensor([t]), Draws([0]), table(), net)
+        assert [call[0] for call in net.called if call[0] < t] == sources
+    net = Net([0.3, 0.1], torch.ones(1, 3))
+    ReNoise(10)(x0, torch.tensor([150]), Draws([0]), table(), net)
+    assert [call[0] for call in net.called] == [0, 0, 1, 1, 101, 101]
+
+
+def test_an_inversion_in_a_flow_is_eulers_method() -> None:
+    process, x0 = RectifiedFlow(shift=3.0), pictures(1)
+    t = torch.tensor([0.8], dtype=torch.float64)
+    grid = [level for level in process.grid(5) if level < 0.8]
+
+    def velocity(x: Tensor, at: Tensor) -> Tensor:
+        return 0.3 * x * torch.cos(at).view(-1, 1, 1, 1) + 0.1
+
+    def sees(x: Tensor, at: Tensor) -> Tensor:
+        return process.eps_from(velocity(x, at), x, at)
+
+    x = x0
+    for source, goal in zip(grid, [*grid[1:], 0.8], strict=True):
+        x = x + (goal - source) * velocity(x, torch.tensor([source]))
+    point = DDIMInversion(5)(x0, t, Draws([0]), process, sees)
+    torch.testing.assert_close(point.x_t, x)
+    assert torch.isfinite(DDIMInversion(5, eta=0.1)(x0, t, Draws([0]), process, sees).x_t).all()
+
+
+@pytest.mark.parametrize("semantics", ["legacy", "modern"])
+def test_released_grids_have_no_meaning_in_a_flow(semantics: Any) -> None:
+    with pytest.raises(ConfigError, match=f"semantics is '{semantics}'.*flow model"):
+        DDIMInversion(5, semantics)(
+            pictures(1),
+            torch.tensor([0.5]),
+            Draws([0]),
+            RectifiedFlow(),
+            Net([0.1, 0.1], pictures(1)),
+        )
+
+
+@pytest.mark.parametrize("estimator", INVERSIONS, ids=NAMES)
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_extremes_are_finite(estimator: DDIMInversion, kind: Any) -> None:
+    x0 = 1e4 * pictures(4, torch.float32)
+    t = torch.tensor([0, 1, 998, 999])
+    for process in (table(kind), VPTable(zero_terminal(table().table), kind)):
+        net = Net([0.3, 0.1], torch.ones(4, 3))
+        point = estimator(x0, t, Draws(range(4)), process, net)
+        assert point.x_t.dtype == torch.float32
+        assert torch.isfinite(point.x_t).all()
+        assert torch.isfinite(point.target).all()
+
+
+@pytest.mark.parametrize("num_steps", [1, 999, 1000])
+@pytest.mark.parametrize("semantics", ["landing", "legacy", "modern"])
+def test_any_number_of_steps(num_steps: int, semantics: Any) -> None:
+    estimator = DDIMInversion(num_steps, semantics, eta=0.1)
+    net = Net([0.3, 0.1], torch.ones(1, 3))
+    for t in (0, 999):
+        point = estimator(pictures(1), torch.tensor([t]), Draws([0]), table(), net)
+        assert torch.isfinite(point.x_t).all()
+
+
+def test_no_gradient_flows_into_a_point() -> None:
+    x0 = pictures(2).requires_grad_()
+    net = Net([0.3, 0.1], torch.ones(2, 3))
+    t = torch.tensor([400, 500])
+    for estimator in (ForwardNoise(), DDIMInversion(), ReNoise()):
+        point = estimator(x0, t, Draws([1, 2]), table(), net)
+        assert not point.x_t.requires_grad
+        assert not point.target.requires_grad
+
+
+def test_built_from_a_configuration() -> None:
+    def built(noise_offset: float = 0.0, **estimator: Any) -> Any:
+        spec = EstimatorSpec.model_validate(estimator)
+        return build_estimator(DiffusionConfig(estimator=spec, noise_offset=noise_offset))
+
+    assert built(0.05) == ForwardNoise(0.05)
+    assert built(kind="ddim_inversion") == DDIMInversion(10, "landing", 0.0)
+    assert built(kind="ddim_inversion", eta=0.1, semantics="modern", num_steps=7) == DDIMInversion(
+        7, "modern", 0.1
+    )
+    assert built(kind="renoise") == ReNoise(5, "landing")
+    with pytest.raises(ConfigError, match=r"noise_offset is 0.05.*only forward"):
+        built(0.05, kind="renoise")
+    with pytest.raises(ConfigError, match="kind is truncated"):
+        built(kind="truncated")

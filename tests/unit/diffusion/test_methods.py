@@ -1,0 +1,120 @@
+"""What a method asks of the rest of a configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from nets import table
+
+from mmalign.config import RunConfig
+from mmalign.core import presets
+from mmalign.diffusion.methods import IN_ERRORS, check_method, check_process
+from mmalign.diffusion.process import RectifiedFlow, VPTable
+from mmalign.diffusion.schedules import zero_terminal
+
+
+def config(objective: Any, diffusion: Any = None, **sections: Any) -> RunConfig:
+    named = {"name": objective} if isinstance(objective, str) else objective
+    data = {"train": "pairs.jsonl", **sections.pop("data", {})}
+    raw = {
+        "modality": "diffusion",
+        "model": {"path": "some/model"},
+        "data": data,
+        "objective": named,
+        "diffusion": diffusion or {},
+        "output": "runs/x",
+        **sections,
+    }
+    return RunConfig.model_validate(raw)
+
+
+def estimator(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"estimator": {"kind": kind, **settings}}
+
+
+FITTING: list[Any] = [
+    config("diffusion_dpo"),
+    config("dpo", {"logp_scale": 30.0}),
+    config("smpo"),
+    config("smpo", estimator("renoise")),
+    config("inpo", estimator("ddim_inversion", eta=0.1, network="reference")),
+    config("diffusion_npo", data={"swap": True}),
+    config("self_npo", estimator("truncated") | {"timesteps": {"weighting": "epsilon"}}),
+    config("mapo"),
+    config("diffusion_kto"),
+    config("flow_dpo"),
+    config({"mix": {"diffusion_dpo": 1.0, "sft": 0.1}}),
+    config("diffusion_dpo", reference={"kind": "cached"}),
+]
+
+
+@pytest.mark.parametrize("fitting", FITTING, ids=lambda c: str(c.objective.name))
+def test_what_fits(fitting: RunConfig) -> None:
+    assert check_method(fitting) == []
+
+
+@pytest.mark.parametrize(
+    ("unfit", "sentence"),
+    [
+        (config("diffusion_npo"), "data.swap is false. Set data.swap: true"),
+        (config("inpo"), "estimator.kind is forward. Set it to ddim_inversion"),
+        (config("inpo", estimator("renoise")), "estimator.kind is renoise"),
+        (config("self_npo"), "estimator.kind is forward. Set it to truncated"),
+        (
+            config("diffusion_dpo", estimator("truncated")),
+            "truncated serves the objective self_npo",
+        ),
+        (
+            config({"mix": {"self_npo": 1.0, "mapo": 1.0}}, estimator("truncated")),
+            "objective self_npo, mapo and diffusion.estimator.kind truncated do not go together",
+        ),
+        (
+            config("self_npo", estimator("truncated") | {"timesteps": {"kind": "turbo"}}),
+            "truncated draws its own",
+        ),
+        (config("mapo", {"logp_scale": 1.0}), "logp_scale is 1.0, but objective 'mapo'"),
+        (config({"name": "dpo", "ld_alpha": 0.5}), "objective.ld_alpha acts on the tokens"),
+        (
+            config("smpo", estimator("renoise"), reference={"kind": "cached"}),
+            "reference.kind is cached, which needs places that do not change",
+        ),
+        (
+            config("smpo", estimator("renoise") | {"noise_offset": 0.05}),
+            "noise_offset is 0.05, but only estimator.kind: forward",
+        ),
+        (
+            config("mapo", estimator("ddim_inversion", network="reference")),
+            "network is reference, but this run has no single frozen reference",
+        ),
+    ],
+)
+def test_what_does_not_fit(unfit: RunConfig, sentence: str) -> None:
+    (problem,) = check_method(unfit)
+    assert sentence in problem
+
+
+def test_processes() -> None:
+    noisy_end = VPTable(zero_terminal(table().table))
+    legacy = config("inpo", estimator("ddim_inversion", semantics="legacy"))
+    weighted = config("diffusion_dpo", {"timesteps": {"weighting": "sample"}})
+    teacher = config("self_npo", estimator("truncated"))
+    assert check_process(config("flow_dpo"), RectifiedFlow()) == []
+    assert check_process(legacy, table()) == check_process(weighted, table()) == []
+    assert check_process(teacher, table()) == []
+    for unfit, process, sentence in [
+        (config("flow_dpo"), table(), "'flow_dpo' is for flow models"),
+        (legacy, RectifiedFlow(), "semantics is legacy"),
+        (weighted, noisy_end, "weighting is sample"),
+        (teacher, RectifiedFlow(), "keeps nothing of the picture"),
+        (teacher, noisy_end, "keeps nothing of the picture"),
+    ]:
+        (problem,) = check_process(unfit, process)
+        assert sentence in problem
+
+
+def test_the_list_of_methods_on_errors_is_complete() -> None:
+    from mmalign.core.presets import diffusion
+
+    own = {name for name, made in presets.PRESETS.items() if made.__module__ == diffusion.__name__}
+    assert own == IN_ERRORS
