@@ -300,7 +300,7 @@ def _flow(config: Mapping[str, Any], prediction: str, zero_terminal_snr: bool) -
         )
     if zero_terminal_snr:
         raise ConfigError(
-            "diffusion.zero_terminal_snr is true, but a flow ends in pure noise by itself; remove it"
+            "diffusion.zero_terminal_snr is true, but a flow always ends in pure noise; remove it"
         )
     if config.get("use_dynamic_shifting"):
         raise ConfigError(

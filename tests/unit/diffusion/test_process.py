@@ -1,4 +1,4 @@
-"""Noise processes: tables as the schedulers make them, conversions between predictions, refusals."""
+"""Noise processes: tables as schedulers make them, conversions between predictions, refusals."""
 
 from __future__ import annotations
 

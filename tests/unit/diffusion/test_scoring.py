@@ -1,4 +1,4 @@
-"""Denoising errors, and what every loss must do with them: log 2 at the start, signs, finiteness."""
+"""Denoising errors, and what losses must do with them: log 2 at the start, signs, finiteness."""
 
 from __future__ import annotations
 
