@@ -22,7 +22,9 @@ def build_optimizer(adapter: Adapter, train: TrainConfig) -> Optimizer:
     """The optimiser of `train.optimizer` over the adapter's parameter groups.
 
     A group may bring its own `lr` and `weight_decay`. AdamW runs as one fused kernel wherever all
-    parameters lie on a device that has it. SGD is plain: no momentum.
+    parameters lie on a device that has it. Adafactor takes `lr` as it is, as in the release of
+    Diffusion-DPO and in transformers' trainer; torch's own would multiply it by the size of each
+    weight. SGD is plain: no momentum.
     """
     groups = [{"lr": train.lr, **g} for g in adapter.parameter_groups(train) if g["params"]]
     groups = [{"initial_lr": group["lr"], **group} for group in groups]
@@ -32,7 +34,9 @@ def build_optimizer(adapter: Adapter, train: TrainConfig) -> Optimizer:
         )
     common: dict[str, Any] = {"lr": train.lr, "weight_decay": train.weight_decay}
     if train.optimizer == "adafactor":
-        return torch.optim.Adafactor(groups, **common)
+        from transformers.optimization import Adafactor
+
+        return Adafactor(groups, scale_parameter=False, relative_step=False, **common)
     if train.optimizer == "sgd":
         return torch.optim.SGD(groups, **common)
     if train.optimizer == "adamw8bit":

@@ -80,6 +80,18 @@ def test_every_optimizer_goes_downhill(name: str) -> None:
     assert bool((weight < 1).all())
 
 
+def test_adafactor_takes_the_learning_rate_as_it_is() -> None:
+    moved: list[float] = []
+    for size in (1.0, 1e-2):
+        weight = torch.nn.Parameter(torch.full((3, 4), size))
+        train = TrainConfig(optimizer="adafactor", lr=1e-4)
+        optimizer = build_optimizer(Groups({"params": [weight]}), train)  # type: ignore[arg-type]
+        weight.sum().backward()
+        optimizer.step()
+        moved.append(size - float(weight.mean()))
+    assert moved == pytest.approx([1e-4, 1e-4], rel=1e-2)
+
+
 def test_a_model_without_trainable_parameters_is_refused() -> None:
     with pytest.raises(ConfigError, match="no trainable parameter"):
         build_optimizer(Groups({"params": []}), TrainConfig())  # type: ignore[arg-type]
