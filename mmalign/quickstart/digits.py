@@ -90,6 +90,13 @@ def ink(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
     return pixels.reshape(len(pixels), -1).mean(1).astype(np.float32)
 
 
+def ink_of_styles(digits: Digits) -> dict[str, float]:
+    """Mean ink of the real pictures of each style."""
+    amount = ink(digits.pixels)
+    means = [float(amount[digits.styles == index].mean()) for index in range(len(STYLES))]
+    return {style: round(mean, 4) for style, mean in zip(STYLES, means, strict=True)}
+
+
 def prompt(digit: int, style: str = "") -> str:
     """What a picture is called, e.g. `a bold handwritten seven`; neutral without a style."""
     return " ".join(["a", *([style] if style else []), "handwritten", NAMES[digit]])
