@@ -239,6 +239,8 @@ def row_values(
         drift/chosen, drift/rejected: summed log pi - log ref of the best and worst rated response;
             drift/desirable, drift/undesirable for single responses
         kl_per_token: mean KL(reference, policy)
+
+    Those per token are left out where all responses have one position, as pictures do.
     """
     if not rows:
         return {}
@@ -249,8 +251,9 @@ def row_values(
     }
     labels, logps = table["labels"], table["logps"]  # [N, K]
     lengths = np.maximum(table["lengths"], 1.0)
+    has_tokens = bool((lengths > 1).any())  # a picture has one position
     values: dict[str, Floats] = {"loss": table["loss"]} if "loss" in table else {}
-    if "kl" in table:
+    if "kl" in table and has_tokens:
         values["kl_per_token"] = table["kl"].sum(1) / lengths.sum(1)
     log_ratio = logps - table["ref_logps"] if "ref_logps" in table else None
 
@@ -270,7 +273,8 @@ def row_values(
         return np.where(count > 0, (found * better).sum((1, 2)) / np.maximum(count, 1), np.nan)
 
     values["ranking_accuracy"] = over_pairs(ranked, logps)
-    values["ranking_accuracy_per_token"] = over_pairs(ranked, logps / lengths)
+    if has_tokens:
+        values["ranking_accuracy_per_token"] = over_pairs(ranked, logps / lengths)
     if log_ratio is None:
         return values
     ref = table["ref_logps"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import tiny_diffusion
 from tiny import CHATML, make_model, make_tokenizer
 
 if TYPE_CHECKING:
@@ -76,3 +77,27 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_model("llama").save_pretrained(folder)
     make_tokenizer(CHATML).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sd15_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stable Diffusion 1.5 in miniature; 64 pixels a side, latents of 8."""
+    return tiny_diffusion.make_sd15(tmp_path_factory.mktemp("sd15"))
+
+
+@pytest.fixture(scope="session")
+def sdxl_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SDXL in miniature."""
+    return tiny_diffusion.make_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="session")
+def sd3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SD 3 in miniature, with its T5."""
+    return tiny_diffusion.make_sd3(tmp_path_factory.mktemp("sd3"))
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline on pixels, without a VAE: one channel of 8 x 8."""
+    return tiny_diffusion.make_digits_like(tmp_path_factory.mktemp("digits"))
