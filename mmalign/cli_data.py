@@ -7,6 +7,15 @@ from typing import Annotated
 
 import typer
 
+from mmalign.cli_compare import (
+    BatchSize,
+    Device,
+    Dtype,
+    Scorers,
+    load_scorers,
+    parse_scorers,
+    shown,
+)
 from mmalign.cli_parts import Config, Overrides, argument, group, option
 
 app = group("Look at preference data before training on it.")
@@ -68,3 +77,57 @@ def data_convert(
 
     written, left_out = convert_file(source, out, layout=layout, split=split, drop_bad=drop_bad)
     typer.echo(f"{out}: {written} records written, {left_out} left out")
+
+
+@app.command("score", short_help="Score the pictures of pairs or lists, and label by the scores.")
+def data_score(
+    source: Annotated[str, argument("FILE", "file or folder of picture pairs or lists")],
+    out: Annotated[Path, option("--out", metavar="FILE", text="the JSONL file to write")],
+    scorer: Scorers,
+    relabel: Annotated[
+        bool, option("--relabel", text="the higher score wins; equal scores are a tie")
+    ] = False,
+    smooth: Annotated[
+        str | None,
+        option(
+            "--smooth",
+            metavar="RANGE",
+            text="write SmPO's p_chosen; RANGE is MIN,MAX of the scores, `data` for theirs, or "
+            "`published` for SmPO's constants",
+        ),
+    ] = None,
+    layout: Layout = None,
+    split: Annotated[
+        str | None, option("--split", metavar="NAME", text="only the rows of this split")
+    ] = None,
+    pictures: Annotated[
+        Path | None,
+        option("--pictures", metavar="DIR", text="where paths start; by default FILE's folder"),
+    ] = None,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Score the pictures of pairs or lists; the first scorer labels. Run it again to go on.
+
+    For example: mmalign data score pairs.jsonl --out scored.jsonl --scorer pickscore --relabel
+    """
+    from mmalign.diffusion.scorers.files import Source, score_file
+    from mmalign.diffusion.scorers.labels import parse_smooth
+
+    weights = dict(parse_scorers(scorer, dtype))
+    wanted = None if smooth is None else parse_smooth(smooth, next(iter(weights)))
+    rows = Source(source, split, layout, pictures)
+    with shown("score") as progress:
+        result = score_file(
+            rows,
+            out,
+            list(weights),
+            lambda: load_scorers(scorer, device, dtype),
+            relabel=relabel,
+            smooth=wanted,
+            settings={"weights": weights, "dtype": dtype},
+            batch_size=batch_size,
+            progress=progress,
+        )
+    typer.echo(result.text())

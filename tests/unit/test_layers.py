@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors", "configfile"},
     "models": {"errors", "core", "data", "config"},
     "text": BELOW,
-    "diffusion": BELOW,
+    "diffusion": BELOW | {"evaluate"},  # intervals of win rates
     "video": BELOW | {"text"},
     "evaluate": BELOW,
     "train": BELOW | {"evaluate"},

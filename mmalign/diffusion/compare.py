@@ -1,0 +1,282 @@
+"""Two models by their pictures of the same prompts and seeds: who wins, by how much, how surely.
+
+A picture wins where its score is strictly the greater one; ties count for nobody, so that the two
+win rates may add to less than 1. Prompts are drawn with replacement for the intervals, with both of
+their pictures at once: what makes a prompt easy for both models does not widen them.
+
+Source: G-U-N/Diffusion-NPO, compare_rate.py.
+Departs: all pictures are compared, not at most 500 drawn at random; intervals.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmalign.data.example import Picture
+from mmalign.data.files import read_rows
+from mmalign.data.folders import SUFFIXES
+from mmalign.diffusion.scorers.batches import Item, score_items
+from mmalign.errors import DataError
+from mmalign.evaluate import bootstrap_interval
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import ArrayLike
+
+    from mmalign.diffusion.scorers import Scorer
+
+SAMPLES = "samples.jsonl"
+"""What `mmalign sample` writes beside the pictures: id, prompt, seed and image of each."""
+
+NAMED = 8
+"""How many names a message lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class WinRate:
+    """Scores of two sets of pictures, compared prompt by prompt.
+
+    Attributes:
+        a: Share of prompts whose first picture has the greater score.
+        b: The same for the second.
+        ties: Share with equal scores; the three add to 1.
+        interval: 95 % of `a`, bootstrapped over prompts.
+        mean_a: Mean score of the first pictures.
+        mean_b: Mean score of the second.
+        mean_difference: mean_a - mean_b.
+        difference_interval: 95 % of it, bootstrapped over prompts.
+        num_prompts: How many were compared.
+    """
+
+    a: float
+    b: float
+    ties: float
+    interval: tuple[float, float]
+    mean_a: float
+    mean_b: float
+    mean_difference: float
+    difference_interval: tuple[float, float]
+    num_prompts: int
+
+
+def win_rate(scores_a: ArrayLike, scores_b: ArrayLike, *, seed: int = 0) -> WinRate:
+    """Compare scores of the same prompts.
+
+    Args:
+        scores_a: [N] under any scorer, more is better.
+        scores_b: [N] of the same prompts in the same order.
+        seed: Of the bootstrap's draws.
+
+    Raises:
+        DataError: The two differ in shape, are empty, or hold what is not a finite number.
+    """
+    a, b = (np.asarray(scores, dtype=np.float64) for scores in (scores_a, scores_b))
+    if a.ndim != 1 or a.shape != b.shape or not len(a):
+        raise DataError(
+            f"scores of shapes {list(a.shape)} and {list(b.shape)} cannot be compared; give one "
+            "score a prompt, of the same prompts"
+        )
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise DataError("scores to compare must be finite numbers; some are nan or infinite")
+    wins, difference = (a > b).astype(np.float64), a - b
+    return WinRate(
+        a=float(wins.mean()),
+        b=float((a < b).mean()),
+        ties=float((a == b).mean()),
+        interval=bootstrap_interval(wins, seed=seed),
+        mean_a=float(a.mean()),
+        mean_b=float(b.mean()),
+        mean_difference=float(difference.mean()),
+        difference_interval=bootstrap_interval(difference, seed=seed),
+        num_prompts=len(a),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two folders of pictures under some scorers.
+
+    Attributes:
+        folders: The two, as they were given.
+        rates: Scorer name to what it found.
+        rows: One a prompt: image, prompt, seed where it is known, and [a, b] for each scorer.
+        dropped: Prompts with a picture that cannot be decoded, as sentences; neither side has them.
+    """
+
+    folders: tuple[str, str]
+    rates: dict[str, WinRate]
+    rows: list[dict[str, Any]]
+    dropped: list[str] = field(default_factory=list[str])
+
+    def text(self) -> str:
+        """A table for a terminal."""
+        first, second = self.folders
+        lines = [f"A  {first}", f"B  {second}", f"{len(self.rows)} prompts, same seeds"]
+        lines += _left_out(self.dropped)
+        width = max(map(len, self.rates))
+        head = f"{'':<{width}}  {'A wins':>7}  {'95 %':<15}  {'B wins':>7}  {'ties':>6}"
+        lines += ["", f"{head}  {'mean A':>9}  {'mean B':>9}  A - B, 95 %"]
+        for name, rate in self.rates.items():
+            low, high = rate.interval
+            between = f"{low:.1%} to {high:.1%}"
+            lines.append(
+                f"{name:<{width}}  {rate.a:>7.1%}  {between:<15}  {rate.b:>7.1%}  {rate.ties:>6.1%}"
+                f"  {rate.mean_a:>9.4g}  {rate.mean_b:>9.4g}  {rate.mean_difference:.3g}, "
+                f"{rate.difference_interval[0]:.3g} to {rate.difference_interval[1]:.3g}"
+            )
+        return "\n".join(lines)
+
+    def write(self, out: Path) -> Path:
+        """Write the summary as JSON to `out`, and the rows beside it as JSONL, whose path it is."""
+        table = out.with_suffix(".jsonl")
+        if table == out:
+            raise DataError(f"--out {out}: give a name that ends in .json; the rows go to .jsonl")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
+        table.write_text("".join(lines), encoding="utf-8")
+        summary = {
+            "a": self.folders[0],
+            "b": self.folders[1],
+            "dropped": self.dropped,
+            "scorers": {name: asdict(rate) for name, rate in self.rates.items()},
+            "rows": table.name,
+        }
+        out.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        return table
+
+
+def _left_out(dropped: Sequence[str]) -> list[str]:
+    if not dropped:
+        return []
+    shown = "; ".join(dropped[:NAMED])
+    more = f"; and {len(dropped) - NAMED} more" if len(dropped) > NAMED else ""
+    return [f"{len(dropped)} prompts left out: {shown}{more}"]
+
+
+def compare(
+    folder_a: str | Path,
+    folder_b: str | Path,
+    scorers: Mapping[str, Scorer],
+    *,
+    prompts: Path | None = None,
+    batch_size: int = 16,
+    progress: Callable[[int, int], Any] = lambda done, total: None,
+) -> Comparison:
+    """Score two folders of pictures that belong to the same prompts and seeds.
+
+    Args:
+        folder_a: Pictures and their samples.jsonl, as `mmalign sample` writes them.
+        folder_b: The same names.
+        scorers: Name to scorer.
+        prompts: JSONL with `image` and `prompt` of each picture, for folders without samples.jsonl.
+        batch_size: Prompts at one time; two pictures each.
+        progress: Told of every batch how many prompts it had, and how many there are.
+
+    Raises:
+        DataError: The folders hold other names, prompts or seeds, or nothing to compare.
+    """
+    if not scorers:
+        raise DataError("compare: name at least one scorer")
+    first, second = Path(folder_a), Path(folder_b)
+    samples = same_samples(first, second, prompts)
+    items = (
+        Item(
+            sample,
+            tuple(Picture(f / sample["image"]) for f in (first, second)),
+            (sample["prompt"],) * 2,
+        )
+        for sample in samples
+    )
+    rows: list[dict[str, Any]] = []
+    dropped: list[str] = []
+    for part in score_items(items, scorers, batch_size):
+        for item, scores in part:
+            if isinstance(scores, DataError):
+                dropped.append(f"{item.key['image']}: {scores}")
+            else:
+                rows.append({**item.key, **scores})
+        progress(len(part), len(samples))
+    if not rows:
+        raise DataError(f"{first}, {second}: no picture can be decoded. {'; '.join(dropped[:2])}")
+    rates = {
+        name: win_rate([row[name][0] for row in rows], [row[name][1] for row in rows])
+        for name in scorers
+    }
+    return Comparison((str(folder_a), str(folder_b)), rates, rows, dropped)
+
+
+def same_samples(first: Path, second: Path, prompts: Path | None) -> list[dict[str, Any]]:
+    """The samples of both folders: image, prompt, and seed where it is known.
+
+    Raises:
+        DataError: They differ in names, prompts or seeds, or there are none.
+    """
+    if prompts is not None:
+        listed = _samples(prompts)
+        a, b = ({name: listed.get(name) for name in _names(f)} for f in (first, second))
+        _same_names(first, set(a), second, set(b))
+        lacking = [name for name, sample in a.items() if sample is None]
+        if lacking:
+            raise DataError(f"{prompts}: has no prompt for {_some(lacking)}")
+        return [sample for _, sample in sorted(a.items()) if sample is not None]
+    a, b = (_samples(folder / SAMPLES) for folder in (first, second))
+    _same_names(first, set(a), second, set(b))
+    for what in ("prompt", "seed"):
+        other = [n for n in a if a[n].get(what) != b[n].get(what)]
+        if other:
+            name = other[0]
+            raise DataError(
+                f"{first} and {second}: the {what}s differ in {_some(other)}; that of {name} is "
+                f"{a[name].get(what)!r} and {b[name].get(what)!r}. Sample both models with the "
+                "same prompts and seeds"
+            )
+    return list(a.values())
+
+
+def _samples(file: Path) -> dict[str, dict[str, Any]]:
+    """Picture name to what is known of it."""
+    if not file.is_file():
+        raise DataError(
+            f"{file}: there is no such file. `mmalign sample` writes it beside the pictures; for "
+            "other pictures give their prompts with --prompts FILE, JSONL with `image` and `prompt`"
+        )
+    samples: dict[str, dict[str, Any]] = {}
+    for row in read_rows(file):
+        value = row.value or {}
+        image, prompt = value.get("image"), value.get("prompt")
+        if not isinstance(image, str) or not isinstance(prompt, str):
+            raise DataError(f"{row.place}: {row.problem or 'needs the texts `image` and `prompt`'}")
+        if Path(image).name != image or image in samples:
+            what = "is there twice" if image in samples else "must be a name without folders"
+            raise DataError(f"{row.place}: the image {image!r} {what}")
+        kept = {key: value[key] for key in ("id", "prompt", "seed") if value.get(key) is not None}
+        samples[image] = {"image": image, **kept}
+    if not samples:
+        raise DataError(f"{file}: names no pictures")
+    return samples
+
+
+def _names(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder")
+    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    if not names:
+        raise DataError(f"{folder}: holds no pictures ({', '.join(SUFFIXES)})")
+    return names
+
+
+def _same_names(first: Path, a: set[str], second: Path, b: set[str]) -> None:
+    for here, there, alone in ((first, second, a - b), (second, first, b - a)):
+        if alone:
+            raise DataError(f"{here}: {_some(sorted(alone))} not in {there}; give equal file names")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
