@@ -1,7 +1,7 @@
 """Rows of a file or a Hugging Face dataset, each with its place; what cannot be read is a problem.
 
-JSONL, JSON, CSV and parquet files, `.gz` of the text ones, folders of pictures or of
-`datasets.save_to_disk`, and names of hub datasets.
+JSONL, JSON, CSV and parquet files, prompts as lines of text, `.gz` of all but parquet, folders of
+pictures, of parquet files or of `datasets.save_to_disk`, and names of hub datasets.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mmalign.errors import DataError
 __all__ = ["HELD_OUT", "LONGEST_LINE", "Row", "read_rows"]
 
 LONGEST_LINE = 64 * 2**20  # bytes
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
 # fmt: off
 _NOT_TEXT = frozenset((
     "weight", "p_chosen", "agreement", "votes_chosen", "votes_rejected", "votes_tie", "votes_a",
@@ -75,7 +75,8 @@ def _file_rows(file: Path) -> Iterator[Row]:
     kind = suffixes[-2 if zipped else -1] if len(suffixes) > zipped else ""
     if kind == ".parquet" and not zipped:
         return parquet_rows(file)
-    readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv}
+    readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".txt": _prompts}
+    readers |= {".csv": _csv, ".tsv": _csv}
     if kind not in readers:
         raise DataError(
             f"{file}: the name ends in {file.suffix or 'nothing'}; it must end in one of "
@@ -158,6 +159,18 @@ def _json(file: Path, handle: IO[bytes]) -> Iterator[Row]:
         place, record = f"{file}:{i}", as_object(item)
         problem = "" if record else f"a record must be a JSON object, but is {show(item)}"
         yield Row(place, record, problem)
+
+
+def _prompts(file: Path, handle: IO[bytes]) -> Iterator[Row]:
+    """Prompts, one a line."""
+    for number, line in enumerate(handle, start=1):
+        try:
+            prompt = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            yield Row(f"{file}:{number}", None, f"not UTF-8 ({error}); save the file as UTF-8")
+            continue
+        if prompt:
+            yield Row(f"{file}:{number}", {"prompt": prompt})
 
 
 def _csv(file: Path, handle: IO[bytes]) -> Iterator[Row]:

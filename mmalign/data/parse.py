@@ -15,13 +15,13 @@ keys of `OPTIONAL`; what is left over is kept in `meta`. Row weights a method co
 
 from __future__ import annotations
 
-import math
 from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from mmalign.data.example import Candidate, Example, ExampleKind, Message, Prompt
 from mmalign.data.fields import Fields, Problem, Text, as_list, as_object
+from mmalign.data.labels import read_labels
 from mmalign.data.parse_pictures import PICTURE_KEYS, read_pictures
 from mmalign.errors import DataError
 
@@ -110,7 +110,7 @@ def read_record(
     else:
         rated = _texts(fields, kind)
         extra = _extra_roles(fields)
-    labels = _labels(fields, kind, len(rated))
+    labels = read_labels(fields, kind, len(rated))
     weight = fields.number("weight", 0.0)
     identity = fields.get("id")
     if not isinstance(identity, str | int | None) or isinstance(identity, bool):
@@ -219,53 +219,6 @@ def _pair(fields: Fields) -> list[Candidate | None]:
         if left == right:
             fields.fail("chosen equals rejected")
     return sides
-
-
-def _labels(fields: Fields, kind: ExampleKind, num_responses: int) -> tuple[float, ...]:
-    if kind == "pair":
-        return _pair_labels(fields)
-    if kind != "list":
-        return (1.0 if kind == "plain" or fields.flag("desirable") else 0.0,)
-    scores = fields.numbers("scores")
-    if num_responses and scores and num_responses != len(scores):
-        fields.fail("scores must have one number a response", f"{len(scores)} for {num_responses}")
-    return scores
-
-
-def _pair_labels(fields: Fields) -> tuple[float, float]:
-    p = _p_chosen(fields)
-    graded = [fields.number(f"label_{side}", -math.inf) for side in ("chosen", "rejected")]
-    if graded == [None, None]:
-        return (p, 1.0 - p)
-    if None in graded:
-        fields.fail("label_chosen and label_rejected must be given together")
-    if p != 1.0:
-        fields.fail("label_chosen is given beside a probability, votes or tie; give one of them")
-    return (graded[0] or 0.0, graded[1] or 0.0)
-
-
-def _p_chosen(fields: Fields) -> float:
-    """Probability that chosen is better: a tie, p_chosen, agreement, or votes; else 1."""
-    given: dict[str, float] = {}
-    if fields.flag("tie"):
-        given["tie"] = 0.5
-    for key in ("p_chosen", "agreement"):
-        value = fields.number(key, 0.0, 1.0)
-        if value is not None:
-            given[key] = value
-    names = ("votes_chosen", "votes_rejected", "votes_tie")
-    if any(name in fields for name in names):
-        counts = [fields.number(name, 0.0) for name in names]
-        chosen, rejected, tie = (count or 0.0 for count in counts)
-        total = chosen + rejected + tie
-        if total > 0:
-            given["votes"] = (chosen + 0.5 * tie) / total
-        elif any(count is not None for count in counts):
-            fields.fail("votes must not all be 0")
-    values = list(given.values())
-    if values and max(values) - min(values) > 1e-6 and "tie" not in given:
-        fields.fail(f"{' and '.join(given)} contradict each other", f"give {values}")
-    return values[0] if values else 1.0
 
 
 def _list(fields: Fields) -> list[Candidate | None]:

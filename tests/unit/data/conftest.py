@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from data_rows import Write
+from picture_files import save
 
 
 @pytest.fixture
@@ -22,3 +23,11 @@ def write(tmp_path: Path) -> Write:
         return str(path)
 
     return to_file
+
+
+@pytest.fixture
+def pics(tmp_path: Path) -> Path:
+    """A folder with the pictures a.png, b.png and c.png."""
+    for i, name in enumerate("abc"):
+        save(tmp_path / f"{name}.png", i)
+    return tmp_path
