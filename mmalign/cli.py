@@ -109,7 +109,7 @@ def evaluate(
     typer.echo(table(result))
 
 
-@app.command(short_help="Complete prompts with a trained model.")
+@app.command(short_help="Complete prompts, or paint them, with a trained model.")
 def sample(
     config: Annotated[
         str | None, argument("CONFIG", "YAML file; or give a run folder with --run")
@@ -131,10 +131,24 @@ def sample(
         bool, option("--base", text="the model as it was before training, for comparison")
     ] = False,
     out: Annotated[
-        Path | None, option("--out", metavar="FILE", text="write JSONL here instead of printing")
+        Path | None,
+        option(
+            "--out",
+            metavar="PATH",
+            text="text: write JSONL here instead of printing; pictures: folder to write to",
+        ),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        option("--seeds", metavar="N,N", text="pictures: one of each prompt for each seed"),
+    ] = None,
+    grid: Annotated[
+        int | None, option("--grid", metavar="N", text="pictures: columns of grid.png")
     ] = None,
 ) -> None:
-    """Complete prompts with a trained model; length and temperature are those of CONFIG's `sample`.
+    """Complete prompts with a trained model, with the settings of CONFIG's `sample`.
+
+    A model of pictures paints them, with the settings of its `diffusion.sampling`.
 
     For example: mmalign sample --run runs/dpo --prompts questions.txt sample.temperature=0.7
     """
@@ -151,6 +165,18 @@ def sample(
     path = run / "config.yaml" if run is not None else Path(str(config))
     settings = configs.load(path, overrides)
     asked = read_prompts(prompts)
+    if settings.modality == "diffusion":
+        from mmalign.cli_pictures import sample_pictures
+
+        records = sample_pictures(
+            settings, asked, checkpoint, out, base=base, seeds=seeds, columns=grid
+        )
+        typer.echo(f"{len(records)} pictures: {out}")
+        return
+    if seeds is not None or grid is not None:
+        raise ConfigError(
+            "sample: --seeds and --grid are for pictures, but CONFIG is of a text model"
+        )
     texts = sample_checkpoint(settings, asked, checkpoint, base=base, out=out)
     if out is None:
         for prompt, text in zip(asked, texts, strict=True):

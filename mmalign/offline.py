@@ -94,6 +94,29 @@ def sample_checkpoint(
         base: Use the model as it was before training.
         out: Also write prompts and completions here, as JSONL.
     """
+    adapter = trained_adapter(config, checkpoint, base=base)
+    options = config.sample.model_dump(exclude={"num_prompts", "prompts"})
+    size = config.train.eval_batch_size or config.train.batch_size
+    texts: list[str] = []
+    for start in range(0, len(prompts), size):
+        texts += map(str, adapter.sample(list(prompts[start : start + size]), **options))
+    if out is not None:
+        records = [
+            {"prompt": _plain(prompt), "response": text}
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        _write(out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    return texts
+
+
+def trained_adapter(config: RunConfig, checkpoint: Path | None, *, base: bool = False) -> Adapter:
+    """The policy with trained weights, on its device and ready to sample; it has no reference.
+
+    Args:
+        config: The run's configuration.
+        checkpoint: A `checkpoint-N` or `final` folder; None for the newest of `config.output`.
+        base: As it was before training.
+    """
     import torch
 
     from mmalign.core import Needs
@@ -108,18 +131,7 @@ def sample_checkpoint(
     adapter = build_adapter(config, needs).to(_device(config)).eval()
     if folder is not None:
         restore(adapter, folder)
-    options = config.sample.model_dump(exclude={"num_prompts", "prompts"})
-    size = config.train.eval_batch_size or config.train.batch_size
-    texts: list[str] = []
-    for start in range(0, len(prompts), size):
-        texts += map(str, adapter.sample(list(prompts[start : start + size]), **options))
-    if out is not None:
-        records = [
-            {"prompt": _plain(prompt), "response": text}
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
-        _write(out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-    return texts
+    return adapter
 
 
 def read_prompts(path: Path) -> list[Prompt]:
