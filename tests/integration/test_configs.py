@@ -1,4 +1,7 @@
-"""Every file in configs/ trains: dry-run on a tiny model and tiny data of the kind it reads."""
+"""Every file in configs/ for text trains: dry-run on a tiny model and tiny data of its kind.
+
+Those for pictures: `test_diffusion_configs.py`. What all of them share is tested here.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,10 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+MODELS = ("smollm2", "sd15", "sdxl", "sd3")
+"""What the name of a config ends in; `dpo_stories260k` is a second one of its method."""
 
 WITHOUT_CONFIG = {
-    "diffusion_dpo": "reads denoising errors; comes with the diffusion adapter",
-    "smpo": "reads denoising errors; comes with the diffusion adapter",
-    "mapo": "reads denoising errors; comes with the diffusion adapter",
-    "diffusion_orpo": "reads denoising errors; comes with the diffusion adapter",
-    "diffusion_kto": "reads denoising errors; comes with the diffusion adapter",
-    "inpo": "reads denoising errors; its config comes with those of the diffusion adapter",
-    "diffusion_npo": "reads denoising errors; its config comes with those of the diffusion adapter",
-    "self_npo": "reads denoising errors; its config comes with those of the diffusion adapter",
-    "dcpo": "reads denoising errors; its config comes with those of the diffusion adapter",
-    "flow_dpo": "reads denoising errors; its config comes with those of the diffusion adapter",
     "vdpo": "one response under two videos; comes with the video adapter",
     "vdpo_symmetric": "needs a corrupted visual input; comes with the video adapter",
     "pami_vdpo": "needs augmented clips; comes with the video adapter",
@@ -94,7 +89,10 @@ def shrunk(path: Path, model: Path, folder: Path) -> RunConfig:
     return configs.load(path, overrides)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+TEXT = [path for path in CONFIGS if configs.load(path).modality == "text"]
+
+
+@pytest.mark.parametrize("path", TEXT, ids=lambda path: path.stem)
 def test_config_dry_runs(
     path: Path, tiny_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,8 +124,20 @@ def test_every_preset_has_a_config() -> None:
 
 def test_config_is_named_after_its_method() -> None:
     for name in set(presets.PRESETS) - set(WITHOUT_CONFIG):
-        path = ROOT / "configs" / f"{name}_smollm2.yaml"
-        assert preset_names(configs.load(path)) == [name]
+        paths = [ROOT / "configs" / f"{name}_{model}.yaml" for model in MODELS]
+        named = [path for path in paths if path.is_file()]
+        assert named, name
+        assert all(preset_names(configs.load(path)) == [name] for path in named)
+
+
+def test_a_config_for_pictures_is_named_after_method_and_model() -> None:
+    for path in set(CONFIGS) - set(TEXT):
+        config = configs.load(path)
+        method, _, model = path.stem.rpartition("_")
+        assert model in MODELS
+        assert method.removesuffix("_full") == config.objective.name
+        assert method.endswith("_full") <= (config.model.lora is None)
+        assert config.output == Path("runs") / path.stem.replace("_", "-")
 
 
 def sections() -> dict[str, str]:
