@@ -16,7 +16,7 @@ from mmalign.data.pictures import WIDEST, decode_all, is_odd, open_picture
 from mmalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -38,6 +38,9 @@ __all__ = [
 log = logging.getLogger("mmalign.diffusion")
 
 Size = tuple[int, int]  # height, width, in pixels
+
+if TYPE_CHECKING:
+    Look = Callable[[Iterable[Picture]], Mapping[Picture, Size | DataError]]
 
 NAMED = 8
 """Rows that a warning names; the others are counted."""
@@ -161,7 +164,7 @@ def _covering(size: Size, target: Size) -> Size:
 
 
 def usable(
-    examples: Sequence[Example], diffusion: DiffusionConfig
+    examples: Sequence[Example], diffusion: DiffusionConfig, look: Look | None = None
 ) -> tuple[list[Example], list[str]]:
     """The rows whose pictures can all be decoded and brought to one shape.
 
@@ -172,6 +175,7 @@ def usable(
     Args:
         examples: Rows of one run.
         diffusion: For the size that small pictures are enlarged to.
+        look: Gives the size of every picture, or why it cannot be decoded; None: by decoding them.
 
     Returns:
         The rows that are left, and what was found, as sentences; the warning is made of them.
@@ -179,7 +183,8 @@ def usable(
     Raises:
         DataError: A response is text, or no row is left.
     """
-    found = decode_all((p for row in examples for p in row_pictures(row)), _size)
+    pictures = (picture for row in examples for picture in row_pictures(row))
+    found = look(pictures) if look else decode_all(pictures, _size)
     kept: list[Example] = []
     broken: list[str] = []
     odd: list[str] = []
