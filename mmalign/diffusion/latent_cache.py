@@ -76,7 +76,7 @@ class LatentCache:
             return (self.settings.resolution, self.settings.resolution)
         sizes = [self.notes.get(picture) for picture in row_pictures(example)]
         known = [size for size in sizes if isinstance(size, tuple)]
-        return row_size(known, self.settings) if len(known) == len(sizes) else None
+        return row_size(known, self.settings) if sizes and len(known) == len(sizes) else None
 
     def key(self, picture: Picture, shape: Size, flip: bool) -> str:
         """The entry of a picture brought to a shape."""
@@ -133,7 +133,7 @@ class LatentCache:
     def _has(self, example: Example) -> bool:
         pictures = row_pictures(example)
         shape = self.shape(example)
-        if shape is None:
+        if shape is None or not pictures:
             return False
         keys = [self.key(picture, shape, flip) for picture in pictures for flip in self.flips]
         return not self.store.missing(keys)

@@ -78,7 +78,7 @@ class PromptCache:
             embeds = told.embeds[i]
             used = embeds.any(dim=1).nonzero()  # [places with a number in them, 1]
             length = int(used[-1]) + 1 if len(used) else 0
-            entry = {"embeds": _bits(embeds[:length]), "places": np.array(len(embeds), np.int32)}
+            entry = {"embeds": _bits(embeds[:length]), "places": np.array([len(embeds)], np.int32)}
             if told.pooled is not None:
                 entry["pooled"] = _bits(told.pooled[i])
             self.store.put(self.key(caption), entry)
@@ -101,7 +101,7 @@ class PromptCache:
     def _tensors(self, entry: Mapping[str, Array]) -> dict[str, Tensor]:
         """With the zeros that were left out."""
         embeds = _unbits(entry["embeds"])
-        rest = int(entry["places"]) - len(embeds)
+        rest = int(entry["places"][0]) - len(embeds)
         tensors = {"embeds": torch.nn.functional.pad(embeds, (0, 0, 0, rest)) if rest else embeds}
         if "pooled" in entry:
             tensors["pooled"] = _unbits(entry["pooled"])

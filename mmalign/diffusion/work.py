@@ -1,0 +1,96 @@
+"""Long work in stages: its share for each process, and what a person sees of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from concurrent.futures import Future
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+FIRST_LINE, NEXT_LINE = 5.0, 30.0
+"""Seconds of work before the first line of progress, and between two, where there is no bar."""
+
+
+def is_mine(key: str, process: int, num_processes: int) -> bool:
+    """Whether an entry falls to this process: by its key alone, so that all agree on it."""
+    return int(key[:12], 16) % num_processes == process
+
+
+def ahead(
+    items: Iterable[Item], load: Callable[[Item], Result], *, threads: int, depth: int
+) -> Iterator[Result]:
+    """`load` of every item, in order, by threads that are at most `depth` items ahead."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(load, item))
+                if len(waiting) >= depth:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@contextmanager
+def progress(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, elsewhere a line now and then; both with the time that is left.
+
+    Args:
+        what: Name of the stage.
+        total: Of what is counted; at 0 nothing is shown.
+        shown: Whether this process shows anything.
+
+    Yields:
+        A function to call with the number of things done since the last call.
+    """
+    if not shown or not total:
+        yield lambda _: None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True)) as bars:
+            task = bars.add_task(what, total=total)
+            yield lambda number: bars.advance(task, number)
+    else:
+        yield _Lines(what, total)
+
+
+class _Lines:
+    """Writes a line to stderr after some seconds of work, and then at times."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done = what, total, 0
+        self.began = time.monotonic()
+        self.due = self.began + FIRST_LINE
+
+    def __call__(self, number: int) -> None:
+        self.done += number
+        now = time.monotonic()
+        if now < self.due or not self.done:
+            return
+        self.due = now + NEXT_LINE
+        speed = self.done / (now - self.began)
+        left = duration((self.total - self.done) / speed)
+        line = f"{self.what}: {self.done} of {self.total}, {speed:.3g} a second, {left} left"
+        print(line, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 40 s, 12 min, 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,286 @@
+"""`mmalign cache` for diffusion: pictures, captions and reference errors, each computed once.
+
+Only what is missing is computed. What is finished is on disk within half a minute, in shards that
+are renamed into place when complete, so the work may be stopped at any moment, also by SIGKILL, and
+goes on from there. An entry's values do not depend on which others are computed with it: batches
+never mix rows in a way that changes with what is missing, so a cache written in pieces equals one
+written at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+
+from mmalign.diffusion import latents
+from mmalign.diffusion.cache_plan import (
+    banks_errors,
+    captions_to_store,
+    check_cacheable,
+    pictures_of,
+    plan_rows,
+)
+from mmalign.diffusion.conditioning import PromptEncoder
+from mmalign.diffusion.error_bank import ErrorBank
+from mmalign.diffusion.latent_cache import LatentCache, has_latents
+from mmalign.diffusion.notes import PictureNotes, cache_folder, look
+from mmalign.diffusion.pictures import Frame, open_picture, prepare, row_pictures
+from mmalign.diffusion.prompt_cache import PromptCache
+from mmalign.diffusion.work import ahead, is_mine, progress
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from mmalign.config import RunConfig
+    from mmalign.core import Needs
+    from mmalign.data.example import Example
+
+    Pixels = np.ndarray[Any, np.dtype[np.float32]]
+
+log = logging.getLogger("mmalign.diffusion")
+
+CAPTIONS_AT_ONCE = 32
+DEPTH = 16  # rows whose pictures are decoded before the VAE asks for them
+STALE_SECONDS = 3600  # age at which an unfinished shard belongs to a run that was killed
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this process works, and what falls to it."""
+
+    device: torch.device
+    process: int
+    num_processes: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether it is the one that speaks."""
+        return self.process == 0
+
+    def is_mine(self, key: str) -> bool:
+        """Whether an entry falls to this process."""
+        return is_mine(key, self.process, self.num_processes)
+
+
+def write_cache(config: RunConfig, needs: Needs) -> str:
+    """Store the latents, embeddings and, with reference.kind cached, errors that a run will read.
+
+    Under several processes each computes the share that follows from the keys.
+
+    Args:
+        config: The run.
+        needs: Of its objective.
+
+    Returns:
+        What was done, as sentences.
+
+    Raises:
+        ConfigError: Nothing can be cached, or the disk is too small.
+        DataError: A file cannot be used.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    from mmalign.models.adapter import load_usable
+
+    check_cacheable(config, needs)
+    state = PartialState()
+    device = cast("torch.device", state.device)
+    place = Place(device, state.process_index, state.num_processes)
+    if place.is_main:
+        sweep(cache_folder(config))
+    _look(config, needs, place)
+    state.wait_for_everyone()
+    rows = [row for part in load_usable(config, needs) for row in part]
+    plan = plan_rows(config, needs, rows)
+    if place.is_main:
+        print(plan.text(), file=sys.stderr, flush=True)
+    plan.check_room()
+    state.wait_for_everyone()  # all planned before anyone writes
+    done: dict[str, int] = {}
+    for part in plan.parts:
+        done[part.name] = _STAGES[part.name](config, needs, rows, place)
+        state.wait_for_everyone()
+    everyone: list[dict[str, int]] = gather_object([done])
+    told = [
+        f"{part.name}: {sum(one[part.name] for one in everyone)} written, "
+        f"{part.total - part.missing} were there"
+        for part in plan.parts
+    ]
+    train = (
+        ["diffusion.cache=on"] if config.diffusion.cache != "off" and has_latents(config) else []
+    )
+    train += ["reference.kind=cached"] if banks_errors(config, needs) else []
+    advice = f" Train with {' '.join(train)}" if train else ""
+    return f"{cache_folder(config)}: {'; '.join(told)}.{advice}"
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed runs left of unfinished shards."""
+    for partial in folder.glob("*/.*.part"):
+        try:
+            if time.time() - partial.stat().st_mtime > STALE_SECONDS:
+                partial.unlink()
+        except OSError:  # just renamed by the process it belongs to
+            continue
+
+
+def _look(config: RunConfig, needs: Needs, place: Place) -> None:
+    """Decode the pictures that no earlier run has decoded, and note their sizes or faults."""
+    from mmalign.data.sources import load_examples
+
+    loaded = load_examples(config.data, needs, seed=config.train.seed)
+    notes = PictureNotes(config)
+    todo = [
+        picture
+        for picture in pictures_of([row for part in loaded for row in part])
+        if notes.get(picture) is None and place.is_mine(notes.key(picture))
+    ]
+    with progress("pictures looked at", len(todo), shown=place.is_main) as seen, notes.store:
+        look(config, todo, notes=notes, seen=seen)
+
+
+def _write_latents(config: RunConfig, needs: Needs, rows: Sequence[Example], place: Place) -> int:
+    """Encode pictures, decoded by threads meanwhile; returns how many."""
+    cache = LatentCache(config)
+    work = _pictures_to_encode(cache, rows, place)
+    total = sum(len(items) for _, items in work)
+    if not total:
+        return 0
+    model = config.model
+    vae = latents.load_vae(model.path, config.diffusion, revision=model.revision).to(place.device)
+    waiting: dict[tuple[int, ...], list[tuple[str, Pixels, Frame]]] = defaultdict(list)
+
+    def load(task: tuple[Example, list[_Item]]) -> list[tuple[str, Pixels, Frame]]:
+        example, items = task
+        opened = [open_picture(picture) for picture in row_pictures(example)]
+        done = prepare(opened, config.diffusion, None)
+        found: list[tuple[str, Pixels, Frame]] = []
+        for k, flip, key in items:
+            pixels, frame = done[k]
+            found.append((key, np.ascontiguousarray(pixels[..., ::-1] if flip else pixels), frame))
+        return found
+
+    def encode(items: list[tuple[str, Pixels, Frame]], size: int) -> None:
+        arrays = [pixels for _, pixels, _ in items]
+        arrays += arrays[-1:] * (size - len(arrays))  # always as many: see the module's docstring
+        mean, std = vae.encode(torch.from_numpy(np.stack(arrays)).to(place.device))
+        mean, std = mean.cpu(), std.cpu()
+        for i, (key, _, frame) in enumerate(items):
+            cache.put(key, mean[i], std[i] if vae.is_random else None, frame)
+        seen(len(items))
+
+    threads = min(DEPTH, os.cpu_count() or 1)
+    with progress("latents", total, shown=place.is_main) as seen, cache.store:
+        for loaded in ahead(work, load, threads=threads, depth=DEPTH):
+            for item in loaded:
+                shape = item[1].shape
+                size = _pictures_at_once(shape, place)
+                waiting[shape].append(item)
+                if len(waiting[shape]) == size:
+                    encode(waiting.pop(shape), size)
+        for shape, items in waiting.items():
+            encode(items, _pictures_at_once(shape, place))
+    return total
+
+
+_Item = tuple[int, bool, str]  # candidate, mirrored, key
+
+
+def _pictures_to_encode(
+    cache: LatentCache, rows: Sequence[Example], place: Place
+) -> list[tuple[Example, list[_Item]]]:
+    """This process's rows with the pictures of theirs that are missing, each picture once.
+
+    A picture of several rows is the business of the first that brings it to this shape, whatever is
+    missing, so that processes that start at different times agree.
+    """
+    taken: set[str] = set()
+    work: list[tuple[Example, list[_Item]]] = []
+    for row in rows:
+        shape = cache.shape(row)
+        if shape is None:
+            continue
+        items: list[_Item] = []
+        for k, picture in enumerate(row_pictures(row)):
+            for flip in cache.flips:
+                key = cache.key(picture, shape, flip)
+                if key not in taken:
+                    taken.add(key)
+                    items.append((k, flip, key))
+        if not items or not place.is_mine(items[0][2]):
+            continue
+        missing = set(cache.store.missing(key for _, _, key in items))
+        items = [item for item in items if item[2] in missing]
+        if items:
+            work.append((row, items))
+    return work
+
+
+def _pictures_at_once(shape: tuple[int, ...], place: Place) -> int:
+    """Pictures [3, H, W] a call of the VAE; a CPU gains nothing from several."""
+    if place.device.type == "cpu":
+        return 1
+    return max(1, latents.PIXELS_AT_ONCE // (shape[1] * shape[2]))
+
+
+def _write_prompts(config: RunConfig, needs: Needs, rows: Sequence[Example], place: Place) -> int:
+    """Embed captions; returns how many."""
+    cache = PromptCache(config)
+    captions = captions_to_store(config, rows)
+    todo = [caption for caption in cache.missing(captions) if place.is_mine(cache.key(caption))]
+    if not todo:
+        return 0
+    model = config.model
+    dtype = getattr(torch, model.dtype)
+    encoder = PromptEncoder.load(model.path, None, dtype, place.device, revision=model.revision)
+    size = 1 if place.device.type == "cpu" else CAPTIONS_AT_ONCE
+    with progress("prompts", len(todo), shown=place.is_main) as seen, cache.store:
+        for start in range(0, len(todo), size):
+            part = todo[start : start + size]
+            told = encoder.encode([*part, *[""] * (size - len(part))])
+            cache.put(part, told.to("cpu"))
+            seen(len(part))
+    return len(todo)
+
+
+def _write_errors(config: RunConfig, needs: Needs, rows: Sequence[Example], place: Place) -> int:
+    """Score rows under the reference at every stored draw; returns how many rows."""
+    from mmalign.diffusion.adapter import DiffusionAdapter
+
+    bank = ErrorBank(config)
+    todo = [row for row in bank.missing(rows) if place.is_mine(bank.key(row))]
+    if not todo:
+        return 0
+    adapter = DiffusionAdapter.for_bank(config, needs).to(place.device).eval()
+    adapter.before_training(todo)
+    size = config.train.eval_batch_size or config.train.batch_size
+    half = config.train.mixed_precision == "bf16"
+    autocast = torch.autocast(place.device.type, torch.bfloat16, enabled=half)
+    with progress("reference errors", len(todo), shown=place.is_main) as seen, bank.store:
+        for row in todo:
+            parts: list[torch.Tensor] = []
+            for start in range(0, bank.num_draws, size):
+                draws = list(range(start, min(start + size, bank.num_draws)))
+                batch = adapter.collate([row] * len(draws), draws).to(place.device)
+                with autocast:
+                    parts.append(adapter.reference_errors(batch).cpu())
+            bank.put(row, torch.cat(parts))
+            seen(1)
+    return len(todo)
+
+
+_STAGES = {
+    "latents": _write_latents,
+    "prompts": _write_prompts,
+    "reference errors": _write_errors,
+}
