@@ -265,6 +265,8 @@ class DiffusionAdapter(Adapter):
 
     def facts(self, batch: Batch) -> dict[str, list[Any]]:
         """The noise level of each row, as a share of the schedule."""
+        if self.teacher is not None:  # its walks have levels of their own
+            return {}
         t = batch.inputs["timesteps"].double()
         share = t if t.max() <= 1.0 and not self._counts else t / self.process.num_timesteps
         return {"noise_level": share.tolist()}

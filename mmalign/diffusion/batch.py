@@ -105,7 +105,9 @@ class Collator:
 
         num = len(captions[0])
         inputs: dict[str, Tensor] = self._conditions(captions)
-        pictures, frames = self._pictures(examples, None if draws is None else row_seeds)
+        # Held-out rows are neither cropped nor mirrored by chance, but stored draws are as stored.
+        fixed = draws is None and not self.banked
+        pictures, frames = self._pictures(examples, None if fixed else row_seeds)
         inputs |= pictures
         if self.has_time_ids:
             inputs["time_ids"] = torch.tensor(

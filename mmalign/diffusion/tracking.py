@@ -70,11 +70,12 @@ def by_timestep(rows: Sequence[Mapping[str, Any]], logp_scale: float) -> dict[st
     for row in rows:
         labels, logps = row["labels"], row["logps"]
         best, worst = labels.index(max(labels)), len(labels) - 1 - labels[::-1].index(min(labels))
-        columns["errors/policy_chosen"].append(-logps[best] / logp_scale)
+        side = "chosen" if labels[best] > 0.5 or len(labels) > 1 else "rejected"
+        columns[f"errors/policy_{side}"].append(-logps[best] / logp_scale)
         if "ref_logps" not in row:
             continue
         ratios = [p - r for p, r in zip(logps, row["ref_logps"], strict=True)]
-        values = {"errors/chosen_diff": -ratios[best] / logp_scale}
+        values = {f"errors/{side}_diff": -ratios[best] / logp_scale}
         if len(labels) > 1:
             values["errors/rejected_diff"] = -ratios[worst] / logp_scale
             values["reward_accuracy"] = float(ratios[best] > ratios[worst])

@@ -22,7 +22,9 @@ ALLOWED: dict[str, set[str]] = {
     "core": {"errors"},
     "data": {"errors"},
     "configfile": {"errors"},
-    "config": {"errors", "configfile"},
+    "sections": set(),
+    "sections_diffusion": {"sections"},
+    "config": {"errors", "configfile", "sections", "sections_diffusion"},
     "models": {"errors", "core", "data", "config"},
     "text": BELOW,
     "diffusion": BELOW | {"evaluate"},  # intervals of win rates
