@@ -12,19 +12,13 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tiny_scorers import TOWER, picture, write_pickscore
 from torch import Tensor
 
 from mmalign.diffusion.scorers import SCORERS, CosineScorer, load_scorer, parse_scorer
 from mmalign.diffusion.scorers.base import linear_head
-from mmalign.diffusion.scorers.image_reward import (
-    ImageReward,
-    ImageRewardModel,
-    from_released,
-    standardised,
-)
+from mmalign.diffusion.scorers.image_reward import standardised
 from mmalign.diffusion.scorers.towers import build_open_clip, to_square
 from mmalign.diffusion.scorers.weights import fill, read_state
 from mmalign.errors import CheckpointError, ConfigError, DataError
@@ -268,228 +262,6 @@ def test_true_towers(name: str, millions: float, width: int, layers: int) -> Non
     assert activation == ("GELU" if name == "ViT-H-14" else "QuickGELU")
 
 
-def released_shapes(
-    width: int, depth: int, text: int, text_depth: int, patch: int, patches: int, vocab: int
-) -> dict[str, list[int]]:
-    """Names and shapes as THUDM/ImageReward has them, from its public model files."""
-    shapes: dict[str, list[int]] = {}
-
-    def linear(name: str, inputs: int, outputs: int) -> None:
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = [outputs, inputs], [outputs]
-
-    def norm(name: str, size: int) -> None:
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = [size], [size]
-
-    tower = "blip.visual_encoder"
-    shapes[f"{tower}.cls_token"] = [1, 1, width]
-    shapes[f"{tower}.pos_embed"] = [1, patches + 1, width]
-    shapes[f"{tower}.patch_embed.proj.weight"] = [width, 3, patch, patch]
-    shapes[f"{tower}.patch_embed.proj.bias"] = [width]
-    for i in range(depth):
-        norm(f"{tower}.blocks.{i}.norm1", width)
-        linear(f"{tower}.blocks.{i}.attn.qkv", width, 3 * width)
-        linear(f"{tower}.blocks.{i}.attn.proj", width, width)
-        norm(f"{tower}.blocks.{i}.norm2", width)
-        linear(f"{tower}.blocks.{i}.mlp.fc1", width, 4 * width)
-        linear(f"{tower}.blocks.{i}.mlp.fc2", 4 * width, width)
-    norm(f"{tower}.norm", width)
-    encoder = "blip.text_encoder"
-    shapes[f"{encoder}.embeddings.position_ids"] = [1, 512]
-    shapes[f"{encoder}.embeddings.word_embeddings.weight"] = [vocab, text]
-    shapes[f"{encoder}.embeddings.position_embeddings.weight"] = [512, text]
-    norm(f"{encoder}.embeddings.LayerNorm", text)
-    for i in range(text_depth):
-        layer = f"{encoder}.encoder.layer.{i}"
-        for block, source in (("attention", text), ("crossattention", width)):
-            linear(f"{layer}.{block}.self.query", text, text)
-            linear(f"{layer}.{block}.self.key", source, text)
-            linear(f"{layer}.{block}.self.value", source, text)
-            linear(f"{layer}.{block}.output.dense", text, text)
-            norm(f"{layer}.{block}.output.LayerNorm", text)
-        linear(f"{layer}.intermediate.dense", text, 4 * text)
-        linear(f"{layer}.output.dense", 4 * text, text)
-        norm(f"{layer}.output.LayerNorm", text)
-    linear("blip.vision_proj", width, 256)
-    linear("blip.text_proj", text, 256)
-    for i, (inputs, outputs) in zip(
-        (0, 2, 4, 6, 7),
-        ((text, 1024), (1024, 128), (128, 64), (64, 16), (16, 1)),
-        strict=True,
-    ):
-        linear(f"mlp.layers.{i}", inputs, outputs)
-    return shapes
-
-
-def test_image_reward_has_a_place_for_every_released_parameter() -> None:
-    """At full size, without memory."""
-    with torch.device("meta"):
-        model = ImageRewardModel()
-    ours = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    released = released_shapes(1024, 24, 768, 12, 16, 196, 30524)
-    renamed = {from_released(name): shape for name, shape in released.items()}
-    renamed.pop(None)
-    assert renamed == ours
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(446.2e6, rel=1e-3)
-
-
-class Blip:
-    """The published forward pass under the released names, in plain functions: an independent one.
-
-    Source: BLIP's vit.py and med.py as descriptions of the order of operations.
-    """
-
-    def __init__(self, state: dict[str, Tensor], heads: int, text_heads: int) -> None:
-        self.state, self.heads, self.text_heads = state, heads, text_heads
-
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        return x @ self.state[f"{name}.weight"].T + self.state[f"{name}.bias"]
-
-    def norm(self, name: str, x: Tensor, eps: float) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True)
-        scaled = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
-        return scaled * self.state[f"{name}.weight"] + self.state[f"{name}.bias"]
-
-    @staticmethod
-    def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-        def split(x: Tensor) -> Tensor:
-            return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
-
-        weights = split(q) @ split(k).transpose(-1, -2) / math.sqrt(q.shape[-1] // heads)
-        if mask is not None:
-            weights = weights.masked_fill(~mask[:, None, None, :].bool(), -math.inf)
-        return (weights.softmax(-1) @ split(v)).transpose(1, 2).flatten(2)
-
-    def look(self, pixels: Tensor) -> Tensor:
-        root = "blip.visual_encoder"
-        kernel = self.state[f"{root}.patch_embed.proj.weight"]
-        x = F.conv2d(
-            pixels, kernel, self.state[f"{root}.patch_embed.proj.bias"], stride=kernel.shape[-1]
-        )
-        x = x.flatten(2).transpose(1, 2)
-        first = self.state[f"{root}.cls_token"].expand(len(x), -1, -1)
-        x = torch.cat([first, x], 1) + self.state[f"{root}.pos_embed"]
-        i = 0
-        while f"{root}.blocks.{i}.norm1.weight" in self.state:
-            block = f"{root}.blocks.{i}"
-            q, k, v = self.linear(f"{block}.attn.qkv", self.norm(f"{block}.norm1", x, 1e-6)).chunk(
-                3, -1
-            )
-            x = x + self.linear(f"{block}.attn.proj", self.attend(q, k, v, self.heads))
-            inner = self.linear(f"{block}.mlp.fc1", self.norm(f"{block}.norm2", x, 1e-6))
-            x = x + self.linear(f"{block}.mlp.fc2", F.gelu(inner))
-            i += 1
-        return self.norm(f"{root}.norm", x, 1e-6)
-
-    def read(self, ids: Tensor, mask: Tensor, patches: Tensor) -> Tensor:
-        root = "blip.text_encoder"
-        x = self.state[f"{root}.embeddings.word_embeddings.weight"][ids]
-        x = x + self.state[f"{root}.embeddings.position_embeddings.weight"][: ids.shape[1]]
-        x = self.norm(f"{root}.embeddings.LayerNorm", x, 1e-12)
-        i = 0
-        while f"{root}.encoder.layer.{i}.output.dense.weight" in self.state:
-            layer = f"{root}.encoder.layer.{i}"
-            for block, source, seen in (
-                ("attention", None, mask),
-                ("crossattention", patches, None),
-            ):
-                at = f"{layer}.{block}"
-                other = x if source is None else source
-                mixed = self.attend(
-                    self.linear(f"{at}.self.query", x),
-                    self.linear(f"{at}.self.key", other),
-                    self.linear(f"{at}.self.value", other),
-                    self.text_heads,
-                    seen,
-                )
-                x = self.norm(
-                    f"{at}.output.LayerNorm", self.linear(f"{at}.output.dense", mixed) + x, 1e-12
-                )
-            inner = F.gelu(self.linear(f"{layer}.intermediate.dense", x))
-            x = self.norm(
-                f"{layer}.output.LayerNorm", self.linear(f"{layer}.output.dense", inner) + x, 1e-12
-            )
-            i += 1
-        return x[:, 0]
-
-    def score(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        x = self.read(ids, mask, self.look(pixels))
-        for i in (0, 2, 4, 6, 7):
-            x = self.linear(f"mlp.layers.{i}", x)
-        return (x[:, 0] - 0.16717362830052426) / 1.0333394966054072
-
-
-@pytest.fixture(scope="module")
-def small_blip() -> tuple[ImageRewardModel, dict[str, Tensor]]:
-    from transformers import BlipTextConfig, BlipVisionConfig
-
-    shapes = released_shapes(16, 2, 24, 2, 8, 16, 40)
-    generator = torch.Generator().manual_seed(0)
-    state = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
-    vision = BlipVisionConfig(
-        hidden_size=16,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=8,
-        layer_norm_eps=1e-6,
-    )
-    text = BlipTextConfig(
-        vocab_size=40,
-        hidden_size=24,
-        encoder_hidden_size=16,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        layer_norm_eps=1e-12,
-        is_decoder=True,
-    )
-    model = ImageRewardModel(vision, text)
-    renamed = {from_released(name): tensor for name, tensor in state.items()}
-    fill(model, {name: tensor for name, tensor in renamed.items() if name}, Path("released"))
-    return model.eval(), state
-
-
-def test_image_reward_agrees_with_the_published_forward_pass(
-    small_blip: tuple[ImageRewardModel, dict[str, Tensor]],
-) -> None:
-    model, state = small_blip
-    generator = torch.Generator().manual_seed(1)
-    pixels = torch.randn(3, 3, 32, 32, generator=generator)
-    ids = torch.randint(5, 40, (3, 9), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[0, 6:] = 0
-    with torch.no_grad():
-        found = model(pixels, ids, mask)
-        other = ids.clone()
-        other[0, 6:] = 7  # behind the mask, so never seen
-        unseen = model(pixels, other, mask)
-    expected = Blip(state, 2, 3).score(pixels, ids, mask)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found, unseen)
-    assert len(set(found.tolist())) == 3
-
-
-def test_image_reward_pads_prompts_to_35_tokens(
-    small_blip: tuple[ImageRewardModel, dict[str, Tensor]],
-) -> None:
-    from transformers import BertTokenizer
-
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog"]
-    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)})
-    model, state = small_blip
-    scorer = ImageReward(model, tokenizer)
-    pictures = [picture(0), picture(1, (40, 32))]
-    found = scorer(pictures, ["a cat", "dog " * 60])
-    ids = torch.zeros(2, 35, dtype=torch.long)
-    ids[0, :4] = torch.tensor([2, 5, 6, 3])
-    ids[1] = torch.tensor([2] + [7] * 33 + [3])
-    transform = open_clip.image_transform(32, is_train=False)
-    pixels = torch.stack([transform(p) for p in pictures])
-    expected = Blip(state, 2, 3).score(pixels, ids, (ids > 0).long())
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {"a": np.random.default_rng(0)}}, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match="refused"):
@@ -517,3 +289,29 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
         changed = {k: v for k, v in {**state, **change}.items() if v is not None}
         with pytest.raises(CheckpointError, match=message):
             fill(linear_head(), changed, file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hps-v2.1", "aesthetic"])
+def test_true_towers_score(name: str, tmp_path: Path) -> None:
+    """At full size, with random values in half precision as the releases store them."""
+    from safetensors.torch import save_file
+
+    is_hps = name == "hps-v2.1"
+    model = build_open_clip("ViT-H-14" if is_hps else "ViT-L-14-quickgelu", None)
+    noise = (torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.02).half()
+    state = {
+        key: noise.repeat(tensor.numel() // len(noise) + 1)[: tensor.numel()].view(tensor.shape)
+        for key, tensor in model.state_dict().items()
+    }
+    state = {key: tensor.clone() for key, tensor in state.items()}  # safetensors wants them apart
+    if is_hps:
+        torch.save({"state_dict": state}, tmp_path / "HPS_v2.1_compressed.pt")
+    else:
+        save_file(state, tmp_path / "open_clip_model.safetensors")
+        torch.save(linear_head().state_dict(), tmp_path / "aesthetic-model.pth")
+    scorer = load_scorer(name, tmp_path, "cpu")
+    found = scorer([picture(0, (512, 512)), picture(1, (640, 480))], PROMPTS)
+    assert found.shape == (2,)
+    assert torch.isfinite(found).all()
+    assert found[0] != found[1]
