@@ -13,15 +13,17 @@ import json
 import logging
 import math
 import os
+import struct
 import time
 import zlib
-from collections import OrderedDict
-from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
+
+from mmalign.data.open_files import OpenFiles
+from mmalign.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -33,9 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OPEN_SHARDS = 128
-"""Shards whose files are kept open for reading, those used last."""
-
 VERSION = "1"  # raise it when entries of the same key change meaning
 _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BOOL": "?",
@@ -43,61 +42,19 @@ _DTYPES = {
 }  # fmt: skip
 
 
-class _Files:
-    """Files open for reading: opening one costs more than reading an entry.
+_Layout = tuple[tuple[str, str, tuple[int, ...]], ...]  # name, dtype and shape of each tensor
 
-    Reads name their offset, so that threads and forked processes may share an open file. A pickled
-    copy, as spawned processes get, starts without any.
-    """
-
-    def __init__(self) -> None:
-        self._open: OrderedDict[Path, _Descriptor] = OrderedDict()
-
-    def read(self, path: Path, offset: int, count: int) -> bytes:
-        """`count` bytes from `offset` on, fewer where the file ends."""
-        if not hasattr(os, "pread"):  # Windows
-            with path.open("rb") as stream:
-                stream.seek(offset)
-                return stream.read(count)
-        file = self._open.get(path)
-        if file is None:
-            file = self._open[path] = _Descriptor(path)
-            if len(self._open) > OPEN_SHARDS:
-                self._open.popitem(last=False)  # closed when the last thread is done with it
-        else:
-            with suppress(KeyError):  # closed by another thread just now
-                self._open.move_to_end(path)
-        return os.pread(file.number, count, offset)
-
-    def close(self, path: Path) -> None:
-        """Forget a file."""
-        self._open.pop(path, None)
-
-    def __reduce__(self) -> tuple[type[_Files], tuple[()]]:
-        return (_Files, ())
-
-
-class _Descriptor:
-    """A file open for reading, closed with its last use."""
-
-    def __init__(self, path: Path) -> None:
-        self.number = -1
-        self.number = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if self.number >= 0:
-            os.close(self.number)
+_PLACE = struct.Struct("<QI")  # offset in the shard, checksum
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where one tensor's bytes lie."""
+class _Entry:
+    """Where an entry's tensors lie; small, since a run has one for every picture."""
 
     shard: Path
-    offset: int
-    dtype: str
-    shape: tuple[int, ...]
-    checksum: int
+    layout: _Layout  # shared with the entries like it
+    places: bytes  # a `_PLACE` for each tensor of the layout
+    older: _Entry | None  # of the same key in another shard: written anew, it stands beside it
 
 
 class TensorCache:
@@ -132,9 +89,9 @@ class TensorCache:
         self._pending: dict[str, dict[str, Array]] = {}
         self._pending_bytes = 0
         self._pending_since = 0.0
-        self._files = _Files()
-        # Several shards may hold a key: one written anew stands beside the damaged one.
-        self._index: dict[str, list[dict[str, _Place]]] = {}
+        self._files = OpenFiles()
+        self._index: dict[str, _Entry] = {}
+        self._layouts: dict[_Layout, _Layout] = {}
         for shard in sorted(self.folder.glob("*.safetensors")):
             self._read_header(shard)
 
@@ -191,7 +148,11 @@ class TensorCache:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was put so far as one shard."""
+        """Write what was put so far as one shard.
+
+        Raises:
+            DataError: The disk is full or refuses.
+        """
         if not self._pending:
             return
         from safetensors.numpy import save
@@ -204,14 +165,22 @@ class TensorCache:
         name = hashlib.sha256("".join(sorted(tensors)).encode()).hexdigest()[:32]
         shard = self.folder / f"{name}.safetensors"
         partial = self.folder / f".{name}.{os.getpid()}.part"
-        with partial.open("wb") as stream:
-            stream.write(save(tensors, metadata=sums))
-            stream.flush()
-            os.fsync(stream.fileno())
-        self._files.close(shard)  # one of the same entries that was damaged
-        partial.replace(shard)
+        self._files.close(shard)  # a damaged one of the same entries
+        try:
+            with partial.open("wb") as stream:
+                stream.write(save(tensors, metadata=sums))
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(shard)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise DataError(f"{shard}: cannot be written: {error}") from error
         self._pending, self._pending_bytes = {}, 0
         self._read_header(shard)
+
+    def close(self) -> None:
+        """Close the files that are open for reading; the next `get` opens its own again."""
+        self._files.clear()
 
     def _read_header(self, shard: Path) -> None:
         """Index a shard from its header: 8 bytes of length, JSON, then the tensors' bytes."""
@@ -221,53 +190,51 @@ class TensorCache:
                 size = os.fstat(stream.fileno()).st_size
                 header = json.loads(stream.read(min(length, size)))
             sums = header.pop("__metadata__")
-            places = {
-                name: _Place(
-                    shard,
-                    8 + length + entry["data_offsets"][0],
-                    _DTYPES[entry["dtype"]],
-                    tuple(entry["shape"]),
-                    int(sums[name]),
-                )
-                for name, entry in header.items()
-            }
+            entries: dict[str, list[tuple[str, str, tuple[int, ...], bytes]]] = {}
+            for name, entry in header.items():
+                key, _, array = name.partition("/")
+                place = _PLACE.pack(8 + length + entry["data_offsets"][0], int(sums[name]))
+                found = (array, _DTYPES[entry["dtype"]], tuple(entry["shape"]), place)
+                entries.setdefault(key, []).append(found)
             whole = max(entry["data_offsets"][1] for entry in header.values()) + 8 + length <= size
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
             self._damaged(shard, str(error))
             return
         if not whole:
             self._damaged(shard, "it ends too early")
             return
-        entries: dict[str, dict[str, _Place]] = {}
-        for name, place in places.items():
-            key, _, array = name.partition("/")
-            entries.setdefault(key, {})[array] = place
-        for key, entry in entries.items():
-            self._index.setdefault(key, []).append(entry)
+        for key, tensors in entries.items():
+            layout = tuple(tensor[:3] for tensor in tensors)
+            layout = self._layouts.setdefault(layout, layout)
+            places = b"".join(tensor[3] for tensor in tensors)
+            self._index[key] = _Entry(shard, layout, places, self._index.get(key))
 
     def _read(self, key: str) -> dict[str, Array] | None:
-        while entries := self._index.get(key):
-            arrays = self._arrays(entries[-1])
+        entry = self._index.get(key)
+        while entry is not None:
+            arrays = self._arrays(entry)
             if arrays is not None:
                 return arrays
-            entries.pop()
+            entry = entry.older
+            if entry is not None:
+                self._index[key] = entry
         self._index.pop(key, None)
         return None
 
-    def _arrays(self, entry: dict[str, _Place]) -> dict[str, Array] | None:
+    def _arrays(self, entry: _Entry) -> dict[str, Array] | None:
         arrays: dict[str, Array] = {}
-        for name, place in entry.items():
-            dtype = np.dtype(place.dtype)
-            count = int(np.prod(place.shape, dtype=np.int64))
+        places = _PLACE.iter_unpack(entry.places)
+        for (name, kind, shape), (offset, checksum) in zip(entry.layout, places, strict=True):
+            dtype = np.dtype(kind)
             try:
-                data = self._files.read(place.shard, place.offset, count * dtype.itemsize)
+                data = self._files.read(entry.shard, offset, math.prod(shape) * dtype.itemsize)
             except OSError as error:
-                self._damaged(place.shard, str(error))
+                self._damaged(entry.shard, str(error))
                 return None
-            if zlib.crc32(data) != place.checksum:
-                self._damaged(place.shard, f"the checksum of {name} is wrong")
+            if zlib.crc32(data) != checksum:
+                self._damaged(entry.shard, f"the checksum of {name} is wrong")
                 return None
-            arrays[name] = np.frombuffer(bytearray(data), dtype).reshape(place.shape)
+            arrays[name] = np.frombuffer(bytearray(data), dtype).reshape(shape)
         return arrays
 
     def _damaged(self, shard: Path, reason: str) -> None:

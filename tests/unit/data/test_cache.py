@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import pickle
+import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +16,7 @@ import pytest
 
 from mmalign.data.cache import TensorCache, content_of, estimate_bytes
 from mmalign.data.example import Candidate, Example, Message
+from mmalign.errors import DataError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -220,3 +224,67 @@ def test_size_estimate_is_that_of_the_files(tmp_path: Path) -> None:
 def test_cache_travels_to_loader_workers(tmp_path: Path) -> None:
     cache, keys = filled(tmp_path)
     check(pickle.loads(pickle.dumps(cache)).get(keys[4]), 4)
+
+
+def test_old_entries_are_written_without_waiting_for_a_full_shard(tmp_path: Path) -> None:
+    cache = TensorCache(tmp_path, SETTINGS, seconds=0.05)
+    cache.put(cache.key(0), arrays(0))
+    assert not list(tmp_path.glob("*.safetensors"))
+    time.sleep(0.06)
+    cache.put(cache.key(1), arrays(1))
+    assert len(TensorCache(tmp_path, SETTINGS)) == 2
+
+
+def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmalign.data.open_files.MOST", 2)
+    _, keys = filled(tmp_path, num=6, shard_bytes=1)
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+    cache = TensorCache(tmp_path, SETTINGS)
+    for i in (0, 1, 2, 3, 4, 5, 0, 3):
+        check(cache.get(keys[i]), i)
+    if before is not None:
+        assert len(os.listdir("/proc/self/fd")) <= before + 2
+        cache.close()
+        assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_loader_workers_read_what_the_parent_has_open(tmp_path: Path) -> None:
+    _, keys = filled(tmp_path, num=4, shard_bytes=1)
+    cache = TensorCache(tmp_path, SETTINGS)
+    check(cache.get(keys[0]), 0)
+    for method in ("fork", "spawn"):
+        if method not in multiprocessing.get_all_start_methods():
+            continue
+        with ProcessPoolExecutor(2, multiprocessing.get_context(method)) as pool:
+            found = list(pool.map(cache.get, keys * 3))
+        for i, arrays_found in enumerate(found):
+            check(arrays_found, i % 4)
+
+
+def test_a_shard_written_anew_over_a_damaged_one_is_read(tmp_path: Path) -> None:
+    """The same entries give the same file name, and the old file may still be open."""
+    cache, keys = filled(tmp_path, num=1)
+    (shard,) = tmp_path.glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(bytes(data))
+    assert cache.get(keys[0]) is None
+    with cache:
+        cache.put(keys[0], arrays(0))
+    check(cache.get(keys[0]), 0)
+    check(TensorCache(tmp_path, SETTINGS).get(keys[0]), 0)
+
+
+def test_a_disk_that_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    cache = TensorCache(tmp_path, SETTINGS)
+    cache.put(cache.key(0), arrays(0))
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(DataError, match="No space left"):
+        cache.flush()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    cache.flush()
+    check(TensorCache(tmp_path, SETTINGS).get(cache.key(0)), 0)
