@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mmalign.data.cache import TensorCache
 from mmalign.data.example import as_text
 from mmalign.diffusion.latent_cache import LatentCache, has_latents
-from mmalign.diffusion.notes import FLUSH_SECONDS, Contents, cache_folder, lost, require
+from mmalign.diffusion.notes import Contents, cache_folder, lost, open_store, require
 from mmalign.diffusion.pictures import row_pictures
 from mmalign.diffusion.pipeline import (
     component_fingerprint,
@@ -55,7 +54,7 @@ class ErrorBank:
         self._contents = Contents()
         self._config = config
         folder = config.reference.cache or cache_folder(config)
-        self.store = TensorCache(folder / "errors", _error_settings(config), seconds=FLUSH_SECONDS)
+        self.store = open_store(folder / "errors", _error_settings(config))
 
     def key(self, example: Example) -> str:
         """The entry of a row."""

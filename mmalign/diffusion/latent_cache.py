@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mmalign.data.cache import TensorCache
 from mmalign.diffusion.notes import (
-    FLUSH_SECONDS,
     Contents,
     PictureNotes,
     cache_folder,
     lost,
+    open_store,
     require,
 )
 from mmalign.diffusion.pictures import Frame, row_pictures, row_size
@@ -60,14 +59,13 @@ class LatentCache:
         self._contents = Contents()
         self.notes = PictureNotes(config, self._contents)
         self.flips = (False, True) if self.settings.flip else (False,)
-        self.store = TensorCache(
+        self.store = open_store(
             cache_folder(config) / "latents",
             {
                 "holds": "latents",
                 "vae": component_fingerprint(config.model.path, "vae", config.model.revision),
                 "dtype": self.settings.vae_dtype,
             },
-            seconds=FLUSH_SECONDS,
         )
 
     def shape(self, example: Example) -> Size | None:

@@ -12,7 +12,7 @@ from mmalign.data.pictures import decode_all
 from mmalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from PIL.Image import Image
 
@@ -31,6 +31,11 @@ _PART = 1024  # pictures between two looks at the clock
 def cache_folder(config: RunConfig) -> Path:
     """Where the caches lie: `diffusion.cache_folder`, or cache/ beside the run folder."""
     return config.diffusion.cache_folder or config.output.parent / "cache"
+
+
+def open_store(folder: Path, settings: Mapping[str, str]) -> TensorCache:
+    """A cache whose finished work is on disk within `FLUSH_SECONDS`."""
+    return TensorCache(folder, settings, seconds=FLUSH_SECONDS)
 
 
 class Contents:
@@ -68,9 +73,7 @@ class PictureNotes:
     def __init__(self, config: RunConfig, contents: Contents | None = None) -> None:
         self._contents = contents or Contents()
         self._known: dict[Picture, Size | DataError] = {}
-        self.store = TensorCache(
-            cache_folder(config) / "pictures", {"holds": "sizes"}, seconds=FLUSH_SECONDS
-        )
+        self.store = open_store(cache_folder(config) / "pictures", {"holds": "sizes"})
 
     def get(self, picture: Picture) -> Size | DataError | None:
         """Height and width in pixels, the error that decoding gave, or None: not known."""

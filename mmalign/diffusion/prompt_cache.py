@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mmalign.data.cache import TensorCache
 from mmalign.diffusion.conditioning import T5_LIMIT, encoders_of
-from mmalign.diffusion.notes import FLUSH_SECONDS, cache_folder, lost, require
+from mmalign.diffusion.notes import cache_folder, lost, open_store, require
 from mmalign.diffusion.pipeline import (
     component_fingerprint,
     denoiser_config,
@@ -42,14 +41,13 @@ class PromptCache:
     """
 
     def __init__(self, config: RunConfig) -> None:
-        self.store = TensorCache(
+        self.store = open_store(
             cache_folder(config) / "prompts",
             {
                 "holds": "prompts",
                 "encoders": encoders_fingerprint(config.model),
                 "dtype": config.model.dtype,
             },
-            seconds=FLUSH_SECONDS,
         )
 
     def key(self, caption: str) -> str:
