@@ -24,6 +24,7 @@ from mmalign.diffusion.pipeline import (
     variant_of,
 )
 from mmalign.errors import ConfigError
+from mmalign.models.linear import use_onednn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -294,6 +295,7 @@ def _load_encoder(
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"pipeline {path}: {name}/ cannot be loaded: {error}") from error
+    use_onednn(model)
     return model.eval().requires_grad_(False)
 
 

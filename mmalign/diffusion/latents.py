@@ -222,6 +222,13 @@ def load_vae(
     return vae
 
 
+def factor_of(path: str | Path, revision: str | None = None) -> int:
+    """Pixels a side of one latent, by the VAE's settings alone; 1 without a VAE."""
+    if not has_component(path, "vae", revision):
+        return 1
+    return _factor(read_json(component(path, "vae", revision, weights=False) / "config.json"))
+
+
 def check_size(size: tuple[int, ...] | torch.Size, factor: int) -> None:
     """Refuse pictures that are no whole number of latents.
 

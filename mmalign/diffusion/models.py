@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from mmalign.diffusion.latents import factor_of
 from mmalign.diffusion.pipeline import (
     Family,
     component,
@@ -23,6 +24,7 @@ from mmalign.diffusion.pipeline import (
 )
 from mmalign.errors import ConfigError
 from mmalign.models.files import denoiser_folder
+from mmalign.models.linear import use_onednn
 
 if TYPE_CHECKING:
     from mmalign.config import DiffusionConfig, ModelConfig
@@ -73,7 +75,7 @@ def load_components(
 
     Args:
         model: `path`, `revision`, `dtype` and `gradient_checkpointing` are read.
-        diffusion: `resolution` is checked against what the latents need.
+        diffusion: `resolution` and `bucket_multiple` are checked against the size of a latent.
         denoiser: Load it now and not on first use.
 
     Raises:
@@ -88,6 +90,9 @@ def load_components(
             f"pipeline {model.path}: has no vae/, and its denoiser reads {channels} channels. "
             "Without a VAE a denoiser must read pixels (1 or 3 channels)"
         )
+    # A flow transformer joins latents to patches, which must come out even too.
+    unit = factor_of(model.path, model.revision) * int(config.get("patch_size", 1))
+    _check_sizes(model.path, diffusion, unit)
     components = Components(
         model=model,
         family=family,
@@ -137,6 +142,7 @@ def load_denoiser(path: str, model: ModelConfig) -> nn.Module:
         raise ConfigError(f"pipeline {path}: {kind} cannot be loaded: {error}") from error
     if model.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
+    use_onednn(denoiser)
     return without_dropout(denoiser).eval()
 
 
@@ -146,6 +152,21 @@ def without_dropout(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
+
+
+def _check_sizes(path: str, diffusion: DiffusionConfig, unit: int) -> None:
+    """Refuse picture sizes that are no whole number of what the denoiser reads as one place."""
+    side, near = diffusion.resolution, diffusion.resolution // unit * unit
+    if side % unit:
+        raise ConfigError(
+            f"diffusion.resolution: pictures of {side} x {side} pixels cannot be used with {path}; "
+            f"each side must be a multiple of {unit}, the nearest are {near} and {near + unit}"
+        )
+    if diffusion.buckets and diffusion.bucket_multiple % unit:
+        raise ConfigError(
+            f"diffusion.bucket_multiple is {diffusion.bucket_multiple}; for {path} it must be a "
+            f"multiple of {unit} pixels"
+        )
 
 
 def _check_options(model: ModelConfig) -> None:

@@ -151,9 +151,7 @@ def family_of(path: str | Path, revision: str | None = None) -> Family:
     if index.get("requires_aesthetics_score"):
         raise ConfigError(f"pipeline {path}: {_REFINER}")
     if pipeline is not None and pipeline not in PIPELINES:
-        raise ConfigError(
-            f"pipeline {path}: is a {pipeline}; supported are {', '.join(PIPELINES)}"
-        )
+        raise ConfigError(f"pipeline {path}: is a {pipeline}; supported are {', '.join(PIPELINES)}")
     if kind not in DENOISERS:
         raise ConfigError(
             f"pipeline {path}: its denoiser is a {kind}; supported are {', '.join(DENOISERS)}"

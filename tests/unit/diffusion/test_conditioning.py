@@ -22,6 +22,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def close(found: torch.Tensor | None, expected: torch.Tensor) -> None:
+    """Equal but for the order of sums, which differs between two matrix libraries."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def diffusers_pipeline(folder: Path, **parts: Any) -> Any:
     import diffusers
 
@@ -36,13 +41,13 @@ def test_equal_to_the_pipelines_own(name: str, request: pytest.FixtureRequest) -
     expected = diffusers_pipeline(folder).encode_prompt(PROMPTS, device="cpu", **OPTIONS[name])
     encoder = PromptEncoder.load(folder)
     found, empty = encoder.encode(PROMPTS), encoder.encode([""] * 2)
-    assert torch.equal(found.embeds, expected[0])
-    assert torch.equal(empty.embeds, expected[1])  # the branch that guidance uses
+    close(found.embeds, expected[0])
+    close(empty.embeds, expected[1])  # the branch that guidance uses
     if name == "sd15":
         assert found.pooled is None
     else:
-        assert torch.equal(found.pooled, expected[2])
-        assert torch.equal(empty.pooled, expected[3])
+        close(found.pooled, expected[2])
+        close(empty.pooled, expected[3])
     assert found.time_ids is None
     assert not found.embeds.requires_grad
 
@@ -56,8 +61,8 @@ def test_sd3_without_t5_has_zeros_in_its_place(tmp_path: Path) -> None:
     expected = own.encode_prompt(PROMPTS, device="cpu", **OPTIONS["sd3"])
     found = encoder.encode(PROMPTS)
     assert found.embeds.shape == (2, 77 + 256, 64)
-    assert torch.equal(found.embeds, expected[0])
-    assert torch.equal(found.pooled, expected[2])
+    close(found.embeds, expected[0])
+    close(found.pooled, expected[2])
 
 
 def test_sdxl_embeds_the_empty_prompt_where_the_pipeline_says_so(
@@ -66,7 +71,7 @@ def test_sdxl_embeds_the_empty_prompt_where_the_pipeline_says_so(
     zeros = PromptEncoder.load(sdxl_dir)
     both = zeros.encode(["", "a cat"])
     assert both.embeds[0].abs().max() == both.pooled[0].abs().max() == 0
-    assert torch.equal(both.embeds[1:], zeros.encode(["a cat"]).embeds)
+    close(both.embeds[1:], zeros.encode(["a cat"]).embeds)
 
     shutil.copytree(sdxl_dir, tmp_path / "copy")
     index = json.loads((tmp_path / "copy" / "model_index.json").read_text())

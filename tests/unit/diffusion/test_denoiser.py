@@ -18,6 +18,11 @@ def denoiser_of(folder: Path, **settings: Any) -> Any:
     return load_denoiser(str(folder), ModelConfig(path=str(folder), **settings))
 
 
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal but for the order of sums, which differs between two matrix libraries."""
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def inputs(family: str, rows: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     """Latents, timesteps and a condition of the tiny pipelines."""
     width, pooled, places = {"sd": (32, 0, 77), "sdxl": (80, 24, 77), "sd3": (64, 40, 333)}[family]
@@ -40,7 +45,7 @@ def test_equal_to_the_pipelines_own_networks(sd15_dir: Path, sdxl_dir: Path, sd3
     x, t, told = inputs("sd")
     unet = diffusers.StableDiffusionPipeline.from_pretrained(sd15_dir).unet
     expected = unet(x, t, encoder_hidden_states=told.embeds).sample
-    assert torch.equal(predict(denoiser_of(sd15_dir), "sd", x, t, told), expected)
+    close(predict(denoiser_of(sd15_dir), "sd", x, t, told), expected)
 
     x, t, told = inputs("sdxl")
     unet = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl_dir).unet
@@ -48,7 +53,7 @@ def test_equal_to_the_pipelines_own_networks(sd15_dir: Path, sdxl_dir: Path, sd3
     expected = unet(
         x, t, encoder_hidden_states=told.embeds, added_cond_kwargs=added, return_dict=False
     )[0]
-    assert torch.equal(predict(denoiser_of(sdxl_dir), "sdxl", x, t, told), expected)
+    close(predict(denoiser_of(sdxl_dir), "sdxl", x, t, told), expected)
 
     x, t, told = inputs("sd3")
     transformer = diffusers.StableDiffusion3Pipeline.from_pretrained(sd3_dir).transformer
@@ -58,7 +63,7 @@ def test_equal_to_the_pipelines_own_networks(sd15_dir: Path, sdxl_dir: Path, sd3
         encoder_hidden_states=told.embeds,
         pooled_projections=told.pooled,
     ).sample
-    assert torch.equal(predict(denoiser_of(sd3_dir), "sd3", x, t, told), expected)
+    close(predict(denoiser_of(sd3_dir), "sd3", x, t, told), expected)
 
 
 @torch.no_grad()

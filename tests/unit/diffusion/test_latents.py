@@ -228,4 +228,4 @@ def test_a_real_tiny_autoencoder_gives_pictures_back(
     assert mean.shape == (1, 32, 16, 32)
     assert std.abs().max() == 0
     error = ((vae.decode(mean).clamp(-1, 1) - pixels) / 2).square().mean()
-    print(-10 * error.log10()); assert -10 * error.log10() > 24
+    assert -10 * error.log10() > 24

@@ -18,6 +18,7 @@ from mmalign.diffusion.models import load_components, load_denoiser
 from mmalign.diffusion.pipeline import component_fingerprint, family_of, plain_weights
 from mmalign.errors import ConfigError
 from mmalign.models import lora
+from mmalign.models.linear import CpuLinear
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out")
 
@@ -63,8 +64,9 @@ def test_diffusers_loads_the_tiny_pipelines_and_makes_a_picture(
 def test_only_the_denoiser_is_read(sd15_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "part"
     shutil.copytree(sd15_dir, folder)
-    for name in ("vae", "text_encoder", "tokenizer"):
+    for name in ("text_encoder", "tokenizer"):
         shutil.rmtree(folder / name)
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     components = load_components(model_of(folder), DiffusionConfig())
     assert components.denoiser.config["cross_attention_dim"] == 32
 
@@ -182,6 +184,26 @@ def test_weights_that_can_run_code_are_refused(sd15_dir: Path, tmp_path: Path) -
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     assert "safe_serialization" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("sd15", {"resolution": 60}, r"60 x 60 pixels .* multiple of 8, the nearest are 56 and 64"),
+        ("sd3", {"resolution": 72}, r"72 x 72 pixels .* multiple of 16, the nearest are 64 and 80"),
+        (
+            "sd15",
+            {"buckets": True, "bucket_multiple": 4},
+            r"bucket_multiple is 4; .* multiple of 8 pixels",
+        ),
+    ],
+)
+def test_sizes_that_are_no_whole_latents_are_refused(
+    name: str, settings: dict[str, Any], words: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(f"{name}_dir")
+    with pytest.raises(ConfigError, match=words):
+        load_components(model_of(folder), DiffusionConfig(**settings))
 
 
 def test_a_missing_scheduler_is_named(sd15_dir: Path, tmp_path: Path) -> None:
@@ -318,6 +340,14 @@ def test_a_lora_adapts_both_streams_of_a_flow_transformer(sd3_dir: Path) -> None
     trained = [name for name, value in policy.named_parameters() if value.requires_grad]
     assert any("add_q_proj" in name for name in trained)
     assert any("to_out.0" in name for name in trained)
+
+
+def test_linear_layers_on_a_cpu_run_in_onednn(sd15_dir: Path) -> None:
+    """Its speed is what makes the demo bearable; a LoRA must keep it."""
+    denoiser = load_denoiser(str(sd15_dir), model_of(sd15_dir))
+    policy = lora.attach(denoiser, LoraSpec(rank=2), task=None, auto=ATTENTION)
+    kinds = {type(part.base_layer) for part in policy.modules() if hasattr(part, "base_layer")}
+    assert CpuLinear in kinds or not torch.backends.mkldnn.is_available()
 
 
 def test_a_lora_that_fits_no_module_is_refused(sd15_dir: Path) -> None:
