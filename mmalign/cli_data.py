@@ -118,16 +118,20 @@ def data_score(
     weights = dict(parse_scorers(scorer, dtype))
     wanted = None if smooth is None else parse_smooth(smooth, next(iter(weights)))
     rows = Source(source, split, layout, pictures)
-    with shown("score") as progress:
-        result = score_file(
-            rows,
-            out,
-            list(weights),
-            lambda: load_scorers(scorer, device, dtype),
-            relabel=relabel,
-            smooth=wanted,
-            settings={"weights": weights, "dtype": dtype},
-            batch_size=batch_size,
-            progress=progress,
-        )
+    try:
+        with shown("score") as progress:
+            result = score_file(
+                rows,
+                out,
+                list(weights),
+                lambda: load_scorers(scorer, device, dtype),
+                relabel=relabel,
+                smooth=wanted,
+                settings={"weights": weights, "dtype": dtype},
+                batch_size=batch_size,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; the scores are in {out}.partial: run it again to go on", err=True)
+        raise typer.Exit(130) from None
     typer.echo(result.text())

@@ -120,7 +120,9 @@ def label_pair(
     if relabel or limits is not None:
         human = {key: row.pop(key) for key in (*_HUMAN, *_GRADED) if key in row}
     if swapped:
-        row = {_other_side(key): value for key, value in row.items()}
+        order = {key: place for place, key in enumerate(row)}
+        pairs = ((_other_side(key), value) for key, value in row.items())
+        row = dict(sorted(pairs, key=lambda item: order.get(item[0], len(order))))
         own = {name: values[::-1] for name, values in own.items()}
     row["score_chosen"], row["score_rejected"] = own[first]
     if limits is not None:
