@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from mmalign import __version__, cli_data
+from mmalign import __version__, cli_compare, cli_data
 from mmalign.cli_parts import Config, Overrides, argument, group, option
 from mmalign.errors import ConfigError
 
@@ -213,6 +213,9 @@ def objectives(
     from mmalign import objectives_page
 
     typer.echo(objectives_page.listing() if name is None else objectives_page.page(name))
+
+
+cli_compare.register(app)
 
 
 @app.command(short_help="Merge checkpoints by weight arithmetic.")

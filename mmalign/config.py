@@ -115,6 +115,12 @@ class RunConfig(Section):
                     f"{key} is only read with modality: {modality} (found {self.modality}); "
                     "remove it"
                 )
+        prompts_only = [s.path for s in self.data.train if s.layout == "prompts"]
+        if prompts_only and not self.diffusion.estimator.generated:
+            raise ValueError(
+                f"data.train {prompts_only[0]} has layout: prompts, rows without a response; only "
+                "diffusion.estimator: {kind: truncated, generated: true} learns from those"
+            )
         lora = self.model.lora or self.model.adapter
         if self.reference.kind == "lora-off" and lora is None:
             raise ValueError(

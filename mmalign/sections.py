@@ -106,7 +106,10 @@ class ReferenceConfig(Section):
 class DataSource(Section):
     """One file or dataset."""
 
-    path: str = Field(description="JSONL, JSON, parquet, CSV, save_to_disk folder, or hub name")
+    path: str = Field(
+        description="JSONL, JSON, parquet, CSV, a folder of pictures, of parquet or of "
+        "save_to_disk, a .txt of prompts, or a hub name"
+    )
     name: str | None = Field(default=None, description="configuration of a hub dataset")
     split: str | None = Field(default=None, description="hub split, or value of a `split` column")
     weight: float = Field(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mmalign.diffusion import pictures
 from mmalign.diffusion.batch import caption_of
 from mmalign.diffusion.conditioning import load_tokenizers
+from mmalign.diffusion.notes import cache_folder, look
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,7 +29,10 @@ def usable(config: RunConfig, examples: Sequence[Example]) -> list[Example]:
     Raises:
         DataError: A caption is too long and `diffusion.long_captions` is stop.
     """
-    kept, _ = pictures.usable(list(examples), config.diffusion)
+    # What `mmalign cache` has decoded needs no second look.
+    has_notes = cache_folder(config).is_dir() and config.diffusion.cache != "off"
+    known = partial(look, config) if has_notes else None
+    kept, _ = pictures.usable(list(examples), config.diffusion, known)
     return _readable(config, kept)
 
 
