@@ -143,12 +143,18 @@ def _compared(runs: Sequence[Run], metrics: Sequence[_Metric]) -> Markup:
 
 
 def _caption(run: Run) -> str:
-    count = len(run.evals[-1].get("rows") or [])
-    if not count:
-        return "Below each mean: its 95 % bootstrap interval."
+    rows = run.evals[-1].get("rows") or []
+    interval = "Below each mean: its 95 % bootstrap interval."
+    if not rows:
+        return interval
+    count = len(rows)
+    # A held-out picture row is scored at several noise levels, as ROW@0, ROW@1, ...
+    num_rows = len({str(row.get("id")).rpartition("@")[0] or row.get("id") for row in rows})
+    if run.has_pictures and num_rows < count:
+        return f"{num_rows:,} held-out rows at {count // num_rows} noise levels each. {interval}"
     return (
         f"{count:,} held-out rows: one row is {100 / count:.2g} percentage points of an accuracy. "
-        "Below each mean: its 95 % bootstrap interval."
+        f"{interval}"
     )
 
 
