@@ -21,15 +21,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from turns import Arm, Turns, ratio_line, take_turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -93,33 +90,6 @@ def make_inputs(folder: Path, prompt: int, answer: int, rows: int) -> None:
 
 
 # One arm, in a process of its own ----------------------------------------------------------------
-
-
-def memory(field: str) -> float:
-    """A field of this process's memory, in MiB."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return (
-        int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
-    )
-
-
-class Turns:
-    """Waits for the parent's word before each step, and answers with seconds and MiB."""
-
-    def __init__(self) -> None:
-        self.baseline = memory("VmRSS")
-        self.start = 0.0
-
-    def begin(self) -> None:
-        if sys.stdin.readline().strip() != "step":
-            os._exit(0)
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
-        self.start = time.perf_counter()
-
-    def end(self) -> None:
-        seconds = time.perf_counter() - self.start
-        peak = memory("VmHWM")
-        print(f"RESULT {seconds} {peak - self.baseline} {peak}", flush=True)
 
 
 def run_trl(folder: Path, *, live: bool, checkpointing: bool) -> None:
@@ -230,66 +200,15 @@ def run_bare(folder: Path, *, live: bool) -> None:
 # The parent --------------------------------------------------------------------------------------
 
 
-class Arm:
-    """One arm's process."""
-
-    def __init__(self, kind: str, name: str, folder: Path) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
-        self.name = name
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the process
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--arm", kind, name, str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            env=environment,
-        )
-
-    def step(self) -> tuple[float, float, float]:
-        """Seconds, MiB above the baseline, MiB in all."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("RESULT"):
-                seconds, added, peak = map(float, line.split()[1:])
-                return seconds, added, peak
-        self.errors.seek(0)
-        raise SystemExit(f"{self.name} failed:\n{self.errors.read()[-3000:]}")
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def measure(shape: tuple[int, int], kind: str, rounds: int) -> dict[str, dict[str, Any]]:
-    """Steps of all arms of one comparison in turn, the first two of each uncounted."""
+    """Steps of all arms of one comparison in turn."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_inputs(folder, *shape, rows=16)
         (folder / "shape.json").write_text(json.dumps(shape), encoding="utf-8")
-        arms = [Arm(kind, arm, folder) for arm in ARMS[kind]]
-        steps: dict[str, list[tuple[float, float, float]]] = {arm.name: [] for arm in arms}
-        for arm in arms:
-            arm.step(), arm.step()
-        for _ in range(rounds):
-            for arm in arms:
-                steps[arm.name].append(arm.step())
-        for arm in arms:
-            arm.close()
-    return {
-        arm: {
-            "seconds": min(s for s, _, _ in taken),
-            "median_seconds": statistics.median(s for s, _, _ in taken),
-            "mebibytes": max(m for _, m, _ in taken),
-            "mebibytes_whole_process": max(m for _, _, m in taken),
-            "all_seconds": [round(s, 4) for s, _, _ in taken],
-        }
-        for arm, taken in steps.items()
-    }
+        threads = {"OMP_NUM_THREADS": str(THREADS)}
+        arms = [Arm(arm, [__file__, "--arm", kind, arm, name], threads) for arm in ARMS[kind]]
+        return take_turns(arms, rounds)
 
 
 def report(shape: str, kind: str, found: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -306,24 +225,17 @@ def report(shape: str, kind: str, found: dict[str, dict[str, Any]]) -> Iterator[
     faster = min(theirs, key=lambda arm: arm["seconds"])
     smaller = min(arm["mebibytes"] for arm in theirs)
     speed, size = TARGETS[shape]
-    yield _line("pairs a second, of TRL's faster", faster["seconds"] / ours["seconds"], speed, True)
-    yield _line("peak memory, of TRL's faster", ours["mebibytes"] / faster["mebibytes"], size)
-    yield _line("peak memory, of TRL's smaller", ours["mebibytes"] / smaller)
-    yield _line("seconds, of the bare model's", ours["seconds"] / bare["seconds"])
+    yield ratio_line(
+        "pairs a second, of TRL's faster", faster["seconds"] / ours["seconds"], speed, at_least=True
+    )
+    yield ratio_line("peak memory, of TRL's faster", ours["mebibytes"] / faster["mebibytes"], size)
+    yield ratio_line("peak memory, of TRL's smaller", ours["mebibytes"] / smaller)
+    yield ratio_line("seconds, of the bare model's", ours["seconds"] / bare["seconds"])
     if kind == "live":
         tdpo2, slow = found["mmalign tdpo2"], found["mmalign, no oneDNN"]
-        yield _line("pairs a second without oneDNN", faster["seconds"] / slow["seconds"])
-        yield _line("tdpo2: seconds, of our dpo's", tdpo2["seconds"] / ours["seconds"], 1.35)
-        yield _line("tdpo2: peak memory", tdpo2["mebibytes"] / ours["mebibytes"], 1.15)
-
-
-def _line(what: str, value: float, target: float | None = None, at_least: bool = False) -> str:
-    line = f"  {what:<36}{value:5.2f}x"
-    if target is None:
-        return line
-    reached = value >= target if at_least else value <= target
-    bound = "at least" if at_least else "at most"
-    return f"{line}  ({bound} {target:g}: {'reached' if reached else 'MISSED'})"
+        yield ratio_line("pairs a second without oneDNN", faster["seconds"] / slow["seconds"])
+        yield ratio_line("tdpo2: seconds, of our dpo's", tdpo2["seconds"] / ours["seconds"], 1.35)
+        yield ratio_line("tdpo2: peak memory", tdpo2["mebibytes"] / ours["mebibytes"], 1.15)
 
 
 def main() -> None:

@@ -1,0 +1,132 @@
+"""Arms of a benchmark that take their steps in turn, each in a process of its own.
+
+What else a machine does meets all arms alike then, and no arm's memory counts for another. A
+program that is an arm calls `Turns.begin` and `Turns.end` around each step; the parent holds one
+`Arm` for each and calls `take_turns`.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+def resident(field: str) -> float:
+    """A field of this process's memory (VmRSS, VmHWM), in MiB."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    line = next(line for line in status.splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+class Turns:
+    """Waits for the parent's word before each step, and answers with seconds and MiB.
+
+    Memory on a CPU is the largest resident size during a step, and the same less that of the
+    process after its imports; on a GPU what PyTorch had allocated at most.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.on_gpu = device != "cpu"
+        self.baseline = 0.0 if self.on_gpu else resident("VmRSS")
+        self.start = 0.0
+
+    def begin(self) -> None:
+        if sys.stdin.readline().strip() != "step":
+            os._exit(0)
+        if self.on_gpu:
+            import torch
+
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak
+        self.start = time.perf_counter()
+
+    def end(self) -> None:
+        if self.on_gpu:
+            import torch
+
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            peak = resident("VmHWM")
+        seconds = time.perf_counter() - self.start
+        print(f"RESULT {seconds} {peak - self.baseline} {peak}", flush=True)
+
+
+class Arm:
+    """One arm's process, as its parent sees it."""
+
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.name = name
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the process
+        self.process = subprocess.Popen(
+            [sys.executable, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        )
+
+    def step(self) -> tuple[float, float, float]:
+        """Seconds, MiB above the baseline, MiB in all."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("RESULT"):
+                seconds, added, peak = map(float, line.split()[1:])
+                return seconds, added, peak
+        self.errors.seek(0)
+        raise SystemExit(f"{self.name} failed:\n{self.errors.read()[-3000:]}")
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def take_turns(arms: Sequence[Arm], rounds: int, *, uncounted: int = 2) -> dict[str, Any]:
+    """Steps of all arms in turn; the first ones of each, which prepare things, do not count."""
+    steps: dict[str, list[tuple[float, float, float]]] = {arm.name: [] for arm in arms}
+    for arm in arms:
+        for _ in range(uncounted):
+            arm.step()
+    for _ in range(rounds):
+        for arm in arms:
+            steps[arm.name].append(arm.step())
+    for arm in arms:
+        arm.close()
+    return {
+        arm: {
+            "seconds": min(s for s, _, _ in taken),
+            "median_seconds": statistics.median(s for s, _, _ in taken),
+            "mebibytes": max(m for _, m, _ in taken),
+            "mebibytes_whole_process": max(m for _, _, m in taken),
+            "all_seconds": [round(s, 4) for s, _, _ in taken],
+        }
+        for arm, taken in steps.items()
+    }
+
+
+def ratio_line(
+    what: str, value: float, target: float | None = None, *, at_least: bool = False
+) -> str:
+    """A ratio, and whether it reaches its target."""
+    line = f"  {what:<36}{value:5.2f}x"
+    if target is None:
+        return line
+    reached = value >= target if at_least else value <= target
+    bound = "at least" if at_least else "at most"
+    return f"{line}  ({bound} {target:g}: {'reached' if reached else 'MISSED'})"
