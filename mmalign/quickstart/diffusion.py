@@ -42,7 +42,7 @@ class Recipe:
 
 
 ALIGNED = Recipe(beta=20000.0, lr=2e-5, schedule="linear", num_steps=100, every=20)
-TOO_FAR = Recipe(beta=200.0, lr=1e-4, schedule="constant", num_steps=50, every=10)
+TOO_FAR = Recipe(beta=200.0, lr=1e-4, schedule="constant", num_steps=50, every=25)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +81,9 @@ class Arm:
     """An aligned model: its pictures, and those of its steps on the way."""
 
     folder: Path
+    model: nn.Module
     after: Shown
     path: tuple[tuple[int, Shown], ...]  # from step 0 on
-    styled: Mapping[str, Shown]  # with a style word in the prompt
 
 
 def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[str, Any]:
@@ -144,8 +144,14 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
     lap("align", "Measuring ...")
     noise = first + _MEASURING
     before = painter.paint(painter.base, each_digit(sizes.measured), noise)
-    styled = paint_styles(painter, painter.base, sizes.watched, noise)
     after = measure(aligned, painter, before, sizes.watched, noise)
+    leak = {
+        style: {
+            when: painter.paint(model, each_digit(sizes.watched), noise, style=style).numbers()
+            for when, model in (("before", painter.base), ("after", after.model))
+        }
+        for style in STYLED
+    }
     lap("measure", "Once more, with a far smaller beta and without an end in sight ...")
     too_far = config(output / "base", TOO_FAR, output / "too_far", seed, sizes)
     train_arm(too_far)
@@ -157,10 +163,7 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
         "after": after.after.numbers() | held_out(aligned.output),
         "too_far": ruined.after.numbers() | held_out(too_far.output),
         "real_ink": digits.ink_of_styles(real),
-        "leak": {
-            style: {"before": shown.numbers(), "after": after.styled[style].numbers()}
-            for style, shown in styled.items()
-        },
+        "leak": leak,
         "by_step": {
             name: [{"step": step} | shown.numbers() for step, shown in arm.path]
             for name, arm in (("aligned", after), ("too_far", ruined))
@@ -254,14 +257,6 @@ def train_arm(config: RunConfig) -> None:
         raise ConfigError("the quickstart was interrupted; start it again, it takes a new folder")
 
 
-def paint_styles(painter: Painter, model: nn.Module, count: int, noise: int) -> dict[str, Shown]:
-    """Pictures of the prompts with a style word."""
-    from mmalign.quickstart.digits_pairs import each_digit
-
-    digits = each_digit(count)
-    return {style: painter.paint(model, digits, noise, style=style) for style in STYLED}
-
-
 def measure(config: RunConfig, painter: Painter, before: Shown, count: int, noise: int) -> Arm:
     """Pictures of a run, from the start noise of `before`.
 
@@ -286,8 +281,7 @@ def measure(config: RunConfig, painter: Painter, before: Shown, count: int, nois
         digits = before.digits if folder == kept[-1] else before.digits[:count]
         shown = painter.paint(adapter.policy, digits, noise)
         path.append((int(folder.name.split("-")[-1]), shown.first(count)))
-    styled = paint_styles(painter, adapter.policy, count, noise)
-    return Arm(config.output, shown, tuple(path), styled)
+    return Arm(config.output, adapter.policy, shown, tuple(path))
 
 
 def held_out(run_dir: Path, *, first: bool = False) -> dict[str, float]:

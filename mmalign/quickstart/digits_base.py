@@ -66,7 +66,7 @@ def _train(networks: nn.ModuleDict, tokenizer: Any, seed: int, num_steps: int) -
     scheduler = _scheduler()
     clean = torch.from_numpy(digits.pixels * 2 - 1)[:, None]
     average = deepcopy(networks).requires_grad_(False)
-    optimizer = torch.optim.AdamW(networks.parameters(), lr=_LR)
+    optimizer = torch.optim.AdamW(networks.parameters(), lr=_LR, fused=True)
     order = np.empty(0, np.int64)
     networks.train()
     for step in range(num_steps):
