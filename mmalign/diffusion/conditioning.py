@@ -21,10 +21,9 @@ from mmalign.diffusion.pipeline import (
     has_component,
     model_index,
     read_json,
-    variant_of,
 )
+from mmalign.diffusion.weights import load_part
 from mmalign.errors import ConfigError
-from mmalign.models.linear import use_onednn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -285,18 +284,8 @@ def _load_encoder(
         raise ConfigError(
             f"pipeline {path}: {name}/ is a {kind}; supported are {', '.join(_CLASSES)}"
         )
-    try:
-        model = getattr(transformers, kind).from_pretrained(
-            str(folder),
-            dtype=dtype,
-            use_safetensors=True,
-            variant=variant_of(folder),
-            local_files_only=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"pipeline {path}: {name}/ cannot be loaded: {error}") from error
-    use_onednn(model)
-    return model.eval().requires_grad_(False)
+    model = load_part(getattr(transformers, kind), folder, dtype)
+    return model.requires_grad_(False)
 
 
 def _encoder_config(path: str | Path, name: str, revision: str | None) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from mmalign.diffusion.pipeline import (
     denoiser_config,
     has_component,
     read_json,
-    variant_of,
 )
+from mmalign.diffusion.weights import load_part
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -82,17 +82,8 @@ class Vae:
             )
         import diffusers
 
-        try:
-            model = getattr(diffusers, kind).from_pretrained(
-                str(folder),
-                dtype=dtype,
-                use_safetensors=True,
-                variant=variant_of(folder),
-                local_files_only=True,
-            )
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise ConfigError(f"pipeline {path}: vae/ cannot be loaded: {error}") from error
-        return cls(model.eval().requires_grad_(False), dict(model.config), path, revision)
+        model = load_part(getattr(diffusers, kind), folder, dtype)
+        return cls(model.requires_grad_(False), dict(model.config), path, revision)
 
     @cached_property
     def fingerprint(self) -> str:

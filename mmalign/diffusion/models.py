@@ -20,11 +20,10 @@ from mmalign.diffusion.pipeline import (
     has_component,
     pipeline_folder,
     scheduler_config,
-    variant_of,
 )
+from mmalign.diffusion.weights import load_part
 from mmalign.errors import ConfigError
 from mmalign.models.files import denoiser_folder
-from mmalign.models.linear import use_onednn
 
 if TYPE_CHECKING:
     from mmalign.config import DiffusionConfig, ModelConfig
@@ -36,7 +35,6 @@ __all__ = [
     "load_components",
     "load_denoiser",
     "scheduler_config",
-    "without_dropout",
 ]
 
 
@@ -130,28 +128,10 @@ def load_denoiser(path: str, model: ModelConfig) -> nn.Module:
         folder = component(path, folder.name, revision)
     import diffusers
 
-    try:
-        denoiser = getattr(diffusers, kind).from_pretrained(
-            str(folder),
-            dtype=getattr(torch, model.dtype),
-            use_safetensors=True,
-            variant=variant_of(folder),
-            local_files_only=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ConfigError(f"pipeline {path}: {kind} cannot be loaded: {error}") from error
+    denoiser = load_part(getattr(diffusers, kind), folder, getattr(torch, model.dtype))
     if model.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-    use_onednn(denoiser)
-    return without_dropout(denoiser).eval()
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    """The model with every dropout set to 0: with it, no two errors can be compared."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
+    return denoiser
 
 
 def _check_sizes(path: str, diffusion: DiffusionConfig, unit: int) -> None:

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from mmalign.diffusion.weights import STEMS
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models.files import denoiser_folder, fingerprint
 
@@ -29,7 +30,6 @@ DENOISERS: dict[str, tuple[Family, ...]] = {
 }
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 SETTINGS = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model")  # of tokenizers too
-_STEMS = ("diffusion_pytorch_model", "model")
 _WITHOUT_WEIGHTS = ("tokenizer", "scheduler", "feature_extractor")
 NUM_TIME_IDS = 6  # original size, crop, target size; the SDXL refiner has a score in place of one
 
@@ -80,7 +80,7 @@ def pipeline_folder(path: str | Path, revision: str | None = None) -> Path:
 
 def plain_weights(name: str) -> tuple[str, ...]:
     """Patterns of a part's weights in full precision; variants such as fp16 do not fit them."""
-    return tuple(f"{name}/{stem}{end}.safetensors" for stem in _STEMS for end in ("", "-*"))
+    return tuple(f"{name}/{stem}{end}.safetensors" for stem in STEMS for end in ("", "-*"))
 
 
 @cache
@@ -221,24 +221,6 @@ def component_fingerprint(path: str | Path, name: str, revision: str | None = No
     for file in sorted(item for item in folder.iterdir() if item.is_file()):
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
-
-
-def variant_of(folder: Path) -> str | None:
-    """`fp16` and the like where a part has only such weights; None where it has plain ones.
-
-    Raises:
-        ConfigError: No safetensors at all.
-    """
-    names = sorted(file.name for file in folder.glob("*.safetensors"))
-    if not names:
-        raise ConfigError(
-            f"{folder}: has no .safetensors file; only those are read, since other formats can run "
-            "code. Save the pipeline again with safe_serialization=True"
-        )
-    plain = tuple(f"{stem}{end}" for stem in _STEMS for end in (".safetensors", "-0"))
-    if any(name.startswith(plain) for name in names):
-        return None
-    return names[0].split(".")[1].split("-")[0] if names[0].count(".") > 1 else None
 
 
 def read_json(file: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:

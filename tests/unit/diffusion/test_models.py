@@ -13,7 +13,9 @@ import torch
 
 from mmalign.config import DiffusionConfig, LoraSpec, ModelConfig
 from mmalign.diffusion import pipeline
+from mmalign.diffusion.conditioning import PromptEncoder
 from mmalign.diffusion.denoiser import Condition, predict
+from mmalign.diffusion.latents import load_vae
 from mmalign.diffusion.models import load_components, load_denoiser
 from mmalign.diffusion.pipeline import component_fingerprint, family_of, plain_weights
 from mmalign.errors import ConfigError
@@ -184,6 +186,50 @@ def test_weights_that_can_run_code_are_refused(sd15_dir: Path, tmp_path: Path) -
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     assert "safe_serialization" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["unet", "vae", "text_encoder"])
+def test_incomplete_weights_are_not_filled_with_random_ones(
+    sd15_dir: Path, tmp_path: Path, name: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "copy"
+    shutil.copytree(sd15_dir, folder)
+    (file,) = (folder / name).glob("*.safetensors")
+    state = load_file(file)
+    lost = next(key for key in state if "norm" in key)
+    del state[lost]
+    save_file(state, file, metadata={"format": "pt"})
+    load: dict[str, Any] = {
+        "unet": lambda: load_components(model_of(folder), DiffusionConfig()),
+        "vae": lambda: load_vae(str(folder), DiffusionConfig()),
+        "text_encoder": lambda: PromptEncoder.load(folder),
+    }
+    with pytest.raises(ConfigError, match=f"incomplete: 1 of .*{lost}"):
+        load[name]()
+
+
+def test_older_names_of_weights_are_read(sd15_dir: Path, tmp_path: Path) -> None:
+    """As in the files of SD 1.5: another prefix in CLIP, other words in the VAE's attention."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "copy"
+    shutil.copytree(sd15_dir, folder)
+    words = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    for new, old in words.items():
+        state = {key.replace(new, old): value for key, value in state.items()}
+    save_file(state, file, metadata={"format": "pt"})
+    file = folder / "text_encoder" / "model.safetensors"
+    state = {f"text_model.{key}": value for key, value in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+    pixels = torch.rand(1, 3, 16, 16)
+    old, new = (load_vae(str(f), DiffusionConfig()).encode(pixels)[0] for f in (folder, sd15_dir))
+    assert torch.equal(old, new)
+    old, new = (PromptEncoder.load(f).encode(["a cat"]).embeds for f in (folder, sd15_dir))
+    assert torch.equal(old, new)
 
 
 @pytest.mark.parametrize(
