@@ -66,12 +66,13 @@ def compare(
     For example: mmalign compare samples/dpo samples/base --scorer pickscore --out compare.json
     """
     from mmalign.diffusion import compare as comparing
+    from mmalign.diffusion.sampled import same_samples
 
     if out is not None and out.suffix != ".json":
         raise ConfigError(f"--out {out}: must end in .json; the rows go beside it, to .jsonl")
     # What is wrong with the command is told before weights of gigabytes are read.
     parse_scorers(scorer, dtype)
-    comparing.same_samples(folder_a, folder_b, prompts)
+    same_samples(folder_a, folder_b, prompts)
     with shown("compare") as progress:
         found = comparing.compare(
             folder_a,

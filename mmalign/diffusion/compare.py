@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmalign.data.example import Picture
-from mmalign.data.files import read_rows
-from mmalign.data.folders import SUFFIXES
+from mmalign.diffusion.sampled import same_samples, settings_of
 from mmalign.diffusion.scorers.batches import Item, score_items
 from mmalign.errors import DataError
 from mmalign.evaluate import bootstrap_interval
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from mmalign.diffusion.scorers import Scorer
-
-SAMPLES = "samples.jsonl"
-"""What `mmalign sample` writes beside the pictures: id, prompt, seed and image of each."""
 
 NAMED = 8
 """How many names a message lists."""
@@ -107,18 +103,20 @@ class Comparison:
         rates: Scorer name to what it found.
         rows: One a prompt: image, prompt, seed where it is known, and [a, b] for each scorer.
         dropped: Prompts with a picture that cannot be decoded, as sentences; neither side has them.
+        settings: How each side was sampled, where its samples.jsonl says so.
     """
 
     folders: tuple[str, str]
     rates: dict[str, WinRate]
     rows: list[dict[str, Any]]
     dropped: list[str] = field(default_factory=list[str])
+    settings: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
 
     def text(self) -> str:
         """A table for a terminal."""
         first, second = self.folders
         lines = [f"A  {first}", f"B  {second}", f"{len(self.rows)} prompts, same seeds"]
-        lines += _left_out(self.dropped)
+        lines += _sampled(*self.settings) + _left_out(self.dropped)
         width = max(map(len, self.rates))
         head = f"{'':<{width}}  {'A wins':>7}  {'95 %':<15}  {'B wins':>7}  {'ties':>6}"
         lines += ["", f"{head}  {'mean A':>9}  {'mean B':>9}  A - B, 95 %"]
@@ -143,12 +141,21 @@ class Comparison:
         summary = {
             "a": self.folders[0],
             "b": self.folders[1],
+            "settings": {"a": self.settings[0], "b": self.settings[1]},
             "dropped": self.dropped,
             "scorers": {name: asdict(rate) for name, rate in self.rates.items()},
             "rows": table.name,
         }
         out.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         return table
+
+
+def _sampled(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """The settings that both share in one line, and each that differs in one of its own."""
+    same = [f"{k} {v}" for k, v in a.items() if k in b and b[k] == v and v is not None]
+    other = [k for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k)]
+    lines = [", ".join(same)] if same else []
+    return lines + [f"differs: {k} is {a.get(k)} in A, {b.get(k)} in B" for k in other]
 
 
 def _left_out(dropped: Sequence[str]) -> list[str]:
@@ -183,15 +190,12 @@ def compare(
     """
     if not scorers:
         raise DataError("compare: name at least one scorer")
-    first, second = Path(folder_a), Path(folder_b)
-    samples = same_samples(first, second, prompts)
+    folders = (Path(folder_a), Path(folder_b))
+    samples = same_samples(*folders, prompts)
+    settings = ({}, {}) if prompts else (settings_of(folders[0]), settings_of(folders[1]))
     items = (
-        Item(
-            sample,
-            tuple(Picture(f / sample["image"]) for f in (first, second)),
-            (sample["prompt"],) * 2,
-        )
-        for sample in samples
+        Item(s, tuple(Picture(f / s["image"]) for f in folders), (s["prompt"], s["prompt"]))
+        for s in samples
     )
     rows: list[dict[str, Any]] = []
     dropped: list[str] = []
@@ -203,80 +207,11 @@ def compare(
                 rows.append({**item.key, **scores})
         progress(len(part), len(samples))
     if not rows:
-        raise DataError(f"{first}, {second}: no picture can be decoded. {'; '.join(dropped[:2])}")
+        raise DataError(
+            f"{folder_a}, {folder_b}: no picture can be decoded. {'; '.join(dropped[:2])}"
+        )
     rates = {
         name: win_rate([row[name][0] for row in rows], [row[name][1] for row in rows])
         for name in scorers
     }
-    return Comparison((str(folder_a), str(folder_b)), rates, rows, dropped)
-
-
-def same_samples(first: Path, second: Path, prompts: Path | None) -> list[dict[str, Any]]:
-    """The samples of both folders: image, prompt, and seed where it is known.
-
-    Raises:
-        DataError: They differ in names, prompts or seeds, or there are none.
-    """
-    if prompts is not None:
-        listed = _samples(prompts)
-        a, b = ({name: listed.get(name) for name in _names(f)} for f in (first, second))
-        _same_names(first, set(a), second, set(b))
-        lacking = [name for name, sample in a.items() if sample is None]
-        if lacking:
-            raise DataError(f"{prompts}: has no prompt for {_some(lacking)}")
-        return [sample for _, sample in sorted(a.items()) if sample is not None]
-    a, b = (_samples(folder / SAMPLES) for folder in (first, second))
-    _same_names(first, set(a), second, set(b))
-    for what in ("prompt", "seed"):
-        other = [n for n in a if a[n].get(what) != b[n].get(what)]
-        if other:
-            name = other[0]
-            raise DataError(
-                f"{first} and {second}: the {what}s differ in {_some(other)}; that of {name} is "
-                f"{a[name].get(what)!r} and {b[name].get(what)!r}. Sample both models with the "
-                "same prompts and seeds"
-            )
-    return list(a.values())
-
-
-def _samples(file: Path) -> dict[str, dict[str, Any]]:
-    """Picture name to what is known of it."""
-    if not file.is_file():
-        raise DataError(
-            f"{file}: there is no such file. `mmalign sample` writes it beside the pictures; for "
-            "other pictures give their prompts with --prompts FILE, JSONL with `image` and `prompt`"
-        )
-    samples: dict[str, dict[str, Any]] = {}
-    for row in read_rows(file):
-        value = row.value or {}
-        image, prompt = value.get("image"), value.get("prompt")
-        if not isinstance(image, str) or not isinstance(prompt, str):
-            raise DataError(f"{row.place}: {row.problem or 'needs the texts `image` and `prompt`'}")
-        if Path(image).name != image or image in samples:
-            what = "is there twice" if image in samples else "must be a name without folders"
-            raise DataError(f"{row.place}: the image {image!r} {what}")
-        kept = {key: value[key] for key in ("id", "prompt", "seed") if value.get(key) is not None}
-        samples[image] = {"image": image, **kept}
-    if not samples:
-        raise DataError(f"{file}: names no pictures")
-    return samples
-
-
-def _names(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder")
-    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
-    if not names:
-        raise DataError(f"{folder}: holds no pictures ({', '.join(SUFFIXES)})")
-    return names
-
-
-def _same_names(first: Path, a: set[str], second: Path, b: set[str]) -> None:
-    for here, there, alone in ((first, second, a - b), (second, first, b - a)):
-        if alone:
-            raise DataError(f"{here}: {_some(sorted(alone))} not in {there}; give equal file names")
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    return Comparison((str(folder_a), str(folder_b)), rates, rows, dropped, settings)

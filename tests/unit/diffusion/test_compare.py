@@ -119,6 +119,20 @@ def test_two_folders(tmp_path: Path) -> None:
     assert summary["rows"] == "compare.jsonl"
 
 
+def test_how_the_pictures_were_made_is_told(tmp_path: Path) -> None:
+    common = {"num_steps": 25, "sampler": "ddim"}
+    a = write_samples(tmp_path / "a", [1, 2], settings={**common, "guidance": 7.5})
+    b = write_samples(tmp_path / "b", [2, 1], settings={**common, "guidance": 5.0})
+    found = compare(a, b, {"brightness": Brightness()})
+    text = found.text()
+    assert "num_steps 25, sampler ddim" in text
+    assert "differs: guidance is 7.5 in A, 5.0 in B" in text
+    assert "settings" not in found.rows[0]
+    found.write(tmp_path / "c.json")
+    written = json.loads((tmp_path / "c.json").read_text())["settings"]
+    assert written["b"] == {**common, "guidance": 5.0}
+
+
 def test_a_broken_picture_leaves_with_its_twin(tmp_path: Path) -> None:
     a = write_samples(tmp_path / "a", [10, 200])
     b = write_samples(tmp_path / "b", [20, 100])
@@ -167,6 +181,7 @@ def test_pictures_of_others_with_a_prompts_file(tmp_path: Path) -> None:
     prompts.write_text((a / "samples.jsonl").read_text())
     for folder in (a, b):
         (folder / "samples.jsonl").unlink()
+        picture(0).save(folder / "grid.png")
     found = compare(a, b, {"brightness": Brightness()}, prompts=prompts)
     assert found.rates["brightness"].a == 0.5
     picture(0).save(a / "extra.png")
