@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from mmalign.report import blocks
+from mmalign.report import blocks, pictures
 from mmalign.report.blocks import Section
 from mmalign.report.run import is_number
 
@@ -105,6 +105,7 @@ _PICTURE_METRICS = (
 
 def held_out(runs: Sequence[Run]) -> Section | None:
     """The first and the last evaluation of a run; of several runs the last of each."""
+    runs = [pictures.with_error_intervals(run) if run.has_pictures else run for run in runs]
     runs = [run for run in runs if run.evals]
     if not runs:
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from markupsafe import Markup
@@ -74,6 +75,23 @@ def by_noise_level(runs: Sequence[Run]) -> Section | None:
             heading = Markup("<h3>{}</h3>").format(run.name) if len(runs) > 1 else Markup()
             parts.append(heading + table)
     return Section("By noise level", Markup().join(parts)) if parts else None
+
+
+def with_error_intervals(run: Run) -> Run:
+    """The run with intervals of its error differences, from those of its log-ratios.
+
+    log-ratio = -logp_scale * (policy's error - reference's)
+    """
+    scale = (run.config.get("diffusion") or {}).get("logp_scale", 0.5)
+    evals: list[Record] = []
+    for record in run.evals:
+        intervals = dict(record.get("intervals") or {})
+        for side in ("chosen", "rejected"):
+            low, high = intervals.get(f"drift/{side}") or (None, None)
+            if is_number(low) and is_number(high):
+                intervals[f"errors/{side}_diff"] = [0.0 - high / scale, 0.0 - low / scale]
+        evals.append({**record, "intervals": intervals})
+    return replace(run, evals=evals)
 
 
 def picture(file: Path, caption: str) -> Markup:
