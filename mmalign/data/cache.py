@@ -26,7 +26,7 @@ from mmalign.data.open_files import OpenFiles
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
 
     from mmalign.data.example import Example
@@ -98,6 +98,10 @@ class TensorCache:
     def __len__(self) -> int:
         """Entries on disk, of any settings, and those not yet written."""
         return len(self._index.keys() | self._pending.keys())
+
+    def __iter__(self) -> Iterator[str]:
+        """Their keys."""
+        return iter(self._index.keys() | self._pending.keys())
 
     def __enter__(self) -> Self:
         """The cache itself."""

@@ -108,7 +108,7 @@ def write_cache(config: RunConfig, needs: Needs) -> str:
     state.wait_for_everyone()  # all planned before anyone writes
     done: dict[str, int] = {}
     for part in plan.parts:
-        done[part.name] = _STAGES[part.name](config, needs, rows, place)
+        done[part.name] = STAGES[part.name](config, needs, rows, place)
         state.wait_for_everyone()
     everyone: list[dict[str, int]] = gather_object([done])
     told = [
@@ -279,8 +279,9 @@ def _write_errors(config: RunConfig, needs: Needs, rows: Sequence[Example], plac
     return len(todo)
 
 
-_STAGES = {
+STAGES = {
     "latents": _write_latents,
     "prompts": _write_prompts,
     "reference errors": _write_errors,
 }
+"""A plan's parts and what writes them, in this order: errors are those of stored latents."""

@@ -1,0 +1,452 @@
+"""Caches give what the networks would give, are missed when anything changes, and are planned."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import tiny_pictures
+import torch
+
+from mmalign.config import RunConfig, check
+from mmalign.diffusion import cache_plan, latents, notes, write_cache
+from mmalign.diffusion.caches import ErrorBank, LatentCache, PromptCache
+from mmalign.diffusion.conditioning import PromptEncoder
+from mmalign.diffusion.denoiser import Condition
+from mmalign.diffusion.pictures import open_picture, prepare, row_pictures
+from mmalign.diffusion.work import ahead, duration, progress
+from mmalign.errors import ConfigError
+from mmalign.models.adapter import build_adapter, load_usable
+from mmalign.offline import plan_cache
+from mmalign.offline import write_cache as write
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mmalign.data.example import Example
+
+
+def configured(pipeline: Path, tmp_path: Path, *, num: int = 3, **sections: Any) -> RunConfig:
+    """A run on pairs of pictures, one of them wide."""
+    data = tmp_path / "data"
+    if not data.exists():
+        tiny_pictures.pairs(data, num)
+        for seed, side in enumerate(("chosen", "rejected")):
+            tiny_pictures.picture(data, f"0-{side}.png", size=(33, 66), seed=seed)
+    given: dict[str, Any] = {
+        "modality": "diffusion",
+        "model": {"path": str(pipeline)},
+        "data": {"train": str(data / "data.jsonl")},
+        "objective": {"name": "diffusion_dpo"},
+        "train": {"batch_size": 2, "num_threads": 1},
+        "diffusion": {"resolution": 32, "num_draws": 3},
+        "output": str(tmp_path / "run"),
+    }
+    for name, section in sections.items():
+        given[name] = given.get(name, {}) | section if isinstance(section, dict) else section
+    return RunConfig.model_validate(given)
+
+
+def rows_of(config: RunConfig) -> list[Example]:
+    return load_usable(config, check(config).needs)[0]
+
+
+def entries(config: RunConfig) -> dict[str, dict[str, bytes]]:
+    """Everything in the caches of a run: name of the cache and key to bytes."""
+    found: dict[str, dict[str, bytes]] = {}
+    folder = notes.cache_folder(config)
+    for kind in ("pictures", "latents", "prompts", "errors"):
+        store = notes.open_store(folder / kind, {})
+        for key in store:
+            arrays = store.get(key)
+            assert arrays is not None
+            found[f"{kind} {key}"] = {name: array.tobytes() for name, array in arrays.items()}
+        assert store.corrupt == 0
+    return found
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise AssertionError("it was loaded, and is not needed")
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_cached_latents_are_those_of_the_vae(
+    family: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """In float16, for a picture as it is and mirrored, with the frame of SDXL's time ids."""
+    pipeline = request.getfixturevalue(f"{family}_dir")
+    buckets = {"flip": True, "buckets": True, "bucket_multiple": 8, "num_draws": 3}
+    config = configured(pipeline, tmp_path, diffusion={"resolution": 32, **buckets})
+    write(config)
+    rows, cache = rows_of(config), LatentCache(config)
+    vae = latents.load_vae(str(pipeline), config.diffusion)
+    shapes = set()
+    for row in rows:
+        done = prepare([open_picture(p) for p in row_pictures(row)], config.diffusion, None)
+        for flip in (False, True):
+            mean, std, frames = cache.get(row, flip)
+            pixels = torch.stack([torch.from_numpy(array) for array, _ in done])
+            expected = vae.encode(pixels.flip(-1) if flip else pixels)
+            assert std is not None
+            assert mean.dtype == std.dtype == torch.float16
+            for found, values in ((mean, expected[0]), (std, expected[1])):
+                torch.testing.assert_close(found.float(), values, rtol=1e-3, atol=1e-5)
+            assert frames == [frame for _, frame in done]
+        shapes.add(tuple(mean.shape))
+    assert len(shapes) == 2  # both pictures of a row in one shape
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("sd15", "float64"), ("sdxl", "bfloat16"), ("sd3", "float32")]
+)
+def test_cached_prompts_are_those_of_the_encoders(
+    family: str, dtype: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    pipeline = request.getfixturevalue(f"{family}_dir")
+    config = configured(
+        pipeline, tmp_path, model={"dtype": dtype}, sample={"prompts": ["a dog, for show"]}
+    )
+    write(config)
+    captions = ["", tiny_pictures.caption(0), "a dog, for show", tiny_pictures.caption(0)]
+    found = PromptCache(config).get(captions)
+    encoder = PromptEncoder.load(str(pipeline), None, getattr(torch, dtype))
+    parts = [encoder.encode([caption]) for caption in captions]
+    expected = Condition.cat(parts)
+    assert found.keys() == ({"embeds"} if family == "sd15" else {"embeds", "pooled"})
+    for name, value in found.items():
+        assert value.dtype == getattr(torch, dtype)
+        assert torch.equal(value, getattr(expected, name))
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "digits"])
+def test_training_from_caches_loads_no_vae_and_no_encoder(
+    family: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And gives the scores of training without them, up to the rounding of latents."""
+    pipeline = request.getfixturevalue(f"{family}_dir")
+    size = {"resolution": 8 if family == "digits" else 32, "flip": True}
+    live = configured(pipeline, tmp_path, diffusion={"cache": "off", **size})
+    rows, needs = rows_of(live), check(live).needs
+    draws = [3, 4, 5]
+    adapter = build_adapter(live, needs)
+    adapter.before_training(rows)
+    expected = adapter(adapter.collate(rows, draws), needs).policy
+
+    stored = configured(pipeline, tmp_path, diffusion={"cache": "on", **size})
+    with pytest.raises(ConfigError, match="mmalign cache CONFIG"):
+        build_adapter(stored, needs).before_training(rows)
+    write(stored)
+    monkeypatch.setattr(latents.Vae, "load", refuse)
+    monkeypatch.setattr(PromptEncoder, "load", refuse)
+    adapter = build_adapter(stored, needs)
+    adapter.before_training(rows)
+    found = adapter(adapter.collate(rows, draws), needs).policy
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("sd15", {"flip": True}),
+        ("sdxl", {}),
+        ("sd3", {"estimator": {"shared": False}}),
+        ("digits", {"flip": True}),
+    ],
+)
+def test_a_cached_reference_gives_log_2(
+    family: str, options: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """At every stored draw, in training and held out."""
+    pipeline = request.getfixturevalue(f"{family}_dir")
+    size = {"resolution": 8 if family == "digits" else 32, "num_draws": 3}
+    lora = {"path": str(pipeline), "lora": {"rank": 2}}
+    config = configured(
+        pipeline,
+        tmp_path,
+        reference={"kind": "cached"},
+        model=lora,
+        diffusion={**size, "caption_dropout": 0.5, "noise_offset": 0.1, **options},
+    )
+    said = write(config)
+    assert "reference errors: 3 written, 0 were there" in said
+    objective, rows = check(config), rows_of(config)
+    adapter = build_adapter(config, objective.needs)
+    held_out = adapter.held_out(rows)
+    adapter.before_training([*rows, *held_out])
+    bank, seen = ErrorBank(config), set()
+    for visit in range(4):
+        batch = adapter.collate(rows, [visit] * 3)
+        assert torch.equal(batch.inputs["ref_errors"][1], bank.get(rows[1], visit % 3))
+        seen.add(tuple(batch.inputs["ref_errors"][:, 0].tolist()))
+        loss = objective(adapter(batch, objective.needs)).rows
+        torch.testing.assert_close(loss, torch.full((3,), math.log(2)), rtol=0, atol=2e-3)
+    assert len(seen) == 3  # the draws differ, and the fourth visit has the first one again
+    batch = adapter.collate(held_out[:4])
+    loss = objective(adapter(batch, objective.needs)).rows
+    torch.testing.assert_close(loss, torch.full((4,), math.log(2)), rtol=0, atol=2e-3)
+
+
+BANKED = {"kind": "cached"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        ({"diffusion": {"resolution": 40}}, (3, 0, 3)),
+        ({"diffusion": {"vae_dtype": "bfloat16"}}, (3, 0, 3)),
+        ({"diffusion": {"flip": True}}, (3, 0, 3)),
+        ({"diffusion": {"buckets": True, "bucket_multiple": 8}}, (1, 0, 3)),
+        ({"diffusion": {"num_draws": 4}}, (0, 0, 3)),
+        ({"diffusion": {"noise_offset": 0.1}}, (0, 0, 3)),
+        ({"diffusion": {"timesteps": {"kind": "turbo"}}}, (0, 0, 3)),
+        ({"diffusion": {"estimator": {"shared": False}}}, (0, 0, 3)),
+        ({"diffusion": {"reduction": "sum"}}, (0, 0, 3)),
+        ({"diffusion": {"caption_dropout": 0.1}}, (0, 0, 3)),
+        ({"model": {"dtype": "bfloat16"}}, (0, 3, 3)),
+        ({"train": {"mixed_precision": "bf16"}}, (0, 0, 3)),
+        ({"data": {"swap": True}}, (0, 0, 3)),
+        ({"diffusion": {"sampling": {"guidance": 3.0}, "eval_draws": 2}}, (0, 0, 0)),
+        ({"train": {"lr": 1.0, "batch_size": 3}}, (0, 0, 0)),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_what_an_entry_depends_on(
+    changes: dict[str, Any],
+    missing: tuple[int, int, int],
+    written: tuple[Path, RunConfig],
+    sd15_dir: Path,
+) -> None:
+    """Rows, captions and rows that a change of the config leaves without entry."""
+    folder, _ = written
+    base = {"resolution": 32, "num_draws": 3} | changes.pop("diffusion", {})
+    config = configured(sd15_dir, folder, reference=BANKED, diffusion=base, **changes)
+    assert _lacking(config) == missing
+
+
+@pytest.fixture(scope="module")
+def written(sd15_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunConfig]:
+    """A cache that tests only read."""
+    folder = tmp_path_factory.mktemp("written")
+    config = configured(sd15_dir, folder, reference=BANKED)
+    write(config)
+    return folder, config
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "unet", "tokenizer"])
+def test_a_changed_model_file_is_a_miss(
+    part: str, written: tuple[Path, RunConfig], sd15_dir: Path, tmp_path: Path
+) -> None:
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(sd15_dir, pipeline)
+    config = configured(pipeline, written[0], reference=BANKED)
+    assert _lacking(config) == (0, 0, 0)
+    if part == "tokenizer":
+        (pipeline / part / "added.json").write_text("{}")
+    else:
+        (file,) = (pipeline / part).glob("*.safetensors")
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(bytes(data))
+    expected = {"vae": (3, 0, 3), "unet": (0, 0, 3)}
+    assert _lacking(config) == expected.get(part, (0, 3, 3))
+
+
+def test_a_changed_picture_is_a_miss(written: tuple[Path, RunConfig]) -> None:
+    folder, config = written
+    file = folder / "data" / "1-chosen.png"
+    before = file.stat().st_mtime_ns
+    os.utime(file, ns=(1, 1))
+    try:
+        assert _lacking(config) == (1, 0, 1)
+        with pytest.raises(ConfigError, match="lacks the reference errors of 1 of 3 rows"):
+            ErrorBank(config).require(rows_of(config))
+    finally:
+        os.utime(file, ns=(before, before))
+
+
+def _lacking(config: RunConfig) -> tuple[int, int, int]:
+    """Rows without latents, captions without embeddings, rows without errors."""
+    rows = rows_of(config)
+    return (
+        len(LatentCache(config).missing(rows)),
+        len(PromptCache(config).missing([tiny_pictures.caption(i) for i in range(3)])),
+        len(ErrorBank(config).missing(rows)),
+    )
+
+
+def test_nothing_is_computed_twice(
+    written: tuple[Path, RunConfig], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    _, config = written
+    before = entries(config)
+    for kind in (latents.Vae, PromptEncoder):
+        monkeypatch.setattr(kind, "load", refuse)
+    monkeypatch.setattr(notes, "decode_all", lambda pictures, _: refuse() if pictures else {})
+    assert "latents: 0 written, 6 were there; prompts: 0 written, 4" in write(config)
+    assert entries(config) == before
+
+
+def test_a_picture_of_two_rows_is_encoded_once(sd15_dir: Path, tmp_path: Path) -> None:
+    config = configured(sd15_dir, tmp_path)
+    file = tmp_path / "data" / "data.jsonl"
+    text = file.read_text().replace("2-rejected.png", "1-rejected.png").replace('"row-1"', '"x"')
+    file.write_text(text)
+    assert "latents: 5 written" in write(config)
+    LatentCache(config).require(rows_of(config))
+
+
+def test_a_broken_picture_is_decoded_once_and_named_each_time(
+    sd15_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    config = configured(sd15_dir, tmp_path)
+    (tmp_path / "data" / "1-rejected.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    for again in (False, True):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "mmalign"):
+            said = write(config)
+        assert "1-rejected.png" in caplog.text
+        assert "row-1" in caplog.text
+        assert f"latents: {0 if again else 4} written" in said
+        monkeypatch.setattr(notes, "decode_all", lambda pictures, _: refuse() if pictures else {})
+
+
+def test_processes_share_the_work(sd15_dir: Path, tmp_path: Path) -> None:
+    """Each takes what its keys say, however late it starts."""
+    config = configured(sd15_dir, tmp_path, num=6, reference=BANKED)
+    rows, needs = rows_of(config), check(config).needs
+    places = [write_cache.Place(torch.device("cpu"), i, 2) for i in range(2)]
+    for name, stage in write_cache.STAGES.items():
+        numbers = [stage(config, needs, rows, place) for place in places]
+        assert sum(numbers) == {"latents": 12, "prompts": 7, "reference errors": 6}[name]
+        assert all(numbers), name
+    found = entries(config)
+    shards = Counter(kind.split()[0] for kind in found)
+    assert shards == {"latents": 12, "prompts": 7, "errors": 6}
+    alone = configured(sd15_dir, tmp_path, reference=BANKED, output=str(tmp_path / "alone" / "run"))
+    write(alone)
+    expected = {k: v for k, v in entries(alone).items() if not k.startswith("pictures")}
+    assert found == expected
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_a_plan_is_as_large_as_the_cache(
+    family: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    pipeline = request.getfixturevalue(f"{family}_dir")
+    config = configured(pipeline, tmp_path, num=8, reference=BANKED)
+    needs = check(config).needs
+    plan = cache_plan.plan(config, needs)
+    text = plan_cache(config)
+    assert "16 of 16 pictures to write" in text
+    assert "9 of 9 captions" in text
+    assert "8 of 8 rows of 3 draws" in text
+    assert "has room for" in text
+    write(config)
+    folder = notes.cache_folder(config)
+    for part, name in zip(plan.parts, ("latents", "prompts", "errors"), strict=True):
+        size = sum(file.stat().st_size for file in (folder / name).iterdir())
+        assert part.num_bytes == pytest.approx(size, rel=0.15), name
+    assert cache_plan.plan(config, needs).num_bytes == 0
+
+
+def test_a_disk_that_is_too_small_is_refused(
+    sd15_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(sd15_dir, tmp_path)
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(cache_plan.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ConfigError, match=r"has room for 1 kB\. Set diffusion.cache_folder"):
+        write(config)
+    assert not (tmp_path / "cache" / "latents").exists()
+
+
+def test_what_is_left_out_is_said(sd15_dir: Path, digits_dir: Path, tmp_path: Path) -> None:
+    crops = configured(sd15_dir, tmp_path, diffusion={"crop": "random"})
+    assert "latents are left out: diffusion.crop is random" in plan_cache(crops)
+    pixels = configured(digits_dir, tmp_path, diffusion={"resolution": 8})
+    assert "no VAE" in plan_cache(pixels)
+    with pytest.raises(ConfigError, match="nothing to store"):
+        plan_cache(configured(sd15_dir, tmp_path, diffusion={"cache": "off"}))
+    with pytest.raises(ConfigError, match="captions of the rows beside them"):
+        plan_cache(_mismatched(sd15_dir, tmp_path))
+
+
+def _mismatched(pipeline: Path, tmp_path: Path) -> RunConfig:
+    data = tiny_pictures.rated(tmp_path / "rated", 2)
+    return configured(
+        pipeline,
+        tmp_path,
+        data={"train": str(data)},
+        objective={"name": "diffusion_kto", "baseline": "mismatched"},
+        reference=BANKED,
+    )
+
+
+def test_zeros_at_the_end_take_no_room(sdxl_dir: Path, tmp_path: Path) -> None:
+    config = configured(sdxl_dir, tmp_path)
+    cache = PromptCache(config)
+    embeds = torch.randn(2, 7, 4)
+    embeds[0, 5:] = 0
+    embeds[1] = 0
+    with cache.store:
+        cache.put(["some", "none"], Condition(embeds, torch.randn(2, 3)))
+    found = PromptCache(config).get(["none", "some"])
+    assert torch.equal(found["embeds"], embeds.flip(0))
+    entry = cache.store.get(cache.key("none"))
+    assert entry is not None
+    assert entry["embeds"].shape == (0, 4)
+
+
+def test_unfinished_shards_of_killed_runs_are_swept(tmp_path: Path) -> None:
+    (tmp_path / "latents").mkdir()
+    old, new = tmp_path / "latents" / ".a.1.part", tmp_path / "latents" / ".b.2.part"
+    for file in (old, new):
+        file.write_bytes(b"x")
+    os.utime(old, (1, 1))
+    write_cache.sweep(tmp_path)
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_threads_stay_a_few_items_ahead() -> None:
+    started: list[int] = []
+
+    def load(item: int) -> int:
+        started.append(item)
+        return item * item
+
+    results = ahead(range(20), load, threads=2, depth=4)
+    assert next(results) == 0
+    assert len(started) <= 5
+    assert list(results) == [i * i for i in range(1, 20)]
+
+
+def test_an_error_while_loading_comes_through() -> None:
+    def load(item: int) -> int:
+        if item == 3:
+            raise ValueError("three")
+        return item
+
+    with pytest.raises(ValueError, match="three"):
+        list(ahead(range(10), load, threads=2, depth=4))
+
+
+def test_progress_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 1.0, 10.0, 11.0, 45.0])
+    monkeypatch.setattr("mmalign.diffusion.work.time.monotonic", lambda: next(clock))
+    with progress("latents", 1000) as seen:
+        for _ in range(4):
+            seen(100)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "latents: 200 of 1000, 20 a second, 40 s left",
+        "latents: 400 of 1000, 8.89 a second, 68 s left",
+    ]
+    assert duration(7300) == "2 h 2 min"
