@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from mmalign.config import DiffusionConfig
 
-PIXELS_AT_ONCE = 1 << 20  # four pictures of 512 x 512: their activations take about 3 GB in float32
+PIXELS_AT_ONCE = 1 << 20  # four pictures of 512 x 512, which take 3 GiB to encode, 4 to decode
+_LAYOUT = torch.channels_last  # a sixth less time on a CPU; nothing of a VAE is saved again
 
 
 class Vae:
@@ -41,7 +42,7 @@ class Vae:
     def __init__(
         self, model: nn.Module, config: dict[str, Any], path: str | Path, revision: str | None
     ) -> None:
-        self.model, self._config = model, config
+        self.model, self._config = model.to(memory_format=_LAYOUT), config  # pyright: ignore
         self._path, self._revision = path, revision
         self.channels = int(config["latent_channels"])
         self.factor = _factor(config)
@@ -111,7 +112,7 @@ class Vae:
         mean = (torch.cat([mean for mean, _ in parts]) - self._shift) * self._scale
         std = torch.cat([std for _, std in parts]) * self._scale.abs()
         self._check_finite(mean, "encoding")
-        return mean, std
+        return mean.contiguous(), std.contiguous()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:  # [N, C, h, w] -> [N, 3, h f, w f]
@@ -120,11 +121,11 @@ class Vae:
         parts = raw.to(self._dtype).split(self._at_once(latents, self.factor))
         pixels = torch.cat([self._decode(part).float() for part in parts])
         self._check_finite(pixels, "decoding")
-        return pixels
+        return pixels.contiguous()
 
     def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Unscaled mean and spread in float32."""
-        found: Any = self.model.encode(pixels.to(self._dtype))  # pyright: ignore[reportCallIssue]
+        found: Any = self.model.encode(pixels.to(self._dtype, memory_format=_LAYOUT))  # pyright: ignore[reportCallIssue]
         if not self.is_random:
             mean = getattr(found, "latents", found).float()
             return mean, torch.zeros_like(mean)
