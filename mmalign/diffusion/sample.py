@@ -130,11 +130,12 @@ def denoise(
         negative = _sized(empty.to(device).repeat(count), family, pixels)
 
     def run(network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return predict(network, family, x, t.expand(len(x)), condition).to(dtype)
+        times = t.to(device).expand(len(x))
+        return predict(network, family, x, times, condition).to(dtype)
 
     latents = noise.to(dtype) * getattr(scheduler, "init_noise_sigma", 1.0)
     with _evaluating(model, negative_model):
-        for t in scheduler.timesteps.to(device):
+        for t in scheduler.timesteps:  # on the CPU, like the scheduler's own tables
             scale = getattr(scheduler, "scale_model_input", None)
             x = latents if scale is None else scale(latents, t)
             if negative is None:

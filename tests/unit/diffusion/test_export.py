@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from mmalign.config import DiffusionConfig, LoraSpec, ModelConfig
 from mmalign.diffusion.export import KOHYA_LORA, continue_lora, load_trained, save_trained
+from mmalign.diffusion.kohya import kohya_tensors, readable
 from mmalign.diffusion.models import Components, load_components
 from mmalign.errors import CheckpointError
 from mmalign.models import lora
+from mmalign.models.kohya_names import modules_by_name
 from mmalign.models.lora_files import DIFFUSERS_LORA
 from mmalign.models.merge import merge_checkpoints
 
@@ -192,6 +194,40 @@ def test_kohya_file_says_what_it_is(sdxl_dir: Path, sd15_dir: Path, tmp_path: Pa
         assert told["ss_base_model_version"] == ("sdxl_base_v1-0" if sdxl else "sd_v1")
         start = "lora_unet_input_blocks_3_1" if sdxl else "lora_unet_down_blocks_0_attentions_0"
         assert f"{start}_transformer_blocks_0_attn1_to_q.lora_down.weight" in names
+
+
+TRUE_UNETS: dict[str, dict[str, Any]] = {
+    "sd": {"cross_attention_dim": 768, "attention_head_dim": 8},
+    "sdxl": {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (320, 640, 1280),
+        "cross_attention_dim": 2048,
+        "transformer_layers_per_block": (1, 2, 10),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+
+
+@pytest.mark.parametrize("family", TRUE_UNETS)
+def test_diffusers_finds_every_layer_of_the_true_unets(family: str) -> None:
+    """All linear layers and convolutions, under kohya's names; 794 in SDXL."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**TRUE_UNETS[family])
+    modules = [n for n, m in unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert len(modules) == {"sd": 282, "sdxl": 794}[family]
+    one = torch.ones(1, 1)
+    parts = {name: {"A": one, "B": one, "alpha": torch.tensor(1.0)} for name in modules}
+    tensors = kohya_tensors(parts, family, 2)
+    assert readable(tensors, modules, family, 2)
+    assert not readable(tensors, modules[1:], family, 2)
+    back = modules_by_name(name for name, _ in unet.named_modules())
+    assert {back[name.split(".")[0]] for name in tensors} == set(modules)
 
 
 def test_the_scale_is_in_the_diffusers_file(sd15_dir: Path, tmp_path: Path) -> None:
