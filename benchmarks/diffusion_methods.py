@@ -74,7 +74,7 @@ METHODS: dict[str, Method] = {
     ),
     "diffusion_kto": Method(
         "ink up from single rated pictures, without pairs",
-        {"objective": {"name": "diffusion_kto", "beta": BETA}, "train": {"batch_size": 64}},
+        {"objective": {"name": "diffusion_kto", "beta": BETA / 2}, "train": {"batch_size": 64}},
         data="rated.jsonl",
     ),
     "mapo": Method(
@@ -129,8 +129,7 @@ class Bench:
         plain = demo.config(self.base, demo.ALIGNED, output, self.seed, self.sizes)
         settings = json.loads(plain.model_dump_json(exclude_defaults=True))
         method = METHODS[name]
-        merge(settings, {"train": {"eval_every": None, "save_every": None}})
-        del settings["train"]["keep_checkpoints"]
+        merge(settings, {"train": dict.fromkeys(("eval_every", "save_every", "keep_checkpoints"))})
         merge(settings, method.changes)
         if method.changes.get("objective"):
             settings["objective"] = method.changes["objective"]

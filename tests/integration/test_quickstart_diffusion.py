@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,6 +50,7 @@ def test_demo_writes_its_runs_pictures_and_summary(demo: Path) -> None:
 
 def test_demo_trains_with_the_ordinary_loop_from_an_ordinary_config(demo: Path) -> None:
     from mmalign.config import load
+    from mmalign.quickstart.digits import prompt
 
     config = load(demo / "aligned" / "config.yaml")
     assert config.modality == "diffusion"
@@ -57,15 +61,7 @@ def test_demo_trains_with_the_ordinary_loop_from_an_ordinary_config(demo: Path) 
         for line in (demo / "pairs" / "train" / "pairs.jsonl").read_text().splitlines()
     ]
     assert all(row["ink_chosen"] >= row["ink_rejected"] for row in rows)
-    assert {row["prompt"] for row in rows} == {diffusion_prompt(digit) for digit in range(10)}, (
-        "neutral prompts alone"
-    )
-
-
-def diffusion_prompt(digit: int) -> str:
-    from mmalign.quickstart.digits import prompt
-
-    return prompt(digit)
+    assert {row["prompt"] for row in rows} == {prompt(digit) for digit in range(10)}, "no styles"
 
 
 def test_demo_report_is_honest_and_self_contained(demo: Path) -> None:
@@ -137,3 +133,115 @@ def test_demo_in_full_reaches_what_it_promises(tmp_path: Path) -> None:
     assert after["winner_error"] < 0.005
     assert too_far["legibility"] < 0.8
     assert too_far["winner_error"] > 0.1
+
+
+@pytest.mark.slow
+def test_latents_of_real_pictures_are_aligned_through_caches(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Emoji in colour against the same in grey, encoded by a real VAE that training never loads."""
+    import torch
+    from PIL import Image
+
+    from mmalign.config import RunConfig
+    from mmalign.diffusion import latents
+    from mmalign.diffusion.models import load_denoiser
+    from mmalign.offline import write_cache
+    from mmalign.quickstart.digits_pairs import PAIRS
+    from mmalign.train.loop import train
+    from mmalign.train.metrics import read_json
+
+    emoji = cut_emoji(shared_data, tmp_path / "emoji")
+    base = emoji_pipeline(shared_data, tmp_path / "base")
+
+    def settings(name: str, objective: dict[str, Any], **train: Any) -> dict[str, Any]:
+        return {
+            "modality": "diffusion",
+            "model": {"path": str(base)},
+            "data": {
+                "train": {"path": str(emoji / "train" / PAIRS)},
+                "eval": {"path": str(emoji / "eval" / PAIRS)},
+            },
+            "objective": objective,
+            "train": {"batch_size": 16, "num_threads": 1, "warmup": 5, "seed": 0, **train},
+            "sample": {"num_prompts": 0},
+            "diffusion": {"resolution": 64, "cache": "on", "cache_folder": str(tmp_path / "cache")},
+            "output": str(tmp_path / name),
+        }
+
+    learn = RunConfig.model_validate(settings("learn", {"name": "sft"}, num_steps=100, lr=2e-3))
+    objective = {"name": "diffusion_dpo", "beta": 2000.0}
+    align = RunConfig.model_validate(settings("align", objective, num_steps=40, lr=2e-4))
+    write_cache(learn)  # of the coloured pictures alone: nothing else is read
+    write_cache(align)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+    write_cache(align)
+    again = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert files == again, "what is there is not computed again"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latents.Vae, "load", classmethod(never))
+        train(learn)
+        shutil.rmtree(base / "unet")
+        shutil.copytree(tmp_path / "learn" / "final" / "unet", base / "unet")
+        train(align)
+    learned, aligned = (read_json(tmp_path / name / "eval.jsonl") for name in ("learn", "align"))
+    assert learned[-1]["loss"] < 0.8 * learned[0]["loss"], "it learned to find noise in latents"
+    steps = read_json(tmp_path / "align" / "metrics.jsonl")
+    losses = [record["loss"] for record in steps if "loss" in record]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert aligned[0]["reward_accuracy"] == 0.0
+    assert aligned[-1]["reward_accuracy"] > 0.8, "colour wins on pictures it never saw"
+    assert aligned[-1]["loss"] < math.log(2)
+
+    vae = latents.load_vae(base, align.diffusion)
+    with Image.open(emoji / "eval" / "chosen-0.png") as image:
+        pixels = torch.from_numpy(np.asarray(image, np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+    assert (vae.decode(vae.encode(pixels)[0]) - pixels).abs().mean() < 0.1
+    unet = load_denoiser(str(tmp_path / "align" / "final"), align.model)
+    assert unet.conv_in.weight.shape[1] == vae.channels == 32
+
+
+def never(*arguments: Any, **options: Any) -> None:
+    raise AssertionError("with complete caches the VAE is not loaded")
+
+
+def cut_emoji(shared_data: Path, folder: Path, count: int = 96, held_out: int = 24) -> Path:
+    """Pairs of a coloured picture and the same in grey, captioned with its name."""
+    from PIL import Image
+
+    from mmalign.quickstart.digits_pairs import PAIRS
+
+    lines = (shared_data / "images" / "noto_emoji_64.jsonl").read_text().splitlines()
+    about = [json.loads(line) for line in lines]
+    chosen = about[:: len(about) // (count + held_out)][: count + held_out]
+    with Image.open(shared_data / "images" / "noto_emoji_64.webp") as opened:
+        sheet = opened.convert("RGB")
+    for name, part in (("train", chosen[held_out:]), ("eval", chosen[:held_out])):
+        own = folder / name
+        own.mkdir(parents=True)
+        rows = []
+        for i, record in enumerate(part):
+            left, top = 64 * record["col"], 64 * record["row"]
+            picture = sheet.crop((left, top, left + 64, top + 64))
+            picture.save(own / f"chosen-{i}.png")
+            picture.convert("L").convert("RGB").save(own / f"rejected-{i}.png")
+            files = {f"image_{side}": f"{side}-{i}.png" for side in ("chosen", "rejected")}
+            rows.append(json.dumps({"prompt": record["name"], **files}))
+        (own / PAIRS).write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def emoji_pipeline(shared_data: Path, folder: Path) -> Path:
+    """A small random U-Net on the latents of a real VAE."""
+    import tiny_diffusion
+
+    source = shared_data / "models" / "taef2"
+    if not source.is_dir():
+        pytest.skip("the VAE is not beside this checkout")
+    tiny_diffusion.make_sd15(
+        folder, in_channels=32, out_channels=32, block_out_channels=(64, 64), norm_num_groups=8
+    )
+    shutil.rmtree(folder / "vae")
+    shutil.copytree(source, folder / "vae")
+    return folder
