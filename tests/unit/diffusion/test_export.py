@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +53,38 @@ class Trained:
     def part(self) -> str:
         return "transformer" if self.components.family == "sd3" else "unet"
 
-    def pipeline(self, denoiser: nn.Module | None = None, folder: Path | None = None) -> Any:
-        given = {} if denoiser is None else {self.part: denoiser}
-        pipe: Any = DiffusionPipeline.from_pretrained(folder or self.folder, **given)
+    def pipeline(self, denoiser: nn.Module | None = None) -> Any:
+        """diffusers' pipeline with its own denoiser (a copy, to be changed) or with another."""
+        base = whole_pipeline(self.folder)
+        if denoiser is None:
+            denoiser = deepcopy(base.components[self.part])
+        pipe: Any = type(base)(**{**base.components, self.part: denoiser})
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    def merged(self, folder: Path) -> Any:
+        """The pipeline with the denoiser of a merged folder."""
+        network: Any = type(self.components.denoiser)
+        return self.pipeline(network.from_pretrained(folder / self.part))
 
     def expected(self) -> Tensor:
         """What diffusers paints with the live policy; far from what the base paints."""
         live: Any = self.policy
-        net = live.get_base_model() if self.spec else live
-        found = paint(self.pipeline(net))
-        assert (found - paint(self.pipeline())).abs().max() > 1e-3
+        found = paint(self.pipeline(live.get_base_model() if self.spec else live))
+        assert (found - painted(self.folder)).abs().max() > 1e-3
         return found
+
+
+@cache
+def whole_pipeline(folder: Path) -> Any:
+    pipe: Any = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@cache
+def painted(folder: Path) -> Tensor:
+    return paint(whole_pipeline(folder))
 
 
 def shaken(model: nn.Module) -> nn.Module:
@@ -108,7 +128,7 @@ def test_every_lora_file_loads_with_diffusers_and_merges(trained: Trained, tmp_p
         merged = merge_checkpoints(
             trained.folder, [(tmp_path / "final" / name, 1.0)], tmp_path / f"merged-{name}"
         )
-        close(paint(trained.pipeline(folder=merged)), expected)
+        close(paint(trained.merged(merged)), expected)
 
 
 def test_a_folder_alone_is_enough(sd15_dir: Path, tmp_path: Path) -> None:
@@ -119,7 +139,7 @@ def test_a_folder_alone_is_enough(sd15_dir: Path, tmp_path: Path) -> None:
     pipe.load_lora_weights(str(tmp_path / "final"))
     close(paint(pipe), trained.expected())
     merged = merge_checkpoints(sd15_dir, [(tmp_path / "final", 1.0)], tmp_path / "merged")
-    close(paint(trained.pipeline(folder=merged)), trained.expected())
+    close(painted(merged), trained.expected())
     kept = {item.name for item in sd15_dir.iterdir() if item.is_dir()}
     assert kept == {item.name for item in merged.iterdir() if item.is_dir()}
 
@@ -130,7 +150,7 @@ def test_whole_weights_load_with_diffusers_and_merge(tmp_path: Path, trained: Tr
     network = type(whole.components.denoiser).from_pretrained(tmp_path / "final" / whole.part)  # pyright: ignore
     close(paint(whole.pipeline(network)), whole.expected())
     merged = merge_checkpoints(whole.folder, [(tmp_path / "final", 1.0)], tmp_path / "merged")
-    close(paint(whole.pipeline(folder=merged)), whole.expected())
+    close(paint(whole.merged(merged)), whole.expected())
     restored = load_trained(whole.fresh(), tmp_path / "final")
     assert all(torch.equal(a, b) for a, b in states(restored, whole.policy))
 
@@ -145,12 +165,12 @@ def test_whole_weights_load_with_diffusers_and_merge(tmp_path: Path, trained: Tr
 )
 def test_other_kinds_of_lora(sdxl_dir: Path, tmp_path: Path, spec: LoraSpec) -> None:
     trained = Trained(sdxl_dir, spec)
-    names = trained.save(tmp_path)
+    names, expected = trained.save(tmp_path), trained.expected()
     assert names == [DIFFUSERS_LORA] + [KOHYA_LORA] * (not spec.dora)
     for name in names:
         pipe = trained.pipeline()
         pipe.load_lora_weights(str(tmp_path), weight_name=name)
-        close(paint(pipe), trained.expected())
+        close(paint(pipe), expected)
 
 
 def states(one: nn.Module, other: nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -252,7 +272,7 @@ def test_older_layout_of_diffusers_is_read(sd15_dir: Path, tmp_path: Path) -> No
         old[f"{layer}.processor.{projection}_lora.{side}.weight"] = tensor
     save_file(old, tmp_path / "old.safetensors")
     merged = merge_checkpoints(sd15_dir, [(tmp_path / "old.safetensors", 1.0)], tmp_path / "merged")
-    close(paint(trained.pipeline(folder=merged)), trained.expected())
+    close(paint(trained.merged(merged)), trained.expected())
 
 
 def test_alpha_in_the_metadata_of_diffusers_is_read(sd15_dir: Path, tmp_path: Path) -> None:
@@ -264,7 +284,7 @@ def test_alpha_in_the_metadata_of_diffusers_is_read(sd15_dir: Path, tmp_path: Pa
     save_file(halved, tmp_path / "half.safetensors", {"lora_adapter_metadata": told})
     add = [(tmp_path / "half.safetensors", 1.0)]
     merged = merge_checkpoints(sd15_dir, add, tmp_path / "merged")
-    close(paint(trained.pipeline(folder=merged)), trained.expected())
+    close(paint(trained.merged(merged)), trained.expected())
 
 
 def test_negative_merge_is_a_sum_of_changes(sd15_dir: Path, tmp_path: Path) -> None:
