@@ -38,7 +38,12 @@ UNETS: dict[str, dict[str, Any]] = {
 }
 TINY_UNETS: dict[str, dict[str, Any]] = {
     "sd15": {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1},
-    "sdxl": {"block_out_channels": (32, 32, 64), "layers_per_block": 1, "attention_head_dim": 4},
+    "sdxl": {
+        "block_out_channels": (32, 32, 64),
+        "layers_per_block": 1,
+        "attention_head_dim": 4,
+        "transformer_layers_per_block": 1,
+    },
 }
 VAE: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
