@@ -109,12 +109,14 @@ class RunConfig(Section):
                 f"model.revision names a version on the hub, but model.path {self.model.path} is a "
                 "folder; remove model.revision"
             )
-        for key, modality in _READ_BY.items():
-            if modality != self.modality and _is_set(self, key):
-                raise ValueError(
-                    f"{key} is only read with modality: {modality} (found {self.modality}); "
-                    "remove it"
-                )
+        ignored = [k for k, read_by in _READ_BY.items() if read_by != self.modality]
+        ignored = [key for key in ignored if _is_set(self, key)]
+        if ignored:
+            are, them = ("is", "it") if len(ignored) == 1 else ("are", "them")
+            raise ValueError(
+                f"{', '.join(ignored)} {are} only read with modality: {_READ_BY[ignored[0]]} "
+                f"(found {self.modality}); remove {them}"
+            )
         prompts_only = [s.path for s in self.data.train if s.layout == "prompts"]
         if prompts_only and not self.diffusion.estimator.generated:
             raise ValueError(
@@ -184,7 +186,8 @@ def deciding(config: RunConfig) -> dict[str, Any]:
                 "check_reference",
             },
             "data": {"num_workers", "eval", "max_eval_samples"},
-            "diffusion": {"sampling", "eval_draws", "cache_folder"},
+            "diffusion": {"eval_draws", "cache_folder"}
+            | (set() if config.diffusion.estimator.generated else {"sampling"}),
         },
     )
 
@@ -226,10 +229,17 @@ def check_needs(config: RunConfig, needs: Needs, provides: Needs) -> list[str]:
             "text.masks is not set. Set it, e.g. text: {masks: {kind: learned}}; `spans` and "
             "`steps` read the data"
             if config.modality == "text"
-            else f"there are none with modality {config.modality}",
+            else f"modality {config.modality} has none. Use an objective without them, e.g. "
+            "diffusion_dpo",
         ),
-        "log_sum_p2": ("the sum of squared probabilities", "this adapter cannot give it"),
-        "prompt": ("log-probabilities of the prompt", "this adapter cannot give them"),
+        "log_sum_p2": (
+            "the probabilities of all tokens (wpo)",
+            f"modality {config.modality} has none. Remove `wpo`, or use another objective",
+        ),
+        "prompt": (
+            "log-probabilities of the prompt",
+            f"modality {config.modality} has none. Use another objective",
+        ),
     }
     problems = [
         f"{name} needs {what}, but {remedy}."

@@ -126,7 +126,9 @@ def _to_pairs(row: Example, list_pairs: ListPairs) -> list[Example]:
     if row.kind != "list":
         reason = "this one has a single response; give chosen and rejected, or use a loss for "
         loss = (
-            "single responses, such as kto" if row.kind == "unpaired" else "plain text, such as sft"
+            "single responses, such as kto (diffusion_kto for pictures)"
+            if row.kind == "unpaired"
+            else "plain text, such as sft"
         )
         raise _refuse(row, "pair", reason + loss)
     scores = row.labels[: row.num_rated]

@@ -20,7 +20,7 @@ from mmalign.diffusion.models import load_components, load_denoiser
 from mmalign.diffusion.process import process_from
 from mmalign.diffusion.rows import show_rows, usable
 from mmalign.diffusion.scoring import denoising_error
-from mmalign.diffusion.showing import paint, write_samples
+from mmalign.diffusion.showing import check_sampling, paint, write_samples
 from mmalign.diffusion.teacher import Truncated
 from mmalign.diffusion.tracking import batch_metrics, by_timestep
 from mmalign.errors import ConfigError
@@ -85,6 +85,8 @@ class DiffusionAdapter(Adapter):
         )
         if problems := methods.check_process(config, self.process):
             raise ConfigError("; ".join(problems))
+        if config.sample.num_prompts or config.sample.prompts:
+            check_sampling(components, settings)
         self.policy = _trainable(components.denoiser, config)
         self.reference = build_reference(config, self.policy, needs, load=self._load_reference)
         self.estimator: Estimator | Truncated
@@ -255,6 +257,7 @@ class DiffusionAdapter(Adapter):
         return predict(model, self.components.family, x, times, condition)
 
     def _load_reference(self, path: str) -> nn.Module:
+        methods.check_other(path, self.config, self.components)
         return load_denoiser(path, self.config.model)
 
     # -- around training ---------------------------------------------------------------------

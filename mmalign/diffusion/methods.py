@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from mmalign.config import TimestepSpec
+from mmalign.diffusion.pipeline import denoiser_config, family_of, pipeline_folder, scheduler_config
+from mmalign.diffusion.process import VPTable, process_from
+from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from mmalign.config import RunConfig
+    from mmalign.diffusion.models import Components
     from mmalign.diffusion.process import NoiseProcess
 
 IN_ERRORS = frozenset(
@@ -24,7 +30,56 @@ PER_TOKEN = ("ld_alpha",)
 
 def check_method(config: RunConfig) -> list[str]:
     """What the objective, the estimator and the reference ask of each other and do not get."""
-    return [*_objective(config), *_estimator(config)]
+    return [*_objective(config), *_estimator(config), *_sampling(config)]
+
+
+def check_other(path: str, config: RunConfig, components: Components) -> None:
+    """Refuse a second denoiser that does not read and predict what the policy does.
+
+    Args:
+        path: Of the reference: a pipeline, or a denoiser alone, which has no noise schedule of its
+            own and is taken to have the policy's.
+        config: The run.
+        components: Of the policy.
+
+    Raises:
+        ConfigError: Another family, other inputs, another prediction type or noise schedule.
+    """
+    own = {"family": components.family} | _inputs(components.denoiser_config)
+    other = {"family": family_of(path)} | _inputs(denoiser_config(path))
+    different = next((key for key in own if own[key] != other[key]), None)
+    if different is not None:
+        raise ConfigError(
+            f"reference {path}: its {different} is {other[different]}, that of model.path "
+            f"{config.model.path} is {own[different]}. A reference must read the same latents and "
+            "prompts as the policy"
+        )
+    if not (pipeline_folder(path) / "scheduler").is_dir():
+        return
+    settings = config.diffusion
+    policy = process_from(components.scheduler_config, settings.prediction)
+    said = scheduler_config(path)
+    reference = process_from(said, "auto" if "prediction_type" in said else settings.prediction)
+    if policy.prediction != reference.prediction:
+        raise ConfigError(
+            f"reference {path}: predicts {reference.prediction}, model.path {config.model.path} "
+            f"{policy.prediction}. Their errors cannot be compared; use a reference of the same "
+            "prediction type"
+        )
+    if not (isinstance(policy, VPTable) and isinstance(reference, VPTable)):
+        return
+    a, b = policy.table, reference.table
+    if a.shape != b.shape or not torch.allclose(a, b):
+        raise ConfigError(
+            f"reference {path}: has another noise table than model.path {config.model.path}, so "
+            "that a timestep is another amount of noise. Use a reference of the same schedule"
+        )
+
+
+def _inputs(config: dict[str, Any]) -> dict[str, Any]:
+    """What a denoiser's settings say of the shapes that it reads."""
+    names = ("in_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim")
+    return {name: config.get(name) for name in names}
 
 
 def check_process(config: RunConfig, process: NoiseProcess) -> list[str]:
@@ -32,7 +87,7 @@ def check_process(config: RunConfig, process: NoiseProcess) -> list[str]:
     problems: list[str] = []
     is_flow = process.prediction == "flow"
     spec = config.diffusion.estimator
-    if "flow_dpo" in _names(config) and not is_flow:
+    if "flow_dpo" in names_of(config) and not is_flow:
         problems.append(
             f"objective 'flow_dpo' is for flow models, but this one predicts {process.prediction}. "
             "Use diffusion_dpo"
@@ -58,7 +113,7 @@ def check_process(config: RunConfig, process: NoiseProcess) -> list[str]:
 
 def _objective(config: RunConfig) -> list[str]:
     problems: list[str] = []
-    names, settings = _names(config), config.diffusion
+    names, settings = names_of(config), config.diffusion
     in_errors = sorted(IN_ERRORS.intersection(names))
     if in_errors and settings.logp_scale != 0.5:
         problems.append(
@@ -80,7 +135,7 @@ def _objective(config: RunConfig) -> list[str]:
 
 def _estimator(config: RunConfig) -> list[str]:
     problems: list[str] = []
-    names, spec = _names(config), config.diffusion.estimator
+    names, spec = names_of(config), config.diffusion.estimator
     if "inpo" in names and spec.kind != "ddim_inversion":
         problems.append(
             f"objective 'inpo' scores at inverted pictures, but diffusion.estimator.kind is "
@@ -107,9 +162,26 @@ def _estimator(config: RunConfig) -> list[str]:
     return problems
 
 
+def _sampling(config: RunConfig) -> list[str]:
+    spec = config.diffusion.sampling
+    if spec.negative is None:
+        return []
+    problems: list[str] = []
+    if spec.guidance <= 1.0:
+        problems.append(
+            f"diffusion.sampling.negative is only read with guidance above 1 (found "
+            f"{spec.guidance:g})"
+        )
+    if not spec.negative.exists():
+        problems.append(
+            f"diffusion.sampling.negative is {spec.negative}: there is no such file or folder"
+        )
+    return problems
+
+
 def _self_npo(config: RunConfig) -> list[str]:
     problems: list[str] = []
-    names, settings = _names(config), config.diffusion
+    names, settings = names_of(config), config.diffusion
     kind = settings.estimator.kind
     if names != ["self_npo"]:
         problems.append(
@@ -132,7 +204,7 @@ def _self_npo(config: RunConfig) -> list[str]:
     return problems
 
 
-def _names(config: RunConfig) -> list[str]:
+def names_of(config: RunConfig) -> list[str]:
     """Presets of the objective, by their own names."""
     from mmalign.core.presets import ALIASES
 

@@ -233,7 +233,7 @@ def row_pictures(row: Example) -> list[Picture]:
         raise DataError(
             f"row {row.id!r}: the responses are text, and diffusion needs pictures: image_chosen "
             "and image_rejected, images, or image. Where chosen and rejected are paths of "
-            "pictures, set `layout: pictures`"
+            "pictures, set `layout: pictures`; a model of text is trained with modality: text"
         )
     return pictures
 

@@ -152,6 +152,11 @@ def family_of(path: str | Path, revision: str | None = None) -> Family:
         raise ConfigError(f"pipeline {path}: {_REFINER}")
     if pipeline is not None and pipeline not in PIPELINES:
         raise ConfigError(f"pipeline {path}: is a {pipeline}; supported are {', '.join(PIPELINES)}")
+    if "model_type" in config and "_class_name" not in config:
+        raise ConfigError(
+            f"pipeline {path}: is a model of transformers ({config['model_type']}), not a pipeline "
+            "of diffusers; a language model is trained with modality: text"
+        )
     if kind not in DENOISERS:
         raise ConfigError(
             f"pipeline {path}: its denoiser is a {kind}; supported are {', '.join(DENOISERS)}"

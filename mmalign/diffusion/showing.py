@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image as pil
 
-from mmalign.diffusion.sample import generate
+from mmalign.diffusion.latents import factor_of
+from mmalign.diffusion.negative import load_negative
+from mmalign.diffusion.sample import generate, picture_size, scheduler_for
 from mmalign.diffusion.sheets import SHEET, write_picture, write_sheet
 
 if TYPE_CHECKING:
@@ -16,7 +18,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import nn
 
+    from mmalign.config import DiffusionConfig
     from mmalign.diffusion.inputs import Inputs
+    from mmalign.diffusion.models import Components
+
+
+def check_sampling(components: Components, diffusion: DiffusionConfig) -> None:
+    """Refuse, before training, settings of `diffusion.sampling` that no picture can be made with.
+
+    Raises:
+        ConfigError: A sampler that does not fit the model, or a size that does not fit the VAE.
+    """
+    scheduler_for(components.scheduler_config, diffusion)
+    picture_size(diffusion, factor_of(components.folder))
 
 
 def paint(
@@ -62,8 +76,11 @@ def write_samples(
     Returns:
         A record a prompt, with the picture's path inside the run folder.
     """
-    seed = inputs.config.diffusion.sampling.seed
-    images = paint(inputs, policy, list(prompts.values()))
+    spec = inputs.config.diffusion.sampling
+    seed = spec.seed
+    # Read anew each time: it may hold a share of what the policy has learned by now.
+    negative = load_negative(spec, inputs.config.model, policy)
+    images = paint(inputs, policy, list(prompts.values()), negative_model=negative)
     names = [f"{i:03d}.png" for i in range(len(images))]
     folder, before = run / "samples" / f"step-{step}", run / "samples" / "step-0"
     for name, image in zip(names, images, strict=True):

@@ -209,4 +209,7 @@ def answer_text(candidate: Candidate, where: str) -> str:
             f"{where}: the response has turns {[turn.role for turn in turns]}; it must be one "
             "assistant message. Put earlier turns into the prompt"
         )
-    raise DataError(f"{where}: the response is the file {response}; text needs a string")
+    raise DataError(
+        f"{where}: the response is the file {response}; text needs a string. A model of pictures "
+        "is trained with modality: diffusion"
+    )

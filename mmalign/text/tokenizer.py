@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import ConfigError
@@ -24,6 +25,10 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     model = config.model
+    if (Path(model.path) / "model_index.json").is_file():
+        raise ConfigError(
+            f"model.path {model.path!r}: is a pipeline of diffusers; set modality: diffusion"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
