@@ -9,10 +9,16 @@ import torch
 
 from mmalign.data.example import as_text
 from mmalign.diffusion.latent_cache import LatentCache, has_latents
-from mmalign.diffusion.notes import Contents, cache_folder, lost, open_store, require
+from mmalign.diffusion.notes import (
+    Contents,
+    cache_folder,
+    fingerprint_of,
+    lost,
+    open_store,
+    require,
+)
 from mmalign.diffusion.pictures import row_pictures
 from mmalign.diffusion.pipeline import (
-    component_fingerprint,
     family_of,
     has_component,
     scheduler_config,
@@ -104,12 +110,10 @@ def _error_settings(config: RunConfig) -> dict[str, str]:
         "holds": "reference errors",
         "settings": json.dumps(settings, sort_keys=True),
         "latents": "float16" if has_latents(config) else "live",
-        "denoiser": component_fingerprint(path, denoiser, revision),
+        "denoiser": fingerprint_of(config, denoiser),
         "adapter": fingerprint(model.adapter) if model.adapter else "none",
-        "vae": component_fingerprint(path, "vae", revision)
-        if has_component(path, "vae", revision)
-        else "none",
-        "encoders": encoders_fingerprint(model),
+        "vae": fingerprint_of(config, "vae") if has_component(path, "vae", revision) else "none",
+        "encoders": encoders_fingerprint(config),
         "scheduler": json.dumps(scheduler_config(path, revision), sort_keys=True),
         "dtype": model.dtype,
         "autocast": config.train.mixed_precision,

@@ -11,12 +11,13 @@ from mmalign.diffusion.notes import (
     Contents,
     PictureNotes,
     cache_folder,
+    fingerprint_of,
     lost,
     open_store,
     require,
 )
 from mmalign.diffusion.pictures import Frame, row_pictures, row_size
-from mmalign.diffusion.pipeline import component_fingerprint, has_component
+from mmalign.diffusion.pipeline import has_component
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class LatentCache:
             cache_folder(config) / "latents",
             {
                 "holds": "latents",
-                "vae": component_fingerprint(config.model.path, "vae", config.model.revision),
+                "vae": fingerprint_of(config, "vae"),
                 "dtype": self.settings.vae_dtype,
             },
         )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +13,7 @@ import numpy as np
 
 from mmalign.data.cache import TensorCache
 from mmalign.data.pictures import decode_all
+from mmalign.diffusion.pipeline import component, component_fingerprint
 from mmalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -147,6 +152,33 @@ def look(
 
 def _size(image: Image) -> Size:
     return (image.height, image.width)
+
+
+def fingerprint_of(config: RunConfig, name: str) -> str:
+    """Hash of the files of a part of the run's model: "vae", "text_encoder", "unet", ...
+
+    Reading gigabytes at every start of a run takes longer than loading them would; so hashes are
+    kept in the cache folder, by the place, sizes and times of change of the files.
+    """
+    model = config.model
+    folder = component(model.path, name, model.revision).resolve()
+    files = [(item.name, item.stat()) for item in sorted(folder.iterdir()) if item.is_file()]
+    state = [str(folder), [[item, info.st_size, info.st_mtime_ns] for item, info in files]]
+    key = hashlib.sha256(json.dumps(state).encode()).hexdigest()
+    file = cache_folder(config) / "fingerprints.json"
+    if key not in _FINGERPRINTS:
+        with suppress(OSError, ValueError, TypeError):
+            _FINGERPRINTS.update(json.loads(file.read_text(encoding="utf-8")))
+    if key not in _FINGERPRINTS:
+        _FINGERPRINTS[key] = component_fingerprint(model.path, name, model.revision)
+        partial = file.with_name(f".{file.name}.{os.getpid()}.part")
+        with suppress(OSError):  # no caches yet, or others' that may only be read
+            partial.write_text(json.dumps(_FINGERPRINTS, indent=1), encoding="utf-8")
+            partial.replace(file)
+    return _FINGERPRINTS[key]
+
+
+_FINGERPRINTS: dict[str, str] = {}  # by the state of the files: true for as long as they stay
 
 
 def require(store: TensorCache, what: str, lacking: int, total: int, of: str = "rows") -> None:

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from mmalign.diffusion.conditioning import T5_LIMIT, encoders_of
-from mmalign.diffusion.notes import cache_folder, lost, open_store, require
+from mmalign.diffusion.notes import cache_folder, fingerprint_of, lost, open_store, require
 from mmalign.diffusion.pipeline import (
-    component_fingerprint,
     denoiser_config,
     family_of,
     model_index,
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from mmalign.config import ModelConfig, RunConfig
+    from mmalign.config import RunConfig
     from mmalign.diffusion.denoiser import Condition
 
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -45,7 +44,7 @@ class PromptCache:
             cache_folder(config) / "prompts",
             {
                 "holds": "prompts",
-                "encoders": encoders_fingerprint(config.model),
+                "encoders": encoders_fingerprint(config),
                 "dtype": config.model.dtype,
             },
         )
@@ -106,15 +105,15 @@ class PromptCache:
         return tensors
 
 
-def encoders_fingerprint(model: ModelConfig) -> str:
+def encoders_fingerprint(config: RunConfig) -> str:
     """Hash of the files of the text encoders and tokenizers, and of what else embeds a prompt."""
-    path, revision = model.path, model.revision
+    path, revision = config.model.path, config.model.revision
     family = family_of(path, revision)
     rest = [family, T5_LIMIT, model_index(path, revision).get("force_zeros_for_empty_prompt")]
     if family == "sd3":
         rest.append(denoiser_config(path, revision).get("joint_attention_dim"))
     parts = [
-        [name, component_fingerprint(path, part, revision)]
+        [name, fingerprint_of(config, part)]
         for name in encoders_of(path, family, revision)
         for part in (name, name.replace("text_encoder", "tokenizer"))
     ]

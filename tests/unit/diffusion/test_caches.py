@@ -256,6 +256,15 @@ def test_a_changed_model_file_is_a_miss(
     assert _lacking(config) == expected.get(part, (0, 3, 3))
 
 
+def test_model_files_are_hashed_once(
+    written: tuple[Path, RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, config = written
+    monkeypatch.setattr(notes, "_FINGERPRINTS", {})
+    monkeypatch.setattr(notes, "component_fingerprint", refuse)
+    assert _lacking(config) == (0, 0, 0)
+
+
 def test_a_changed_picture_is_a_miss(written: tuple[Path, RunConfig]) -> None:
     folder, config = written
     file = folder / "data" / "1-chosen.png"
