@@ -70,11 +70,6 @@ def sample_pictures(
         for i, prompt in enumerate(prompts)
         for seed in (chosen or [spec.seed + i])
     ]
-    if spec.negative is not None and spec.guidance <= 1.0:
-        raise ConfigError(
-            f"diffusion.sampling.negative is only read with guidance above 1 (found "
-            f"{spec.guidance:g})"
-        )
     adapter: Any = trained_adapter(config, checkpoint, base=base)
     negative = load_negative(spec, config.model, adapter.policy)
     weights = "base" if base else str(checkpoint or config.output)

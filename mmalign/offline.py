@@ -124,10 +124,10 @@ def trained_adapter(config: RunConfig, checkpoint: Path | None, *, base: bool = 
 
     if base and checkpoint is not None:
         raise ConfigError("sample: --base is the untrained model, so it has no --checkpoint")
-    folder = None if base else trained_folder(config, checkpoint)
-    torch.manual_seed(config.train.seed)
     # Without a reference; learned position weights are built because checkpoints hold them.
     needs = Needs(weight=configs.check(config).needs.weight)
+    folder = None if base else trained_folder(config, checkpoint)
+    torch.manual_seed(config.train.seed)
     adapter = build_adapter(config, needs).to(_device(config)).eval()
     if folder is not None:
         restore(adapter, folder)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import CheckpointError
-from mmalign.models.files import ADAPTER_CONFIG, weight_files
+from mmalign.models.files import ADAPTER_CONFIG, denoiser_folder, weight_files
 from mmalign.models.kohya_names import PREFIX, modules_by_name
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def is_lora(path: Path) -> bool:
     """Whether a file or folder holds a LoRA and no whole model."""
     if path.is_file():
         return path.suffix == ".safetensors"
-    return any((path / name).is_file() for name in (ADAPTER_CONFIG, DIFFUSERS_LORA))
+    has_file = any((path / name).is_file() for name in (ADAPTER_CONFIG, DIFFUSERS_LORA))
+    return has_file and denoiser_folder(path) == path
 
 
 def read_lora(path: Path, modules: Iterable[str]) -> LoraWeights:
