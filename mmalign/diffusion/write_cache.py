@@ -254,26 +254,32 @@ def _write_prompts(config: RunConfig, needs: Needs, rows: Sequence[Example], pla
 
 
 def _write_errors(config: RunConfig, needs: Needs, rows: Sequence[Example], place: Place) -> int:
-    """Score rows under the reference at every stored draw; returns how many rows."""
+    """Score rows under the reference at every stored draw; returns how many rows.
+
+    The reference is the policy as it starts, so one network and one pass are enough.
+    """
+    from mmalign.core import Needs
     from mmalign.diffusion.adapter import DiffusionAdapter
 
     bank = ErrorBank(config)
     todo = [row for row in bank.missing(rows) if place.is_mine(bank.key(row))]
     if not todo:
         return 0
-    adapter = DiffusionAdapter.for_bank(config, needs).to(place.device).eval()
-    adapter.before_training(todo)
+    policy = DiffusionAdapter.for_bank(config, Needs()).to(place.device).eval()
+    policy.before_training(todo)
     size = config.train.eval_batch_size or config.train.batch_size
     half = config.train.mixed_precision == "bf16"
     autocast = torch.autocast(place.device.type, torch.bfloat16, enabled=half)
+    unit = -config.diffusion.logp_scale
     with progress("reference errors", len(todo), shown=place.is_main) as seen, bank.store:
         for row in todo:
             parts: list[torch.Tensor] = []
             for start in range(0, bank.num_draws, size):
                 draws = list(range(start, min(start + size, bank.num_draws)))
-                batch = adapter.collate([row] * len(draws), draws).to(place.device)
-                with autocast:
-                    parts.append(adapter.reference_errors(batch).cpu())
+                batch = policy.collate([row] * len(draws), draws).to(place.device)
+                with autocast, torch.no_grad():
+                    scores = policy(batch, Needs()).policy[..., 0]
+                parts.append(scores.cpu() / unit)
             bank.put(row, torch.cat(parts))
             seen(1)
     return len(todo)

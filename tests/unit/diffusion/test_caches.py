@@ -15,6 +15,7 @@ import torch
 
 from mmalign.config import RunConfig, check
 from mmalign.diffusion import cache_plan, latents, notes, write_cache
+from mmalign.diffusion.adapter import DiffusionAdapter
 from mmalign.diffusion.caches import ErrorBank, LatentCache, PromptCache
 from mmalign.diffusion.conditioning import PromptEncoder
 from mmalign.diffusion.denoiser import Condition
@@ -179,6 +180,11 @@ def test_a_cached_reference_gives_log_2(
     held_out = adapter.held_out(rows)
     adapter.before_training([*rows, *held_out])
     bank, seen = ErrorBank(config), set()
+    live = DiffusionAdapter.for_bank(config, objective.needs)
+    live.before_training(rows)
+    errors = live.reference_errors(live.collate([rows[1]] * 3, [0, 1, 2]))
+    stored = torch.stack([bank.get(rows[1], draw) for draw in range(3)])
+    torch.testing.assert_close(stored, errors, rtol=1e-5, atol=1e-7)
     for visit in range(4):
         batch = adapter.collate(rows, [visit] * 3)
         assert torch.equal(batch.inputs["ref_errors"][1], bank.get(rows[1], visit % 3))
