@@ -244,8 +244,9 @@ class DiffusionAdapter(Adapter):
     def _noise_seen(self, model: nn.Module, condition: Condition) -> Predict:
         """The noise that a network sees under a condition."""
 
-        def noise(x: Tensor, t: Tensor) -> Tensor:
-            return self.process.eps_from(self._raw(model, x, t, condition), x, t)
+        def noise(x: Tensor, t: Tensor, rows: Tensor | None = None, /) -> Tensor:
+            told = condition if rows is None else condition.rows(rows)
+            return self.process.eps_from(self._raw(model, x, t, told), x, t)
 
         return noise
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 import torch
@@ -88,14 +88,17 @@ class ForwardNoise(Estimator):
 
 @dataclass(frozen=True)
 class _Move:
-    """One step of an inversion; every entry is [N]."""
+    """One step of an inversion of the M pictures that still move; every entry is [M]."""
 
     source: Tensor  # level the pictures are at
     goal: Tensor  # level they are moved to
     call: Tensor  # timestep that the network is given
     lower: Tensor  # added noise has the spread of the sampler's step
     upper: Tensor  # from `upper` to `lower`
-    active: Tensor  # bool: pictures that still move
+
+    def of(self, rows: Tensor) -> _Move:
+        """The move of some of the pictures."""
+        return _Move(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ class DDIMInversion(Estimator):
     modern: destinations 1, 1 + S, ... below t, network called there; ends below t.
 
     Args:
-        num_steps: Steps over the whole schedule; about num_steps * t / T + 1 network calls.
+        num_steps: Steps over the whole schedule; about num_steps * t / T + 1 network calls for a
+            picture, which is given to the network no more once it has arrived.
         semantics: Which grid; pictures with different t keep their own.
         eta: After a move, eta * sqrt(variance) of fresh noise, the variance being that of the
             sampler between the two levels of the move (modern: between this level and the next).
@@ -146,22 +150,32 @@ class DDIMInversion(Estimator):
         assert predict is not None, "an inversion needs a network"
         x0 = full_precision(x0)
         x = x0
-        for number, move in enumerate(self._moves(t, process)):
-            moved = self._moved(x, move, predict, process)
+        for number, (move, active) in enumerate(self._moves(t, process)):
+            if not bool(active.any()):
+                continue
+            rows = None if bool(active.all()) else active.nonzero().flatten()
+            part, streams = x, draws
+            if rows is not None:
+                streams, rows = draws.rows(rows), rows.to(x.device)
+                part, move = x[rows], move.of(rows)
+            moved = self._moved(part, move, predict, process, rows)
             if self.eta:
-                noise = draws.normal(f"eta {number}", tuple(x.shape[1:]), x.device, x.dtype)
+                noise = streams.normal(f"eta {number}", tuple(x.shape[1:]), x.device, x.dtype)
                 spread = ddim_spread(move.lower, move.upper, moved, process)
                 moved = moved + self.eta * spread * noise
-            x = torch.where(move.active.view(-1, *(1,) * (x.dim() - 1)), moved, x)
+            x = moved if rows is None else x.index_copy(0, rows, moved)
         alpha, sigma = process.level(t, x)
         noise = (x - alpha * x0) / sigma
         return Point(x, t, process.target(x0, noise, t))
 
-    def _moved(self, x: Tensor, move: _Move, predict: Predict, process: NoiseProcess) -> Tensor:
-        noise = full_precision(predict(x, move.call)).to(x.dtype)
+    def _moved(
+        self, x: Tensor, move: _Move, predict: Predict, process: NoiseProcess, rows: Tensor | None
+    ) -> Tensor:
+        noise = full_precision(predict(x, move.call, rows)).to(x.dtype)
         return ddim_move(x, noise, move.source, move.goal, process)
 
-    def _moves(self, t: Tensor, process: NoiseProcess) -> Iterator[_Move]:
+    def _moves(self, t: Tensor, process: NoiseProcess) -> Iterator[tuple[_Move, Tensor]]:
+        """Moves of all pictures, and [N] on the CPU which of them still move."""
         grid = process.grid(self.num_steps)
         landing, modern = self.semantics == "landing", self.semantics == "modern"
         if process.prediction == "flow" and not landing:
@@ -171,7 +185,8 @@ class DDIMInversion(Estimator):
             )
         last = process.num_timesteps - 1
         goals = [*grid[1:], float("inf")] if landing else grid[1:]
-        highest = float(t.max())  # one wait for the device, before the first call
+        ends = t.cpu()  # one wait for the device, before the first call
+        highest = float(ends.max())
         for source, goal in zip(grid, goals, strict=False):
             call = goal if modern else source
             if call >= highest:
@@ -180,13 +195,13 @@ class DDIMInversion(Estimator):
             if landing:
                 start = at = start.clamp(min=0)
                 end = t.clamp(max=goal)
-                yield _Move(start, end, at, start, end, active=start < t)
+                yield _Move(start, end, at, start, end), max(source, 0) < ends
             else:
                 end = torch.full_like(t, min(goal, last))
                 lower, upper = start, end
                 if modern:
                     lower, upper = end, torch.full_like(t, min(2 * goal - source, last))
-                yield _Move(start, end, at, lower, upper, active=at < t)
+                yield _Move(start, end, at, lower, upper), call < ends
 
 
 @dataclass(frozen=True)
@@ -204,10 +219,12 @@ class ReNoise(DDIMInversion):
 
     num_steps: int = 5
 
-    def _moved(self, x: Tensor, move: _Move, predict: Predict, process: NoiseProcess) -> Tensor:
-        first = full_precision(predict(x, move.call)).to(x.dtype)
+    def _moved(
+        self, x: Tensor, move: _Move, predict: Predict, process: NoiseProcess, rows: Tensor | None
+    ) -> Tensor:
+        first = full_precision(predict(x, move.call, rows)).to(x.dtype)
         ahead = ddim_move(x, first, move.source, move.goal, process)
-        second = full_precision(predict(ahead, move.call)).to(x.dtype)
+        second = full_precision(predict(ahead, move.call, rows)).to(x.dtype)
         return ddim_move(x, 0.5 * (first + second), move.source, move.goal, process)
 
 

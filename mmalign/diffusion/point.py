@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -25,6 +25,15 @@ class Point:
     in_x0: bool = False
 
 
-Predict = Callable[[Tensor, Tensor], Tensor]
-"""The noise that a network sees in pictures [N, ...] at timesteps [N] of the process; without
-gradient. Timesteps below the schedule occur (`semantics: legacy`)."""
+class Predict(Protocol):
+    """The noise that a network sees in the N pictures of a batch; without gradient."""
+
+    def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None, /) -> Tensor:
+        """The noise.
+
+        Args:
+            x: [M, ...] pictures.
+            t: [M] timesteps of the process; some below the schedule (`semantics: legacy`).
+            rows: [M] which of the N pictures these are; None: all of them, in order.
+        """
+        ...

@@ -42,11 +42,12 @@ class Net:
         self.condition = condition  # [N, ...]
         self.called: list[list[float]] = []
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None, /) -> Tensor:
         self.called.append(t.tolist())
         shape = (-1, *(1,) * (x.dim() - 1))
         level = torch.cos(t.to(x) / 1000.0).view(shape)
-        return self.a * x * level + self.b * self.condition.flatten(1).mean(1).view(shape)
+        condition = self.condition if rows is None else self.condition[rows]
+        return self.a * x * level + self.b * condition.flatten(1).mean(1).view(shape)
 
 
 class Given(Draws):

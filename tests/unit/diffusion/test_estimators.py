@@ -71,14 +71,32 @@ def test_every_picture_has_its_own_path(estimator: DDIMInversion) -> None:
         torch.testing.assert_close(together.target[i], alone.target[0])
 
 
+@pytest.mark.parametrize("semantics", ["landing", "legacy", "modern"])
+@pytest.mark.parametrize("kind", [DDIMInversion, ReNoise])
+def test_a_picture_that_has_arrived_is_not_given_to_the_network(kind: Any, semantics: Any) -> None:
+    """As many evaluations as the pictures take one by one, and not the longest for all."""
+    t, condition = torch.tensor([950, 30, 0, 450, 250]), torch.randn(5, 3)
+    x0, draws = pictures(5), Draws(range(5))
+    alone: list[list[float]] = []
+    for i in range(5):
+        net = Net([0.3, 0.1], condition[[i]])
+        kind(semantics=semantics)(x0[[i]], t[[i]], draws.rows([i]), table(), net)
+        alone += net.called
+    net = Net([0.3, 0.1], condition)
+    kind(semantics=semantics)(x0, t, draws, table(), net)
+    together = [level for call in net.called for level in call]
+    assert sorted(together) == sorted(level for call in alone for level in call)
+    assert len(together) < 0.7 * 5 * len(net.called)
+
+
 @pytest.mark.parametrize("process", [table(), table("v_prediction"), RectifiedFlow(shift=3.0)])
 def test_landing_ends_at_the_drawn_timestep(process: NoiseProcess) -> None:
     """A network that always sees one noise: its sampler's path is the line through that noise."""
     x0, noise = pictures(6), pictures(6)
     t = process.timestep(torch.tensor([0.0, 0.001, 0.25, 0.5, 0.95, 0.9999]))
 
-    def sees(x: Tensor, at: Tensor) -> Tensor:
-        return noise
+    def sees(x: Tensor, at: Tensor, rows: Tensor | None = None, /) -> Tensor:
+        return noise if rows is None else noise[rows]
 
     for estimator in (DDIMInversion(7), ReNoise(3)):
         point = estimator(x0, t, Draws(range(6)), process, sees)
@@ -116,7 +134,7 @@ def test_an_inversion_in_a_flow_is_eulers_method() -> None:
     def velocity(x: Tensor, at: Tensor) -> Tensor:
         return 0.3 * x * torch.cos(at).view(-1, 1, 1, 1) + 0.1
 
-    def sees(x: Tensor, at: Tensor) -> Tensor:
+    def sees(x: Tensor, at: Tensor, rows: Tensor | None = None, /) -> Tensor:
         return process.eps_from(velocity(x, at), x, at)
 
     x = x0
