@@ -248,7 +248,7 @@ def _sized(condition: Condition, family: str, pixels: tuple[int, int]) -> Condit
     """SDXL: told that the picture is of this size and not cropped."""
     if family != "sdxl":
         return condition
-    ids = torch.tensor([*pixels, 0, 0, *pixels], dtype=condition.embeds.dtype)
+    ids = torch.tensor([*pixels, 0, 0, *pixels], dtype=torch.float32)  # bfloat16 has no 1025
     return replace(
         condition, time_ids=ids.to(condition.embeds.device).repeat(len(condition.embeds), 1)
     )
