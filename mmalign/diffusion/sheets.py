@@ -17,6 +17,7 @@ SHEET = "sheet.png"
 _SMALL, _LARGE = 96, 256  # sides between which pictures are shown
 _GAP, _PAPER, _INK, _SOFT = 8, "white", "#1b1f27", "#505968"
 _MAX_LINES = 3
+_PAGE = 1100  # width of a sheet
 
 
 def grid(
@@ -44,14 +45,14 @@ def sheet(
     prompts: Sequence[str],
     columns: Sequence[tuple[str, Sequence[Image.Image]]],
     *,
-    pairs_in_row: int = 2,
+    pairs_in_row: int | None = None,
 ) -> Image.Image:
     """The same prompts under several models, side by side, each prompt below its pictures.
 
     Args:
         prompts: One a row of pictures.
         columns: Name of a model and its pictures, one a prompt, e.g. ("reference", [...]).
-        pairs_in_row: Prompts beside each other.
+        pairs_in_row: Prompts beside each other; by default as many as fit into about 1100 pixels.
 
     Raises:
         ValueError: Columns of other lengths than the prompts.
@@ -63,7 +64,8 @@ def sheet(
         _captioned([images[i] for _, images in columns], prompt, names)
         for i, prompt in enumerate(prompts)
     ]
-    return _arranged(cells, min(pairs_in_row, len(cells)))
+    widest = max(cell.width for cell in cells) + 2 * _GAP
+    return _arranged(cells, pairs_in_row or max(1, _PAGE // widest))
 
 
 def write_sheet(

@@ -54,6 +54,15 @@ def test_the_models_stand_side_by_side_in_the_order_given() -> None:
     assert len(set(tops)) == 1
 
 
+def test_a_sheet_is_as_wide_as_a_page() -> None:
+    """Five pairs of small pictures stand beside each other, two of large ones."""
+    for size, beside in (((8, 8), 5), ((512, 512), 2)):
+        prompts = ["a cat"] * 6
+        one = sheet(prompts[:1], [("a", [noise(size)]), ("b", [noise(size)])])
+        page = sheet(prompts, [("a", [noise(size)] * 6), ("b", [noise(size)] * 6)])
+        assert page.width == pytest.approx(beside * one.width, rel=0.08)
+
+
 def test_rows_of_a_grid() -> None:
     pictures = [noise((8, 8), i) for i in range(5)]
     page = grid(pictures, 3, labels=[f"picture {i}" for i in range(5)])
