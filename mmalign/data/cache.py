@@ -63,6 +63,7 @@ class TensorCache:
     Attributes:
         hits, misses: Lookups so far.
         corrupt: Shards and entries that could not be used; they count as misses.
+        bad_shards: The files they are in.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class TensorCache:
         self.settings = dict(settings)
         self.shard_bytes, self.seconds = shard_bytes, seconds
         self.hits = self.misses = self.corrupt = 0
+        self.bad_shards: list[Path] = []
         self._pending: dict[str, dict[str, Array]] = {}
         self._pending_bytes = 0
         self._pending_since = 0.0
@@ -243,6 +245,7 @@ class TensorCache:
 
     def _damaged(self, shard: Path, reason: str) -> None:
         self.corrupt += 1
+        self.bad_shards.append(shard)
         log.warning("%s cannot be used (%s); its entries are made anew", shard, reason)
 
 

@@ -79,7 +79,7 @@ class LatentCache:
 
     def key(self, picture: Picture, shape: Size, flip: bool) -> str:
         """The entry of a picture brought to a shape."""
-        return self.store.key([*self._contents(picture), *shape, flip])
+        return self.store.key([*self._contents(picture), *shape, bool(flip)])
 
     def missing(self, examples: Iterable[Example]) -> list[Example]:
         """The rows that lack the latents of a picture."""

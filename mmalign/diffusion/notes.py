@@ -197,7 +197,11 @@ def require(store: TensorCache, what: str, lacking: int, total: int, of: str = "
 
 def lost(store: TensorCache, what: str) -> ConfigError:
     """The error for an entry that is not there in the course of a run."""
+    if store.bad_shards:
+        return ConfigError(
+            f"{store.bad_shards[-1]} is damaged and held {what}. Remove this file, and write what "
+            "it held anew with `mmalign cache CONFIG`"
+        )
     return ConfigError(
-        f"{store.folder}: {what} are missing or damaged. Write them again with `mmalign cache "
-        "CONFIG`"
+        f"{store.folder}: {what} are missing. Write them with `mmalign cache CONFIG`"
     )

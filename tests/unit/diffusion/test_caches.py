@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import pickle
 import shutil
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import tiny_pictures
 import torch
+from tiny_diffusion import make_sd3
 
 from mmalign.config import RunConfig, check
 from mmalign.diffusion import cache_plan, latents, notes, write_cache
@@ -465,3 +467,56 @@ def test_progress_is_a_line_now_and_then(
         "latents: 400 of 1000, 8.89 a second, 68 s left",
     ]
     assert duration(7300) == "2 h 2 min"
+
+
+def test_sd3_without_t5_stores_what_clip_says(tmp_path: Path) -> None:
+    config = configured(make_sd3(tmp_path / "pipeline", t5=False), tmp_path)
+    plan = cache_plan.plan(config, check(config).needs)
+    write(config)
+    cache = PromptCache(config)
+    entry = cache.store.get(cache.key(""))
+    assert entry is not None
+    assert entry["embeds"].shape == (77, 64)
+    assert cache.get([""])["embeds"].shape == (1, 77 + 256, 64)
+    size = sum(file.stat().st_size for file in cache.store.folder.iterdir())
+    assert plan.parts[1].num_bytes == pytest.approx(size, rel=0.05)
+
+
+def test_stopped_by_hand_nothing_is_lost(
+    sd15_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(sd15_dir, tmp_path)
+    encode, calls = latents.Vae.encode, []
+
+    def interrupted(vae: latents.Vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return encode(vae, pixels)
+
+    monkeypatch.setattr(latents.Vae, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(config)
+    assert "latents: 3 written, 3 were there" in write(config)
+
+
+def test_a_damaged_entry_names_the_file_to_remove(sd15_dir: Path, tmp_path: Path) -> None:
+    config = configured(sd15_dir, tmp_path)
+    write(config)
+    (shard,) = (tmp_path / "cache" / "latents").glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-200:] = bytes(200)
+    shard.write_bytes(bytes(data))
+    rows, cache = rows_of(config), LatentCache(config)
+    with pytest.raises(ConfigError, match=f"{shard.name} is damaged and held the latents of"):
+        [cache.get(row, flip=False) for row in rows]
+    shard.unlink()
+    assert "latents: 6 written" in write(config)
+
+
+def test_loader_workers_get_copies(written: tuple[Path, RunConfig]) -> None:
+    _, config = written
+    rows = rows_of(config)
+    for cache in (LatentCache(config), ErrorBank(config)):
+        before = cache.get(rows[0], 0)[0]
+        assert torch.equal(pickle.loads(pickle.dumps(cache)).get(rows[0], 0)[0], before)
