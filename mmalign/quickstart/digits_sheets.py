@@ -49,7 +49,7 @@ def write_means(file: Path, before: Shown, after: Shown) -> None:
         f"{NAMES[digit]}: {old.mean():.3f} → {new.mean():.3f}"
         for digit, old, new in zip(known, *means, strict=True)
     ]
-    write_picture(sheet(names, columns, pairs_in_row=3), file)
+    write_picture(sheet(names, columns, pairs_in_row=5), file)
 
 
 def _on_paper(pixels: NDArray[np.float32]) -> Image.Image:

@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +247,19 @@ def emoji_pipeline(shared_data: Path, folder: Path) -> Path:
     shutil.rmtree(folder / "vae")
     shutil.copytree(source, folder / "vae")
     return folder
+
+
+@pytest.mark.slow
+def test_table_of_methods_runs_to_its_end(tmp_path: Path) -> None:
+    """Every method trains from its config and is measured; numbers of so few steps mean nothing."""
+    script = Path(__file__).parents[2] / "benchmarks" / "diffusion_methods.py"
+    command = [sys.executable, str(script), "--output", str(tmp_path), "--seeds", "0", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
+    assert {line["method"] for line in lines} >= {
+        *("base", "diffusion_dpo", "smpo", "inpo", "dcpo", "diffusion_kto", "mapo"),
+        *("diffusion_orpo", "diffusion_npo", "self_npo"),
+    }
+    assert sum(line["method"] == "self_npo" for line in lines) == 6, "merged and not, two models"
+    assert done.stdout.count("\n| ") == len(lines) + 2
