@@ -215,15 +215,26 @@ def summarise(
     values = row_values(tally.rows, beta=beta)
     intervals = {}
     for name, column in values.items():
-        present = column[~np.isnan(column)]
-        if len(present):
-            metrics.setdefault(name, float(present.mean()))
-        if len(present) > 1:
-            intervals[name] = bootstrap_interval(present)
+        present = ~np.isnan(column)
+        if present.any():
+            metrics.setdefault(name, float(column[present].mean()))
+        independent = _per_row(column[present], [tally.rows[i] for i in np.flatnonzero(present)])
+        if len(independent) > 1:
+            intervals[name] = bootstrap_interval(independent)
     metrics |= _over_rows(tally.rows) | dict(also or {})
     if "idealised_accuracy" in metrics:
         metrics["alignment_gap"] = metrics["idealised_accuracy"] - metrics["ranking_accuracy"]
     return Evaluation(metrics, intervals, tally.rows)
+
+
+def _per_row(values: Floats, rows: Sequence[Mapping[str, Any]]) -> Floats:
+    """One value for each `row` that several records are of; they are not independent."""
+    if not rows or "row" not in rows[0]:
+        return values
+    grouped: dict[str, list[float]] = defaultdict(list)
+    for row, value in zip(rows, values.tolist(), strict=True):
+        grouped[row["row"]].append(value)
+    return np.asarray([sum(group) / len(group) for group in grouped.values()])
 
 
 def row_values(

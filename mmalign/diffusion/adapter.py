@@ -159,14 +159,15 @@ class DiffusionAdapter(Adapter):
         columns: dict[str, list[Tensor]] = {"policy": [], "reference": [], "kl": []}
         order: list[Tensor] = []
         for part in parts(batch):
-            flat = (part.rows[:, None] * num + torch.arange(num, device=part.rows.device)).flatten()
-            scores = self._score(batch, part, flat, condition.rows(flat), needs)
+            flat = (part.rows[:, None] * num + torch.arange(num)).flatten()
+            told = condition.rows(flat.to(batch.labels.device, non_blocking=True))
+            scores = self._score(batch, part, flat, told, needs)
             order.append(flat)
             for name, values in columns.items():
                 value = getattr(scores, name)
                 if value is not None:
                     values.append(value)
-        back = torch.cat(order).argsort()
+        back = torch.cat(order).argsort().to(batch.labels.device, non_blocking=True)
         found = {
             name: torch.cat(values)[back].view(num_rows, num, 1)
             for name, values in columns.items()
@@ -185,13 +186,17 @@ class DiffusionAdapter(Adapter):
     def _score(
         self, batch: Batch, part: Part, flat: Tensor, condition: Condition, needs: Needs
     ) -> _Scores:
-        """Scores of the pictures of one shape, [N] each; `flat` [N] are their places in B * K."""
+        """Scores of the pictures of one shape, [N] each; `flat` [N] are their places in B * K.
+
+        Nothing here waits for the device but an inversion, once, for its timesteps.
+        """
         settings = self.config.diffusion
         num = batch.labels.shape[1]
         own = Draws(batch.inputs["picture_seeds"].flatten()[flat])
         draws = Draws(batch.inputs["seeds"].flatten()[flat])
         x0 = self.inputs.latents(part.pictures, own)
-        t = batch.inputs["timesteps"][part.rows].repeat_interleave(num)
+        rows = part.rows.to(x0.device, non_blocking=True)
+        t = batch.inputs["timesteps"][rows].repeat_interleave(num)
         point = self._place(x0, t, draws, condition)
 
         spec = settings.timesteps
@@ -273,7 +278,11 @@ class DiffusionAdapter(Adapter):
             return {}
         t = batch.inputs["timesteps"].double()
         share = t if t.max() <= 1.0 and not self._counts else t / self.process.num_timesteps
-        return {"noise_level": share.tolist()}
+        # A row's timesteps are not independent of each other: intervals are over rows.
+        return {
+            "noise_level": share.tolist(),
+            "row": [name.partition("@")[0] for name in batch.ids],
+        }
 
     @property
     def _counts(self) -> bool:

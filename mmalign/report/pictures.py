@@ -34,8 +34,7 @@ TERMS = {
     "Noise level": "The drawn timestep, in thousandths of the schedule: 0 is a clean picture, 1000 "
     "pure noise. Early levels decide fine detail, late ones the layout.",
     "Interval": "Made again and again in this way from other held-out rows, 95 % of the intervals "
-    "would hold the true mean. One row is scored at several noise levels, each counted like a row "
-    "of its own, so that they are somewhat too narrow.",
+    "would hold the true mean. The noise levels a row is scored at are drawn together.",
 }
 
 _MAX_BYTES = 400_000  # of one sheet within the page

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mmalign.data.example import Example
     from mmalign.train.run import Run
 
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
+_PACKAGES = ("torch", "transformers", "diffusers", "peft", "accelerate", "datasets", "safetensors")
 
 
 def require_output(run_dir: Path, *, resume: bool) -> None:

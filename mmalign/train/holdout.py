@@ -28,6 +28,7 @@ class HeldOut:
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self._rows = run.adapter.held_out(run.eval_rows)
         needs = run.objective.needs
         has_kl = needs.reference and run.adapter.provides(run.config).kl
         self._needs = needs | Needs(kl=True) if has_kl else needs  # reported, if not trained on
@@ -38,7 +39,7 @@ class HeldOut:
     def evaluate(self, step: int) -> dict[str, float]:
         """Score all rows, append to eval.jsonl, and return the metrics as `eval_NAME`."""
         run = self._run
-        if not run.eval_rows:
+        if not self._rows:
             return {}
         result = self._score()
         if run.accelerator.is_main_process:
@@ -48,7 +49,7 @@ class HeldOut:
 
     def _score(self) -> Evaluation:
         run, train = self._run, self._run.config.train
-        batches = held_out(len(run.eval_rows), train.eval_batch_size or train.batch_size)
+        batches = held_out(len(self._rows), train.eval_batch_size or train.batch_size)
         here, num = run.accelerator.process_index, run.accelerator.num_processes
         tallies: list[tuple[int, Tally]] = []
         run.model.eval()
@@ -57,7 +58,7 @@ class HeldOut:
                 index = turn * num + here
                 # Every process scores as many batches: a sharded forward, and a loss that looks at
                 # all processes, wait for each other. What is scored twice is counted once.
-                rows = [run.eval_rows[i] for i in batches[index % len(batches)]]
+                rows = [self._rows[i] for i in batches[index % len(batches)]]
                 batch = run.adapter.collate(rows).to(run.accelerator.device)
                 tally = score(run.model, run.objective, batch, self._needs, run.adapter.facts)
                 if index < len(batches):

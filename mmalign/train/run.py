@@ -89,7 +89,6 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     model, optimizer = accelerator.prepare(adapter, build_optimizer(adapter, train))
     model.train()
     objective.to(accelerator.device).train()
-    eval_rows = adapter.held_out(eval_rows)
     adapter.before_training([*train_rows, *eval_rows])
     set_seed(train.seed, device_specific=True)  # dropout and noise differ between processes
     return Run(

@@ -174,3 +174,14 @@ def test_evaluation_leaves_running_statistics_alone() -> None:
     ev.evaluate(fixed_scores, bco, [batch(2)])
     assert all(torch.equal(before[name], value) for name, value in bco.state_dict().items())
     assert bco.training
+
+
+def test_intervals_are_over_rows_and_not_over_their_draws() -> None:
+    def record(name: str, good: float) -> dict[str, Any]:
+        return {"id": name, "labels": [1.0, 0.0], "logps": [good, 0.5], "lengths": [1, 1]}
+
+    alone = [record(f"r{i}", float(i % 2)) for i in range(20)]
+    fourfold = [{**row, "row": row["id"]} for row in alone for _ in range(4)]
+    few, many = (ev.summarise(ev.Tally(rows)) for rows in (alone, fourfold))
+    assert few.metrics["ranking_accuracy"] == many.metrics["ranking_accuracy"] == 0.5
+    assert few.intervals["ranking_accuracy"] == many.intervals["ranking_accuracy"]
