@@ -211,7 +211,7 @@ def test_unpaired_rows_and_a_mismatched_caption(sd15_dir: Path, tmp_path: Path) 
         adapter, rows, loss = built(configured(sd15_dir, data, tmp_path, objective=objective))
         logps = adapter(adapter.collate(rows, [1, 2, 3, 4]), loss.needs)
         assert logps.policy.shape == (4, columns, 1)
-        assert float(loss(logps).value) == pytest.approx(0.5, abs=1e-6)
+        assert loss(logps).value.item() == pytest.approx(0.5, abs=1e-6)
 
 
 def test_kl_is_the_gap_of_the_predictions(sd15_dir: Path, tmp_path: Path) -> None:
