@@ -258,8 +258,8 @@ def test_table_of_methods_runs_to_its_end(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     lines = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
     assert {line["method"] for line in lines} >= {
-        *("base", "diffusion_dpo", "smpo", "inpo", "dcpo", "diffusion_kto", "mapo"),
+        *("base", "diffusion_dpo", "sft", "smpo", "inpo", "dcpo", "diffusion_kto", "mapo"),
         *("diffusion_orpo", "diffusion_npo", "self_npo"),
     }
-    assert sum(line["method"] == "self_npo" for line in lines) == 6, "merged and not, two models"
+    assert sum(line["method"] == "self_npo" for line in lines) == 7, "merged and not, two models"
     assert done.stdout.count("\n| ") == len(lines) + 2
