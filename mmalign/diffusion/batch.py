@@ -58,15 +58,16 @@ class Collator:
     """Makes batches; everything random in them comes from a row's draw.
 
     Inputs of a batch, with B rows, K candidates and, for the i-th shape among them, R of the rows:
-        rows.i [R] places in the batch of the rows of this shape
+        rows.i [R] places in the batch of the rows of this shape; on the CPU
         mean.i, std.i [R, K, C, h, w] posterior of the latents (from a cache), or
         pixels.i [R, K, 3, H, W] in [-1, 1]
         embeds [B, K, S, D], pooled [B, K, P] embedded captions (from a cache), or
         ids.NAME [B, K, S] their token ids
         time_ids [B, K, 6] size, crop and target size of each picture (SDXL)
         timesteps [B] one a row
-        seeds [B, K] of the noise: of the row, or of the candidate where it is not shared
-        picture_seeds [B, K] of what belongs to one picture (the posterior's noise)
+        seeds [B, K] of the noise: of the row, or of the candidate where it is not shared; on the
+            CPU, where random numbers are drawn
+        picture_seeds [B, K] of what belongs to one picture (the posterior's noise); likewise
         ref_errors [B, K] from a cache
     """
 
@@ -135,12 +136,14 @@ class Collator:
             inputs["ref_errors"] = torch.stack(
                 [self.bank.get(e, d) for e, d in zip(examples, numbers, strict=True)]
             )
+        places = {key for key in inputs if key.startswith("rows.")}
         return Batch(
             inputs,
             torch.tensor([list(e.labels) for e in examples], dtype=torch.float32),
             torch.tensor([e.weight for e in examples], dtype=torch.float32),
             tuple(e.id for e in examples),
-            shared=frozenset({"timesteps", *(key for key in inputs if key.startswith("rows."))}),
+            shared=frozenset({"timesteps", *places}),
+            host=frozenset({"seeds", "picture_seeds", *places}),  # a GPU would be waited for
         )
 
     # -- what is drawn -----------------------------------------------------------------------

@@ -6,14 +6,17 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import track
 
-from mmalign.data.cache import TensorCache
 from mmalign.diffusion.batch import caption_of
 from mmalign.diffusion.draws import seed_of
+from mmalign.diffusion.latents import factor_of
+from mmalign.diffusion.notes import cache_folder, open_store
 from mmalign.diffusion.pictures import Frame
 from mmalign.diffusion.sample import denoise, picture_size, start_noise
+from mmalign.diffusion.work import is_mine
 from mmalign.models.files import state_fingerprint
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from mmalign.data.cache import TensorCache
     from mmalign.data.example import Example
     from mmalign.diffusion.inputs import Inputs
 
@@ -44,26 +48,30 @@ class Generated:
             inputs: Embeds prompts; its config says how pictures are generated.
             model: The network as it is before training.
         """
-        config = inputs.config
+        config, components = inputs.config, inputs.components
         self._inputs, self._model = inputs, model
-        self._size = picture_size(config.diffusion, inputs.vae.factor)
+        self._factor = factor_of(components.folder)
+        self._size = picture_size(config.diffusion, self._factor)
         sampling = config.diffusion.sampling.model_dump(mode="json", exclude={"seed", "negative"})
         self._seed = config.train.seed
-        self._store = TensorCache(
-            config.diffusion.cache_folder or config.output.parent / "cache",
-            {
-                "holds": "generated latents",
-                "model": state_fingerprint(model),
-                "sampling": json.dumps(sampling, sort_keys=True),
-                "size": str(self._size),
-                "seed": str(self._seed),
-            },
-        )
+        self._settings = {
+            "holds": "generated latents",
+            "model": state_fingerprint(model),
+            "sampling": json.dumps(sampling, sort_keys=True),
+            "size": str(self._size),
+            "seed": str(self._seed),
+        }
+        self._store = self._opened()
+
+    def _opened(self) -> TensorCache:
+        return open_store(cache_folder(self._inputs.config), self._settings)
 
     def write(self, examples: Sequence[Example]) -> None:
-        """Generate what is not there yet."""
+        """Generate what is not there yet; every process its share."""
         captions = {self._key(row): caption_of(row, 0) for row in examples}
-        todo = self._store.missing(captions)
+        state = PartialState()
+        here, num = state.process_index, state.num_processes
+        todo = [key for key in self._store.missing(captions) if is_mine(key, here, num)]
         console = Console(stderr=True)
         with self._store:
             for start in track(
@@ -75,6 +83,8 @@ class Generated:
                 keys = todo[start : start + _AT_ONCE]
                 for key, latents in zip(keys, self._generate(keys, captions), strict=True):
                     self._store.put(key, {"mean": latents.cpu().numpy()})
+        state.wait_for_everyone()
+        self._store = self._opened()  # with what the other processes wrote
 
     def get(self, example: Example, flip: bool) -> tuple[Tensor, None, list[Frame]]:
         """Latents [1, C, h, w] of a row, and its frame; there is nothing to mirror."""
@@ -85,8 +95,8 @@ class Generated:
     def _generate(self, keys: Sequence[str], captions: dict[str, str]) -> Tensor:
         inputs = self._inputs
         device = next(self._model.parameters()).device
-        factor = inputs.vae.factor
-        shape = (inputs.vae.channels, self._size[0] // factor, self._size[1] // factor)
+        channels = inputs.components.latent_channels
+        shape = (channels, self._size[0] // self._factor, self._size[1] // self._factor)
         noise = start_noise([seed_of(self._seed, key) for key in keys], shape)
         options: dict[str, Any] = {"pixels": self._size}
         return denoise(

@@ -59,6 +59,7 @@ class Inputs:
         self._vae: Vae | PixelSpace | None = None
         self._prompts: PromptCache | None = None
         self._empty: Condition | None = None
+        self._told: dict[tuple[str, ...], Condition] = {}  # prompts to show, on the CPU
 
     def open(self, examples: Sequence[Example], model: nn.Module) -> None:
         """Use caches where they hold all of these rows.
@@ -80,6 +81,7 @@ class Inputs:
             prompts = _complete(PromptCache(self.config), captions, settings.cache)
             if has_latents(self.config):
                 latents = _complete(LatentCache(self.config), examples, settings.cache)
+        self._prompts = prompts
         if settings.estimator.generated:
             latents = Generated(self, model)
             latents.write(examples)
@@ -87,8 +89,8 @@ class Inputs:
         if self.config.reference.kind == "cached" and self.needs.reference:
             bank = ErrorBank(self.config)
             bank.require(examples)
-        self._prompts = prompts
         self._collator = self._collate_with(prompts, latents, bank)
+        self.release()
 
     @property
     def collator(self) -> Collator:
@@ -96,6 +98,18 @@ class Inputs:
         if self._collator is None:
             self._collator = self._collate_with(None, None, None)
         return self._collator
+
+    def release(self) -> None:
+        """Give back the device's memory of what training does not use from step to step.
+
+        Encoders whose output is cached are let go: prompts to show are remembered. A VAE waits on
+        the CPU for the next pictures to decode.
+        """
+        if self._prompts is not None:
+            self._encoder = None
+        cached = self._collator is not None and self._collator.latents is not None
+        if self._vae is not None and cached:
+            self._vae.to("cpu")
 
     def _collate_with(
         self,
@@ -153,7 +167,7 @@ class Inputs:
             found = self._prompts.get(prompts)
             told = Condition(found["embeds"], found.get("pooled"), None).to(device)
         else:
-            told = self.encoder.to(device).encode(prompts)
+            told = self._embedded(prompts, device)
         time_ids = None
         if self.components.family == "sdxl":
             sampling, side = self.config.diffusion.sampling, self.config.diffusion.resolution
@@ -161,6 +175,15 @@ class Inputs:
             time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=device)
             time_ids = time_ids.repeat(len(prompts), 1)
         return Condition(told.embeds, told.pooled, time_ids)
+
+    def _embedded(self, prompts: Sequence[str], device: torch.device) -> Condition:
+        """By the encoders; remembered where they are needed for nothing else."""
+        if self._prompts is None:
+            return self.encoder.to(device).encode(prompts)
+        key = tuple(prompts)
+        if key not in self._told:
+            self._told[key] = self.encoder.to(device).encode(prompts).to("cpu")
+        return self._told[key].to(device)
 
     # -- pictures ----------------------------------------------------------------------------
 
@@ -185,9 +208,10 @@ class Inputs:
             pixels = flat["pixels"]
             with torch.autocast(pixels.device.type, enabled=False):
                 mean, std = self.vae.to(pixels.device).encode(pixels)
+            std = std if self.vae.is_random else None
         else:
             mean, std = flat["mean"].float(), flat.get("std")
-        if std is None or not bool(std.any()):
+        if std is None:
             return mean
         noise = draws.normal("posterior", tuple(mean.shape[1:]), mean.device, mean.dtype)
         return mean + std.to(mean.dtype) * noise

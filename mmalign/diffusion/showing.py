@@ -81,6 +81,7 @@ def write_samples(
     # Read anew each time: it may hold a share of what the policy has learned by now.
     negative = load_negative(spec, inputs.config.model, policy)
     images = paint(inputs, policy, list(prompts.values()), negative_model=negative)
+    inputs.release()
     names = [f"{i:03d}.png" for i in range(len(images))]
     folder, before = run / "samples" / f"step-{step}", run / "samples" / "step-0"
     for name, image in zip(names, images, strict=True):

@@ -34,12 +34,16 @@ class Batch:
     row_weight: Tensor | None  # [B]
     ids: tuple[str, ...]  # record ids, for messages and caches
     shared: frozenset[str] = field(default_factory=frozenset)
+    host: frozenset[str] = field(default_factory=frozenset)  # inputs that stay on the CPU
 
     def to(self, device: torch.device | str) -> Batch:
-        """A copy with every tensor on `device`."""
+        """A copy with every tensor on `device`, but for those of `host`."""
         return replace(
             self,
-            inputs={k: v.to(device, non_blocking=True) for k, v in self.inputs.items()},
+            inputs={
+                k: v if k in self.host else v.to(device, non_blocking=True)
+                for k, v in self.inputs.items()
+            },
             labels=self.labels.to(device),
             row_weight=None if self.row_weight is None else self.row_weight.to(device),
         )
