@@ -7,11 +7,16 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+
+import torch.distributed as dist
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from concurrent.futures import Future
+
+    import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -21,8 +26,57 @@ FIRST_LINE, NEXT_LINE = 5.0, 30.0
 
 
 def is_mine(key: str, process: int, num_processes: int) -> bool:
-    """Whether an entry falls to this process: by its key alone, so that all agree on it."""
+    """Whether an entry falls to a process: by its key alone, so that all agree on it."""
     return int(key[:12], 16) % num_processes == process
+
+
+class Processes:
+    """Where this process works, what falls to it, and how it waits for the others.
+
+    Waiting has a group of its own: the one of training gives up after some minutes, and shares of
+    hours of work do not end so close together.
+
+    Args:
+        device: Of this process.
+        number: Of this process, from 0.
+        total: Of processes.
+    """
+
+    def __init__(self, device: torch.device, number: int = 0, total: int = 1) -> None:
+        self.device, self.number, self.total = device, number, total
+        self._group: Any = None
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+
+    @classmethod
+    def launched(cls) -> Self:
+        """As accelerate or torchrun started it."""
+        from accelerate import PartialState
+
+        state = PartialState()
+        return cls(cast("torch.device", state.device), state.process_index, state.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether it is the one that speaks."""
+        return self.number == 0
+
+    def is_mine(self, key: str) -> bool:
+        """Whether an entry falls to this process."""
+        return is_mine(key, self.number, self.total)
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self._group is not None:
+            dist.barrier(group=self._group)
+
+    def gather(self, value: Result) -> list[Result]:
+        """The values of all processes."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.total
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
 
 def ahead(

@@ -14,8 +14,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ from mmalign.diffusion.latent_cache import LatentCache, has_latents
 from mmalign.diffusion.notes import PictureNotes, cache_folder, look
 from mmalign.diffusion.pictures import Frame, open_picture, prepare, row_pictures
 from mmalign.diffusion.prompt_cache import PromptCache
-from mmalign.diffusion.work import ahead, is_mine, progress
+from mmalign.diffusion.work import Processes, ahead, progress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,24 +52,6 @@ DEPTH = 16  # rows whose pictures are decoded before the VAE asks for them
 STALE_SECONDS = 3600  # age at which an unfinished shard belongs to a run that was killed
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where this process works, and what falls to it."""
-
-    device: torch.device
-    process: int
-    num_processes: int
-
-    @property
-    def is_main(self) -> bool:
-        """Whether it is the one that speaks."""
-        return self.process == 0
-
-    def is_mine(self, key: str) -> bool:
-        """Whether an entry falls to this process."""
-        return is_mine(key, self.process, self.num_processes)
-
-
 def write_cache(config: RunConfig, needs: Needs) -> str:
     """Store the latents, embeddings and, with reference.kind cached, errors that a run will read.
 
@@ -87,30 +68,25 @@ def write_cache(config: RunConfig, needs: Needs) -> str:
         ConfigError: Nothing can be cached, or the disk is too small.
         DataError: A file cannot be used.
     """
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
     from mmalign.models.adapter import load_usable
 
     check_cacheable(config, needs)
-    state = PartialState()
-    device = cast("torch.device", state.device)
-    place = Place(device, state.process_index, state.num_processes)
+    place = Processes.launched()
     if place.is_main:
         sweep(cache_folder(config))
     _look(config, needs, place)
-    state.wait_for_everyone()
+    place.wait()
     rows = [row for part in load_usable(config, needs) for row in part]
     plan = plan_rows(config, needs, rows)
     if place.is_main:
         print(plan.text(), file=sys.stderr, flush=True)
     plan.check_room()
-    state.wait_for_everyone()  # all planned before anyone writes
+    place.wait()  # all planned before anyone writes
     done: dict[str, int] = {}
     for part in plan.parts:
         done[part.name] = STAGES[part.name](config, needs, rows, place)
-        state.wait_for_everyone()
-    everyone: list[dict[str, int]] = gather_object([done])
+        place.wait()
+    everyone = place.gather(done)
     told = [
         f"{part.name}: {sum(one[part.name] for one in everyone)} written, "
         f"{part.total - part.missing} were there"
@@ -134,7 +110,7 @@ def sweep(folder: Path) -> None:
             continue
 
 
-def _look(config: RunConfig, needs: Needs, place: Place) -> None:
+def _look(config: RunConfig, needs: Needs, place: Processes) -> None:
     """Decode the pictures that no earlier run has decoded, and note their sizes or faults."""
     from mmalign.data.sources import load_examples
 
@@ -149,7 +125,9 @@ def _look(config: RunConfig, needs: Needs, place: Place) -> None:
         look(config, todo, notes=notes, seen=seen)
 
 
-def _write_latents(config: RunConfig, needs: Needs, rows: Sequence[Example], place: Place) -> int:
+def _write_latents(
+    config: RunConfig, needs: Needs, rows: Sequence[Example], place: Processes
+) -> int:
     """Encode pictures, decoded by threads meanwhile; returns how many."""
     cache = LatentCache(config)
     work = _pictures_to_encode(cache, rows, place)
@@ -197,7 +175,7 @@ _Item = tuple[int, bool, str]  # candidate, mirrored, key
 
 
 def _pictures_to_encode(
-    cache: LatentCache, rows: Sequence[Example], place: Place
+    cache: LatentCache, rows: Sequence[Example], place: Processes
 ) -> list[tuple[Example, list[_Item]]]:
     """This process's rows with the pictures of theirs that are missing, each picture once.
 
@@ -226,14 +204,16 @@ def _pictures_to_encode(
     return work
 
 
-def _pictures_at_once(shape: tuple[int, ...], place: Place) -> int:
+def _pictures_at_once(shape: tuple[int, ...], place: Processes) -> int:
     """Pictures [3, H, W] a call of the VAE; a CPU gains nothing from several."""
     if place.device.type == "cpu":
         return 1
     return max(1, latents.PIXELS_AT_ONCE // (shape[1] * shape[2]))
 
 
-def _write_prompts(config: RunConfig, needs: Needs, rows: Sequence[Example], place: Place) -> int:
+def _write_prompts(
+    config: RunConfig, needs: Needs, rows: Sequence[Example], place: Processes
+) -> int:
     """Embed captions; returns how many."""
     cache = PromptCache(config)
     captions = captions_to_store(config, rows)
@@ -253,7 +233,9 @@ def _write_prompts(config: RunConfig, needs: Needs, rows: Sequence[Example], pla
     return len(todo)
 
 
-def _write_errors(config: RunConfig, needs: Needs, rows: Sequence[Example], place: Place) -> int:
+def _write_errors(
+    config: RunConfig, needs: Needs, rows: Sequence[Example], place: Processes
+) -> int:
     """Score rows under the reference at every stored draw; returns how many rows.
 
     The reference is the policy as it starts, so one network and one pass are enough.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import tiny_pictures
 
@@ -130,25 +131,27 @@ def test_killed_at_any_moment_it_goes_on_and_loses_nothing(sd15_dir: Path, tmp_p
 
 @pytest.mark.slow
 def test_two_processes_killed_and_started_again(sd15_dir: Path, tmp_path: Path) -> None:
-    """Under `accelerate launch`, as a whole process group, from the shell."""
+    """From the shell, with the processes of the launcher."""
     quiet = write_config(sd15_dir, tmp_path, "quiet")
     command(quiet, seconds=30.0)
     path = write_config(sd15_dir, tmp_path, "killed")
-    launch = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"),
-        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-        *("--main_process_port", "0", "-m", "mmalign", "cache", str(path)),
-    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launch += ["-m", "mmalign", "cache", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    for seconds in (12.0, 14.0):
-        child = subprocess.Popen(
-            launch, env=environment, start_new_session=True, stderr=subprocess.DEVNULL
-        )
-        try:
-            child.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, 9)
-            child.wait()
+    folder = tmp_path / "killed"
+    for shards in (2, 5):  # of eight: four kinds from two processes
+        child = subprocess.Popen(launch, env=environment, stderr=subprocess.DEVNULL)
+        while child.poll() is None and len(list(folder.glob("*/*.safetensors"))) < shards:
+            time.sleep(0.02)
+        family = [child, *psutil.Process(child.pid).children(recursive=True)]
+        for process in family:
+            process.kill()
+        psutil.wait_procs(family[1:])
+        child.wait()
+    before = entries(folder)
+    assert before
     done = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert entries(tmp_path / "killed") == entries(tmp_path / "quiet")
+    assert entries(folder) == entries(tmp_path / "quiet")
+    there = [old for _, old in numbers(done.stdout).values()]
+    assert sum(there) == sum(not name.startswith("pictures") for name in before)

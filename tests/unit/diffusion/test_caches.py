@@ -22,7 +22,7 @@ from mmalign.diffusion.caches import ErrorBank, LatentCache, PromptCache
 from mmalign.diffusion.conditioning import PromptEncoder
 from mmalign.diffusion.denoiser import Condition
 from mmalign.diffusion.pictures import open_picture, prepare, row_pictures
-from mmalign.diffusion.work import ahead, duration, progress
+from mmalign.diffusion.work import Processes, ahead, duration, progress
 from mmalign.errors import ConfigError
 from mmalign.models.adapter import build_adapter, load_usable
 from mmalign.offline import plan_cache
@@ -336,7 +336,7 @@ def test_processes_share_the_work(sd15_dir: Path, tmp_path: Path) -> None:
     """Each takes what its keys say, however late it starts."""
     config = configured(sd15_dir, tmp_path, num=6, reference=BANKED)
     rows, needs = rows_of(config), check(config).needs
-    places = [write_cache.Place(torch.device("cpu"), i, 2) for i in range(2)]
+    places = [Processes(torch.device("cpu"), i, 2) for i in range(2)]
     for name, stage in write_cache.STAGES.items():
         numbers = [stage(config, needs, rows, place) for place in places]
         assert sum(numbers) == {"latents": 12, "prompts": 7, "reference errors": 6}[name]
