@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,7 +59,7 @@ class LatentCache:
     def __init__(self, config: RunConfig) -> None:
         self.settings = config.diffusion
         self._contents = Contents()
-        self.notes = PictureNotes(config, self._contents)
+        self._config = config
         self.flips = (False, True) if self.settings.flip else (False,)
         self.store = open_store(
             cache_folder(config) / "latents",
@@ -68,6 +69,11 @@ class LatentCache:
                 "dtype": self.settings.vae_dtype,
             },
         )
+
+    @cached_property
+    def notes(self) -> PictureNotes:
+        """Sizes of pictures, which buckets follow from; not opened without those."""
+        return PictureNotes(self._config, self._contents)
 
     def shape(self, example: Example) -> Size | None:
         """Height and width that the row's pictures are brought to; None: sizes are not known."""

@@ -74,7 +74,8 @@ def write_cache(config: RunConfig, needs: Needs) -> str:
     place = Processes.launched()
     if place.is_main:
         sweep(cache_folder(config))
-    _look(config, needs, place)
+    if config.diffusion.cache != "off":
+        _look(config, needs, place)
     place.wait()
     rows = [row for part in load_usable(config, needs) for row in part]
     plan = plan_rows(config, needs, rows)
