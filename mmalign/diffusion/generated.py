@@ -6,9 +6,6 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
-from rich.console import Console
-from rich.progress import track
 
 from mmalign.diffusion.batch import caption_of
 from mmalign.diffusion.draws import seed_of
@@ -16,6 +13,7 @@ from mmalign.diffusion.latents import factor_of
 from mmalign.diffusion.notes import cache_folder, open_store
 from mmalign.diffusion.pictures import Frame
 from mmalign.diffusion.sample import denoise, picture_size, start_noise
+from mmalign.diffusion.work import Processes, progress
 from mmalign.models.files import state_fingerprint
 
 if TYPE_CHECKING:
@@ -66,23 +64,24 @@ class Generated:
         return open_store(cache_folder(self._inputs.config), self._settings)
 
     def write(self, examples: Sequence[Example]) -> None:
-        """Generate what is not there yet; every process its share."""
+        """Generate what is not there yet; every process its share.
+
+        Pictures are made in the same groups whichever of them are there, so that their last bits
+        do not depend on an interruption.
+        """
         captions = {self._key(row): caption_of(row, 0) for row in examples}
-        state = PartialState()
-        here, num = state.process_index, state.num_processes
-        todo = [key for key in self._store.missing(captions) if int(key[:12], 16) % num == here]
-        console = Console(stderr=True)
-        with self._store:
-            for start in track(
-                range(0, len(todo), _AT_ONCE),
-                "clean pictures",
-                console=console,
-                disable=not console.is_terminal,
-            ):
-                keys = todo[start : start + _AT_ONCE]
-                for key, latents in zip(keys, self._generate(keys, captions), strict=True):
-                    self._store.put(key, {"mean": latents.cpu().numpy()})
-        state.wait_for_everyone()
+        place = Processes.launched()
+        mine = [key for key in captions if place.is_mine(key)]
+        groups = [mine[start : start + _AT_ONCE] for start in range(0, len(mine), _AT_ONCE)]
+        todo = [(group, lacking) for group in groups if (lacking := self._store.missing(group))]
+        total = sum(len(lacking) for _, lacking in todo)
+        with progress("clean pictures", total, shown=place.is_main) as seen, self._store:
+            for group, lacking in todo:
+                found = dict(zip(group, self._generate(group, captions), strict=True))
+                for key in lacking:
+                    self._store.put(key, {"mean": found[key].cpu().numpy()})
+                seen(len(lacking))
+        place.wait()
         self._store = self._opened()  # with what the other processes wrote
 
     def get(self, example: Example, flip: bool) -> tuple[Tensor, None, list[Frame]]:

@@ -216,6 +216,36 @@ def test_stored_errors_with_flips(sd15_dir: Path, data: Data, tmp_path: Path) ->
     assert logged(tmp_path / "crops")[0] == pytest.approx(math.log(2), abs=1e-3)
 
 
+def test_caches_change_nothing_but_rounding(sdxl_dir: Path, data: Data, tmp_path: Path) -> None:
+    """Captions left out by chance, flips and the posterior's noise included; latents are halves."""
+    drawn = {"flip": True, "caption_dropout": 0.5}
+    live = trained(tmp_path / "live", sdxl_dir, data["pairs"], diffusion={**drawn, "cache": "off"})
+    cached = {"diffusion": {**drawn, "cache": "on"}}
+    write_cache(configured(tmp_path / "cached", sdxl_dir, data["pairs"], **cached))
+    stored = trained(tmp_path / "cached", sdxl_dir, data["pairs"], **cached)
+    moved = max(float(value.abs().max()) for name, value in live.items() if "lora_B" in name)
+    assert moved > 0.0
+    assert gap(stored, live) < 0.02 * moved
+
+
+def test_references_that_are_the_same_model(
+    sd15_dir: Path, digits_dir: Path, data: Data, tmp_path: Path
+) -> None:
+    def run(name: str, **sections: Any) -> dict[str, torch.Tensor]:
+        return trained(tmp_path / name, sd15_dir, data["pairs"], **sections)
+
+    own = run("own")
+    itself = {"kind": "frozen-copy", "path": str(sd15_dir)}
+    assert gap(run("copy", reference=itself), own) < 1e-7
+    halves = [{"weight": 0.5}, {"weight": 0.5, "path": str(sd15_dir)}]
+    assert gap(run("mixture", reference={"kind": "mixture", "mixture": halves}), own) < 1e-6
+    # A LoRA that goes on has itself, as it is now, for a reference.
+    before = {"lora": None, "adapter": str(tmp_path / "own/run/final")}
+    further = run("further", model=before)
+    assert logged(tmp_path / "further")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert gap(further, own) > 0.0
+
+
 @pytest.mark.parametrize("lora", [{"rank": 2}, None])
 def test_checkpoints_and_final_weights_evaluate_as_the_run_did(
     digits_dir: Path, small: Data, tmp_path: Path, lora: dict[str, int] | None
