@@ -76,7 +76,11 @@ def _what_happened(output: Path, result: Mapping[str, Any], before: Shown, after
             ),
             _smoke(result),
             picture(file, "Same prompt, same start noise, before and after; below each its ink"),
-            picture(means, "Mean of all pictures of a digit, and where ink was gained (red)"),
+            blocks.paragraph(
+                "In the mean over all pictures of a digit chance is gone, and what is left is what "
+                "was learned: red is where ink was gained, blue where it was lost."
+            ),
+            picture(means, "Mean of all pictures of a digit, before and after, and the change"),
             blocks.table(
                 ["", "before", "after", "too far"],
                 [
