@@ -15,11 +15,11 @@ import numpy as np
 import psutil
 import pytest
 import tiny_pictures
+from cache_entries import entries
 
 from mmalign import configfile
 from mmalign.diffusion import notes
 
-KINDS = ("pictures", "latents", "prompts", "errors")
 PAIRS = 8
 
 
@@ -44,30 +44,6 @@ def write_config(pipeline: Path, folder: Path, name: str) -> Path:
     path = folder / f"{name}.yaml"
     path.write_text(configfile.dump(config), encoding="utf-8")
     return path
-
-
-def entries(folder: Path) -> dict[str, dict[str, bytes]]:
-    """All complete entries; every shard must be whole, and no entry in two of them."""
-    found: dict[str, dict[str, bytes]] = {}
-    for kind in KINDS:
-        total = 0
-        for shard in (folder / kind).glob("*.safetensors"):
-            total += len({name.split("/")[0] for name in _header(shard)})
-        store = notes.open_store(folder / kind, {})
-        assert len(store) == total, "an entry was computed twice"
-        for key in store:
-            arrays = store.get(key)
-            assert arrays is not None
-            found[f"{kind} {key}"] = {name: array.tobytes() for name, array in arrays.items()}
-        assert store.corrupt == 0
-    return found
-
-
-def _header(shard: Path) -> list[str]:
-    from safetensors import safe_open
-
-    with safe_open(shard, "np") as tensors:
-        return list(tensors.keys())
 
 
 def command(path: Path, seconds: float = 0.0) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import tiny_pictures
 import torch
+from cache_entries import entries
 from tiny_diffusion import make_sd3
 
 from mmalign.config import RunConfig, check
@@ -57,20 +58,6 @@ def configured(pipeline: Path, tmp_path: Path, *, num: int = 3, **sections: Any)
 
 def rows_of(config: RunConfig) -> list[Example]:
     return load_usable(config, check(config).needs)[0]
-
-
-def entries(config: RunConfig) -> dict[str, dict[str, bytes]]:
-    """Everything in the caches of a run: name of the cache and key to bytes."""
-    found: dict[str, dict[str, bytes]] = {}
-    folder = notes.cache_folder(config)
-    for kind in ("pictures", "latents", "prompts", "errors"):
-        store = notes.open_store(folder / kind, {})
-        for key in store:
-            arrays = store.get(key)
-            assert arrays is not None
-            found[f"{kind} {key}"] = {name: array.tobytes() for name, array in arrays.items()}
-        assert store.corrupt == 0
-    return found
 
 
 def refuse(*_: Any, **__: Any) -> None:
@@ -300,12 +287,12 @@ def test_nothing_is_computed_twice(
     written: tuple[Path, RunConfig], monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     _, config = written
-    before = entries(config)
+    before = entries(notes.cache_folder(config))
     for kind in (latents.Vae, PromptEncoder):
         monkeypatch.setattr(kind, "load", refuse)
     monkeypatch.setattr(notes, "decode_all", lambda pictures, _: refuse() if pictures else {})
     assert "latents: 0 written, 6 were there; prompts: 0 written, 4" in write(config)
-    assert entries(config) == before
+    assert entries(notes.cache_folder(config)) == before
 
 
 def test_a_picture_of_two_rows_is_encoded_once(sd15_dir: Path, tmp_path: Path) -> None:
@@ -341,12 +328,14 @@ def test_processes_share_the_work(sd15_dir: Path, tmp_path: Path) -> None:
         numbers = [stage(config, needs, rows, place) for place in places]
         assert sum(numbers) == {"latents": 12, "prompts": 7, "reference errors": 6}[name]
         assert all(numbers), name
-    found = entries(config)
+    found = entries(notes.cache_folder(config))
     shards = Counter(kind.split()[0] for kind in found)
     assert shards == {"latents": 12, "prompts": 7, "errors": 6}
     alone = configured(sd15_dir, tmp_path, reference=BANKED, output=str(tmp_path / "alone" / "run"))
     write(alone)
-    expected = {k: v for k, v in entries(alone).items() if not k.startswith("pictures")}
+    expected = {
+        k: v for k, v in entries(notes.cache_folder(alone)).items() if not k.startswith("pictures")
+    }
     assert found == expected
 
 
@@ -498,6 +487,29 @@ def test_stopped_by_hand_nothing_is_lost(
     with pytest.raises(KeyboardInterrupt):
         write(config)
     assert "latents: 3 written, 3 were there" in write(config)
+
+
+def test_batches_of_pictures_are_always_full(
+    sd15_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator: what a picture is encoded beside changes with what is missing."""
+    monkeypatch.setattr(write_cache, "_pictures_at_once", lambda shape, place: 4)
+    whole = configured(sd15_dir, tmp_path, diffusion={"cache_folder": str(tmp_path / "whole")})
+    write(whole)
+    config = configured(sd15_dir, tmp_path)
+    rows, place = rows_of(config), Processes(torch.device("cpu"))
+    stage = write_cache.STAGES["latents"]
+    assert [stage(config, check(config).needs, [row], place) for row in rows] == [2, 2, 2]
+    kinds = [
+        {
+            key: value
+            for key, value in entries(notes.cache_folder(each)).items()
+            if key.startswith("latents")
+        }
+        for each in (whole, config)
+    ]
+    assert len(kinds[0]) == 6
+    assert kinds[0] == kinds[1]
 
 
 def test_a_damaged_entry_names_the_file_to_remove(sd15_dir: Path, tmp_path: Path) -> None:
