@@ -83,7 +83,8 @@ class DiffusionAdapter(Adapter):
         self.process = process_from(
             components.scheduler_config, settings.prediction, settings.zero_terminal_snr
         )
-        if problems := methods.check_process(config, self.process):
+        problems = methods.check_process(config, self.process)
+        if problems := [*problems, *methods.check_pipeline(config, components)]:
             raise ConfigError("; ".join(problems))
         if config.sample.num_prompts or config.sample.prompts:
             check_sampling(components, settings)

@@ -30,7 +30,24 @@ PER_TOKEN = ("ld_alpha",)
 
 def check_method(config: RunConfig) -> list[str]:
     """What the objective, the estimator and the reference ask of each other and do not get."""
-    return [*_objective(config), *_estimator(config), *_sampling(config)]
+    return [*_objective(config), *_estimator(config), *_pictures(config), *_sampling(config)]
+
+
+def check_pipeline(config: RunConfig, components: Components) -> list[str]:
+    """Settings that this pipeline has no use for."""
+    problems: list[str] = []
+    settings = config.diffusion
+    if settings.time_ids != "measured" and components.family != "sdxl":
+        problems.append(
+            f"diffusion.time_ids is {settings.time_ids}, but only SDXL is told sizes, and "
+            f"{config.model.path} is of the family {components.family}. Remove it"
+        )
+    if settings.vae_dtype != "float32" and not components.has_vae:
+        problems.append(
+            f"diffusion.vae_dtype is {settings.vae_dtype}, but {config.model.path} has no VAE. "
+            "Remove it"
+        )
+    return problems
 
 
 def check_other(path: str, config: RunConfig, components: Components) -> None:
@@ -162,6 +179,22 @@ def _estimator(config: RunConfig) -> list[str]:
     return problems
 
 
+def _pictures(config: RunConfig) -> list[str]:
+    settings = config.diffusion
+    if settings.estimator.generated:
+        changed = {"flip": settings.flip, "buckets": settings.buckets}
+        changed["crop"] = settings.crop != "center"
+        return [
+            f"diffusion.{name} is for pictures of the data, but estimator.generated makes others. "
+            "Remove it"
+            for name, is_set in changed.items()
+            if is_set
+        ]
+    if not settings.shared_crop and settings.crop == "center":
+        return ["diffusion.shared_crop is only read with crop: random (found center). Remove it"]
+    return []
+
+
 def _sampling(config: RunConfig) -> list[str]:
     spec = config.diffusion.sampling
     if spec.negative is None:
@@ -193,13 +226,10 @@ def _self_npo(config: RunConfig) -> list[str]:
             "objective 'self_npo' learns from its teacher's walks, but diffusion.estimator.kind "
             f"is {kind}. Set it to truncated"
         )
-    drawn = settings.timesteps.model_copy(
-        update={"weighting": "constant", "gamma": TimestepSpec().gamma}
-    )
-    if kind == "truncated" and drawn != TimestepSpec():
+    if kind == "truncated" and settings.timesteps != TimestepSpec():
         problems.append(
-            "diffusion.timesteps chooses noise levels, but estimator.kind: truncated draws its "
-            "own. Remove all but weighting and gamma"
+            "diffusion.timesteps chooses noise levels and weights of predictions, but "
+            "estimator.kind: truncated draws its own and compares clean pictures. Remove it"
         )
     return problems
 

@@ -156,8 +156,12 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
         {"diffusion": {"sampling": {"height": 30}, "resolution": 32}, "sample": {"num_prompts": 1}},
         "diffusion.sampling: pictures of 30 x 32 pixels.*multiple of 8",
     ),
+    "time ids without SDXL": (
+        {"diffusion": {"time_ids": "constant", "resolution": 32}},
+        "diffusion.time_ids is constant, but only SDXL is told sizes.*family sd. Remove it",
+    ),
     "a negative model that is not there": (
-        {"diffusion": {"sampling": {"negative": "nowhere"}, "resolution": 32}},
+        {"diffusion": {"sampling": {"negative": "nowhere"}}},
         "diffusion.sampling.negative is nowhere: there is no such file or folder",
     ),
     "dcpo without captions": (

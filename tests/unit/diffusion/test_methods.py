@@ -40,7 +40,8 @@ FITTING: list[Any] = [
     config("smpo", estimator("renoise")),
     config("inpo", estimator("ddim_inversion", eta=0.1, network="reference")),
     config("diffusion_npo", data={"swap": True}),
-    config("self_npo", estimator("truncated") | {"timesteps": {"weighting": "epsilon"}}),
+    config("self_npo", estimator("truncated")),
+    config("diffusion_dpo", {"crop": "random", "shared_crop": False}),
     config("mapo"),
     config("diffusion_kto"),
     config("flow_dpo"),
@@ -72,6 +73,19 @@ def test_what_fits(fitting: RunConfig) -> None:
         (
             config("self_npo", estimator("truncated") | {"timesteps": {"kind": "turbo"}}),
             "truncated draws its own",
+        ),
+        (
+            config("self_npo", estimator("truncated") | {"timesteps": {"weighting": "epsilon"}}),
+            "compares clean pictures. Remove it",
+        ),
+        (
+            config("self_npo", estimator("truncated", generated=True) | {"flip": True}),
+            "diffusion.flip is for pictures of the data",
+        ),
+        (config("diffusion_dpo", {"shared_crop": False}), "only read with crop: random"),
+        (
+            config("diffusion_dpo", {"sampling": {"negative": "nowhere", "guidance": 2}}),
+            "negative is nowhere: there is no such file",
         ),
         (config("mapo", {"logp_scale": 1.0}), "logp_scale is 1.0, but objective 'mapo'"),
         (config({"name": "dpo", "ld_alpha": 0.5}), "objective.ld_alpha acts on the tokens"),
