@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mmalign.errors import ConfigError
+from mmalign.models.conv import use_products
 from mmalign.models.linear import use_onednn
 
 STEMS = ("diffusion_pytorch_model", "model")
@@ -44,6 +45,7 @@ def load_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
             f"the file, e.g. {missing[0]}"
         )
     use_onednn(model)
+    use_products(model)
     return without_dropout(model).eval()
 
 
