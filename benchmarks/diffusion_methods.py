@@ -339,7 +339,7 @@ def markdown(lines: list[dict[str, Any]]) -> str:
     """The table as it stands in the documentation."""
     header = [
         *("method", "sampled", "g", "ink", "legible, %", "winner error", "held-out acc., %"),
-        *("against", "change of ink", "change of legible", "meant to improve", "did it?", "s"),
+        *("against", "change of ink", "change of legible", "meant to improve", "did it?"),
     ]
     rows = [header, ["---"] * len(header)]
     for line in lines:
@@ -357,7 +357,6 @@ def markdown(lines: list[dict[str, Any]]) -> str:
                 spread(line, "legibility_change", 100, "+.1f"),
                 line.get("goal", ""),
                 line.get("verdict", ""),
-                f"{line['seconds']:.0f}" if "seconds" in line else "",
             ]
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
