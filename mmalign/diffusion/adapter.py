@@ -160,7 +160,7 @@ class DiffusionAdapter(Adapter):
         columns: dict[str, list[Tensor]] = {"policy": [], "reference": [], "kl": []}
         order: list[Tensor] = []
         for part in parts(batch):
-            flat = (part.rows[:, None] * num + torch.arange(num)).flatten()
+            flat = (part.rows[:, None] * num + torch.arange(num, device=part.rows.device)).flatten()
             told = condition.rows(flat.to(batch.labels.device, non_blocking=True))
             scores = self._score(batch, part, flat, told, needs)
             order.append(flat)
@@ -271,7 +271,7 @@ class DiffusionAdapter(Adapter):
 
     def metrics(self, batch: Batch, logps: CandidateLogps) -> dict[str, Tensor]:
         """Denoising errors of policy and reference, and their difference."""
-        return batch_metrics(logps, self.config.diffusion.logp_scale)
+        return batch_metrics(logps, self.config.diffusion.logp_scale, self.needs)
 
     def facts(self, batch: Batch) -> dict[str, list[Any]]:
         """The noise level of each row, as a share of the schedule."""

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from mmalign.core import CandidateLogps
+    from mmalign.core import CandidateLogps, Needs
 
 NUM_BUCKETS = 4
 
 
 @torch.no_grad()
-def batch_metrics(logps: CandidateLogps, logp_scale: float) -> dict[str, Tensor]:
+def batch_metrics(logps: CandidateLogps, logp_scale: float, needs: Needs) -> dict[str, Tensor]:
     """Mean errors of the preferred and the rejected pictures.
 
     errors/chosen_diff is the policy's error minus the reference's on the preferred pictures: above
@@ -27,30 +27,37 @@ def batch_metrics(logps: CandidateLogps, logp_scale: float) -> dict[str, Tensor]
     Args:
         logps: Scores -logp_scale * e, [B, K, 1].
         logp_scale: Log-probability a unit of error.
+        needs: Of the objective: which candidates are not rated, and whether rows are.
     """
-    sides = {"policy": -logps.policy[..., 0] / logp_scale}  # [B, K]
+    num_rated = logps.labels.shape[1] - len(needs.roles)
+    labels = logps.labels[:, :num_rated]
+    sides = {"policy": -logps.policy[:, :num_rated, 0] / logp_scale}  # [B, K rated]
     if logps.reference is not None:
-        sides["ref"] = -logps.reference[..., 0] / logp_scale
-    if logps.labels.shape[1] == 1:
-        good = logps.labels[:, 0] > 0.5
+        sides["ref"] = -logps.reference[:, :num_rated, 0] / logp_scale
+    if num_rated == 1 and needs.rows != "unpaired":
+        picked = {name: {"chosen": e.mean()} for name, e in sides.items()}
+    elif num_rated == 1:
+        # The mean of none is nan, which does not count; choosing rows would wait for a GPU.
+        good = (labels[:, 0] > 0.5).to(logps.policy.dtype)
+        shares = {"chosen": good / good.sum(), "rejected": (1 - good) / (1 - good).sum()}
         picked = {
-            name: {"chosen": e[good, 0], "rejected": e[~good, 0]} for name, e in sides.items()
+            name: {side: (share * e[:, 0]).sum() for side, share in shares.items()}
+            for name, e in sides.items()
         }
     else:
-        at = torch.arange(len(logps.labels), device=logps.labels.device)
-        best = logps.labels.argmax(1)
-        worst = logps.labels.shape[1] - 1 - logps.labels.flip(1).argmin(1)
+        at = torch.arange(len(labels), device=labels.device)
+        best = labels.argmax(1)
+        worst = num_rated - 1 - labels.flip(1).argmin(1)
         picked = {
-            name: {"chosen": e[at, best], "rejected": e[at, worst]} for name, e in sides.items()
+            name: {"chosen": e[at, best].mean(), "rejected": e[at, worst].mean()}
+            for name, e in sides.items()
         }
     found: dict[str, Tensor] = {}
-    for side in ("chosen", "rejected"):
+    for side in picked["policy"]:
         errors = {name: values[side] for name, values in picked.items()}
-        if not len(errors["policy"]):
-            continue
-        found |= {f"errors/{name}_{side}": value.mean() for name, value in errors.items()}
+        found |= {f"errors/{name}_{side}": value for name, value in errors.items()}
         if "ref" in errors:
-            found[f"errors/{side}_diff"] = (errors["policy"] - errors["ref"]).mean()
+            found[f"errors/{side}_diff"] = errors["policy"] - errors["ref"]
     return found
 
 

@@ -173,6 +173,13 @@ def test_rated_pictures_and_another_rows_caption(
     first = next(iter(read_json(tmp_path / "run/metrics.jsonl")))
     assert first["eval_loss"] == pytest.approx(0.5, abs=1e-6)
     assert 0.0 <= first["eval_separation"] <= 1.0
+    said = [line for line in read_json(tmp_path / "run/metrics.jsonl") if "loss" in line]
+    for good in ("chosen", "rejected"):  # of rated pictures, not of another row's caption
+        assert any(line[f"errors/policy_{good}"] is not None for line in said)
+    plain = {"objective": {"name": "sft"}}
+    trained(tmp_path / "plain", sd15_dir, data["captioned"], **plain)
+    assert logged(tmp_path / "plain", "errors/policy_chosen")
+    assert not logged(tmp_path / "plain", "errors/policy_rejected")
     kto = {"objective": {"name": "diffusion_kto"}}
     assert trained(tmp_path / "pairs", sd15_dir, data["pairs"], **kto)
     sections["train"] = {"batch_size": 1}
@@ -296,6 +303,56 @@ def test_a_negative_model_is_used_for_sheets(digits_dir: Path, small: Data, tmp_
         painted[name] = (config.output / "samples/step-0/000.png").read_bytes()
     assert painted["against itself"] == painted["plain"]
     assert painted["against another"] != painted["plain"]
+
+
+ELSEWHERE: dict[str, dict[str, Any]] = {
+    "pairs with a KL": {"objective": {"name": "tdpo1"}},
+    "a frozen copy, weighted": {
+        "reference": {"kind": "frozen-copy"},
+        "diffusion": {"timesteps": {"weighting": "min_snr"}, "noise_offset": 0.1},
+    },
+    "a teacher": {"objective": {"name": "self_npo"}, "diffusion": {"estimator": "truncated"}},
+    "stored errors": {"reference": {"kind": "cached"}, "diffusion": {"num_draws": 2}},
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_a_step_never_waits_for_the_device(
+    name: str, family: str, data: Data, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """On PyTorch's meta device, where a number cannot be read and other devices do not mix in."""
+    from mmalign import config as configs
+    from mmalign.core import Needs
+    from mmalign.models.adapter import build_adapter, load_usable
+
+    sections = dict(ELSEWHERE[name])
+    drawn = {"flip": True, "caption_dropout": 0.5, "cache": "on"}
+    sections["diffusion"] = {**drawn, "resolution": 32, **sections.get("diffusion", {})}
+    if sections["diffusion"].get("estimator") == "truncated":
+        if family == "sd3":
+            pytest.skip("a flow keeps nothing of a picture at its last level")
+        sections["diffusion"]["estimator"] = {"kind": "truncated", "num_steps": 5}
+    pipeline = request.getfixturevalue(f"{family}_dir")
+    if family == "sd3":
+        sections["diffusion"] |= {"timesteps": {"kind": "logit_normal"}}
+    config = configured(tmp_path, pipeline, data["pairs"], **sections)
+    write_cache(config)
+    objective = configs.check(config)
+    rows, _ = load_usable(config, objective.needs)
+    adapter: Any = build_adapter(config, objective.needs)
+    adapter.before_training(rows)
+    batch = adapter.collate(rows[:2], [3, 4])
+    adapter.inputs.empty(torch.device("cpu"))  # embedded once a run
+    adapter.to("meta")
+    elsewhere = batch.to("meta")
+    needs = objective.needs | Needs(reference=objective.needs.reference)
+    logps = adapter(elsewhere, needs)
+    assert {value.device.type for _, value in logps.tensors()} == {"meta"}
+    objective.to("meta")(logps).value.backward()
+    assert adapter.metrics(elsewhere, logps)
+    gradients = [p.grad for p in adapter.parameters() if p.requires_grad]
+    assert all(grad is not None and grad.device.type == "meta" for grad in gradients)
 
 
 def test_encoders_are_let_go_where_their_output_is_cached(
