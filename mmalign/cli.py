@@ -189,7 +189,7 @@ def cache(
     config: Config,
     overrides: Overrides = None,
     plan: Annotated[
-        bool, option("--plan", text="only say what would be written, and how large it is")
+        bool, option("--plan", text="only say what would be written, how large it is, how long")
     ] = False,
 ) -> None:
     """Write to disk what training would compute again in every epoch; what is there stays.
@@ -202,7 +202,9 @@ def cache(
     from mmalign.offline import plan_cache, write_cache
 
     run = configs.load(config, overrides or ())
-    typer.echo(plan_cache(run) if plan else write_cache(run))
+    said = plan_cache(run) if plan else write_cache(run)
+    if _is_main_process():
+        typer.echo(said)
 
 
 @app.command(short_help="List every objective, or explain one.")

@@ -274,7 +274,8 @@ def write_cache(config: RunConfig) -> str:
 
 
 def plan_cache(config: RunConfig) -> str:
-    """What `write_cache` would write, in words and bytes."""
+    """What `write_cache` would write, in words, bytes and time."""
+    _device(config)  # sets the number of threads
     from mmalign.models.adapter import adapter_class
 
     return adapter_class(config.modality).plan_cache(config, configs.check(config).needs)

@@ -336,10 +336,12 @@ class DiffusionAdapter(Adapter):
 
     @classmethod
     def plan_cache(cls, config: RunConfig, needs: Needs) -> str:
-        """Sizes of latents, prompt embeddings and errors, from the shapes alone."""
+        """Sizes of latents, prompt embeddings and errors, and the time they take to compute."""
         from mmalign.diffusion.cache_plan import plan
+        from mmalign.diffusion.cache_time import forecast
 
-        return plan(config, needs).text()
+        planned = plan(config, needs)
+        return f"{planned.text()}\n{forecast(planned, config, needs)}"
 
     @classmethod
     def for_bank(cls, config: RunConfig, needs: Needs) -> Self:

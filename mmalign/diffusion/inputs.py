@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from mmalign.diffusion.batch import Collator, caption_of
+from mmalign.diffusion.cache_plan import check_cacheable
 from mmalign.diffusion.caches import (
     ErrorBank,
     LatentCache,
@@ -87,6 +88,7 @@ class Inputs:
             latents.write(examples)
         bank = None
         if self.config.reference.kind == "cached" and self.needs.reference:
+            check_cacheable(self.config, self.needs)
             bank = ErrorBank(self.config)
             bank.require(examples)
         self._collator = self._collate_with(prompts, latents, bank)

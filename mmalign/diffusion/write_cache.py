@@ -163,12 +163,12 @@ def _write_latents(
         for loaded in ahead(work, load, threads=threads, depth=DEPTH):
             for item in loaded:
                 shape = item[1].shape
-                size = _pictures_at_once(shape, place)
+                size = pictures_at_once(shape, place)
                 waiting[shape].append(item)
                 if len(waiting[shape]) == size:
                     encode(waiting.pop(shape), size)
         for shape, items in waiting.items():
-            encode(items, _pictures_at_once(shape, place))
+            encode(items, pictures_at_once(shape, place))
     return total
 
 
@@ -205,7 +205,7 @@ def _pictures_to_encode(
     return work
 
 
-def _pictures_at_once(shape: tuple[int, ...], place: Processes) -> int:
+def pictures_at_once(shape: tuple[int, ...], place: Processes) -> int:
     """Pictures [3, H, W] a call of the VAE; a CPU gains nothing from several."""
     if place.device.type == "cpu":
         return 1

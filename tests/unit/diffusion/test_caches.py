@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import shutil
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -493,7 +494,7 @@ def test_batches_of_pictures_are_always_full(
     sd15_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on an accelerator: what a picture is encoded beside changes with what is missing."""
-    monkeypatch.setattr(write_cache, "_pictures_at_once", lambda shape, place: 4)
+    monkeypatch.setattr(write_cache, "pictures_at_once", lambda shape, place: 4)
     whole = configured(sd15_dir, tmp_path, diffusion={"cache_folder": str(tmp_path / "whole")})
     write(whole)
     config = configured(sd15_dir, tmp_path)
@@ -532,3 +533,11 @@ def test_loader_workers_get_copies(written: tuple[Path, RunConfig]) -> None:
     for cache in (LatentCache(config), ErrorBank(config)):
         before = cache.get(rows[0], 0)[0]
         assert torch.equal(pickle.loads(pickle.dumps(cache)).get(rows[0], 0)[0], before)
+
+
+def test_the_time_is_forecast_for_what_is_missing(sd15_dir: Path, tmp_path: Path) -> None:
+    config = configured(sd15_dir, tmp_path, reference={"kind": "cached"})
+    said = plan_cache(config)
+    assert re.search(r"about \d.* \(latents .*prompts .*reference errors .*\)", said), said
+    write(config)
+    assert "nothing is left to compute" in plan_cache(config)
