@@ -352,12 +352,6 @@ class DiffusionAdapter(Adapter):
         components = load_components(config.model, config.diffusion)
         return cls(live, needs, components, banked=True)
 
-    @torch.no_grad()
-    def reference_errors(self, batch: Batch) -> Tensor:  # [B, K]
-        """Denoising errors of the reference, for a cache."""
-        logps = self(batch, Needs(reference=True))
-        return -logps.reference[..., 0] / self.config.diffusion.logp_scale
-
     @classmethod
     def show_rows(cls, config: RunConfig, examples: Sequence[Example]) -> Any:
         """Captions, files, sizes and crops."""

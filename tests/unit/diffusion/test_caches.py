@@ -18,6 +18,7 @@ from cache_entries import entries
 from tiny_diffusion import make_sd3
 
 from mmalign.config import RunConfig, check
+from mmalign.core import Needs
 from mmalign.diffusion import cache_plan, latents, notes, write_cache
 from mmalign.diffusion.adapter import DiffusionAdapter
 from mmalign.diffusion.caches import ErrorBank, LatentCache, PromptCache
@@ -172,7 +173,9 @@ def test_a_cached_reference_gives_log_2(
     bank, seen = ErrorBank(config), set()
     live = DiffusionAdapter.for_bank(config, objective.needs)
     live.before_training(rows)
-    errors = live.reference_errors(live.collate([rows[1]] * 3, [0, 1, 2]))
+    with torch.no_grad():
+        scores = live(live.collate([rows[1]] * 3, [0, 1, 2]), Needs(reference=True))
+    errors = -scores.reference[..., 0] / config.diffusion.logp_scale
     stored = torch.stack([bank.get(rows[1], draw) for draw in range(3)])
     torch.testing.assert_close(stored, errors, rtol=1e-5, atol=1e-7)
     for visit in range(4):
