@@ -77,7 +77,7 @@ def settings(folder: Path, given: dict[str, Any], options: dict[str, Any]) -> di
         "diffusion": {
             "resolution": given["resolution"],
             "cache": options.get("cache", "on"),
-            "num_draws": 4,
+            **({"num_draws": 4} if options.get("reference") == "cached" else {}),
         },
         "train": {
             "batch_size": 1,

@@ -293,7 +293,7 @@ def quickstart_diffusion(
         option("--output", metavar="DIR", text="run folder; by default runs/quickstart-diffusion"),
     ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="pairs, order of rows, noise")
+        int, typer.Option("--seed", metavar="N", help="base, pairs, order of rows, noise")
     ] = 0,
     fast: Annotated[
         bool, option("--fast", text="a smoke run of seconds, whose numbers mean nothing")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmalign.config import TimestepSpec
+from mmalign.config import DiffusionConfig, TimestepSpec
 from mmalign.diffusion.pipeline import denoiser_config, family_of, pipeline_folder, scheduler_config
 from mmalign.diffusion.process import VPTable, process_from
 from mmalign.errors import ConfigError
@@ -171,6 +171,12 @@ def _estimator(config: RunConfig) -> list[str]:
                 f"diffusion.noise_offset is {config.diffusion.noise_offset}, but only "
                 f"estimator.kind: forward reads it (found {spec.kind}). Remove it"
             )
+    draws = config.diffusion.num_draws
+    if config.reference.kind != "cached" and draws != DiffusionConfig().num_draws:
+        problems.append(
+            f"diffusion.num_draws is {draws}, but only reference.kind: cached stores draws (found "
+            f"{config.reference.kind}). Remove it"
+        )
     if spec.network == "reference" and not _has_one_reference(config):
         problems.append(
             "diffusion.estimator.network is reference, but this run has no single frozen "

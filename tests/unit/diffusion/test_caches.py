@@ -55,6 +55,8 @@ def configured(pipeline: Path, tmp_path: Path, *, num: int = 3, **sections: Any)
     }
     for name, section in sections.items():
         given[name] = given.get(name, {}) | section if isinstance(section, dict) else section
+    if given.get("reference", {}).get("kind") != "cached":  # it alone stores draws
+        given["diffusion"].pop("num_draws", None)
     return RunConfig.model_validate(given)
 
 

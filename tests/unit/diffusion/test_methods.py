@@ -59,6 +59,7 @@ def test_what_fits(fitting: RunConfig) -> None:
     ("unfit", "sentence"),
     [
         (config("diffusion_npo"), "data.swap is false. Set data.swap: true"),
+        (config("mapo", {"num_draws": 4}), "only reference.kind: cached stores draws"),
         (config("inpo"), "estimator.kind is forward. Set it to ddim_inversion"),
         (config("inpo", estimator("renoise")), "estimator.kind is renoise"),
         (config("self_npo"), "estimator.kind is forward. Set it to truncated"),
