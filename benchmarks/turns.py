@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,8 +83,9 @@ class Arm:
         """Seconds, MiB above the baseline, MiB in all."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended; why, it says below
+            self.process.stdin.write("step\n")
+            self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith("RESULT"):
                 seconds, added, peak = map(float, line.split()[1:])
@@ -93,7 +95,8 @@ class Arm:
 
     def close(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 
