@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -12,16 +12,12 @@ from mmalign.core import CandidateLogps, Needs
 from mmalign.data.example import as_text
 from mmalign.diffusion import export, methods
 from mmalign.diffusion.batch import STRATUM, parts
-from mmalign.diffusion.denoiser import Condition, predict
-from mmalign.diffusion.draws import Draws
-from mmalign.diffusion.estimators import Estimator, build_estimator
 from mmalign.diffusion.inputs import Inputs
 from mmalign.diffusion.models import load_components, load_denoiser
 from mmalign.diffusion.process import process_from
 from mmalign.diffusion.rows import show_rows, usable
-from mmalign.diffusion.scoring import denoising_error
+from mmalign.diffusion.scores import Scoring
 from mmalign.diffusion.showing import check_sampling, paint, write_samples
-from mmalign.diffusion.teacher import Truncated
 from mmalign.diffusion.tracking import batch_metrics, by_timestep
 from mmalign.errors import ConfigError
 from mmalign.models import lora
@@ -36,9 +32,7 @@ if TYPE_CHECKING:
 
     from mmalign.config import RunConfig, SampleConfig
     from mmalign.data.example import Example
-    from mmalign.diffusion.batch import Part
     from mmalign.diffusion.models import Components
-    from mmalign.diffusion.point import Point, Predict
     from mmalign.models.adapter import Batch
 
 ATTENTION = (
@@ -46,15 +40,6 @@ ATTENTION = (
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),  # of a flow transformer
 )
 """What a LoRA with targets `auto` adapts: the projections of every attention."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Scores:
-    """Log-probabilities of N pictures at one timestep each."""
-
-    policy: Tensor  # [N]
-    reference: Tensor | None = None  # [N]
-    kl: Tensor | None = None  # [N]
 
 
 class DiffusionAdapter(Adapter):
@@ -90,14 +75,18 @@ class DiffusionAdapter(Adapter):
             check_sampling(components, settings)
         self.policy = _trainable(components.denoiser, config)
         self.reference = build_reference(config, self.policy, needs, load=self._load_reference)
-        self.estimator: Estimator | Truncated
         self.teacher: Ema | None = None
         if settings.estimator.kind == "truncated":
-            self.estimator = Truncated(settings.estimator)
             self.teacher = Ema(copy_of(self.policy), settings.estimator.teacher_decay)
-        else:
-            self.estimator = build_estimator(settings)
         self.inputs = Inputs(config, needs, components, self.process, banked=banked)
+        self._scoring = Scoring(
+            settings,
+            components.family,
+            self.process,
+            self.inputs,
+            reference=self.reference,
+            teacher=self.teacher,
+        )
 
     @classmethod
     def build(cls, config: RunConfig, needs: Needs) -> Self:
@@ -162,7 +151,7 @@ class DiffusionAdapter(Adapter):
         for part in parts(batch):
             flat = (part.rows[:, None] * num + torch.arange(num, device=part.rows.device)).flatten()
             told = condition.rows(flat.to(batch.labels.device, non_blocking=True))
-            scores = self._score(batch, part, flat, told, needs)
+            scores = self._scoring(self.policy, batch, part, flat, told, needs)
             order.append(flat)
             for name, values in columns.items():
                 value = getattr(scores, name)
@@ -184,85 +173,6 @@ class DiffusionAdapter(Adapter):
             **found,
         )
 
-    def _score(
-        self, batch: Batch, part: Part, flat: Tensor, condition: Condition, needs: Needs
-    ) -> _Scores:
-        """Scores of the pictures of one shape, [N] each; `flat` [N] are their places in B * K.
-
-        Nothing here waits for the device but an inversion, once, for its timesteps.
-        """
-        settings = self.config.diffusion
-        num = batch.labels.shape[1]
-        own = Draws(batch.inputs["picture_seeds"].flatten()[flat])
-        draws = Draws(batch.inputs["seeds"].flatten()[flat])
-        x0 = self.inputs.latents(part.pictures, own)
-        rows = part.rows.to(x0.device, non_blocking=True)
-        t = batch.inputs["timesteps"][rows].repeat_interleave(num)
-        point = self._place(x0, t, draws, condition)
-
-        spec = settings.timesteps
-        weight = None
-        if spec.weighting != "constant":
-            weight = self.process.error_weight(point.t, spec.weighting, spec.gamma)
-        options: dict[str, Any] = {"reduction": settings.reduction, "weight": weight}
-        compare = dict(options)
-        if self.teacher is not None:
-            estimator = settings.estimator
-            compare |= {"distance": estimator.distance, "huber_c": estimator.huber_c}
-
-        def score(prediction: Tensor, at: Point, **how: Any) -> Tensor:
-            error = denoising_error(prediction, at, self.process, **how)
-            return -settings.logp_scale * error
-
-        reference = kl = ref_prediction = None
-        live = needs.kl or (needs.reference and "ref_errors" not in batch.inputs)
-        if live:  # before the policy, whose activations are kept
-            for share, member in self.reference.members():
-                with member.active() as model:
-                    ref_prediction = self._predict(model, point, condition)
-                part_of = share * score(ref_prediction, point, **compare)
-                reference = part_of if reference is None else reference + part_of
-        prediction = self._predict(self.policy, point, condition)
-        policy = score(prediction, point, **compare)
-        if needs.kl and ref_prediction is not None:
-            gap = replace(point, target=ref_prediction, in_x0=False)
-            kl = -score(prediction, gap, **options)
-        return _Scores(policy, reference, kl)
-
-    @torch.no_grad()
-    def _place(self, x0: Tensor, t: Tensor, draws: Draws, condition: Condition) -> Point:
-        """Where these pictures are scored, and what should be predicted there."""
-        if isinstance(self.estimator, Truncated):
-            assert self.teacher is not None
-            empty = self.inputs.empty(x0.device).repeat(len(x0))
-            with self.teacher.active() as model:
-                seen = [self._noise_seen(model, given) for given in (condition, empty)]
-                return self.estimator(x0, draws, self.process, *seen)
-        if not self.estimator.needs_network:
-            return self.estimator(x0, t, draws, self.process, None)
-        if self.config.diffusion.estimator.network == "reference":
-            with self.reference.active() as model:
-                seen = self._noise_seen(model, condition)
-                return self.estimator(x0, t, draws, self.process, seen)
-        seen = self._noise_seen(self.policy, condition)
-        return self.estimator(x0, t, draws, self.process, seen)
-
-    def _noise_seen(self, model: nn.Module, condition: Condition) -> Predict:
-        """The noise that a network sees under a condition."""
-
-        def noise(x: Tensor, t: Tensor, rows: Tensor | None = None, /) -> Tensor:
-            told = condition if rows is None else condition.rows(rows)
-            return self.process.eps_from(self._raw(model, x, t, told), x, t)
-
-        return noise
-
-    def _predict(self, model: nn.Module, point: Point, condition: Condition) -> Tensor:
-        return self._raw(model, point.x_t, point.t, condition)
-
-    def _raw(self, model: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        times = self.process.timestep_input(t)
-        return predict(model, self.components.family, x, times, condition)
-
     def _load_reference(self, path: str) -> nn.Module:
         methods.check_other(path, self.config, self.components)
         return load_denoiser(path, self.config.model)
@@ -275,20 +185,12 @@ class DiffusionAdapter(Adapter):
 
     def facts(self, batch: Batch) -> dict[str, list[Any]]:
         """The noise level of each row, as a share of the schedule."""
-        if self.teacher is not None:  # its walks have levels of their own
-            return {}
-        t = batch.inputs["timesteps"].double()
-        share = t if t.max() <= 1.0 and not self._counts else t / self.process.num_timesteps
         # A row's timesteps are not independent of each other: intervals are over rows.
-        return {
-            "noise_level": share.tolist(),
-            "row": [name.partition("@")[0] for name in batch.ids],
-        }
-
-    @property
-    def _counts(self) -> bool:
-        """Whether timesteps are numbers of levels and not levels."""
-        return self.process.prediction != "flow"
+        found: dict[str, list[Any]] = {"row": [name.partition("@")[0] for name in batch.ids]}
+        if self.teacher is None:  # else its walks have levels of their own
+            levels = self.process.timestep_input(batch.inputs["timesteps"].double())
+            found["noise_level"] = (levels / self.process.num_timesteps).tolist()
+        return found
 
     def summarise(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """Implicit accuracy and errors by noise level."""

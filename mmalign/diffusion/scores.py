@@ -1,0 +1,162 @@
+"""Pictures to log-probabilities: where they are scored, and the errors of the networks there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmalign.diffusion.denoiser import Condition, predict
+from mmalign.diffusion.draws import Draws
+from mmalign.diffusion.estimators import Estimator, build_estimator
+from mmalign.diffusion.scoring import denoising_error
+from mmalign.diffusion.teacher import Truncated
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mmalign.config import DiffusionConfig
+    from mmalign.core import Needs
+    from mmalign.diffusion.batch import Part
+    from mmalign.diffusion.inputs import Inputs
+    from mmalign.diffusion.pipeline import Family
+    from mmalign.diffusion.point import Point, Predict
+    from mmalign.diffusion.process import NoiseProcess
+    from mmalign.models.adapter import Batch
+    from mmalign.models.reference import Ema, Reference
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Log-probabilities of N pictures at one timestep each."""
+
+    policy: Tensor  # [N]
+    reference: Tensor | None = None  # [N]
+    kl: Tensor | None = None  # [N]
+
+
+class Scoring:
+    """Scores pictures under policy and reference at the same place: -logp_scale * error.
+
+    Args:
+        settings: Timestep weights, estimator, reduction and logp_scale.
+        family: How the networks are called.
+        process: The noise process.
+        inputs: Gives clean latents and the empty prompt.
+        reference: What log-ratios are taken against.
+        teacher: With estimator.kind truncated: the moving average of the policy.
+    """
+
+    def __init__(
+        self,
+        settings: DiffusionConfig,
+        family: Family,
+        process: NoiseProcess,
+        inputs: Inputs,
+        *,
+        reference: Reference,
+        teacher: Ema | None,
+    ) -> None:
+        self.settings, self.family, self.process, self.inputs = settings, family, process, inputs
+        self.reference, self.teacher = reference, teacher
+        self.estimator: Estimator | Truncated
+        if teacher is not None:
+            self.estimator = Truncated(settings.estimator)
+        else:
+            self.estimator = build_estimator(settings)
+
+    def __call__(
+        self,
+        policy: nn.Module,
+        batch: Batch,
+        part: Part,
+        flat: Tensor,
+        condition: Condition,
+        needs: Needs,
+    ) -> Scores:
+        """Scores of the pictures of one shape.
+
+        Nothing here waits for the device but an inversion, once, for its timesteps.
+
+        Args:
+            policy: The network to train.
+            batch: The whole batch: B rows of K candidates.
+            part: The rows of this shape.
+            flat: [N] places of their candidates among the B * K.
+            condition: [N] what the networks are told.
+            needs: What to compute.
+        """
+        settings = self.settings
+        num = batch.labels.shape[1]
+        own = Draws(batch.inputs["picture_seeds"].flatten()[flat])
+        draws = Draws(batch.inputs["seeds"].flatten()[flat])
+        x0 = self.inputs.latents(part.pictures, own)
+        rows = part.rows.to(x0.device, non_blocking=True)
+        t = batch.inputs["timesteps"][rows].repeat_interleave(num)
+        point = self._place(policy, x0, t, draws, condition)
+
+        spec = settings.timesteps
+        weight = None
+        if spec.weighting != "constant":
+            weight = self.process.error_weight(point.t, spec.weighting, spec.gamma)
+        options: dict[str, Any] = {"reduction": settings.reduction, "weight": weight}
+        compare = dict(options)
+        if self.teacher is not None:
+            estimator = settings.estimator
+            compare |= {"distance": estimator.distance, "huber_c": estimator.huber_c}
+
+        def score(prediction: Tensor, at: Point, **how: Any) -> Tensor:
+            error = denoising_error(prediction, at, self.process, **how)
+            return -settings.logp_scale * error
+
+        reference = kl = ref_prediction = None
+        live = needs.kl or (needs.reference and "ref_errors" not in batch.inputs)
+        if live:  # before the policy, whose activations are kept
+            for share, member in self.reference.members():
+                with member.active() as model:
+                    ref_prediction = self._predict(model, point, condition)
+                part_of = share * score(ref_prediction, point, **compare)
+                reference = part_of if reference is None else reference + part_of
+        prediction = self._predict(policy, point, condition)
+        own_score = score(prediction, point, **compare)
+        if needs.kl and ref_prediction is not None:
+            gap = replace(point, target=ref_prediction, in_x0=False)
+            kl = -score(prediction, gap, **options)
+        return Scores(own_score, reference, kl)
+
+    @torch.no_grad()
+    def _place(
+        self, policy: nn.Module, x0: Tensor, t: Tensor, draws: Draws, condition: Condition
+    ) -> Point:
+        """Where these pictures are scored, and what should be predicted there."""
+        if isinstance(self.estimator, Truncated):
+            assert self.teacher is not None
+            empty = self.inputs.empty(x0.device).repeat(len(x0))
+            with self.teacher.active() as model:
+                seen = [self._noise_seen(model, given) for given in (condition, empty)]
+                return self.estimator(x0, draws, self.process, *seen)
+        if not self.estimator.needs_network:
+            return self.estimator(x0, t, draws, self.process, None)
+        if self.settings.estimator.network == "reference":
+            with self.reference.active() as model:
+                seen = self._noise_seen(model, condition)
+                return self.estimator(x0, t, draws, self.process, seen)
+        seen = self._noise_seen(policy, condition)
+        return self.estimator(x0, t, draws, self.process, seen)
+
+    def _noise_seen(self, model: nn.Module, condition: Condition) -> Predict:
+        """The noise that a network sees under a condition."""
+
+        def noise(x: Tensor, t: Tensor, rows: Tensor | None = None, /) -> Tensor:
+            told = condition if rows is None else condition.rows(rows)
+            return self.process.eps_from(self._raw(model, x, t, told), x, t)
+
+        return noise
+
+    def _predict(self, model: nn.Module, point: Point, condition: Condition) -> Tensor:
+        return self._raw(model, point.x_t, point.t, condition)
+
+    def _raw(self, model: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        times = self.process.timestep_input(t)
+        return predict(model, self.family, x, times, condition)
