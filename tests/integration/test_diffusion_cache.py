@@ -52,8 +52,11 @@ def command(path: Path, seconds: float = 0.0) -> str:
 
     from mmalign.cli import app
 
-    notes.FLUSH_SECONDS = seconds
-    result = CliRunner().invoke(app, ["cache", str(path)])
+    usual, notes.FLUSH_SECONDS = notes.FLUSH_SECONDS, seconds
+    try:
+        result = CliRunner().invoke(app, ["cache", str(path)])
+    finally:
+        notes.FLUSH_SECONDS = usual  # other tests run in this process too
     assert result.exit_code == 0, result.output
     return result.stdout
 
