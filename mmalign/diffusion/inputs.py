@@ -155,28 +155,20 @@ class Inputs:
         return Condition(told.embeds, told.pooled, time_ids)
 
     def empty(self, device: torch.device) -> Condition:
-        """The empty prompt, one row, with the time ids of an uncropped picture."""
+        """The empty prompt, one row, without time ids."""
         if self._empty is None:
             self._empty = self.embed([""], device)
         return self._empty.to(device)
 
     def embed(self, prompts: Sequence[str], device: torch.device) -> Condition:
-        """Embedded prompts with the time ids of uncropped pictures, from the cache or the encoders.
+        """Embedded prompts without time ids, from the cache or the encoders.
 
         Prompts to show during a run are seldom cached, and need the encoders then.
         """
         if self._prompts is not None and not self._prompts.missing(prompts):
             found = self._prompts.get(prompts)
-            told = Condition(found["embeds"], found.get("pooled"), None).to(device)
-        else:
-            told = self._embedded(prompts, device)
-        time_ids = None
-        if self.components.family == "sdxl":
-            sampling, side = self.config.diffusion.sampling, self.config.diffusion.resolution
-            size = [sampling.height or side, sampling.width or side]
-            time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=device)
-            time_ids = time_ids.repeat(len(prompts), 1)
-        return Condition(told.embeds, told.pooled, time_ids)
+            return Condition(found["embeds"], found.get("pooled"), None).to(device)
+        return self._embedded(prompts, device)
 
     def _embedded(self, prompts: Sequence[str], device: torch.device) -> Condition:
         """By the encoders; remembered where they are needed for nothing else."""

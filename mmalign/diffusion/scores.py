@@ -133,6 +133,7 @@ class Scoring:
         if isinstance(self.estimator, Truncated):
             assert self.teacher is not None
             empty = self.inputs.empty(x0.device).repeat(len(x0))
+            empty = replace(empty, time_ids=condition.time_ids)  # they differ by the prompt alone
             with self.teacher.active() as model:
                 seen = [self._noise_seen(model, given) for given in (condition, empty)]
                 return self.estimator(x0, draws, self.process, *seen)
