@@ -65,7 +65,7 @@ class Collator:
         ids.NAME [B, K, S] their token ids
         time_ids [B, K, 6] size, crop and target size of each picture (SDXL)
         timesteps [B] one a row
-        seeds [B, K] of the noise: of the row, or of the candidate where it is not shared; on the
+        seeds [B, K] of the noise: of the row, or of the picture where it is not shared; on the
             CPU, where random numbers are drawn
         picture_seeds [B, K] of what belongs to one picture (the posterior's noise); likewise
         ref_errors [B, K] from a cache
@@ -97,17 +97,17 @@ class Collator:
             for i, example in enumerate(examples)
         ]
         chance = Draws(torch.tensor(row_seeds))
-        dropped = (chance.uniform("caption") < settings.caption_dropout).tolist()
+        # Held-out rows lose, crop and mirror nothing by chance, but stored draws are as stored.
+        fixed = draws is None and not self.banked
+        rate = 0.0 if fixed else settings.caption_dropout
+        dropped = (chance.uniform("caption") < rate).tolist()
         captions = self._captions(examples, dropped)
         if "mismatched" in self.needs.roles:
             others = [captions[i - 1][0] for i in range(len(captions))]
             captions = [[row[0], other] for row, other in zip(captions, others, strict=True)]
             examples = [_doubled(example) for example in examples]
 
-        num = len(captions[0])
         inputs: dict[str, Tensor] = self._conditions(captions)
-        # Held-out rows are neither cropped nor mirrored by chance, but stored draws are as stored.
-        fixed = draws is None and not self.banked
         pictures, frames = self._pictures(examples, None if fixed else row_seeds)
         inputs |= pictures
         if self.has_time_ids:
@@ -117,18 +117,17 @@ class Collator:
         inputs["timesteps"] = draw_timesteps(
             settings.timesteps, self.process, self._quantiles(examples, chance, draws)
         )
-        # An inversion's noise belongs to a picture's own path.
-        shared = settings.estimator.kind == "forward" and settings.estimator.shared
-        inputs["seeds"] = torch.tensor(
-            [[s if shared else seed_of(s, "candidate", k) for k in range(num)] for s in row_seeds]
-        )
         # By name and not by place: exchanging two pictures exchanges all that is theirs.
-        inputs["picture_seeds"] = torch.tensor(
+        own = torch.tensor(
             [
                 [seed_of(seed, "picture", _name(c.response)) for c in example.candidates]
                 for seed, example in zip(row_seeds, examples, strict=True)
             ]
         )
+        # An inversion's noise belongs to a picture's own path.
+        shared = settings.estimator.kind == "forward" and settings.estimator.shared
+        inputs["picture_seeds"] = own
+        inputs["seeds"] = torch.tensor(row_seeds)[:, None].expand_as(own) if shared else own
         if self.bank is not None and self.needs.reference:
             numbers = [
                 self._number(e, None if draws is None else draws[i]) for i, e in enumerate(examples)
@@ -253,9 +252,10 @@ def _doubled(example: Example) -> Example:
 
 
 def _name(response: object) -> str:
-    """A picture's name, without the folder, which differs between machines."""
+    """A picture's name and its folder's, without the place of that, which differs elsewhere."""
     if isinstance(response, Picture):
-        return f"{response.path.name} {response.row} {response.column}"
+        path = response.path
+        return f"{path.parent.name}/{path.name} {response.row} {response.column}"
     return ""
 
 

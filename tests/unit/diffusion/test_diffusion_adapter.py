@@ -237,6 +237,11 @@ def test_divergences_and_links_of_the_core_apply(sd15_dir: Path, tmp_path: Path)
         {"name": "rdpo"},
         {"name": "soft_dpo"},
         {"name": "tdpo2"},
+        {"name": "nca"},
+        {"name": "sppo"},
+        {"name": "apo_zero"},
+        {"name": "aot"},
+        {"name": "exo"},
     ):
         config = configured(
             sd15_dir, data, tmp_path, objective=objective, model={"lora": {"rank": 4}}
@@ -319,3 +324,60 @@ def test_pictures_are_generated_for_prompts_alone(sd15_dir: Path, tmp_path: Path
     moved(adapter)
     adapter.after_step(1)
     assert any(not torch.equal(before[k], v) for k, v in adapter.extra_state().items())
+
+
+def test_captions_of_held_out_rows_are_never_left_out(sd15_dir: Path, tmp_path: Path) -> None:
+    config = configured(
+        sd15_dir, write_rows(tmp_path / "data"), tmp_path, diffusion={"caption_dropout": 1.0}
+    )
+    adapter, rows, _ = built(config)
+    held_out, trained = (adapter.collate(rows, draws) for draws in (None, [1, 2, 3, 4]))
+    empty = adapter.inputs.encoder.tokenize([""])["text_encoder"]
+    assert (trained.inputs["ids.text_encoder"] == empty[0]).all()
+    assert not (held_out.inputs["ids.text_encoder"] == empty[0]).all(-1).any()
+
+
+@pytest.mark.parametrize("estimator", ["forward", "ddim_inversion"])
+def test_what_is_drawn_for_a_picture_goes_with_it(
+    sd15_dir: Path, tmp_path: Path, estimator: str
+) -> None:
+    spec = {"kind": "forward", "shared": False} if estimator == "forward" else {"kind": estimator}
+    data = write_rows(tmp_path / "data")
+    seeds: list[torch.Tensor] = []
+    for swap in (False, True):
+        config = configured(
+            sd15_dir, data, tmp_path, data={"swap": swap}, diffusion={"estimator": spec}
+        )
+        adapter, rows, _ = built(config)
+        seeds.append(adapter.collate(rows, [1, 2, 3, 4]).inputs["seeds"])
+    assert torch.equal(seeds[0], seeds[1].flip(1))
+    assert not (seeds[0][:, 0] == seeds[0][:, 1]).any()
+
+
+def test_teacher_without_a_prompt_is_told_the_same_sizes(
+    sdxl_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmalign.diffusion import scores
+
+    told: list[torch.Tensor] = []
+    plain = scores.predict
+
+    def watched(*given: Any) -> torch.Tensor:
+        told.append(given[-1].time_ids)
+        return plain(*given)
+
+    monkeypatch.setattr(scores, "predict", watched)
+    config = configured(
+        sdxl_dir,
+        tiny_pictures.captioned(tmp_path / "data", 2, size=(40, 56)),
+        tmp_path,
+        objective={"name": "self_npo"},
+        diffusion={"estimator": {"kind": "truncated", "guidance": -5.0, "num_moves": 1}},
+    )
+    adapter, rows, objective = built(config)
+    batch = adapter.collate(rows, [1, 2])
+    adapter(batch, objective.needs)
+    expected = batch.inputs["time_ids"].flatten(0, 1)
+    assert expected[0, :2].tolist() == [40.0, 56.0]
+    assert len(told) == 5  # two evaluations of the teacher, each with and without, and the student
+    assert all(torch.equal(ids, expected) for ids in told)
