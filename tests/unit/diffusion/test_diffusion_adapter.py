@@ -381,3 +381,14 @@ def test_teacher_without_a_prompt_is_told_the_same_sizes(
     assert expected[0, :2].tolist() == [40.0, 56.0]
     assert len(told) == 5  # two evaluations of the teacher, each with and without, and the student
     assert all(torch.equal(ids, expected) for ids in told)
+
+
+def test_pictures_of_one_name_in_two_folders_draw_apart(sd15_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    for seed, side in enumerate(("chosen", "rejected")):
+        (folder / side).mkdir(parents=True)
+        tiny_pictures.picture(folder / side, "1.png", size=(SIDE, SIDE), seed=seed)
+    (folder / "captions.txt").write_text("1\ta cat\n", encoding="utf-8")
+    adapter, rows, _ = built(configured(sd15_dir, folder, tmp_path))
+    ((first, second),) = adapter.collate(rows, [1]).inputs["picture_seeds"].tolist()
+    assert first != second
