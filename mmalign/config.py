@@ -36,6 +36,7 @@ from mmalign.sections_diffusion import (
     PictureSampleSpec,
     TimestepSpec,
 )
+from mmalign.sections_video import ClueSpec, CorruptionSpec, SelectionSpec, VideoConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from mmalign.core import Needs, Objective
 
 __all__ = [
+    "ClueSpec",
+    "CorruptionSpec",
     "DataConfig",
     "DataSource",
     "DiffusionConfig",
@@ -56,9 +59,11 @@ __all__ = [
     "ReferenceConfig",
     "RunConfig",
     "SampleConfig",
+    "SelectionSpec",
     "TextConfig",
     "TimestepSpec",
     "TrainConfig",
+    "VideoConfig",
     "check",
     "check_needs",
     "deciding",
@@ -67,27 +72,29 @@ __all__ = [
     "schema",
 ]
 
-_READ_BY = {
-    "text": "text",
-    "diffusion": "diffusion",
-    "data.max_prompt_length": "text",
-    "data.max_response_length": "text",
-    "data.truncate_prompt": "text",
-    "model.quantization": "text",
-    "model.attention": "text",
-    "model.trust_remote_code": "text",
-    "sample.max_new_tokens": "text",
-    "sample.temperature": "text",
-    "sample.top_p": "text",
-    "sample.prompts": "diffusion",
+_TOKENS = ("text", "video")
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "text": _TOKENS,
+    "diffusion": ("diffusion",),
+    "video": ("video",),
+    "data.max_prompt_length": _TOKENS,
+    "data.max_response_length": _TOKENS,
+    "data.truncate_prompt": _TOKENS,
+    "model.quantization": _TOKENS,
+    "model.attention": _TOKENS,
+    "model.trust_remote_code": _TOKENS,
+    "sample.max_new_tokens": _TOKENS,
+    "sample.temperature": _TOKENS,
+    "sample.top_p": _TOKENS,
+    "sample.prompts": ("diffusion",),
 }
-"""Sections and settings that one modality alone reads."""
+"""Sections and settings that some modalities alone read."""
 
 
 class RunConfig(Section):
     """Everything that decides a run."""
 
-    modality: Literal["text", "diffusion"] = "text"
+    modality: Literal["text", "diffusion", "video"] = "text"
     model: ModelConfig
     reference: ReferenceConfig = ReferenceConfig()
     data: DataConfig
@@ -96,6 +103,7 @@ class RunConfig(Section):
     sample: SampleConfig = SampleConfig()
     text: TextConfig = TextConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
+    video: VideoConfig = VideoConfig()
     output: Path = Field(description="folder of the run; relative to the current directory")
 
     @model_validator(mode="after")
@@ -109,12 +117,13 @@ class RunConfig(Section):
                 f"model.revision names a version on the hub, but model.path {self.model.path} is a "
                 "folder; remove model.revision"
             )
-        ignored = [k for k, read_by in _READ_BY.items() if read_by != self.modality]
+        ignored = [k for k, readers in _READ_BY.items() if self.modality not in readers]
         ignored = [key for key in ignored if _is_set(self, key)]
         if ignored:
             are, them = ("is", "it") if len(ignored) == 1 else ("are", "them")
             raise ValueError(
-                f"{', '.join(ignored)} {are} only read with modality: {_READ_BY[ignored[0]]} "
+                f"{', '.join(ignored)} {are} only read with modality: "
+                f"{' or '.join(_READ_BY[ignored[0]])} "
                 f"(found {self.modality}); remove {them}"
             )
         prompts_only = [s.path for s in self.data.train if s.layout == "prompts"]
@@ -228,7 +237,7 @@ def check_needs(config: RunConfig, needs: Needs, provides: Needs) -> list[str]:
             "a weight for every token",
             "text.masks is not set. Set it, e.g. text: {masks: {kind: learned}}; `spans` and "
             "`steps` read the data"
-            if config.modality == "text"
+            if config.modality in _TOKENS
             else f"modality {config.modality} has none. Use an objective without them, e.g. "
             "diffusion_dpo",
         ),

@@ -247,17 +247,27 @@ class SampleConfig(Section):
 class MaskConfig(Section):
     """Position weights for SparsePO and tree losses."""
 
-    kind: Literal["learned", "activations", "spans", "steps"] = "learned"
+    kind: Literal["learned", "activations", "spans", "diff", "steps"] = Field(
+        default="learned",
+        description="spans: 1 on the record's spans; diff: 1 on what differs within a pair",
+    )
     common: bool = Field(default=True, description="learned: one head for reward and KL masks")
     on_reward: bool = True
     on_kl: bool = True
+    on_empty: Literal["drop", "full"] = Field(
+        default="drop",
+        description="spans, diff: rows without any are left out and counted, or count whole",
+    )
+    min_match: int = Field(
+        default=3, ge=1, description="diff: tokens in a row that count as the same"
+    )
     lr: float | None = Field(default=None, description="learned: the head's own learning rate")
     weight_decay: float = Field(default=0.01, ge=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
 class TextConfig(Section):
-    """Settings of the text adapter."""
+    """Settings of models of tokens: text and video."""
 
     shared_prefix: Literal["auto", "on", "off"] = Field(
         default="auto",

@@ -255,9 +255,7 @@ def content_of(example: Example) -> dict[str, Any]:
     Left out are its name, labels and weight, which change no log-probability. A file counts with
     its path, size and time of change.
     """
-    return {
-        name: _plain(getattr(example, name)) for name in ("prompt", "candidates", "video", "audio")
-    }
+    return {name: _plain(getattr(example, name)) for name in ("prompt", "candidates", "media")}
 
 
 def estimate_bytes(arrays: Mapping[str, Array], num_rows: int) -> int:

@@ -34,6 +34,42 @@ class Picture:
         return str(self.path) if self.row < 0 else f"{self.path}:{self.row + 1} {self.column}"
 
 
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """Moving pictures by reference, or a part of them; decoded when needed."""
+
+    path: Path
+    start: float = 0.0  # seconds
+    end: float | None = None  # seconds; None: the file's end
+    frames: tuple[int, ...] = ()  # frame numbers of the file, chosen before; (): by the config
+
+
+@dataclass(frozen=True, slots=True)
+class Sound:
+    """A track by reference: a sound file, or the sound of a video file."""
+
+    path: Path
+    start: float = 0.0  # seconds
+    end: float | None = None  # seconds; None: the file's end
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """What a prompt shows and plays, each kind in the order in which the prompt names it.
+
+    `<video>`, `<image>` and `<audio>` in the prompt's text are their places; where a kind is not
+    named, its members stand before the text of the first user turn: videos, images, sounds.
+    """
+
+    videos: tuple[Clip, ...] = ()
+    images: tuple[Picture, ...] = ()
+    sounds: tuple[Sound, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to see or hear."""
+        return bool(self.videos or self.images or self.sounds)
+
+
 Prompt = str | tuple[Message, ...]
 Response = Prompt
 
@@ -44,7 +80,7 @@ class Candidate:
 
     response: str | Path | Picture | tuple[Message, ...]  # "": none, of a row of a prompt alone
     prompt: Prompt | None = None  # None: the row's prompt
-    video: Path | None = None  # None: the row's video
+    media: Media | None = None  # None: the row's media
     spans: tuple[tuple[int, int], ...] = ()  # character ranges [start, end) of the response
     steps: tuple[tuple[int, int], ...] = ()  # character ranges of its reasoning steps
     role: str = ""  # "" rated | "mismatched" | "calibration" | "rationale" | "online"
@@ -61,8 +97,7 @@ class Example:
     labels: tuple[float, ...]  # K
     kind: ExampleKind = "pair"
     weight: float = 1.0
-    video: Path | None = None
-    audio: Path | None = None
+    media: Media = Media()
     # A dict and not a mapping proxy: loader workers pickle examples.
     meta: Mapping[str, Any] = field(default_factory=dict[str, Any])
 

@@ -198,6 +198,7 @@ class Adapter(nn.Module, ABC):
 ADAPTERS: dict[str, str] = {
     "text": "mmalign.text.adapter:TextAdapter",
     "diffusion": "mmalign.diffusion.adapter:DiffusionAdapter",
+    "video": "mmalign.video.adapter:VideoAdapter",
 }
 
 

@@ -24,7 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     "configfile": {"errors"},
     "sections": set(),
     "sections_diffusion": {"sections"},
-    "config": {"errors", "configfile", "sections", "sections_diffusion"},
+    "sections_video": {"sections"},
+    "config": {"errors", "configfile", "sections", "sections_diffusion", "sections_video"},
     "models": {"errors", "core", "data", "config"},
     "text": BELOW,
     "diffusion": BELOW | {"evaluate"},  # intervals of win rates

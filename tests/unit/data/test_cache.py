@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mmalign.data.cache import TensorCache, content_of, estimate_bytes
-from mmalign.data.example import Candidate, Example, Message
+from mmalign.data.example import Candidate, Clip, Example, Media, Message
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
@@ -107,12 +107,12 @@ def test_key_follows_all_that_a_model_sees_and_nothing_else(tmp_path: Path) -> N
         replace(EXAMPLE, candidates=(replace(first, complete=False), second)),
         replace(EXAMPLE, candidates=(replace(first, prompt="Who?"), second)),
         replace(EXAMPLE, candidates=(replace(first, spans=((0, 2),)), second)),
-        replace(EXAMPLE, video=clip),
+        replace(EXAMPLE, media=Media((Clip(clip),))),
     ]
     assert len({key(example) for example in seen}) == len(seen)
-    before = key(replace(EXAMPLE, video=clip))
+    before = key(replace(EXAMPLE, media=Media((Clip(clip),))))
     clip.write_bytes(b"longer")
-    assert key(replace(EXAMPLE, video=clip)) != before
+    assert key(replace(EXAMPLE, media=Media((Clip(clip),)))) != before
 
 
 def test_killed_run_is_gone_on_with(tmp_path: Path) -> None:

@@ -1,0 +1,121 @@
+"""The `video` section of a configuration: what a model sees and hears, and what is trained."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from mmalign.sections import Section
+
+Operation = Literal[
+    "shuffle", "reverse", "clip_crop", "shift", "drop_frames", "repeat_frame", "freeze",
+    "replace_frames", "speed", "crop", "mask_boxes", "mask_frames", "hflip", "vflip", "rotate90",
+    "color_jitter", "grayscale", "gaussian_noise", "blur", "swap_video", "silence", "swap_audio",
+    "time_shift", "noise",
+]  # fmt: skip
+
+
+class CorruptionSpec(Section):
+    """How the clip of a `corrupted` or augmented candidate is made from the row's own."""
+
+    operations: list[Operation] = Field(
+        default=["reverse", "shuffle", "freeze", "crop"],
+        min_length=1,
+        description="one is drawn a clip, seeded by run, row, visit and candidate",
+    )
+    hints: bool = Field(
+        default=True,
+        description="leave out operations that the question does not ask about: hflip unless it "
+        "is about left or right, reverse and shuffle unless about order or action; "
+        "only where others are left",
+    )
+
+
+class SelectionSpec(Section):
+    """PaMi-VDPO: which of several augmented clips a row is trained on."""
+
+    num_candidates: int = Field(default=4, ge=1, description="augmented clips a row")
+    mode: Literal["hard", "soft", "mean"] = "hard"
+    tau_close: float = Field(
+        default=0.5, ge=-1, le=1, description="least cosine of mean features with the row's clip"
+    )
+    tau_start: float | None = Field(
+        default=None, ge=-1, le=1, description="tau_close at step 0, moved linearly; e.g. 0.9"
+    )
+    temperature: float = Field(default=0.05, gt=0, description="soft: of the far scores")
+    noise_floor: float = Field(
+        default=0.0, ge=0, description="far score, in nats, below which a row counts less; 0: never"
+    )
+
+    @model_validator(mode="after")
+    def _temperature_is_read(self) -> Self:
+        from mmalign.sections import only_read_by
+
+        only_read_by(self, "mode", {"temperature": ("soft",)})
+        return self
+
+
+class ClueSpec(Section):
+    """CAT's clue aggregator: tokens made from question, picture and sound, put before the media."""
+
+    num_queries: int = Field(default=32, ge=1)
+    width: int = Field(default=768, ge=8, description="of the query transformer")
+    num_layers: int = Field(default=4, ge=1)
+    cross_every: int = Field(default=2, ge=1, description="layers between two cross-attentions")
+    num_heads: int = Field(default=4, ge=1)
+    use_global: bool = Field(default=True, description="one mean token a modality besides")
+    residual: bool = Field(default=False, description="False: no residual connection, as released")
+    lr: float | None = Field(default=None, gt=0, description="its own learning rate")
+    path: str | None = Field(default=None, description="a trained aggregator to start from")
+
+
+class VideoConfig(Section):
+    """Settings of the video adapter."""
+
+    num_frames: int | None = Field(
+        default=16, ge=1, description="spread evenly over the clip; null to choose by fps"
+    )
+    fps: float | None = Field(default=None, gt=0, description="frames a second instead")
+    max_frames: int = Field(default=64, ge=1, description="with fps: at most, then spread evenly")
+    frame_pixels: int | None = Field(
+        default=None,
+        ge=256,
+        description="area a frame is brought to by a processor that resizes freely; null: its own",
+    )
+    sound: Literal["auto", "off"] = Field(
+        default="auto",
+        description="auto: a model that hears gets a clip's own sound, unless the row has an audio",
+    )
+    bad_media: Literal["drop", "stop"] = Field(
+        default="drop", description="rows whose media cannot be decoded; drop names and counts them"
+    )
+    no_sound: Literal["drop", "stop", "mute"] = Field(
+        default="stop",
+        description="clips without a sound track, for a model that hears; mute: "
+        "the clip is shown without sound",
+    )
+    max_seconds: float = Field(default=3600.0, gt=0, description="longest clip that is decoded")
+    max_side: int = Field(default=8192, ge=16, description="largest side of a frame, in pixels")
+    decode_timeout: float = Field(default=60.0, gt=0, description="seconds a clip may take")
+    frame_cache: int = Field(
+        default=512, ge=0, description="MiB of decoded clips kept in memory; 0: none"
+    )
+    feature_cache: int = Field(
+        default=1024, ge=0, description="MiB of encoded clips kept, where the tower is frozen"
+    )
+    train: list[Literal["language", "tower", "projector"]] = Field(
+        default=["language"], description="what LoRA or full training may change; [] with clues"
+    )
+    corruption: CorruptionSpec = CorruptionSpec()
+    selection: SelectionSpec = SelectionSpec()
+    clues: ClueSpec | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_choose_frames(self) -> Self:
+        if (self.num_frames is None) == (self.fps is None):
+            raise ValueError(
+                "give exactly one of video.num_frames and video.fps (video: {num_frames: null, "
+                "fps: 1})"
+            )
+        return self

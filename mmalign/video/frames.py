@@ -1,0 +1,52 @@
+"""Decoded media: frames with their times, and sound in step with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+SOUND_RATE = 16_000  # Hz
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """Chosen frames of a clip.
+
+    Attributes:
+        pixels: [T, H, W, 3] uint8, RGB.
+        indices: Number of each frame in the file, in display order, from 0.
+        times: Seconds from the start of the file at which each is shown.
+        source_fps: Average frames a second of the file.
+        num_source: Frames of the file (by its header or its end).
+        duration: Seconds of the file.
+    """
+
+    pixels: Array
+    indices: tuple[int, ...]
+    times: tuple[float, ...]
+    source_fps: float
+    num_source: int
+    duration: float
+
+    @property
+    def fps(self) -> float:
+        """Average rate of the chosen frames, a second; the file's where there is only one."""
+        span = self.times[-1] - self.times[0] if len(self.times) > 1 else 0.0
+        return (len(self.times) - 1) / span if span > 0 else self.source_fps
+
+
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """Mono sound in [-1, 1] at `SOUND_RATE`."""
+
+    samples: Array  # [S] float32
+
+    @property
+    def seconds(self) -> float:
+        """Length."""
+        return len(self.samples) / SOUND_RATE
