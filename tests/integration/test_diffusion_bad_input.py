@@ -114,7 +114,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "text options": (
         {"text": {"block_size": 5}, "model": {"attention": "eager"}},
-        "text, model.attention are only read with modality: text or video .found diffusion.; remove them",
+        "text, model.attention are only read with modality: text or video .found diffusion.",
     ),
     "wpo": (
         {"objective": {**FIXED, "wpo": True}},
