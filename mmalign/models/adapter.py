@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """B rows ready for a device. Inputs have leading axes [B, K], or [B] for those in `shared`."""
+    """B rows ready for a device.
+
+    Inputs have leading axes [B, K]; [B] for those in `shared`; those in `whole` belong to the batch
+    and not to its rows.
+    """
 
     inputs: Mapping[str, Tensor]
     labels: Tensor  # [B, K]
@@ -35,6 +39,7 @@ class Batch:
     ids: tuple[str, ...]  # record ids, for messages and caches
     shared: frozenset[str] = field(default_factory=frozenset)
     host: frozenset[str] = field(default_factory=frozenset)  # inputs that stay on the CPU
+    whole: frozenset[str] = field(default_factory=frozenset)
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy with every tensor on `device`, but for those of `host`."""
@@ -53,8 +58,23 @@ class Batch:
         pick = slice(candidate, candidate + 1)
         return replace(
             self,
-            inputs={k: v if k in self.shared else v[:, pick] for k, v in self.inputs.items()},
+            inputs={
+                k: v if k in self.shared | self.whole else v[:, pick]
+                for k, v in self.inputs.items()
+            },
             labels=self.labels[:, pick],
+        )
+
+    def take(self, rows: Tensor) -> Batch:
+        """Some of the rows, by number."""
+        return replace(
+            self,
+            inputs={
+                k: v if k in self.whole else v[rows.to(v.device)] for k, v in self.inputs.items()
+            },
+            labels=self.labels[rows],
+            row_weight=None if self.row_weight is None else self.row_weight[rows],
+            ids=tuple(self.ids[i] for i in rows.tolist()),
         )
 
 

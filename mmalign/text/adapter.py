@@ -66,15 +66,15 @@ class TextAdapter(Adapter):
         """Make a loaded model trainable as `config` says; `build` is this after loading."""
         super().__init__()
         self.config, self.needs = config, needs
-        self.encoder = Encoder(tokenizer, config)
-        _require_fit(model, tokenizer)
+        self.encoder = self._make_encoder(tokenizer)
+        _require_fit(model, self.encoder.tokenizer)
         no_dropout(model)
         if config.model.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.heads = Heads()
         masks = config.text.masks
         self.weights = PositionWeights(masks, model) if masks and needs.weight else None
-        self.policy = lora.apply(model, config.model)
+        self.policy = self._make_trainable(model)
         use_onednn(self.policy)
         self.reference = build_reference(config, self.policy, needs, load=self._load_reference)
         self._start_head: Head | None = None
@@ -93,9 +93,27 @@ class TextAdapter(Adapter):
         lora.check(config.model)
         if resolve(config, needs) == "cached":
             check_cacheable(config, needs)
-        tokenizer = load_tokenizer(config)
-        model = load_model(config.model.path, config.model, config.model.revision)
+        tokenizer = cls._load_tokenizer(config)
+        model = cls._load_model(config.model.path, config.model, config.model.revision)
         return cls(config, needs, model, tokenizer)
+
+    # What a model that is fed more than text does in its own way.
+    _load_tokenizer = staticmethod(load_tokenizer)
+    _load_model = staticmethod(load_model)
+
+    def _make_encoder(self, tokenizer: Any) -> Encoder:
+        return Encoder(tokenizer, self.config)
+
+    def _make_trainable(self, model: PreTrainedModel) -> nn.Module:
+        return lora.apply(model, self.config.model)
+
+    @staticmethod
+    def _body(model: PreTrainedModel) -> PreTrainedModel:
+        """The part of a model that has the attention layers."""
+        return model
+
+    def _rows(self, batch: Batch, layout: Layout, *, prompts: bool = False) -> Rows:
+        return arrange(batch.inputs, layout, prompts=prompts)
 
     @classmethod
     def provides(cls, config: RunConfig) -> Needs:
@@ -195,13 +213,14 @@ class TextAdapter(Adapter):
         check_length(self._inner, batch.inputs)
         if self._layout is None:
             self._layout = self._choose_layout(batch)
-        return arrange(batch.inputs, self._layout, prompts=prompts)
+        return self._rows(batch, self._layout, prompts=prompts)
 
     def _choose_layout(self, batch: Batch) -> Layout:
         wanted = self.config.text.shared_prefix
         if wanted == "off":
             return "plain"
-        reason = why_plain(scoring_models(self.policy, self.reference), self.heads, batch)
+        models = scoring_models(self.policy, self.reference)
+        reason = why_plain(models, self.heads, batch, self._rows, self._body)
         if reason is None:
             return "packed"
         if wanted == "on":
@@ -210,7 +229,7 @@ class TextAdapter(Adapter):
         return "plain"
 
     def _load_reference(self, path: str) -> PreTrainedModel:
-        model = load_model(path, self.config.model)
+        model = self._load_model(path, self.config.model)
         _require_fit(model, self.encoder.tokenizer)
         outputs = [self.heads.of(m).weight.shape[0] for m in (model, self._inner)]
         if self.needs.kl and outputs[0] != outputs[1]:

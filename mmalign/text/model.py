@@ -78,16 +78,20 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
 
 def run_body(model: PreTrainedModel, rows: Rows, *, all_layers: bool = False) -> Any:
     """The model without its head on laid-out rows; `last_hidden_state` is [R, T, D]."""
-    options: dict[str, Any] = {}
+    body: Any = model.base_model
+    options: dict[str, Any] = {"input_ids": rows.input_ids}
+    if rows.feed is not None:
+        fed = rows.feed(model)
+        body, options = fed.body, dict(fed.inputs)
+    if rows.position_ids is not None:
+        options["position_ids"] = rows.position_ids
     if rows.segments is not None:
-        attention.install(model)
+        attention.install(model if rows.feed is None else body)
         # A mask of four dimensions is taken as it is: none is made, and ours reads the segments.
         options["attention_mask"] = rows.input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool)
-        options |= {"segments": rows.segments, "position_ids": rows.position_ids}
+        options["segments"] = rows.segments
     # Padding is on the right, where no earlier token sees it: the plain layout needs no mask.
-    return model.base_model(
-        input_ids=rows.input_ids, use_cache=False, output_hidden_states=all_layers, **options
-    )
+    return body(use_cache=False, output_hidden_states=all_layers, **options)
 
 
 def scored_states(output: Tensor, rows: Rows) -> Tensor:  # [R, T, D] -> [M, D]

@@ -18,12 +18,24 @@ import torch
 from mmalign.text.attention import Segments
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 Layout = Literal["packed", "plain"]
 Tokens = tuple[int, ...]
+Prompt = tuple[int, Tokens]  # what it shows, by number, and its tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A prompt in the flattened [R * T] tokens of the rows, and the responses that follow it."""
+
+    context: int  # number of what the prompt shows, of `context_index`; 0 where it is only text
+    start: int  # place of the prompt's first token
+    length: int  # tokens of the prompt
+    responses: tuple[tuple[int, int], ...]  # place of the first token, and tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +46,7 @@ class Rows:
     """
 
     input_ids: Tensor  # [R, T]
-    position_ids: Tensor | None  # [R, T]; None: 0, 1, 2, ...
+    position_ids: Tensor | None  # [R, T], or [3, R, T] of three kinds; None: 0, 1, 2, ...
     segments: Segments | None  # of the one row of the packed layout
     states: Tensor  # [M]  place in the flattened [R * T] of the state that predicts
     targets: Tensor  # [M]  token ids
@@ -42,6 +54,8 @@ class Rows:
     mask: Tensor  # [B, K, L]
     prompt_slots: Tensor | None  # [B, K, P]  the same for prompt tokens
     prompt_mask: Tensor | None  # [B, K, P]  without the first token, which nothing predicts
+    pieces: tuple[Piece, ...] = ()
+    feed: Callable[[PreTrainedModel], Fed] | None = None  # None: the model is fed token ids
 
     def responses(self, scores: Tensor) -> Tensor:  # [M, ...] -> [B, K, L, ...]
         """Scores of response tokens, left-aligned; 0 where the mask is False."""
@@ -60,36 +74,48 @@ class Rows:
         return _spread(scores, self.prompt_slots, self.prompt_mask)
 
 
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """What a pass runs where a model is fed more than token ids."""
+
+    body: PreTrainedModel  # the part that has the attention layers
+    inputs: dict[str, Tensor]  # its keywords
+
+
 def arrange(inputs: Mapping[str, Tensor], layout: Layout, *, prompts: bool = False) -> Rows:
     """Lay out a batch.
 
     Args:
-        inputs: prompt_ids, prompt_mask [B, K, P] and response_ids, response_mask [B, K, L].
+        inputs: prompt_ids, prompt_mask [B, K, P] and response_ids, response_mask [B, K, L]; and
+            context_index [B, K] where prompts of equal tokens may show different things.
         layout: packed or plain.
         prompts: Whether prompt tokens are scored too.
     """
     device = inputs["prompt_ids"].device
-    pairs = list(zip(_tokens(inputs, "prompt"), _tokens(inputs, "response"), strict=True))
-    groups: dict[Tokens, dict[Tokens, None]] = {}
+    pairs = list(zip(_prompts(inputs), _tokens(inputs, "response"), strict=True))
+    groups: dict[Prompt, dict[Tokens, None]] = {}
     for prompt, response in pairs:
         groups.setdefault(prompt, {})[response] = None
-    width = max(len(prompt) + max(len(response) - 1, 0) for prompt, response in pairs)
+    width = max(len(prompt[1]) + max(len(response) - 1, 0) for prompt, response in pairs)
 
     ids: list[int] = []
     positions: list[int] = []
     segments: list[tuple[int, tuple[int, ...]]] = []
     states: list[int] = []
     targets: list[int] = []
-    places: dict[tuple[Tokens, Tokens], int] = {}
-    prompt_places: dict[Tokens, int] = {}
-    for prompt, responses in groups.items():
+    pieces: list[Piece] = []
+    places: dict[tuple[Prompt, Tokens], int] = {}
+    prompt_places: dict[Prompt, int] = {}
+    for key, responses in groups.items():
+        context, prompt = key
         length, start = len(prompt), len(ids)
+        follow: list[tuple[int, int]] = []
         if layout == "packed":
             ids += prompt
             positions += range(length)
             segments.append((length, tuple(len(r) - 1 for r in responses if len(r) > 1)))
         if prompts:
-            prompt_places[prompt] = len(targets)
+            prompt_places[key] = len(targets)
             states += range(start, start + length - 1)
             targets += prompt[1:]
         for response in responses:
@@ -97,15 +123,19 @@ def arrange(inputs: Mapping[str, Tensor], layout: Layout, *, prompts: bool = Fal
                 start = len(ids)
                 ids += prompt
             after = len(ids)
+            follow.append((after, max(len(response) - 1, 0)))
             ids += response[:-1]
             positions += range(length, length + len(response[:-1]))
             if layout == "plain":
                 ids += prompt[-1:] * (start + width - len(ids))  # no earlier token sees them
-            places[prompt, response] = len(targets)
+                pieces.append(Piece(context, start, length, (follow.pop(),)))
+            places[key, response] = len(targets)
             states += [start + length - 1, *range(after, after + len(response) - 1)][
                 : len(response)
             ]
             targets += response
+        if layout == "packed":
+            pieces.append(Piece(context, start, length, tuple(follow)))
 
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
@@ -131,7 +161,16 @@ def arrange(inputs: Mapping[str, Tensor], layout: Layout, *, prompts: bool = Fal
         if prompt_mask is None
         else slots([prompt_places[prompt] for prompt, _ in pairs], prompt_mask, 1),
         prompt_mask=prompt_mask,
+        pieces=tuple(pieces),
     )
+
+
+def _prompts(inputs: Mapping[str, Tensor]) -> list[Prompt]:
+    """Context and tokens of every candidate's prompt, row by row."""
+    tokens = _tokens(inputs, "prompt")
+    if "context_index" not in inputs:
+        return [(0, prompt) for prompt in tokens]
+    return list(zip(inputs["context_index"].flatten().tolist(), tokens, strict=True))
 
 
 def _tokens(inputs: Mapping[str, Tensor], name: str) -> list[Tokens]:
