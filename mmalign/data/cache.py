@@ -255,7 +255,7 @@ def content_of(example: Example) -> dict[str, Any]:
     Left out are its name, labels and weight, which change no log-probability. A file counts with
     its path, size and time of change.
     """
-    return {name: _plain(getattr(example, name)) for name in ("prompt", "candidates", "media")}
+    return {name: plain(getattr(example, name)) for name in ("prompt", "candidates", "media")}
 
 
 def estimate_bytes(arrays: Mapping[str, Array], num_rows: int) -> int:
@@ -263,14 +263,15 @@ def estimate_bytes(arrays: Mapping[str, Array], num_rows: int) -> int:
     return num_rows * sum(array.nbytes for array in arrays.values())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value ready for JSON: dataclasses as objects, files as path, size and time of change."""
     if isinstance(value, Path):
         info = value.stat()
         return [str(value), info.st_size, info.st_mtime_ns]
     if is_dataclass(value) and not isinstance(value, type):
         return {
-            name: _plain(getattr(value, name)) for name in (item.name for item in fields(value))
+            name: plain(getattr(value, name)) for name in (item.name for item in fields(value))
         }
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in cast("Sequence[Any]", value)]
+        return [plain(item) for item in cast("Sequence[Any]", value)]
     return value

@@ -54,6 +54,15 @@ class Sound:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """How media are altered before they are shown: a corrupted or an augmented clip."""
+
+    operation: str
+    seed: int
+    donor: Clip | None = None  # where the operation takes frames or sound from another clip
+
+
+@dataclass(frozen=True, slots=True)
 class Media:
     """What a prompt shows and plays, each kind in the order in which the prompt names it.
 
@@ -64,6 +73,7 @@ class Media:
     videos: tuple[Clip, ...] = ()
     images: tuple[Picture, ...] = ()
     sounds: tuple[Sound, ...] = ()
+    change: Change | None = None  # of the first video, or of the first sound
 
     def __bool__(self) -> bool:
         """Whether there is anything to see or hear."""

@@ -29,6 +29,7 @@ from mmalign.text.model import (
 from mmalign.text.passes import Scored, run_model, score, scoring_models
 from mmalign.text.prefix import Layout, Rows, arrange
 from mmalign.text.show import show
+from mmalign.text.span_masks import with_spans
 from mmalign.text.weights import PositionWeights
 from mmalign.text.write_cache import write_reference
 
@@ -66,7 +67,7 @@ class TextAdapter(Adapter):
         """Make a loaded model trainable as `config` says; `build` is this after loading."""
         super().__init__()
         self.config, self.needs = config, needs
-        self.encoder = self._make_encoder(tokenizer)
+        self.encoder = self._make_encoder(tokenizer, model)
         _require_fit(model, self.encoder.tokenizer)
         no_dropout(model)
         if config.model.gradient_checkpointing:
@@ -101,7 +102,7 @@ class TextAdapter(Adapter):
     _load_tokenizer = staticmethod(load_tokenizer)
     _load_model = staticmethod(load_model)
 
-    def _make_encoder(self, tokenizer: Any) -> Encoder:
+    def _make_encoder(self, tokenizer: Any, model: PreTrainedModel) -> Encoder:
         return Encoder(tokenizer, self.config)
 
     def _make_trainable(self, model: PreTrainedModel) -> nn.Module:
@@ -129,6 +130,15 @@ class TextAdapter(Adapter):
             log_sum_p2=True,
             prompt=True,
         )
+
+    @classmethod
+    def usable(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
+        """The rows that have a span, where only spans are scored."""
+        masks = config.text.masks
+        if masks is None or masks.kind not in ("spans", "diff"):
+            return list(examples)
+        encoder = Encoder(load_tokenizer(config), config)
+        return with_spans(masks, examples, encoder.encode_example)
 
     def before_training(self, examples: Sequence[Example]) -> None:
         """Refuse a cache that lacks rows, before the first step."""

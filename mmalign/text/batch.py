@@ -26,8 +26,9 @@ def collate(encoder: Encoder, examples: Sequence[Example], needs: Needs) -> Batc
     Inputs, right-padded to the longest of the batch:
         prompt_ids, prompt_mask: [B, K, P]
         response_ids, response_mask: [B, K, L]; True on every scored token, end included.
-        span_mask (text.masks.kind spans): [B, K, L] bool.
+        span_mask (text.masks.kind spans, diff): [B, K, L] bool.
         step_index (text.masks.kind steps): [B, K, L] long; 0 is no step.
+        context_index: [B, K] long, only where prompts show something.
 
     A "mismatched" candidate is the response of the row before under this prompt, tokenised on its
     own: no label of a row depends on the rows beside it.
@@ -69,9 +70,12 @@ def _inputs(encoder: Encoder, encoded: Sequence[Sequence[EncodedCandidate]]) -> 
         # By length and never by id: the pad token may be the end token, which is scored.
         inputs[f"{name}_mask"] = _pad([[[1] * len(i) for i in row] for row in ids], 0).bool()
     if encoder.uses_spans:
-        inputs["span_mask"] = _pad([[item.spans for item in row] for row in encoded], 0).bool()
+        inputs["span_mask"] = _pad([encoder.span_masks(row) for row in encoded], 0).bool()
     if encoder.uses_steps:
         inputs["step_index"] = _pad([[item.steps for item in row] for row in encoded], 0)
+    if any(item.context for row in encoded for item in row):
+        contexts = [[item.context for item in row] for row in encoded]
+        inputs["context_index"] = torch.tensor(contexts, dtype=torch.long)
     return inputs
 
 

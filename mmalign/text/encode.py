@@ -13,10 +13,11 @@ from mmalign.errors import ConfigError, DataError
 from mmalign.text.batch import collate
 from mmalign.text.positions import mark_spans, mark_steps
 from mmalign.text.render import ChatTemplate, PlainText
+from mmalign.text.span_masks import span_masks
 from mmalign.text.tokenizer import TextTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Sequence
 
     from rich.console import Group
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +44,7 @@ class EncodedCandidate:
     response: list[int]  # L  at least one token; ends in the end token when nothing was cut
     spans: list[bool]  # L  True on tokens that overlap a span of the record
     steps: list[int]  # L  reasoning step, from 1; 0 outside of every step
+    context: int = 0  # number of what the prompt shows, where it is more than text
 
 
 class Encoder:
@@ -57,24 +59,35 @@ class Encoder:
         self.tokenizer = tokenizer
         self.data = config.data
         self.text = config.text
-        kind = config.text.masks.kind if config.text.masks else None
-        self.uses_spans, self.uses_steps = kind == "spans", kind == "steps"
+        self.masks = config.text.masks
+        kind = self.masks.kind if self.masks else None
+        self.uses_spans, self.uses_steps = kind in ("spans", "diff"), kind == "steps"
         self._tokenize = TextTokenizer(tokenizer)
-        if config.text.chat_template and tokenizer.chat_template is not None:
-            self.render = ChatTemplate(tokenizer, config.text.system_prompt)
-        elif config.text.system_prompt is not None:
-            raise ConfigError(
-                "text.system_prompt is set, but no chat template is in use (the tokenizer has "
-                "none, or text.chat_template is false). Put the text into the prompts"
-            )
-        else:
-            self.render = PlainText()
-        if (self.uses_spans or self.uses_steps) and not self._tokenize.has_offsets:
+        self.render = self._renderer()
+        if kind in ("spans", "steps") and not self._tokenize.has_offsets:
             raise ConfigError(
                 f"text.masks.kind is {kind!r}, which needs character offsets; "
                 f"{type(tokenizer).__name__} has none. Use a fast tokenizer"
             )
         self._rows: dict[str, set[Hashable]] = {}
+
+    def _renderer(self) -> ChatTemplate | PlainText:
+        chat, plain = self._renderers()
+        if self.text.chat_template and chat is not None:
+            return chat
+        if self.text.system_prompt is not None:
+            raise ConfigError(
+                "text.system_prompt is set, but no chat template is in use (the tokenizer has "
+                "none, or text.chat_template is false). Put the text into the prompts"
+            )
+        return plain
+
+    def _renderers(self) -> tuple[ChatTemplate | None, PlainText]:
+        """The chat template, where there is one, and what stands in for it."""
+        chat = None
+        if self.tokenizer.chat_template is not None:
+            chat = ChatTemplate(self.tokenizer, self.text.system_prompt)
+        return chat, PlainText()
 
     @property
     def counts(self) -> Counter[str]:
@@ -147,15 +160,30 @@ class Encoder:
         }
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
+    def span_masks(self, encoded: Sequence[EncodedCandidate]) -> list[list[bool]]:
+        """Which response tokens of a row's candidates lie on a span; see `text.masks`."""
+        assert self.masks is not None
+        masks = span_masks(encoded, self.masks.kind, self.masks.min_match)
+        if self.masks.on_empty == "full" and not any(map(any, masks)):
+            return [[True] * len(item.response) for item in encoded]
+        return masks
+
     def _group(
-        self, prompt: Prompt, candidates: Sequence[Candidate], row: str
+        self,
+        prompt: Prompt,
+        candidates: Sequence[Candidate],
+        row: str,
+        expand: Callable[[str], str] | None = None,
     ) -> list[EncodedCandidate]:
         """Candidates under one prompt, whose ids are cut to what all of them start with.
 
         Prompt and response are tokenised as one text. Where the prompt's last tokens merge with a
         response, the responses of all sides start at the first token that any side changed.
+        `expand` rewrites the context before it is tokenised.
         """
         context, responses = self.render.responses(prompt, candidates, row)
+        if expand is not None:
+            context = expand(context)
         alone, _ = self._ids(context)
         joined = [
             self._joined(context, response, candidate.complete, row)
@@ -203,6 +231,7 @@ class Encoder:
     ) -> tuple[list[bool], list[int]]:
         """Spans and steps, from token ranges counted from the first character of the answer."""
         wants_spans = self.uses_spans and bool(candidate.spans)
+        wants_spans &= self.masks is not None and self.masks.kind == "spans"
         if response.offset is None and (wants_spans or self.uses_steps):
             raise DataError(
                 f"{row}: the chat template rewrites the response, so its spans and steps cannot be "

@@ -35,7 +35,7 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
             trust_remote_code=config.trust_remote_code,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
-            quantization_config=_quantization(config),
+            quantization_config=quantization(config),
         )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
@@ -54,7 +54,8 @@ def no_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _quantization(config: ModelConfig) -> Any:
+def quantization(config: ModelConfig) -> Any:
+    """The settings that transformers loads quantised weights by; None for whole ones."""
     if config.quantization is None:
         return None
     from transformers import BitsAndBytesConfig

@@ -112,10 +112,18 @@ class ChatTemplate:
             for candidate in candidates
         ]
 
+    def content(self, text: str) -> Any:
+        """What a turn's text is as the `content` of a message."""
+        return text
+
+    def said(self, answer: str) -> Any:
+        """The same for an answer, which is words only."""
+        return answer
+
     def _response(
-        self, messages: list[dict[str, str]], context: str, end: str, answer: str, where: str
+        self, messages: list[dict[str, Any]], context: str, end: str, answer: str, where: str
     ) -> Response:
-        full = self._render(_answered(messages, answer), where)
+        full = self._render(self._answered(messages, answer), where)
         if not (full.startswith(context) and full[len(context) :].endswith(end)):
             raise DataError(
                 f"{where}: the chat template renders the conversation around the answer "
@@ -134,18 +142,24 @@ class ChatTemplate:
         offset = body.rfind(kept) - answer.find(kept) if kept in body else None
         return Response(answer, body, end, offset)
 
-    def _messages(self, prompt: Prompt) -> list[dict[str, str]]:
-        if isinstance(prompt, str):
-            messages = [{"role": "user", "content": prompt}]
-        else:
-            messages = [{"role": turn.role, "content": turn.content} for turn in prompt]
-        if self.system_prompt is not None and messages and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
-        return messages
+    def _messages(self, prompt: Prompt) -> list[dict[str, Any]]:
+        turns = (
+            [("user", prompt)] if isinstance(prompt, str) else [(t.role, t.content) for t in prompt]
+        )
+        if self.system_prompt is not None and turns and turns[0][0] != "system":
+            turns.insert(0, ("system", self.system_prompt))
+        return [{"role": role, "content": self.content(text)} for role, text in turns]
 
-    def _frame(self, messages: list[dict[str, str]], where: str) -> tuple[str, str]:
+    def _answered(self, messages: list[dict[str, Any]], answer: str) -> list[dict[str, Any]]:
+        content = self.said(answer)
+        if messages and messages[-1]["role"] == "assistant":
+            begun = messages[-1]["content"]
+            return [*messages[:-1], {"role": "assistant", "content": begun + content}]
+        return [*messages, {"role": "assistant", "content": content}]
+
+    def _frame(self, messages: list[dict[str, Any]], where: str) -> tuple[str, str]:
         """The text before and after any answer to `messages`."""
-        probe = self._render(_answered(messages, MARK), where)
+        probe = self._render(self._answered(messages, MARK), where)
         before, found, after = probe.partition(MARK)
         if not found:
             raise ConfigError(f"{where}: the tokenizer's chat template drops the assistant's text")
@@ -163,7 +177,7 @@ class ChatTemplate:
         return before, after
 
     def _render(
-        self, messages: list[dict[str, str]], where: str, *, add_generation_prompt: bool = False
+        self, messages: list[dict[str, Any]], where: str, *, add_generation_prompt: bool = False
     ) -> str:
         from jinja2.exceptions import TemplateError
 
@@ -188,12 +202,6 @@ class ChatTemplate:
                 before[-60:],
             )
             self._warned = True
-
-
-def _answered(messages: list[dict[str, str]], answer: str) -> list[dict[str, str]]:
-    if messages and messages[-1]["role"] == "assistant":
-        return [*messages[:-1], {"role": "assistant", "content": messages[-1]["content"] + answer}]
-    return [*messages, {"role": "assistant", "content": answer}]
 
 
 def answer_text(candidate: Candidate, where: str) -> str:

@@ -56,7 +56,7 @@ class PositionWeights(nn.Module):
             policy: The policy's pass; the steps of a tree are compared by its states.
             reference: The reference's pass, for learned and activation masks.
         """
-        if self.config.kind == "spans":
+        if self.config.kind in ("spans", "diff"):
             return masks.span_weights(batch.inputs["span_mask"], rows.mask), None
         if self.config.kind == "steps":
             states = rows.responses(policy.states.detach())
