@@ -180,7 +180,8 @@ def score(
         for name, value in values.items()
         if not bool(torch.isnan(value))
     }
-    num_rated = logps.policy.shape[1] - len(needs.roles)
+    # Of a plain record one response is rated: the others are the same under other inputs.
+    num_rated = 1 if needs.rows == "plain" else logps.policy.shape[1] - len(needs.roles)
     columns: dict[str, list[Any]] = {
         **(facts(batch) if facts else {}),
         "labels": logps.labels[:, :num_rated].tolist(),

@@ -180,7 +180,7 @@ def _plain(default: Any) -> str:
 def _modalities(function: Callable[..., Objective]) -> str:
     from mmalign.models.adapter import ADAPTERS
 
-    family = function.__module__.rpartition(".")[2]
+    family = function.__module__.rpartition(".")[2].partition("_")[0]  # video, video_cells
     if family not in ("diffusion", "video"):
         return ", ".join(ADAPTERS)
     missing = "" if family in ADAPTERS else " (its adapter is not in this version)"

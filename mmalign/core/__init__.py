@@ -1,6 +1,6 @@
 """The shared core: it knows log-probabilities only; imports torch and errors, nothing else."""
 
-from mmalign.core import links, listwise, presets, regularisers, terms, weights
+from mmalign.core import links, listwise, presets, regularisers, several, terms, weights
 from mmalign.core.batchwide import Aot, AotUnpaired, Bco, RunningMean
 from mmalign.core.catalogue import DIVERGENCES, register_divergence, resolve_divergence
 from mmalign.core.divergence import (
@@ -19,7 +19,7 @@ from mmalign.core.divergence import (
 from mmalign.core.kahneman import Kahneman, KahnemanPair
 from mmalign.core.links import Link
 from mmalign.core.objective import Objective
-from mmalign.core.regularisers import KlPenalty, LogRatio, Nll, OnlineKl, WeightL1
+from mmalign.core.regularisers import KlGap, KlPenalty, LogRatio, Nll, OnlineKl, WeightL1
 from mmalign.core.score import Score
 from mmalign.core.terms import Preference, Term, Wpo
 from mmalign.core.types import CandidateLogps, Loss, Needs
@@ -38,6 +38,7 @@ __all__ = [
     "JensenShannon",
     "Kahneman",
     "KahnemanPair",
+    "KlGap",
     "KlPenalty",
     "Link",
     "LogOdds",
@@ -63,6 +64,7 @@ __all__ = [
     "register_divergence",
     "regularisers",
     "resolve_divergence",
+    "several",
     "terms",
     "weights",
 ]

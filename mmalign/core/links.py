@@ -95,19 +95,6 @@ class ClippedRatio(_EachOfPair):
 
 
 @dataclass(frozen=True, slots=True)
-class Contrast:
-    """nll(score_0 - sum of the other scores): one response against several (POVID)."""
-
-    candidates: ClassVar[int] = 3
-    rows: ClassVar[Rows] = "pair"
-    margin_only: ClassVar[bool] = False  # one constant enters, two leave
-    reads_labels: ClassVar[bool] = False
-
-    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
-        return nll(score[:, 0] - score[:, 1:].sum(1))
-
-
-@dataclass(frozen=True, slots=True)
 class Conservative(_Pair):
     """(1 - flip) nll(m) + flip nll(-m): cDPO, SimPO with label smoothing; m less target_margin."""
 

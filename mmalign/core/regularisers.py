@@ -120,6 +120,30 @@ class KlPenalty(Term):
 
 
 @dataclass(frozen=True)
+class KlGap(Term):
+    """KL(reference, policy) of the rejected response less that of the chosen one, as a loss.
+
+    Only the rejected side carries gradient, as in TDPO2: the chosen side is the level that it is
+    measured against. Sums over positions; 0 at equal policies. Position weights do not apply.
+    """
+
+    coef: float
+    name: ClassVar[str] = "kl_gap"
+
+    @property
+    def needs(self) -> Needs:
+        """A pair and its KL."""
+        return Needs(kl=True, candidates=2, rows="pair")
+
+    def __call__(self, c: CandidateLogps) -> Tensor:  # [B]
+        """The difference of the sequential KLs."""
+        c = c.columns((0, 1))
+        assert c.kl is not None, "Objective checks the needs first"
+        kl = over_positions(c.kl, c.mask)
+        return kl[:, 1] - kl[:, 0].detach()
+
+
+@dataclass(frozen=True)
 class WeightL1(Term):
     """Sparsity of learned position weights: sum of |weight| over the positions of both responses.
 

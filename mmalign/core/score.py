@@ -33,6 +33,8 @@ class Score:
         kl_detach_chosen: No gradient through candidate 0's KL (TDPO2).
         reward_kl: KL weight in logged rewards, where a paper reports another; None for `kl_coef`.
         weighted: A position weight must be present. One that is present is always applied.
+        gain: How it is applied: None as it is; a number as 1 + (gain - 1) * weight, so that under
+            0 / 1 weights every position counts and spans count `gain` times. 1 is the plain score.
         ld_alpha: LD-DPO: weight of the positions beyond the length of the pair's shorter response.
     """
 
@@ -45,6 +47,7 @@ class Score:
     kl_detach_chosen: bool = False
     reward_kl: float | None = None
     weighted: bool = False
+    gain: float | None = None
     ld_alpha: float | None = None
 
     def __post_init__(self) -> None:
@@ -55,6 +58,7 @@ class Score:
                 "different betas per candidate are defined for reverse KL only: under another "
                 "divergence the reward's unknown constant does not cancel between candidates"
             )
+        require(self.gain is None or 0.0 <= self.gain < math.inf, "gain", self.gain, "at least 0")
         if self.ld_alpha is not None:
             require(0.0 <= self.ld_alpha <= 1.0, "ld_alpha", self.ld_alpha, "in [0, 1]")
             if isinstance(self.transform, LogOdds):
@@ -108,12 +112,15 @@ class Score:
         return policy - self.reference_weight * full_precision(c.reference.detach())
 
     def _weight(self, c: CandidateLogps) -> Tensor | None:  # [B, K, L]
+        given = c.weight
+        if given is not None and self.gain is not None:
+            given = None if self.gain == 1.0 else 1.0 + (self.gain - 1.0) * given
         if self.ld_alpha is None:
-            return c.weight
+            return given
         shared = c.mask.sum(-1).amin(dim=1)[:, None, None]  # [B, 1, 1] length of the shorter side
         tail = (c.mask.cumsum(-1) > shared).to(full_precision(c.policy).dtype)
         weight = 1.0 + (self.ld_alpha - 1.0) * tail
-        return weight if c.weight is None else weight * c.weight
+        return weight if given is None else weight * given
 
     def _transformed(self, c: CandidateLogps) -> Tensor:  # [B, K]
         after = self.reduce == "mean" and self.length_norm == "score"

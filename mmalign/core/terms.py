@@ -14,7 +14,8 @@ from mmalign.core.links import Link
 from mmalign.core.metrics import preference_metrics
 from mmalign.core.numerics import full_precision, over_positions, require
 from mmalign.core.score import Score
-from mmalign.core.types import CandidateLogps, Needs
+from mmalign.core.several import Several
+from mmalign.core.types import CandidateLogps, Needs, Rows
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -95,8 +96,10 @@ class Preference(Term):
         link: How scores become a loss.
         coef: Weight of the term.
         candidates: Which columns the link reads, in this order; None for the first ones it needs,
-            all for a list link.
+            all for a list link and a bag.
         wpo: WPO's pair weight, applied to this term.
+        rows: The records that the candidates are made from, where not the link's: "plain" for one
+            response under two inputs.
     """
 
     score: Score
@@ -104,6 +107,7 @@ class Preference(Term):
     coef: float = 1.0
     candidates: tuple[int, ...] | None = None
     wpo: Wpo | None = None
+    rows: Rows | None = None
     name: ClassVar[str] = "preference"
 
     @property
@@ -112,7 +116,7 @@ class Preference(Term):
         highest = self.link.candidates if self.candidates is None else max(self.candidates) + 1
         return self.score.needs | Needs(
             candidates=highest,
-            rows=self.link.rows,
+            rows=self.rows or self.link.rows,
             log_sum_p2=self.wpo is not None,
             labels=self.link.reads_labels,
         )
@@ -135,7 +139,8 @@ class Preference(Term):
     def report(self, c: CandidateLogps) -> dict[str, Tensor]:
         """Rewards, margins, accuracy and log-probabilities with TRL's names."""
         c = self._columns(c)
-        metrics = preference_metrics(c, self.score)
+        shares = self.link.shares if isinstance(self.link, Several) else None
+        metrics = preference_metrics(c, self.score, shares)
         if self.wpo is not None:
             metrics["wpo_weight"] = self.wpo(c).mean()
         return metrics
@@ -149,12 +154,17 @@ class Preference(Term):
                 "ld_alpha and wpo are defined for pairs of responses, which "
                 f"{type(self.link).__name__} does not read"
             )
+        if ld_alpha is not None and self.rows == "plain":
+            raise ConfigError(
+                "ld_alpha compares the lengths of two responses, and this objective reads one "
+                "response under two inputs; leave it out"
+            )
         score = self.score if ld_alpha is None else replace(self.score, ld_alpha=ld_alpha)
         return replace(self, score=score, wpo=wpo or self.wpo)
 
     def _columns(self, c: CandidateLogps) -> CandidateLogps:
         if self.candidates is not None:
             return c.columns(self.candidates)
-        if self.link.rows == "list":
+        if self.link.rows in ("list", "plain"):
             return c
         return c.columns(tuple(range(self.link.candidates)))

@@ -17,8 +17,9 @@ from mmalign.errors import NeedsError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-Rows = Literal["any", "pair", "unpaired", "list"]
-"""The shape of a record: chosen and rejected, one rated response, or K ranked ones."""
+Rows = Literal["any", "pair", "unpaired", "list", "plain"]
+"""The shape of a record: chosen and rejected, one rated response, K ranked ones, or one response
+that is not rated and is compared with itself under another input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,11 @@ class Needs:
         candidates: Smallest number of candidates K.
         rows: The record shape the objective is defined on.
         roles: Candidates after the rated ones, in order: "mismatched" (KTO), "calibration" (VPO),
-            "rationale" (rationale DPO), "online" (HyPO; repeated once per fresh sample).
+            "rationale" (rationale DPO), "online" (HyPO; repeated once per fresh sample). The chosen
+            response under another visual input: "corrupted"; "corrupted_video", "corrupted_clip",
+            "corrupted_frame" (VistaDPO); "augmented" (PaMi-VDPO: named once, as many as the adapter
+            makes). "rejected_corrupted": the rejected response, or another, under such an input.
+            "rejected_irrelevant": a second rejected response (VistaDPO).
     """
 
     reference: bool = False

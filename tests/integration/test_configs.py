@@ -32,6 +32,8 @@ WITHOUT_CONFIG = {
     "pami_vdpo": "needs augmented clips; comes with the video adapter",
     "mdpo": "needs a corrupted visual input; comes with the video adapter",
     "povid": "needs a noised image; comes with the video adapter",
+    "chip": "needs a corrupted visual input; comes with the video adapter",
+    "vista_dpo": "needs corrupted visual inputs; comes with the video adapter",
 }
 """Presets that no adapter of this package can feed yet, with the reason."""
 

@@ -122,7 +122,7 @@ def test_alpha_is_monotone_for_every_alpha(alpha: float, low: float, gap: float)
 # Objectives
 
 
-def batch(rows: int = 4, candidates: int = 4, length: int = 5, seed: int = 0) -> CandidateLogps:
+def batch(rows: int = 4, candidates: int = 6, length: int = 5, seed: int = 0) -> CandidateLogps:
     generator = torch.Generator().manual_seed(seed)
     shape = (rows, candidates, length)
 
@@ -219,7 +219,7 @@ LOGISTIC = [
 
 
 def test_the_list_of_logistic_presets_is_not_empty() -> None:
-    assert {"dpo", "f_dpo", "tdpo1", "tdpo2", "diffusion_dpo", "vdpo", "pami_vdpo"} <= set(LOGISTIC)
+    assert {"dpo", "f_dpo", "tdpo1", "tdpo2", "diffusion_dpo", "vdpo"} <= set(LOGISTIC)
 
 
 def at_start(c: CandidateLogps) -> CandidateLogps:

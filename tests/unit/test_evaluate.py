@@ -185,3 +185,22 @@ def test_intervals_are_over_rows_and_not_over_their_draws() -> None:
     few, many = (ev.summarise(ev.Tally(rows)) for rows in (alone, fourfold))
     assert few.metrics["ranking_accuracy"] == many.metrics["ranking_accuracy"] == 0.5
     assert few.intervals["ranking_accuracy"] == many.intervals["ranking_accuracy"]
+
+
+def test_of_a_plain_row_only_the_response_itself_is_rated() -> None:
+    """The other columns are the same response under augmented clips, whose labels are weights."""
+    shape = (2, 4, 3)
+    logps = CandidateLogps(
+        policy=-torch.rand(shape),
+        reference=-torch.rand(shape),
+        mask=torch.ones(shape, dtype=torch.bool),
+        labels=torch.tensor([[1.0, 0.0, 1.0, 0.0], [1.0, 0.5, 0.5, 0.0]]),
+    )
+    batch = Batch({}, logps.labels, torch.ones(2), ("a", "b"))
+    result = ev.evaluate(lambda *_: logps, presets.pami_vdpo(), [batch])
+    assert [len(row["labels"]) for row in result.rows] == [1, 1]
+    assert [row["logps"] for row in result.rows] == [
+        pytest.approx([value]) for value in logps.policy[:, 0].sum(-1).tolist()
+    ]
+    assert {"rewards/accuracies", "rewards/margins", "loss"} <= set(result.metrics)
+    assert "ranking_accuracy" not in result.metrics

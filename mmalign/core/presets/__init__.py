@@ -46,17 +46,8 @@ from mmalign.core.presets.soft import mcts_dpo, sem_dpo, soft_dpo, upo
 from mmalign.core.presets.token import sparse_po, tdpo1, tdpo2
 from mmalign.core.presets.unpaired import apo_zero_unpaired, kto
 from mmalign.core.presets.variants import chi_po, dpo_gamma, flex_dpo, wpo
-from mmalign.core.presets.video import (
-    adpo,
-    ha_dpo,
-    mdpo,
-    pami_vdpo,
-    povid,
-    rrpo,
-    tpo_temporal,
-    vdpo,
-    vdpo_symmetric,
-)
+from mmalign.core.presets.video import adpo, ha_dpo, pami_vdpo, rrpo, tpo_temporal, vdpo
+from mmalign.core.presets.video_cells import chip, mdpo, povid, vdpo_symmetric, vista_dpo
 
 __all__ = [
     "ALIASES",
@@ -74,6 +65,7 @@ __all__ = [
     "build_mix",
     "cdpo",
     "chi_po",
+    "chip",
     "cpo",
     "dcpo",
     "diffusion_dpo",
@@ -131,6 +123,7 @@ __all__ = [
     "upo",
     "vdpo",
     "vdpo_symmetric",
+    "vista_dpo",
     "vpo",
     "wpo",
 ]

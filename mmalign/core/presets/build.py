@@ -21,6 +21,7 @@ from mmalign.core.presets import (
     unpaired,
     variants,
     video,
+    video_cells,
 )
 from mmalign.core.presets.keywords import check_keywords, check_type
 from mmalign.core.terms import Wpo
@@ -92,9 +93,11 @@ PRESETS: dict[str, Callable[..., Objective]] = {
     "adpo": video.adpo,
     "vdpo": video.vdpo,
     "pami_vdpo": video.pami_vdpo,
-    "mdpo": video.mdpo,
-    "vdpo_symmetric": video.vdpo_symmetric,
-    "povid": video.povid,
+    "mdpo": video_cells.mdpo,
+    "vdpo_symmetric": video_cells.vdpo_symmetric,
+    "povid": video_cells.povid,
+    "chip": video_cells.chip,
+    "vista_dpo": video_cells.vista_dpo,
     "tpo_temporal": video.tpo_temporal,
     "ha_dpo": video.ha_dpo,
 }
@@ -110,6 +113,7 @@ ALIASES: dict[str, str] = {
     "sppo_hard": "sppo",
     "egpo": "online_ipo",
     "chipo": "chi_po",
+    "hound_dpo": "dpo",
 }
 """Other names of the same methods, TRL's among them."""
 
@@ -201,6 +205,8 @@ def build_mix(
         raise ConfigError(
             "objective.mix is empty; give presets with weights, e.g. {dpo: 1, sft: 0.1}"
         )
+    modifies = ld_alpha is not None or wpo is not False
+    takers: list[str] = []
     parts: dict[str, tuple[float, Objective]] = {}
     for name, value in mix.items():
         check_type(f"mix.{name}", value, float | dict)
@@ -209,10 +215,15 @@ def build_mix(
         weight = keywords.pop("weight", 1.0)
         check_type(f"mix.{name}.weight", weight, float)
         objective = build(name, **keywords)
-        reads_pairs = objective.needs.rows == "pair"
-        if reads_pairs and (ld_alpha is not None or wpo):
+        if modifies and objective.needs.rows in ("pair", "plain"):
             objective = objective.modified(ld_alpha, _wpo(wpo))
+            takers.append(name)
         parts[name] = (float(weight), objective)
+    if modifies and not takers:
+        raise ConfigError(
+            f"objective.ld_alpha and objective.wpo act on pairs, but no part of the mix "
+            f"({', '.join(mix)}) reads any; leave them out"
+        )
     return Objective.mix(parts)
 
 

@@ -1,18 +1,18 @@
-"""Losses of video and multimodal papers: spans, corrupted inputs, anchors.
+"""Losses of video papers: pairs with spans or likelihood, and one response under two inputs.
 
-Roles after the pair: "corrupted" is the chosen response under a corrupted visual input,
-"rejected_corrupted" the rejected response under it.
+`video_cells` holds those that compare responses and inputs at once.
 """
 
 from __future__ import annotations
 
 import math
 
-from mmalign.core.links import Anchor, Contrast, Logistic
+from mmalign.core.links import Logistic
 from mmalign.core.numerics import require
 from mmalign.core.objective import Objective
 from mmalign.core.regularisers import KlPenalty, Nll, NllReduce
 from mmalign.core.score import Score
+from mmalign.core.several import Bag
 from mmalign.core.terms import Preference
 from mmalign.core.types import Needs
 
@@ -58,93 +58,36 @@ def adpo(beta: float = 0.1, nll_weight: float = 0.0) -> Objective:
 def vdpo(beta: float = 0.1) -> Objective:
     """Visual DPO: the same response preferred under the true input to a corrupted one.
 
-    loss = -log sigmoid(beta * [h(y | v) - h(y | v_corrupted)]), h the log-ratio
+    loss = -log sigmoid(beta * [h(y|v) - h(y|v_c)]), h the log-ratio, v_c the corrupted input
+
+    A record has one response, or the chosen one is taken; the adapter makes the corrupted input.
 
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats.
 
-    Source: the conditional term of mDPO; video DPO with fixed responses.
+    Source: the conditional term of mDPO, Wang et al. 2024, arXiv:2406.11839, alone.
     Departs: nothing.
     """
-    return Objective(Preference(Score(beta), Logistic()))
+    return Objective(
+        Preference(Score(beta), Logistic(), rows="plain"), needs=Needs(roles=("corrupted",))
+    )
 
 
 def pami_vdpo(beta: float = 0.1) -> Objective:
-    """PaMi-VDPO: the response under its clip against the same under an augmented clip.
+    """PaMi-VDPO: the response under its clip against the same under augmented clips.
 
-    loss = -w log sigmoid(beta * [h(y | v) - h(y | v_augmented)]), h the log-ratio, w = row weight
+    loss = -w * sum over k of a_k * log sigmoid(beta * [h(y|v) - h(y|v_k)]), h the log-ratio, v_k
+    the augmented clips, a_k their weights, w the row weight
 
-    The adapter chooses the clip. Soft selection over K clips makes K rows with weights K * a_k.
+    The adapter makes the clips and weighs them: those close to v that change the answer most count.
 
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats.
 
     Source: Ding et al. 2025, arXiv:2504.05810; reconstructed, no public code.
-    Departs: constants are ours.
+    Departs: constants and the formulas of the weights are ours.
     """
-    return Objective(Preference(Score(beta), Logistic()))
-
-
-def mdpo(beta: float = 0.1, anchor: float = 0.0) -> Objective:
-    """Multimodal DPO: response preference, visual preference and an anchor on the chosen response.
-
-    loss = -log sigmoid(beta * [h(y_w|v) - h(y_l|v)]) - log sigmoid(beta * [h(y_w|v) - h(y_w|v_c)])
-    - log sigmoid(beta * h(y_w|v) - anchor), h the log-ratio, v_c the corrupted input
-
-    Args:
-        beta: Inverse temperature of the implicit reward, in 1/nats.
-        anchor: Floor of the chosen response's reward, no unit.
-
-    Source: Wang et al. 2024, arXiv:2406.11839.
-    Departs: nothing.
-    """
-    score = Score(beta)
-    return Objective(
-        Preference(score, Logistic()),
-        Preference(score, Logistic(), candidates=(0, 2)),
-        Preference(score, Anchor(anchor), candidates=(0,)),
-        needs=Needs(rows="pair", roles=("corrupted",)),
-    )
-
-
-def vdpo_symmetric(beta: float = 0.1) -> Objective:
-    """Symmetric visual DPO: each response is preferred under the input it belongs to.
-
-    loss = -1/2 log sigmoid(beta * [h(y_w|v) - h(y_l|v)])
-    - 1/2 log sigmoid(beta * [h(y_l|v_l) - h(y_w|v_l)]), h the log-ratio, v_l the input of y_l
-
-    Args:
-        beta: Inverse temperature of the implicit reward, in 1/nats.
-
-    Source: symmetric form of visual DPO, reconstructed; no code was run.
-    Departs: not published in this form.
-    """
-    score = Score(beta)
-    return Objective(
-        Preference(score, Logistic(), coef=0.5),
-        Preference(score, Logistic(), coef=0.5, candidates=(3, 2)),
-        needs=Needs(rows="pair", roles=("corrupted", "rejected_corrupted")),
-    )
-
-
-def povid(beta: float = 0.1, beta_rejected: float = 0.1) -> Objective:
-    """POVID: the chosen response against a rejected one and one under a noised image.
-
-    loss = -log sigmoid(beta * h(y_w|v) - beta_rejected * [h(y_l|v) + h(y'|v_noisy)]), h the
-    log-ratio
-
-    Args:
-        beta: Scale of the chosen response's log-ratio, in 1/nats.
-        beta_rejected: Scale of each rejected log-ratio, in 1/nats.
-
-    Source: Zhou et al. 2024, arXiv:2402.11411.
-    Departs: one scale for both rejected terms.
-    """
-    score = Score((beta, beta_rejected, beta_rejected))
-    return Objective(
-        Preference(score, Contrast(), candidates=(0, 1, 2)),
-        needs=Needs(roles=("rejected_corrupted",)),
-    )
+    return Objective(Preference(Score(beta), Bag()), needs=Needs(roles=("augmented",)))
 
 
 def tpo_temporal(

@@ -16,16 +16,15 @@ GOLDEN = load("video")
 TOL = 1e-10
 
 ELSEWHERE = {
-    "diff_spans": "where spans come from: video/spans.py",
-    "mask_tags": "where spans come from: video/spans.py",
+    "diff_spans": "tests/unit/text/test_spans.py",
+    "mask_tags": "where character spans are read: mmalign/data/spans.py",
 }
 HERE = {"rrpo", "adpo", "pami_vdpo", "family"}
 
 
 def test_every_group_is_tested_or_explained() -> None:
-    assert HERE | set(ELSEWHERE) | {"version", "dtype", "generated_with", "tolerance"} == set(
-        GOLDEN
-    )
+    about = {"version", "dtype", "generated_with", "tolerance"}
+    assert HERE | set(ELSEWHERE) | about == set(GOLDEN)
 
 
 def named(group: str, *, quirk: bool = False) -> pytest.MarkDecorator:
@@ -65,7 +64,8 @@ def test_rrpo(case: dict[str, Any]) -> None:
         "grad_logits": gradient(loss, tokens.logits)[0],
     }
     # At equal policies the release's log(softmax) differs from itself by rounding, and wins.
-    noise = {"reward_accuracy": "rounding"} if case["name"] == "rrpo_policy_equals_ref" else {}
+    equal = case["inputs"]["policy_logits"] == case["inputs"]["ref_logits"]
+    noise = {"reward_accuracy": "rounding"} if equal else {}
     compare(case["expected"], got, tol=TOL, skip=noise)
 
 
@@ -163,49 +163,80 @@ def test_adpo_quirk_is_not_reproduced(case: dict[str, Any]) -> None:
     assert abs(first.value.item() - expected["official_loss"]) > 1e-3
 
 
+def reconstructed_selection(
+    case: dict[str, Any], base: Tensor, clips: Tensor, mask: Tensor
+) -> dict[str, Tensor]:
+    """How the file weighs the clips, straight from its inputs: close gate, divergence, bag."""
+    log_p = log_softmax(base)[:, None, :-1]  # [B, 1, L, V]
+    log_q = log_softmax(clips)[:, :, :-1]  # [B, K, L, V]
+    middle = ((log_p.exp() + log_q.exp()) / 2).log()
+    both = sum((x.exp() * (x - middle)).sum(-1) for x in (log_p, log_q)) / 2  # [B, K, L]
+    jsd = (both * mask[:, None]).sum(-1) / mask.sum(-1, keepdim=True)
+
+    similarity = tensor(case["inputs"]["similarity"])
+    close = similarity >= case["tau_close"]
+    nearest = similarity == similarity.amax(1, keepdim=True)
+    close = torch.where(close.any(1, keepdim=True), close, nearest)
+    far = jsd.masked_fill(~close, -torch.inf)
+    selected = far.argmax(1)
+    weights = {
+        "hard": torch.eye(far.shape[1], dtype=far.dtype)[selected],
+        "soft": (far / case["temperature"]).softmax(1),
+        "mean": close.double() / close.sum(1, keepdim=True),
+    }[case["mil"]]
+    floor = case["noise_floor"]
+    share = (far.amax(1) / floor).clamp(max=1.0) if floor else torch.ones(len(far)).double()
+    return {
+        "jsd": jsd,
+        "close_mask": close.double(),
+        "selected": selected.double(),
+        "weights": weights,
+        "sample_weight": share,
+    }
+
+
 @named("pami_vdpo")
-def test_pami_at_loss_level(case: dict[str, Any]) -> None:
-    """Soft selection is K rows a record with weights K * a_k; the weights are the file's."""
-    source, expected = case["inputs"], case["expected"]
-    rows, width = torch.tensor(expected["weights"]).shape
+def test_pami(case: dict[str, Any]) -> None:
+    """The bag's weights are labels, the noise weight is the row's; every number of the file."""
+    source = case["inputs"]
     labels = torch.tensor(source["labels"])[:, 1:]
-    mask, target = labels != -100, labels.clamp(min=0).unsqueeze(-1)
+    mask, target = labels != -100, labels.clamp(min=0)
     base = tensor(source["policy_logits"]).requires_grad_()
     clips = tensor(source["policy_logits_candidates"]).requires_grad_()
+    num_clips = clips.shape[1]
 
-    def logps(logits: Tensor) -> Tensor:
-        index = target if logits.dim() == 3 else target.unsqueeze(1).expand(-1, width, -1, -1)
-        return log_softmax(logits)[..., :-1, :].gather(-1, index).squeeze(-1)
+    def candidates(whole: Tensor, cut: Tensor) -> Tensor:  # [B, S, V], [B, K, S, V] -> [B, K+1, L]
+        logps = log_softmax(torch.cat([whole.unsqueeze(1), cut], 1))[..., :-1, :]
+        index = target[:, None, :, None].expand(-1, num_clips + 1, -1, -1)
+        return logps.gather(-1, index).squeeze(-1)
 
-    def each_clip(whole: Tensor, cut: Tensor) -> Tensor:  # -> [B * K, 2, L]
-        whole = whole.unsqueeze(1).expand(-1, width, -1)
-        return torch.stack([whole, cut], 2).flatten(0, 1)
-
-    weight = tensor(expected["weights"]) * tensor(expected["sample_weight"]).unsqueeze(1)
+    found = reconstructed_selection(case, base.detach(), clips.detach(), mask)
+    reference = (tensor(source["ref_logits"]), tensor(source["ref_logits_candidates"]))
     batch = CandidateLogps(
-        policy=each_clip(logps(base), logps(clips)),
-        reference=each_clip(
-            logps(tensor(source["ref_logits"])), logps(tensor(source["ref_logits_candidates"]))
-        ),
-        mask=mask[:, None, None].expand(-1, width, 2, -1).flatten(0, 1),
-        labels=tensor([[1.0, 0.0]] * (rows * width)),
-        row_weight=(width * weight).flatten(),
+        policy=candidates(base, clips),
+        reference=candidates(*reference),
+        mask=mask[:, None].expand(-1, num_clips + 1, -1),
+        labels=torch.cat([torch.ones(len(mask), 1), found["weights"]], 1),
+        row_weight=found["sample_weight"],
     )
-    loss = presets.pami_vdpo(case["beta"])(batch)
+    objective = presets.pami_vdpo(case["beta"])
+    loss = objective(batch)
     assert loss.rows is not None
-    candidate = loss.rows.view(rows, width)
+    alone = [batch.columns((0, k + 1)) for k in range(num_clips)]
+    ones = torch.ones(len(mask), 2).double()
     grads = gradient(loss, base, clips)
-    got = {
-        "candidate_losses": candidate,
-        "losses": (weight * candidate).sum(1),
+    got = found | {
+        "candidate_losses": torch.stack(
+            [objective.terms["preference"](one.replace(labels=ones)) for one in alone], 1
+        ),
+        "losses": loss.rows * found["sample_weight"],
         "loss": loss.value,
         "grad_logits": grads[0],
         "grad_logits_candidates": grads[1],
     }
-    selection = ("jsd", "close_mask", "selected", "weights", "sample_weight")
-    compare(expected, got, tol=TOL, skip=dict.fromkeys(selection, "selection: video/augment.py"))
-    if not (tensor(expected["sample_weight"]) == 1.0).all():
-        assert case["name"] == "pami_mean_weighted"
+    compare(case["expected"], got, tol=TOL)
+    vdpo = [presets.vdpo(case["beta"])(one).rows for one in alone]
+    torch.testing.assert_close(got["candidate_losses"].detach(), torch.stack(vdpo, 1))  # type: ignore[arg-type]
 
 
 def cells(case: dict[str, Any], *order: str) -> CandidateLogps:

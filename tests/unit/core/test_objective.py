@@ -142,7 +142,7 @@ def test_row_weights_scale_rows_and_not_their_record() -> None:
     torch.testing.assert_close(weighted.value.detach(), (plain.rows * tensor([0.5, 2.0])).mean())
 
 
-def rich(rows: int = 3, candidates: int = 4, length: int = 5) -> CandidateLogps:
+def rich(rows: int = 3, candidates: int = 6, length: int = 5) -> CandidateLogps:
     shape = (rows, candidates, length)
     return CandidateLogps(
         policy=(-2.0 * torch.rand(shape)).requires_grad_(),
@@ -192,7 +192,13 @@ def test_the_reference_never_gets_a_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_extreme_log_ratios_stay_finite_in_float32(name: str) -> None:
     c = rich(length=1)
-    sides = tensor([[-200.0, 200.0, -90.0, 90.0], [200.0, -200.0, 0.0, 1.0], [0.0, 0.0, 3.0, -3.0]])
+    sides = tensor(
+        [
+            [-200.0, 200.0, -90.0, 90.0, 200.0, -200.0],
+            [200.0, -200.0, 0.0, 1.0, -200.0, 200.0],
+            [0.0, 0.0, 3.0, -3.0, 90.0, -90.0],
+        ]
+    )
     policy = sides.unsqueeze(-1).requires_grad_()
     if not presets.build(name).needs.reference:
         policy = (-sides.abs()).unsqueeze(-1).requires_grad_()  # log-probabilities
