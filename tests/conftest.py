@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import tiny_diffusion
+import tiny_video
 from tiny import CHATML, make_model, make_tokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -101,3 +104,26 @@ def sd3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline on pixels, without a VAE: one channel of 8 x 8."""
     return tiny_diffusion.make_digits_like(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="session")
+def video_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Kind of `tiny_video.KINDS` to the folder of such a model, made when first asked for."""
+    made: dict[str, Path] = {}
+
+    def folder(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tiny_video.make_video_model(kind, tmp_path_factory.mktemp(kind))
+        return made[kind]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clips_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clips of 16 frames, 8 a second: clip0.mp4 to clip3.mp4 with sound, mute.mp4 without."""
+    folder = tmp_path_factory.mktemp("clips")
+    for seed in range(4):
+        tiny_video.write_clip(folder / f"clip{seed}.mp4", seed=seed)
+    tiny_video.write_clip(folder / "mute.mp4", seed=4, sound=False)
+    return folder

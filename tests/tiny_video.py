@@ -1,0 +1,359 @@
+"""Tiny real video language models with their processors, and short clips, built on the spot."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tiny import TINY_TEXT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
+
+QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+LLAVA = ("llava_onevision", "llava_next_video", "video_llava")
+OMNI = "qwen2_5_omni_thinker"
+KINDS = (*QWEN_VL, *LLAVA, OMNI)
+
+WIDTH = 32
+SIDE = 56  # pixels a side of every picture in the LLaVA classes: 4 x 4 patches of 14
+PINPOINTS = [[56, 56], [56, 112]]
+_VICUNA = ("llava_next_video", "video_llava")  # prompts of that form, and a bos token
+_MARKS = {
+    "image": ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
+    "video": ("<|vision_start|>", "<|video_pad|>", "<|vision_end|>"),
+}
+_OMNI_MARKS = {
+    "image": ("<|vision_bos|>", "<|IMAGE|>", "<|vision_eos|>"),
+    "video": ("<|vision_bos|>", "<|VIDEO|>", "<|vision_eos|>"),
+    "audio": ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"),
+}
+
+_CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}MEDIA{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# Media first, then the text, as these classes were trained.
+_LLAVA_PARTS = (
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] in ('image', 'video') %}"
+    "{{ '<' + part['type'] + '>\\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}"
+)
+_ONEVISION = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + ('\\n' if message['role'] == 'assistant' else ' ') }}"
+    + _LLAVA_PARTS
+    + "{{ '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_VICUNA_CHAT = (
+    "{% for message in messages %}"
+    "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    + _LLAVA_PARTS
+    + "{{ '</s>' if message['role'] == 'assistant' else ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def make_video_model(kind: str, folder: Path) -> Path:
+    """Save a model of two text and two vision layers, random weights, with its processor.
+
+    Args:
+        kind: One of `KINDS`, the `model_type` of the config.
+        folder: Made where missing.
+
+    Returns:
+        The folder, for `AutoProcessor` and `AutoModelForImageTextToText`.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    tokenizer = _tokenizer(kind)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = AutoModelForImageTextToText.from_config(_config(kind, tokenizer))
+        for parameter in model.parameters():
+            # Wider than the classes' own, which give almost uniform predictions whatever is seen.
+            if parameter.dim() > 1:
+                fan_in = parameter[0].numel()
+                torch.nn.init.normal_(parameter, std=1.2 * fan_in**-0.5)
+        model.save_pretrained(folder)
+    _processor(kind, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def write_clip(
+    path: Path,
+    *,
+    frames: int = 16,
+    fps: int = 8,
+    size: tuple[int, int] = (64, 64),
+    sound: bool = True,
+    seed: int = 0,
+) -> Path:
+    """Write an mp4 of a disc that moves over a plain ground, with a tone; both by the seed.
+
+    Args:
+        path: The file, mpeg4 video and mono aac at 16 kHz.
+        frames: How many.
+        fps: Frames a second.
+        size: Width and height, pixels, both even.
+        sound: False leaves out the audio stream.
+        seed: Of colours, place, speed and pitch.
+    """
+    import av
+
+    with av.open(path, "w") as container:
+        video: Any = container.add_stream("mpeg4", rate=fps)
+        video.width, video.height, video.pix_fmt = *size, "yuv420p"
+        video.bit_rate = 1_000_000
+        audio: Any = container.add_stream("aac", rate=16_000, layout="mono") if sound else None
+        for pixels in _disc(frames, size, seed):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(video.encode())
+        if audio is not None:
+            wave = _tone(frames / fps, seed)[None]
+            block = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+            block.sample_rate, block.pts, block.time_base = 16_000, 0, Fraction(1, 16_000)
+            container.mux(audio.encode(block))
+            container.mux(audio.encode())
+    return path
+
+
+def _disc(frames: int, size: tuple[int, int], seed: int) -> np.ndarray[Any, Any]:
+    """[T, H, W, 3] uint8."""
+    rng = np.random.default_rng(seed)
+    ground, colour = rng.integers(0, 256, (2, 3))
+    start, speed = rng.uniform(0.2, 0.8, 2), rng.uniform(-0.08, 0.08, 2)
+    x, y = np.meshgrid(np.arange(size[0]) / size[0], np.arange(size[1]) / size[1])
+    shown = []
+    for t in range(frames):
+        place = (start + t * speed) % 1.0
+        inside = (x - place[0]) ** 2 + (y - place[1]) ** 2 < 0.04
+        shown.append(np.where(inside[..., None], colour, ground).astype(np.uint8))
+    return np.stack(shown)
+
+
+def _tone(seconds: float, seed: int) -> np.ndarray[Any, Any]:
+    """[S] float32 at 16 kHz; a semitone up with every seed."""
+    time = np.arange(round(seconds * 16_000)) / 16_000
+    return (0.3 * np.sin(2 * np.pi * 220 * 2 ** (seed / 12) * time)).astype(np.float32)
+
+
+def _chat_template(kind: str) -> str:
+    if kind == "llava_onevision":
+        return _ONEVISION
+    if kind in _VICUNA:
+        return _VICUNA_CHAT
+    marks = _OMNI_MARKS if kind == OMNI else _MARKS
+    media = "".join(
+        f"{{% elif part['type'] == '{name}' %}}{{{{ '{''.join(tokens)}' }}}}"
+        for name, tokens in marks.items()
+    )
+    return _CHATML.replace("MEDIA", media)
+
+
+def _tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, 320 tokens, with the special tokens of the family."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    names: dict[str, str] = {}
+    if kind == OMNI:
+        names = {f"{name}_token": marks[1] for name, marks in _OMNI_MARKS.items()}
+        for name in ("vision", "audio"):
+            names |= {
+                f"{name}_bos_token": f"<|{name}_bos|>",
+                f"{name}_eos_token": f"<|{name}_eos|>",
+            }
+    media = list(names.values())
+    if kind in QWEN_VL:
+        media = list(dict.fromkeys(token for marks in _MARKS.values() for token in marks))
+    elif kind in LLAVA:
+        media = ["<image>", "<video>"]
+    pad, eos = "<|endoftext|>", "<|im_end|>"
+    special = [pad, "<|im_start|>", eos]
+    if kind in _VICUNA:
+        pad, eos = "<pad>", "</s>"
+        special = [pad, "<s>", eos]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special + media,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TINY_TEXT, trainer)
+    if kind in _VICUNA:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>" if kind in _VICUNA else None,
+        eos_token=eos,
+        pad_token=pad,
+        extra_special_tokens=names or media,
+    )
+
+
+def _config(kind: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    ids = tokenizer.convert_tokens_to_ids
+    text: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": WIDTH,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+    }
+    common: dict[str, Any] = {"tie_word_embeddings": False}
+    if kind in LLAVA:
+        siglip = kind == "llava_onevision"
+        text["model_type"] = "llama" if kind == "video_llava" else "qwen2"
+        vision: dict[str, Any] = {
+            "model_type": "siglip_vision_model" if siglip else "clip_vision_model",
+            "hidden_size": WIDTH,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": SIDE,
+            "patch_size": 14,
+        }
+        common |= {
+            "image_token_index": ids("<image>"),
+            "video_token_index": ids("<video>"),
+            "vision_feature_layer": -1 if siglip else -2,
+            "vision_feature_select_strategy": "full" if siglip else "default",
+        }
+        if siglip:
+            vision["vision_use_head"] = False
+        if kind == "video_llava":
+            common |= {"image_seq_length": 16, "video_seq_length": 8 * 17}
+        else:
+            common["image_grid_pinpoints"] = PINPOINTS
+        return AutoConfig.for_model(kind, text_config=text, vision_config=vision, **common)
+
+    text["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 10_000.0,
+        "mrope_section": [2, 1, 1],  # pairs of a head's 8 dimensions: time, height, width
+    }
+    vision = {"depth": 2, "num_heads": 4, "hidden_size": WIDTH, "patch_size": 14}
+    if kind == "qwen2_vl":
+        vision |= {"embed_dim": WIDTH, "mlp_ratio": 2}
+    else:
+        vision |= {"intermediate_size": 64, "out_hidden_size": WIDTH}
+    if kind in ("qwen2_5_vl", OMNI):
+        vision |= {"window_size": 56, "fullatt_block_indexes": [1]}
+    if kind == "qwen3_vl":
+        vision |= {
+            "patch_size": 16,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0],
+        }
+        text["head_dim"] = 8
+        text["rope_parameters"]["mrope_interleaved"] = True
+    if kind != OMNI:
+        marks = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
+        marks |= {f"vision_{end}_token_id": f"<|vision_{end}|>" for end in ("start", "end")}
+        common |= {name: ids(token) for name, token in marks.items()}
+        return AutoConfig.for_model(kind, text_config=text, vision_config=vision, **common)
+    for name, marks in _OMNI_MARKS.items():
+        common[f"{name}_token_index"] = ids(marks[1])
+    common |= {
+        "audio_start_token_id": ids("<|audio_bos|>"),
+        "audio_end_token_id": ids("<|audio_eos|>"),
+    }
+    common |= {
+        f"vision_{s}_token_id": ids(f"<|vision_{e}|>")
+        for s, e in (("start", "bos"), ("end", "eos"))
+    }
+    audio = {
+        "num_mel_bins": 16,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "d_model": WIDTH,
+        "output_dim": WIDTH,
+    }
+    return AutoConfig.for_model(
+        kind, text_config=text, vision_config=vision, audio_config=audio, **common
+    )
+
+
+def _processor(kind: str, tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
+    import transformers as hf
+
+    chat = _chat_template(kind)
+    if kind in LLAVA:
+        if kind == "llava_onevision":
+            size: dict[str, Any] = {"size": {"height": SIDE, "width": SIDE}}
+            return hf.LlavaOnevisionProcessor(
+                hf.LlavaOnevisionImageProcessor(**size, image_grid_pinpoints=PINPOINTS),
+                tokenizer,
+                hf.LlavaOnevisionVideoProcessor(**size),
+                num_image_tokens=16,
+                vision_feature_select_strategy="full",
+                chat_template=chat,
+            )
+        size = {
+            "size": {"shortest_edge": SIDE},
+            "crop_size": {"height": SIDE, "width": SIDE},
+        }
+        shape = {"patch_size": 14, "num_additional_image_tokens": 1}
+        if kind == "video_llava":
+            return hf.VideoLlavaProcessor(
+                hf.VideoLlavaImageProcessor(**size),
+                hf.VideoLlavaVideoProcessor(**size),
+                tokenizer,
+                chat_template=chat,
+                **shape,
+            )
+        return hf.LlavaNextVideoProcessor(
+            hf.LlavaNextVideoVideoProcessor(**size),
+            hf.LlavaNextImageProcessor(**size, image_grid_pinpoints=PINPOINTS),
+            tokenizer,
+            chat_template=chat,
+            vision_feature_select_strategy="default",
+            **shape,
+        )
+    patch = 16 if kind == "qwen3_vl" else 14
+    unit = (2 * patch) ** 2  # pixels of one token
+    size = {"patch_size": patch, "size": {"shortest_edge": unit, "longest_edge": 128 * unit}}
+    image = hf.Qwen2VLImageProcessor(**size)
+    chosen = {"do_sample_frames": False, "cap_pixels_per_frame": False}
+    if kind == OMNI:
+        return hf.Qwen2_5OmniProcessor(
+            image,
+            hf.Qwen2VLVideoProcessor(**size, **chosen),
+            hf.WhisperFeatureExtractor(feature_size=16, return_attention_mask=True),
+            tokenizer,
+            chat_template=chat,
+        )
+    if kind == "qwen3_vl":
+        video = hf.Qwen3VLVideoProcessor(**size, **chosen)
+        return hf.Qwen3VLProcessor(image, tokenizer, video, chat_template=chat)
+    video = hf.Qwen2VLVideoProcessor(**size, **chosen)
+    make = hf.Qwen2VLProcessor if kind == "qwen2_vl" else hf.Qwen2_5_VLProcessor
+    return make(image, tokenizer, video, chat_template=chat)
