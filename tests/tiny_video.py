@@ -6,65 +6,18 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tiny import TINY_TEXT
+from tiny_video_text import KINDS, LLAVA, OMNI, OMNI_MARKS, chat_template, make_media_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
 
-QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-LLAVA = ("llava_onevision", "llava_next_video", "video_llava")
-OMNI = "qwen2_5_omni_thinker"
-KINDS = (*QWEN_VL, *LLAVA, OMNI)
+__all__ = ["KINDS", "make_video_model", "write_clip"]
 
 WIDTH = 32
 SIDE = 56  # pixels a side of every picture in the LLaVA classes: 4 x 4 patches of 14
 PINPOINTS = [[56, 56], [56, 112]]
-_VICUNA = ("llava_next_video", "video_llava")  # prompts of that form, and a bos token
-_MARKS = {
-    "image": ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
-    "video": ("<|vision_start|>", "<|video_pad|>", "<|vision_end|>"),
-}
-_OMNI_MARKS = {
-    "image": ("<|vision_bos|>", "<|IMAGE|>", "<|vision_eos|>"),
-    "video": ("<|vision_bos|>", "<|VIDEO|>", "<|vision_eos|>"),
-    "audio": ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"),
-}
-
-_CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'text' %}{{ part['text'] }}MEDIA{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{{ '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-# Media first, then the text, as these classes were trained.
-_LLAVA_PARTS = (
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] in ('image', 'video') %}"
-    "{{ '<' + part['type'] + '>\\n' }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{% endif %}"
-)
-_ONEVISION = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + ('\\n' if message['role'] == 'assistant' else ' ') }}"
-    + _LLAVA_PARTS
-    + "{{ '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-_VICUNA_CHAT = (
-    "{% for message in messages %}"
-    "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
-    + _LLAVA_PARTS
-    + "{{ '</s>' if message['role'] == 'assistant' else ' ' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
 
 
 def make_video_model(kind: str, folder: Path) -> Path:
@@ -80,7 +33,7 @@ def make_video_model(kind: str, folder: Path) -> Path:
     import torch
     from transformers import AutoModelForImageTextToText
 
-    tokenizer = _tokenizer(kind)
+    tokenizer = make_media_tokenizer(kind)
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = AutoModelForImageTextToText.from_config(_config(kind, tokenizer))
@@ -152,65 +105,6 @@ def _tone(seconds: float, seed: int) -> np.ndarray[Any, Any]:
     return (0.3 * np.sin(2 * np.pi * 220 * 2 ** (seed / 12) * time)).astype(np.float32)
 
 
-def _chat_template(kind: str) -> str:
-    if kind == "llava_onevision":
-        return _ONEVISION
-    if kind in _VICUNA:
-        return _VICUNA_CHAT
-    marks = _OMNI_MARKS if kind == OMNI else _MARKS
-    media = "".join(
-        f"{{% elif part['type'] == '{name}' %}}{{{{ '{''.join(tokens)}' }}}}"
-        for name, tokens in marks.items()
-    )
-    return _CHATML.replace("MEDIA", media)
-
-
-def _tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, 320 tokens, with the special tokens of the family."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    names: dict[str, str] = {}
-    if kind == OMNI:
-        names = {f"{name}_token": marks[1] for name, marks in _OMNI_MARKS.items()}
-        for name in ("vision", "audio"):
-            names |= {
-                f"{name}_bos_token": f"<|{name}_bos|>",
-                f"{name}_eos_token": f"<|{name}_eos|>",
-            }
-    media = list(names.values())
-    if kind in QWEN_VL:
-        media = list(dict.fromkeys(token for marks in _MARKS.values() for token in marks))
-    elif kind in LLAVA:
-        media = ["<image>", "<video>"]
-    pad, eos = "<|endoftext|>", "<|im_end|>"
-    special = [pad, "<|im_start|>", eos]
-    if kind in _VICUNA:
-        pad, eos = "<pad>", "</s>"
-        special = [pad, "<s>", eos]
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=special + media,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(TINY_TEXT, trainer)
-    if kind in _VICUNA:
-        backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>" if kind in _VICUNA else None,
-        eos_token=eos,
-        pad_token=pad,
-        extra_special_tokens=names or media,
-    )
-
-
 def _config(kind: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
     from transformers import AutoConfig
 
@@ -279,7 +173,7 @@ def _config(kind: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
         marks |= {f"vision_{end}_token_id": f"<|vision_{end}|>" for end in ("start", "end")}
         common |= {name: ids(token) for name, token in marks.items()}
         return AutoConfig.for_model(kind, text_config=text, vision_config=vision, **common)
-    for name, marks in _OMNI_MARKS.items():
+    for name, marks in OMNI_MARKS.items():
         common[f"{name}_token_index"] = ids(marks[1])
     common |= {
         "audio_start_token_id": ids("<|audio_bos|>"),
@@ -305,7 +199,7 @@ def _config(kind: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
 def _processor(kind: str, tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
     import transformers as hf
 
-    chat = _chat_template(kind)
+    chat = chat_template(kind)
     if kind in LLAVA:
         if kind == "llava_onevision":
             size: dict[str, Any] = {"size": {"height": SIDE, "width": SIDE}}
