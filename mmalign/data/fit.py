@@ -182,14 +182,21 @@ def _to_plain(row: Example) -> list[Example]:
     return [_single(row, row.candidates[scores.index(max(scores))], "plain", 1.0)]
 
 
+MADE = frozenset(
+    {"mismatched", "augmented", "corrupted", "rejected_corrupted"}
+    | {f"corrupted_{level}" for level in ("video", "clip", "frame")}
+)
+"""Roles whose candidates an adapter makes for rows that do not bring them."""
+
+
 def _with_roles(row: Example, roles: tuple[str, ...]) -> Example:
-    """Only the rated candidates and those of `roles`, in order; adapters make mismatched ones."""
+    """Only the rated candidates and those of `roles`, in order; adapters make those of `MADE`."""
     keep = list(range(row.num_rated))
     left = [(i, c.role) for i, c in enumerate(row.candidates) if c.role]
     for role in roles:
-        if role == "mismatched":
-            continue
         found = next((i for i, name in left if name == role), None)
+        if found is None and role in MADE:
+            continue
         if found is None:
             have, want = sum(c.role == role for c in row.candidates), roles.count(role)
             raise DataError(

@@ -181,6 +181,10 @@ class Adapter(nn.Module, ABC):
         """The rows as the model will see them, for a terminal."""
         raise ConfigError(f"{cls.__name__} cannot show rows")
 
+    def question(self, example: Example) -> Any:
+        """What `sample` takes to answer a row again; hashable."""
+        return example.prompt
+
     def sample(self, prompts: Sequence[Any], **options: Any) -> list[Any]:
         """Generate one response a prompt with the policy, for reports and `mmalign sample`."""
         raise ConfigError(f"{type(self).__name__} cannot generate samples")

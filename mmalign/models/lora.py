@@ -62,6 +62,7 @@ def attach(
     *,
     task: str | None = "CAUSAL_LM",
     auto: Sequence[str] | None = None,
+    pattern: str | None = None,
 ) -> PeftModel:
     """The model with fresh low-rank adapters, which change nothing before the first step.
 
@@ -71,15 +72,19 @@ def attach(
         task: peft's task type, which decides the wrapper class.
         auto: Module names that the targets `auto` stand for; None for all linear layers. Those that
             the model lacks are passed over.
+        pattern: A regular expression of whole module names, in place of the spec's targets.
 
     Raises:
         ConfigError: when a target fits no module, or fits the output head.
     """
     from peft import LoraConfig, get_peft_model
 
-    spec = _resolved(model, spec, auto)
-    _check_targets(model, spec)
-    targets = spec.targets if spec.targets == "all-linear" else _names(spec)
+    if pattern is None:
+        spec = _resolved(model, spec, auto)
+        _check_targets(model, spec)
+        targets = spec.targets if spec.targets == "all-linear" else _names(spec)
+    else:
+        targets = pattern
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,  # pyright: ignore[reportArgumentType]  peft takes any number

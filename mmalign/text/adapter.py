@@ -147,7 +147,10 @@ class TextAdapter(Adapter):
 
     def collate(self, examples: Sequence[Example], draws: Sequence[int] | None = None) -> Batch:
         """Token ids of all candidates, and the cached reference's values where there are any."""
-        batch = self.encoder.collate(examples, self.needs)
+        return self._collate(examples, self.needs)
+
+    def _collate(self, examples: Sequence[Example], needs: Needs) -> Batch:
+        batch = self.encoder.collate(examples, needs)
         if self._cache is None:
             return batch
         length = batch.inputs["response_ids"].shape[-1]

@@ -87,7 +87,7 @@ def response_logps(
     options = _Options(
         scale=scale,
         softcap=softcap,
-        rows=_block_rows(block_size, weight),
+        rows=block_rows(block_size, weight),
         kept=0 if not torch.is_grad_enabled() else block_size // 2 if kl else block_size,
         kl=kl,
         log_sum_p2=log_sum_p2,
@@ -106,7 +106,8 @@ def response_logps(
     return TokenStats(policy, reference, divergence, squares)
 
 
-def _block_rows(block_size: int, weight: Tensor) -> int:
+def block_rows(block_size: int, weight: Tensor) -> int:
+    """Positions of a block: fewer on a CPU, where a block of logits should stay in its cache."""
     if weight.device.type != "cpu":
         return block_size
     return min(block_size, max(CPU_BLOCK_ROWS, CPU_BLOCK_ELEMENTS // weight.shape[0]))

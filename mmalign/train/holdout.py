@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 
@@ -16,10 +16,10 @@ from mmalign.train.order import held_out
 from mmalign.train.rng import own_random_stream
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Hashable, Mapping, Sequence
 
     from mmalign.core import Objective
-    from mmalign.data.example import Example, Prompt
+    from mmalign.data.example import Example
     from mmalign.train.run import Run
 
 
@@ -34,7 +34,8 @@ class HeldOut:
         self._needs = needs | Needs(kl=True) if has_kl else needs  # reported, if not trained on
         shown = run.config.sample
         given = {f"prompt-{i}": prompt for i, prompt in enumerate(shown.prompts)}
-        self._prompts = given or _first_prompts(run.eval_rows, shown.num_prompts)
+        ask = run.adapter.question
+        self._prompts = given or _first_prompts(run.eval_rows, shown.num_prompts, ask)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Score all rows, append to eval.jsonl, and return the metrics as `eval_NAME`."""
@@ -98,11 +99,13 @@ def reward_beta(objective: Objective) -> float | None:
     return None
 
 
-def _first_prompts(rows: Sequence[Example], count: int) -> Mapping[str, Prompt]:
-    """Row id to prompt, for the first `count` different prompts."""
-    seen: dict[Prompt, str] = {}
+def _first_prompts(
+    rows: Sequence[Example], count: int, ask: Callable[[Example], Hashable]
+) -> Mapping[str, Any]:
+    """Row id to what is asked in it, for the first `count` different questions."""
+    seen: dict[Hashable, str] = {}
     for row in rows:
         if len(seen) == count:
             break
-        seen.setdefault(row.prompt, row.id)
+        seen.setdefault(ask(row), row.id)
     return {row: prompt for prompt, row in seen.items()}

@@ -1,0 +1,202 @@
+"""The video adapter: language models that see and hear, scored on response tokens.
+
+A token model fed more than tokens: everything about scoring is the text adapter's. What is added is
+what a prompt shows: media decoded and processed (`reader`), expanded in the prompt (`encode`),
+encoded once for all that look at them (`contexts`), and answers under altered clips (`candidates`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmalign.models import lora
+from mmalign.text.adapter import TextAdapter
+from mmalign.text.encode import Encoder
+from mmalign.text.model import causal_model
+from mmalign.text.passes import run_model
+from mmalign.text.prefix import arrange
+from mmalign.text.span_masks import with_spans
+from mmalign.video import pami
+from mmalign.video.candidates import Corruptor
+from mmalign.video.checks import usable_rows
+from mmalign.video.contexts import Contexts, feed, place_positions
+from mmalign.video.encode import VideoEncoder
+from mmalign.video.features import FeatureStore
+from mmalign.video.generate import Question, generate
+from mmalign.video.model import (
+    language_model,
+    load_model,
+    lora_targets,
+    media_ids,
+    rope_positions,
+    select_parts,
+)
+from mmalign.video.processing import Processor, load_processor
+from mmalign.video.reader import MediaReader
+from mmalign.video.select import tau_at
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from mmalign.config import RunConfig
+    from mmalign.core import CandidateLogps, Needs
+    from mmalign.data.example import Example
+    from mmalign.models.adapter import Batch
+    from mmalign.text.prefix import Layout, Rows
+    from mmalign.video.reader import Prepared
+
+
+class VideoAdapter(TextAdapter):
+    """A video or audio-visual language model as policy, and its reference.
+
+    Inputs of a batch are those of a text batch, and the contexts of `VideoEncoder`.
+    """
+
+    encoder: VideoEncoder
+
+    def __init__(
+        self, config: RunConfig, needs: Needs, model: PreTrainedModel, tokenizer: Any
+    ) -> None:
+        """Make a loaded model trainable as `config` says; `tokenizer` is its whole processor."""
+        super().__init__(config, needs, model, tokenizer)
+        self._step = 0
+        self._num_steps = 1
+        hears = self.encoder.processor.plays and config.video.sound == "auto"
+        self._corruptor = Corruptor(config.video, hears)
+        self._choice: pami.Chosen | None = None
+
+    _load_tokenizer = staticmethod(load_processor)
+    _load_model = staticmethod(load_model)
+
+    @classmethod
+    def usable(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
+        """The rows whose media can be decoded and, where only spans are scored, that have one."""
+        processor = load_processor(config)
+        rows = usable_rows(examples, config.video, hears=Processor(processor, config).hears)
+        # What differs between two answers is found without anything shown: nothing is decoded.
+        words = config.text.model_copy(update={"chat_template": False, "system_prompt": None})
+        encoder = Encoder(processor.tokenizer, config.model_copy(update={"text": words}))
+        return with_spans(config.text.masks, rows, encoder.encode_example)
+
+    def collate(self, examples: Sequence[Example], draws: Sequence[int] | None = None) -> Batch:
+        """Ids of all candidates, those under altered clips among them, and what they show."""
+        roles = self.needs.roles
+        rows = [
+            self._corruptor(row, roles, 0 if draws is None else draws[i])
+            for i, row in enumerate(examples)
+        ]
+        needs = replace(self.needs, roles=self._corruptor.roles(roles))
+        return self._collate(rows, needs)
+
+    def forward(self, batch: Batch, needs: Needs) -> CandidateLogps:
+        """Score the response tokens of every candidate; choose among augmented clips before."""
+        if "augmented" not in self.needs.roles:
+            return super().forward(batch, needs)
+        self._choice = self._choose(batch)
+        return self._choice.weigh(super().forward(self._choice.batch, needs))
+
+    @torch.no_grad()
+    def _choose(self, batch: Batch) -> pami.Chosen:
+        rows = self._arrange(batch)
+        scored = run_model(self.policy, rows, self.heads)
+        contexts = self._contexts(batch)
+        shown = batch.inputs["context_media"][batch.inputs["context_index"]]  # [B, 1 + K]
+        inner = causal_model(self.policy)
+        means = {
+            i: contexts.media(inner, i).tokens.float().mean(0)
+            for i in set(shown.flatten().tolist())
+        }
+        stacked = torch.stack([means[i] for i in shown.flatten().tolist()])
+        spec = self.config.video.selection
+        return pami.choose(
+            batch,
+            rows,
+            scored,
+            stacked.view(*shown.shape, -1),
+            spec,
+            tau_at(spec, self._step, self._num_steps),
+            self.config.text.block_size,
+        )
+
+    def after_step(self, step: int) -> None:
+        """Move an averaged reference; count steps for a gate that moves."""
+        super().after_step(step)
+        self._step = step
+
+    def metrics(self, batch: Batch, logps: CandidateLogps) -> dict[str, Tensor]:
+        """How close and how far the augmented clips were."""
+        choice = self._choice
+        if choice is None:
+            return {}
+        taken = choice.weights > 0
+        return {
+            "pami/close": choice.close[taken].mean(),
+            "pami/far": choice.far[taken].mean(),
+            "pami/far_max": choice.far.amax(1).mean(),
+            "pami/row_weight": choice.row_weight.mean(),
+        }
+
+    def question(self, example: Example) -> Question:
+        """The row's prompt with what it shows."""
+        return Question(example.prompt, example.media)
+
+    def sample(self, prompts: Sequence[Any], **options: Any) -> list[str]:
+        """One answer a question; see `generate`."""
+        return generate(self.policy, self.encoder, prompts, **options)
+
+    def before_training(self, examples: Sequence[Example]) -> None:
+        """Know the other rows' clips, to take frames from; check a cache."""
+        clips = dict.fromkeys(clip for row in examples for clip in row.media.videos)
+        self._corruptor = replace(self._corruptor, donors=tuple(clips))
+        train = self.config.train
+        per_step = train.batch_size * train.accumulate
+        epochs = max(1, round(train.num_epochs * len(examples) / per_step))
+        self._num_steps = train.num_steps or epochs
+        super().before_training(examples)
+
+    def _make_encoder(self, tokenizer: Any, model: PreTrainedModel) -> Encoder:
+        processor = Processor(tokenizer, self.config)
+        video = self.config.video
+        self.frozen = not {"tower", "projector"} & set(video.train)
+        self.features = FeatureStore(video.feature_cache if self.frozen else 0)
+        self._media_ids = media_ids(model)
+        reader = MediaReader(processor, self.config, self.features)
+
+        def positions(ids: Tensor, prepared: Prepared) -> Tensor | None:
+            types = processor.token_types(ids)
+            return rope_positions(model, ids, prepared.processed.tensors, types)
+
+        return VideoEncoder(processor, self.config, reader, positions)
+
+    def _make_trainable(self, model: PreTrainedModel) -> nn.Module:
+        trained, spec = self.config.video.train, self.config.model.lora
+        if spec is not None:
+            wanted = [] if spec.targets in ("auto", "all-linear") else spec.targets
+            wanted = [wanted] if isinstance(wanted, str) else wanted
+            pattern = lora_targets(model, trained, wanted)
+            return lora.attach(model, spec, pattern=pattern)
+        if self.config.model.adapter is not None:
+            return lora.apply(model, self.config.model)
+        select_parts(model, trained)
+        return model
+
+    @staticmethod
+    def _body(model: PreTrainedModel) -> PreTrainedModel:
+        return language_model(model)
+
+    def _rows(self, batch: Batch, layout: Layout, *, prompts: bool = False) -> Rows:
+        rows = place_positions(arrange(batch.inputs, layout, prompts=prompts), batch.inputs)
+        contexts = self._contexts(batch)
+        return replace(
+            rows, feed=partial(feed, rows=rows, contexts=contexts, clue_id=None, clues=None)
+        )
+
+    def _contexts(self, batch: Batch) -> Contexts:
+        return Contexts(batch.inputs, self._media_ids, self.frozen, self.features)

@@ -1,0 +1,137 @@
+"""What a pass over prompts with media is fed: embeddings with features in their places."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from mmalign.errors import ConfigError
+from mmalign.text.prefix import Fed
+from mmalign.video.model import Encoded, encode, language_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from mmalign.text.prefix import Piece, Rows
+    from mmalign.video.features import FeatureStore
+
+    Clues = Callable[[PreTrainedModel, "Contexts", Piece, Tensor], Tensor | None]
+
+
+@dataclass(slots=True)
+class Contexts:
+    """The contexts of one batch.
+
+    Attributes:
+        inputs: Of the batch; see `VideoEncoder`.
+        ids: Tokens that stand for features.
+        frozen: Whether features are the same for policy and reference, so that they are made once.
+        store: Keeps them for later batches, where they are frozen.
+    """
+
+    inputs: Mapping[str, Tensor]
+    ids: frozenset[int]
+    frozen: bool
+    store: FeatureStore
+    _made: dict[int, Encoded] = field(default_factory=dict)
+
+    def media(self, model: PreTrainedModel, number: int) -> Encoded:
+        """The features of media `number`, made by this model's towers."""
+        if number in self._made:
+            return self._made[number]
+        group = f"media/{number}/"
+        given = {k.removeprefix(group): v for k, v in self.inputs.items() if k.startswith(group)}
+        if "tokens" in given:
+            deep = [given[f"deep/{i}"] for i in range(sum(k.startswith("deep/") for k in given))]
+            made = Encoded(given["tokens"], tuple(deep))
+        elif not self.frozen:
+            return encode(model, given, self.ids)
+        else:
+            with torch.no_grad():
+                made = encode(model, given, self.ids)
+            self.store.put(bytes(given["key"].tolist()).hex(), made)
+        self._made[number] = made
+        return made
+
+    def shown(self, piece: Piece) -> int:
+        """The number of the media that a prompt shows; 0 for none."""
+        return int(self.inputs["context_media"][piece.context])
+
+
+def place_positions(rows: Rows, inputs: Mapping[str, Tensor]) -> Rows:
+    """The rows with positions in time, height and width where a prompt has such."""
+    if not any(name.startswith("positions/") for name in inputs):
+        return rows
+    ids = rows.input_ids
+    positions = torch.zeros(3, ids.numel(), dtype=torch.long, device=ids.device)
+    for piece in rows.pieces:
+        own = inputs.get(f"positions/{piece.context}")
+        if own is None:
+            own = torch.arange(piece.length, device=ids.device).expand(3, -1)
+        own = own[:, : piece.length].to(ids.device)
+        positions[:, piece.start : piece.start + piece.length] = own
+        first = own.max() + 1  # after everything shown, whichever of its three counts is highest
+        for start, count in piece.responses:
+            steps = torch.arange(count, device=ids.device)
+            positions[:, start : start + count] = first + steps
+    return replace(rows, position_ids=positions.view(3, *ids.shape))
+
+
+def feed(
+    model: PreTrainedModel, rows: Rows, contexts: Contexts, clue_id: int | None, clues: Clues | None
+) -> Fed:
+    """What the model's language part takes for these rows.
+
+    Args:
+        model: Policy or reference, without a wrapper.
+        rows: The laid-out batch.
+        contexts: Its media.
+        clue_id: The token that stands for clues.
+        clues: Makes the clues of a prompt that has such tokens.
+
+    Raises:
+        ConfigError: A prompt has another number of tokens than its media have features.
+    """
+    body = language_model(model)
+    embeddings = model.get_input_embeddings()(rows.input_ids)
+    flat, ids = embeddings.flatten(0, 1), rows.input_ids.flatten()
+    wanted = torch.tensor(sorted(contexts.ids), device=ids.device)
+    places: list[Tensor] = []
+    values: list[Tensor] = []
+    deep: list[tuple[Tensor, ...]] = []
+    num_seen = 0
+    for piece in rows.pieces:
+        number = contexts.shown(piece)
+        if not number:
+            continue
+        prompt = ids[piece.start : piece.start + piece.length]
+        seen = torch.isin(prompt, wanted).nonzero().squeeze(-1) + piece.start
+        encoded = contexts.media(model, number).to(flat)
+        if len(seen) != len(encoded.tokens):
+            raise ConfigError(
+                f"a prompt has {len(seen)} tokens for media, but the model made "
+                f"{len(encoded.tokens)} features; processor and model do not belong together"
+            )
+        places.append(seen)
+        values.append(encoded.tokens)
+        deep.append(encoded.deep)
+        num_seen += len(seen)
+        if clues is not None:
+            made = clues(model, contexts, piece, prompt)
+            if made is not None:
+                places.append((prompt == clue_id).nonzero().squeeze(-1) + piece.start)
+                values.append(made.to(flat.dtype))
+    if not places:
+        return Fed(body, {"inputs_embeds": embeddings})
+    flat = flat.index_copy(0, torch.cat(places), torch.cat(values))
+    inputs: dict[str, Tensor | list[Tensor]] = {"inputs_embeds": flat.view_as(embeddings)}
+    if any(deep):
+        # Layers add these where the mask is set, in the order of the rows.
+        inputs["visual_pos_masks"] = torch.isin(rows.input_ids, wanted)
+        inputs["deepstack_visual_embeds"] = [torch.cat(layer) for layer in zip(*deep, strict=True)]
+    return Fed(body, inputs)

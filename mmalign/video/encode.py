@@ -1,0 +1,213 @@
+"""Examples to token ids where prompts show and play: every medium expanded, its run verified."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmalign.data.example import Media
+from mmalign.errors import DataError
+from mmalign.text.encode import Encoder
+from mmalign.video.clue_hook import CLUE_TOKEN
+from mmalign.video.prompt import MarkedText, MediaTemplate, place
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from mmalign.config import RunConfig
+    from mmalign.core import Needs
+    from mmalign.data.example import Example, Prompt
+    from mmalign.models.adapter import Batch
+    from mmalign.text.encode import EncodedCandidate
+    from mmalign.text.render import ChatTemplate, PlainText
+    from mmalign.video.processing import Processor
+    from mmalign.video.reader import MediaReader, Prepared
+
+    Positions = Callable[[Tensor, Prepared], Tensor | None]
+
+
+class VideoEncoder(Encoder):
+    """Turns examples into batches for one processor and one config.
+
+    Inputs of a batch beside those of a text batch, all of them `whole`:
+        context_media: [C] long, the media that context c shows, counted from 1; 0 for none.
+        positions/C: [3, P] long, of the tokens of a context's prompt, for models that count so.
+        media/M/NAME: what the processor made of media M, where they must be encoded.
+        media/M/tokens, media/M/deep/I: [n, D], their features, where they are known.
+        media/M/key: the media's identity, as bytes.
+    """
+
+    def __init__(
+        self,
+        processor: Processor,
+        config: RunConfig,
+        reader: MediaReader,
+        positions: Positions,
+        num_clues: Callable[[bool, bool], int] | None = None,
+    ) -> None:
+        """Check what `data`, `text` and `video` of the config ask.
+
+        Args:
+            processor: Of the model.
+            config: The run's.
+            reader: Decodes and processes media.
+            positions: Positions of a prompt's ids [P] that shows something.
+            num_clues: Clue tokens of a prompt that is seen, and heard; None for a model without.
+        """
+        self.processor = processor
+        super().__init__(processor.tokenizer, config)
+        self.reader, self.positions, self.num_clues = reader, positions, num_clues
+        self.media_ids = frozenset(processor.token_ids.values())
+        self._contexts: dict[tuple[str, tuple[int, ...]], int] = {}
+        self._prepared: dict[str, Prepared] = {}
+
+    def _renderers(self) -> tuple[ChatTemplate | None, PlainText]:
+        chat = None
+        if getattr(self.processor.inner, "chat_template", None) is not None:
+            chat = MediaTemplate(self.processor.inner, self.text.system_prompt)
+        return chat, MarkedText(self.processor.tokens)
+
+    def encode_example(self, example: Example) -> tuple[EncodedCandidate, ...]:
+        """Every candidate of the row, in the row's order; candidates of one context share its ids.
+
+        Raises:
+            DataError: when a response has no token, or media cannot be shown.
+        """
+        groups: dict[tuple[Prompt, Media], list[int]] = {}
+        for index, candidate in enumerate(example.candidates):
+            prompt = example.prompt if candidate.prompt is None else candidate.prompt
+            media = example.media if candidate.media is None else candidate.media
+            groups.setdefault((prompt, media), []).append(index)
+        encoded: dict[int, EncodedCandidate] = {}
+        for (prompt, media), indices in groups.items():
+            members = [example.candidates[index] for index in indices]
+            placed, expand, key = self._placed(prompt, media, example.id)
+            for index, item in zip(
+                indices, self._group(placed, members, example.id, expand), strict=True
+            ):
+                if self._special & set(item.response):
+                    raise DataError(
+                        f"{example.id}: a response writes one of the model's own tokens for media "
+                        f"({', '.join(self.processor.tokens.values())}); change the text"
+                    )
+                encoded[index] = replace(item, context=self._context(key, item.prompt))
+        return tuple(encoded[index] for index in range(len(encoded)))
+
+    def encode_question(
+        self, prompt: Prompt, media: Media, where: str
+    ) -> tuple[list[int], Prepared | None]:
+        """The context to generate an answer from, and what it shows, pixels and all."""
+        self._prepared = {}
+        if media:
+            key = self.reader.key(media)
+            self._prepared[key] = self.reader.prepare(media, where, pixels=True)
+        placed, expand, key = self._placed(prompt, media, where)
+        ids, _ = self._ids(expand(self.render.context(placed, where)))
+        return self._cut_prompt(self._started(ids, where), where), self._prepared.get(key)
+
+    def collate(self, examples: Sequence[Example], needs: Needs) -> Batch:
+        """A batch on the CPU; see the class for its inputs."""
+        self._contexts, self._prepared = {}, {}
+        batch = super().collate(examples, needs)
+        whole = self._media_inputs()
+        inputs = {**batch.inputs, **whole}
+        if "context_index" not in inputs:
+            inputs["context_index"] = torch.zeros(batch.labels.shape, dtype=torch.long)
+        return replace(batch, inputs=inputs, whole=frozenset(whole))
+
+    def fingerprint(self) -> str:
+        """Hash of everything that decides tokens and features."""
+        return f"{super().fingerprint()}-{self.reader.key(Media())}"
+
+    @property
+    def _special(self) -> frozenset[int]:
+        return self.media_ids
+
+    def _placed(
+        self, prompt: Prompt, media: Media, where: str
+    ) -> tuple[Prompt, Callable[[str], str], str]:
+        """The prompt with its marks, how its text is expanded, and the key of its media."""
+        if not media:
+            return prompt, lambda text: text, ""
+        key = self.reader.key(media)
+        if key not in self._prepared:
+            self._prepared[key] = self.reader.prepare(media, where)
+        prepared = self._prepared[key]
+        counts = {"video": media.videos, "image": media.images, "audio": media.sounds}
+
+        def expand(text: str) -> str:
+            for kind, token in self.processor.tokens.items():
+                if text.count(token) != len(counts[kind]):
+                    raise DataError(
+                        f"{where}: the prompt's text has {token} {text.count(token)} times, but "
+                        f"{len(counts[kind])} of kind {kind} are shown; the chat template leaves "
+                        "media out, or the text itself writes the token"
+                    )
+            if self.num_clues is not None:
+                text = self._with_clues(text, media)
+            return self.processor.expand(text, prepared.processed)
+
+        return place(prompt, media, where), expand, key
+
+    def _with_clues(self, text: str, media: Media) -> str:
+        """Clue tokens before the first medium."""
+        assert self.num_clues is not None
+        heard = bool(media.sounds) or self.reader.hears_clip(media)
+        count = self.num_clues(bool(media.videos or media.images), heard)
+        first = min(text.index(t) for t in self.processor.tokens.values() if t in text)
+        return text[:first] + CLUE_TOKEN * count + text[first:]
+
+    def _context(self, key: str, prompt: list[int]) -> int:
+        """The number of a context, from 1; 0 for one of text alone."""
+        if not key:
+            return 0
+        return self._contexts.setdefault((key, tuple(prompt)), len(self._contexts) + 1)
+
+    def _media_inputs(self) -> dict[str, Tensor]:
+        keys = list(dict.fromkeys(key for key, _ in self._contexts))
+        shown = [0, *(keys.index(key) + 1 for key, _ in self._contexts)]
+        inputs: dict[str, Tensor] = {"context_media": torch.tensor(shown, dtype=torch.long)}
+        for (key, ids), number in self._contexts.items():
+            positions = self.positions(torch.tensor(ids), self._prepared[key])
+            if positions is not None:
+                inputs[f"positions/{number}"] = positions
+        for number, key in enumerate(keys, 1):
+            for name, tensor in media_tensors(self._prepared[key]).items():
+                inputs[f"media/{number}/{name}"] = tensor
+        return inputs
+
+    def _cut_prompt(self, ids: list[int], row: str) -> list[int]:
+        """Cut the words of a prompt to `data.max_prompt_length`; media are never cut into."""
+        shown = [i for i, token in enumerate(ids) if token in self.media_ids]
+        excess = len(ids) - len(shown) - self.data.max_prompt_length
+        if not shown:
+            return super()._cut_prompt(ids, row)
+        if excess <= 0:
+            return ids
+        start = shown[-1] + 1
+        while start < len(ids) and ids[start] in self._tokenize.ends:
+            start += 1  # the marker behind the media
+        if len(ids) - start <= excess:
+            raise DataError(
+                f"{row}: the prompt has {len(ids) - len(shown)} tokens beside its media, "
+                f"{excess} more than data.max_prompt_length, and only {len(ids) - start} of them "
+                "follow the media, where they can be cut; raise it, or shorten the prompt"
+            )
+        self.count("prompts_cut", row)
+        if self.data.truncate_prompt == "keep_start":
+            return ids[: len(ids) - excess]
+        return ids[:start] + ids[start + excess :]
+
+
+def media_tensors(prepared: Prepared) -> dict[str, Any]:
+    """What a batch carries of the media of a prompt."""
+    key = torch.frombuffer(bytearray(bytes.fromhex(prepared.key)), dtype=torch.uint8)
+    encoded = prepared.encoded
+    if encoded is None:
+        return {"key": key, **prepared.processed.tensors}
+    deep = {f"deep/{i}": tensor for i, tensor in enumerate(encoded.deep)}
+    return {"key": key, "tokens": encoded.tokens, **deep}

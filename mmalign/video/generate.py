@@ -1,0 +1,121 @@
+"""Answers about what is shown, for reports, benchmarks and new pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmalign.data.example import Media
+from mmalign.errors import DataError
+from mmalign.text.model import causal_model
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from mmalign.data.example import Prompt
+    from mmalign.video.encode import VideoEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a model is asked."""
+
+    prompt: Prompt
+    media: Media = field(default_factory=Media)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    encoder: VideoEncoder,
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> list[str]:
+    """One answer a question, in the context training scores answers in.
+
+    Questions whose media have tensors of the same shape are answered in one left-padded batch.
+
+    Args:
+        model: In evaluation mode.
+        encoder: The prompts' encoder.
+        questions: What to answer.
+        max_new_tokens: Tokens at most, the end token included.
+        temperature: 0 takes the most likely token each time.
+        top_p: Sample from the smallest set of tokens with this probability.
+    """
+    from transformers import GenerationConfig
+
+    device = next(model.parameters()).device
+    drawn = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    pad = encoder.pad_id
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        eos_token_id=sorted(encoder.end_ids) or None,
+        pad_token_id=pad,
+        repetition_penalty=1.0,  # some models' own settings are not 1: not the policy then
+        **drawn,
+    )
+    answers: list[str] = [""] * len(questions)
+    inner = causal_model(model)
+    encoded = [_context(encoder, question, i) for i, question in enumerate(questions)]
+    for group in _groups(encoded):
+        rows = [encoded[i] for i in group]
+        width = max(len(ids) for ids, _ in rows)
+        ids = torch.full((len(rows), width), pad, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for place, (row, _) in enumerate(rows):
+            ids[place, width - len(row) :] = torch.tensor(row)
+            mask[place, width - len(row) :] = 1
+        media = _together([tensors for _, tensors in rows])
+        played = (
+            {"use_audio_in_video": True} if media.pop("audio_in_video", None) is not None else {}
+        )
+        types = encoder.processor.token_types(ids) if media else None
+        inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types, **media}
+        tensors = {k: _cast(v, inner.dtype) for k, v in inputs.items() if v is not None}
+        output = model.generate(  # pyright: ignore[reportCallIssue]
+            **{k: v.to(device) for k, v in tensors.items()}, **played, generation_config=settings
+        )
+        texts = encoder.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        for i, text in zip(group, texts, strict=True):
+            answers[i] = text
+    return answers
+
+
+def _context(
+    encoder: VideoEncoder, question: Question, number: int
+) -> tuple[list[int], dict[str, Tensor]]:
+    where = f"question {number + 1}"
+    if not isinstance(question, Question):
+        raise DataError(f"{where}: is no question with media, but {question!r}")
+    ids, prepared = encoder.encode_question(question.prompt, question.media, where)
+    if prepared is None:
+        return ids, {}
+    left_out = ("input_ids", "attention_mask", "mm_token_type_ids")
+    return ids, {k: v for k, v in prepared.processed.tensors.items() if k not in left_out}
+
+
+def _groups(encoded: Sequence[tuple[list[int], dict[str, Tensor]]]) -> list[list[int]]:
+    """Questions that can share a batch: the same tensors, alike but for their first axis."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, (_, tensors) in enumerate(encoded):
+        shape = tuple(sorted((name, *tensor.shape[1:]) for name, tensor in tensors.items()))
+        groups.setdefault(shape, []).append(i)
+    return list(groups.values())
+
+
+def _together(media: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([tensors[name] for tensors in media]) for name in media[0]}
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pixels in the model's precision; times and masks as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dim() > 1 else tensor

@@ -1,0 +1,236 @@
+"""Video language models of transformers: loading one, its parts, what it hands its language model.
+
+Every class prepares its context in its own way (newline tokens, sound between frames, features for
+deeper layers). None of that is repeated here: the model runs with its language model replaced by a
+recorder, and what would have gone in is read off.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmalign.errors import ConfigError
+from mmalign.text.model import quantization
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from mmalign.config import ModelConfig
+
+_PROJECTORS = ("multi_modal_projector", "visual.merger", "visual.deepstack_merger_list",
+               "image_newline", "audio_tower.proj")  # fmt: skip
+_TOWERS = ("visual", "vision_tower", "image_tower", "video_tower", "audio_tower")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The media of a prompt as the language model takes them, in the order of their tokens."""
+
+    tokens: Tensor  # [n, D]
+    deep: tuple[Tensor, ...] = ()  # [n, D] each, added after the first layers (DeepStack)
+
+    def detached(self) -> Encoded:
+        """Without a graph, on the CPU, in memory of its own."""
+        kept = [tensor.detach().to("cpu", copy=True) for tensor in (self.tokens, *self.deep)]
+        return Encoded(kept[0], tuple(kept[1:]))
+
+    def to(self, like: Tensor) -> Encoded:
+        """On the device and in the dtype of another tensor."""
+        moved = [t.to(like.device, like.dtype) for t in (self.tokens, *self.deep)]
+        return Encoded(moved[0], tuple(moved[1:]))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes."""
+        return sum(t.numel() * t.element_size() for t in (self.tokens, *self.deep))
+
+
+def load_model(path: str, config: ModelConfig, revision: str | None = None) -> PreTrainedModel:
+    """The model of a folder or hub name; of an Omni model, the thinker.
+
+    Raises:
+        ConfigError: when it cannot be loaded as a model of text and media.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            path,
+            revision=revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=config.attention,
+            quantization_config=quantization(config),
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"model.path {path!r}: cannot be loaded as a model of text and media with "
+            f"model.attention {config.attention} and dtype {config.dtype}: {error}"
+        ) from error
+    language_model(model)  # refuses a model without one
+    return model
+
+
+def language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The part that reads tokens, media already among them.
+
+    Raises:
+        ConfigError: The class keeps it elsewhere.
+    """
+    found = getattr(model.base_model, "language_model", None)
+    if found is None:
+        raise ConfigError(
+            f"model.path: {type(model).__name__} has no language model inside that could be fed "
+            "media; modality video takes e.g. Qwen2.5-VL, Qwen3-VL, LLaVA-OneVision, Qwen2.5-Omni"
+        )
+    return found
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter or module belongs to: language, tower or projector."""
+    parts = name.removeprefix("model.")
+    if any(parts == p or parts.startswith(f"{p}.") for p in _PROJECTORS):
+        return "projector"
+    return "tower" if parts.split(".")[0] in _TOWERS else "language"
+
+
+def select_parts(model: nn.Module, trained: Sequence[str]) -> None:
+    """Freeze every parameter outside of the named parts."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in trained)
+
+
+def lora_targets(model: PreTrainedModel, trained: Sequence[str], wanted: Sequence[str]) -> str:
+    """A pattern for peft: linear layers of the named parts.
+
+    Args:
+        model: Without adapters.
+        trained: Parts of `part_of`.
+        wanted: Last names of modules; empty for all linear layers but the output head.
+
+    Raises:
+        ConfigError: It fits nothing.
+    """
+    head = model.get_output_embeddings()
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and module is not head
+        and part_of(name) in trained
+        and (not wanted or any(name == w or name.endswith(f".{w}") for w in wanted))
+    ]
+    if not names:
+        raise ConfigError(
+            f"model.lora.targets: {', '.join(wanted) or 'all-linear'} fits no linear layer of "
+            f"{', '.join(trained) or 'no part'} (video.train) in {type(model).__name__}"
+        )
+    # Layer numbers are left open: `model.language_model.layers.7.mlp.up_proj` stands for all.
+    shapes = sorted({re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name)) for name in names})
+    return "|".join(shapes)
+
+
+def media_ids(model: PreTrainedModel) -> frozenset[int]:
+    """Ids of the tokens that stand for features."""
+    config: Any = model.config
+    names = ("image_token", "video_token", "audio_token")
+    ids = [getattr(config, f"{n}_{end}", None) for n in names for end in ("id", "index")]
+    return frozenset(int(i) for i in ids if i is not None)
+
+
+def encode(model: PreTrainedModel, tensors: Mapping[str, Tensor], ids: frozenset[int]) -> Encoded:
+    """Run the towers and projectors on the media of one prompt.
+
+    Args:
+        model: Without a peft wrapper around it; adapters inside take part.
+        tensors: From the processor, `input_ids` [1, S] of the placeholders among them.
+        ids: Tokens that stand for features.
+
+    Raises:
+        ConfigError: Another number of features than of tokens for them.
+    """
+    input_ids = tensors["input_ids"]
+    known = inspect.signature(type(model.base_model).forward).parameters
+    given = {k: v for k, v in tensors.items() if k in known}
+    # Positions are made elsewhere, for whole prompts; given here, so that none are made twice.
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    floats = {
+        k: v.to(_tower_dtype(model)) if v.is_floating_point() and v.dim() > 1 else v
+        for k, v in given.items()
+    }
+    try:
+        with _recorded(language_model(model)) as seen:
+            model.base_model(**floats | {"position_ids": positions}, use_cache=False)
+    except (ValueError, IndexError) as error:
+        raise ConfigError(f"{type(model).__name__} cannot encode the media: {error}") from error
+    places = torch.isin(input_ids, torch.tensor(sorted(ids), device=input_ids.device))  # [1, S]
+    deep = seen.get("deepstack_visual_embeds") or ()
+    return Encoded(seen["inputs_embeds"][places], tuple(deep))
+
+
+def rope_positions(
+    model: PreTrainedModel, ids: Tensor, tensors: Mapping[str, Tensor], types: Tensor | None
+) -> Tensor | None:  # [3, P], or None for 0, 1, 2, ...
+    """Positions of a prompt's tokens in time, height and width, as the model counts them.
+
+    Args:
+        model: Only its settings are read.
+        ids: The prompt, [P], media expanded.
+        tensors: What the processor gave for its media.
+        types: [P], kind of each token, 0 for text; None for models that do not ask.
+    """
+    find = getattr(model.base_model, "get_rope_index", None)
+    if find is None:
+        return None
+    grids = ("image_grid_thw", "video_grid_thw")
+    if not any(name in tensors for name in (*grids, "feature_attention_mask")):
+        return torch.arange(len(ids)).expand(3, -1)
+    heard = tensors.get("feature_attention_mask")
+    options: dict[str, Any] = {
+        "input_ids": ids[None],
+        "mm_token_type_ids": None if types is None else types[None],
+        "attention_mask": torch.ones_like(ids)[None],
+        "second_per_grid_ts": tensors.get("second_per_grid_ts"),
+        "second_per_grids": tensors.get("video_second_per_grid"),
+        "audio_seqlens": None if heard is None else heard.sum(-1),
+        "use_audio_in_video": "audio_in_video" in tensors,
+        **{name: tensors.get(name) for name in grids},
+    }
+    known = inspect.signature(find).parameters
+    positions, _ = find(**{k: v for k, v in options.items() if k in known})
+    return positions[:, 0].long()
+
+
+def _tower_dtype(model: PreTrainedModel) -> torch.dtype:
+    """What the pixels must be in: that of the first convolution or projection of a tower."""
+    for name, parameter in model.named_parameters():
+        if part_of(name) == "tower" and parameter.is_floating_point():
+            return parameter.dtype
+    return model.dtype
+
+
+@contextmanager
+def _recorded(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Calls of `module` are noted and give back their input."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    seen: dict[str, Any] = {}
+
+    def record(*_: Any, **keywords: Any) -> Any:
+        seen.update(keywords)
+        return BaseModelOutputWithPast(last_hidden_state=keywords["inputs_embeds"])
+
+    vars(module)["forward"] = record  # on the instance: the class's own is behind it
+    try:
+        yield seen
+    finally:
+        del vars(module)["forward"]
