@@ -63,7 +63,7 @@ def shift(count: int, rng: np.random.Generator) -> tuple[Array, Drawn]:
 
 
 def drop_frames(count: int, rng: np.random.Generator) -> tuple[Array, Drawn]:
-    """25 to 50 % of the frames are left out; those before them stay longer."""
+    """25 to 50 % of the frames are left out; the others are stretched over the clip."""
     num = _share(count, rng)
     kept = np.sort(rng.permutation(count)[num:])
     return kept[spread(len(kept), count)], {"p": num / count}

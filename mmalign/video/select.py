@@ -21,12 +21,7 @@ import torch.nn.functional as F
 
 from mmalign.core.numerics import full_precision
 from mmalign.text.head import Head
-from mmalign.text.logps import (
-    BLOCK_SIZE,
-    CPU_BLOCK_ELEMENTS,
-    CPU_BLOCK_ROWS,
-    compute_dtype,
-)
+from mmalign.text.logps import BLOCK_SIZE, block_rows, compute_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +88,7 @@ def js_from_states(
     dtype = compute_dtype(states_p)
     head_p, head_q = _cast(head_p, dtype), _cast(head_q, dtype)
     clips = states_q.unsqueeze(0) if states_q.dim() == 2 else states_q  # [K, M, D]
-    rows = _block_rows(block_size, head_p.weight)
+    rows = block_rows(block_size, head_p.weight)
     wide = torch.promote_types(dtype, torch.float32)
     out = torch.empty(clips.shape[:2], dtype=wide, device=states_p.device)  # [K, M]
     with torch.autocast(states_p.device.type, enabled=False):
@@ -189,9 +184,3 @@ def _js(log_p: Tensor, log_q: Tensor) -> Tensor:  # [..., V], [..., V] -> [...]
 def _cast(head: Head, dtype: torch.dtype) -> Head:
     bias = None if head.bias is None else head.bias.to(dtype)
     return Head(head.weight.to(dtype), bias, head.scale, head.softcap)
-
-
-def _block_rows(block_size: int, weight: Tensor) -> int:
-    if weight.device.type != "cpu":
-        return block_size
-    return min(block_size, max(CPU_BLOCK_ROWS, CPU_BLOCK_ELEMENTS // weight.shape[0]))
