@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mmalign.models.adapter import Batch
     from mmalign.text.encode import EncodedCandidate
     from mmalign.text.render import ChatTemplate, PlainText
+    from mmalign.text.tokenizer import Offsets
     from mmalign.video.processing import Processor
     from mmalign.video.reader import MediaReader, Prepared
 
@@ -70,6 +71,10 @@ class VideoEncoder(Encoder):
         if getattr(self.processor.inner, "chat_template", None) is not None:
             chat = MediaTemplate(self.processor.inner, self.text.system_prompt)
         return chat, MarkedText(self.processor.tokens)
+
+    def _ids(self, text: str) -> tuple[list[int], Offsets]:
+        # Processors put their bos before a chat template's text too, where it does not write one.
+        return self._tokenize(text, add_leading=True)
 
     def encode_example(self, example: Example) -> tuple[EncodedCandidate, ...]:
         """Every candidate of the row, in the row's order; candidates of one context share its ids.
