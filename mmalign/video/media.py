@@ -1,0 +1,252 @@
+"""Frames of a clip: which ones, and their pixels."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from math import inf
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmalign.errors import DataError
+from mmalign.video.container import Deadline, open_media
+from mmalign.video.decode import decoded, decoded_stretches, packets_of, stretches
+from mmalign.video.frames import Frames
+from mmalign.video.other_decoder import pixels_by_torchcodec
+from mmalign.video.timeline import Timeline, pictures_of, timeline
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from av.video.frame import VideoFrame
+
+    from mmalign.config import VideoConfig
+    from mmalign.data.example import Clip
+    from mmalign.video.frames import Array
+
+MOST_HELD = 2 * 2**30
+"""Bytes of pixels of one clip."""
+
+_NEAR = 3  # frames: a frame that cannot be decoded shows one of as many before it
+
+
+def choose(clip: Clip, settings: VideoConfig) -> tuple[int, ...]:
+    """The frame numbers of a clip, the same in every run; a clip that has some keeps them.
+
+    `num_frames` asks for the frames nearest to that many moments from the first to the last frame
+    shown in [start, end), evenly spaced, both ends included; for one, the middle. A span with fewer
+    frames repeats the nearest, so that the count is always the one asked for. `fps` asks for those
+    nearest to the moments 1 / fps seconds apart, from the first on, each once; if they are more
+    than `max_frames`, for `max_frames` evenly spaced ones. Ties go to the earlier frame.
+
+    Raises:
+        DataError: The file has no such frames, or cannot be read.
+    """
+    return _chosen(timeline(clip.path, settings), clip, settings)
+
+
+def read_frames(clip: Clip, settings: VideoConfig) -> Frames:
+    """The chosen frames of a clip, upright; the same numbers give the same pixels, bit by bit.
+
+    Only the stretches of the file that the chosen frames need are decoded, and nothing is held but
+    the chosen frames. A frame that is damaged shows the nearest whole one of the three before it.
+    Frames of another size than the first are brought to its size.
+
+    Args:
+        clip: What to decode.
+        settings: The `video` section.
+
+    Raises:
+        DataError: The file cannot be read, is cut off before a chosen frame, is too long, too large
+            or takes too long; says which file and what is wrong.
+    """
+    deadline = Deadline(clip.path, settings.decode_timeout)
+    line = timeline(clip.path, settings)
+    numbers = _chosen(line, clip, settings)
+    pixels = pixels_by_torchcodec(clip.path, line, numbers, deadline, MOST_HELD)
+    if pixels is None:
+        pixels = pixels_by_pyav(clip.path, line, numbers, deadline, settings.max_side)
+    return Frames(
+        pixels=pixels,
+        indices=numbers,
+        times=tuple(line.seconds(number) for number in numbers),
+        source_fps=line.fps,
+        num_source=len(line),
+        duration=line.duration,
+    )
+
+
+def _chosen(line: Timeline, clip: Clip, settings: VideoConfig) -> tuple[int, ...]:
+    if clip.frames:
+        if not 0 <= min(clip.frames) <= max(clip.frames) < len(line):
+            raise DataError(
+                f"{clip.path}: frames {min(clip.frames)} to {max(clip.frames)} are asked for; it "
+                f"has {len(line)} frames, counted from 0{_cut(line)}"
+            )
+        return clip.frames
+    first, last = _span(line, clip, settings)
+    ticks, count = line.ticks, settings.num_frames
+    if count is None:
+        assert settings.fps is not None  # the config asks for one of the two
+        step = 1 / (settings.fps * float(line.unit))  # ticks
+        length = ticks[last] - ticks[first]
+        count = int(length / step + 1e-6) + 1
+        if count <= settings.max_frames:
+            moments = (ticks[first] + round(i * step) for i in range(count))
+            return tuple(dict.fromkeys(_nearest(ticks, moments, 1, first, last)))
+        count = settings.max_frames
+    if count == 1:
+        return ((first + last) // 2,)
+    # Moments in units of a tick's (count - 1)th part, which are whole numbers.
+    parts = count - 1
+    moments = (ticks[first] * (parts - i) + ticks[last] * i for i in range(count))
+    return tuple(_nearest(ticks, moments, parts, first, last))
+
+
+def _span(line: Timeline, clip: Clip, settings: VideoConfig) -> tuple[int, int]:
+    """Numbers of the first and the last frame shown in the clip's span."""
+    end = inf if clip.end is None else clip.end
+    if line.claimed is not None and end > line.duration:
+        raise DataError(f"{clip.path}: is cut off after {len(line)} frames{_cut(line)}")
+    if clip.start >= line.duration or end <= clip.start:
+        raise DataError(
+            f"{clip.path}: the clip is from {clip.start:g} to {end:g} seconds; the file has "
+            f"{line.duration:g}"
+        )
+    length = min(end, line.duration) - clip.start
+    if length > settings.max_seconds:
+        raise DataError(
+            f"{clip.path}: the clip lasts {length:g} seconds; video.max_seconds is "
+            f"{settings.max_seconds:g}"
+        )
+    half = 0.5 * float(line.unit)  # a time in a record may be rounded either way
+    first = bisect_left(range(len(line)), clip.start - half, key=line.seconds)
+    last = bisect_left(range(len(line)), end - half, key=line.seconds) - 1
+    if first > last:  # between two frames: the one that is shown then
+        first = last = max(last, 0)
+    return first, last
+
+
+def _cut(line: Timeline) -> str:
+    if line.claimed is None:
+        return ""
+    return f" (its header claims {line.claimed:.2f} seconds, {line.duration:.2f} are there)"
+
+
+def _nearest(
+    ticks: Sequence[int], moments: Iterable[int], parts: int, first: int, last: int
+) -> Iterable[int]:
+    """For each moment, in parts of a tick, the frame of [first, last] shown nearest to it."""
+    for moment in moments:
+        after = bisect_left(ticks, -(-moment // parts), first, last)
+        before = max(after - 1, first)
+        closer = moment - ticks[before] * parts <= ticks[after] * parts - moment
+        yield before if closer else after
+
+
+def pixels_by_pyav(
+    path: Path, line: Timeline, numbers: Sequence[int], deadline: Deadline, max_side: int
+) -> Array:
+    """Frames of a file by number, [T, H, W, 3] uint8.
+
+    If the stretches that hold them do not give each, all is decoded from the start.
+
+    Args:
+        path: The file.
+        line: Its timeline.
+        numbers: In any order; may repeat.
+        deadline: Checked at each packet and each read.
+        max_side: Largest side of a frame, in pixels.
+
+    Raises:
+        DataError: The file cannot be read, or a frame not be decoded.
+    """
+    stack = _Stack(path, numbers)
+    if not line.packets:
+        _decode(stack, line, deadline, max_side, [])
+    else:
+        spans = ((line.starts[number], line.packets[number]) for number in stack.rows)
+        _decode(stack, line, deadline, max_side, stretches(spans))
+        if stack.rows:
+            whole = [(0, max(line.packets[number] for number in stack.rows))]
+            _decode(stack, line, deadline, max_side, whole)
+    if stack.rows or stack.pixels is None:
+        raise DataError(
+            f"{path}: frame {min(stack.rows)} of {len(line)} cannot be decoded, nor the {_NEAR} "
+            "before it"
+        )
+    return stack.pixels
+
+
+class _Stack:
+    """Pixels of chosen frames, filled in any order."""
+
+    def __init__(self, path: Path, numbers: Sequence[int]) -> None:
+        self.path = path
+        self.pixels: Array | None = None  # [T, H, W, 3]
+        self.rows: dict[int, list[int]] = {}  # number of a missing frame -> its places in the stack
+        for row, number in enumerate(numbers):
+            self.rows.setdefault(number, []).append(row)
+        self._num_rows = len(numbers)
+
+    def put(self, number: int, frame: VideoFrame) -> None:
+        """Write a frame to its places; its number is missing no longer."""
+        turns = round(frame.rotation / 90) % 4
+        if self.pixels is None:
+            size = (frame.height, frame.width) if turns % 2 == 0 else (frame.width, frame.height)
+            shape = (self._num_rows, *size, 3)
+            if np.prod(shape, dtype=np.int64) > MOST_HELD:
+                raise DataError(
+                    f"{self.path}: {shape[0]} frames of {shape[2]} x {shape[1]} are more than "
+                    f"{MOST_HELD // 2**30} GiB; choose fewer, or make the video smaller"
+                )
+            self.pixels = np.empty(shape, np.uint8)
+        height, width = self.pixels.shape[1:3] if turns % 2 == 0 else self.pixels.shape[2:0:-1]
+        image = frame.to_ndarray(format="rgb24", height=height, width=width)
+        self.pixels[self.rows.pop(number)] = np.rot90(image, turns)
+
+
+def _decode(
+    stack: _Stack,
+    line: Timeline,
+    deadline: Deadline,
+    max_side: int,
+    ranges: Sequence[tuple[int, int]],
+) -> None:
+    """Put the missing frames into a stack, as far as some ranges of packets, or all, give them."""
+    with open_media(stack.path, deadline) as container:
+        stream = pictures_of(container, stack.path, max_side)
+        packets = packets_of(container, deadline, stream)
+        if ranges:
+            _take(decoded_stretches(stream, packets, ranges), stack, line)
+        else:
+            _take(decoded(stream, packets), stack, None)
+
+
+def _take(frames: Iterable[VideoFrame], stack: _Stack, line: Timeline | None) -> None:
+    """Put the missing ones of decoded frames into a stack, or those shown shortly before them.
+
+    Args:
+        frames: In the order in which they are shown.
+        stack: What is missing.
+        line: When each frame is shown; None: they are all there are, and are counted.
+    """
+    wanted = sorted(stack.rows, reverse=True)
+    held: tuple[int, VideoFrame] | None = None  # the last one before those wanted
+    for count, frame in enumerate(frames):
+        number = count if line is None else line.number(frame.pts)
+        if number is None:
+            continue
+        while wanted and wanted[-1] <= number:
+            target = wanted.pop()
+            if target == number:
+                stack.put(target, frame)
+            elif held is not None and target - held[0] <= _NEAR:
+                stack.put(target, held[1])
+        if not wanted:
+            return
+        held = number, frame
+    for target in wanted:
+        if held is not None and target - held[0] <= _NEAR:
+            stack.put(target, held[1])

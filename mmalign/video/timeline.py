@@ -1,0 +1,228 @@
+"""When each frame of a file is shown, found from its packets, without decoding where that can be.
+
+A header's count of frames and their rate are claims; the packets are what is there. Frames are
+numbered in the order in which they are shown, so a number means the same picture in every run.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from mmalign.errors import DataError
+from mmalign.video.container import Deadline, open_media, video_stream
+from mmalign.video.decode import decoded, packets_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+    from mmalign.config import VideoConfig
+
+_SLACK = 2  # frames, and then a twentieth: what a header may claim too much
+_FALLBACK_RATE = Fraction(25)  # frames a second, of streams that know no time at all
+_UNTIMED = ("avi", "h264", "hevc", "m4v", "mpegvideo")
+"""Formats without times, or whose times are wrong where frames are not stored as shown."""
+
+_TIMED = (
+    "h264", "hevc", "vp8", "libvpx", "vp9", "libvpx-vp9", "av1", "libdav1d", "mpeg4",
+    "mpeg1video", "mpeg2video", "mjpeg", "prores", "dnxhd", "ffv1", "rawvideo",
+)  # fmt: skip
+"""Decoders that make a frame of each packet and whose key packets can be started from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """The frames of a file.
+
+    Attributes:
+        ticks: Time of each frame as shown, ascending; frame n is `ticks[n]`.
+        zero: Tick that counts as second 0: the start of the pictures.
+        end: Tick at which the last frame goes.
+        unit: Seconds a tick.
+        packets: Place in the file's order of the packet of each frame; empty where the packets
+            carry no times, and the frames had to be decoded to be counted.
+        starts: Place of the packet to start decoding from, for each frame.
+        claimed: Seconds that the header claims where the file ends earlier; None where it is whole.
+    """
+
+    ticks: Sequence[int]
+    zero: int
+    end: int
+    unit: Fraction
+    packets: Sequence[int] = field(default=(), repr=False)
+    starts: Sequence[int] = field(default=(), repr=False)
+    claimed: float | None = None
+
+    def __len__(self) -> int:
+        """Frames."""
+        return len(self.ticks)
+
+    def seconds(self, number: int) -> float:
+        """When a frame is shown."""
+        return float((self.ticks[number] - self.zero) * self.unit)
+
+    def number(self, tick: int | None) -> int | None:
+        """Which frame is shown from a tick on; None: none, or an edit list cuts it."""
+        if tick is None:
+            return None
+        number = bisect_left(self.ticks, tick)
+        return number if number < len(self) and self.ticks[number] == tick else None
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return float((self.end - self.zero) * self.unit)
+
+    @property
+    def fps(self) -> float:
+        """Average frames a second."""
+        span = (self.ticks[-1] - self.ticks[0]) * self.unit
+        if span > 0:
+            return float((len(self) - 1) / span)
+        shown = (self.end - self.ticks[0]) * self.unit
+        return float(1 / shown) if shown > 0 else float(_FALLBACK_RATE)
+
+
+def timeline(path: Path, settings: VideoConfig) -> Timeline:
+    """The timeline of a file, kept for the files asked about last.
+
+    Args:
+        path: The file.
+        settings: The `video` section; limits on sides and time are read.
+
+    Raises:
+        DataError: There are no frames, they are too large, or the file cannot be read.
+    """
+    try:
+        info = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    limits = settings.max_side, settings.decode_timeout
+    return _kept(path, info.st_size, info.st_mtime_ns, *limits)
+
+
+@lru_cache(maxsize=16)  # an hour's takes 3 MiB
+def _kept(path: Path, size: int, changed: int, max_side: int, seconds: float) -> Timeline:
+    deadline = Deadline(path, seconds)
+    with open_media(path, deadline) as container:
+        stream = pictures_of(container, path, max_side)
+        found = None
+        if container.format.name not in _UNTIMED and stream.codec_context.name in _TIMED:
+            found = _from_packets(container, stream, path, deadline)
+    if found is not None:
+        return found
+    with open_media(path, deadline) as container:
+        stream = pictures_of(container, path, max_side)
+        return _from_frames(container, stream, path, deadline)
+
+
+def pictures_of(container: InputContainer, path: Path, max_side: int) -> VideoStream:
+    """The stream to decode, told not to allocate larger frames, on one thread.
+
+    Frames that the decoder patches up after an error depend on the number of threads.
+    """
+    stream = video_stream(container)
+    if stream is None:
+        raise DataError(f"{path}: has no video stream that can be decoded")
+    context = stream.codec_context
+    if max(context.width, context.height) > max_side:
+        raise DataError(
+            f"{path}: its frames are {context.width} x {context.height}; video.max_side is "
+            f"{max_side}"
+        )
+    # A decoder rounds sides up to whole blocks before it asks whether the area is allowed.
+    context.options = {"max_pixels": str((max_side + 256) ** 2)}
+    context.thread_count = 1
+    return stream
+
+
+def _from_packets(
+    container: InputContainer, stream: VideoStream, path: Path, deadline: Deadline
+) -> Timeline | None:
+    """None where the packets do not say when their frames are shown."""
+    shown: list[tuple[int, int, int]] = []  # tick, place, place of the key packet
+    key_place, key_tick, before = -1, 0, -1  # the last key packet, and the one before it
+    end, place, last = 0, -1, 0.0  # `last`: seconds at which the last packet of any stream ends
+    for packet in packets_of(container, deadline):
+        if packet.pts is not None and packet.time_base is not None:
+            last = max(last, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream is not stream:
+            continue
+        if packet.pts is None:
+            return None
+        place += 1
+        if packet.is_keyframe:
+            key_place, key_tick, before = place, packet.pts, key_place
+        # A frame shown before the key frame that it follows needs the key frame before, too.
+        start = key_place if packet.pts >= key_tick else before
+        if start < 0 or packet.is_discard:
+            continue  # it cannot be decoded, or an edit list cuts it
+        shown.append((packet.pts, place, start))
+        end = max(end, packet.pts + (packet.duration or 0))
+    shown.sort()
+    ticks = array("q", [tick for tick, _, _ in shown])
+    if place < 0:
+        raise DataError(f"{path}: holds no frame; it is empty or cut off after its header")
+    if not ticks or any(one == two for one, two in pairwise(ticks)):
+        return None
+    unit = stream.time_base
+    assert unit is not None
+    zero = ticks[0] if stream.start_time is None else stream.start_time
+    if end <= ticks[-1]:
+        end = ticks[-1] + max((ticks[-1] - ticks[0]) // max(len(ticks) - 1, 1), 1)
+    return Timeline(
+        ticks,
+        zero,
+        end,
+        unit,
+        array("q", [place for _, place, _ in shown]),
+        array("q", [start for _, _, start in shown]),
+        _claimed(container, stream, place + 1, float((end - zero) * unit), last),
+    )
+
+
+def _claimed(
+    container: InputContainer, stream: VideoStream, num_packets: int, there: float, last: float
+) -> float | None:
+    """Seconds that a cut file claims to have; a header that is off by a few frames claims none."""
+    if stream.frames:
+        if num_packets + _SLACK + stream.frames // 20 >= stream.frames:
+            return None
+        return there * stream.frames / num_packets
+    if container.duration is None:
+        return None
+    # Formats that count no frames give the length of their longest stream.
+    claimed = container.duration / 1e6
+    begins = (container.start_time or 0) / 1e6
+    return claimed if last - begins < 0.95 * claimed - 0.5 else None
+
+
+def _from_frames(
+    container: InputContainer, stream: VideoStream, path: Path, deadline: Deadline
+) -> Timeline:
+    """By decoding everything: where packets carry no times, or none that can be trusted."""
+    ticks = array("q")
+    trusted = container.format.name not in _UNTIMED
+    for frame in decoded(stream, packets_of(container, deadline, stream)):
+        trusted = trusted and frame.pts is not None and (not ticks or frame.pts > ticks[-1])
+        ticks.append(len(ticks) if frame.pts is None else frame.pts)
+    if not ticks:
+        raise DataError(f"{path}: no frame of it can be decoded")
+    unit = stream.time_base
+    if unit is None or not trusted:
+        ticks = array("q", range(len(ticks)))
+        unit = 1 / (stream.average_rate or stream.guessed_rate or _FALLBACK_RATE)
+    step = max((ticks[-1] - ticks[0]) // max(len(ticks) - 1, 1), 1)
+    claimed = None
+    if stream.frames > len(ticks) + _SLACK + stream.frames // 20:
+        claimed = float(stream.frames * step * unit)
+    return Timeline(ticks, ticks[0], ticks[-1] + step, unit, claimed=claimed)
