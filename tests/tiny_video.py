@@ -106,9 +106,6 @@ def _tone(seconds: float, seed: int) -> np.ndarray[Any, Any]:
 
 
 def _config(kind: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    ids = tokenizer.convert_tokens_to_ids
     text: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": WIDTH,
@@ -121,39 +118,56 @@ def _config(kind: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.bos_token_id,
     }
-    common: dict[str, Any] = {"tie_word_embeddings": False}
-    if kind in LLAVA:
-        siglip = kind == "llava_onevision"
-        text["model_type"] = "llama" if kind == "video_llava" else "qwen2"
-        vision: dict[str, Any] = {
-            "model_type": "siglip_vision_model" if siglip else "clip_vision_model",
-            "hidden_size": WIDTH,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": SIDE,
-            "patch_size": 14,
-        }
-        common |= {
-            "image_token_index": ids("<image>"),
-            "video_token_index": ids("<video>"),
-            "vision_feature_layer": -1 if siglip else -2,
-            "vision_feature_select_strategy": "full" if siglip else "default",
-        }
-        if siglip:
-            vision["vision_use_head"] = False
-        if kind == "video_llava":
-            common |= {"image_seq_length": 16, "video_seq_length": 8 * 17}
-        else:
-            common["image_grid_pinpoints"] = PINPOINTS
-        return AutoConfig.for_model(kind, text_config=text, vision_config=vision, **common)
+    make = _llava_config if kind in LLAVA else _qwen_config
+    return make(kind, text, tokenizer)
 
-    text["rope_parameters"] = {
+
+def _llava_config(
+    kind: str, text: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> PreTrainedConfig:
+    """A tower of SigLIP or CLIP before a Qwen 2 or Llama."""
+    from transformers import AutoConfig
+
+    siglip = kind == "llava_onevision"
+    vision: dict[str, Any] = {
+        "model_type": "siglip_vision_model" if siglip else "clip_vision_model",
+        "hidden_size": WIDTH,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": SIDE,
+        "patch_size": 14,
+    }
+    if siglip:
+        vision["vision_use_head"] = False
+    own: dict[str, Any] = {"image_grid_pinpoints": PINPOINTS}
+    if kind == "video_llava":
+        own = {"image_seq_length": 16, "video_seq_length": 8 * 17}
+    return AutoConfig.for_model(
+        kind,
+        text_config={**text, "model_type": "llama" if kind == "video_llava" else "qwen2"},
+        vision_config=vision,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        vision_feature_layer=-1 if siglip else -2,
+        vision_feature_select_strategy="full" if siglip else "default",
+        tie_word_embeddings=False,
+        **own,
+    )
+
+
+def _qwen_config(
+    kind: str, text: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> PreTrainedConfig:
+    """A tower of the family's own, and one for sound in Omni."""
+    from transformers import AutoConfig
+
+    rope: dict[str, Any] = {
         "rope_type": "default",
         "rope_theta": 10_000.0,
         "mrope_section": [2, 1, 1],  # pairs of a head's 8 dimensions: time, height, width
     }
-    vision = {"depth": 2, "num_heads": 4, "hidden_size": WIDTH, "patch_size": 14}
+    vision: dict[str, Any] = {"depth": 2, "num_heads": 4, "hidden_size": WIDTH}
     if kind == "qwen2_vl":
         vision |= {"embed_dim": WIDTH, "mlp_ratio": 2}
     else:
@@ -161,93 +175,89 @@ def _config(kind: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
     if kind in ("qwen2_5_vl", OMNI):
         vision |= {"window_size": 56, "fullatt_block_indexes": [1]}
     if kind == "qwen3_vl":
-        vision |= {
-            "patch_size": 16,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0],
+        vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+        text = {**text, "head_dim": 8}
+        rope["mrope_interleaved"] = True
+
+    names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
+    names |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+    sound: dict[str, Any] = {}
+    if kind == OMNI:
+        names = {f"{medium}_token_index": marks[1] for medium, marks in OMNI_MARKS.items()}
+        for sense in ("vision", "audio"):
+            names[f"{sense}_start_token_id"] = f"<|{sense}_bos|>"
+            names[f"{sense}_end_token_id"] = f"<|{sense}_eos|>"
+        audio = {"num_mel_bins": 16, "encoder_layers": 2, "encoder_attention_heads": 4}
+        sound["audio_config"] = {
+            **audio,
+            "encoder_ffn_dim": 64,
+            "d_model": WIDTH,
+            "output_dim": WIDTH,
         }
-        text["head_dim"] = 8
-        text["rope_parameters"]["mrope_interleaved"] = True
-    if kind != OMNI:
-        marks = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
-        marks |= {f"vision_{end}_token_id": f"<|vision_{end}|>" for end in ("start", "end")}
-        common |= {name: ids(token) for name, token in marks.items()}
-        return AutoConfig.for_model(kind, text_config=text, vision_config=vision, **common)
-    for name, marks in OMNI_MARKS.items():
-        common[f"{name}_token_index"] = ids(marks[1])
-    common |= {
-        "audio_start_token_id": ids("<|audio_bos|>"),
-        "audio_end_token_id": ids("<|audio_eos|>"),
-    }
-    common |= {
-        f"vision_{s}_token_id": ids(f"<|vision_{e}|>")
-        for s, e in (("start", "bos"), ("end", "eos"))
-    }
-    audio = {
-        "num_mel_bins": 16,
-        "encoder_layers": 2,
-        "encoder_attention_heads": 4,
-        "encoder_ffn_dim": 64,
-        "d_model": WIDTH,
-        "output_dim": WIDTH,
-    }
     return AutoConfig.for_model(
-        kind, text_config=text, vision_config=vision, audio_config=audio, **common
+        kind,
+        text_config={**text, "rope_parameters": rope},
+        vision_config=vision,
+        tie_word_embeddings=False,
+        **{name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()},
+        **sound,
     )
 
 
 def _processor(kind: str, tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
+    make = _llava_processor if kind in LLAVA else _qwen_processor
+    return make(kind, tokenizer, chat_template(kind))
+
+
+def _llava_processor(kind: str, tokenizer: PreTrainedTokenizerFast, chat: str) -> ProcessorMixin:
+    """Every frame of one size."""
     import transformers as hf
 
-    chat = chat_template(kind)
-    if kind in LLAVA:
-        if kind == "llava_onevision":
-            size: dict[str, Any] = {"size": {"height": SIDE, "width": SIDE}}
-            return hf.LlavaOnevisionProcessor(
-                hf.LlavaOnevisionImageProcessor(**size, image_grid_pinpoints=PINPOINTS),
-                tokenizer,
-                hf.LlavaOnevisionVideoProcessor(**size),
-                num_image_tokens=16,
-                vision_feature_select_strategy="full",
-                chat_template=chat,
-            )
-        size = {
-            "size": {"shortest_edge": SIDE},
-            "crop_size": {"height": SIDE, "width": SIDE},
-        }
-        shape = {"patch_size": 14, "num_additional_image_tokens": 1}
-        if kind == "video_llava":
-            return hf.VideoLlavaProcessor(
-                hf.VideoLlavaImageProcessor(**size),
-                hf.VideoLlavaVideoProcessor(**size),
-                tokenizer,
-                chat_template=chat,
-                **shape,
-            )
-        return hf.LlavaNextVideoProcessor(
-            hf.LlavaNextVideoVideoProcessor(**size),
-            hf.LlavaNextImageProcessor(**size, image_grid_pinpoints=PINPOINTS),
+    if kind == "llava_onevision":
+        size: dict[str, Any] = {"size": {"height": SIDE, "width": SIDE}}
+        return hf.LlavaOnevisionProcessor(
+            hf.LlavaOnevisionImageProcessor(**size, image_grid_pinpoints=PINPOINTS),
             tokenizer,
+            hf.LlavaOnevisionVideoProcessor(**size),
+            num_image_tokens=16,
+            vision_feature_select_strategy="full",
             chat_template=chat,
-            vision_feature_select_strategy="default",
-            **shape,
         )
+    size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    shape: dict[str, Any] = {
+        "patch_size": 14,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+        "chat_template": chat,
+    }
+    if kind == "video_llava":
+        image = hf.VideoLlavaImageProcessor(**size)
+        return hf.VideoLlavaProcessor(
+            image, hf.VideoLlavaVideoProcessor(**size), tokenizer, **shape
+        )
+    image = hf.LlavaNextImageProcessor(**size, image_grid_pinpoints=PINPOINTS)
+    video = hf.LlavaNextVideoVideoProcessor(**size)
+    return hf.LlavaNextVideoProcessor(video, image, tokenizer, **shape)
+
+
+def _qwen_processor(kind: str, tokenizer: PreTrainedTokenizerFast, chat: str) -> ProcessorMixin:
+    """Frames of their own shape, at most 128 tokens a clip."""
+    import transformers as hf
+
     patch = 16 if kind == "qwen3_vl" else 14
     unit = (2 * patch) ** 2  # pixels of one token
-    size = {"patch_size": patch, "size": {"shortest_edge": unit, "longest_edge": 128 * unit}}
+    size: dict[str, Any] = {
+        "patch_size": patch,
+        "size": {"shortest_edge": unit, "longest_edge": 128 * unit},
+    }
+    chosen: dict[str, Any] = {"do_sample_frames": False, "cap_pixels_per_frame": False}
     image = hf.Qwen2VLImageProcessor(**size)
-    chosen = {"do_sample_frames": False, "cap_pixels_per_frame": False}
-    if kind == OMNI:
-        return hf.Qwen2_5OmniProcessor(
-            image,
-            hf.Qwen2VLVideoProcessor(**size, **chosen),
-            hf.WhisperFeatureExtractor(feature_size=16, return_attention_mask=True),
-            tokenizer,
-            chat_template=chat,
-        )
     if kind == "qwen3_vl":
         video = hf.Qwen3VLVideoProcessor(**size, **chosen)
         return hf.Qwen3VLProcessor(image, tokenizer, video, chat_template=chat)
     video = hf.Qwen2VLVideoProcessor(**size, **chosen)
+    if kind == OMNI:
+        sound = hf.WhisperFeatureExtractor(feature_size=16, return_attention_mask=True)
+        return hf.Qwen2_5OmniProcessor(image, video, sound, tokenizer, chat_template=chat)
     make = hf.Qwen2VLProcessor if kind == "qwen2_vl" else hf.Qwen2_5_VLProcessor
     return make(image, tokenizer, video, chat_template=chat)
