@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from av.audio.frame import AudioFrame
+    from av.audio.stream import AudioStream
     from av.container import InputContainer
     from av.packet import Packet
     from av.stream import Stream
@@ -35,14 +37,18 @@ def packets_of(container: InputContainer, deadline: Deadline, *streams: Stream) 
         return
 
 
-def decoded(stream: VideoStream, packets: Iterable[Packet]) -> Iterator[VideoFrame]:
+@overload
+def decoded(stream: VideoStream, packets: Iterable[Packet]) -> Iterator[VideoFrame]: ...
+@overload
+def decoded(stream: AudioStream, packets: Iterable[Packet]) -> Iterator[AudioFrame]: ...
+def decoded(stream: Any, packets: Iterable[Packet]) -> Iterator[Any]:
     """The frames of packets, in the order in which they are shown, the decoder emptied at the end.
 
     A packet that cannot be decoded gives none; a frame that was patched up is left out.
     """
     import av.error
 
-    def feed(packet: Packet | None) -> list[VideoFrame]:
+    def feed(packet: Packet | None) -> list[Any]:
         try:
             return [frame for frame in stream.codec_context.decode(packet) if not frame.is_corrupt]
         except av.error.FFmpegError:

@@ -1,0 +1,198 @@
+"""Sound of a clip or a track: mono at 16 kHz, in step with the pictures."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmalign.data.example import Sound
+from mmalign.errors import DataError
+from mmalign.video.container import Deadline, open_media, sound_stream, video_stream
+from mmalign.video.decode import decoded, packets_of
+from mmalign.video.frames import SOUND_RATE, Wave
+from mmalign.video.timeline import timeline
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from av.audio.stream import AudioStream
+    from av.container import InputContainer
+
+    from mmalign.config import VideoConfig
+    from mmalign.data.example import Clip
+    from mmalign.video.frames import Array
+
+_LEAD = 1.0  # seconds decoded before a span, which a decoder needs to come to the right values
+_JUMP = 0.05  # seconds between two blocks from which on they are not heard as following each other
+_COUNTED = ("mov", "matroska", "flac", "wav")
+"""Formats whose header gives a length that was counted; others guess it from the bit rate."""
+
+
+def has_sound(path: Path) -> bool:
+    """Whether a file has a sound track that can be decoded.
+
+    Raises:
+        DataError: It cannot be opened.
+    """
+    with open_media(path, Deadline(path, 60.0)) as container:
+        return sound_stream(container) is not None
+
+
+def sound_of(clip: Clip, settings: VideoConfig) -> Wave:
+    """A clip's own sound, exactly as long as its span of the pictures; silence where none is.
+
+    Raises:
+        DataError: There is no sound track, or the file cannot be read.
+    """
+    end = min(inf if clip.end is None else clip.end, timeline(clip.path, settings).duration)
+    if end <= clip.start:
+        raise DataError(f"{clip.path}: the clip starts at {clip.start:g} seconds; it has {end:g}")
+    found = _read(Sound(clip.path, clip.start, end), settings)
+    samples = np.zeros(max(round((end - clip.start) * SOUND_RATE), 1), np.float32)
+    samples[: len(found)] = found[: len(samples)]
+    return Wave(samples)
+
+
+def read_sound(sound: Sound, settings: VideoConfig) -> Wave:
+    """The span of a track. Second 0 is where the pictures start; of a file without any, the sound.
+
+    Raises:
+        DataError: There is no sound track, nothing in the span, or the file cannot be read; or the
+            span is longer than `max_seconds`.
+    """
+    samples = _read(sound, settings)
+    if not len(samples):
+        raise DataError(f"{sound.path}: has no sound after {sound.start:g} seconds")
+    return Wave(samples)
+
+
+def _read(sound: Sound, settings: VideoConfig) -> Array:
+    """[S] float32, up to where the sound ends."""
+    path, end = sound.path, inf if sound.end is None else sound.end
+    deadline = Deadline(path, settings.decode_timeout)
+    span = _Span(min(end - sound.start, settings.max_seconds))
+    with open_media(path, deadline) as container:
+        stream = sound_stream(container)
+        if stream is None:
+            raise DataError(f"{path}: has no sound track")
+        zero = _zero(container)
+        blocks = _blocks(container, stream, deadline, -inf if zero is None else zero + sound.start)
+        heard = False
+        for time, samples in blocks:
+            heard, zero = True, time if zero is None else zero
+            if not span.put(time - zero - sound.start, samples):
+                break
+        if not heard and not sound.start:
+            raise DataError(f"{path}: no sound of it can be decoded")
+        there = sound.start + len(span) / SOUND_RATE
+        claimed = _claimed(container, stream)
+        if there < 0.95 * min(claimed, end) - 0.5:
+            raise DataError(
+                f"{path}: is cut off: its header claims {claimed:.2f} seconds of sound, "
+                f"{there:.2f} are there"
+            )
+    if span.full and end - sound.start > settings.max_seconds:
+        raise DataError(
+            f"{path}: the sound lasts more than {settings.max_seconds:g} seconds, which is "
+            "video.max_seconds"
+        )
+    return span.samples()
+
+
+def _zero(container: InputContainer) -> float | None:
+    """The container's time at which the pictures start; None without pictures."""
+    stream = video_stream(container)
+    if stream is None:
+        return None
+    return float((stream.start_time or 0) * (stream.time_base or 0))
+
+
+def _claimed(container: InputContainer, stream: AudioStream) -> float:
+    """Seconds of sound by the header, where it is worth something; 0 where it is not."""
+    if not container.format.name.startswith(_COUNTED):
+        return 0.0
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    alone = len(container.streams) == 1
+    return container.duration / 1e6 if alone and container.duration else 0.0
+
+
+def _blocks(
+    container: InputContainer, stream: AudioStream, deadline: Deadline, start: float
+) -> Iterator[tuple[float, Array]]:
+    """Sound at `SOUND_RATE` with the container's time of its first sample, from shortly before."""
+    from av.audio.resampler import AudioResampler
+
+    def from_start() -> Iterator[Any]:
+        for packet in packets_of(container, deadline, stream):
+            tick, unit = packet.pts, packet.time_base
+            if tick is None or unit is None or float(tick * unit) >= start - _LEAD:
+                yield packet
+
+    resampler: AudioResampler | None = None
+    kind: object = None  # of the blocks that the resampler takes
+    position, expected = 0.0, 0.0  # times of what comes out, and of what goes in next
+    for frame in decoded(stream, from_start()):
+        now = (frame.format.name, frame.layout.name, frame.sample_rate)
+        time = expected if frame.time is None else frame.time
+        if resampler is None or now != kind or abs(time - expected) > _JUMP:
+            if resampler is not None:
+                yield from _timed(resampler.resample(None), position)
+            kind, position, expected = now, time, time
+            resampler = AudioResampler(format="flt", layout="mono", rate=SOUND_RATE)
+        for at, samples in _timed(resampler.resample(frame), position):
+            yield at, samples
+            position = at + len(samples) / SOUND_RATE
+        expected += frame.samples / frame.sample_rate
+    if resampler is not None:
+        yield from _timed(resampler.resample(None), position)
+
+
+def _timed(blocks: list[Any], position: float) -> Iterator[tuple[float, Array]]:
+    for block in blocks:
+        samples = block.to_ndarray()[0].astype(np.float32, copy=False)
+        yield position, samples
+        position += len(samples) / SOUND_RATE
+
+
+class _Span:
+    """Samples of a span, gathered from blocks that may leave gaps, overlap or stand outside."""
+
+    def __init__(self, seconds: float) -> None:
+        self._most = inf if seconds == inf else round(seconds * SOUND_RATE)
+        self._parts: list[tuple[int, Array]] = []
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def full(self) -> bool:
+        """Whether it reaches its end."""
+        return self._length >= self._most
+
+    def put(self, seconds: float, samples: Array) -> bool:
+        """Take what lies inside of a block that starts `seconds` after the span; whether more fits.
+
+        A gap before it stays silent.
+        """
+        at = round(seconds * SOUND_RATE)
+        if at < 0:
+            at, samples = 0, samples[-at:]
+        if at + len(samples) > self._most:
+            samples = samples[: max(int(self._most) - at, 0)]
+            self._length = int(self._most)
+        if len(samples):
+            self._parts.append((at, samples))
+            self._length = max(self._length, at + len(samples))
+        return not self.full
+
+    def samples(self) -> Array:
+        """[S] float32 in [-1, 1]."""
+        joined = np.zeros(self._length, np.float32)
+        for at, part in self._parts:
+            joined[at : at + len(part)] = part
+        return np.clip(np.nan_to_num(joined, copy=False), -1.0, 1.0)
