@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from peft import PeftModel
@@ -130,6 +130,22 @@ class TextAdapter(Adapter):
             log_sum_p2=True,
             prompt=True,
         )
+
+    @classmethod
+    def problems(cls, config: RunConfig) -> list[str]:
+        """Losses that compare answers under altered media, which text has not."""
+        roles = presets.from_config(config.objective).needs.roles
+        unknown = [role for role in dict.fromkeys(roles) if role not in cls._roles]
+        if not unknown:
+            return []
+        return [
+            f"the objective scores {' and '.join(unknown)} candidates, answers about altered clips "
+            "or pictures, which only modality: video makes. Use another objective, e.g. dpo"
+        ]
+
+    _roles: ClassVar[frozenset[str]] = frozenset(
+        {"mismatched", "calibration", "rationale", "online"}
+    )
 
     @classmethod
     def usable(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:

@@ -121,9 +121,13 @@ class VideoAdapter(TextAdapter):
             scored,
             stacked.view(*shown.shape, -1),
             spec,
-            tau_at(spec, self._step, self._num_steps),
+            self.tau(),
             self.config.text.block_size,
         )
+
+    def tau(self) -> float:
+        """The least cosine that an augmented clip needs at this step."""
+        return tau_at(self.config.video.selection, self._step, self._num_steps)
 
     def after_step(self, step: int) -> None:
         """Move an averaged reference; count steps for a gate that moves."""

@@ -110,6 +110,8 @@ def check_media(examples: Sequence[Example], settings: VideoConfig, *, hears: bo
             text, is_silent = fault
             named = report.silent if is_silent else report.broken
             named.setdefault(str(_name(reference)), text)
+    for name in report.broken:
+        report.silent.pop(name, None)  # named once
     return report
 
 

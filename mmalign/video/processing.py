@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmalign.config import RunConfig
-    from mmalign.video.frames import Frames, Wave
+    from mmalign.video.frames import Array, Frames, Wave
 
 _SCALE = 1000  # "frames a second" of the times handed to a processor: milliseconds
 _SECONDS_KEPT = 30.0  # of a sound, by feature extractors of the Whisper family
@@ -174,7 +174,7 @@ class Processor:
             options["images"] = list(shown.images)
         sounds = [wave.samples for wave in shown.sounds]
         if shown.clips:
-            options["videos"] = [frames.pixels for frames, _ in shown.clips]
+            options["videos"] = [_writable(frames.pixels) for frames, _ in shown.clips]
             options["videos_kwargs"] = self._video_options(shown)
             tracks = [wave for _, wave in shown.clips]
             if any(track is not None for track in tracks):
@@ -227,6 +227,11 @@ class Processor:
 
 
 _PARTS = ("image_processor", "video_processor", "feature_extractor")
+
+
+def _writable(pixels: Array) -> Array:
+    """Frames as torch takes them without a warning; kept ones are shared and locked."""
+    return pixels if pixels.flags.writeable else pixels.copy()
 
 
 def _metadata(frames: Frames, start: float) -> dict[str, Any]:
