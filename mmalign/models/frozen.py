@@ -93,7 +93,11 @@ class FrozenCopy(Copy):
     def __init__(self, policy: nn.Module, module: nn.Module | None = None) -> None:
         """Copy the policy, unless another `module` is given."""
         self.policy = policy
-        self.module = deepcopy(policy) if module is None else module
+        if module is None:
+            # What is not trained stays the same in both, so both have one copy of it.
+            frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
+            module = deepcopy(policy, dict(frozen))
+        self.module = module
         self.module.requires_grad_(False).eval()
 
     @contextmanager

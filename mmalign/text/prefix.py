@@ -11,7 +11,7 @@ of a response predicts nothing, so it is not fed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -79,7 +79,7 @@ class Fed:
     """What a pass runs where a model is fed more than token ids."""
 
     body: PreTrainedModel  # the part that has the attention layers
-    inputs: dict[str, Tensor]  # its keywords
+    inputs: Mapping[str, Any]  # its keywords
 
 
 def arrange(inputs: Mapping[str, Tensor], layout: Layout, *, prompts: bool = False) -> Rows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -104,14 +104,16 @@ def feed(
     places: list[Tensor] = []
     values: list[Tensor] = []
     deep: list[tuple[Tensor, ...]] = []
-    num_seen = 0
+    made: dict[int, Encoded] = {}  # with a trained tower, by this model in this pass
     for piece in rows.pieces:
         number = contexts.shown(piece)
         if not number:
             continue
         prompt = ids[piece.start : piece.start + piece.length]
         seen = torch.isin(prompt, wanted).nonzero().squeeze(-1) + piece.start
-        encoded = contexts.media(model, number).to(flat)
+        if number not in made:
+            made[number] = contexts.media(model, number).to(flat)
+        encoded = made[number]
         if len(seen) != len(encoded.tokens):
             raise ConfigError(
                 f"a prompt has {len(seen)} tokens for media, but the model made "
@@ -120,16 +122,15 @@ def feed(
         places.append(seen)
         values.append(encoded.tokens)
         deep.append(encoded.deep)
-        num_seen += len(seen)
         if clues is not None:
-            made = clues(model, contexts, piece, prompt)
-            if made is not None:
+            hints = clues(model, contexts, piece, prompt)
+            if hints is not None:
                 places.append((prompt == clue_id).nonzero().squeeze(-1) + piece.start)
-                values.append(made.to(flat.dtype))
+                values.append(hints.to(flat.dtype))
     if not places:
         return Fed(body, {"inputs_embeds": embeddings})
     flat = flat.index_copy(0, torch.cat(places), torch.cat(values))
-    inputs: dict[str, Tensor | list[Tensor]] = {"inputs_embeds": flat.view_as(embeddings)}
+    inputs: dict[str, Any] = {"inputs_embeds": flat.view_as(embeddings)}
     if any(deep):
         # Layers add these where the mask is set, in the order of the rows.
         inputs["visual_pos_masks"] = torch.isin(rows.input_ids, wanted)

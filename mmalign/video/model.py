@@ -135,7 +135,7 @@ def lora_targets(model: PreTrainedModel, trained: Sequence[str], wanted: Sequenc
             f"{', '.join(trained) or 'no part'} (video.train) in {type(model).__name__}"
         )
     # Layer numbers are left open: `model.language_model.layers.7.mlp.up_proj` stands for all.
-    shapes = sorted({re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name)) for name in names})
+    shapes = sorted({re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name)) for name in names})
     return "|".join(shapes)
 
 
@@ -173,8 +173,21 @@ def encode(model: PreTrainedModel, tensors: Mapping[str, Tensor], ids: frozenset
     except (ValueError, IndexError) as error:
         raise ConfigError(f"{type(model).__name__} cannot encode the media: {error}") from error
     places = torch.isin(input_ids, torch.tensor(sorted(ids), device=input_ids.device))  # [1, S]
+    _require_seen(model, input_ids[places], seen["inputs_embeds"][places])
     deep = seen.get("deepstack_visual_embeds") or ()
     return Encoded(seen["inputs_embeds"][places], tuple(deep))
+
+
+@torch.no_grad()
+def _require_seen(model: PreTrainedModel, ids: Tensor, features: Tensor) -> None:
+    """Refuse media that left no trace: a model may pass over a tensor that it does not know."""
+    for token in ids.unique():
+        own = model.get_input_embeddings()(token[None])
+        if bool((features[ids == token] == own.to(features.dtype)).all()):
+            raise ConfigError(
+                f"{type(model).__name__} did not look at all media: its token {int(token)} still "
+                "has its own embedding. Model and processor do not belong together"
+            )
 
 
 def rope_positions(

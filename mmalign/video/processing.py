@@ -126,7 +126,7 @@ class Processor:
                     f"{where}: {len(items)} of kind {kind} were given to the processor, which "
                     f"placed {len(found.get(kind, []))}"
                 )
-        tensors = {k: torch.as_tensor(v) for k, v in output.items() if v is not None}
+        tensors = {_NAMES.get(k, k): torch.as_tensor(v) for k, v in output.items() if v is not None}
         if any(track is not None for _, track in shown.clips):
             tensors["audio_in_video"] = torch.ones(1, dtype=torch.bool)
         return Processed(tensors, {kind: tuple(texts) for kind, texts in found.items()})
@@ -226,6 +226,7 @@ class Processor:
         return options
 
 
+_NAMES = {"pixel_values_images": "pixel_values"}  # Video-LLaVA's processor, and its model
 _PARTS = ("image_processor", "video_processor", "feature_extractor")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -48,7 +47,9 @@ def own_logps(adapter: VideoAdapter, row: Example, answer: str, count: int) -> T
         return_tensors="pt",
         **heard,
     )
-    wide = {k: v.double() if v.is_floating_point() and v.dim() > 1 else v for k, v in inputs.items()}
+    wide = {
+        k: v.double() if v.is_floating_point() and v.dim() > 1 else v for k, v in inputs.items()
+    }
     played = {"use_audio_in_video": True} if wave is not None else {}
     logits = adapter.policy(**wide, **played).logits[0, :-1]
     return logits.log_softmax(-1).gather(-1, inputs["input_ids"][0, 1:, None])[-count:, 0]
@@ -132,3 +133,157 @@ def test_another_clip_moves_the_score(kind: str, video_models: Models, clips_dir
     assert (first - second).abs().max() > 1e-3
     again = adapter(adapter.collate(rows[:1]), Needs()).policy[0]
     torch.testing.assert_close(first, again, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_and_several_media_are_seen(
+    kind: str, video_models: Models, clips_dir: Path, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    for name, value in (("a", 40), ("b", 200)):
+        Image.effect_noise((80, 60), value).convert("RGB").save(tmp_path / f"{name}.png")
+    pictures = [Picture(tmp_path / f"{name}.png") for name in "ab"]
+    first, second = (Clip(clips_dir / f"clip{i}.mp4") for i in (0, 1))
+    adapter = make_adapter(video_models(kind), Needs())
+    shown = [
+        Media(images=(pictures[0],)),
+        Media(images=(pictures[1],)),
+        Media((first,), (pictures[0],)),
+        Media((first,), (pictures[1],)),
+        Media((first, second)),
+        Media((second, first)),
+    ]
+    rows = [pair(first.path, f"row-{i}", media=media) for i, media in enumerate(shown)]
+    scores = adapter(adapter.collate(rows), Needs()).policy.sum((1, 2)).tolist()
+    assert len({round(score, 6) for score in scores}) == len(scores)
+
+
+def test_media_stand_where_the_prompt_names_them(video_models: Models, clips_dir: Path) -> None:
+    adapter = make_adapter(video_models("qwen2_5_vl"), Needs())
+    clip = clips_dir / "clip0.mp4"
+    words = "Look at <video> and say what the cat does."
+    rows = [
+        pair(clip, "front"),
+        pair(clip, "named", prompt=words),
+        pair(clip, "turns", prompt=(Message("user", "Hi"), Message("user", words))),
+    ]
+    ids = [adapter.encoder.encode_example(row)[0].prompt for row in rows]
+    token = adapter.encoder.processor.token_ids["video"]
+    assert [row.count(token) for row in ids] == [16, 16, 16]
+    starts = [row.index(token) for row in ids]
+    assert starts[0] < starts[1] < starts[2]
+    with pytest.raises(DataError, match="names <video> 2 times, but the row has 1"):
+        adapter.encoder.encode_example(pair(clip, prompt="<video> or <video>?"))
+
+
+def test_a_text_that_writes_the_model_s_own_token_is_refused(
+    video_models: Models, clips_dir: Path
+) -> None:
+    adapter = make_adapter(video_models("qwen2_5_vl"), Needs())
+    clip = clips_dir / "clip0.mp4"
+    with pytest.raises(DataError, match="the text itself writes the token"):
+        adapter.collate([pair(clip, prompt="What is <|video_pad|>?")])
+    sides = (Candidate("A <|video_pad|>."), Candidate("None."))
+    with pytest.raises(DataError, match="response writes one of the model's own tokens"):
+        adapter.collate([pair(clip, candidates=sides)])
+
+
+def test_a_long_question_is_cut_behind_the_clip(video_models: Models, clips_dir: Path) -> None:
+    words = " ".join(f"word{i}" for i in range(60))
+    row = pair(clips_dir / "clip0.mp4", prompt=words)
+    whole = make_adapter(video_models("qwen2_5_vl"), Needs())
+    full = whole.encoder.encode_example(row)[0].prompt
+    token = whole.encoder.processor.token_ids["video"]
+    for keep in ("keep_end", "keep_start"):
+        data = {"max_prompt_length": 40, "truncate_prompt": keep}
+        adapter = make_adapter(video_models("qwen2_5_vl"), Needs(), data=data)
+        cut = adapter.encoder.encode_example(row)[0].prompt
+        assert cut.count(token) == 16
+        assert len(cut) == 40 + 16
+        assert adapter.encoder.counts["prompts_cut"] == 1
+        last = len(full) - full[::-1].index(token)
+        assert cut[:last] == full[:last]
+        assert (cut[-8:] == full[-8:]) == (keep == "keep_end")
+        assert adapter(adapter.collate([row]), Needs()).policy.isfinite().all()
+    with pytest.raises(DataError, match="raise it, or shorten the prompt"):
+        data = {"max_prompt_length": 3}
+        make_adapter(video_models("qwen2_5_vl"), Needs(), data=data).collate([row])
+
+
+def test_sound_is_heard_and_never_dropped(video_models: Models, clips_dir: Path) -> None:
+    adapter = make_adapter(video_models(OMNI), Needs())
+    clip, other = Clip(clips_dir / "clip0.mp4"), Sound(clips_dir / "clip1.mp4")
+    rows = [
+        pair(clip.path, "own"),
+        pair(clip.path, "other", media=Media((clip,), sounds=(other,))),
+        pair(clip.path, "alone", media=Media(sounds=(other,))),
+    ]
+    scores = adapter(adapter.collate(rows), Needs()).policy.sum((1, 2)).tolist()
+    off = make_adapter(video_models(OMNI), Needs(), video={"sound": "off"})
+    scores += off(off.collate(rows[:1]), Needs()).policy.sum((1, 2)).tolist()
+    assert len({round(score, 6) for score in scores}) == 4
+    with pytest.raises(DataError, match="mute.mp4"):
+        adapter.collate([pair(clips_dir / "mute.mp4")])
+    mute = make_adapter(video_models(OMNI), Needs(), video={"no_sound": "mute"})
+    assert mute(mute.collate([pair(clips_dir / "mute.mp4")]), Needs()).policy.isfinite().all()
+    deaf = make_adapter(video_models("qwen2_5_vl"), Needs())
+    with pytest.raises(DataError, match="takes .* but the row has audio"):
+        deaf.collate(rows[1:2])
+
+
+def test_features_are_made_once_for_all_that_look_at_a_clip(
+    video_models: Models, clips_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmalign.video import contexts
+
+    made: list[int] = []
+    encode = contexts.encode
+
+    def counted(*arguments: Any) -> Any:
+        made.append(1)
+        return encode(*arguments)
+
+    monkeypatch.setattr(contexts, "encode", counted)
+    rows = [pair(clips_dir / "clip0.mp4", f"row-{i}", prompt=f"Question {i}?") for i in range(3)]
+    adapter = make_adapter(video_models("qwen2_5_vl"), text={"shared_prefix": "off"})
+    first = adapter(adapter.collate(rows), ALL)
+    assert len(made) == 1, "six answers, policy and reference"
+    batch = adapter.collate(rows)
+    assert not [name for name in batch.inputs if "pixel" in name], "kept for the next time"
+    torch.testing.assert_close(adapter(batch, ALL).policy, first.policy, rtol=0, atol=0)
+    assert len(made) == 1
+    trained = make_adapter(
+        video_models("qwen2_5_vl"), text={"shared_prefix": "off"},
+        video={"train": ["language", "projector", "tower"]},
+    )  # fmt: skip
+    made.clear()
+    scored = trained(trained.collate(rows[:1]), ALL)
+    assert len(made) == 2, "policy and reference have towers of their own"
+    presets.dpo()(scored).value.backward()
+    reached = {n for n, p in trained.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any("visual.blocks" in name for name in reached)
+    assert any("visual.merger" in name for name in reached)
+
+
+def test_a_frozen_copy_shares_what_is_not_trained(video_models: Models) -> None:
+    adapter: Any = make_adapter(video_models("llava_onevision"), model={"lora": None})
+    copied = dict(adapter.reference.module.named_parameters())
+    for name, parameter in adapter.policy.named_parameters():
+        assert (copied[name] is parameter) == (not parameter.requires_grad), name
+
+
+def test_a_row_alone_scores_as_in_a_batch_and_answers_are_given(
+    video_models: Models, clips_dir: Path
+) -> None:
+    adapter = make_adapter(video_models("qwen2_5_omni_thinker"), Needs())
+    rows = [pair(clips_dir / f"clip{i}.mp4", f"row-{i}") for i in range(3)]
+    together = adapter.sample([adapter.question(row) for row in rows], max_new_tokens=6)
+    alone = [adapter.sample([adapter.question(row)], max_new_tokens=6)[0] for row in rows]
+    assert together == alone
+    assert len(set(together)) > 1
+
+
+def test_a_model_of_text_alone_is_refused(tiny_llama_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="modality: text"):
+        make_adapter(tiny_llama_dir)
