@@ -77,6 +77,34 @@ def read_frames(clip: Clip, settings: VideoConfig) -> Frames:
     )
 
 
+def span_numbers(line: Timeline, clip: Clip, settings: VideoConfig) -> tuple[int, int]:
+    """Numbers of the first and the last frame shown in the clip's span.
+
+    Raises:
+        DataError: The file ends before it, or it is too long.
+    """
+    end = inf if clip.end is None else clip.end
+    if line.claimed is not None and end > line.duration:
+        raise DataError(f"{clip.path}: is cut off after {len(line)} frames{_cut(line)}")
+    if clip.start >= line.duration or end <= clip.start:
+        raise DataError(
+            f"{clip.path}: the clip is from {clip.start:g} seconds to "
+            f"{'the end' if end == inf else f'{end:g}'}; the file has {line.duration:g}"
+        )
+    length = min(end, line.duration) - clip.start
+    if length > settings.max_seconds:
+        raise DataError(
+            f"{clip.path}: the clip lasts {length:g} seconds; video.max_seconds is "
+            f"{settings.max_seconds:g}"
+        )
+    half = 0.5 * float(line.unit)  # a time in a record may be rounded either way
+    first = bisect_left(range(len(line)), clip.start - half, key=line.seconds)
+    last = bisect_left(range(len(line)), end - half, key=line.seconds) - 1
+    if first > last:  # between two frames: the one that is shown then
+        first = last = max(last, 0)
+    return first, last
+
+
 def _chosen(line: Timeline, clip: Clip, settings: VideoConfig) -> tuple[int, ...]:
     if clip.frames:
         if not 0 <= min(clip.frames) <= max(clip.frames) < len(line):
@@ -85,7 +113,7 @@ def _chosen(line: Timeline, clip: Clip, settings: VideoConfig) -> tuple[int, ...
                 f"has {len(line)} frames, counted from 0{_cut(line)}"
             )
         return clip.frames
-    first, last = _span(line, clip, settings)
+    first, last = span_numbers(line, clip, settings)
     ticks, count = line.ticks, settings.num_frames
     if count is None:
         assert settings.fps is not None  # the config asks for one of the two
@@ -102,30 +130,6 @@ def _chosen(line: Timeline, clip: Clip, settings: VideoConfig) -> tuple[int, ...
     parts = count - 1
     moments = (ticks[first] * (parts - i) + ticks[last] * i for i in range(count))
     return tuple(_nearest(ticks, moments, parts, first, last))
-
-
-def _span(line: Timeline, clip: Clip, settings: VideoConfig) -> tuple[int, int]:
-    """Numbers of the first and the last frame shown in the clip's span."""
-    end = inf if clip.end is None else clip.end
-    if line.claimed is not None and end > line.duration:
-        raise DataError(f"{clip.path}: is cut off after {len(line)} frames{_cut(line)}")
-    if clip.start >= line.duration or end <= clip.start:
-        raise DataError(
-            f"{clip.path}: the clip is from {clip.start:g} to {end:g} seconds; the file has "
-            f"{line.duration:g}"
-        )
-    length = min(end, line.duration) - clip.start
-    if length > settings.max_seconds:
-        raise DataError(
-            f"{clip.path}: the clip lasts {length:g} seconds; video.max_seconds is "
-            f"{settings.max_seconds:g}"
-        )
-    half = 0.5 * float(line.unit)  # a time in a record may be rounded either way
-    first = bisect_left(range(len(line)), clip.start - half, key=line.seconds)
-    last = bisect_left(range(len(line)), end - half, key=line.seconds) - 1
-    if first > last:  # between two frames: the one that is shown then
-        first = last = max(last, 0)
-    return first, last
 
 
 def _cut(line: Timeline) -> str:

@@ -12,6 +12,7 @@ from mmalign.errors import DataError
 from mmalign.video.container import Deadline, open_media, sound_stream, video_stream
 from mmalign.video.decode import decoded, packets_of
 from mmalign.video.frames import SOUND_RATE, Wave
+from mmalign.video.media import span_numbers
 from mmalign.video.timeline import timeline
 
 if TYPE_CHECKING:
@@ -45,11 +46,12 @@ def sound_of(clip: Clip, settings: VideoConfig) -> Wave:
     """A clip's own sound, exactly as long as its span of the pictures; silence where none is.
 
     Raises:
-        DataError: There is no sound track, or the file cannot be read.
+        DataError: There is no sound track, or the file cannot be read or ends before the span.
     """
-    end = min(inf if clip.end is None else clip.end, timeline(clip.path, settings).duration)
-    if end <= clip.start:
-        raise DataError(f"{clip.path}: the clip starts at {clip.start:g} seconds; it has {end:g}")
+    line = timeline(clip.path, settings)
+    if not clip.frames:
+        span_numbers(line, clip, settings)
+    end = min(inf if clip.end is None else clip.end, line.duration)
     found = _read(Sound(clip.path, clip.start, end), settings)
     samples = np.zeros(max(round((end - clip.start) * SOUND_RATE), 1), np.float32)
     samples[: len(found)] = found[: len(samples)]

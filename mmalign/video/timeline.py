@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
@@ -19,10 +19,11 @@ from mmalign.video.container import Deadline, open_media, video_stream
 from mmalign.video.decode import decoded, packets_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from av.container import InputContainer
+    from av.packet import Packet
     from av.video.stream import VideoStream
 
     from mmalign.config import VideoConfig
@@ -152,6 +153,7 @@ def _from_packets(
     shown: list[tuple[int, int, int]] = []  # tick, place, place of the key packet
     key_place, key_tick, before = -1, 0, -1  # the last key packet, and the one before it
     end, place, last = 0, -1, 0.0  # `last`: seconds at which the last packet of any stream ends
+    read_until = 0  # every frame that is shown up to here has been stored before
     for packet in packets_of(container, deadline):
         if packet.pts is not None and packet.time_base is not None:
             last = max(last, float((packet.pts + (packet.duration or 0)) * packet.time_base))
@@ -167,27 +169,25 @@ def _from_packets(
         if start < 0 or packet.is_discard:
             continue  # it cannot be decoded, or an edit list cuts it
         shown.append((packet.pts, place, start))
+        read_until = packet.pts if packet.dts is None else packet.dts
         end = max(end, packet.pts + (packet.duration or 0))
-    shown.sort()
-    ticks = array("q", [tick for tick, _, _ in shown])
     if place < 0:
         raise DataError(f"{path}: holds no frame; it is empty or cut off after its header")
-    if not ticks or any(one == two for one, two in pairwise(ticks)):
+    if not shown:
         return None
+    shown.sort()
     unit = stream.time_base
     assert unit is not None
-    zero = ticks[0] if stream.start_time is None else stream.start_time
-    if end <= ticks[-1]:
+    zero = shown[0][0] if stream.start_time is None else stream.start_time
+    claimed = _claimed(container, stream, place + 1, float((end - zero) * unit), last)
+    if claimed is not None:  # of the frames after it, some are missing between others
+        shown = [frame for frame in shown if frame[0] <= read_until] or shown[:1]
+    ticks, places, starts = (array("q", column) for column in zip(*shown, strict=True))
+    if any(one == two for one, two in pairwise(ticks)):
+        return None
+    if end <= ticks[-1] or claimed is not None:
         end = ticks[-1] + max((ticks[-1] - ticks[0]) // max(len(ticks) - 1, 1), 1)
-    return Timeline(
-        ticks,
-        zero,
-        end,
-        unit,
-        array("q", [place for _, place, _ in shown]),
-        array("q", [start for _, _, start in shown]),
-        _claimed(container, stream, place + 1, float((end - zero) * unit), last),
-    )
+    return Timeline(ticks, zero, end, unit, places, starts, claimed)
 
 
 def _claimed(
@@ -197,7 +197,8 @@ def _claimed(
     if stream.frames:
         if num_packets + _SLACK + stream.frames // 20 >= stream.frames:
             return None
-        return there * stream.frames / num_packets
+        header = float((stream.duration or 0) * (stream.time_base or 0))
+        return header or there * stream.frames / num_packets
     if container.duration is None:
         return None
     # Formats that count no frames give the length of their longest stream.
@@ -209,20 +210,29 @@ def _claimed(
 def _from_frames(
     container: InputContainer, stream: VideoStream, path: Path, deadline: Deadline
 ) -> Timeline:
-    """By decoding everything: where packets carry no times, or none that can be trusted."""
-    ticks = array("q")
-    trusted = container.format.name not in _UNTIMED
-    for frame in decoded(stream, packets_of(container, deadline, stream)):
-        trusted = trusted and frame.pts is not None and (not ticks or frame.pts > ticks[-1])
-        ticks.append(len(ticks) if frame.pts is None else frame.pts)
-    if not ticks:
+    """By decoding everything: where packets carry no times, or none that can be trusted.
+
+    Where the frames' times cannot be trusted either, those at which packets stand in the file are
+    taken in order, if there is one for each frame; else the frames stand at equal distances.
+    """
+    stored = array("q")  # times at which packets are stored, which ascend
+
+    def noted() -> Iterator[Packet]:
+        for packet in packets_of(container, deadline, stream):
+            if packet.dts is not None:
+                stored.append(packet.dts)
+            yield packet
+
+    shown: list[int | None] = [frame.pts for frame in decoded(stream, noted())]
+    if not shown:
         raise DataError(f"{path}: no frame of it can be decoded")
     unit = stream.time_base
-    if unit is None or not trusted:
-        ticks = array("q", range(len(ticks)))
+    trusted = container.format.name not in _UNTIMED
+    ticks = array("q", [tick for tick in shown if tick is not None]) if trusted else stored
+    if unit is None or len(ticks) != len(shown) or any(one >= two for one, two in pairwise(ticks)):
+        ticks = array("q", range(len(shown)))
         unit = 1 / (stream.average_rate or stream.guessed_rate or _FALLBACK_RATE)
     step = max((ticks[-1] - ticks[0]) // max(len(ticks) - 1, 1), 1)
-    claimed = None
-    if stream.frames > len(ticks) + _SLACK + stream.frames // 20:
-        claimed = float(stream.frames * step * unit)
-    return Timeline(ticks, ticks[0], ticks[-1] + step, unit, claimed=claimed)
+    line = Timeline(ticks, ticks[0], ticks[-1] + step, unit)
+    claimed = float((stream.duration or 0) * (stream.time_base or 0))
+    return replace(line, claimed=claimed) if line.duration < 0.95 * claimed - 0.5 else line
