@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from mmalign import __version__, cli_compare, cli_data
+from mmalign import __version__, cli_bench, cli_compare, cli_data
 from mmalign.cli_parts import Config, Overrides, argument, group, option
 from mmalign.errors import ConfigError
 
@@ -21,6 +21,7 @@ EXIT_STATUS = (
 
 app = group("Preference alignment for text, image and video models, with one set of losses.")
 quickstart_app = group("See an alignment run from start to report, on shipped data.")
+app.add_typer(cli_bench.app, name="bench")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(quickstart_app, name="quickstart")
 

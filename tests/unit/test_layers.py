@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "diffusion": BELOW | {"evaluate"},  # intervals of win rates
     "video": BELOW | {"text"},
     "evaluate": BELOW,
+    "benchmark": {"errors", "data", "evaluate"},
     "train": BELOW | {"evaluate"},
 }
 """What a part of the package may import when it loads; parts not listed may import everything."""

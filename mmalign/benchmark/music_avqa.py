@@ -1,0 +1,106 @@
+"""MUSIC-AVQA: questions about musical performances, answered with one of 42 words."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterator, Mapping
+
+from mmalign.benchmark.base import Benchmark, Verdict
+from mmalign.benchmark.parsers import mentioned, plain
+from mmalign.benchmark.records import Prediction, Question
+from mmalign.benchmark.sources import Entry, Source
+from mmalign.errors import DataError
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+VOCABULARY = (
+    "yes", "no", *NUMBERS, "more than ten", "left", "middle", "right", "simultaneously", "indoor",
+    "outdoor", "accordion", "acoustic_guitar", "bagpipe", "banjo", "bassoon", "cello", "clarinet",
+    "congas", "drum", "electric_bass", "erhu", "flute", "guzheng", "piano", "pipa", "saxophone",
+    "suona", "trumpet", "tuba", "ukulele", "violin", "xylophone",
+)  # fmt: skip
+"""All answers of the data set."""
+
+_SLOT = re.compile(r"<[^<>]+>")
+_DIGITS = re.compile(r"\b(\d+)\b")
+
+
+class MusicAVQA(Benchmark):
+    """Accuracy in all, by modality, and by modality and kind of question."""
+
+    name = "music-avqa"
+    title = "MUSIC-AVQA"
+    layout = (
+        '[{video_id, question_id, type: \'["Audio", "Counting"]\', question_content, templ_values, '
+        "anser, prediction?}, ...]"
+    )
+    metric = "accuracy over all questions; by modality and kind besides"
+    suffix = "\nAnswer the question using a single word or phrase. (ours)"
+    strict = "the one of the 42 answers that is said; digits are numbers"
+    legacy = "exact match after lower case and stripping, as of a classifier"
+    source = "Li et al. 2022, MUSIC-AVQA (CVPR)"
+
+    def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
+        """Slots such as <Object> are filled from `templ_values`."""
+        for entry in source.entries():
+            kinds = _listed(entry, "type")
+            if len(kinds) != 2:
+                raise DataError(f"{entry.where}: `type` must be a modality and a kind")
+            video = entry.text("video_id")
+            question = Question(
+                id=entry.text("question_id"),
+                task=" ".join(kinds),
+                prompt=_filled(entry) + self.suffix.removesuffix(" (ours)"),
+                video=f"{video}.mp4",
+                answer=entry.text("anser", "answer"),
+                meta={"modality": kinds[0], "video": video},
+            )
+            yield question, entry.maybe("prediction", "pred", "response")
+
+    def judge(self, row: Prediction, legacy: bool) -> Verdict:
+        """Compare words, or find the one answer that is said."""
+        text, answer = row.prediction or "", row.answer
+        if legacy:
+            read = text.lower().strip()
+            return Verdict(read, read == answer.lower().strip())
+        words = list(dict.fromkeys((*VOCABULARY, answer.lower().strip())))
+        said = mentioned(_DIGITS.sub(_number, text), words)
+        read = words[said[0]] if len(said) == 1 else None
+        return Verdict(read, read is not None and plain(read) == plain(answer))
+
+    def groups(self, row: Prediction) -> Mapping[str, str]:
+        """By modality, and by modality and kind."""
+        modality = row.meta.get("modality") or row.task.partition(" ")[0]
+        return {"modality": str(modality), "task": row.task}
+
+
+def _number(found: re.Match[str]) -> str:
+    value = int(found[1]) if len(found[1]) < 4 else 11
+    return NUMBERS[value] if value < len(NUMBERS) else "more than ten"
+
+
+def _listed(entry: Entry, key: str) -> list[str]:
+    """A list, which the data set writes as text."""
+    value = entry.value.get(key)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            try:
+                value = ast.literal_eval(value)
+            except (ValueError, SyntaxError) as error:
+                raise DataError(f"{entry.where}: {key!r} is no list: {value!r}") from error
+    if not isinstance(value, list):
+        raise DataError(f"{entry.where}: {key!r} must be a list; found {value!r}")
+    return [str(item) for item in value]
+
+
+def _filled(entry: Entry) -> str:
+    text = entry.text("question_content")
+    slots = _SLOT.findall(text)
+    values = _listed(entry, "templ_values") if slots else []
+    if len(values) < len(slots):
+        raise DataError(f"{entry.where}: {len(slots)} slots, but {len(values)} `templ_values`")
+    given = iter(values)
+    return _SLOT.sub(lambda _: next(given), text)

@@ -1,0 +1,118 @@
+"""`mmalign bench`: numbers on video benchmarks from files of answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmalign.cli_parts import argument, group, option
+
+app = group("Numbers on video benchmarks, from files of questions and answers.")
+
+Name = Annotated[str, option("--benchmark", metavar="NAME", text="`mmalign bench list` lists them")]
+QuestionFiles = Annotated[
+    list[Path] | None,
+    option(
+        "--questions",
+        metavar="FILE",
+        text="the benchmark's question file, where files of answers do not hold every question; "
+        "repeat it",
+    ),
+]
+Legacy = Annotated[
+    bool, option("--legacy", text="read answers as the published code does, mistakes included")
+]
+AsJson = Annotated[bool, option("--json", text="print JSON instead of a table")]
+SimilarityName = Annotated[
+    str | None,
+    option(
+        "--similarity",
+        metavar="MODULE:FUNCTION",
+        text="of vidhalluc-sth: how alike two texts are; by default cosine of word counts",
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="of the resampling")]
+
+
+@app.command("list", short_help="List the benchmarks, their files and metrics.")
+def bench_list() -> None:
+    """List the benchmarks with their files, metrics and ways to read an answer."""
+    from mmalign.benchmark.show import listing
+
+    typer.echo(listing())
+
+
+@app.command("score", short_help="Score a file of answers.")
+def bench_score(
+    files: Annotated[
+        list[Path], argument("FILE", "answers: common JSONL, or the benchmark's own files")
+    ],
+    benchmark: Name,
+    questions: QuestionFiles = None,
+    legacy: Legacy = False,
+    out: Annotated[
+        Path | None,
+        option("--out", metavar="DIR", text="write score.json, and rows.jsonl with every reading"),
+    ] = None,
+    as_json: AsJson = False,
+    similarity: SimilarityName = None,
+    seed: Seed = 0,
+) -> None:
+    """Score answers: accuracy or the benchmark's own metric, by category, with 95 % intervals.
+
+    For example: mmalign bench score predictions.jsonl --benchmark tvbench --out scores/tvbench
+    """
+    from mmalign.benchmark import find, read_files, score
+    from mmalign.benchmark.show import score_text
+
+    kind = find(benchmark, similarity)
+    found = score(kind, read_files(kind, files, questions or ()), legacy=legacy, seed=seed)
+    typer.echo(json.dumps(found.summary(), indent=2) if as_json else score_text(found))
+    if out is not None:
+        summary, rows = found.write(out)
+        typer.echo(f"summary: {summary}\nrows:    {rows}", err=as_json)
+
+
+@app.command("compare", short_help="Compare two runs on the same questions.")
+def bench_compare(
+    a: Annotated[Path, argument("A", "answers of the one run")],
+    b: Annotated[Path, argument("B", "answers of the other, to the same questions")],
+    benchmark: Name,
+    questions: QuestionFiles = None,
+    legacy: Legacy = False,
+    as_json: AsJson = False,
+    similarity: SimilarityName = None,
+    seed: Seed = 0,
+) -> None:
+    """Compare two runs by a paired bootstrap: the same pairs or videos are drawn in both.
+
+    For example: mmalign bench compare base.jsonl rrpo.jsonl --benchmark videohallucer
+    """
+    from mmalign.benchmark import compare, find, read_files
+    from mmalign.benchmark.show import comparison_text
+
+    kind = find(benchmark, similarity)
+    runs = [read_files(kind, [path], questions or ()) for path in (a, b)]
+    found = compare(kind, runs[0], runs[1], legacy=legacy, seed=seed)
+    as_text = comparison_text(found, (str(a), str(b)))
+    typer.echo(json.dumps(found.summary(), indent=2) if as_json else as_text)
+
+
+@app.command("convert", short_help="Write a benchmark's own files as common JSONL.")
+def bench_convert(
+    files: Annotated[list[Path], argument("FILE", "the benchmark's own files with answers")],
+    benchmark: Name,
+    out: Annotated[Path, option("--out", metavar="FILE", text="the JSONL file to write")],
+    questions: QuestionFiles = None,
+) -> None:
+    """Write answers in a benchmark's own layout as the JSONL that all benchmarks share."""
+    from mmalign.benchmark import find, read_files, write_predictions
+
+    kind = find(benchmark)
+    rows = read_files(kind, files, questions or ())
+    write_predictions(out, rows)
+    missing = sum(row.prediction is None for row in rows)
+    typer.echo(f"{out}: {len(rows)} questions written, {missing} without an answer")
