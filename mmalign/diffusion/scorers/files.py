@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.data.example import Picture, as_text
+from mmalign.data.journal import Journal
 from mmalign.data.picture_copies import PictureCopies
 from mmalign.data.pictures import PictureRoot
 from mmalign.data.records import ProblemList, Record, read_records
 from mmalign.diffusion.scorers.base import CosineScorer
 from mmalign.diffusion.scorers.batches import Item, score_items
-from mmalign.diffusion.scorers.journal import Journal
 from mmalign.diffusion.scorers.labels import Smooth, label_list, label_pair, score_range
 from mmalign.errors import DataError
 

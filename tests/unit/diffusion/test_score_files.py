@@ -19,10 +19,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from mmalign.cli import app
+from mmalign.data.journal import Journal
 from mmalign.data.records import read_records
 from mmalign.diffusion.scorers import load_scorer
 from mmalign.diffusion.scorers.files import Source, score_file
-from mmalign.diffusion.scorers.journal import Journal
 from mmalign.diffusion.scorers.labels import (
     PUBLISHED_RANGE,
     label_list,

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mmalign.data.fields import as_object
 from mmalign.errors import DataError
 
 
@@ -26,9 +27,9 @@ class Journal:
         self.done: dict[str, dict[str, Any]] = {}
         lines = self._whole_lines()
         if lines:
-            before = lines[0].get("asked")
+            before = as_object(lines[0]["asked"]) or {}
             if before != asked:
-                keys = sorted(key for key in asked if (before or {}).get(key) != asked[key])
+                keys = sorted(key for key in asked if before.get(key) != asked[key])
                 raise DataError(
                     f"{path}: was begun for something else ({', '.join(keys) or 'another job'} "
                     "differs). Run that command again to end it, or delete the file"
@@ -49,8 +50,8 @@ class Journal:
         lines: list[dict[str, Any]] = []
         for number, text in enumerate(data[:end].splitlines(), start=1):
             try:
-                line = json.loads(text)
-                if not isinstance(line, dict) or ("asked" if number == 1 else "id") not in line:
+                line = as_object(json.loads(text))
+                if line is None or ("asked" if number == 1 else "id") not in line:
                     raise ValueError
             except ValueError:
                 raise DataError(f"{self.path}:{number}: is damaged; delete the file") from None
