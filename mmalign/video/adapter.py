@@ -7,12 +7,15 @@ encoded once for all that look at them (`contexts`), and answers under altered c
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mmalign.core import presets
+from mmalign.data.fit import MADE
 from mmalign.models import lora
 from mmalign.text.adapter import TextAdapter
 from mmalign.text.encode import Encoder
@@ -23,6 +26,7 @@ from mmalign.text.span_masks import with_spans
 from mmalign.video import pami
 from mmalign.video.candidates import Corruptor
 from mmalign.video.checks import usable_rows
+from mmalign.video.clue_part import CluePart
 from mmalign.video.contexts import Contexts, feed, place_positions
 from mmalign.video.encode import VideoEncoder
 from mmalign.video.features import FeatureStore
@@ -41,14 +45,16 @@ from mmalign.video.select import tau_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from mmalign.config import RunConfig
+    from mmalign.config import RunConfig, TrainConfig
     from mmalign.core import CandidateLogps, Needs
     from mmalign.data.example import Example
     from mmalign.models.adapter import Batch
+    from mmalign.text.passes import Scored
     from mmalign.text.prefix import Layout, Rows
     from mmalign.video.reader import Prepared
 
@@ -76,10 +82,54 @@ class VideoAdapter(TextAdapter):
     _load_model = staticmethod(load_model)
 
     @classmethod
+    def problems(cls, config: RunConfig) -> list[str]:
+        """Settings that exclude each other."""
+        video, reference = config.video, config.reference
+        needs = presets.from_config(config.objective).needs
+        found: list[str] = []
+        if not video.train and video.clues is None:
+            found.append(
+                "video.train is empty, and there is no clue aggregator (video.clues): nothing "
+                "would be trained. Leave it out to train the language model"
+            )
+        if not video.train and config.model.lora is not None:
+            found.append(
+                "video.train is empty, but model.lora is set; remove model.lora to train the clue "
+                "aggregator alone, or set video.train: [language]"
+            )
+        if video.clues is not None and (
+            reference.kind in ("ema", "mixture") or reference.path is not None
+        ):
+            kind = reference.path or reference.kind
+            found.append(
+                f"video.clues is set, but the reference is {kind}: the aggregator's reference is "
+                "its own start. Use reference.kind: auto or cached"
+            )
+        made = [role for role in dict.fromkeys(needs.roles) if role in MADE]
+        if reference.kind == "cached" and made:
+            found.append(
+                f"reference.kind is cached, but the objective scores {' and '.join(made)} "
+                "candidates, which are other ones at every visit of a row. Use lora-off or "
+                "frozen-copy"
+            )
+        if "augmented" not in needs.roles and "selection" in video.model_fields_set:
+            found.append(
+                "video.selection is set, but the objective chooses among no clips; only pami_vdpo "
+                "does. Remove it"
+            )
+        if not made and "corruption" in video.model_fields_set:
+            found.append(
+                "video.corruption is set, but the objective scores no answer under a corrupted "
+                "clip. Remove it, or use e.g. mdpo, vdpo, pami_vdpo"
+            )
+        return found
+
+    @classmethod
     def usable(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
         """The rows whose media can be decoded and, where only spans are scored, that have one."""
         processor = load_processor(config)
-        rows = usable_rows(examples, config.video, hears=Processor(processor, config).hears)
+        heard = Processor(processor, config).plays and config.video.sound == "auto"
+        rows = usable_rows(examples, config.video, hears=heard)
         # What differs between two answers is found without anything shown: nothing is decoded.
         words = config.text.model_copy(update={"chat_template": False, "system_prompt": None})
         encoder = Encoder(processor.tokenizer, config.model_copy(update={"text": words}))
@@ -153,7 +203,35 @@ class VideoAdapter(TextAdapter):
 
     def sample(self, prompts: Sequence[Any], **options: Any) -> list[str]:
         """One answer a question; see `generate`."""
-        return generate(self.policy, self.encoder, prompts, **options)
+        return generate(self.policy, self.encoder, prompts, clues=self.clues, **options)
+
+    def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
+        """The policy, learned position weights, and the clue aggregator."""
+        groups = [group for group in super().parameter_groups(train) if group["params"]]
+        if self.clues is not None:
+            spec = self.config.video.clues
+            rate = {} if spec is None or spec.lr is None else {"lr": spec.lr}
+            groups.append({"params": list(self.clues.parameters()), **rate})
+        return groups
+
+    def save(self, directory: Path) -> None:
+        """Write the adapter or the model, the whole processor, and the clue aggregator."""
+        if self._trains_policy:
+            super().save(directory)
+        self.encoder.processor.inner.save_pretrained(directory)
+        if self.clues is not None:
+            self.clues.save(directory)
+
+    def restore(self, directory: Path) -> nn.Module:
+        """Load what `save` wrote into policy and aggregator."""
+        if self.clues is not None:
+            self.clues.restore(directory)
+        return super().restore(directory) if self._trains_policy else self.policy
+
+    @property
+    def _trains_policy(self) -> bool:
+        """False where the clue aggregator alone is trained; the model is the base's then."""
+        return any(p.requires_grad for p in self.policy.parameters())
 
     def before_training(self, examples: Sequence[Example]) -> None:
         """Know the other rows' clips, to take frames from; check a cache."""
@@ -173,11 +251,16 @@ class VideoAdapter(TextAdapter):
         self._media_ids = media_ids(model)
         reader = MediaReader(processor, self.config, self.features)
 
+        spec = video.clues
+        kinds = processor.token_ids
+        self.clues = CluePart(spec, model, processor.tokenizer, kinds) if spec else None
+        count = self.clues.count if self.clues else None
+
         def positions(ids: Tensor, prepared: Prepared) -> Tensor | None:
             types = processor.token_types(ids)
             return rope_positions(model, ids, prepared.processed.tensors, types)
 
-        return VideoEncoder(processor, self.config, reader, positions)
+        return VideoEncoder(processor, self.config, reader, positions, count)
 
     def _make_trainable(self, model: PreTrainedModel) -> nn.Module:
         trained, spec = self.config.video.train, self.config.model.lora
@@ -198,9 +281,15 @@ class VideoAdapter(TextAdapter):
     def _rows(self, batch: Batch, layout: Layout, *, prompts: bool = False) -> Rows:
         rows = place_positions(arrange(batch.inputs, layout, prompts=prompts), batch.inputs)
         contexts = self._contexts(batch)
-        return replace(
-            rows, feed=partial(feed, rows=rows, contexts=contexts, clue_id=None, clues=None)
-        )
+        clue_id = self.clues.clue_id if self.clues else None
+        fed = partial(feed, rows=rows, contexts=contexts, clue_id=clue_id, clues=self.clues)
+        return replace(rows, feed=fed)
+
+    def _run_reference(
+        self, batch: Batch, rows: Rows, needs: Needs, *, layers: bool
+    ) -> tuple[Scored | None, Tensor | None]:
+        with self.clues.as_reference() if self.clues else nullcontext():
+            return super()._run_reference(batch, rows, needs, layers=layers)
 
     def _contexts(self, batch: Batch) -> Contexts:
         return Contexts(batch.inputs, self._media_ids, self.frozen, self.features)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mmalign.text.prefix import Piece, Rows
     from mmalign.video.features import FeatureStore
 
-    Clues = Callable[[PreTrainedModel, "Contexts", Piece, Tensor], Tensor | None]
+    Clues = Callable[[PreTrainedModel, Encoded, Tensor], Tensor]
 
 
 @dataclass(slots=True)
@@ -123,10 +123,8 @@ def feed(
         values.append(encoded.tokens)
         deep.append(encoded.deep)
         if clues is not None:
-            hints = clues(model, contexts, piece, prompt)
-            if hints is not None:
-                places.append((prompt == clue_id).nonzero().squeeze(-1) + piece.start)
-                values.append(hints.to(flat.dtype))
+            places.append((prompt == clue_id).nonzero().squeeze(-1) + piece.start)
+            values.append(clues(model, encoded, prompt).to(flat.dtype))
     if not places:
         return Fed(body, {"inputs_embeds": embeddings})
     flat = flat.index_copy(0, torch.cat(places), torch.cat(values))

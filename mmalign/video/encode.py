@@ -10,7 +10,7 @@ import torch
 from mmalign.data.example import Media
 from mmalign.errors import DataError
 from mmalign.text.encode import Encoder
-from mmalign.video.clue_hook import CLUE_TOKEN
+from mmalign.video.clue_hook import CLUE_TOKEN, insert_clues
 from mmalign.video.prompt import MarkedText, MediaTemplate, place
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ class VideoEncoder(Encoder):
         self.processor = processor
         super().__init__(processor.tokenizer, config)
         self.reader, self.positions, self.num_clues = reader, positions, num_clues
-        self.media_ids = frozenset(processor.token_ids.values())
+        self.shown_ids = self.media_ids = frozenset(processor.token_ids.values())
+        if num_clues is not None:
+            self.media_ids |= {processor.tokenizer.convert_tokens_to_ids(CLUE_TOKEN)}
         self._contexts: dict[tuple[str, tuple[int, ...]], int] = {}
         self._prepared: dict[str, Prepared] = {}
 
@@ -94,7 +96,7 @@ class VideoEncoder(Encoder):
             for index, item in zip(
                 indices, self._group(placed, members, example.id, expand), strict=True
             ):
-                if self._special & set(item.response):
+                if self.media_ids & set(item.response):
                     raise DataError(
                         f"{example.id}: a response writes one of the model's own tokens for media "
                         f"({', '.join(self.processor.tokens.values())}); change the text"
@@ -128,10 +130,6 @@ class VideoEncoder(Encoder):
         """Hash of everything that decides tokens and features."""
         return f"{super().fingerprint()}-{self.reader.key(Media())}"
 
-    @property
-    def _special(self) -> frozenset[int]:
-        return self.media_ids
-
     def _placed(
         self, prompt: Prompt, media: Media, where: str
     ) -> tuple[Prompt, Callable[[str], str], str]:
@@ -145,6 +143,8 @@ class VideoEncoder(Encoder):
         counts = {"video": media.videos, "image": media.images, "audio": media.sounds}
 
         def expand(text: str) -> str:
+            if CLUE_TOKEN in text and self.num_clues is not None:
+                raise DataError(f"{where}: the prompt's text writes the model's own {CLUE_TOKEN}")
             for kind, token in self.processor.tokens.items():
                 if text.count(token) != len(counts[kind]):
                     raise DataError(
@@ -163,8 +163,7 @@ class VideoEncoder(Encoder):
         assert self.num_clues is not None
         heard = bool(media.sounds) or self.reader.hears_clip(media)
         count = self.num_clues(bool(media.videos or media.images), heard)
-        first = min(text.index(t) for t in self.processor.tokens.values() if t in text)
-        return text[:first] + CLUE_TOKEN * count + text[first:]
+        return insert_clues(text, count, self.processor.tokens.values())
 
     def _context(self, key: str, prompt: list[int]) -> int:
         """The number of a context, from 1; 0 for one of text alone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,16 @@ import torch
 from mmalign.data.example import Media
 from mmalign.errors import DataError
 from mmalign.text.model import causal_model
+from mmalign.video.model import encode
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
     from mmalign.data.example import Prompt
+    from mmalign.video.clue_part import CluePart
     from mmalign.video.encode import VideoEncoder
 
 
@@ -37,6 +41,7 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    clues: CluePart | None = None,
 ) -> list[str]:
     """One answer a question, in the context training scores answers in.
 
@@ -49,6 +54,7 @@ def generate(
         max_new_tokens: Tokens at most, the end token included.
         temperature: 0 takes the most likely token each time.
         top_p: Sample from the smallest set of tokens with this probability.
+        clues: The clue aggregator of a model that has one.
     """
     from transformers import GenerationConfig
 
@@ -81,9 +87,12 @@ def generate(
         types = encoder.processor.token_types(ids) if media else None
         inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types, **media}
         tensors = {k: _cast(v, inner.dtype) for k, v in inputs.items() if v is not None}
-        output = model.generate(  # pyright: ignore[reportCallIssue]
-            **{k: v.to(device) for k, v in tensors.items()}, **played, generation_config=settings
-        )
+        with _clued(clues, inner, rows, encoder):
+            output = model.generate(  # pyright: ignore[reportCallIssue]
+                **{k: v.to(device) for k, v in tensors.items()},
+                **played,
+                generation_config=settings,
+            )
         texts = encoder.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         for i, text in zip(group, texts, strict=True):
             answers[i] = text
@@ -101,6 +110,28 @@ def _context(
         return ids, {}
     left_out = ("input_ids", "attention_mask", "mm_token_type_ids")
     return ids, {k: v for k, v in prepared.processed.tensors.items() if k not in left_out}
+
+
+@contextmanager
+def _clued(
+    clues: CluePart | None,
+    model: PreTrainedModel,
+    rows: Sequence[tuple[list[int], dict[str, Tensor]]],
+    encoder: VideoEncoder,
+) -> Iterator[None]:
+    """Generation with the clues of all rows, made from each one's own media."""
+    if clues is None or not rows[0][1]:
+        yield
+        return
+    made: list[Tensor] = []
+    for ids, tensors in rows:
+        prompt = torch.tensor(ids, device=model.device)
+        shown = prompt[torch.isin(prompt, torch.tensor(list(encoder.shown_ids)).to(prompt.device))]
+        moved = {k: v.to(model.device) for k, v in tensors.items()}
+        encoded = encode(model, {**moved, "input_ids": shown[None]}, encoder.shown_ids)
+        made.append(clues(model, encoded, prompt))
+    with clues.generating(model, torch.cat(made)):
+        yield
 
 
 def _groups(encoded: Sequence[tuple[list[int], dict[str, Tensor]]]) -> list[list[int]]:

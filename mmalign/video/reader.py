@@ -109,7 +109,8 @@ class MediaReader:
 
     def hears_clip(self, media: Media) -> bool:
         """Whether the clips of a prompt are heard: the model can, and no track is given instead."""
-        return self.processor.plays and self.video.sound == "auto" and not media.sounds
+        may = self.processor.plays and self.video.sound == "auto"
+        return may and bool(media.videos) and not media.sounds
 
     def _clip(self, clip: Clip, *, heard: bool) -> tuple[Frames, Wave | None]:
         frames = self.frames.get(clip)

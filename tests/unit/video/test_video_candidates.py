@@ -116,9 +116,7 @@ def test_pami_trains_on_the_clips_it_chose(
 ) -> None:
     objective = presets.pami_vdpo(beta=0.5)
     selection = {"mode": mode, "num_candidates": 3, "tau_close": -1.0}
-    adapter = make_adapter(
-        video_models(KIND), objective.needs, video={"selection": selection}
-    )
+    adapter = make_adapter(video_models(KIND), objective.needs, video={"selection": selection})
     rows = [plain(clips_dir / f"clip{i}.mp4", f"row-{i}") for i in range(2)]
     batch = adapter.collate(rows, [11, 12])
     assert batch.labels.shape == (2, 4)
