@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 from mmalign.benchmark.parsers import plain
 from mmalign.errors import ConfigError
@@ -43,4 +43,4 @@ def named_similarity(path: str) -> Similarity:
         ) from error
     if not callable(found):
         raise ConfigError(f"--similarity {path}: is no function")
-    return found
+    return cast("Similarity", found)

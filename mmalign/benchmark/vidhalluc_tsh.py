@@ -17,8 +17,7 @@ _RELATION = re.compile(
 )
 _UNTOLD = re.compile(r"\b(before|after|not? clear|unclear)\b")
 _MENTION = re.compile(r"action ([ab])\b")
-_PUBLISHED_UNTOLD = re.compile(r"\b(before|after|not? clear|unclear)\b")
-_MENTION = r"(action [ab]|[ab][\.\)])"
+_PUBLISHED_MENTION = r"(action [ab]|[ab][\.\)])"
 
 
 def order(text: str) -> str | None:
