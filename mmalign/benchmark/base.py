@@ -99,17 +99,17 @@ class Benchmark(ABC):
 
     def metrics(self, sums: Sums) -> dict[str, Floats]:
         """Every number from sums, [R] each: micro and macro accuracy, then that of each group."""
-        groups = {
-            name.removeprefix("seen/"): share(
-                sums[f"right/{name.removeprefix('seen/')}"], sums[name]
-            )
-            for name in sums
-            if name.startswith("seen/")
-        }
         if not sums:
             return {}
-        first = next(iter(groups), "").partition("/")[0]
-        averaged = [value for name, value in groups.items() if name.startswith(f"{first}/")]
+        names = [name.removeprefix("seen/") for name in sums if name.startswith("seen/")]
+        tables = list(dict.fromkeys(name.partition("/")[0] for name in names))
+        groups = {
+            name: share(sums[f"right/{name}"], sums[f"seen/{name}"])
+            for table in tables
+            for name in names
+            if name.partition("/")[0] == table
+        }
+        averaged = [groups[name] for name in names if name.partition("/")[0] == tables[0]]
         found = {"accuracy": share(sums["right"], sums["seen"])}
         if averaged:
             found["macro"] = mean(averaged)

@@ -147,6 +147,8 @@ def test_videomme_by_hand(tmp_path: Path) -> None:
     assert both("videomme", file, "duration/short") == (1, 0.5)
     assert both("videomme", file, "macro") == (0.5, 0.25)
     found = scored("videomme", file, legacy=True)
+    tables = [name.partition("/")[0] for name in found.metrics]
+    assert tables == ["accuracy", "macro", "duration", "duration", "domain", *tables[5:]]
     assert found.sizes["accuracy"] == 3
     assert found.counts == {
         "questions": 4, "units": 2, "missing": 0, "unmatched": 1, "left_out": 1
