@@ -18,6 +18,7 @@ from mmalign.core import presets
 from mmalign.data.fit import MADE
 from mmalign.models import lora
 from mmalign.text.adapter import TextAdapter
+from mmalign.text.cached import cache_folder
 from mmalign.text.encode import Encoder
 from mmalign.text.model import causal_model
 from mmalign.text.passes import run_model
@@ -42,6 +43,7 @@ from mmalign.video.model import (
 from mmalign.video.processing import Processor, load_processor
 from mmalign.video.reader import MediaReader
 from mmalign.video.select import tau_at
+from mmalign.video.write_cache import open_features, write_caches
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -205,6 +207,11 @@ class VideoAdapter(TextAdapter):
         """One answer a question; see `generate`."""
         return generate(self.policy, self.encoder, prompts, clues=self.clues, **options)
 
+    @classmethod
+    def write_cache(cls, config: RunConfig, needs: Needs) -> str:
+        """Store the features of all media, and the reference's scores where they are read."""
+        return write_caches(config, needs, cls)
+
     def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
         """The policy, learned position weights, and the clue aggregator."""
         groups = [group for group in super().parameter_groups(train) if group["params"]]
@@ -248,6 +255,8 @@ class VideoAdapter(TextAdapter):
         video = self.config.video
         self.frozen = not {"tower", "projector"} & set(video.train)
         self.features = FeatureStore(video.feature_cache if self.frozen else 0)
+        if self.frozen and cache_folder(self.config).is_dir():
+            self.features.disk = open_features(self.config)
         self._media_ids = media_ids(model)
         reader = MediaReader(processor, self.config, self.features)
 
