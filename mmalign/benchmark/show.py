@@ -24,11 +24,10 @@ def score_text(found: Score) -> str:
         low, high = found.intervals[name]
         between = f"{_number(kind, name, low)} to {_number(kind, name, high)}"
         value, size = _number(kind, name, found.metrics[name]), found.sizes.get(name, "")
-        style = "bold" if name == found.headline else None
-        table.add_row(label, value, between, str(size), style=style)
+        table.add_row(label, value, between, str(size))
     counts = found.counts
     lines = [
-        _head(kind, found.legacy),
+        _head(kind, found),
         _printed(table),
         f"{counts['questions']} questions; 95 % by resampling {counts['units']} "
         f"{'pairs' if kind.unit == 'pair' else 'videos'}",
@@ -53,12 +52,11 @@ def comparison_text(found: Comparison, names: tuple[str, str]) -> str:
         low, high = (_number(kind, name, bound, sign=True) for bound in part.interval)
         values = (_number(kind, name, value) for value in (part.a, part.b))
         change = _number(kind, name, part.difference, sign=True)
-        style = "bold" if name == found.headline else None
-        table.add_row(label, *values, change, f"{low} to {high}", f"{part.above:.1%}", style=style)
+        table.add_row(label, *values, change, f"{low} to {high}", f"{part.above:.1%}")
     gained, lost = found.changed
     return "\n".join(
         [
-            _head(kind, found.legacy),
+            _head(kind, found),
             f"A  {names[0]}",
             f"B  {names[1]}",
             _printed(table),
@@ -93,9 +91,9 @@ def _wrapped(parts: dict[str, str]) -> Iterable[str]:
         yield from (f"{'':<10}{line}" for line in rest)
 
 
-def _head(kind: type[Benchmark], legacy: bool) -> str:
-    reading = "legacy: read as the published code does" if legacy else "strict"
-    return f"{kind.title} ({reading})"
+def _head(kind: type[Benchmark], found: Score | Comparison) -> str:
+    reading = "legacy: read as the published code does" if found.legacy else "strict"
+    return f"{kind.title} ({reading}); to report: {found.headline}"
 
 
 def _table(*columns: tuple[str, str]) -> Table:
@@ -112,7 +110,7 @@ def _rows(names: Collection[str], table: Table) -> Iterable[tuple[str, str]]:
     for name in names:
         part, _, rest = name.partition("/")
         if rest and part != before:
-            table.add_row(f"{part} by category" if part in names else f"by {part}", style="dim")
+            table.add_row(f"{part} by category" if part in names else f"by {part}")
         before = part if rest else ""
         yield name, f"  {rest}" if rest else name
 
