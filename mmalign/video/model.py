@@ -60,13 +60,16 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
     Raises:
         ConfigError: when it cannot be loaded as a model of text and media.
     """
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
+    source = {"revision": revision, "trust_remote_code": config.trust_remote_code}
     try:
+        settings = AutoConfig.from_pretrained(path, **source)
         model = AutoModelForImageTextToText.from_pretrained(
             path,
-            revision=revision,
-            trust_remote_code=config.trust_remote_code,
+            # An Omni model is a thinker, which answers in text, with a talker on top.
+            config=getattr(settings, "thinker_config", settings),
+            **source,
             dtype=getattr(torch, config.dtype),
             attn_implementation=config.attention,
             quantization_config=quantization(config),

@@ -287,3 +287,27 @@ def test_a_row_alone_scores_as_in_a_batch_and_answers_are_given(
 def test_a_model_of_text_alone_is_refused(tiny_llama_dir: Path) -> None:
     with pytest.raises(ConfigError, match="modality: text"):
         make_adapter(tiny_llama_dir)
+
+
+def test_of_a_whole_omni_model_the_thinker_is_taken(
+    video_models: Models, clips_dir: Path, tmp_path: Path
+) -> None:
+    """The released checkpoints hold a talker beside it, and name its weights `thinker.*`."""
+    import json
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+    from transformers import Qwen2_5OmniConfig
+
+    thinker = video_models(OMNI)
+    shutil.copytree(thinker, tmp_path, dirs_exist_ok=True)
+    settings = json.loads((thinker / "config.json").read_text())
+    Qwen2_5OmniConfig(thinker_config=settings).save_pretrained(tmp_path)
+    weights = load_file(thinker / "model.safetensors")
+    named = {f"thinker.{name}": tensor for name, tensor in weights.items()}
+    save_file(named, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    rows = [pair(clips_dir / "clip0.mp4")]
+    whole, alone = (make_adapter(folder, Needs()) for folder in (tmp_path, thinker))
+    torch.testing.assert_close(
+        whole(whole.collate(rows), Needs()).policy, alone(alone.collate(rows), Needs()).policy
+    )
