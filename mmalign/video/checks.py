@@ -15,14 +15,16 @@ from mmalign.video.media import read_frames
 from mmalign.video.sound import has_sound, read_sound, sound_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from mmalign.config import VideoConfig
-    from mmalign.data.example import Example, Media
+    from mmalign.data.example import Example
 
 log = logging.getLogger(__name__)
 
 Reference = Clip | Picture | Sound
+Use = tuple[Reference, bool]
+"""What a row refers to, and whether its own sound is to be heard."""
 
 _NAMED = 10  # files that an error names
 _MOST_THREADS = 4  # each holds the frames of one clip
@@ -36,13 +38,13 @@ class MediaReport:
         num_files: Distinct files that were decoded.
         broken: What is wrong with each file that cannot be decoded, by its name; the texts name it.
         silent: The same for files of clips that are to be heard and have no sound track.
-        unusable: References that lead there.
+        unusable: Uses that lead there.
     """
 
     num_files: int
     broken: dict[str, str] = field(default_factory=dict[str, str])
     silent: dict[str, str] = field(default_factory=dict[str, str])
-    unusable: frozenset[Reference] = frozenset()
+    unusable: frozenset[Use] = frozenset()
 
 
 def usable_rows(
@@ -69,7 +71,8 @@ def usable_rows(
         )
     for text in (*report.broken.values(), *report.silent.values()):
         log.warning("%s", text)
-    kept = [row for row in examples if report.unusable.isdisjoint(_references(row))]
+    hears = hears and settings.sound == "auto"
+    kept = [row for row in examples if report.unusable.isdisjoint(_uses(row, hears))]
     if len(kept) < len(examples):
         num_bad = len(report.broken.keys() | report.silent.keys())
         log.warning(
@@ -87,29 +90,18 @@ def check_media(examples: Sequence[Example], settings: VideoConfig, *, hears: bo
         settings: The `video` section. With `no_sound: mute` a clip without a track is no fault.
         hears: Whether the model hears, so that clips need their sound.
     """
-    heard: set[Reference] = set()
-    references: set[Reference] = set()
     hears = hears and settings.sound == "auto"
-    for media in (media for row in examples for media in _media(row)):
-        references.update(_parts(media))
-        if hears and not media.sounds:
-            heard.update(media.videos)
-    order = sorted(references, key=str)  # the parts of a file follow each other
-
-    def attempt(reference: Reference) -> tuple[str, bool] | None:
-        return _fault(reference, settings, heard=reference in heard)
-
+    uses = {use for row in examples for use in _uses(row, hears)}
+    order = sorted(uses, key=str)  # the parts of a file follow each other
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-        faults = dict(zip(order, pool.map(attempt, order), strict=True))
+        results = pool.map(lambda use: _fault(use[0], use[1], settings), order)
+        faults = {use: fault for use, fault in zip(order, results, strict=True) if fault}
     report = MediaReport(
-        num_files=len({str(reference.path) for reference in references}),
-        unusable=frozenset(reference for reference, fault in faults.items() if fault),
+        num_files=len({reference.path for reference, _ in uses}), unusable=frozenset(faults)
     )
-    for reference, fault in faults.items():
-        if fault is not None:
-            text, is_silent = fault
-            named = report.silent if is_silent else report.broken
-            named.setdefault(str(_name(reference)), text)
+    for (reference, _), (text, is_silent) in faults.items():
+        named = report.silent if is_silent else report.broken
+        named.setdefault(str(_name(reference)), text)
     for name in report.broken:
         report.silent.pop(name, None)  # named once
     return report
@@ -121,7 +113,7 @@ def _stopping(report: MediaReport, settings: VideoConfig) -> list[str]:
     return [*broken.values(), *silent.values()]
 
 
-def _fault(reference: Reference, settings: VideoConfig, *, heard: bool) -> tuple[str, bool] | None:
+def _fault(reference: Reference, heard: bool, settings: VideoConfig) -> tuple[str, bool] | None:
     """What is wrong with a reference, and whether it is only that no sound is there."""
     try:
         if isinstance(reference, Picture):
@@ -146,15 +138,13 @@ def _name(reference: Reference) -> object:
     return reference if isinstance(reference, Picture) else reference.path
 
 
-def _references(row: Example) -> Iterator[Reference]:
-    return (reference for media in _media(row) for reference in _parts(media))
-
-
-def _media(row: Example) -> Iterator[Media]:
-    yield row.media
-    yield from (candidate.media for candidate in row.candidates if candidate.media is not None)
-
-
-def _parts(media: Media) -> Iterable[Reference]:
-    donor = () if media.change is None or media.change.donor is None else (media.change.donor,)
-    return (*media.videos, *media.images, *media.sounds, *donor)
+def _uses(row: Example, hears: bool) -> Iterator[Use]:
+    """What a row refers to; a clip is heard by a model that hears, unless a track is given."""
+    for media in (row.media, *(candidate.media for candidate in row.candidates)):
+        if media is None:
+            continue
+        heard = hears and not media.sounds
+        yield from ((clip, heard) for clip in media.videos)
+        yield from ((reference, False) for reference in (*media.images, *media.sounds))
+        if media.change is not None and media.change.donor is not None:
+            yield media.change.donor, heard

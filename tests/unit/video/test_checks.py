@@ -1,0 +1,121 @@
+"""Rows whose media cannot be used: left out and named once, or the run stops, by policy."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from media_files import cut, write_numbered
+from PIL import Image
+
+from mmalign.config import VideoConfig
+from mmalign.data.example import Candidate, Clip, Example, Media, Picture, Sound
+from mmalign.errors import DataError
+from mmalign.video.checks import check_media, usable_rows
+
+TIMES = [100 * i for i in range(20)]
+
+
+def row(name: str, *clips: Clip, candidate: Media | None = None, **media: tuple) -> Example:
+    return Example(
+        name,
+        "What is seen?",
+        (Candidate("yes", media=candidate), Candidate("no")),
+        (1.0, 0.0),
+        media=Media(videos=clips, **media),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clips with sound, one without, and five that are broken in different ways."""
+    folder = tmp_path_factory.mktemp("media")
+    good = write_numbered(folder / "good.mp4", TIMES, beeps=[0.5])
+    write_numbered(folder / "mute.mp4", TIMES)
+    Image.new("RGB", (8, 8)).save(folder / "good.png")
+    cut(good, folder / "cut.mp4", 0.7)
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("no video" * 99)
+    (folder / "text.png").write_text("no picture" * 99)
+    (folder / "list.mp4").write_text("#EXTM3U\n#EXTINF:2,\ngood.mp4\n#EXT-X-ENDLIST\n")
+    return folder
+
+
+@pytest.fixture
+def rows(folder: Path) -> list[Example]:
+    def clip(name: str) -> Clip:
+        return Clip(folder / name)
+
+    return [
+        row("good", clip("good.mp4")),
+        row("cut", clip("cut.mp4")),
+        row("cut again", clip("good.mp4"), Clip(folder / "cut.mp4", 0.5)),
+        row("early", Clip(folder / "cut.mp4", 0.0, 0.5)),
+        row("empty", clip("empty.mp4")),
+        row("text", clip("good.mp4"), candidate=Media(videos=(clip("text.mp4"),))),
+        row("picture", images=(Picture(folder / "text.png"), Picture(folder / "good.png"))),
+        row("sound", sounds=(Sound(folder / "list.mp4"), Sound(folder / "good.mp4"))),
+        row("gone", clip("gone.mp4")),
+        row("words"),
+    ]
+
+
+BROKEN = {"cut.mp4", "empty.mp4", "text.mp4", "text.png", "list.mp4", "gone.mp4"}
+
+
+def test_each_broken_file_is_named_once_and_its_rows_go(
+    rows: list[Example], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        kept = usable_rows(rows, VideoConfig(num_frames=4), hears=True)
+    assert [row.id for row in kept] == ["good", "early", "words"]
+    for name in BROKEN:
+        named = [record.message for record in caplog.records if name in record.message]
+        assert len(named) == 1, named
+    assert "the file is empty" in caplog.text
+    assert "is cut off after" in caplog.text
+    last = caplog.records[-1].message
+    assert last == "7 of 10 rows are left out for the 6 of 8 media files named above"
+    assert len(caplog.records) == 7
+
+
+def test_stop_names_them_and_how_many(rows: list[Example]) -> None:
+    with pytest.raises(DataError, match="6 of 8 media files cannot be used") as caught:
+        usable_rows(rows, VideoConfig(num_frames=4, bad_media="stop"), hears=False)
+    assert all(str(caught.value).count(name) == 1 for name in BROKEN)
+    many = [row(str(i), Clip(Path(f"/nowhere/{i}.mp4"))) for i in range(12)]
+    with pytest.raises(DataError, match="and 2 more"):
+        usable_rows(many, VideoConfig(bad_media="stop"), hears=False)
+
+
+def test_clips_without_sound_by_policy(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [
+        row("heard", Clip(folder / "good.mp4")),
+        row("mute", Clip(folder / "mute.mp4")),
+        row("given", Clip(folder / "mute.mp4"), sounds=(Sound(folder / "good.mp4"),)),
+    ]
+
+    def kept(hears: bool = True, **settings: str) -> list[str]:
+        config = VideoConfig.model_validate({"num_frames": 2, **settings})
+        return [row.id for row in usable_rows(rows, config, hears=hears)]
+
+    with pytest.raises(DataError, match=r"mute.mp4: has no sound track, and the model hears"):
+        kept()
+    assert kept(no_sound="mute") == ["heard", "mute", "given"]
+    assert kept(hears=False) == ["heard", "mute", "given"]
+    assert kept(sound="off") == ["heard", "mute", "given"]
+    assert not caplog.records
+    assert kept(no_sound="drop") == ["heard", "given"]
+    assert caplog.messages[0] == f"{folder / 'mute.mp4'}: has no sound track, and the model hears"
+    assert caplog.messages[1:] == [
+        "1 of 3 rows are left out for the 1 of 2 media files named above"
+    ]
+
+
+def test_a_report_for_checks_without_policies(rows: list[Example]) -> None:
+    report = check_media(rows, VideoConfig(num_frames=4), hears=False)
+    assert report.num_files == 8
+    assert {Path(name).name for name in report.broken} == BROKEN
+    assert not report.silent
+    assert len(report.unusable) == 7  # of the cut file two clips, not the one that is there
