@@ -70,18 +70,18 @@ class Reader:
             "pixel_values_videos"
         ]
 
-    def conversation(self, question: str) -> list[dict[str, Any]]:
-        """A question below a clip, as the chat template reads it."""
-        return [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
+    def text(self, question: str) -> str:
+        """A question below a clip, as the chat template writes it; one token stands for the clip."""
+        parts = [{"type": "video"}, {"type": "text", "text": question}]
+        return self.processor.apply_chat_template(
+            [{"role": "user", "content": parts}], add_generation_prompt=True
+        )
 
     def _prompt(self, question: str) -> list[int]:
         from mmalign.quickstart.clip_model import NUM_TOKENS
 
-        text = self.processor.apply_chat_template(
-            self.conversation(question), add_generation_prompt=True
-        )
         token = self.processor.video_token
-        return self._ids(text.replace(token, token * NUM_TOKENS))
+        return self._ids(self.text(question).replace(token, token * NUM_TOKENS))
 
     def _answer(self, answer: str) -> list[int]:
         return self._ids(f"{answer} {self.processor.tokenizer.eos_token}")

@@ -139,11 +139,12 @@ def write(file: Path, pixels: Pixels) -> None:
 
 
 def read(file: Path) -> Pixels:
-    """All frames of an mp4 file, [T, H, W, 3]."""
-    import av
+    """The frames of a clip as training will see them, [8, 32, 32, 3]."""
+    from mmalign.config import VideoConfig
+    from mmalign.data.example import Clip
+    from mmalign.video.media import read_frames
 
-    with av.open(str(file)) as container:
-        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+    return read_frames(Clip(file), VideoConfig(num_frames=NUM_FRAMES)).pixels
 
 
 def others(event: str) -> Sequence[str]:
