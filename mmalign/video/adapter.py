@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmalign.core import presets
-from mmalign.data.fit import MADE
 from mmalign.models import lora
 from mmalign.text.adapter import TextAdapter
 from mmalign.text.cached import cache_folder
@@ -24,12 +22,14 @@ from mmalign.text.model import causal_model
 from mmalign.text.passes import run_model
 from mmalign.text.prefix import arrange
 from mmalign.text.span_masks import with_spans
-from mmalign.video import pami
+from mmalign.video import altered, pami
+from mmalign.video.augment import seed_for
 from mmalign.video.candidates import Corruptor
 from mmalign.video.checks import usable_rows
 from mmalign.video.clue_part import CluePart
 from mmalign.video.contexts import Contexts, feed, place_positions
 from mmalign.video.encode import VideoEncoder
+from mmalign.video.exclusions import problems
 from mmalign.video.features import FeatureStore
 from mmalign.video.generate import Question, generate
 from mmalign.video.model import (
@@ -86,45 +86,7 @@ class VideoAdapter(TextAdapter):
     @classmethod
     def problems(cls, config: RunConfig) -> list[str]:
         """Settings that exclude each other."""
-        video, reference = config.video, config.reference
-        needs = presets.from_config(config.objective).needs
-        found: list[str] = []
-        if not video.train and video.clues is None:
-            found.append(
-                "video.train is empty, and there is no clue aggregator (video.clues): nothing "
-                "would be trained. Leave it out to train the language model"
-            )
-        if not video.train and config.model.lora is not None:
-            found.append(
-                "video.train is empty, but model.lora is set; remove model.lora to train the clue "
-                "aggregator alone, or set video.train: [language]"
-            )
-        if video.clues is not None and (
-            reference.kind in ("ema", "mixture") or reference.path is not None
-        ):
-            kind = reference.path or reference.kind
-            found.append(
-                f"video.clues is set, but the reference is {kind}: the aggregator's reference is "
-                "its own start. Use reference.kind: auto or cached"
-            )
-        made = [role for role in dict.fromkeys(needs.roles) if role in MADE]
-        if reference.kind == "cached" and made:
-            found.append(
-                f"reference.kind is cached, but the objective scores {' and '.join(made)} "
-                "candidates, which are other ones at every visit of a row. Use lora-off or "
-                "frozen-copy"
-            )
-        if "augmented" not in needs.roles and "selection" in video.model_fields_set:
-            found.append(
-                "video.selection is set, but the objective chooses among no clips; only pami_vdpo "
-                "does. Remove it"
-            )
-        if not made and "corruption" in video.model_fields_set:
-            found.append(
-                "video.corruption is set, but the objective scores no answer under a corrupted "
-                "clip. Remove it, or use e.g. mdpo, vdpo, pami_vdpo"
-            )
-        return found
+        return problems(config)
 
     @classmethod
     def usable(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
@@ -139,23 +101,27 @@ class VideoAdapter(TextAdapter):
 
     def collate(self, examples: Sequence[Example], draws: Sequence[int] | None = None) -> Batch:
         """Ids of all candidates, those under altered clips among them, and what they show."""
-        roles = self.needs.roles
         rows = [
-            self._corruptor(row, roles, 0 if draws is None else draws[i])
-            for i, row in enumerate(examples)
+            self.altered(row, None if draws is None else draws[i]) for i, row in enumerate(examples)
         ]
-        needs = replace(self.needs, roles=self._corruptor.roles(roles))
+        needs = replace(self.needs, roles=self._corruptor.roles(self.needs.roles))
         return self._collate(rows, needs)
+
+    def altered(self, example: Example, seed: int | None = None) -> Example:
+        """The row with its answers under altered clips; without a seed always the same ones."""
+        own = seed_for(0, example.id, 0, 0) if seed is None else seed
+        return self._corruptor(example, self.needs.roles, own)
 
     def forward(self, batch: Batch, needs: Needs) -> CandidateLogps:
         """Score the response tokens of every candidate; choose among augmented clips before."""
         if "augmented" not in self.needs.roles:
             return super().forward(batch, needs)
-        self._choice = self._choose(batch)
+        self._choice = self.choose(batch)
         return self._choice.weigh(super().forward(self._choice.batch, needs))
 
     @torch.no_grad()
-    def _choose(self, batch: Batch) -> pami.Chosen:
+    def choose(self, batch: Batch) -> pami.Chosen:
+        """Compare the augmented clips of a batch with the rows' own, by the policy as it is."""
         rows = self._arrange(batch)
         scored = run_model(self.policy, rows, self.heads)
         contexts = self._contexts(batch)
@@ -187,21 +153,17 @@ class VideoAdapter(TextAdapter):
         self._step = step
 
     def metrics(self, batch: Batch, logps: CandidateLogps) -> dict[str, Tensor]:
-        """How close and how far the augmented clips were."""
-        choice = self._choice
-        if choice is None:
-            return {}
-        taken = choice.weights > 0
-        return {
-            "pami/close": choice.close[taken].mean(),
-            "pami/far": choice.far[taken].mean(),
-            "pami/far_max": choice.far.amax(1).mean(),
-            "pami/row_weight": choice.row_weight.mean(),
-        }
+        """The operations on clips; of PaMi's choice, how close and how far its clips were."""
+        roles = self.needs.roles
+        names = self._corruptor.names(roles, sounds=self.encoder.processor.hears)
+        found = altered.shares(batch, names)
+        if self._choice is not None:
+            found |= altered.choices(batch, self._choice, names)
+        return found
 
     def question(self, example: Example) -> Question:
         """The row's prompt with what it shows."""
-        return Question(example.prompt, example.media)
+        return Question(example.prompt, example.media, example)
 
     def sample(self, prompts: Sequence[Any], **options: Any) -> list[str]:
         """One answer a question; see `generate`."""

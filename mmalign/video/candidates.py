@@ -36,6 +36,9 @@ _LEVELS = {
 }
 """The operation of VistaDPO's levels: the first one that can be done to the clip."""
 
+_SOUNDS = ("silence", "noise")
+"""Those of a row with sound alone."""
+
 _ROLES = frozenset({"corrupted", "rejected_corrupted", "augmented", *_LEVELS})
 
 
@@ -57,6 +60,14 @@ class Corruptor:
         """The roles of the candidates to collate: `augmented` once for each clip."""
         copies = self.video.selection.num_candidates
         return tuple(r for role in roles for r in [role] * (copies if role == "augmented" else 1))
+
+    def names(self, roles: Sequence[str], *, sounds: bool) -> tuple[str, ...]:
+        """All operations that candidates of these roles may get; `sounds`: rows may be sound."""
+        made = [role for role in roles if role in _ROLES]
+        found = [name for role in made for name in _LEVELS.get(role, ())]
+        if any(role not in _LEVELS for role in made):
+            found += self.video.corruption.operations
+        return tuple(dict.fromkeys([*found, *(_SOUNDS if made and sounds else ())]))
 
     def __call__(self, example: Example, roles: Sequence[str], seed: int) -> Example:
         """The row with the candidates of `roles` that it lacks.
@@ -105,7 +116,7 @@ class Corruptor:
         frames = (self.video.num_frames or 2) if own.videos else 1
         heard = bool(own.sounds) or (self.hears and bool(own.videos))
         if not own.videos and not own.images:
-            return ["silence", "noise"]
+            return list(_SOUNDS)
         donor = any(clip not in own.videos for clip in self.donors)
         if role in _LEVELS:
             kept = allowed(

@@ -10,6 +10,7 @@ import torch
 from mmalign.data.example import Media
 from mmalign.errors import DataError
 from mmalign.text.encode import Encoder
+from mmalign.video import altered
 from mmalign.video.clue_hook import CLUE_TOKEN, insert_clues
 from mmalign.video.prompt import MarkedText, MediaTemplate, place
 
@@ -36,6 +37,7 @@ class VideoEncoder(Encoder):
 
     Inputs of a batch beside those of a text batch, all of them `whole`:
         context_media: [C] long, the media that context c shows, counted from 1; 0 for none.
+        context_operation: [C] long, how they are altered; see `mmalign.video.altered`.
         positions/C: [3, P] long, of the tokens of a context's prompt, for models that count so.
         media/M/NAME: what the processor made of media M, where they must be encoded.
         media/M/tokens, media/M/deep/I: [n, D], their features, where they are known.
@@ -67,6 +69,7 @@ class VideoEncoder(Encoder):
             self.media_ids |= {processor.tokenizer.convert_tokens_to_ids(CLUE_TOKEN)}
         self._contexts: dict[tuple[str, tuple[int, ...]], int] = {}
         self._prepared: dict[str, Prepared] = {}
+        self._operations: dict[str, int] = {}
 
     def _renderers(self) -> tuple[ChatTemplate | None, PlainText]:
         chat = None
@@ -118,7 +121,7 @@ class VideoEncoder(Encoder):
 
     def collate(self, examples: Sequence[Example], needs: Needs) -> Batch:
         """A batch on the CPU; see the class for its inputs."""
-        self._contexts, self._prepared = {}, {}
+        self._contexts, self._prepared, self._operations = {}, {}, {}
         batch = super().collate(examples, needs)
         whole = self._media_inputs()
         inputs = {**batch.inputs, **whole}
@@ -139,6 +142,7 @@ class VideoEncoder(Encoder):
         key = self.reader.key(media)
         if key not in self._prepared:
             self._prepared[key] = self.reader.prepare(media, where)
+        self._operations[key] = altered.number(media.change)
         prepared = self._prepared[key]
         counts = {"video": media.videos, "image": media.images, "audio": media.sounds}
 
@@ -174,7 +178,11 @@ class VideoEncoder(Encoder):
     def _media_inputs(self) -> dict[str, Tensor]:
         keys = list(dict.fromkeys(key for key, _ in self._contexts))
         shown = [0, *(keys.index(key) + 1 for key, _ in self._contexts)]
-        inputs: dict[str, Tensor] = {"context_media": torch.tensor(shown, dtype=torch.long)}
+        done = [0, *(self._operations[key] for key, _ in self._contexts)]
+        inputs: dict[str, Tensor] = {
+            "context_media": torch.tensor(shown, dtype=torch.long),
+            "context_operation": torch.tensor(done, dtype=torch.long),
+        }
         for (key, ids), number in self._contexts.items():
             positions = self.positions(torch.tensor(ids), self._prepared[key])
             if positions is not None:

@@ -19,17 +19,24 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from mmalign.data.example import Prompt
+    from mmalign.data.example import Example, Prompt
     from mmalign.video.clue_part import CluePart
     from mmalign.video.encode import VideoEncoder
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a model is asked."""
+    """What a model is asked.
+
+    Attributes:
+        prompt: In words.
+        media: What it shows and plays.
+        row: Where it comes from, for reports; questions are the same whatever row asks them.
+    """
 
     prompt: Prompt
     media: Media = field(default_factory=Media)
+    row: Example | None = field(default=None, compare=False)
 
 
 @torch.no_grad()

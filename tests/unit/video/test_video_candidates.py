@@ -135,9 +135,22 @@ def test_pami_trains_on_the_clips_it_chose(
     expected = (choice.weights * bag).sum(1).mean()
     assert loss.value.item() == pytest.approx(expected.item(), abs=1e-6)
     assert scored.policy.shape[1] == (2 if mode == "hard" else 4)
-    assert set(adapter.metrics(batch, scored)) == {
-        "pami/close", "pami/far", "pami/far_max", "pami/row_weight"
-    }  # fmt: skip
+    found = adapter.metrics(batch, scored)
+    shares = {k: v.item() for k, v in found.items() if k.startswith(("altered/", "pami/op/"))}
+    for start in ("altered/", "pami/op/"):
+        each = {k.removeprefix(start): v for k, v in shares.items() if k.startswith(start)}
+        assert list(each) == adapter.config.video.corruption.operations
+        assert sum(each.values()) == pytest.approx(1.0)
+    assert found["pami/far_max"] == choice.far.amax(1).mean()
+    # Every clip has one operation: the means of the operations give the mean over clips.
+    number = batch.inputs["context_operation"][batch.inputs["context_index"]]
+    assert (number[:, 0] == 0).all()
+    assert (number[:, 1:] > 0).all()
+    total = sum(
+        shares[f"altered/{name}"] * found[f"pami/far/{name}"].nan_to_num().item()
+        for name in adapter.config.video.corruption.operations
+    )
+    assert total == pytest.approx(choice.far.mean().item())
 
 
 def test_pami_gate_moves_with_the_steps(video_models: Models, clips_dir: Path) -> None:
