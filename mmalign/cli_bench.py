@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from mmalign.cli_parts import argument, group, option
+from mmalign.cli_compare import shown
+from mmalign.cli_parts import Config, Overrides, argument, group, option
+from mmalign.errors import ConfigError
 
 app = group("Numbers on video benchmarks, from files of questions and answers.")
 
@@ -116,3 +118,67 @@ def bench_convert(
     write_predictions(out, rows)
     missing = sum(row.prediction is None for row in rows)
     typer.echo(f"{out}: {len(rows)} questions written, {missing} without an answer")
+
+
+@app.command("predict", short_help="Answer a benchmark's questions with a model.")
+def bench_predict(
+    config: Config,
+    benchmark: Name,
+    questions: Annotated[
+        list[Path],
+        option("--questions", metavar="FILE", text="the benchmark's question file; repeat it"),
+    ],
+    media: Annotated[
+        Path, option("--media", metavar="DIR", text="folder that the paths of clips start from")
+    ],
+    out: Annotated[Path, option("--out", metavar="FILE", text="the common JSONL file to write")],
+    overrides: Overrides = None,
+    checkpoint: Annotated[
+        Path | None,
+        option(
+            "--checkpoint",
+            metavar="DIR",
+            text="trained weights: a checkpoint-N or final folder; by default the newest of "
+            "`output`",
+        ),
+    ] = None,
+    base: Annotated[bool, option("--base", text="the model as it was before training")] = False,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            "--batch",
+            metavar="N",
+            min=1,
+            help="questions at one time; by default train.eval_batch_size",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Answer a benchmark's questions with a model, with the settings of CONFIG's `sample`.
+
+    Run it again to go on after an interruption. Clips that cannot be shown are named once, and
+    their questions have no answer, which counts as wrong.
+
+    For example: mmalign bench predict configs/rrpo_llavaov.yaml --base --benchmark videohallucer
+    --questions obj_rel.json --media clips --out base.jsonl
+    """
+    from mmalign import config as configs
+    from mmalign.benchmark import find
+    from mmalign.benchmark import questions as questions_of
+    from mmalign.benchmark.predict import Weights, predict
+
+    name = find(benchmark).name
+    if base and checkpoint is not None:
+        raise ConfigError("predict: --base is the untrained model, so it has no --checkpoint")
+    asked = [question for file in questions for question in questions_of(name, file)]
+    settings = configs.load(config, overrides or ())
+    weights = Weights(checkpoint, base)
+    try:
+        with shown("predict") as progress:
+            found = predict(
+                settings, name, asked, media, out, weights, batch=batch, progress=progress
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; the answers are in {out}.partial: run it again to go on", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(found.text())

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mmalign import cli_make
 from mmalign.cli_compare import (
     BatchSize,
     Device,
@@ -18,7 +19,8 @@ from mmalign.cli_compare import (
 )
 from mmalign.cli_parts import Config, Overrides, argument, group, option
 
-app = group("Look at preference data before training on it.")
+app = group("Look at preference data before training on it, or make some.")
+app.add_typer(cli_make.app, name="make")
 
 Layout = Annotated[
     str | None, option("--layout", metavar="NAME", text="found by itself when left out")

@@ -35,9 +35,10 @@ _HEDGE = re.compile(
     re.IGNORECASE,
 )
 _GENERIC = re.compile(
-    r"\b(?:some(?:thing|one|body|where|times?)|any(?:thing|one|body)|(?:some|a|any) (?:kind|sort|type)s? of"
-    r"|(?:various|several|some|different|certain|many|other) (?:things?|objects?|items?|people|sounds?"
-    r"|actions?|activit(?:y|ies)|events?|noises?|places?|elements?)|things|stuff|etc"
+    r"\b(?:some(?:thing|one|body|where|times?)|any(?:thing|one|body)"
+    r"|(?:some|a|any) (?:kind|sort|type)s? of"
+    r"|(?:various|several|some|different|certain|many|other) (?:things?|objects?|items?|people"
+    r"|sounds?|actions?|activit(?:y|ies)|events?|noises?|places?|elements?)|things|stuff|etc"
     r"|an? (?:certain |general |particular |specific )?(?:thing|object|item|activity|action|event"
     r"|sound|noise|place|scene|situation)|and so on|in general)\b",
     re.IGNORECASE,
@@ -66,7 +67,7 @@ def vagueness(
         answer: What a model said.
         truth: The true answer, "" where it is not known.
         question: What was asked; its own words are no clue.
-        clues: What is seen and heard, by kind ("video", "audio"); None: the true answer.
+        clues: What is seen and heard, by kind ("video clue", "audio clue"); None: the true answer.
     """
     if not words(answer):
         return Vague(1.0, ("says nothing",))
@@ -89,11 +90,11 @@ def vagueness(
     note(hits(_HEDGE), "hedges", 0.3, 0.1)
     if 2 * len(content(answer)) < len(content(truth)):
         note([""], "says little", 0.3)
-    for kind, clue in (clues or ({"answer": truth} if truth else {})).items():
+    for kind, clue in (clues or ({"true answer": truth} if truth else {})).items():
         named = _new(clue, question)
         if named and not any(alike(a, b) for a in content(answer) for b in named):
-            note([""], f"names nothing of the {kind}'s clue", 0.3)
-    return Vague(min(score, 1.0), tuple(reasons))
+            note([""], f"names nothing that the {kind} does", 0.3)
+    return Vague(round(min(score, 1.0), 3), tuple(reasons))
 
 
 def _new(clue: str, question: str) -> list[str]:
