@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mmalign.config import ModelConfig
-    from mmalign.text.prefix import Rows
+    from mmalign.text.prefix import Fed, Rows
 
 
 def load_model(path: str, config: ModelConfig, revision: str | None = None) -> PreTrainedModel:
@@ -77,17 +77,23 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model  # pyright: ignore
 
 
-def run_body(model: PreTrainedModel, rows: Rows, *, all_layers: bool = False) -> Any:
-    """The model without its head on laid-out rows; `last_hidden_state` is [R, T, D]."""
+def run_body(
+    model: PreTrainedModel, rows: Rows, *, all_layers: bool = False, fed: Fed | None = None
+) -> Any:
+    """The model without its head on laid-out rows; `last_hidden_state` is [R, T, D].
+
+    `fed` is what `rows.feed` gave for this model, where it was called already.
+    """
     body: Any = model.base_model
     options: dict[str, Any] = {"input_ids": rows.input_ids}
-    if rows.feed is not None:
+    if fed is None and rows.feed is not None:
         fed = rows.feed(model)
+    if fed is not None:
         body, options = fed.body, dict(fed.inputs)
     if rows.position_ids is not None:
         options["position_ids"] = rows.position_ids
     if rows.segments is not None:
-        attention.install(model if rows.feed is None else body)
+        attention.install(model if fed is None else body)
         # A mask of four dimensions is taken as it is: none is made, and ours reads the segments.
         options["attention_mask"] = rows.input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool)
         options["segments"] = rows.segments

@@ -46,9 +46,11 @@ def run_model(model: nn.Module, rows: Rows, heads: Heads, keep: Keep | None = No
         keep: What a mask reads beside the last states.
     """
     inner = causal_model(model)
-    recorder = record_activations(inner) if keep == "activations" else nullcontext()
+    fed = None if rows.feed is None else rows.feed(inner)
+    body = inner if fed is None else fed.body
+    recorder = record_activations(body) if keep == "activations" else nullcontext()
     with recorder as activations:
-        output = run_body(inner, rows, all_layers=keep == "layers")
+        output = run_body(inner, rows, all_layers=keep == "layers", fed=fed)
     layers = None
     if keep == "layers":
         layers = torch.stack([scored_states(h, rows) for h in output.hidden_states[1:]])
