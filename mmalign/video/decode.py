@@ -33,7 +33,9 @@ def packets_of(container: InputContainer, deadline: Deadline, *streams: Stream) 
             deadline.check()
             if packet.size:
                 yield packet
-    except av.error.InvalidDataError:  # what came before it counts
+    except (av.error.InvalidDataError, IndexError):
+        # What came before it counts. The library looks up streams that appear late where it has
+        # listed none, after the last packet.
         return
 
 

@@ -277,3 +277,24 @@ def test_torchcodec_gives_the_same_pixels(folder: Path, name: str) -> None:
     if found is None:
         pytest.skip("torchcodec is installed without the libraries it needs")
     assert np.array_equal(found, pixels_by_pyav(path, line, some, Deadline(path, 60), 8192))
+
+
+def test_random_damage_gives_frames_or_an_error_that_names_the_file(folder: Path) -> None:
+    sources = [
+        write_numbered(folder / f"damage{suffix}", CONSTANT[:20], beeps=[1.0], codec="libx264")
+        for suffix in (".mp4", ".mkv", ".ts")
+    ]
+    rng, outcomes = np.random.default_rng(0), set()
+    for count in range(90):
+        source = sources[count % 3]
+        data = np.frombuffer(source.read_bytes(), np.uint8).copy()
+        reach = len(data) if count % 2 else 800  # every other time, of the header only
+        data[rng.integers(0, reach, rng.integers(1, 20))] = rng.integers(0, 256)
+        path = folder / f"damage{count}{source.suffix}"
+        path.write_bytes(data[: rng.integers(1, len(data)) if count % 5 == 0 else None].tobytes())
+        try:
+            assert len(read_frames(Clip(path), every(4)).indices) == 4
+            outcomes.add("frames")
+        except DataError as error:
+            outcomes.add("error" if str(path) in str(error) else f"unnamed: {error}")
+    assert outcomes == {"frames", "error"}
