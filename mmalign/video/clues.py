@@ -31,6 +31,11 @@ class ClueAggregator(nn.Module):
     The two norms are shared. The query transformer is BLIP-2's, with cross-attention in layers 0,
     `cross_every`, and so on. With `residual` each of the three attentions adds its query.
 
+    Without that an untrained one hardly sees what differs: attention that is still almost uniform
+    gives every frame nearly the same Y. At widths of 1024 and 2048 the frames of Y differ by 3e-7
+    of its norm and another question moves the clues by 1e-5 of theirs; with `residual`, by 0.7 and
+    2e-3. Prefer it for one that does not start from trained weights.
+
     Source: CAT, Ye et al. 2024, arXiv:2403.04640; sizes and the absent residual connections as in
         the released code.
     Departs: rows in batches, with masks; a row may lack a modality. Dropout is 0, not 0.1, since
@@ -137,8 +142,7 @@ class ClueAggregator(nn.Module):
                 continue
             if branch is None:
                 raise ConfigError("sound for clues, but the aggregator was made without a sound's")
-            features = features.to(dtype)
-            seen, mean = branch(self, features, mask, question, question_mask)
+            seen, mean = branch(self, features.to(dtype), mask, question, question_mask)
             clues.append(seen)
             means += [] if mean is None else [mean]
         if not clues:
@@ -247,6 +251,7 @@ class _Branch(nn.Module):
 
         def attend(layer: nn.Module, query: Tensor, keys: Tensor, known: Tensor | None) -> Tensor:
             hidden = None if known is None else ~known
+            keys = keys.view_as(keys)  # equal to the query, it takes other kernels when frozen
             found, _ = layer(query, keys, keys, key_padding_mask=hidden, need_weights=False)
             return query + found if shared.residual else found
 
