@@ -1,4 +1,4 @@
-"""A model's answers to the questions of a benchmark, as the common file; `mmalign bench predict`."""
+"""A model's answers to the questions of a benchmark in the common file; `mmalign bench predict`."""
 
 from __future__ import annotations
 

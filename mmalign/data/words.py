@@ -10,7 +10,10 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-_WORD = re.compile(r"\d+(?:[.,:]\d+)*(?:st|nd|rd|th)?(?![^\W_])|[^\W_]+(?:['\u2019-][^\W_]+)*")
+_LETTER = r"[^\W_][\u0300-\u036f]*"  # with the accents behind it
+_WORD = re.compile(
+    rf"\d+(?:[.,:]\d+)*(?:st|nd|rd|th)?(?![^\W_])|(?:{_LETTER})+(?:['\u2019-](?:{_LETTER})+)*"
+)
 _POLARITY = re.compile(
     r"\W*(?:(?:the )?answer(?: is|:)\W*)?(yes\b|no\b(?=\W*$|\s*[^\w\s'\u2019]))\W*", re.IGNORECASE
 )

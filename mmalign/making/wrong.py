@@ -66,7 +66,7 @@ def judge(answer: str, truth: str, question: str = "", *, least_likeness: float 
     if true:
         if said != true:
             return found("wrong" if said else "undecided", "yes-no")
-        if not words(rest) or not words(true_rest):
+        if not content(rest) or not content(true_rest):
             return found("right", "yes-no")
         answer, truth = rest, true_rest
     number = _one_number(truth)
