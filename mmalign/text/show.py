@@ -20,10 +20,7 @@ STEPS = ("green", "cyan")  # in turns
 
 def show(encoder: Encoder, examples: Iterable[Example]) -> Group:
     """Rows as text for a rich console; decoded from the token ids that training uses."""
-    legend = Text("context ", CONTEXT)
-    for name, style in (("scored ", SCORED), ("end token ", END), ("span", SPAN)):
-        legend.append(name, style)
-    blocks = [legend]
+    blocks = [legend()]
     for example in examples:
         blocks.append(Text(f"\n{example.id}  {example.kind}, weight {example.weight:g}", "bold"))
         shown: list[int] = []
@@ -34,13 +31,25 @@ def show(encoder: Encoder, examples: Iterable[Example]) -> Group:
                 blocks.append(Text(str(encoder.tokenizer.decode(shown)), CONTEXT))
             name = candidate.role or f"label {label:g}"
             head = f"[{name}] {len(item.prompt)} + {len(item.response)} tokens: "
-            blocks.append(Text(head, "bold") + _response(encoder.tokenizer, encoder.end_ids, item))
-    for name, rows in encoder.counts.items():
-        blocks.append(Text(f"{name}: {rows} rows", "yellow"))
-    return Group(*blocks)
+            blocks.append(Text(head, "bold") + response(encoder.tokenizer, encoder.end_ids, item))
+    return Group(*blocks, *counted(encoder))
 
 
-def _response(tokenizer: Any, ends: frozenset[int], item: EncodedCandidate) -> Text:
+def legend() -> Text:
+    """What the colours mean."""
+    text = Text("context ", CONTEXT)
+    for name, style in (("scored ", SCORED), ("end token ", END), ("span", SPAN)):
+        text.append(name, style)
+    return text
+
+
+def counted(encoder: Encoder) -> list[Text]:
+    """What was done to rows when they were encoded, e.g. cut."""
+    return [Text(f"{name}: {rows} rows", "yellow") for name, rows in encoder.counts.items()]
+
+
+def response(tokenizer: Any, ends: frozenset[int], item: EncodedCandidate) -> Text:
+    """The scored tokens of a candidate, in colours."""
     styles = [
         END if token in ends else SPAN if span else STEPS[(step - 1) % 2] if step else SCORED
         for token, span, step in zip(item.response, item.spans, item.steps, strict=True)

@@ -43,16 +43,19 @@ from mmalign.video.model import (
 from mmalign.video.processing import Processor, load_processor
 from mmalign.video.reader import MediaReader
 from mmalign.video.select import tau_at
+from mmalign.video.show import show_rows
+from mmalign.video.showing import write_samples
 from mmalign.video.write_cache import open_features, write_caches
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from rich.console import Group
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from mmalign.config import RunConfig, TrainConfig
+    from mmalign.config import RunConfig, SampleConfig, TrainConfig
     from mmalign.core import CandidateLogps, Needs
     from mmalign.data.example import Example
     from mmalign.models.adapter import Batch
@@ -168,6 +171,17 @@ class VideoAdapter(TextAdapter):
     def sample(self, prompts: Sequence[Any], **options: Any) -> list[str]:
         """One answer a question; see `generate`."""
         return generate(self.policy, self.encoder, prompts, clues=self.clues, **options)
+
+    def write_samples(
+        self, prompts: Mapping[str, Any], folder: Path, step: int, options: SampleConfig
+    ) -> list[dict[str, Any]]:
+        """Answers, and sheets of what the questions show and of their altered clips."""
+        return write_samples(self, prompts, folder, step, options)
+
+    @classmethod
+    def show_rows(cls, config: RunConfig, examples: Sequence[Example]) -> Group:
+        """What the prompts show, context dim, scored tokens coloured."""
+        return show_rows(config, examples)
 
     @classmethod
     def write_cache(cls, config: RunConfig, needs: Needs) -> str:
