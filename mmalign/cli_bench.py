@@ -165,7 +165,7 @@ def bench_predict(
     from mmalign import config as configs
     from mmalign.benchmark import find
     from mmalign.benchmark import questions as questions_of
-    from mmalign.benchmark.predict import Weights, predict
+    from mmalign.making.predict import Weights, predict
 
     name = find(benchmark).name
     if base and checkpoint is not None:

@@ -1,1 +1,1 @@
-"""New preference pairs out of a model's own answers: what it says wrongly, what it says vaguely."""
+"""What is made of a model's own answers: preference pairs, and predictions for benchmarks."""

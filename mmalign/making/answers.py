@@ -104,16 +104,14 @@ class Sampled:
         from mmalign.data.example import Change
         from mmalign.video.asking import ask
         from mmalign.video.augment import seed_for
+        from mmalign.video.generate import Question
 
         adapter = self._loaded()
-        question = adapter.question(row.example)
-        asked, notes = [question] * self.num, list[dict[str, Any] | None]([None] * self.num)
-        for k, seed in enumerate(seed_for(self.seed, row.id, 0, k) for k in range(self.num)):
-            if self.changes:
-                operation = self.changes[k % len(self.changes)]
-                media = replace(question.media, change=Change(operation, seed))
-                asked[k] = replace(question, media=media)
-                notes[k] = {"operation": operation, "seed": seed}
+        changes: list[Change | None] = [None] * self.num
+        for k in range(self.num if self.changes else 0):
+            operation = self.changes[k % len(self.changes)]
+            changes[k] = Change(operation, seed_for(self.seed, row.id, 0, k))
+        asked = [Question(row.prompt, replace(row.media, change=change)) for change in changes]
         torch.manual_seed(seed_for(self.seed, row.id, 1, 0))
         sample, train = self.config.sample, self.config.train
         options = sample.model_dump(exclude={"num_prompts", "prompts"})
@@ -126,6 +124,7 @@ class Sampled:
         broken = next((text for text in said if isinstance(text, DataError)), None)
         if broken is not None:
             return broken
+        notes = [c and {"operation": c.operation, "seed": c.seed} for c in changes]
         return [
             Answer(str(text).strip(), note, self._is_cut(str(text)))
             for text, note in zip(said, notes, strict=True)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mmalign.data.example import normalised
 from mmalign.data.phrases import differing_phrases
+from mmalign.data.words import words
 from mmalign.errors import DataError
 from mmalign.making.answers import Answer
 from mmalign.making.rows import Row
@@ -51,14 +51,14 @@ class Hallucinate:
         """The pairs of one record."""
         if not row.truth:
             raise DataError(f"{row.id}: has no answer; wrong ones are told from the right one")
-        found: dict[str, tuple[Answer, Verdict]] = {}
+        found: dict[tuple[str, ...], tuple[Answer, Verdict]] = {}
         for answer in answers:
             verdict = self._verdict(row, answer)
             counts[verdict.outcome] += 1
-            text = normalised(answer.text)
+            text = same_words(answer.text)
             if verdict.outcome == "wrong" and text in found:
                 counts["said before"] += 1
-            elif verdict.outcome == "wrong" and text != normalised(row.truth):
+            elif verdict.outcome == "wrong" and text != same_words(row.truth):
                 found[text] = (answer, verdict)
         pairs = [self._pair(row, *item) for item in found.values()]
         pairs.sort(key=lambda pair: (not pair["spans_chosen"], -pair["meta"]["likeness"]))
@@ -129,10 +129,10 @@ class Ambiguous:
         if chosen is None:
             counts["records without a specific answer"] += 1
             return []
-        kept: dict[str, Pair] = {}
+        kept: dict[tuple[str, ...], Pair] = {}
         for number in sorted(range(len(said)), key=lambda i: -found[i].score):
-            text = normalised(said[number])
-            if found[number].score >= self.threshold and text not in ("", normalised(chosen)):
+            text = same_words(said[number])
+            if found[number].score >= self.threshold and text not in ((), same_words(chosen)):
                 kept.setdefault(text, self._pair(row, chosen, answers[number], found[number]))
         return _numbered(row, list(kept.values())[: self.keep])
 
@@ -163,6 +163,11 @@ class Ambiguous:
             **({"weight": vague.score} if self.weigh else {}),
             "meta": {"recipe": "ambiguous", "source_id": row.id},
         }
+
+
+def same_words(text: str) -> tuple[str, ...]:
+    """Equal for texts that differ in case, marks and spaces alone."""
+    return tuple(word.text for word in words(text))
 
 
 def _rejected(answer: Answer) -> Mapping[str, Any]:

@@ -8,12 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmalign.data.example import Clip, Example, Picture, Sound, as_text
+from mmalign.data.example import Candidate, Clip, Example, Media, Picture, Prompt, Sound, as_text
 from mmalign.data.records import ProblemList, Record, read_records
 from mmalign.errors import DataError
-
-_COPIED = ("prompt", "split")
-_MEDIA = ("video", "videos", "image", "images", "audio", "audios", "start", "end", "frames")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +19,8 @@ class Row:
 
     Attributes:
         id: Its own, or its file's name and line.
-        example: As it was read, with its media.
+        prompt: Of its best answer.
+        media: What that prompt shows.
         question: What is asked last.
         truth: The true answer; "" where the record has none.
         columns: What a pair takes over from the record; paths start from the new file's folder.
@@ -30,7 +28,8 @@ class Row:
     """
 
     id: str
-    example: Example
+    prompt: Prompt
+    media: Media
     question: str
     truth: str
     columns: Mapping[str, Any]
@@ -89,34 +88,42 @@ class Source:
 
 
 def _row(record: Record, example: Example, out: Path) -> Row:
-    turns = example.prompt
-    asked = turns if isinstance(turns, str) else turns[-1].content if turns else ""
-    media = {k: v for k, v in record.value.items() if k in _MEDIA and k not in example.meta}
-    copied = {k: record.value[k] for k in _COPIED if k in record.value}
+    best = _best(example)
+    media = best.media or example.media
+    prompt = example.prompt if best.prompt is None else best.prompt
+    asked = prompt if isinstance(prompt, str) else prompt[-1].content if prompt else ""
+    given = prompt if isinstance(prompt, str) else [
+        {"role": turn.role, "content": turn.content} for turn in prompt
+    ]  # fmt: skip
+    split = {"split": record.split} if record.split else {}
     return Row(
         id=Path(record.id).name if record.id == record.place else record.id,
-        example=example,
+        prompt=prompt,
+        media=media,
         question=asked,
-        truth=_truth(record, example),
-        columns={**_moved(media, _Places(example, record.place, out)), **copied},
+        truth=_truth(record, example, best),
+        columns={**_columns(media, record.place, out), "prompt": given, **split},
         clues=_clues(record, example),
     )
 
 
-def _truth(record: Record, example: Example) -> str:
-    """The best answer of a record; its text where it is one message."""
-    if not any(example.labels) and example.kind == "unpaired":
+def _best(example: Example) -> Candidate:
+    return example.candidates[max(range(example.num_rated), key=lambda k: example.labels[k])]
+
+
+def _truth(record: Record, example: Example, best: Candidate) -> str:
+    """The best answer of a record; "" where it is not a good one."""
+    if example.kind == "unpaired" and not any(example.labels):
         return ""
-    rated = range(example.num_rated)
-    best = example.candidates[max(rated, key=lambda k: example.labels[k])].response
-    if isinstance(best, tuple) and len(best) == 1:
-        return best[0].content.strip()
-    if not isinstance(best, str):
+    answer = best.response
+    if isinstance(answer, tuple) and len(answer) == 1:
+        return answer[0].content.strip()
+    if not isinstance(answer, str):
         raise DataError(
             f"{record.place}: the answer must be one text; pairs are made of what is said about a "
             "clip in one turn"
         )
-    return best.strip()
+    return answer.strip()
 
 
 def _clues(record: Record, example: Example) -> dict[str, str] | None:
@@ -132,41 +139,41 @@ def _clues(record: Record, example: Example) -> dict[str, str] | None:
     return {f"{kind} clue".strip(): text for kind, text in named.items()}
 
 
-class _Places:
-    """Where the media of a record lie, seen from another folder."""
+def _columns(media: Media, place: str, out: Path) -> dict[str, Any]:
+    """What a prompt shows, as a record in the folder of `out` names it.
 
-    def __init__(self, example: Example, place: str, out: Path) -> None:
-        self.place, self.folder = place, Path(os.path.realpath(out.parent))
-        shown = [example.media, *(c.media for c in example.candidates if c.media is not None)]
-        references: list[Clip | Picture | Sound] = []
-        for media in shown:
-            references += [*media.videos, *media.images, *media.sounds]
-        self.files = {Path(os.path.realpath(reference.path)) for reference in references}
+    Raises:
+        DataError: A file does not lie below that folder.
+    """
+    folder = Path(os.path.realpath(out.parent))
 
-    def find(self, text: str) -> str | None:
-        """The file that a text of the record names, from the new folder; None: it names none."""
-        ending = Path(text).parts
-        for file in self.files:
-            if ending and file.parts[-len(ending) :] == ending:
-                if not file.is_relative_to(self.folder):
-                    raise DataError(
-                        f"{self.place}: {file} does not lie below {self.folder}, and paths of a "
-                        "data file start from its folder; choose an --out in or above the folder "
-                        "of the media"
-                    )
-                return file.relative_to(self.folder).as_posix()
-        return None
+    def named(medium: Clip | Picture | Sound) -> Any:
+        file = Path(os.path.realpath(medium.path))
+        if isinstance(medium, Picture) and medium.row >= 0:
+            raise DataError(f"{place}: {medium} is a cell of a table; give the picture as a file")
+        if not file.is_relative_to(folder):
+            raise DataError(
+                f"{place}: {file} does not lie below {folder}, and the paths of a data file start "
+                "from its folder; choose an --out in or above the folder of the media"
+            )
+        path = file.relative_to(folder).as_posix()
+        if isinstance(medium, Picture):
+            return path
+        frames = list(medium.frames) if isinstance(medium, Clip) else []
+        part = {"start": medium.start or None, "end": medium.end, "frames": frames or None}
+        part = {key: value for key, value in part.items() if value is not None}
+        return {"path": path, **part} if part else path
 
-
-def _moved(value: Any, places: _Places) -> Any:
-    """A value of a record with the paths of its media as the new file names them."""
-    if isinstance(value, str):
-        return places.find(value) or value
-    if isinstance(value, Mapping):
-        return {key: _moved(inner, places) for key, inner in value.items()}
-    return [_moved(inner, places) for inner in value] if isinstance(value, list) else value
+    kinds = {"video": media.videos, "image": media.images, "audio": media.sounds}
+    columns: dict[str, Any] = {}
+    for kind, items in kinds.items():
+        if len(items) == 1:
+            columns[kind] = named(items[0])
+        elif items:
+            columns[f"{kind}s"] = [named(medium) for medium in items]
+    return columns
 
 
 def text_of(row: Row) -> str:
     """The whole prompt as one text, for messages and files of answers."""
-    return as_text(row.example.prompt)
+    return as_text(row.prompt)
