@@ -269,9 +269,7 @@ def plain(value: Any) -> Any:
         info = value.stat()
         return [str(value), info.st_size, info.st_mtime_ns]
     if is_dataclass(value) and not isinstance(value, type):
-        return {
-            name: plain(getattr(value, name)) for name in (item.name for item in fields(value))
-        }
+        return {name: plain(getattr(value, name)) for name in (item.name for item in fields(value))}
     if isinstance(value, tuple | list):
         return [plain(item) for item in cast("Sequence[Any]", value)]
     return value

@@ -10,7 +10,9 @@ from typing import Any
 from mmalign.data.fields import as_object
 from mmalign.data.layout import Layout
 from mmalign.data.layouts import LAYOUTS
-from mmalign.data.parse import KIND_KEYS
+from mmalign.data.media_layouts import shown_in_messages
+from mmalign.data.parse import KIND_KEYS, TEXT_KEYS
+from mmalign.data.parse_pictures import PICTURE_KEYS
 from mmalign.errors import DataError
 
 
@@ -24,10 +26,11 @@ def to_record(raw: Mapping[str, Any], layout: str | None = None) -> dict[str, An
     Raises:
         DataError: when no layout fits, or several do, or the row breaks the one that fits.
     """
-    row = {key: value for key, value in raw.items() if value is not None}
+    row = shown_in_messages({key: value for key, value in raw.items() if value is not None})
     record = _find(row, layout).read(row)
     # A column that would make the record another kind (a `response` beside a pair) steps aside.
-    stray = {key: row.pop(key) for key in KIND_KEYS if key in row}
+    shown = set(PICTURE_KEYS) if set(record) & set(TEXT_KEYS) else set[str]()
+    stray = {key: row.pop(key) for key in KIND_KEYS if key in row and key not in shown}
     if stray:
         row["meta"] = {**stray, **(as_object(row.get("meta")) or {})}
     return {**row, **record}

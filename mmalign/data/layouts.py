@@ -10,6 +10,7 @@ from typing import Any
 
 from mmalign.data.fields import as_list, as_object, number
 from mmalign.data.layout import Layout, order_of
+from mmalign.data.media_layouts import MEDIA_LAYOUTS
 from mmalign.data.picture_layouts import PICTURE_LAYOUTS
 from mmalign.data.turns import (
     Columns,
@@ -161,7 +162,7 @@ LAYOUTS: dict[str, Layout] = {
     "pair": Layout(
         "prompt (or shared by both), chosen, rejected",
         (("chosen", "rejected"),),
-        ("conversations", "instruction", *_CHOICE_COLUMNS),
+        ("conversations", "conversations1", "instruction", "media", *_CHOICE_COLUMNS),
         read_pair,
     ),
     "choice": Layout(
@@ -194,7 +195,7 @@ LAYOUTS: dict[str, Layout] = {
     "sharegpt": Layout(
         "conversations, and chosen and rejected, or kto_tag",
         (("conversations",),),
-        ("messages", "instruction", "responses"),
+        ("messages", "instruction", "responses", "correct_answer"),
         read_sharegpt,
     ),
     "messages": Layout(
@@ -203,5 +204,6 @@ LAYOUTS: dict[str, Layout] = {
         ("chosen", "rejected", "conversations", "instruction", "responses"),
         read_messages,
     ),
+    **MEDIA_LAYOUTS,
     **PICTURE_LAYOUTS,
 }

@@ -8,21 +8,25 @@ A record is a JSON object of one of four kinds, told apart by the keys it has:
     plain     prompt, response
 
 A text is a string or a list of {role, content} messages. Where the responses are pictures, their
-paths stand under image_chosen and image_rejected, images, or image instead. Any kind may have the
-keys of `OPTIONAL`; what is left over is kept in `meta`. Row weights a method computes offline
-(Sem-DPO's exp(-alpha * cosine distance)) go into `weight`.
+paths stand under image_chosen and image_rejected, images, or image instead. Where they are texts,
+these and `video` and `audio` are what the prompt shows and plays; see `parse_media`. Any kind may
+have the keys of `OPTIONAL`; what is left over is kept in `meta`. Row weights a method computes
+offline (Sem-DPO's exp(-alpha * cosine distance)) go into `weight`.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from mmalign.data.example import Candidate, Example, ExampleKind, Message, Prompt
+from mmalign.data.example import Candidate, Example, ExampleKind, Media, Message, Prompt
 from mmalign.data.fields import Fields, Problem, Text, as_list, as_object
 from mmalign.data.labels import read_labels
+from mmalign.data.parse_media import MEDIA_KEYS, WHOLE_KEYS, check_marks, has_media, read_media
 from mmalign.data.parse_pictures import PICTURE_KEYS, read_pictures
+from mmalign.data.spans import untag
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
@@ -56,6 +60,16 @@ OPTIONAL = {
     "cut": "true when the response was cut off, so no end is learned; one a response for lists",
     "chosen_cut": "pair: true when chosen was cut off",
     "rejected_cut": "pair: true when rejected was cut off",
+    "chosen_masked": "pair: chosen with <MASK> tags around its spans",
+    "rejected_masked": "pair: the same of rejected",
+    "video": "shown by the prompt: a clip's path, or {path, start, end, frames}; `videos`: several",
+    "image": "beside texts: a picture that the prompt shows; `images`: several",
+    "audio": "what the prompt plays: a sound's path, or {path, start, end}; `audios`: several",
+    "start": "seconds, where the one clip begins; `end` where it ends, or `span` for both",
+    "frames": "numbers of the clip's frames, chosen before",
+    "video_rejected": "pair: the clip of rejected where it is another; likewise image_ and audio_",
+    "video_corrupted": "a corrupted clip, for losses that compare answers under one",
+    "rejected_irrelevant": "pair: a response to another clip (VistaDPO)",
     "calibration": "a response to calibrate on (VPO)",
     "rationale": "why chosen is better (rationale DPO)",
     "rationale_prompt": "the question that `rationale` answers",
@@ -96,7 +110,8 @@ def read_record(
     With `alone` a record is a prompt and nothing else: a plain one whose response is empty.
     """
     fields = Fields(record)
-    pictures = any(key in fields for key in PICTURE_KEYS)
+    words = _has_words(fields)
+    pictures = not words and any(key in fields for key in PICTURE_KEYS)
     kind = "plain" if alone else _kind(fields)
     if kind is None:
         return None, fields.problems
@@ -108,8 +123,10 @@ def read_record(
     elif pictures:
         rated = read_pictures(fields, kind, root)
     else:
-        rated = _texts(fields, kind)
-        extra = _extra_roles(fields)
+        rated = _texts(fields, kind, root)
+        extra = _extra_roles(fields) + _under_other_media(fields, rated, root)
+    media = Media() if pictures else read_media(fields, root)
+    check_marks(fields, prompt, media)
     labels = read_labels(fields, kind, len(rated))
     weight = fields.number("weight", 0.0)
     identity = fields.get("id")
@@ -132,9 +149,16 @@ def read_record(
         labels=(*labels, *(float(c.role == "rationale") for c in extra if c)),
         kind=kind,
         weight=1.0 if weight is None else weight,
+        media=media,
         meta={**meta, **unread},
     )
     return example, []
+
+
+def _has_words(fields: Fields) -> bool:
+    """Whether the responses are texts."""
+    pair = "chosen" in fields and "rejected" in fields
+    return pair or "responses" in fields or "response" in fields
 
 
 def _kind(fields: Fields) -> ExampleKind | None:
@@ -147,6 +171,8 @@ def _kind(fields: Fields) -> ExampleKind | None:
         (single, ("response",)),
         (single, ("image",)),
     )
+    if _has_words(fields):  # pictures beside texts belong to the prompt
+        named = tuple(item for item in named if not set(item[1]) & set(PICTURE_KEYS))
     kinds: list[ExampleKind] = [kind for kind, keys in named if any(key in fields for key in keys)]
     if not kinds:
         fields.fail("no response: give chosen and rejected, responses and scores, or response")
@@ -176,6 +202,7 @@ def _candidate(
     *,
     role: str = "",
     prompt: Prompt | None = None,
+    media: Media | None = None,
 ) -> Candidate | None:
     """A candidate whose spans, steps and cut flag are read from the keys of these names."""
     length = len(response) if isinstance(response, str) else None
@@ -192,6 +219,7 @@ def _candidate(
     return Candidate(
         _as_prompt(response) or "",
         prompt=prompt,
+        media=media,
         spans=span_ranges,
         steps=step_ranges,
         role=role,
@@ -199,26 +227,63 @@ def _candidate(
     )
 
 
-def _texts(fields: Fields, kind: ExampleKind) -> list[Candidate | None]:
+def _texts(fields: Fields, kind: ExampleKind, root: PictureRoot | None) -> list[Candidate | None]:
     if kind == "pair":
-        return _pair(fields)
+        return _pair(fields, root)
     if kind == "list":
         return _list(fields)
     return [_candidate(fields, fields.text("response"), "spans", "steps", "cut")]
 
 
-def _pair(fields: Fields) -> list[Candidate | None]:
+def _pair(fields: Fields, root: PictureRoot | None) -> list[Candidate | None]:
     sides: list[Candidate | None] = []
     for side in ("chosen", "rejected"):
         prompt = _prompt(fields, f"prompt_{side}") if f"prompt_{side}" in fields else None
         names = (f"spans_{side}", f"steps_{side}", f"{side}_cut")
-        sides.append(_candidate(fields, fields.text(side), *names, prompt=prompt))
+        own = read_media(fields, root, f"_{side}") if has_media(fields, f"_{side}") else None
+        text = fields.text(side)
+        made = _candidate(fields, text, *names, prompt=prompt, media=own)
+        sides.append(_tagged(fields, made, side))
     chosen, rejected = sides
     if chosen and rejected:
-        left, right = (chosen.response, chosen.prompt), (rejected.response, rejected.prompt)
+        left, right = ((side.response, side.prompt, side.media) for side in (chosen, rejected))
         if left == right:
             fields.fail("chosen equals rejected")
     return sides
+
+
+def _tagged(fields: Fields, candidate: Candidate | None, side: str) -> Candidate | None:
+    """The candidate with the spans of its tagged text, where the record gives one."""
+    key = f"{side}_masked"
+    if key not in fields or candidate is None:
+        return candidate
+    tagged = fields.text(key)
+    if not isinstance(tagged, str) or not isinstance(candidate.response, str):
+        fields.fail(f"{key} must be text, as {side} is")
+        return candidate
+    if candidate.spans:
+        fields.fail(f"spans_{side} and {key} are both there; give one of them")
+    plain, spans = untag(tagged, candidate.response)
+    if plain != candidate.response:
+        fields.fail(f"{key} must be {side} with <MASK> tags", f"without them it is {plain[:60]!r}")
+    return replace(candidate, spans=spans)
+
+
+def _under_other_media(
+    fields: Fields, rated: list[Candidate | None], root: PictureRoot | None
+) -> list[Candidate | None]:
+    """A response to another clip, and the chosen one under a corrupted clip."""
+    extra: list[Candidate | None] = []
+    none = Fields({})
+    if "rejected_irrelevant" in fields:
+        text = fields.text("rejected_irrelevant")
+        extra.append(_candidate(none, text, "", "", "", role="rejected_irrelevant"))
+    if has_media(fields, "_corrupted"):
+        media = read_media(fields, root, "_corrupted")
+        if rated and rated[0] is not None:
+            extra.append(replace(rated[0], media=media, role="corrupted"))
+    fields.problems.extend(none.problems)
+    return extra
 
 
 def _list(fields: Fields) -> list[Candidate | None]:
@@ -261,8 +326,10 @@ def _extra_roles(fields: Fields) -> list[Candidate | None]:
 def _check_unread(fields: Fields, unread: Mapping[str, Any], kind: ExampleKind) -> None:
     """What is left goes to `meta`, unless it looks meant to be read and would be ignored."""
     for key in unread:
+        if key in WHOLE_KEYS:  # of a record without a clip
+            continue
         near = [name for name in _alike(key) if name not in fields]
-        if key in OPTIONAL or key in KIND_KEYS:
+        if key in OPTIONAL or key in KIND_KEYS or key in MEDIA_KEYS:
             fields.fail(f"the key {key!r} means nothing in a record of kind {kind}")
         elif near:
             fields.fail(f"unknown key {key!r}; did you mean {near[0]!r}?")

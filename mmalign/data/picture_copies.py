@@ -1,13 +1,20 @@
-"""Pictures of a converted file: where they lie from it, and copies of those that lie elsewhere."""
+"""Files of a converted data file: where they lie from it, and copies of those that lie elsewhere.
+
+Pictures that are responses are copied as they are; clips and sounds, which are large, get a second
+name for the same bytes (a hard link) where the disk allows it, and are copied where not.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmalign.data.example import Example, Picture
+from mmalign.data.fields import as_list, as_object
+from mmalign.data.parse_media import KINDS, MEDIA_KEYS
 from mmalign.data.pictures import PictureRoot, picture_bytes
 
 _STARTS = {
@@ -46,6 +53,36 @@ class PictureCopies:
         if example.kind == "pair":
             return {"image_chosen": paths[0], "image_rejected": paths[1]}
         return {"images": paths} if example.kind == "list" else {"image": paths[0]}
+
+    def media(self, record: Mapping[str, Any], example: Example) -> dict[str, Any]:
+        """The canonical media keys of a row of texts, with paths from the new file."""
+        if any(isinstance(candidate.response, Picture) for candidate in example.candidates):
+            return {}
+        return {key: self._named(record[key]) for key in MEDIA_KEYS if record.get(key) is not None}
+
+    def _named(self, value: Any) -> Any:
+        items, parts = as_list(value), as_object(value)
+        if items is not None:
+            return [self._named(item) for item in items]
+        if parts is not None:
+            key = next(name for name in ("path", *KINDS) if isinstance(parts.get(name), str))
+            return {**parts, key: self._named(parts[key])}
+        found = value if isinstance(value, Picture) else self._source.find(str(value))
+        if not isinstance(found, Picture):
+            return value
+        return self._path(found) if found.row >= 0 else self._linked(found.path)
+
+    def _linked(self, file: Path) -> str:
+        if file.is_relative_to(self.parent):
+            return file.relative_to(self.parent).as_posix()
+        copy = self.folder / self._inside(file)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if not copy.exists():
+            try:
+                os.link(file, copy)
+            except OSError:
+                shutil.copyfile(file, copy)
+        return copy.relative_to(self.parent).as_posix()
 
     def _path(self, picture: Picture) -> str:
         file = picture.path

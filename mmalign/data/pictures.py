@@ -45,8 +45,8 @@ class PictureRoot:
         self.folder = None if folder is None else os.path.realpath(folder)
         self._real_parents: dict[str, str] = {}
 
-    def find(self, text: str) -> Picture | Problem:
-        """The picture file that `text` names, or what it must be and is not.
+    def find(self, text: str, *, what: str = "picture file") -> Picture | Problem:
+        """The file that `text` names, or what it must be and is not.
 
         A path costs two looks at the file system; links are followed only where there are any.
         """
@@ -71,7 +71,7 @@ class PictureRoot:
             pass
         except (OSError, ValueError) as error:
             return Problem("must be a path that can be looked at", f"{found} ({error})")
-        return Problem("must name a picture file that is there", found)
+        return Problem(f"must name a {what} that is there", found)
 
     def _holds(self, path: str) -> bool:
         return path.startswith((self.folder or "").rstrip(os.sep) + os.sep)

@@ -169,7 +169,9 @@ def convert_file(
                 if record.example is None:
                     continue
                 try:
-                    value = {**record.value, **copies.columns(record.example)}
+                    named = copies.columns(record.example)
+                    named |= copies.media(record.value, record.example)
+                    value = {**record.value, **named}
                 except DataError as error:
                     problems.add(record, Problem(str(error)))
                     continue

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from mmalign.core import CandidateLogps, Needs, presets
-from mmalign.errors import ConfigError
+from mmalign.errors import ConfigError, DataError
 from mmalign.models import lora
 from mmalign.models.adapter import Adapter
 from mmalign.models.linear import use_onednn
@@ -149,7 +149,18 @@ class TextAdapter(Adapter):
 
     @classmethod
     def usable(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
-        """The rows that have a span, where only spans are scored."""
+        """The rows that have a span, where only spans are scored.
+
+        Raises:
+            DataError: Rows show or play something, which a model of text would pass over.
+        """
+        shown = [row.id for row in examples if row.media or any(c.media for c in row.candidates)]
+        if shown:
+            raise DataError(
+                f"{len(shown)} of {len(examples)} rows have a video, image or audio (the first is "
+                f"{shown[0]!r}), which a model of text cannot take. Set modality: video with a "
+                "model that can, or remove the columns"
+            )
         masks = config.text.masks
         if masks is None or masks.kind not in ("spans", "diff"):
             return list(examples)

@@ -9,6 +9,7 @@ import pytest
 from mmalign.data import parse_record, to_record
 from mmalign.data.convert import find_layout
 from mmalign.data.layouts import LAYOUTS
+from mmalign.data.media_layouts import MEDIA_LAYOUTS
 from mmalign.data.picture_layouts import PICTURE_LAYOUTS
 from mmalign.errors import DataError
 
@@ -298,4 +299,5 @@ def test_text_parts_of_a_message_are_joined() -> None:
 
 
 def test_every_layout_has_a_case() -> None:
-    assert {layout for layout, _, _ in CASES.values()} == set(LAYOUTS) - set(PICTURE_LAYOUTS)
+    elsewhere = set(PICTURE_LAYOUTS) | set(MEDIA_LAYOUTS)
+    assert {layout for layout, _, _ in CASES.values()} == set(LAYOUTS) - elsewhere

@@ -124,7 +124,7 @@ def test_texts_beside_pictures_stay_texts() -> None:
     ):
         assert find_layout(raw) not in PICTURE_LAYOUTS
     record = to_record({"prompt": "Q", "image": "a.png", "chosen": "yes", "rejected": "no"})
-    assert record["meta"] == {"image": "a.png"}
+    assert record["image"] == "a.png", "what the prompt shows"
 
 
 def test_chosen_and_rejected_are_pictures_where_the_layout_says_so(
