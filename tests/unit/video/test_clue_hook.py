@@ -256,7 +256,7 @@ def test_the_token_is_one_row_more_the_mean_of_the_others(video_models: Models) 
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     folder = video_models("llava_onevision")
-    model = AutoModelForImageTextToText.from_pretrained(folder)
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder)
     tokenizer: Any = AutoProcessor.from_pretrained(folder).tokenizer
     tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     before = [table.detach().clone() for table in tables]

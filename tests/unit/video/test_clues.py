@@ -176,12 +176,12 @@ def test_untrained_it_hardly_tells_frames_apart_without_residual_connections() -
     for residual in (False, True):
         torch.manual_seed(0)
         made = ClueAggregator(64, None, 128, width=32, encoder_dim=32, residual=residual).double()
-        seen: list[Tensor] = []
-        made.video.widen.register_forward_pre_hook(
-            lambda _, given, seen=seen: seen.append(given[0])
-        )
+        seen: dict[str, Tensor] = {}
+        widen = made.video.widen
+        widen.register_forward_pre_hook(lambda _, given, seen=seen: seen.update(y=given[0]))
         made(rows(9, dim=128)[0][None], rows(16, dim=64)[0][None])
-        spread[residual] = ((seen[0] - seen[0].mean(1)).norm() / seen[0].norm()).item()
+        y = seen["y"][0]
+        spread[residual] = ((y - y.mean(0)).norm() / y.norm()).item()
     assert spread[False] < 1e-4
     assert spread[True] > 0.3
 
