@@ -219,7 +219,8 @@ def _check_one_k(rows: Sequence[Example], needs: Needs) -> None:
             f"all rows of a run must have the same number of responses, but there are {counts}; "
             "cut the lists to one length, or use a pair loss"
         )
-    made = needs.roles.count("mismatched")
+    brought = {c.role for row in rows[:1] for c in row.candidates}
+    made = sum(role in MADE and role not in brought for role in needs.roles)
     for k in sizes:
         if k + made < needs.candidates:
             raise DataError(

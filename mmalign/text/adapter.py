@@ -143,6 +143,8 @@ class TextAdapter(Adapter):
             "or pictures, which only modality: video makes. Use another objective, e.g. dpo"
         ]
 
+    _shorten: ClassVar[str] = "lower"  # how rows become shorter, beside their words
+
     _roles: ClassVar[frozenset[str]] = frozenset(
         {"mismatched", "calibration", "rationale", "online"}
     )
@@ -250,7 +252,7 @@ class TextAdapter(Adapter):
         return self._start_head
 
     def _arrange(self, batch: Batch, *, prompts: bool = False) -> Rows:
-        check_length(self._inner, batch.inputs)
+        check_length(self._inner, batch.inputs, self._shorten)
         if self._layout is None:
             self._layout = self._choose_layout(batch)
         return self._rows(batch, self._layout, prompts=prompts)

@@ -28,8 +28,8 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}  # largest difference, i
 _TOLERANCE_HALF = 0.05  # mean difference, in nats: single tokens differ by more in bfloat16
 
 
-def check_length(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
-    """Refuse rows beyond the model's positions.
+def check_length(model: PreTrainedModel, inputs: Mapping[str, Tensor], remedy: str) -> None:
+    """Refuse rows beyond the model's positions; `remedy` says what shortens them.
 
     Raises:
         ConfigError: naming the limits to lower.
@@ -39,7 +39,7 @@ def check_length(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
     lengths = inputs["prompt_mask"].sum(-1) + inputs["response_mask"].sum(-1) - 1
     if limit is not None and int(lengths.max()) > limit:
         raise ConfigError(
-            f"a row has {int(lengths.max())} tokens, but the model has {limit} positions; lower "
+            f"a row has {int(lengths.max())} tokens, but the model has {limit} positions; {remedy} "
             f"data.max_prompt_length and data.max_response_length to {limit} together"
         )
 

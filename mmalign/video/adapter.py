@@ -71,6 +71,7 @@ class VideoAdapter(TextAdapter):
     """
 
     encoder: VideoEncoder
+    _shorten = "lower video.num_frames, max_frames or frame_pixels, or"
 
     def __init__(
         self, config: RunConfig, needs: Needs, model: PreTrainedModel, tokenizer: Any
@@ -95,8 +96,9 @@ class VideoAdapter(TextAdapter):
     def usable(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
         """The rows whose media can be decoded and, where only spans are scored, that have one."""
         processor = load_processor(config)
-        heard = Processor(processor, config).plays and config.video.sound == "auto"
-        rows = usable_rows(examples, config.video, hears=heard)
+        wrapped = Processor(processor, config)
+        heard = wrapped.plays and config.video.sound == "auto"
+        rows = usable_rows(wrapped.takes(examples), config.video, hears=heard)
         # What differs between two answers is found without anything shown: nothing is decoded.
         words = config.text.model_copy(update={"chat_template": False, "system_prompt": None})
         encoder = Encoder(processor.tokenizer, config.model_copy(update={"text": words}))
