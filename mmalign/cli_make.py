@@ -134,8 +134,8 @@ def make_ambiguous(
         option(
             "--judge",
             metavar="FILE",
-            text="JSONL of `id` and `score`, or `scores`, one an answer: 0 exact to 1 vague, in "
-            "place of the rules",
+            text="JSONL of `id` and `score`, or `scores`, one an answer of --answers: 0 exact to 1 "
+            "vague, in place of the rules",
         ),
     ] = None,
     threshold: Annotated[
@@ -172,6 +172,8 @@ def make_ambiguous(
     from mmalign.making.rows import Source
     from mmalign.making.scores import Scores
 
+    if judge is not None and answers is None:
+        raise ConfigError("--judge scores answers that are there already: give them by --answers")
     if judge is not None and consistency != 0.2:
         raise ConfigError("--consistency is a rule, and --judge takes the place of all rules")
     source = _answers(config, overrides, checkpoint, answers, num, seed, ())

@@ -106,6 +106,8 @@ class Sampled:
         from mmalign.video.augment import seed_for
         from mmalign.video.generate import Question
 
+        if self.changes and not row.media:
+            return DataError("records without a clip: nothing is shown that could be altered")
         adapter = self._loaded()
         changes: list[Change | None] = [None] * self.num
         for k in range(self.num if self.changes else 0):

@@ -93,15 +93,18 @@ def make(
             raise DataError(f"{file}: is there already; delete it, or give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = source.rows(out)
+    recipe.check(rows)
     result = Made(out, len(rows), left_out=source.left_out, answers=kept)
     if not isinstance(answers, Sampled):
         _write(rows, [answers(row) for row in rows], recipe, result)
         return result
     journal = Journal(partial, {**source.facts(), **answers.facts()})
     try:
-        progress(len(journal.done), len(rows))
+        # A clip that was broken may have been repaired.
+        done = {key for key, line in journal.done.items() if "broken" not in line}
+        progress(len(done), len(rows))
         for row in rows:
-            if row.id not in journal.done:
+            if row.id not in done:
                 journal.add({row.id: _line(answers(row))})
                 progress(1, len(rows))
         _write(rows, [_read(journal.done[row.id]) for row in rows], recipe, result)

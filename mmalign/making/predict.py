@@ -104,7 +104,7 @@ def predict(
         raise DataError(f"{out}: is there already; delete it, or give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(partial, _asked(config, benchmark, questions, media, weights))
-    result = Predicted(out, len(questions), resumed=len(journal.done))
+    result = Predicted(out, len(questions), resumed=len(_answered(journal)))
     try:
         progress(result.resumed, len(questions))
         _answer(config, questions, media, journal, weights, batch, progress)
@@ -143,6 +143,11 @@ def _asked(
     }
 
 
+def _answered(journal: Journal) -> set[str]:
+    """What need not be asked again; a clip that was broken may have been repaired."""
+    return {key for key, line in journal.done.items() if "broken" not in line}
+
+
 def _answer(
     config: RunConfig,
     questions: Sequence[Question],
@@ -155,9 +160,10 @@ def _answer(
     """Ask what is not answered yet."""
     from mmalign.video.generate import Question as Asked
 
+    before = _answered(journal)
     waiting: list[tuple[Question, Asked]] = []
     for question in questions:
-        if question.id not in journal.done:
+        if question.id not in before:
             try:
                 clip = Clip(find_clip(media, question.video), question.start or 0.0, question.end)
             except DataError as error:

@@ -22,6 +22,10 @@ Pair = dict[str, Any]
 class Recipe(Protocol):
     """How pairs are made of the answers to one question."""
 
+    def check(self, rows: Sequence[Row]) -> None:
+        """Refuse records that nothing can be made of, before any model is asked."""
+        ...
+
     def __call__(self, row: Row, answers: Sequence[Answer], counts: Counter[str]) -> list[Pair]:
         """Records in mmalign's own layout; what became of the answers is counted."""
         ...
@@ -47,10 +51,17 @@ class Hallucinate:
     keep: int = 1
     least_likeness: float = 0.5
 
+    def check(self, rows: Sequence[Row]) -> None:
+        """Every record needs the right answer."""
+        without = [row.id for row in rows if not row.truth]
+        if without:
+            raise DataError(
+                f"{without[0]}: has no answer, and wrong ones are told by the right one; "
+                f"{len(without)} of {len(rows)} records have none"
+            )
+
     def __call__(self, row: Row, answers: Sequence[Answer], counts: Counter[str]) -> list[Pair]:
         """The pairs of one record."""
-        if not row.truth:
-            raise DataError(f"{row.id}: has no answer; wrong ones are told from the right one")
         found: dict[tuple[str, ...], tuple[Answer, Verdict]] = {}
         for answer in answers:
             verdict = self._verdict(row, answer)
@@ -115,6 +126,9 @@ class Ambiguous:
     scores: Scores | None = None
     own: bool = False
     weigh: bool = False
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Any record will do."""
 
     def __call__(self, row: Row, answers: Sequence[Answer], counts: Counter[str]) -> list[Pair]:
         """The pairs of one record."""

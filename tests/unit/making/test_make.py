@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from tiny_video import write_clip
+from tiny_video_text import OMNI
 from typer.testing import CliRunner
 
 from mmalign.cli import app
@@ -264,3 +265,54 @@ def test_a_model_s_wrong_answers_become_pairs_that_train(
     trained = CliRunner().invoke(app, ["train", str(work / "config.yaml"), f"data.train={out}"])
     assert trained.exit_code == 0, trained.output
     assert (work / "run" / "final").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "told"),
+    [
+        ("ambiguous", ["sample.temperature=0.0"], "would give the same answer 4 times"),
+        ("hallucinate", ["--change", "swap_video"], "--change swap_video: must be one of blur"),
+        ("hallucinate", ["--out", "out/pairs.jsonl"], "clips/0.mp4 does not lie below"),
+        ("hallucinate", ["--checkpoint", "none"], "there is no such folder"),
+        ("ambiguous", ["--judge", "none.jsonl"], "give them by --answers"),
+    ],
+)
+def test_what_cannot_be_done_is_told_before_a_model_loads(
+    recipe: str, more: list[str], told: str, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(work)
+    monkeypatch.setattr("mmalign.models.adapter.build_adapter", None)
+    start = [recipe, "config.yaml", "--data", "qa.jsonl", "--out", "x.jsonl"]
+    assert told in run(*start, *more, code=1)
+
+
+def test_vague_answers_of_a_model_keep_parts_of_clips_and_clues(
+    work: Path, video_models: Models
+) -> None:
+    """The whole prompt's media are carried over as canonical keys, its clues are read."""
+    video = {"path": "clips/0.mp4", "start": 0.25, "frames": [0, 2, 4]}
+    rows = [
+        {**QUESTIONS[0], "response": "A man with a whistle throws a red ball.",
+         "video": video, "audio": "clips/1.mp4", "split": "train",
+         "clues": {"video": "a red ball", "audio": "a whistle"}},
+    ]  # fmt: skip
+    write(work / "qa.jsonl", rows)
+    hears = f"model.path={video_models(OMNI)}"
+    run("ambiguous", work / "config.yaml", hears, "--data", work / "qa.jsonl",
+        "--out", work / "x.jsonl", "--num", 2, "--threshold", 0.3)  # fmt: skip
+    (pair,) = read(work / "x.jsonl")
+    assert {key: pair[key] for key in ("video", "audio", "split")} == {
+        "video": video, "audio": "clips/1.mp4", "split": "train",
+    }  # fmt: skip
+    assert "names nothing that the audio clue does" in pair["ambiguity"]["reason"]
+
+
+def test_prompts_alone_are_answered_by_the_model_on_both_sides(tmp_path: Path) -> None:
+    asked = write(tmp_path / "asked.jsonl", [{"id": "who", "prompt": "Who throws what?"}])
+    said = write(tmp_path / "said.jsonl", [{"id": "who", "answers": ["A man.", "Something"]}])
+    start = ["--data", asked, "--answers", said, "--out", tmp_path / "x.jsonl"]
+    start += ["--layout", "prompts"]
+    assert "1 of 1 records have none" in run("hallucinate", *start, code=1)
+    run("ambiguous", *start, "--consistency", 0, "--threshold", 0.4)
+    (pair,) = read(tmp_path / "x.jsonl")
+    assert (pair["chosen"], pair["rejected"]) == ("A man.", "Something")
