@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor, nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mmalign.config import ModelConfig
     from mmalign.text.prefix import Fed, Rows
@@ -130,3 +130,18 @@ def load_trained(policy: nn.Module, folder: Path) -> nn.Module:
             f"e.g. {result.unexpected_keys[0]}"
         )
     return policy
+
+
+def require_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with more tokens than the model embeds.
+
+    Raises:
+        ConfigError: They do not belong together.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"model.path: the tokenizer has {len(tokenizer)} tokens, but the model embeds {rows}; "
+            "they do not belong together"
+        )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from mmalign.errors import ConfigError
 from mmalign.text import masks
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from mmalign.config import MaskConfig
     from mmalign.models.adapter import Batch
+    from mmalign.models.reference import Reference
     from mmalign.text.passes import Keep, Scored
     from mmalign.text.prefix import Rows
 
@@ -76,3 +78,16 @@ class PositionWeights(nn.Module):
         weight = masks.activation_mask(means, rows.mask)
         ones = torch.ones_like(weight)
         return (weight if self.config.on_reward else ones, weight if self.config.on_kl else ones)
+
+
+def require_single(reference: Reference) -> None:
+    """Refuse a mixture, which has no layers of its own.
+
+    Raises:
+        ConfigError: Several references at once.
+    """
+    if len(reference.members()) > 1:
+        raise ConfigError(
+            "text.masks.kind learned and activations read the layers of one reference model, but "
+            "reference.kind is mixture; use another kind of reference"
+        )

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
     from mmalign.config import RunConfig
     from mmalign.core import Needs
-    from mmalign.text.adapter import TextAdapter
+    from mmalign.text.token_adapter import TokenAdapter
 
 
 def write_reference(
-    config: RunConfig, needs: Needs, build: Callable[[RunConfig, Needs], TextAdapter]
+    config: RunConfig, needs: Needs, build: Callable[[RunConfig, Needs], TokenAdapter]
 ) -> str:
     """Store what the reference says about every row of a config; rows that are there stay.
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmalign.models import lora
-from mmalign.text.adapter import TextAdapter
 from mmalign.text.cached import cache_folder
 from mmalign.text.encode import Encoder
 from mmalign.text.model import causal_model
 from mmalign.text.passes import run_model
 from mmalign.text.prefix import arrange
 from mmalign.text.span_masks import with_spans
+from mmalign.text.token_adapter import TokenAdapter
 from mmalign.video import altered, pami
 from mmalign.video.augment import seed_for
 from mmalign.video.candidates import Corruptor
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from mmalign.config import RunConfig, SampleConfig, TrainConfig
+    from mmalign.config import ModelConfig, RunConfig, SampleConfig, TrainConfig
     from mmalign.core import CandidateLogps, Needs
     from mmalign.data.example import Example
     from mmalign.models.adapter import Batch
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from mmalign.video.reader import Prepared
 
 
-class VideoAdapter(TextAdapter):
+class VideoAdapter(TokenAdapter):
     """A video or audio-visual language model as policy, and its reference.
 
     Inputs of a batch are those of a text batch, and the contexts of `VideoEncoder`.
@@ -84,8 +84,15 @@ class VideoAdapter(TextAdapter):
         self._corruptor = Corruptor(config.video, hears)
         self._choice: pami.Chosen | None = None
 
-    _load_tokenizer = staticmethod(load_processor)
-    _load_model = staticmethod(load_model)
+    @classmethod
+    def _load_tokenizer(cls, config: RunConfig) -> Any:
+        return load_processor(config)
+
+    @classmethod
+    def _load_model(
+        cls, path: str, config: ModelConfig, revision: str | None = None
+    ) -> PreTrainedModel:
+        return load_model(path, config, revision)
 
     @classmethod
     def problems(cls, config: RunConfig) -> list[str]:

@@ -1,0 +1,303 @@
+"""Models of tokens scored on response tokens, whatever their prompts show: text, and video."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from peft import PeftModel
+
+from mmalign.core import CandidateLogps, Needs, presets
+from mmalign.errors import ConfigError
+from mmalign.models import lora
+from mmalign.models.adapter import Adapter
+from mmalign.models.linear import use_onednn
+from mmalign.models.reference import Cached, build_reference, resolve
+from mmalign.text.cached import ReferenceCache, check_cacheable
+from mmalign.text.encode import Encoder
+from mmalign.text.head import Heads
+from mmalign.text.layout import check_length, why_plain
+from mmalign.text.model import (
+    causal_model,
+    load_trained,
+    no_dropout,
+    require_fit,
+)
+from mmalign.text.passes import Scored, run_model, score, scoring_models
+from mmalign.text.prefix import Layout, Rows, arrange
+from mmalign.text.weights import PositionWeights, require_single
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from mmalign.config import ModelConfig, RunConfig, TrainConfig
+    from mmalign.data.example import Example
+    from mmalign.models.adapter import Batch
+    from mmalign.text.head import Head
+
+log = logging.getLogger(__name__)
+
+
+class TokenAdapter(Adapter):
+    """A language model as policy, and its reference.
+
+    Inputs of a batch are those of `Encoder.collate`, and from a cache `ref_logps` [B, K, L] or
+    `ref_hidden` [B, K, L, D]. A modality says how its models are loaded, trained and fed.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        needs: Needs,
+        model: PreTrainedModel,
+        tokenizer: Any,
+    ) -> None:
+        """Make a loaded model trainable as `config` says; `build` is this after loading."""
+        super().__init__()
+        self.config, self.needs = config, needs
+        self.encoder = self._make_encoder(tokenizer, model)
+        require_fit(model, self.encoder.tokenizer)
+        no_dropout(model)
+        if config.model.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.heads = Heads()
+        masks = config.text.masks
+        self.weights = PositionWeights(masks, model) if masks and needs.weight else None
+        self.policy = self._make_trainable(model)
+        use_onednn(self.policy)
+        self.reference = build_reference(config, self.policy, needs, load=self._load_reference)
+        self._start_head: Head | None = None
+        self._cache: ReferenceCache | None = None
+        if isinstance(self.reference, Cached):
+            self._cache = ReferenceCache(config, self.encoder, needs)
+            if needs.kl:  # states come from the cache, the head that reads them is the start's
+                self._start_head = self.heads.of(model).detached()
+        self._layout: Layout | None = None
+        if self.weights is not None and self.weights.reads is not None:
+            require_single(self.reference)
+
+    @classmethod
+    def build(cls, config: RunConfig, needs: Needs) -> Self:
+        """Load tokenizer and model; what cannot work is refused before."""
+        lora.check(config.model)
+        if resolve(config, needs) == "cached":
+            check_cacheable(config, needs)
+        tokenizer = cls._load_tokenizer(config)
+        model = cls._load_model(config.model.path, config.model, config.model.revision)
+        return cls(config, needs, model, tokenizer)
+
+    @classmethod
+    @abstractmethod
+    def _load_tokenizer(cls, config: RunConfig) -> Any:
+        """The tokenizer, or the whole processor of a model that is fed more than text."""
+
+    @classmethod
+    @abstractmethod
+    def _load_model(
+        cls, path: str, config: ModelConfig, revision: str | None = None
+    ) -> PreTrainedModel:
+        """The model of a folder or hub name."""
+
+    @abstractmethod
+    def _make_encoder(self, tokenizer: Any, model: PreTrainedModel) -> Encoder:
+        """What turns examples into batches."""
+
+    @abstractmethod
+    def _make_trainable(self, model: PreTrainedModel) -> nn.Module:
+        """The model with a LoRA, or with what is not trained frozen."""
+
+    @staticmethod
+    def _body(model: PreTrainedModel) -> PreTrainedModel:
+        """The part of a model that has the attention layers."""
+        return model
+
+    def _rows(self, batch: Batch, layout: Layout, *, prompts: bool = False) -> Rows:
+        return arrange(batch.inputs, layout, prompts=prompts)
+
+    _shorten: ClassVar[str] = "lower"  # how rows become shorter, beside their words
+
+    @classmethod
+    def provides(cls, config: RunConfig) -> Needs:
+        """All but what the kind of reference and the absence of `text.masks` rule out."""
+        kind = config.reference.kind
+        kl = kind not in ("none", "mixture")
+        if kind == "cached":  # holds the states for a KL only where the objective has one
+            kl = presets.from_config(config.objective).needs.kl
+        return Needs(
+            reference=kind != "none",
+            kl=kl,
+            weight=config.text.masks is not None,
+            log_sum_p2=True,
+            prompt=True,
+        )
+
+    def before_training(self, examples: Sequence[Example]) -> None:
+        """Refuse a cache that lacks rows, before the first step."""
+        if self._cache is not None:
+            self._cache.require(examples)
+
+    def collate(self, examples: Sequence[Example], draws: Sequence[int] | None = None) -> Batch:
+        """Token ids of all candidates, and the cached reference's values where there are any."""
+        return self._collate(examples, self.needs)
+
+    def _collate(self, examples: Sequence[Example], needs: Needs) -> Batch:
+        batch = self.encoder.collate(examples, needs)
+        if self._cache is None:
+            return batch
+        length = batch.inputs["response_ids"].shape[-1]
+        values = {self._cache.name: self._cache.get(examples, length)}
+        return replace(batch, inputs={**batch.inputs, **values})
+
+    def forward(self, batch: Batch, needs: Needs) -> CandidateLogps:
+        """Score the response tokens of every candidate; only what `needs` names is computed."""
+        rows = self._arrange(batch, prompts=needs.prompt)
+
+        weighs = needs.weight and self.weights is not None
+        reference, ref_logps = self._run_reference(batch, rows, needs, layers=weighs)
+        policy = run_model(self.policy, rows, self.heads)
+        size = self.config.text.block_size
+        stats = score(policy, rows, needs, size, reference if needs.kl else None)
+
+        weight = kl_weight = None
+        if weighs and self.weights is not None:
+            weight, kl_weight = self.weights(batch, rows, policy, reference)
+        if stats.reference is not None:
+            ref_logps = rows.responses(stats.reference)
+        return CandidateLogps(
+            policy=rows.responses(stats.policy),
+            mask=rows.mask,
+            labels=batch.labels,
+            reference=ref_logps,
+            kl=None if stats.kl is None else rows.responses(stats.kl),
+            weight=weight,
+            kl_weight=kl_weight,
+            row_weight=batch.row_weight,
+            log_sum_p2=None if stats.log_sum_p2 is None else rows.responses(stats.log_sum_p2),
+            prompt=rows.prompts(stats.policy),
+            prompt_mask=rows.prompt_mask,
+        )
+
+    @property
+    def _inner(self) -> PreTrainedModel:
+        return causal_model(self.policy)
+
+    def _run_reference(
+        self, batch: Batch, rows: Rows, needs: Needs, *, layers: bool
+    ) -> tuple[Scored | None, Tensor | None]:
+        """The reference's pass, for a KL or a mask to read, and its log-probabilities [B, K, L].
+
+        With a KL, the latter are left to the pass over the policy's states.
+        """
+        keep = self.weights.reads if layers and self.weights is not None else None
+        if not (needs.reference or needs.kl or keep):
+            return None, None
+        if "ref_logps" in batch.inputs:
+            return None, batch.inputs["ref_logps"]
+        if "ref_hidden" in batch.inputs:
+            states = rows.from_responses(batch.inputs["ref_hidden"])
+            parts = [(1.0, Scored(states, self._head_of_start(states.device)))]
+        else:
+            parts: list[tuple[float, Scored]] = []
+            for share, member in self.reference.members():
+                with member.active() as model:
+                    parts.append((share, run_model(model, rows, self.heads, keep)))
+        if needs.kl or not needs.reference:
+            return parts[0][1], None
+        size = self.config.text.block_size
+        with torch.no_grad():
+            logps = sum(share * score(part, rows, Needs(), size).policy for share, part in parts)
+        return parts[0][1], rows.responses(torch.as_tensor(logps))
+
+    def _head_of_start(self, device: torch.device) -> Head:
+        assert self._start_head is not None
+        self._start_head = self._start_head.to(device)
+        return self._start_head
+
+    def _arrange(self, batch: Batch, *, prompts: bool = False) -> Rows:
+        check_length(self._inner, batch.inputs, self._shorten)
+        if self._layout is None:
+            self._layout = self._choose_layout(batch)
+        return self._rows(batch, self._layout, prompts=prompts)
+
+    def _choose_layout(self, batch: Batch) -> Layout:
+        wanted = self.config.text.shared_prefix
+        if wanted == "off":
+            return "plain"
+        models = scoring_models(self.policy, self.reference)
+        reason = why_plain(models, self.heads, batch, self._rows, self._body)
+        if reason is None:
+            return "packed"
+        if wanted == "on":
+            raise ConfigError(f"text.shared_prefix is on, but {reason}. Use auto or off")
+        log.warning("text.shared_prefix: every candidate is a row of its own, since %s", reason)
+        return "plain"
+
+    def _load_reference(self, path: str) -> PreTrainedModel:
+        model = self._load_model(path, self.config.model)
+        require_fit(model, self.encoder.tokenizer)
+        outputs = [self.heads.of(m).weight.shape[0] for m in (model, self._inner)]
+        if self.needs.kl and outputs[0] != outputs[1]:
+            raise ConfigError(
+                f"reference.path {path}: has {outputs[0]} outputs, the policy has {outputs[1]}; a "
+                "KL between them needs one vocabulary"
+            )
+        no_dropout(model)
+        use_onednn(model)
+        return model
+
+    def save(self, directory: Path) -> None:
+        """Write the adapter in peft's layout, or the model in that of transformers; the tokenizer.
+
+        Learned position weights only matter in training: checkpoints hold them.
+        """
+        if isinstance(self.policy, PeftModel):
+            lora.save(self.policy, directory)
+        else:
+            self._inner.save_pretrained(directory)
+        self.encoder.tokenizer.save_pretrained(directory)
+
+    def restore(self, directory: Path) -> nn.Module:
+        """Load a peft adapter or whole weights into the policy."""
+        return load_trained(self.policy, directory)
+
+    def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
+        """The policy; learned position weights in a group of their own."""
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self.policy.parameters() if p.requires_grad]}
+        ]
+        if self.weights is not None:
+            masks = self.weights.config
+            rate = {} if masks.lr is None else {"lr": masks.lr}
+            parameters = list(self.weights.parameters())
+            groups.append({"params": parameters, "weight_decay": masks.weight_decay, **rate})
+        return groups
+
+    def after_step(self, step: int) -> None:
+        """Move an averaged reference."""
+        self.reference.after_step(step)
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """The tensors of an averaged reference."""
+        return self.reference.state()
+
+    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `extra_state` gave."""
+        self.reference.load_state(state)
+
+    @torch.no_grad()
+    def reference_values(self, batch: Batch, needs: Needs) -> dict[str, Tensor]:
+        """The reference's states `ref_hidden` where a KL is needed, else `ref_logps`; [B, K, L]."""
+        rows = self._arrange(batch)
+        needs = Needs(reference=True, kl=needs.kl)
+        reference, logps = self._run_reference(batch, rows, needs, layers=False)
+        if logps is not None:
+            return {"ref_logps": logps}
+        assert reference is not None
+        return {"ref_hidden": rows.responses(reference.states)}
