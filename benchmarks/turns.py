@@ -15,7 +15,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -90,6 +90,10 @@ class Arm:
             if line.startswith("RESULT"):
                 seconds, added, peak = map(float, line.split()[1:])
                 return seconds, added, peak
+        self.fail()
+
+    def fail(self) -> NoReturn:
+        """End with what the process wrote to its errors."""
         self.errors.seek(0)
         raise SystemExit(f"{self.name} failed:\n{self.errors.read()[-3000:]}")
 

@@ -16,17 +16,16 @@ offline (Sem-DPO's exp(-alpha * cosine distance)) go into `weight`.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from mmalign.data.example import Candidate, Example, ExampleKind, Media, Message, Prompt
-from mmalign.data.fields import Fields, Problem, Text, as_list, as_object
+from mmalign.data.example import Candidate, Example, ExampleKind, Media
+from mmalign.data.fields import Fields, Problem, as_object
 from mmalign.data.labels import read_labels
-from mmalign.data.parse_media import MEDIA_KEYS, WHOLE_KEYS, check_marks, has_media, read_media
+from mmalign.data.parse_media import MEDIA_KEYS, WHOLE_KEYS, check_marks, read_media
 from mmalign.data.parse_pictures import PICTURE_KEYS, read_pictures
-from mmalign.data.spans import untag
+from mmalign.data.parse_texts import read_extra, read_prompt, read_texts
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
@@ -115,7 +114,8 @@ def read_record(
     kind = "plain" if alone else _kind(fields)
     if kind is None:
         return None, fields.problems
-    prompt = _prompt(fields, "prompt") if "prompt" in fields or not _own_prompts(fields) else ""
+    prompt = read_prompt(fields, "prompt") if "prompt" in fields or not _own_prompts(fields) else ""
+    media = Media() if pictures else read_media(fields, root)
     extra: list[Candidate | None] = []
     rated: list[Candidate | None]
     if alone:
@@ -123,10 +123,12 @@ def read_record(
     elif pictures:
         rated = read_pictures(fields, kind, root)
     else:
-        rated = _texts(fields, kind, root)
-        extra = _extra_roles(fields) + _under_other_media(fields, rated, root)
-    media = Media() if pictures else read_media(fields, root)
-    check_marks(fields, prompt, media)
+        rated = read_texts(fields, kind, media, root)
+        extra = read_extra(fields, kind, rated, media, root)
+    for shown in dict.fromkeys(
+        (c.prompt or prompt, c.media or media) for c in (*rated, *extra) if c
+    ):
+        check_marks(fields, *shown)
     labels = read_labels(fields, kind, len(rated))
     weight = fields.number("weight", 0.0)
     identity = fields.get("id")
@@ -183,144 +185,6 @@ def _kind(fields: Fields) -> ExampleKind | None:
 
 def _own_prompts(fields: Fields) -> bool:
     return "prompt_chosen" in fields and "prompt_rejected" in fields
-
-
-def _as_prompt(text: Text | None) -> Prompt | None:
-    return text if text is None or isinstance(text, str) else tuple(Message(*turn) for turn in text)
-
-
-def _prompt(fields: Fields, key: str) -> Prompt | None:
-    return _as_prompt(fields.text(key))
-
-
-def _candidate(
-    fields: Fields,
-    response: Text | None,
-    spans: str,
-    steps: str,
-    cut: str,
-    *,
-    role: str = "",
-    prompt: Prompt | None = None,
-    media: Media | None = None,
-) -> Candidate | None:
-    """A candidate whose spans, steps and cut flag are read from the keys of these names."""
-    length = len(response) if isinstance(response, str) else None
-    span_ranges = fields.ranges(spans, fields.get(spans), length)
-    step_ranges = fields.ranges(steps, fields.get(steps), length)
-    complete = not fields.flag(cut)
-    if response is None:
-        return None
-    if (span_ranges or step_ranges) and length is None:
-        fields.fail(f"{spans} and {steps} need a response that is text, not messages")
-    if not isinstance(response, str) and response[0][0] != "assistant":
-        found = f"it starts with a {response[0][0]} turn"
-        fields.fail("a response must start with an assistant turn", found)
-    return Candidate(
-        _as_prompt(response) or "",
-        prompt=prompt,
-        media=media,
-        spans=span_ranges,
-        steps=step_ranges,
-        role=role,
-        complete=complete,
-    )
-
-
-def _texts(fields: Fields, kind: ExampleKind, root: PictureRoot | None) -> list[Candidate | None]:
-    if kind == "pair":
-        return _pair(fields, root)
-    if kind == "list":
-        return _list(fields)
-    return [_candidate(fields, fields.text("response"), "spans", "steps", "cut")]
-
-
-def _pair(fields: Fields, root: PictureRoot | None) -> list[Candidate | None]:
-    sides: list[Candidate | None] = []
-    for side in ("chosen", "rejected"):
-        prompt = _prompt(fields, f"prompt_{side}") if f"prompt_{side}" in fields else None
-        names = (f"spans_{side}", f"steps_{side}", f"{side}_cut")
-        own = read_media(fields, root, f"_{side}") if has_media(fields, f"_{side}") else None
-        text = fields.text(side)
-        made = _candidate(fields, text, *names, prompt=prompt, media=own)
-        sides.append(_tagged(fields, made, side))
-    chosen, rejected = sides
-    if chosen and rejected:
-        left, right = ((side.response, side.prompt, side.media) for side in (chosen, rejected))
-        if left == right:
-            fields.fail("chosen equals rejected")
-    return sides
-
-
-def _tagged(fields: Fields, candidate: Candidate | None, side: str) -> Candidate | None:
-    """The candidate with the spans of its tagged text, where the record gives one."""
-    key = f"{side}_masked"
-    if key not in fields or candidate is None:
-        return candidate
-    tagged = fields.text(key)
-    if not isinstance(tagged, str) or not isinstance(candidate.response, str):
-        fields.fail(f"{key} must be text, as {side} is")
-        return candidate
-    if candidate.spans:
-        fields.fail(f"spans_{side} and {key} are both there; give one of them")
-    plain, spans = untag(tagged, candidate.response)
-    if plain != candidate.response:
-        fields.fail(f"{key} must be {side} with <MASK> tags", f"without them it is {plain[:60]!r}")
-    return replace(candidate, spans=spans)
-
-
-def _under_other_media(
-    fields: Fields, rated: list[Candidate | None], root: PictureRoot | None
-) -> list[Candidate | None]:
-    """A response to another clip, and the chosen one under a corrupted clip."""
-    extra: list[Candidate | None] = []
-    none = Fields({})
-    if "rejected_irrelevant" in fields:
-        text = fields.text("rejected_irrelevant")
-        extra.append(_candidate(none, text, "", "", "", role="rejected_irrelevant"))
-    if has_media(fields, "_corrupted"):
-        media = read_media(fields, root, "_corrupted")
-        if rated and rated[0] is not None:
-            extra.append(replace(rated[0], media=media, role="corrupted"))
-    fields.problems.extend(none.problems)
-    return extra
-
-
-def _list(fields: Fields) -> list[Candidate | None]:
-    texts = fields.texts("responses")
-    if len(texts) == 1:
-        fields.fail("responses must hold at least two texts", "holds 1")
-    per_response: dict[str, list[Any]] = {}
-    for key in ("spans", "steps", "cut"):
-        raw = fields.get(key)
-        values = as_list(raw) if raw is not None else [None] * len(texts)
-        if values is None or len(values) != len(texts):
-            fields.fail(f"{key} must have one entry a response")
-            values = [None] * len(texts)
-        per_response[key] = values
-    rated: list[Candidate | None] = []
-    for i, text in enumerate(texts):
-        each = Fields({key: values[i] for key, values in per_response.items()})
-        rated.append(_candidate(each, text, "spans", "steps", "cut"))
-        fields.problems.extend(each.problems)
-    return rated
-
-
-def _extra_roles(fields: Fields) -> list[Candidate | None]:
-    extra: list[Candidate | None] = []
-    none = Fields({})
-    if "calibration" in fields:
-        extra.append(_candidate(none, fields.text("calibration"), "", "", "", role="calibration"))
-    if "rationale" in fields:
-        # Under the row's own prompt the two responses, which a rationale compares, would be unseen.
-        question = _prompt(fields, "rationale_prompt")
-        text = fields.text("rationale")
-        extra.append(_candidate(none, text, "", "", "", role="rationale", prompt=question))
-    if "online" in fields:
-        texts = fields.texts("online")
-        extra += [_candidate(none, text, "", "", "", role="online") for text in texts]
-    fields.problems.extend(none.problems)
-    return extra
 
 
 def _check_unread(fields: Fields, unread: Mapping[str, Any], kind: ExampleKind) -> None:

@@ -1,8 +1,9 @@
 """What a record's prompt shows and plays: video, image, audio, for the row or for one side.
 
 A medium is a path from the data file's folder, or an object with `path` (or the kind's own name),
-`start` and `end` in seconds, and for clips `frames`, numbers chosen before. A single clip may have
-`start`, `end`, `span` and `frames` beside it in the record.
+`start` and `end` or `span` in seconds, and for clips `frames`, numbers chosen before. A single clip
+may have `start`, `end`, `span` and `frames` beside it in the record; `start` and `end` then hold
+for the one sound beside it too. A kind that a side does not name is that of the row.
 """
 
 from __future__ import annotations
@@ -25,6 +26,13 @@ KINDS = ("video", "image", "audio")
 SIDES = ("", "_chosen", "_rejected", "_corrupted")
 MEDIA_KEYS = tuple(f"{kind}{s}{side}" for kind in KINDS for s in ("", "s") for side in SIDES)
 WHOLE_KEYS = ("start", "end", "span", "frames")
+_PARTS = {
+    "video": ("start", "end", "span", "frames"),
+    "image": (),
+    "audio": ("start", "end", "span"),
+}
+"""What an object may say of a medium beside its path."""
+
 _FEATURES = (".npy", ".npz", ".pt", ".pth")
 _SOUNDS = (".mp3", ".wav", ".flac", ".ogg", ".m4a", ".aac", ".opus")
 
@@ -34,22 +42,29 @@ def has_media(fields: Fields, side: str = "") -> bool:
     return any(f"{kind}{s}{side}" in fields for kind in KINDS for s in ("", "s"))
 
 
-def read_media(fields: Fields, root: PictureRoot | None, side: str = "") -> Media:
-    """The media of the row, or of a side; problems go to `fields`.
+def read_media(fields: Fields, root: PictureRoot | None) -> Media:
+    """The media of the row; problems go to `fields`.
 
     Args:
         fields: The record.
         root: Where paths start and what they may not leave.
-        side: "", "_chosen", "_rejected" or "_corrupted".
     """
-    videos = _several(fields, "video", side, root, _clip)
-    images = _several(fields, "image", side, root, _picture)
-    sounds = _several(fields, "audio", side, root, _sound)
-    # A file of sound alone under `video` is a sound: some layouts have one column for both.
-    heard = [Sound(c.path, c.start, c.end) for c in videos if _is_sound(c.path)]
-    shown = [clip for clip in videos if not _is_sound(clip.path)]
-    media = Media(tuple(shown), tuple(images), (*sounds, *heard))
-    return media if side else _with_span(fields, media)
+    return _with_span(fields, _read(fields, root, ""))
+
+
+def read_side(fields: Fields, root: PictureRoot | None, side: str, row: Media) -> Media | None:
+    """The media of a side, or None where they are those of the row.
+
+    Args:
+        fields: The record.
+        root: Where paths start and what they may not leave.
+        side: "_chosen", "_rejected" or "_corrupted".
+        row: What is shown in place of the kinds that the side does not name.
+    """
+    if not has_media(fields, side):
+        return None
+    own = _read(fields, root, side)
+    return Media(own.videos or row.videos, own.images or row.images, own.sounds or row.sounds)
 
 
 def check_marks(fields: Fields, prompt: Prompt | None, media: Media) -> None:
@@ -65,6 +80,16 @@ def check_marks(fields: Fields, prompt: Prompt | None, media: Media) -> None:
                 f"the prompt must name <{kind}> as often as there are media of the kind, or never",
                 f"names it {named} times and the record has {len(items)}",
             )
+
+
+def _read(fields: Fields, root: PictureRoot | None, side: str) -> Media:
+    videos = _several(fields, "video", side, root, _clip)
+    images = _several(fields, "image", side, root, _picture)
+    sounds = _several(fields, "audio", side, root, _sound)
+    # A file of sound alone under `video` is a sound: some layouts have one column for both.
+    heard = [Sound(c.path, c.start, c.end) for c in videos if _is_sound(c.path)]
+    shown = [clip for clip in videos if not _is_sound(clip.path)]
+    return Media(tuple(shown), tuple(images), (*sounds, *heard))
 
 
 def _several(
@@ -88,16 +113,14 @@ def _several(
 
 
 def _clip(fields: Fields, name: str, value: Any, root: PictureRoot | None) -> Clip | None:
-    parts = as_object(value) or {}
-    path = _path(fields, name, parts.get("path", parts.get("video", value)), root)
+    path, parts = _file(fields, name, value, "video", root)
     span = _span(fields, name, parts)
     frames = _frames(fields, name, parts.get("frames"))
     return None if path is None or span is None else Clip(path, *span, frames)
 
 
 def _sound(fields: Fields, name: str, value: Any, root: PictureRoot | None) -> Sound | None:
-    parts = as_object(value) or {}
-    path = _path(fields, name, parts.get("path", parts.get("audio", value)), root)
+    path, parts = _file(fields, name, value, "audio", root)
     span = _span(fields, name, parts)
     return None if path is None or span is None else Sound(path, *span)
 
@@ -105,9 +128,28 @@ def _sound(fields: Fields, name: str, value: Any, root: PictureRoot | None) -> S
 def _picture(fields: Fields, name: str, value: Any, root: PictureRoot | None) -> Picture | None:
     if isinstance(value, Picture):  # a cell of a table
         return value
-    parts = as_object(value) or {}
-    path = _path(fields, name, parts.get("path", parts.get("image", value)), root)
+    path, _ = _file(fields, name, value, "image", root)
     return None if path is None else Picture(path)
+
+
+def _file(
+    fields: Fields, name: str, value: Any, kind: str, root: PictureRoot | None
+) -> tuple[Path | None, dict[str, Any]]:
+    """The file of a medium, and the keys of an object beside its path."""
+    parts = {k: v for k, v in (as_object(value) or {}).items() if v is not None}
+    if not parts:
+        return _path(fields, name, value, root), {}
+    given = [parts.pop(key) for key in ("path", kind) if key in parts]
+    if len(given) != 1:
+        what = f"{name} must have one `path`, as text or in an object"
+        fields.fail(what, f"is {show(value)}")
+        return None, {}
+    for key in sorted(set(parts) - set(_PARTS[kind])):
+        fields.fail(
+            f"{name} has the key {key!r}, which means nothing there; it may have path"
+            + "".join(f", {known}" for known in _PARTS[kind])
+        )
+    return _path(fields, name, given[0], root), parts
 
 
 def _path(fields: Fields, name: str, value: Any, root: PictureRoot | None) -> Path | None:
@@ -135,16 +177,19 @@ def _path(fields: Fields, name: str, value: Any, root: PictureRoot | None) -> Pa
 def _span(fields: Fields, name: str, parts: dict[str, Any]) -> tuple[float, float | None] | None:
     """Start and end in seconds; None where they are wrong."""
     given = [parts.get("start"), parts.get("end")]
-    pair = as_list(parts.get("span"))
-    if pair is not None and len(pair) == 2 and given == [None, None]:
+    if "span" in parts:
+        pair = as_list(parts["span"])
+        if pair is None or len(pair) != 2 or given != [None, None]:
+            what = f"{name}: span must be [start, end] in seconds, without start and end beside it"
+            fields.fail(what, f"is {show(parts)}")
+            return None
         given = pair
     start = 0.0 if given[0] is None else number(given[0])
     end = None if given[1] is None else number(given[1])
-    bad = start is None or start < 0 or (given[1] is not None and (end is None or end <= start))
-    if bad or start is None:
-        fields.fail(
-            f"{name}: start and end must be seconds, 0 <= start < end", f"are {show(given)}"
-        )
+    wrong = given[1] is not None and (end is None or start is None or end <= start)
+    if start is None or start < 0 or wrong:
+        what = f"{name}: start and end must be seconds, 0 <= start < end"
+        fields.fail(what, f"are {show(given)}")
         return None
     return start, end
 
@@ -158,25 +203,33 @@ def _frames(fields: Fields, name: str, value: Any) -> tuple[int, ...]:
 
 
 def _with_span(fields: Fields, media: Media) -> Media:
-    """A part of the one clip or sound, given beside it in the record."""
+    """A part of the one clip, or of the one sound, given beside it in the record."""
     if not media or not any(key in fields for key in WHOLE_KEYS):
         return media
     given = {key: fields.get(key) for key in WHOLE_KEYS if key in fields}
     span = _span(fields, "the record", given)
     frames = _frames(fields, "the record", given.get("frames"))
-    if span is None:
+    one, kinds = (*media.videos, *media.sounds), (len(media.videos), len(media.sounds))
+    if kinds not in ((1, 0), (1, 1), (0, 1)) or (frames and not media.videos):
+        fields.fail(
+            f"{', '.join(given)} in the record must be of one clip, or one sound",
+            f"it has {kinds[0]} clips and {kinds[1]} sounds; write them into the media: "
+            '{"path": ..., "start": ..., "end": ...}',
+        )
         return media
-    if len(media.videos) == 1:
-        clip = replace(media.videos[0], start=span[0], end=span[1])
-        return replace(media, videos=(replace(clip, frames=frames or clip.frames),))
-    if not media.videos and len(media.sounds) == 1 and not frames:
-        return replace(media, sounds=(Sound(media.sounds[0].path, *span),))
-    fields.fail(
-        f"{', '.join(given)} belong to one clip",
-        f"the record has {len(media.videos)}; write them into the clips: "
-        '{"path": ..., "start": ..., "end": ...}',
-    )
-    return media
+    timed = set(given) != {"frames"}
+    twice = timed and any(item.start or item.end is not None for item in one)
+    if twice or (frames and media.videos[0].frames):
+        fields.fail(f"{', '.join(given)} in the record must not be given in its media too")
+        return media
+    videos, sounds = media.videos, media.sounds
+    if frames:
+        videos = tuple(replace(clip, frames=frames) for clip in videos)
+    if timed and span is not None:
+        start, end = span
+        videos = tuple(replace(clip, start=start, end=end) for clip in videos)
+        sounds = tuple(replace(sound, start=start, end=end) for sound in sounds)
+    return replace(media, videos=videos, sounds=sounds)
 
 
 def _is_sound(path: Path) -> bool:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _PATCH = 8  # pixels
 _WIDTH, _MLP, _LAYERS, _HEADS = 64, 128, 2, 4  # of the tower and of the language model
 _MEAN, _STD = [0.15] * 3, [0.25] * 3  # dark backgrounds come to lie near zero
+_ROPE_BASE = 100.0  # for 50 tokens; with the usual 10,000 few frequencies tell frames apart
 _PAD, _UNKNOWN, _END, _VIDEO, _IMAGE = "<pad>", "<unk>", "<eos>", "<video>", "<image>"
 _QUESTION, _ANSWER = "<q>", "<a>"
 NUM_TOKENS = NUM_FRAMES * (SIDE // _PATCH // 2) ** 2 + 1
@@ -101,6 +102,7 @@ def make_model(processor: Any, seed: int) -> Any:
         "num_key_value_heads": _HEADS,
         "vocab_size": len(tokenizer),
         "max_position_embeddings": 256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": _ROPE_BASE},
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,

@@ -99,6 +99,28 @@ def side_by_side(rows: Sequence[Answers], *, count_words: bool = True) -> Markup
     return Markup().join(_answers(row, count_words) for row in rows)
 
 
+def columns(
+    texts: Mapping[str, str],
+    remarks: Mapping[str, Sequence[str]] | None = None,
+    *,
+    count_words: bool = True,
+) -> Markup:
+    """Texts next to each other under their labels; `Markup` among them is kept."""
+    cells: list[Markup] = []
+    for label, text in texts.items():
+        plain = text.striptags() if isinstance(text, Markup) else text
+        words = len(plain.split())
+        small = [f"{words} word{'' if words == 1 else 's'}"] if count_words else []
+        small += list((remarks or {}).get(label, ()))
+        shown = escape(text) if text.strip() else Markup("<em>(empty)</em>")
+        cells.append(
+            Markup('<div class="answer"><h4>{} <small>{}</small></h4><p>{}</p></div>').format(
+                label, " · ".join(small), shown
+            )
+        )
+    return Markup('<div class="columns">{}</div>').format(Markup().join(cells))
+
+
 def folded(summary: str, content: Markup) -> Markup:
     """Content that opens on a click."""
     return Markup("<details><summary>{}</summary>{}</details>").format(summary, content)
@@ -114,20 +136,10 @@ def _inline(text: str | Markup) -> Markup:
 
 
 def _answers(row: Answers, count_words: bool) -> Markup:
-    cells: list[Markup] = []
-    for label, text in row.responses.items():
-        words = len(text.split())
-        remarks = [f"{words} word{'' if words == 1 else 's'}"] if count_words else []
-        remarks += list(row.marks.get(label, ()))
-        shown = escape(text) if text.strip() else Markup("<em>(empty)</em>")
-        cells.append(
-            Markup('<div class="answer"><h4>{} <small>{}</small></h4><p>{}</p></div>').format(
-                label, " · ".join(remarks), shown
-            )
-        )
-    return Markup(
-        '<article class="answers"><p class="prompt">{}</p><div class="columns">{}</div></article>'
-    ).format(row.prompt, Markup().join(cells))
+    shown = columns(row.responses, row.marks, count_words=count_words)
+    return Markup('<article class="answers"><p class="prompt">{}</p>{}</article>').format(
+        row.prompt, shown
+    )
 
 
 def _is_text(value: object) -> bool:

@@ -80,6 +80,13 @@ PLOTS = (
         "nats per response",
         (Curve("kl", "training", 0),),
     ),
+    Plot(
+        "Divergence under altered clips, training",
+        "nats",
+        (Curve("pami/far", "chosen", 0), Curve("pami/far_max", "farthest", 1, "--")),
+        note="How differently the model answers when it sees the altered clip. Near 0 the clips "
+        "teach nothing.",
+    ),
     *_STEPS,
 )
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup, escape
 
 from mmalign import configfile
-from mmalign.report import blocks, pictures
+from mmalign.report import blocks, clips, pictures
 from mmalign.report.blocks import Answers, Section
 from mmalign.report.curves import PICTURE_PLOTS, PLOTS
 from mmalign.report.figures import plot
@@ -82,9 +82,11 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
         _setup(runs),
         _remarks(runs),
         pictures.sheets(runs),
+        clips.questions([run for run in runs if run.has_media]),
         held_out(runs),
         pictures.by_noise_level(runs),
-        _completions([run for run in runs if not run.has_pictures]),
+        _completions([run for run in runs if not run.has_pictures and not run.has_media]),
+        clips.alterations(runs),
         _curves(runs, PICTURE_PLOTS if are_pictures else PLOTS),
         Section("How to read the numbers", _terms(pictures.TERMS if are_pictures else _TERMS)),
         Section("Configurations" if many else "Configuration", _configs(runs)),

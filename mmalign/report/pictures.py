@@ -126,7 +126,7 @@ def _bounded(file: Path) -> tuple[str, bytes]:
     """Kind and bytes of a picture of at most `_MAX_BYTES`: as it is, else a smaller JPEG."""
     data = file.read_bytes()
     if len(data) <= _MAX_BYTES:
-        return "png", data
+        return file.suffix.removeprefix("."), data
     from PIL import Image
 
     with Image.open(file) as opened:

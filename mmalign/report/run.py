@@ -37,6 +37,11 @@ class Run:
         return self.config.get("modality") == "diffusion"
 
     @property
+    def has_media(self) -> bool:
+        """Whether questions show or play something, of which there are sheets."""
+        return self.config.get("modality") == "video"
+
+    @property
     def is_finished(self) -> bool:
         """Whether the trained weights were saved at the end."""
         return (self.folder / "final").is_dir()

@@ -164,6 +164,18 @@ class VideoAdapter(TokenAdapter):
         super().after_step(step)
         self._step = step
 
+    def extra_state(self) -> dict[str, Tensor]:
+        """An averaged reference, and the step that a moving gate stands at."""
+        moves = self.config.video.selection.tau_start is not None
+        step = {"video_step": torch.tensor(self._step)} if moves else {}
+        return {**super().extra_state(), **step}
+
+    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `extra_state` gave."""
+        super().load_extra_state(state)
+        if "video_step" in state:
+            self._step = int(state["video_step"])
+
     def metrics(self, batch: Batch, logps: CandidateLogps) -> dict[str, Tensor]:
         """The operations on clips; of PaMi's choice, how close and how far its clips were."""
         roles = self.needs.roles

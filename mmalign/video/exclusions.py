@@ -41,6 +41,11 @@ def problems(config: RunConfig) -> list[str]:
             "candidates, which are other ones at every visit of a row. Use lora-off or "
             "frozen-copy"
         )
+    if "augmented" in needs.roles and config.train.backward == "per_candidate":
+        found.append(
+            "train.backward is per_candidate, but the objective chooses among a row's clips, which "
+            "it must see together. Use joint"
+        )
     if "augmented" not in needs.roles and "selection" in video.model_fields_set:
         found.append(
             "video.selection is set, but the objective chooses among no clips; only pami_vdpo "

@@ -58,8 +58,11 @@ def compared(own: Shown, altered: Shown) -> Image.Image:
     """What is altered of a prompt's media, as it is and below it as it was made."""
     blocks: list[Block] = []
     before, after = _first_sound(own), _first_sound(altered)
-    moved = before is not None and after is not None
-    moved = moved and not np.array_equal(before.samples, after.samples)
+    moved = (
+        before is not None
+        and after is not None
+        and not np.array_equal(before.samples, after.samples)
+    )
     for name, shown, wave in (("as it is", own, before), ("altered", altered, after)):
         blocks.append(_words(name))
         if shown.clips:

@@ -1,6 +1,7 @@
 """Every file in configs/ for text trains: dry-run on a tiny model and tiny data of its kind.
 
-Those for pictures: `test_diffusion_configs.py`. What all of them share is tested here.
+Those for pictures: `test_diffusion_configs.py`, for clips: `test_video_configs.py`. What all of them
+share is tested here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from video_runs import KIND_OF
 
 from mmalign import config as configs
 from mmalign.core import presets
@@ -23,19 +25,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-MODELS = ("smollm2", "sd15", "sdxl", "sd3")
+MODELS = ("smollm2", "sd15", "sdxl", "sd3", *KIND_OF)
 """What the name of a config ends in; `dpo_stories260k` is a second one of its method."""
-
-WITHOUT_CONFIG = {
-    "vdpo": "one response under two videos; comes with the video adapter",
-    "vdpo_symmetric": "needs a corrupted visual input; comes with the video adapter",
-    "pami_vdpo": "needs augmented clips; comes with the video adapter",
-    "mdpo": "needs a corrupted visual input; comes with the video adapter",
-    "povid": "needs a noised image; comes with the video adapter",
-    "chip": "needs a corrupted visual input; comes with the video adapter",
-    "vista_dpo": "needs corrupted visual inputs; comes with the video adapter",
-}
-"""Presets that no adapter of this package can feed yet, with the reason."""
 
 
 def preset_names(config: RunConfig) -> list[str]:
@@ -120,19 +111,18 @@ def test_config_says_what_hardware_and_data_first(path: Path) -> None:
 
 def test_every_preset_has_a_config() -> None:
     covered = {name for path in CONFIGS for name in preset_names(configs.load(path))}
-    assert covered - set(presets.PRESETS) == set()
-    assert set(presets.PRESETS) - covered == set(WITHOUT_CONFIG)
+    assert covered == set(presets.PRESETS)
 
 
 def test_config_is_named_after_its_method() -> None:
-    for name in set(presets.PRESETS) - set(WITHOUT_CONFIG):
+    for name in presets.PRESETS:
         paths = [ROOT / "configs" / f"{name}_{model}.yaml" for model in MODELS]
         named = [path for path in paths if path.is_file()]
         assert named, name
         assert all(preset_names(configs.load(path)) == [name] for path in named)
 
 
-def test_a_config_for_pictures_is_named_after_method_and_model() -> None:
+def test_a_config_for_pictures_or_clips_is_named_after_method_and_model() -> None:
     for path in set(CONFIGS) - set(TEXT):
         config = configs.load(path)
         method, _, model = path.stem.rpartition("_")

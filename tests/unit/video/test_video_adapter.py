@@ -42,7 +42,7 @@ def own_logps(adapter: VideoAdapter, row: Example, answer: str, count: int) -> T
         heard["audio_from_video_indices"] = [0]
     inputs = processor.inner(
         text=[text],
-        videos=[frames.pixels],
+        videos=[frames.pixels.copy()],
         videos_kwargs=processor._video_options(shown),
         return_tensors="pt",
         **heard,
