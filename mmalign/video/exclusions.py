@@ -51,9 +51,10 @@ def problems(config: RunConfig) -> list[str]:
             "video.selection is set, but the objective chooses among no clips; only pami_vdpo "
             "does. Remove it"
         )
-    if not made and "corruption" in video.model_fields_set:
+    drawn = {"corrupted", "rejected_corrupted", "augmented"} & set(made)
+    if not drawn and "corruption" in video.model_fields_set:
         found.append(
-            "video.corruption is set, but the objective scores no answer under a corrupted "
-            "clip. Remove it, or use e.g. mdpo, vdpo, pami_vdpo"
+            "video.corruption is set, but the objective scores no answer under a clip that is "
+            "corrupted by it. Remove it, or use e.g. mdpo, vdpo, pami_vdpo"
         )
     return found
