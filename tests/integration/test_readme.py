@@ -57,12 +57,18 @@ def test_config_snippet_is_valid(tmp_path: Path) -> None:
     assert yaml.safe_load(shown) | {"output": ""} == shipped | {"output": ""}
 
 
-def test_data_snippet_is_read() -> None:
+def test_data_snippets_are_read(tmp_path: Path) -> None:
     import json
 
     from mmalign.data.parse import parse_record
+    from mmalign.data.pictures import PictureRoot
 
-    (shown,) = blocks("json")
+    clips, shown = blocks("json")
+    for name in re.findall(r"\w+\.(?:mp4|wav)", clips):
+        (tmp_path / name).write_bytes(b"x")
+    for line in clips.splitlines():
+        row = parse_record(json.loads(line), where="README", root=PictureRoot(tmp_path))
+        assert row.media.videos
     kinds = []
     for line in shown.splitlines():
         record = json.loads(line)
