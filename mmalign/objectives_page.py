@@ -65,7 +65,7 @@ def page(name: str) -> str:
     lines += _keywords(function, about)
     lines += _entry("needs", [_needs(known, function)])
     lines += _entry("also", _modifiers(known, function))
-    lines += _entry("works on", [_modalities(function)])
+    lines += _entry("works on", [_modalities(known, function)])
     others = [alias for alias, target in presets.ALIASES.items() if target == known]
     lines += _entry("also called", [", ".join(others)])
     lines += _entry("paper", [about.source])
@@ -177,15 +177,15 @@ def _plain(default: Any) -> str:
     return str(default)
 
 
-def _modalities(function: Callable[..., Objective]) -> str:
+def _modalities(name: str, function: Callable[..., Objective]) -> str:
+    from mmalign.core import presets
     from mmalign.models.adapter import ADAPTERS
 
     family = function.__module__.rpartition(".")[2].partition("_")[0]  # video, video_cells
-    if family not in ("diffusion", "video"):
-        return ", ".join(ADAPTERS)
-    missing = "" if family in ADAPTERS else " (its adapter is not in this version)"
-    also = "; text where the data has what it needs" if family == "video" else ""
-    return f"{family}{missing}{also}"
+    if family == "video":
+        # Answers under altered clips are made by its adapter alone; the rest reads any tokens.
+        return "video" if presets.build(name).needs.roles else "video, text"
+    return family if family == "diffusion" else ", ".join(ADAPTERS)
 
 
 def _paper(source: str) -> str:

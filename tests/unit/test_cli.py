@@ -154,6 +154,28 @@ def test_every_objective_has_a_page() -> None:
         assert max(map(len, objectives_page.page(name).splitlines())) <= 110, name
 
 
+@pytest.mark.parametrize(
+    ("name", "modalities", "config"),
+    [
+        ("rrpo", "video, text", "rrpo_qwen3vl.yaml"),
+        ("adpo", "video, text", "adpo_qwen25omni.yaml"),
+        ("tpo_temporal", "video, text", "tpo_temporal_qwen25vl.yaml"),
+        ("pami_vdpo", "video", "pami_vdpo_llavaov.yaml"),
+        ("vista_dpo", "video", "vista_dpo_qwen25vl.yaml"),
+        ("povid", "video", "povid_llavaov.yaml"),
+        ("dpo", "text, diffusion, video", "dpo_qwen3vl.yaml"),
+        ("dcpo", "diffusion", "dcpo_sdxl.yaml"),
+    ],
+)
+def test_the_page_says_what_an_objective_works_on(
+    name: str, modalities: str, config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    lines = Result("objectives", name).out.splitlines()
+    assert f"  works on    {modalities}" in lines
+    assert any(line.endswith(f"configs/{config}") for line in lines)
+
+
 def test_the_page_of_a_users_own_function(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "own_losses.py").write_text("def mine(beta, gamma: float = 2.0):\n    ...\n")
     monkeypatch.syspath_prepend(tmp_path)
