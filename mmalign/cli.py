@@ -121,7 +121,8 @@ def sample(
         option(
             "--prompts",
             metavar="FILE",
-            text="JSONL with a `prompt` in each record, or a text file with one prompt a line",
+            text="JSONL with a `prompt` in each record, which may have video, image, audio; or a "
+            "text file with one prompt a line",
         ),
     ] = None,
     run: Annotated[
@@ -154,7 +155,8 @@ def sample(
     For example: mmalign sample --run runs/dpo --prompts questions.txt sample.temperature=0.7
     """
     from mmalign import config as configs
-    from mmalign.offline import read_prompts, sample_checkpoint
+    from mmalign.data.prompts import read_prompts
+    from mmalign.offline import sample_checkpoint
 
     overrides = list(overrides or ())
     if run is not None and config is not None:  # the first KEY=VALUE lands in CONFIG's place
@@ -168,21 +170,24 @@ def sample(
     asked = read_prompts(prompts)
     if settings.modality == "diffusion":
         from mmalign.cli_pictures import sample_pictures
+        from mmalign.models.adapter import adapter_class
 
+        texts = [adapter_class(settings.modality).question(row) for row in asked]
         records = sample_pictures(
-            settings, asked, checkpoint, out, base=base, seeds=seeds, columns=grid
+            settings, texts, checkpoint, out, base=base, seeds=seeds, columns=grid
         )
         typer.echo(f"{len(records)} pictures: {out}")
         return
     if seeds is not None or grid is not None:
         raise ConfigError(
-            "sample: --seeds and --grid are for pictures, but CONFIG is of a text model"
+            f"sample: --seeds and --grid are for pictures, but modality is {settings.modality}"
         )
     texts = sample_checkpoint(settings, asked, checkpoint, base=base, out=out)
     if out is None:
-        for prompt, text in zip(asked, texts, strict=True):
-            question = prompt if isinstance(prompt, str) else prompt[-1].content
-            typer.echo(f"> {question}\n{text}\n")
+        for row, text in zip(asked, texts, strict=True):
+            question = row.prompt if isinstance(row.prompt, str) else row.prompt[-1].content
+            files = ", ".join(Path(str(file)).name for file in row.media.files())
+            typer.echo(f"> {question}{f'  [{files}]' if files else ''}\n{text}\n")
 
 
 @app.command(short_help="Write to disk what training would compute again in every epoch.")
@@ -304,6 +309,25 @@ def quickstart_diffusion(
     from mmalign.quickstart import diffusion
 
     diffusion.run(output, seed, fast)
+
+
+@quickstart_app.command("video", short_help="A video model that learns to say no.")
+def quickstart_video(
+    output: Annotated[
+        Path | None,
+        option("--output", metavar="DIR", text="run folder; by default runs/quickstart-video"),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", help="clips, start of the base, order of rows")
+    ] = 0,
+    fast: Annotated[
+        bool, option("--fast", text="a smoke run of seconds, whose numbers mean nothing")
+    ] = False,
+) -> None:
+    """Train a small video model that says yes to everything, teach it to say no, and report."""
+    from mmalign.quickstart import video
+
+    video.run(output, seed, fast)
 
 
 def _weighted(item: str) -> tuple[str, float]:

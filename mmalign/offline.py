@@ -79,31 +79,37 @@ def table(result: Evaluation) -> str:
 
 def sample_checkpoint(
     config: RunConfig,
-    prompts: Sequence[Prompt],
+    rows: Sequence[Example],
     checkpoint: Path | None,
     *,
     base: bool = False,
     out: Path | None = None,
 ) -> list[str]:
-    """One completion a prompt, with the config's `sample` settings.
+    """One completion a row's prompt, with the config's `sample` settings.
 
     Args:
         config: The run's configuration.
-        prompts: Plain or conversational.
+        rows: Prompts, plain or conversational, with what they show.
         checkpoint: A `checkpoint-N` or `final` folder; None for the newest of `config.output`.
         base: Use the model as it was before training.
-        out: Also write prompts and completions here, as JSONL.
+        out: Also write prompts, the files they show, and completions here, as JSONL.
+
+    Raises:
+        DataError: A prompt shows what the model does not take, or what cannot be decoded.
     """
+    from mmalign.models.adapter import adapter_class
+
+    asked = [adapter_class(config.modality).question(row) for row in rows]
     adapter = trained_adapter(config, checkpoint, base=base)
     options = config.sample.model_dump(exclude={"num_prompts", "prompts"})
     size = config.train.eval_batch_size or config.train.batch_size
     texts: list[str] = []
-    for start in range(0, len(prompts), size):
-        texts += map(str, adapter.sample(list(prompts[start : start + size]), **options))
+    for start in range(0, len(asked), size):
+        texts += map(str, adapter.sample(asked[start : start + size], **options))
     if out is not None:
         records = [
-            {"prompt": _plain(prompt), "response": text}
-            for prompt, text in zip(prompts, texts, strict=True)
+            {"prompt": _plain(row.prompt), **_media(row), "response": text}
+            for row, text in zip(rows, texts, strict=True)
         ]
         _write(out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
     return texts
@@ -132,33 +138,6 @@ def trained_adapter(config: RunConfig, checkpoint: Path | None, *, base: bool = 
     if folder is not None:
         restore(adapter, folder)
     return adapter
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts of a file: one a line in a text file, else the `prompt` of each record.
-
-    Raises:
-        DataError: The file is missing, empty, or a record has no usable prompt.
-    """
-    from mmalign.data.example import Message
-    from mmalign.data.files import read_rows
-    from mmalign.data.turns import prompt_of
-
-    prompts: list[Prompt] = []
-    if path.suffix == ".txt" and path.is_file():
-        prompts += [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
-        for row in read_rows(path):
-            value = None if row.value is None else prompt_of(row.value.get("prompt"))
-            if not value:
-                raise DataError(f"{row.place}: {row.problem or 'has no `prompt`'}")
-            many = isinstance(value, list)
-            prompts.append(
-                tuple(Message(t["role"], t["content"]) for t in value) if many else value
-            )
-    if not prompts:
-        raise DataError(f"{path}: holds no prompts")
-    return prompts
 
 
 def trained_folder(config: RunConfig, checkpoint: Path | None) -> Path:
@@ -248,6 +227,11 @@ def _plain(prompt: Prompt) -> Any:
     if isinstance(prompt, str):
         return prompt
     return [{"role": message.role, "content": message.content} for message in prompt]
+
+
+def _media(row: Example) -> dict[str, list[str]]:
+    files = row.media.files()
+    return {"media": [str(file) for file in files]} if files else {}
 
 
 def _write(path: Path, text: str) -> None:

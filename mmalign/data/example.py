@@ -79,6 +79,11 @@ class Media:
         """Whether there is anything to see or hear."""
         return bool(self.videos or self.images or self.sounds)
 
+    def files(self) -> tuple[Path | Picture, ...]:
+        """Where each medium lies, in order."""
+        sounds = (sound.path for sound in self.sounds)
+        return (*(clip.path for clip in self.videos), *self.images, *sounds)
+
 
 Prompt = str | tuple[Message, ...]
 Response = Prompt

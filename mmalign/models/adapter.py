@@ -12,7 +12,7 @@ from torch import nn
 
 from mmalign.core import Needs
 from mmalign.data.example import as_text
-from mmalign.errors import ConfigError
+from mmalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -181,8 +181,19 @@ class Adapter(nn.Module, ABC):
         """The rows as the model will see them, for a terminal."""
         raise ConfigError(f"{cls.__name__} cannot show rows")
 
-    def question(self, example: Example) -> Any:
-        """What `sample` takes to answer a row again; hashable."""
+    @classmethod
+    def question(cls, example: Example) -> Any:
+        """What `sample` takes to answer a row, or to answer it again; hashable.
+
+        Raises:
+            DataError: The row shows something that a model of this modality does not look at.
+        """
+        if example.media:
+            files = ", ".join(map(str, example.media.files()))
+            raise DataError(
+                f"{example.id}: shows {files}, which only a model of modality video looks at. "
+                "Take it out, or use a config with modality: video"
+            )
         return example.prompt
 
     def sample(self, prompts: Sequence[Any], **options: Any) -> list[Any]:

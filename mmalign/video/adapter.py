@@ -185,7 +185,8 @@ class VideoAdapter(TokenAdapter):
             found |= altered.choices(batch, self._choice, names)
         return found
 
-    def question(self, example: Example) -> Question:
+    @classmethod
+    def question(cls, example: Example) -> Question:
         """The row's prompt with what it shows."""
         return Question(example.prompt, example.media, example)
 

@@ -1,0 +1,256 @@
+"""Whole runs on tiny video models: trained, resumed, cached, and the files that come out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+from video_runs import configured, row, write_config, write_rows
+
+from mmalign import config as configs
+from mmalign.cli import app
+from mmalign.errors import ConfigError
+from mmalign.offline import evaluate_checkpoint, write_cache
+from mmalign.train.loop import train
+from mmalign.train.metrics import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Models = Callable[[str], Path]
+
+KIND = "qwen2_5_vl"
+LONGER = {"num_steps": 10, "lr": 3e-2, "save_every": 5, "eval_every": 5}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, clips_dir: Path) -> dict[str, Any]:
+    """Eight pairs to train on and three to evaluate on; the clips lie beside the tests' others."""
+    folder = tmp_path_factory.mktemp("rows")
+    train_rows = write_rows(folder / "train.jsonl", [row(i) for i in range(8)])
+    held_out = write_rows(folder / "eval.jsonl", [row(i) for i in (20, 25, 31)])
+    plain = write_rows(folder / "plain.jsonl", [row(i, "plain") for i in range(8)])
+    return {
+        name: {"path": str(path), "pictures": str(clips_dir)}
+        for name, path in {"train": train_rows, "eval": held_out, "plain": plain}.items()
+    }
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_a_run_learns_and_its_weights_work_without_this_package(
+    video_models: Models, clips_dir: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
+    held_out = {"data": {"eval": data["eval"]}, "sample": {"num_prompts": 2}}
+    model = video_models(KIND)
+    path = write_config(tmp_path, model, data["train"], train=LONGER, **held_out)
+    said = run("train", path)
+    folder = tmp_path / "run"
+    assert f"weights: {folder / 'final'}" in said
+
+    steps = [line for line in read_json(folder / "metrics.jsonl") if "loss" in line]
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert steps[-1]["loss"] < 0.5
+    assert steps[-1]["rewards/margins"] > 1.0
+    evaluations = read_json(folder / "eval.jsonl")
+    assert [line["step"] for line in evaluations] == [0, 5, 10]
+    samples = [line for line in read_json(folder / "samples.jsonl") if line["step"] == 10]
+    assert [line["media"][0]["file"] for line in samples] == ["clip0.mp4", "clip1.mp4"]
+    assert all((folder / line["frames"]).is_file() for line in samples)
+
+    assert "reward_accuracy" in run("eval", path)
+    final = evaluate_checkpoint(configs.load(path), folder / "final").metrics
+    for name in ("loss", "reward_accuracy", "log_ratio_margin", "kl"):
+        assert final[name] == pytest.approx(evaluations[-1][name], rel=1e-4, abs=1e-6), name
+
+    prompts = write_rows(
+        clips_dir / "questions.jsonl",
+        [
+            {"prompt": "What does the cat do?", "video": "clip0.mp4", "chosen": "not read"},
+            {"prompt": "And in <video>?", "videos": [{"path": "clip1.mp4", "end": 1.0}]},
+            {"prompt": [{"role": "user", "content": "Which cat?"}]},
+        ],
+    )
+    shown = run("sample", path, "--prompts", prompts)
+    assert "> What does the cat do?  [clip0.mp4]\n" in shown
+    assert "> Which cat?\n" in shown
+    out = tmp_path / "answers.jsonl"
+    run("sample", "--run", folder, "--prompts", prompts, "--out", out, "--base")
+    answers = read_json(out)
+    assert [len(answer.get("media", ())) for answer in answers] == [1, 1, 0]
+    assert shown != "".join(
+        f"> {answer['prompt']}\n{answer['response']}\n\n" for answer in answers
+    ), "trained weights answer in another way"
+
+
+@pytest.mark.parametrize("kind", [KIND, "llava_onevision", "qwen2_5_omni_thinker"])
+def test_final_weights_give_the_runs_log_probabilities_by_plain_libraries(
+    kind: str, video_models: Models, clips_dir: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
+    """Through transformers and peft alone, with the processor of final/ and a prompt of its own."""
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from mmalign.core import Needs
+    from mmalign.models.adapter import build_adapter, load_usable
+    from mmalign.offline import restore
+
+    short = {"num_steps": 3, "lr": 3e-2}
+    config = configured(tmp_path, video_models(kind), data["train"], train=short)
+    train(config)
+    final = config.output / "final"
+
+    needs = Needs(reference=True, rows="pair")
+    rows, _ = load_usable(config, needs)
+    adapter: Any = build_adapter(config, needs).eval()
+    restore(adapter, final)
+    with torch.no_grad():
+        ours = adapter(adapter.collate(rows[:1]), needs).policy.sum(-1)[0]  # [2]
+
+    processor = AutoProcessor.from_pretrained(final)
+    base = AutoModelForImageTextToText.from_pretrained(video_models(kind))
+    model = PeftModel.from_pretrained(base, str(final)).eval()
+    shown = adapter.encoder.reader.show(rows[0].media)
+    frames, wave = shown.clips[0]
+    pixels, count = torch.from_numpy(frames.pixels.copy()), len(frames.times)
+    metadata = {"fps": frames.fps, "frames_indices": [*range(count)], "total_num_frames": count}
+    options: dict[str, Any] = {"videos": [pixels], "return_tensors": "pt"}
+    options["videos_kwargs"] = {
+        "do_sample_frames": False,
+        "fps": frames.fps,
+        "video_metadata": [metadata],
+    }
+    if "longest_edge" in dict(processor.video_processor.size or {}):
+        options["videos_kwargs"]["size"] = dict(processor.video_processor.size)
+    if wave is not None:
+        options |= {"load_audio_from_video": True, "audio": [wave.samples]}
+        options |= {"audio_from_video_indices": [0], "audio_kwargs": {"sampling_rate": 16_000}}
+    turn = {
+        "role": "user",
+        "content": [{"type": "video"}, {"type": "text", "text": rows[0].prompt}],
+    }
+    text = processor.apply_chat_template([turn], add_generation_prompt=True)
+    theirs: list[float] = []
+    for candidate in rows[0].candidates:
+        whole = processor(text=[f"{text}{candidate.response}<|im_end|>"], **options)
+        before = processor(text=[text], **options)["input_ids"].shape[1]
+        played = {"use_audio_in_video": True} if wave is not None else {}
+        with torch.no_grad():
+            logps = model(**whole, **played).logits[0].log_softmax(-1)
+        ids = whole["input_ids"][0]
+        taken = logps[before - 1 : -1].gather(1, ids[before:, None])
+        theirs.append(float(taken.sum()))
+    assert ours.tolist() == pytest.approx(theirs, rel=1e-4)
+
+
+PAMI: dict[str, Any] = {
+    "objective": {"name": "pami_vdpo"},
+    "video": {
+        "num_frames": 4,
+        "corruption": {"operations": ["reverse", "shuffle", "crop", "gaussian_noise"]},
+        "selection": {"num_candidates": 3, "mode": "soft", "tau_close": 0.2, "tau_start": 0.9},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("rows", "sections"),
+    [
+        ("train", {"objective": {"name": "mdpo"}}),
+        ("plain", PAMI),
+        ("train", {"video": {"clues": {"width": 64, "num_queries": 4, "num_layers": 2}}}),
+    ],
+    ids=["mdpo", "pami_vdpo", "clues"],
+)
+def test_a_resumed_run_ends_with_the_same_bits(
+    rows: str,
+    sections: dict[str, Any],
+    video_models: Models,
+    data: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    steps = {"train": {"num_steps": 4, "save_every": 2, "lr": 1e-2}}
+    config = configured(tmp_path, video_models(KIND), data[rows], **steps, **sections)
+    train(config)
+    broken = config.model_copy(update={"output": tmp_path / "broken"})
+    shutil.copytree(config.output, broken.output)
+    shutil.rmtree(broken.output / "checkpoint-4")
+    shutil.rmtree(broken.output / "final")
+    result = train(broken, resume=True)
+    assert result.steps == 4
+    for name in ("checkpoint-4/weights.safetensors", "final/adapter_model.safetensors"):
+        ours, theirs = load_file(broken.output / name), load_file(config.output / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    kept = ("loss", "grad_norm", "rewards/margins")
+    whole, resumed = (
+        [
+            {key: line[key] for key in kept if key in line}
+            for line in read_json(folder / "metrics.jsonl")
+        ]
+        for folder in (config.output, broken.output)
+    )
+    assert resumed == whole
+
+
+@pytest.mark.parametrize("objective", ["dpo", "tdpo2"])
+def test_a_run_from_caches_never_runs_a_tower_and_is_the_live_one(
+    objective: str,
+    video_models: Models,
+    data: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sections = {"data": {"eval": data["eval"]}, "objective": {"name": objective}}
+    path = write_config(tmp_path, video_models(KIND), data["train"], **sections)
+    live = configs.load(path, [f"output={tmp_path / 'elsewhere' / 'live'}"])
+    cached = configs.load(path, ["reference.kind=cached"])
+    with pytest.raises(ConfigError, match="mmalign cache CONFIG"):
+        train(cached)
+    train(live)
+    said = write_cache(cached)
+    assert "features of 4 media written, 0 were there" in said
+    assert "11 rows written" in said
+    assert "features of 0 media written, 4 were there" in write_cache(cached)
+
+    from mmalign.video import contexts
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr(contexts, "encode", refuse)
+    train(cached)
+    ours, theirs = (
+        load_file(config.output / "final/adapter_model.safetensors") for config in (cached, live)
+    )
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-6)
+
+
+def test_worker_processes_give_the_same_run(
+    video_models: Models, data: dict[str, Any], tmp_path: Path
+) -> None:
+    model = video_models(KIND)
+    config = configured(tmp_path, model, data["train"], objective={"name": "mdpo"})
+    train(config)
+    workers = configs.load(
+        tmp_path / "config.json", ["data.num_workers=2", f"output={tmp_path / 'workers'}"]
+    )
+    train(workers)
+    name = "final/adapter_model.safetensors"
+    ours, theirs = load_file(workers.output / name), load_file(config.output / name)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
