@@ -40,7 +40,7 @@ class Sizes:
     """How much of everything; the defaults are those of the proven recipe."""
 
     base_clips: int = 960
-    base_steps: int = 1100
+    base_steps: int = 800
     pair_clips: int = 400  # with four pairs each
     held_out_clips: int = 200
     held_out_pairs: int = 200  # of theirs, for the run's own evaluation
@@ -130,10 +130,9 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
     marks = {"before": before, "after": after, "control": control}
     result: dict[str, Any] = {
         **{arm: one.numbers() for arm, one in marks.items()},
-        "errors": {arm: one.errors() for arm, one in marks.items()},
         "gain": gain(before, after),
         "gain_of_control": gain(before, control),
-        "contradicts": contradicts(before),
+        "false_yes": false_yes(before),
         "verdict": verdict(before, after),
         "seconds": round(time.perf_counter() - began, 1),
         "stages": stages,
@@ -146,7 +145,7 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
         "fast": fast,
         "mmalign": __version__,
     }
-    write(output, result, paper, marks, course, sizes.shown)
+    write(output, result, marks, course, sizes.shown)
     lap("report")
     result["seconds"] = round(time.perf_counter() - began, 1)
     write_text(output / "summary.json", json.dumps(result, indent=2) + "\n")
@@ -237,16 +236,24 @@ def gain(before: Marks, after: Marks) -> dict[str, float]:
     return found
 
 
-def contradicts(before: Marks) -> dict[str, float]:
-    """How often the base knows better: its share of false yes, and of those the events it named."""
+def false_yes(before: Marks) -> dict[str, float]:
+    """Of all no-questions the share answered yes; of those, how often the base knew better.
+
+    `named` when asked openly, `contradicted` by the words behind that very yes.
+    """
     import numpy as np
 
     from mmalign.quickstart.video_exam import NO_QUESTIONS
 
     wrong = np.array([~before.right[kind] for kind in NO_QUESTIONS])  # [2, N]
-    seen = np.broadcast_to(before.right["event_word"], wrong.shape)
-    share = float(seen[wrong].mean()) if wrong.any() else 0.0
-    return {"false_yes": round(float(wrong.mean()), 4), "event_named": round(share, 4)}
+    named = np.broadcast_to(before.names_event("event"), wrong.shape)
+    told = np.array([before.names_event(kind) for kind in NO_QUESTIONS])
+    shares = {
+        "share": wrong.mean(),
+        "named": named[wrong].mean() if wrong.any() else 0.0,
+        "contradicted": told[wrong].mean() if wrong.any() else 0.0,
+    }
+    return {name: round(float(share), 4) for name, share in shares.items()}
 
 
 def verdict(before: Marks, after: Marks) -> dict[str, Any]:
@@ -255,7 +262,7 @@ def verdict(before: Marks, after: Marks) -> dict[str, Any]:
     passed = change["pair"] >= LEAST_GAIN and change["general"] >= -MOST_LOST
     points = f"pairs {100 * change['pair']:+.0f}, general {100 * change['general']:+.0f} points"
     text = f"Pass: {points}." if passed else f"No clear effect on this run: {points}."
-    named = float(before.right["event_word"].mean())
+    named = float(before.names_event("event").mean())
     if named < SEES:
         text += (
             f" The base names only {100 * named:.0f} % of the events; alignment mends what is "

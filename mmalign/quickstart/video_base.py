@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from mmalign.quickstart.clip_questions import Asked
     from mmalign.quickstart.clips import Clips, Scene
 
-NUM_STEPS = 1100
 SHARE_OF_YES = 0.9  # among questions whether an event happens
 _CLIPS, _LR, _WARMUP, _LOWEST = 16, 1.5e-3, 50, 0.05  # clips a step, with three questions each
 _REPLAN_EVERY = 50  # steps

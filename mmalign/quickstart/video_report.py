@@ -1,0 +1,280 @@
+"""The page of the video demonstration: what the model saw, what it said, and what that shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from markupsafe import Markup
+
+from mmalign.quickstart import clip_questions as questions
+from mmalign.quickstart.clips import EVENTS, NUM_FRAMES
+from mmalign.quickstart.video_base import SHARE_OF_YES
+from mmalign.report import Section, blocks, figures, write_report
+from mmalign.report.pictures import picture
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+
+    from mmalign.quickstart.video_base import Course
+    from mmalign.quickstart.video_exam import Marks
+
+_ARMS = ("before", "after", "control")
+_ROWS = (  # key, what the reader sees
+    ("pair", "yes and no both right"),
+    ("basic", "says yes to what happens"),
+    ("no_reversed", "says no to the reverse of it"),
+    ("no_other", "says no to another event"),
+    ("event_word", "names the event when asked what happens"),
+    ("general", "general: mean of the four below"),
+    ("event", "the whole sentence on what happens"),
+    ("colour", "colour"),
+    ("shape", "shape"),
+    ("static", "yes or no about the colour"),
+)
+_DRAWN = ("pair", "basic", "no_reversed", "no_other", "event_word", "general")
+_TICKS = ("both\nright", "yes,\nhappens", "no,\nreverse", "no,\nanother", "names\nevent", "general")
+_SHOWN = ("event", "basic", "no_reversed", "no_other")
+_TABLE = Markup(
+    '<div class="scroll"><table><thead><tr><th>question</th>{}</tr></thead>'
+    "<tbody>{{}}</tr></tbody></table></div>"
+).format(Markup().join(Markup('<th class="text">{}</th>').format(arm) for arm in _ARMS))
+_WINDOW = 20  # steps of the base that a point of its curve is the mean of
+
+
+def write(
+    output: Path, result: Mapping[str, Any], marks: Mapping[str, Marks], course: Course, shown: int
+) -> Path:
+    """Write `report.html` about the preference run in `output`, with the control beside it.
+
+    Args:
+        output: Folder of the demonstration.
+        result: What `summary.json` will hold.
+        marks: The three exams: before, after, control.
+        course: How the base learned.
+        shown: Clips whose frames and answers stand on the page.
+    """
+    sections = [
+        Section("What happened", _what_happened(result)),
+        Section("What it saw and what it said", _clips(output, marks, shown)),
+        Section("It sees the event and says yes", _sees(result, course)),
+        Section("What this does not show", _limits(result)),
+    ]
+    title = "A small video model learns to say no"
+    return write_report(
+        [output / "preference"], output / "report.html", title=title, sections=sections
+    )
+
+
+def _what_happened(result: Mapping[str, Any]) -> Markup:
+    passed, text = result["verdict"]["passed"], result["verdict"]["text"]
+    gain, control, count = result["gain"], result["gain_of_control"], result["num_clips"]
+    stages = ", ".join(f"{name.replace('_', ' ')} {s:g}" for name, s in result["stages"].items())
+    worst = 100 * 0.5 / np.sqrt(count)
+    return Markup().join(
+        [
+            blocks.paragraph(
+                "A LLaVA-OneVision of 0.18 million parameters was trained from nothing on clips in "
+                "which one shape does one thing. In that training "
+                f"{100 * SHARE_OF_YES:.0f} % of the questions whether an event happens had the "
+                "answer yes, as in data made from captions, so it says yes to whatever is asked. "
+                f"Then {result['num_pairs']:,} preference pairs, made by rule, aligned its "
+                "language model with RRPO: the loss weighs the word yes or no alone, and a KL term "
+                "holds the rest of the chosen answers. What encodes the frames stayed frozen. The "
+                "control was fine-tuned on the chosen answers of the same pairs, for as many steps."
+            ),
+            _smoke(result),
+            blocks.note(text, "info" if passed else "warning"),
+            blocks.table(
+                ["held-out clips", *_ARMS],
+                [[label, *(_share(result[arm][key]) for arm in _ARMS)] for key, label in _ROWS],
+                f"{count} clips that were never trained on, one question of each kind a clip, "
+                f"greedy answers, seed {result['seed']}. Standard error of one number, over the "
+                f"clips drawn: at most {worst:.1f} points.",
+            ),
+            blocks.figure(
+                figures.svg(lambda axes: _bars(axes, result), alt=_alt(result), size=(7.2, 2.9)),
+                "Share of right answers, %",
+                "Lines: one standard error, over the clips drawn.",
+            ),
+            blocks.paragraph(
+                f"Pairs gained {_change(gain, 'pair')} by preference pairs and "
+                f"{_change(control, 'pair')} by the control; the general questions changed by "
+                f"{_change(gain, 'general')} and {_change(control, 'general')}. The control "
+                f"says yes to what happens in {_share(result['control']['basic'])} of the clips, "
+                f"the aligned model in {_share(result['after']['basic'])}."
+            ),
+            blocks.paragraph(f"{result['seconds']:g} s until here; by stage: {stages}."),
+        ]
+    )
+
+
+def _smoke(result: Mapping[str, Any]) -> Markup:
+    if not result["fast"]:
+        return Markup()
+    text = "This was a smoke run with a base that learned next to nothing: no number here "
+    return blocks.note(text + "means anything.", "warning")
+
+
+def _bars(axes: Axes, result: Mapping[str, Any]) -> None:
+    places, width = np.arange(len(_DRAWN)), 0.26
+    for index, arm in enumerate(_ARMS):
+        shares = np.array([result[arm][key] for key in _DRAWN])
+        errors = np.sqrt(shares * (1 - shares) / result["num_clips"])
+        axes.bar(
+            places + (index - 1) * width,
+            100 * shares,
+            width * 0.92,
+            yerr=100 * errors,
+            color=figures.colour(index),
+            ecolor="#010101",  # the page's ink
+            error_kw={"linewidth": 0.9},
+            label=arm,
+        )
+    axes.set_xticks(places, _TICKS)
+    axes.set_ylim(0, 119)
+    axes.set_yticks(range(0, 101, 25))
+    axes.grid(visible=False, axis="x")
+    axes.legend(loc="upper center", ncols=3)
+
+
+def _alt(result: Mapping[str, Any]) -> str:
+    return "; ".join(
+        f"{key.replace('_', ' ')}: " + ", ".join(f"{arm} {_share(result[arm][key])}" for arm in _ARMS)
+        for key in _DRAWN
+    )
+
+
+def _clips(output: Path, marks: Mapping[str, Marks], count: int) -> Markup:
+    """For the first clips, the frames, and below them questions and answers."""
+    paper = marks["before"].paper
+    parts = [
+        blocks.paragraph(
+            f"The first {min(count, len(paper.clips))} held-out clips, one of each of the "
+            f"{len(EVENTS)} events; none was chosen. These are the {NUM_FRAMES} frames of 32 x 32 "
+            "pixels that the model gets. Below them one open question and three that ask for yes "
+            "or no."
+            if count >= len(EVENTS)
+            else f"The first {count} held-out clips and the {NUM_FRAMES} frames of each that the "
+            "model gets."
+        )
+    ]
+    for index in range(min(count, len(paper.clips))):
+        rows: list[Markup] = []
+        for kind in _SHOWN:
+            asked = paper.asked[kind][index]
+            said = [
+                _answer(marks[arm].answers[kind][index], right=bool(marks[arm].right[kind][index]))
+                for arm in _ARMS
+            ]
+            rows.append(Markup().join([Markup("<tr><th>{}</th>").format(asked.question), *said]))
+        file = output / "shown" / f"{index}.webp"
+        _write_frames(paper.clips.files[index], file)
+        truth = questions.sentence(paper.clips.scenes[index])
+        parts.append(
+            Markup('<article class="answers">{}{}</article>').format(
+                picture(file, f"{paper.clips.files[index].name}: {truth}"),
+                _TABLE.format(Markup("</tr>").join(rows)),
+            )
+        )
+    return Markup().join(parts)
+
+
+def _write_frames(clip: Path, file: Path) -> None:
+    from mmalign.config import VideoConfig
+    from mmalign.data.example import Clip
+    from mmalign.video import strips
+    from mmalign.video.media import read_frames
+    from mmalign.video.processing import Shown
+
+    frames = read_frames(Clip(clip), VideoConfig(num_frames=NUM_FRAMES))
+    image = strips.sheet(Shown(clips=[(frames, None)], starts=[0.0]))
+    assert image is not None
+    strips.write(image, file)
+
+
+def _answer(text: str, *, right: bool) -> Markup:
+    """A cell: an answer with a sign in front, so that colour is not all that tells right from wrong.
+
+    Where yes or no was said that word alone is coloured: it is what was asked for.
+    """
+    word, space, rest = text.partition(" ")
+    if word not in (questions.YES, questions.NO):
+        word, space, rest = text, "", ""
+    sign, name = ("✓", "good") if right else ("✗", "bad")
+    shown = Markup('<td class="text"><span class="{}">{} {}</span>{}{}</td>')
+    return shown.format(name, sign, word, space, rest)
+
+
+def _sees(result: Mapping[str, Any], course: Course) -> Markup:
+    false, losses = result["false_yes"], np.array(course.losses)
+    window = min(_WINDOW, max(1, len(losses) // 3))
+    means = np.convolve(losses, np.ones(window) / window, "valid")
+
+    def draw(axes: Axes) -> None:
+        axes.plot(np.arange(len(means)) + window, means, color=figures.colour(0))
+        axes.set_yscale("log")
+        axes.set_xlabel("optimiser step")
+        axes.set_ylabel("nats per token")
+
+    text = (
+        f"Before alignment {_share(false['share'])} of the questions about what does not happen "
+        f"were answered yes. Asked what happens, the same model named the event in "
+        f"{_share(false['named'])} of those clips, and in {_share(false['contradicted'])} it "
+        "contradicted its own yes in the same breath (“does the blue bar shrink ?” – “yes , the "
+        "blue bar grows .”). So the knowledge is there and the word does not use it; that is what "
+        "preference pairs can mend. What a model cannot see they cannot teach it."
+    )
+    parts = [
+        blocks.paragraph(text),
+        blocks.figure(
+            figures.svg(draw, alt=f"Loss of the base from {means[0]:.2g} to {means[-1]:.2g}"),
+            "The base learns: loss on its training answers",
+            f"Mean of {window} steps. {result['base_steps']} steps in all.",
+        ),
+    ]
+    if result["base_steps_skipped"]:
+        parts.append(
+            blocks.note(
+                f"The machine was too slow for {result['base_steps_skipped']} of the base's steps, "
+                "which were left out; the base may see less than it could.",
+                "warning",
+            )
+        )
+    return Markup().join(parts)
+
+
+def _limits(result: Mapping[str, Any]) -> Markup:
+    notes = [
+        "One run is one draw. Seeds differ far more than the errors in the table: they are over "
+        "clips, not over trainings. In three runs of the recipe that this one follows, pairs "
+        "ended at 67, 85 and 33 %.",
+        "The control may do as well. In those three runs it ended at 46, 75 and 24 %, and said no "
+        "to more of what does happen; that is no proof that preference pairs beat fine-tuning. "
+        "They also cost twice the time a step.",
+        "Held-out clips are other draws of the same eight events, three shapes and four colours: "
+        "nothing here is about real videos, or questions in other words.",
+        "The bias was planted. Models in the wild say yes for many reasons, and pairs made by rule "
+        "from what a generator knows are cleaner than any that people or models write.",
+        "Pairs about colour and shape were mixed in. In a trial without them the general "
+        "questions fell from 97 to 37 %: the KL term guards only what is asked in the pairs.",
+        "DPO over whole answers, and spans that hold the event too, do little here: the margin is "
+        "won on event words that the model knows already.",
+        f"With {result['num_clips']} clips one is {100 / result['num_clips']:.1f} points. Read the "
+        "direction, not the decimals.",
+    ]
+    return Markup("<ul>{}</ul>").format(
+        Markup().join(Markup("<li>{}</li>").format(text) for text in notes)
+    )
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.1f}".removesuffix(".0") + " %"
+
+
+def _change(gain: Mapping[str, float], key: str) -> str:
+    change = f"{100 * gain[key]:+.1f}".replace("-", "−")
+    return f"{change} ± {100 * gain[f'{key}_error']:.1f} points"
