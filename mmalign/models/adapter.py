@@ -106,6 +106,13 @@ class Adapter(nn.Module, ABC):
         """The rows that can be learned from; what is left out is counted, named and logged."""
         return list(examples)
 
+    @classmethod
+    def usable_parts(
+        cls, config: RunConfig, parts: Sequence[Sequence[Example]]
+    ) -> list[list[Example]]:
+        """The same for rows to train on and rows held out, which may share files."""
+        return [cls.usable(config, part) for part in parts]
+
     @abstractmethod
     def collate(self, examples: Sequence[Example], draws: Sequence[int] | None = None) -> Batch:
         """Examples to one batch, on the CPU; may run in worker processes.
@@ -250,8 +257,9 @@ def load_usable(config: RunConfig, needs: Needs) -> tuple[list[Example], list[Ex
     from mmalign.data.sources import load_examples
 
     adapter = adapter_class(config.modality)
-    train, held_out = load_examples(config.data, needs, seed=config.train.seed)
-    return adapter.usable(config, train), adapter.usable(config, held_out)
+    parts = load_examples(config.data, needs, seed=config.train.seed)
+    train, held_out = adapter.usable_parts(config, parts)
+    return train, held_out
 
 
 def build_adapter(config: RunConfig, needs: Needs) -> Adapter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,6 +32,8 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         log_with=list(config.train.trackers) or None,
         project_config=ProjectConfiguration(project_dir=output, logging_dir=output),
     )
+    if not accelerator.is_main_process:  # of what is said about rows and files, once is enough
+        logging.getLogger("mmalign").setLevel(logging.ERROR)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes == 1 < launched:
         raise ConfigError(

@@ -72,7 +72,7 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> 
         resume: Continue from the newest complete checkpoint; on a CPU the weights end up
             bit-identical to those of an unbroken run.
         dry_run: Build everything, run one micro-batch forward and backward, print what came of it,
-            and write nothing.
+            and write nothing into `output`.
 
     Raises:
         ConfigError: What cannot train, or a policy that does not start as its reference.

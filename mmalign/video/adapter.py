@@ -16,16 +16,13 @@ import torch
 
 from mmalign.models import lora
 from mmalign.text.cached import cache_folder
-from mmalign.text.encode import Encoder
 from mmalign.text.model import causal_model
 from mmalign.text.passes import run_model
 from mmalign.text.prefix import arrange
-from mmalign.text.span_masks import with_spans
 from mmalign.text.token_adapter import TokenAdapter
 from mmalign.video import altered, pami
 from mmalign.video.augment import seed_for
 from mmalign.video.candidates import Corruptor
-from mmalign.video.checks import usable_rows
 from mmalign.video.clue_part import CluePart
 from mmalign.video.contexts import Contexts, feed, place_positions
 from mmalign.video.encode import VideoEncoder
@@ -42,6 +39,7 @@ from mmalign.video.model import (
 )
 from mmalign.video.processing import Processor, load_processor
 from mmalign.video.reader import MediaReader
+from mmalign.video.rows import usable_parts
 from mmalign.video.select import tau_at
 from mmalign.video.show import show_rows
 from mmalign.video.showing import write_samples
@@ -102,14 +100,14 @@ class VideoAdapter(TokenAdapter):
     @classmethod
     def usable(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
         """The rows whose media can be decoded and, where only spans are scored, that have one."""
-        processor = load_processor(config)
-        wrapped = Processor(processor, config)
-        heard = wrapped.plays and config.video.sound == "auto"
-        rows = usable_rows(wrapped.takes(examples), config.video, hears=heard)
-        # What differs between two answers is found without anything shown: nothing is decoded.
-        words = config.text.model_copy(update={"chat_template": False, "system_prompt": None})
-        encoder = Encoder(processor.tokenizer, config.model_copy(update={"text": words}))
-        return with_spans(config.text.masks, rows, encoder.encode_example)
+        return usable_parts(config, [examples])[0]
+
+    @classmethod
+    def usable_parts(
+        cls, config: RunConfig, parts: Sequence[Sequence[Example]]
+    ) -> list[list[Example]]:
+        """The same for several lists of rows, whose files are each looked at and named once."""
+        return usable_parts(config, parts)
 
     def collate(self, examples: Sequence[Example], draws: Sequence[int] | None = None) -> Batch:
         """Ids of all candidates, those under altered clips among them, and what they show."""
@@ -248,7 +246,7 @@ class VideoAdapter(TokenAdapter):
         self._num_steps = train.num_steps or epochs
         super().before_training(examples)
 
-    def _make_encoder(self, tokenizer: Any, model: PreTrainedModel) -> Encoder:
+    def _make_encoder(self, tokenizer: Any, model: PreTrainedModel) -> VideoEncoder:
         processor = Processor(tokenizer, self.config)
         video = self.config.video
         self.frozen = not {"tower", "projector"} & set(video.train)

@@ -1,4 +1,7 @@
-"""Whether the media of rows can be used: each file is decoded once, before a run depends on it."""
+"""Whether the media of rows can be used: each file is decoded before a run depends on it.
+
+What a run found whole, the next one only looks up; see `check_journal`.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,13 @@ from typing import TYPE_CHECKING
 from mmalign.data.example import Clip, Picture, Sound
 from mmalign.data.pictures import open_picture
 from mmalign.errors import DataError
+from mmalign.video.check_journal import CheckJournal, Verdict
 from mmalign.video.media import read_frames
 from mmalign.video.sound import has_sound, read_sound, sound_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from mmalign.config import VideoConfig
     from mmalign.data.example import Example
@@ -35,32 +40,40 @@ class MediaReport:
     """What is wrong with the media of some rows.
 
     Attributes:
-        num_files: Distinct files that were decoded.
+        num_files: Distinct files that are referred to.
+        num_decoded: References that were decoded; the others were known.
         broken: What is wrong with each file that cannot be decoded, by its name; the texts name it.
         silent: The same for files of clips that are to be heard and have no sound track.
         unusable: Uses that lead there.
     """
 
     num_files: int
+    num_decoded: int = 0
     broken: dict[str, str] = field(default_factory=dict[str, str])
     silent: dict[str, str] = field(default_factory=dict[str, str])
     unusable: frozenset[Use] = frozenset()
 
 
 def usable_rows(
-    examples: Sequence[Example], settings: VideoConfig, *, hears: bool
-) -> list[Example]:
+    parts: Sequence[Sequence[Example]],
+    settings: VideoConfig,
+    *,
+    hears: bool,
+    journal: Path | None = None,
+) -> list[list[Example]]:
     """The rows whose media can be decoded, in order; logs what is left out, each file once.
 
     Args:
-        examples: Rows; those without media are kept.
+        parts: Rows to train on, rows held out; those without media are kept.
         settings: The `video` section, with the policies.
         hears: Whether the model hears.
+        journal: See `check_media`.
 
     Raises:
         DataError: A file cannot be used and the policy for it is `stop`.
     """
-    report = check_media(examples, settings, hears=hears)
+    examples = [row for part in parts for row in part]
+    report = check_media(examples, settings, hears=hears, journal=journal)
     stops = _stopping(report, settings)
     if stops:
         named = "\n".join(f"  {text}" for text in stops[:_NAMED])
@@ -72,39 +85,73 @@ def usable_rows(
     for text in (*report.broken.values(), *report.silent.values()):
         log.warning("%s", text)
     hears = hears and settings.sound == "auto"
-    kept = [row for row in examples if report.unusable.isdisjoint(_uses(row, hears))]
-    if len(kept) < len(examples):
+    kept = [
+        [row for row in part if report.unusable.isdisjoint(_uses(row, hears))] for part in parts
+    ]
+    num_lost = len(examples) - sum(map(len, kept))
+    if num_lost:
         num_bad = len(report.broken.keys() | report.silent.keys())
         log.warning(
             "%d of %d rows are left out for the %d of %d media files named above",
-            len(examples) - len(kept), len(examples), num_bad, report.num_files,
+            num_lost, len(examples), num_bad, report.num_files,
         )  # fmt: skip
     return kept
 
 
-def check_media(examples: Sequence[Example], settings: VideoConfig, *, hears: bool) -> MediaReport:
+def check_media(
+    examples: Sequence[Example],
+    settings: VideoConfig,
+    *,
+    hears: bool,
+    journal: Path | None = None,
+) -> MediaReport:
     """Decode everything that rows refer to, each reference once, in a few threads.
 
     Args:
         examples: Rows.
         settings: The `video` section. With `no_sound: mute` a clip without a track is no fault.
         hears: Whether the model hears, so that clips need their sound.
+        journal: A file with what is known, written to; what it says is whole is not decoded.
     """
     hears = hears and settings.sound == "auto"
     uses = {use for row in examples for use in _uses(row, hears)}
+    if not uses:
+        return MediaReport(num_files=0)
     order = sorted(uses, key=str)  # the parts of a file follow each other
-    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-        results = pool.map(lambda use: _fault(use[0], use[1], settings), order)
-        faults = {use: fault for use, fault in zip(order, results, strict=True) if fault}
+    with CheckJournal(journal, settings) as book:
+        verdicts = {use: book.find(*use) for use in order}
+        todo = [use for use in order if verdicts[use] is None]
+        for use, verdict in _decoded(todo, settings):
+            book.add(*use, verdict)
+            verdicts[use] = verdict
+    faults = {use: verdict for use, verdict in verdicts.items() if verdict and verdict.fault}
     report = MediaReport(
-        num_files=len({reference.path for reference, _ in uses}), unusable=frozenset(faults)
+        num_files=len({reference.path for reference, _ in uses}),
+        num_decoded=len(todo),
+        unusable=frozenset(faults),
     )
-    for (reference, _), (text, is_silent) in faults.items():
-        named = report.silent if is_silent else report.broken
-        named.setdefault(str(_name(reference)), text)
+    for (reference, _), verdict in faults.items():
+        named = report.silent if verdict.silent else report.broken
+        named.setdefault(str(_name(reference)), verdict.fault)
     for name in report.broken:
         report.silent.pop(name, None)  # named once
     return report
+
+
+def _decoded(uses: Sequence[Use], settings: VideoConfig) -> Iterator[tuple[Use, Verdict]]:
+    """The verdict on each use, in order, with a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    hidden = not console.is_terminal or not uses
+    pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
+    try:
+        results = pool.map(lambda use: _verdict(use[0], use[1], settings), uses)
+        shown = track(results, "media", total=len(uses), console=console, disable=hidden)
+        yield from zip(uses, shown, strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C waits for no more than is being decoded
 
 
 def _stopping(report: MediaReport, settings: VideoConfig) -> list[str]:
@@ -113,8 +160,7 @@ def _stopping(report: MediaReport, settings: VideoConfig) -> list[str]:
     return [*broken.values(), *silent.values()]
 
 
-def _fault(reference: Reference, heard: bool, settings: VideoConfig) -> tuple[str, bool] | None:
-    """What is wrong with a reference, and whether it is only that no sound is there."""
+def _verdict(reference: Reference, heard: bool, settings: VideoConfig) -> Verdict:
     try:
         if isinstance(reference, Picture):
             open_picture(reference)
@@ -124,13 +170,14 @@ def _fault(reference: Reference, heard: bool, settings: VideoConfig) -> tuple[st
             read_frames(reference, settings)
             if heard and not has_sound(reference.path):
                 if settings.no_sound == "mute":
-                    return None
-                return f"{reference.path}: has no sound track, and the model hears", True
+                    return Verdict()
+                what = f"{reference.path}: has no sound track, and the model hears"
+                return Verdict(what, silent=True)
             if heard:
                 sound_of(reference, settings)
     except DataError as error:
-        return str(error), False
-    return None
+        return Verdict(str(error))
+    return Verdict()
 
 
 def _name(reference: Reference) -> object:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from media_files import cut, write_numbered
@@ -12,12 +15,12 @@ from PIL import Image
 from mmalign.config import VideoConfig
 from mmalign.data.example import Candidate, Clip, Example, Media, Picture, Sound
 from mmalign.errors import DataError
-from mmalign.video.checks import check_media, usable_rows
+from mmalign.video.checks import MediaReport, check_media, usable_rows
 
 TIMES = [100 * i for i in range(20)]
 
 
-def row(name: str, *clips: Clip, candidate: Media | None = None, **media: tuple) -> Example:
+def row(name: str, *clips: Clip, candidate: Media | None = None, **media: Any) -> Example:
     return Example(
         name,
         "What is seen?",
@@ -68,7 +71,7 @@ def test_each_broken_file_is_named_once_and_its_rows_go(
     rows: list[Example], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        kept = usable_rows(rows, VideoConfig(num_frames=4), hears=True)
+        (kept,) = usable_rows([rows], VideoConfig(num_frames=4), hears=True)
     assert [row.id for row in kept] == ["good", "early", "words"]
     for name in BROKEN:
         named = [record.message for record in caplog.records if name in record.message]
@@ -82,11 +85,11 @@ def test_each_broken_file_is_named_once_and_its_rows_go(
 
 def test_stop_names_them_and_how_many(rows: list[Example]) -> None:
     with pytest.raises(DataError, match="6 of 8 media files cannot be used") as caught:
-        usable_rows(rows, VideoConfig(num_frames=4, bad_media="stop"), hears=False)
+        usable_rows([rows], VideoConfig(num_frames=4, bad_media="stop"), hears=False)
     assert all(str(caught.value).count(name) == 1 for name in BROKEN)
     many = [row(str(i), Clip(Path(f"/nowhere/{i}.mp4"))) for i in range(12)]
     with pytest.raises(DataError, match="and 2 more"):
-        usable_rows(many, VideoConfig(bad_media="stop"), hears=False)
+        usable_rows([many], VideoConfig(bad_media="stop"), hears=False)
 
 
 def test_clips_without_sound_by_policy(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -98,7 +101,7 @@ def test_clips_without_sound_by_policy(folder: Path, caplog: pytest.LogCaptureFi
 
     def kept(hears: bool = True, **settings: str) -> list[str]:
         config = VideoConfig.model_validate({"num_frames": 2, **settings})
-        return [row.id for row in usable_rows(rows, config, hears=hears)]
+        return [row.id for row in usable_rows([rows], config, hears=hears)[0]]
 
     with pytest.raises(DataError, match=r"mute.mp4: has no sound track, and the model hears"):
         kept()
@@ -119,3 +122,64 @@ def test_a_report_for_checks_without_policies(rows: list[Example]) -> None:
     assert {Path(name).name for name in report.broken} == BROKEN
     assert not report.silent
     assert len(report.unusable) == 7  # of the cut file two clips, not the one that is there
+
+
+def test_what_was_whole_is_not_decoded_again(
+    rows: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, config = tmp_path / "new" / "checks.jsonl", VideoConfig(num_frames=4)
+
+    def check(settings: VideoConfig = config, **options: bool) -> MediaReport:
+        return check_media(rows, settings, **{"hears": True, **options}, journal=journal)
+
+    first = check()
+    again = check()
+    assert first.num_decoded == 11
+    assert again.num_decoded == len(first.unusable) == 7, "broken ones are looked at again"
+    assert replace(again, num_decoded=11) == first
+    # Other settings, other uses of a file: other verdicts.
+    assert check(VideoConfig(num_frames=2)).num_decoded == 11
+    assert check(hears=False).num_decoded == 9
+    # A process that follows the one that wrote takes over the broken ones too.
+    monkeypatch.setenv("RANK", "1")
+    follows = check()
+    assert follows.num_decoded == 1, "the file that is not there leaves no trace"
+    assert replace(follows, num_decoded=11) == first
+
+
+def test_a_changed_file_and_a_damaged_journal_are_looked_at_again(
+    folder: Path, tmp_path: Path
+) -> None:
+    clip, journal = tmp_path / "clip.mp4", tmp_path / "checks.jsonl"
+    shutil.copy(folder / "good.mp4", clip)
+    rows, config = [row("a", Clip(clip)), row("b", Clip(folder / "good.mp4"))], VideoConfig()
+
+    def check() -> MediaReport:
+        return check_media(rows, config, hears=False, journal=journal)
+
+    assert (check().num_decoded, check().num_decoded) == (2, 0)
+    cut(folder / "good.mp4", clip, 0.7)
+    changed = check()
+    assert changed.num_decoded == 1
+    assert list(changed.broken) == [str(clip)]
+    shutil.copy(folder / "good.mp4", clip)
+    assert (check().num_decoded, check().num_decoded) == (1, 0)
+
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:-20])  # killed within a line
+    assert (check().num_decoded, check().num_decoded) == (1, 0)
+    journal.write_bytes(b"[]\nnull\n{}\n\xff\n" + journal.read_bytes())
+    assert check().num_decoded == 0
+
+
+def test_rows_held_out_share_what_is_named(
+    rows: list[Example], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        kept = usable_rows([rows, rows[:5]], VideoConfig(num_frames=4), hears=True)
+    assert [[row.id for row in part] for part in kept] == [
+        ["good", "early", "words"],
+        ["good", "early"],
+    ]
+    assert sum("cut.mp4" in message for message in caplog.messages) == 1
+    assert caplog.messages[-1].startswith("10 of 15 rows are left out for the 6 of 8 media files")
