@@ -109,8 +109,8 @@ def read_record(
     With `alone` a record is a prompt and nothing else: a plain one whose response is empty.
     """
     fields = Fields(record)
-    words = _has_words(fields)
-    pictures = not words and any(key in fields for key in PICTURE_KEYS)
+    shown = alone or _has_words(fields)  # pictures beside them belong to the prompt
+    pictures = not shown and any(key in fields for key in PICTURE_KEYS)
     kind = "plain" if alone else _kind(fields)
     if kind is None:
         return None, fields.problems
@@ -125,10 +125,10 @@ def read_record(
     else:
         rated = read_texts(fields, kind, media, root)
         extra = read_extra(fields, kind, rated, media, root)
-    for shown in dict.fromkeys(
+    for seen in dict.fromkeys(
         (c.prompt or prompt, c.media or media) for c in (*rated, *extra) if c
     ):
-        check_marks(fields, *shown)
+        check_marks(fields, *seen)
     labels = read_labels(fields, kind, len(rated))
     weight = fields.number("weight", 0.0)
     identity = fields.get("id")

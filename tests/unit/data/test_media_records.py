@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from mmalign.data.convert import find_layout
-from mmalign.data.example import Clip, Example, Message, Picture, Sound
+from mmalign.data.example import Clip, Example, Media, Message, Picture, Sound
 from mmalign.data.media_layouts import MEDIA_LAYOUTS
+from mmalign.data.prompts import read_prompts
 from mmalign.data.records import convert_file, read_records
 from mmalign.data.spans import untag
 
-FILES = ("a.mp4", "b.mp4", "c.mp4", "a.wav", "a.png")
+FILES = ("a.mp4", "b.mp4", "c.mp4", "a.wav", "b.wav", "a.png")
 PAIR = {"prompt": "What?", "chosen": "A red disc.", "rejected": "A blue disc."}
 SEEN = {"type": "video"}
 ASKED = {"type": "text", "text": "What?"}
@@ -86,6 +87,30 @@ def test_a_side_may_have_a_clip_of_its_own(folder: Path) -> None:
     assert read(folder, same)[1] == ["chosen equals rejected"]
 
 
+def test_what_a_side_does_not_name_is_that_of_the_row(folder: Path) -> None:
+    row = good(folder, PAIR | {"video": "a.mp4", "audio": "a.wav", "audio_corrupted": "b.wav"})
+    corrupted = row.candidates[2].media
+    assert corrupted is not None
+    assert corrupted.videos == row.media.videos
+    assert corrupted.sounds == (Sound(folder / "b.wav"),)
+
+
+def test_a_part_given_in_the_record_is_that_of_the_clip_and_of_its_sound(folder: Path) -> None:
+    media = good(folder, PAIR | {"video": "a.mp4", "audio": "a.wav", "span": [1, 2]}).media
+    assert media.videos == (Clip(folder / "a.mp4", 1.0, 2.0),)
+    assert media.sounds == (Sound(folder / "a.wav", 1.0, 2.0),)
+    clip = {"path": "a.mp4", "start": 1}
+    media = good(folder, PAIR | {"video": clip, "frames": [4]}).media
+    assert media.videos == (Clip(folder / "a.mp4", 1.0, frames=(4,)),)
+
+
+def test_prompts_alone_show_media(folder: Path) -> None:
+    path = folder / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "Q", "image": "a.png", "video": "a.mp4"}) + "\n")
+    (row,) = read_prompts(path)
+    assert row.media == Media((Clip(folder / "a.mp4"),), (Picture(folder / "a.png"),))
+
+
 def test_an_irrelevant_answer_is_a_role(folder: Path) -> None:
     row = good(folder, PAIR | {"video": "a.mp4", "rejected_irrelevant": "A dog barks."})
     assert [(c.role, c.response) for c in row.candidates[2:]] == [
@@ -102,12 +127,24 @@ def test_an_irrelevant_answer_is_a_role(folder: Path) -> None:
         ({"video": "https://host/a.mp4"}, "video must be a file here"),
         ({"video": "a.npy"}, "holds features; give the clip itself"),
         ({"video": 5}, "video must be the path of a file"),
-        ({"video": {"start": 1}}, "video must be the path of a file"),
+        ({"video": {"start": 1}}, "video must have one `path`"),
+        ({"video": {"path": "a.mp4", "video": "b.mp4"}}, "video must have one `path`"),
+        ({"video": {"path": "a.mp4", "strat": 1}}, "video has the key 'strat'"),
+        ({"image": {"path": "a.png", "start": 1}}, "image has the key 'start'"),
+        ({"audio": {"path": "a.wav", "frames": [1]}}, "audio has the key 'frames'"),
         ({"video": {"path": "a.mp4", "start": 2, "end": 1}}, "0 <= start < end"),
         ({"video": "a.mp4", "start": -1}, "0 <= start < end"),
         ({"video": "a.mp4", "frames": [1.5]}, "frames must be frame numbers"),
         ({"video": "a.mp4", "videos": ["a.mp4"]}, "give one of them"),
-        ({"videos": ["a.mp4", "b.mp4"], "start": 1}, "belong to one clip"),
+        ({"video": "a.mp4", "span": "0-1"}, "span must be [start, end] in seconds"),
+        ({"video": "a.mp4", "span": [0, 1], "end": 2}, "without start and end beside it"),
+        ({"video": {"path": "a.mp4", "end": 3}, "start": 1}, "not be given in its media too"),
+        ({"videos": ["a.mp4", "b.mp4"], "start": 1}, "must be of one clip, or one sound"),
+        ({"audio": "a.wav", "frames": [1]}, "must be of one clip, or one sound"),
+        ({"video_corrupted": "a.mp4"}, "corrupted media must stand for media of the record"),
+        ({"video": "a.mp4", "video_corrupted": "a.mp4"}, "equal those of chosen"),
+        ({"video": "a.mp4", "video_rejected": "a.mp4", "rejected": "A red disc."}, "equals"),
+        ({"video": "a.mp4", "prompt_rejected": "<video><video>"}, "names it 2 times"),
         ({"videos": ["a.mp4", "b.mp4"], "prompt": "<video>?"}, "names it 1 times"),
         ({"audio": "b.ogg"}, "audio must name a media file that is there"),
         ({"vidoe_rejected": "a.mp4"}, "did you mean 'video_rejected'"),
