@@ -17,7 +17,7 @@ TOL = 1e-10
 
 ELSEWHERE = {
     "diff_spans": "tests/unit/text/test_spans.py",
-    "mask_tags": "where character spans are read: mmalign/data/spans.py",
+    "mask_tags": "tests/unit/data/test_spans.py",
 }
 HERE = {"rrpo", "adpo", "pami_vdpo", "family"}
 
