@@ -24,7 +24,7 @@ _MOST = 64  # frames of a clip; more are shown in part
 _GAP, _LINE, _CURVE = 6, 16, 44
 _PAPER, _INK, _SOUND = "#16191f", "#c6ccd8", "#6fb1f2"
 _MOST_BYTES = 250_000
-_QUALITIES = (82, 65, 45, 25, 10)
+_TRIES = ((82, 1.0), (60, 1.0), (40, 0.7), (25, 0.5))  # quality, share of the size; noise is last
 
 
 def sheet(shown: Shown) -> Image.Image | None:
@@ -78,11 +78,13 @@ def compared(own: Shown, altered: Shown) -> Image.Image:
 
 
 def write(image: Image.Image, path: Path) -> None:
-    """Write a WebP file of about 250 kB at most, complete or not at all."""
+    """Write a WebP file of at most 250 kB, complete or not at all; of less size if it must be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
-    for quality in _QUALITIES:
-        image.save(unfinished, format="WEBP", quality=quality)
+    for quality, share in _TRIES:
+        size = (round(image.width * share), round(image.height * share))
+        smaller = image if share == 1.0 else image.resize(size, Image.Resampling.LANCZOS)
+        smaller.save(unfinished, format="WEBP", quality=quality)
         if unfinished.stat().st_size <= _MOST_BYTES:
             break
     unfinished.replace(path)

@@ -352,7 +352,7 @@ def _contrast(one: str, other: str) -> float:
 def test_colours_can_be_read_in_light_and_dark() -> None:
     css = Path(blocks.__file__).with_name("page.css").read_text()
     themes = [dict(re.findall(r"--([\w-]+): (#\w{6})", part)) for part in css.split("@media")[:2]]
-    assert all(len(theme) == 18 for theme in themes)
+    assert all(len(theme) == 19 for theme in themes)
     for theme in themes:
         for text, ground in (
             ("ink", "paper"),
@@ -361,6 +361,7 @@ def test_colours_can_be_read_in_light_and_dark() -> None:
             ("ink-soft", "raised"),
             ("warn-ink", "warn-paper"),
             ("good-ink", "good-paper"),
+            ("ink", "mark"),
         ):
             assert _contrast(theme[text], theme[ground]) >= 4.5, (text, ground)
         for index in range(1, 7):
