@@ -71,7 +71,7 @@ class Reader:
         ]
 
     def text(self, question: str) -> str:
-        """A question below a clip, as the chat template writes it; one token stands for the clip."""
+        """A question below a clip, as the chat template writes it, one token for the clip."""
         parts = [{"type": "video"}, {"type": "text", "text": question}]
         return self.processor.apply_chat_template(
             [{"role": "user", "content": parts}], add_generation_prompt=True

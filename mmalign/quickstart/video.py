@@ -260,7 +260,8 @@ def verdict(before: Marks, after: Marks) -> dict[str, Any]:
     """Whether this run shows an effect, and in words."""
     change = gain(before, after)
     passed = change["pair"] >= LEAST_GAIN and change["general"] >= -MOST_LOST
-    points = f"pairs {100 * change['pair']:+.0f}, general {100 * change['general']:+.0f} points"
+    pair, general = (round(100 * change[name]) for name in ("pair", "general"))  # no -0
+    points = f"pairs {pair:+d}, general {general:+d} points"
     text = f"Pass: {points}." if passed else f"No clear effect on this run: {points}."
     named = float(before.names_event("event").mean())
     if named < SEES:

@@ -87,7 +87,10 @@ class Marks:
         """Whether an answer says what really happens, whatever else it says."""
         true = [questions.happens(scene.event) for scene in self.paper.clips.scenes]
         return np.array(
-            [told.endswith(f" {what} .") for told, what in zip(self.answers[kind], true, strict=True)]
+            [
+                told.endswith(f" {what} .")
+                for told, what in zip(self.answers[kind], true, strict=True)
+            ]
         )
 
     def numbers(self) -> dict[str, float]:
