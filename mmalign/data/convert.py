@@ -10,7 +10,7 @@ from typing import Any
 from mmalign.data.fields import as_object
 from mmalign.data.layout import Layout
 from mmalign.data.layouts import LAYOUTS
-from mmalign.data.media_layouts import shown_in_messages
+from mmalign.data.message_media import shown_in_messages
 from mmalign.data.parse import KIND_KEYS, TEXT_KEYS
 from mmalign.data.parse_pictures import PICTURE_KEYS
 from mmalign.errors import DataError

@@ -1,7 +1,6 @@
-"""Layouts of records about clips: what chat messages show, and those of papers.
+"""The layouts that papers on video have, each turned into a canonical record.
 
-Parts of a message's content ({"type": "video"}, with the path inside or in a column beside it)
-become marks in its text, and the paths go to the columns `videos`, `images` and `audios`.
+Columns of media (`video`, `audio`, `start`, `end`) stay as they are; `parse_media` reads them.
 """
 
 from __future__ import annotations
@@ -11,64 +10,8 @@ from typing import Any
 
 from mmalign.data.fields import as_list, as_object, show
 from mmalign.data.layout import Layout
-from mmalign.data.turns import Columns, split, turns
+from mmalign.data.turns import Columns, Turns, contrast, response_of, split, turns
 from mmalign.errors import DataError
-
-_MESSAGES = ("prompt", "messages", "chosen", "rejected", "conversations", "rejected_messages")
-_PARTS = {
-    "video": "video", "video_url": "video", "image": "image", "image_url": "image",
-    "audio": "audio", "audio_url": "audio", "input_audio": "audio",
-}  # fmt: skip
-_PLURAL = {"video": "videos", "image": "images", "audio": "audios"}
-_SIDES = ("videos", "images", "audios")
-
-
-def shown_in_messages(row: Columns) -> Columns:
-    """The row with content parts as text with marks, and their paths in columns.
-
-    ms-swift's `rejected_videos` and its like become the media of that side. Media that two
-    conversations share count once.
-    """
-    row = dict(row)
-    for plural in _SIDES:
-        if f"rejected_{plural}" in row:
-            row[f"{plural}_rejected"] = row.pop(f"rejected_{plural}")
-    found: dict[str, dict[str, Any]] = {}
-    for column in _MESSAGES:
-        items = as_list(row.get(column))
-        if items and any(_has_parts(item) for item in items):
-            row[column] = [_flat(item, found) for item in items]
-    for kind, paths in found.items():
-        if paths:
-            row.setdefault(_PLURAL[kind], list(paths.values()))
-    return row
-
-
-def _has_parts(message: Any) -> bool:
-    turn = as_object(message) or {}
-    parts = as_list(turn.get("content", turn.get("value"))) or []
-    return any((as_object(part) or {}).get("type") in _PARTS for part in parts)
-
-
-def _flat(message: Any, found: dict[str, dict[str, Any]]) -> Any:
-    turn = as_object(message)
-    parts = as_list((turn or {}).get("content", (turn or {}).get("value")))
-    if turn is None or parts is None:
-        return message
-    text = ""
-    for item in parts:
-        part = as_object(item) or {}
-        kind = _PARTS.get(str(part.get("type")))
-        if kind is None:
-            text += str(part.get("text") or "")
-            continue
-        text += f"<{kind}>"
-        value = part.get(str(part["type"]), part.get(kind, part.get("path", part.get("url"))))
-        value = (as_object(value) or {}).get("url", value)
-        if value is not None:
-            found.setdefault(kind, {}).setdefault(show(value, 500), value)
-    name = "content" if "content" in turn else "value"
-    return {**turn, name: text}
 
 
 def read_rrpo(row: Columns) -> Columns:
@@ -85,19 +28,30 @@ def read_rrpo(row: Columns) -> Columns:
 
 
 def read_videochat2(row: Columns) -> Columns:
-    """VideoChat2's QA and QA_NEG: one question with a right and a wrong answer."""
-    sides: list[Columns] = []
-    for name in ("QA", "QA_NEG"):
-        value = row.pop(name)
-        turn = as_object((as_list(value) or [value])[0])
-        if turn is None or not {"q", "a"} <= set(turn):
-            raise DataError(f"{name} must hold {{q, a}}, but is {show(value)}")
-        sides.append(turn)
+    """VideoChat2's QA and QA_NEG: the same questions with right and with wrong answers."""
+    right, wrong = (_questions(row.pop(name), name) for name in ("QA", "QA_NEG"))
     if "sample_id" in row:
         row.setdefault("id", row.pop("sample_id"))
-    lead = str(sides[0].get("i") or "").strip()
-    question = _asked(" ".join(part for part in (lead, str(sides[0]["q"])) if part))
-    return {"prompt": question, "chosen": sides[0]["a"], "rejected": sides[1]["a"]}
+    pair = contrast(None, right, wrong)
+    if len(pair["prompt"]) == 1:
+        pair["prompt"] = pair["prompt"][0]["content"]
+    return pair
+
+
+def _questions(value: Any, column: str) -> Turns:
+    """[{i, q, a}, ...] as turns; the instruction `i` stands before the question."""
+    found: Turns = []
+    for item in as_list(value) or [value]:
+        parts = as_object(item) or {}
+        if not isinstance(parts.get("q"), str) or "a" not in parts:
+            raise DataError(f"{column} must hold {{q, a}}, but is {show(value)}")
+        lead = str(parts.get("i") or "").strip()
+        question = " ".join(part for part in (lead, parts["q"]) if part)
+        found += [
+            {"role": "user", "content": _asked(question)},
+            {"role": "assistant", "content": parts["a"]},
+        ]
+    return found
 
 
 def read_cat(row: Columns) -> Columns:
@@ -106,16 +60,19 @@ def read_cat(row: Columns) -> Columns:
     The release calls the first one rejected and trains it as chosen; here `chosen` and `rejected`
     say which is which, and `conversations1` counts as chosen where they are missing.
     """
-    if "conversations1" in row:
-        pair = [turns(row.pop(f"conversations{i}"), f"conversations{i}") for i in (1, 2)]
-        (prompt, first), (_, second) = (split(conversation) for conversation in pair)
-        given = [row.pop(side, None) for side in ("chosen", "rejected")]
-        chosen, rejected = (
-            g if isinstance(g, str) else r for g, r in zip(given, (first, second), strict=True)
-        )
-        return {"prompt": _cleaned(prompt), "chosen": chosen, "rejected": rejected}
-    prompt, response = split(turns(row.pop("conversations"), "conversations"))
-    return {"prompt": _cleaned(prompt), "response": response}
+    if "conversations1" not in row:
+        prompt, response = split(turns(row.pop("conversations"), "conversations"))
+        return {"prompt": _cleaned(prompt), "response": response}
+    names = ("conversations1", "conversations2")
+    (prompt, first), (other, second) = (split(turns(row.pop(name), name)) for name in names)
+    if prompt != other:
+        raise DataError(f"{' and '.join(names)} must ask the same")
+    given = {side: row.pop(side) for side in ("chosen", "rejected") if side in row}
+    for side, text in given.items():
+        given[side] = text if isinstance(text, str) else response_of(turns(text, side)[-1:])
+    if len(given) == 1:
+        raise DataError("chosen and rejected must be given together, or neither")
+    return {"prompt": _cleaned(prompt), "chosen": first, "rejected": second} | given
 
 
 def read_media_question(row: Columns) -> Columns:

@@ -11,7 +11,8 @@ from mmalign.errors import DataError
 Columns = dict[str, Any]
 Turns = list[dict[str, Any]]
 
-_ROLES = {"human": "user"} | dict.fromkeys(("assistant", "gpt", "bot", "model"), "assistant")
+ASSISTANTS = ("assistant", "gpt", "bot", "model")
+_ROLES = {"human": "user"} | dict.fromkeys(ASSISTANTS, "assistant")
 _TRANSCRIPT_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
