@@ -98,6 +98,11 @@ def _named(row: Example, part: int) -> Example:
 def _swapped(row: Example) -> Example:
     if row.kind == "pair":
         first, second, *extra = row.candidates
+        # A corrupted clip is shown with the better response, whichever that is.
+        extra = [
+            replace(second, media=c.media, role=c.role) if c.role == "corrupted" else c
+            for c in extra
+        ]
         return replace(row, candidates=(second, first, *extra))
     if row.kind == "plain":
         raise DataError(
@@ -163,7 +168,10 @@ def _to_unpaired(row: Example) -> list[Example]:
 def _single(
     row: Example, candidate: Candidate, kind: Literal["unpaired", "plain"], label: float
 ) -> Example:
-    return replace(row, candidates=(candidate,), labels=(label,), kind=kind)
+    """One rated response, and itself under the record's own corrupted clip where there is one."""
+    own = [c for c in row.candidates if c.role == "corrupted" and c.response == candidate.response]
+    labels = (label, *[0.0] * len(own))
+    return replace(row, candidates=(candidate, *own), labels=labels, kind=kind)
 
 
 def _to_list(row: Example) -> list[Example]:

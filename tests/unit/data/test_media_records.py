@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_rows import Needs
 
 from mmalign.data.convert import find_layout
 from mmalign.data.example import Clip, Example, Media, Message, Picture, Sound
+from mmalign.data.fit import fit
 from mmalign.data.media_layouts import MEDIA_LAYOUTS
 from mmalign.data.prompts import read_prompts
 from mmalign.data.records import convert_file, read_records
@@ -355,3 +357,26 @@ def test_converted_records_find_their_media_again(folder: Path, tmp_path_factory
             ]
             assert names[0] == names[1]
             assert before.example.media.videos[0].start == after.example.media.videos[0].start
+
+
+def test_a_corrupted_clip_goes_with_the_better_answer(folder: Path) -> None:
+    clips = {"video": "a.mp4", "video_corrupted": "b.mp4"}
+    pair = good(folder, PAIR | clips)
+    alone = [good(folder, {"prompt": "Q", "response": "A red disc."} | clips)]
+    needs = Needs("plain", 1, ("corrupted",))
+    for rows, swap, expected in (
+        ([pair], False, "A red disc."),
+        ([pair], True, "A blue disc."),
+        (alone, False, "A red disc."),
+    ):
+        (row,) = fit(rows, needs, swap=swap)
+        assert [(c.response, c.role) for c in row.candidates] == [
+            (expected, ""),
+            (expected, "corrupted"),
+        ]
+        assert row.candidates[1].media == Media((Clip(folder / "b.mp4"),))
+    singles = fit([pair], Needs("unpaired", 1))
+    assert [[c.response for c in row.candidates] for row in singles] == [
+        ["A red disc."],
+        ["A blue disc."],
+    ]
