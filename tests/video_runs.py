@@ -90,3 +90,24 @@ def write_config(folder: Path, model: Path, train: Any, /, **sections: Any) -> P
 def configured(folder: Path, model: Path, train: Any, /, **sections: Any) -> RunConfig:
     """The same, loaded."""
     return configs.load(write_config(folder, model, train, **sections))
+
+
+def shrunk(path: Path, model: Path, data: Path, clips: Path, folder: Path) -> RunConfig:
+    """A shipped config with a tiny model and small frames in place of its own, all else as it is.
+
+    Args:
+        path: The config.
+        model: Of the same class as its model.
+        data: A file of its kind of records.
+        clips: Where the paths in there start from.
+        folder: The run is `folder/run`.
+    """
+    config = configs.load(path)
+    sizes = ["video.num_frames=4"] if config.video.fps is None else ["video.max_frames=4"]
+    if config.video.frame_pixels is not None:
+        sizes.append("video.frame_pixels=3136")
+    if config.video.clues is not None:
+        sizes.append("video.clues.width=64")
+    source = json.dumps({"path": str(data), "pictures": str(clips)})
+    own = [f"model.path={model}", f"data.train={source}", f"output={folder / 'run'}"]
+    return configs.load(path, [*own, *sizes, "train.num_threads=1", "train.batch_size=2"])

@@ -8,7 +8,6 @@ shows the same media, through the processor's own replacement.
 from __future__ import annotations
 
 import hashlib
-import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmalign.config import RunConfig
-    from mmalign.data.example import Example, Media
     from mmalign.video.frames import Array, Frames, Wave
-
-log = logging.getLogger(__name__)
 
 _SCALE = 1000  # "frames a second" of the times handed to a processor: milliseconds
 _SECONDS_KEPT = 30.0  # of a sound, by feature extractors of the Whisper family
@@ -104,31 +100,6 @@ class Processor:
         from transformers.processing_utils import OmniModalProcessorMixin
 
         return isinstance(self.inner, OmniModalProcessorMixin)
-
-    def takes(self, examples: Sequence[Example]) -> list[Example]:
-        """The rows with nothing but media of kinds that the model takes; others are counted.
-
-        Raises:
-            DataError: There are others, and `video.bad_media` is stop.
-        """
-
-        def foreign(row: Example) -> set[str]:
-            shown = [row.media, *(c.media for c in row.candidates if c.media is not None)]
-            kinds = {kind for media in shown for kind, items in _by_kind(media).items() if items}
-            return kinds - set(self.tokens)
-
-        found = [(row, foreign(row)) for row in examples]
-        kept = [row for row, kinds in found if not kinds]
-        if len(kept) < len(examples):
-            row, kinds = next(item for item in found if item[1])
-            said = (
-                f"{len(examples) - len(kept)} of {len(examples)} rows have {' and '.join(kinds)} "
-                f"(the first is {row.id!r}), which {type(self.inner).__name__} does not take"
-            )
-            if self.video.bad_media == "stop" or not kept:
-                raise DataError(f"{said}. Take them out, or use a model that does")
-            log.warning("%s; they are left out", said)
-        return kept
 
     def identity(self) -> str:
         """Hash of all settings of the processor that decide its tensors."""
@@ -257,10 +228,6 @@ class Processor:
 
 _NAMES = {"pixel_values_images": "pixel_values"}  # Video-LLaVA's processor, and its model
 _PARTS = ("image_processor", "video_processor", "feature_extractor")
-
-
-def _by_kind(media: Media) -> dict[str, Sequence[object]]:
-    return {"video": media.videos, "image": media.images, "audio": media.sounds}
 
 
 def _writable(pixels: Array) -> Array:

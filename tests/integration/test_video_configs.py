@@ -6,22 +6,19 @@ clue aggregator.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from video_runs import KIND_OF, row, write_rows
+from video_runs import KIND_OF, row, shrunk, write_rows
 
 from mmalign import config as configs
 from mmalign.offline import write_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from mmalign.config import RunConfig
 
 CONFIGS = sorted(
     path
@@ -50,19 +47,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         name: write_rows(folder / name, (row(i, kind) for i in range(ROWS)))
         for name, kind in DATA.items()
     }
-
-
-def shrunk(path: Path, model: Path, data: Path, clips: Path, folder: Path) -> RunConfig:
-    """The config with a tiny model and tiny clips in place of its own, all else as it is."""
-    config = configs.load(path)
-    sizes = ["video.num_frames=4"] if config.video.fps is None else ["video.max_frames=4"]
-    if config.video.frame_pixels is not None:
-        sizes.append("video.frame_pixels=3136")
-    if config.video.clues is not None:
-        sizes.append("video.clues.width=64")
-    source = json.dumps({"path": str(data), "pictures": str(clips)})
-    own = [f"model.path={model}", f"data.train={source}", f"output={folder / 'run'}"]
-    return configs.load(path, [*own, *sizes, "train.num_threads=1", "train.batch_size=2"])
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from media_files import cut
 from safetensors.torch import load_file
 from typer.testing import CliRunner
-from video_runs import configured, row, write_config, write_rows
+from video_runs import KIND_OF, configured, row, shrunk, write_config, write_rows
 
 from mmalign import config as configs
 from mmalign.cli import app
@@ -21,10 +28,10 @@ from mmalign.train.metrics import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     Models = Callable[[str], Path]
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 KIND = "qwen2_5_vl"
 LONGER = {"num_steps": 10, "lr": 3e-2, "save_every": 5, "eval_every": 5}
 
@@ -250,3 +257,152 @@ def test_worker_processes_give_the_same_run(
     name = "final/adapter_model.safetensors"
     ours, theirs = load_file(workers.output / name), load_file(config.output / name)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_folder_with_broken_clips_trains_to_the_end(
+    video_models: Models,
+    clips_dir: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """80 clips, 5 % of them broken, each in a way of its own; two questions about each."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for number in range(80):
+        shutil.copy(clips_dir / f"clip{number % 4}.mp4", folder / f"{number:02d}.mp4")
+    cut(clips_dir / "clip0.mp4", folder / "11.mp4", 0.6)
+    (folder / "23.mp4").write_bytes(b"")
+    (folder / "37.mp4").write_text("this is a text and no clip\n" * 50)
+    write_sound_alone(folder / "52.mp4")
+    records = [
+        row(i, "plain") | {"id": f"{clip:02d}-{i}", "video": f"{clip:02d}.mp4"}
+        for clip in range(80)
+        for i in range(2)
+    ]
+    data = write_rows(folder / "rows.jsonl", records)
+    fast = {"num_steps": None, "num_epochs": 1, "batch_size": 16}
+    sections = {"video": {"num_frames": 2}, "objective": {"name": "sft"}, "train": fast}
+    sections["data"] = {"eval_fraction": 0.2}  # broken clips are in both parts
+    with caplog.at_level(logging.WARNING, "mmalign"):
+        result = train(configured(tmp_path, video_models(KIND), data, **sections))
+    assert result.final_dir is not None
+    for name, fault in {
+        "11.mp4": "broken or cut off",
+        "23.mp4": "the file is empty",
+        "37.mp4": "of no format that is read",
+        "52.mp4": "has no video stream",
+    }.items():
+        named = [message for message in caplog.messages if name in message]
+        assert len(named) == 1, named
+        assert fault in named[0]
+    counted = [message for message in caplog.messages if "left out" in message]
+    assert counted == ["8 of 160 rows are left out for the 4 of 80 media files named above"]
+    held_out = [line["id"] for line in read_json(result.run_dir / "eval.jsonl")[-1]["rows"]]
+    assert held_out
+    assert not {name for name in held_out if name[:2] in ("11", "23", "37", "52")}
+    assert result.steps == -(-(152 - len(held_out)) // 16)
+
+
+def write_sound_alone(path: Path) -> None:
+    """A track without pictures, in a container for both."""
+    from fractions import Fraction
+
+    import av
+    import numpy as np
+
+    with av.open(path, "w") as container:
+        stream: Any = container.add_stream("aac", rate=16_000, layout="mono")
+        wave = 0.1 * np.sin(np.arange(16_000) / 8, dtype=np.float32)[None]
+        block = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+        block.sample_rate, block.pts, block.time_base = 16_000, 0, Fraction(1, 16_000)
+        container.mux(stream.encode(block))
+        container.mux(stream.encode())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["rrpo_qwen25vl", "adpo_qwen25omni", "pami_vdpo_llavaov", "mdpo_qwen25vl", "tdpo2_qwen25vl"],
+)
+def test_configs_train_on_real_clips_with_sound(
+    name: str,
+    video_models: Models,
+    shared_data: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """27 pairs about five files; one is sound alone, one has a track of silence."""
+    folder = shared_data / "video"
+    model = video_models(KIND_OF[name.rpartition("_")[2]])
+    config = shrunk(CONFIGS / f"{name}.yaml", model, folder / "av_pairs.jsonl", folder, tmp_path)
+    steps = {"num_steps": 4, "batch_size": 2, "accumulate": 1, "lr": 1e-2, "eval_batch_size": 4}
+    held_out = config.data.model_copy(update={"eval_fraction": 0.2})
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update=steps), "data": held_out}
+    )
+    if config.reference.kind == "cached":
+        write_cache(config)
+        caplog.clear()
+    with caplog.at_level(logging.WARNING, "mmalign"):
+        result = train(config)
+    hears = "omni" in name
+    said = [m for m in caplog.messages if "which" in m and "does not take" in m]
+    assert len(said) == (0 if hears else 1), caplog.messages
+    if not hears:
+        assert re.search(r"2 of \d+ rows have audio", said[0]), said
+    lines = read_json(result.run_dir / "metrics.jsonl")
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 4
+    assert all(map(math.isfinite, losses))
+    assert all(line["grad_norm"] > 0 for line in lines if "grad_norm" in line)
+    weights = load_file(result.run_dir / "final/adapter_model.safetensors")
+    assert max(w.abs().max() for key, w in weights.items() if "lora_B" in key) > 0
+    evaluations = read_json(result.run_dir / "eval.jsonl")
+    assert [line["step"] for line in evaluations] == [0, 4]
+    assert evaluations[0]["loss"] != evaluations[1]["loss"]
+    assert math.isfinite(evaluations[1]["loss"])
+    samples = [line for line in read_json(result.run_dir / "samples.jsonl") if line["step"] == 4]
+    assert all(isinstance(line["response"], str) for line in samples)
+    rows = len(evaluations[-1]["rows"])
+    assert rows > 0
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_the_double_batch(
+    video_models: Models, clips_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for number in range(4):
+        shutil.copy(clips_dir / f"clip{number}.mp4", folder)
+    (folder / "broken.mp4").write_bytes(b"")
+    records = [row(i) for i in range(8)]
+    data = write_rows(folder / "rows.jsonl", [*records, row(8) | {"video": "broken.mp4"}])
+    steps = {"num_steps": 2, "lr": 1e-2, "optimizer": "sgd"}
+    model = {"dtype": "float64", "lora": {"rank": 2, "alpha": 4}}
+    one, two = (
+        write_config(
+            tmp_path / name, video_models(KIND), data, model=model,
+            train={**steps, "batch_size": size}, objective={"name": "mdpo"},
+        )
+        for name, size in (("one", 4), ("two", 2))
+    )  # fmt: skip
+    train(configs.load(one))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node=2", "-m", "mmalign", "train", str(two)),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("broken.mp4") == 1, done.stderr
+    assert "1 of 9 rows are left out" in done.stderr
+    checked = (two.parent / "cache" / "media_checks.jsonl").read_text().splitlines()
+    assert len(checked) == 5, "one process decodes"
+    ours, theirs = (
+        load_file(path.parent / "run/final/adapter_model.safetensors") for path in (two, one)
+    )
+    for name, expected in theirs.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-5, atol=1e-9)
