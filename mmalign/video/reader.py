@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from mmalign.video.frames import Frames, Wave
     from mmalign.video.model import Encoded
 
+_NOTES = 1000  # kept
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -49,7 +51,7 @@ class MediaReader:
     """Reads the media of prompts under one config.
 
     Attributes:
-        notes: Key of altered media to what was done to them, for logs and reports.
+        notes: Key of altered media to what was done to them, for reports; the newest ones.
     """
 
     def __init__(self, processor: Processor, config: RunConfig, features: FeatureStore) -> None:
@@ -143,6 +145,8 @@ class MediaReader:
         if sounds and not heard and altered.wave is not None:
             sounds[0] = altered.wave
         self.notes[self.key(media)] = {"operation": altered.operation, **altered.note}
+        if len(self.notes) > _NOTES:
+            del self.notes[next(iter(self.notes))]
 
 
 def _still(images: list[Image]) -> Frames:

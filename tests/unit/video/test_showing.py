@@ -6,7 +6,7 @@ import io
 import re
 import shutil
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -238,7 +238,7 @@ def test_shown_tokens_are_those_of_training_with_clues(
     video_models: Models, clips_dir: Path
 ) -> None:
     clues = {"num_queries": 3, "width": 64, "num_layers": 1, "cross_every": 1}
-    given = {"video": {"clues": clues}}
+    given: dict[str, Any] = {"video": {"clues": clues}}
     adapter = make_adapter(video_models(KIND), **given)
     row = pair(clips_dir / "clip0.mp4")
     text = "\n".join(lines_of(run_config(video_models(KIND), **given), row))
