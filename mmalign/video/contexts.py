@@ -54,7 +54,8 @@ class Contexts:
         else:
             with torch.no_grad():
                 made = encode(model, given, self.ids)
-            self.store.put(bytes(given["key"].tolist()).hex(), made)
+            if "key" in given:
+                self.store.put(bytes(given["key"].tolist()).hex(), made)
         self._made[number] = made
         return made
 

@@ -41,7 +41,7 @@ class VideoEncoder(Encoder):
         positions/C: [3, P] long, of the tokens of a context's prompt, for models that count so.
         media/M/NAME: what the processor made of media M, where they must be encoded.
         media/M/tokens, media/M/deep/I: [n, D], their features, where they are known.
-        media/M/key: the media's identity, as bytes.
+        media/M/key: the media's identity, as bytes, where features are to be kept.
     """
 
     def __init__(
@@ -217,9 +217,11 @@ class VideoEncoder(Encoder):
 
 def media_tensors(prepared: Prepared) -> dict[str, Any]:
     """What a batch carries of the media of a prompt."""
-    key = torch.frombuffer(bytearray(bytes.fromhex(prepared.key)), dtype=torch.uint8)
     encoded = prepared.encoded
-    if encoded is None:
-        return {"key": key, **prepared.processed.tensors}
-    deep = {f"deep/{i}": tensor for i, tensor in enumerate(encoded.deep)}
-    return {"key": key, "tokens": encoded.tokens, **deep}
+    if encoded is not None:
+        deep = {f"deep/{i}": tensor for i, tensor in enumerate(encoded.deep)}
+        return {"tokens": encoded.tokens, **deep}
+    if not prepared.recurs:
+        return dict(prepared.processed.tensors)
+    key = torch.frombuffer(bytearray(bytes.fromhex(prepared.key)), dtype=torch.uint8)
+    return {"key": key, **prepared.processed.tensors}

@@ -40,11 +40,13 @@ class Prepared:
         key: Of all that decides the features, but for the model.
         processed: Tensors and replacements; without pixels where `encoded` is there.
         encoded: The features, where they are known already.
+        recurs: Whether these media come again; altered ones are others at every visit.
     """
 
     key: str
     processed: Processed
     encoded: Encoded | None = None
+    recurs: bool = True
 
 
 class MediaReader:
@@ -90,6 +92,8 @@ class MediaReader:
             if encoded is not None:
                 return Prepared(key, small, encoded)
         processed = self.processor(self.show(media), where)
+        if media.change is not None:
+            return Prepared(key, processed, recurs=False)
         if self.features.active:
             self._small[key] = Processed(_without_pixels(processed.tensors), processed.replacements)
         return Prepared(key, processed, None if pixels else self.features.get(key))

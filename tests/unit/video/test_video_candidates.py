@@ -177,3 +177,13 @@ def test_spans_hold_under_a_corrupted_clip(video_models: Models, clips_dir: Path
     spans = batch.inputs["span_mask"][0]
     assert spans[0].any()
     assert torch.equal(spans[0], spans[2]), "the chosen answer again, under another clip"
+
+
+def test_only_clips_that_come_again_are_remembered(video_models: Models, clips_dir: Path) -> None:
+    objective = presets.pami_vdpo()
+    adapter = make_adapter(video_models(KIND), objective.needs)
+    rows = [plain(clips_dir / "clip0.mp4")]
+    for draw in range(5):
+        adapter(adapter.collate(rows, [draw]), objective.needs)
+    assert len(adapter.features._kept) == 1
+    assert len(adapter.encoder.reader._small) == 1
