@@ -16,7 +16,7 @@ GOLDEN = load("video")
 TOL = 1e-10
 
 ELSEWHERE = {
-    "diff_spans": "tests/unit/text/test_spans.py",
+    "diff_spans": "tests/unit/text/test_token_spans.py",
     "mask_tags": "tests/unit/data/test_spans.py",
 }
 HERE = {"rrpo", "adpo", "pami_vdpo", "family"}
