@@ -38,10 +38,31 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
             quantization_config=quantization(config),
         )
     except (OSError, ValueError, ImportError) as error:
+        kind = _kind_with_media(path, config, revision)
+        if kind:
+            raise ConfigError(
+                f"model.path {path!r}: is a model of text and media ({kind}); set modality: video"
+            ) from error
         raise ConfigError(
             f"model.path {path!r}: cannot be loaded with model.attention {config.attention} and "
             f"dtype {config.dtype}: {error}"
         ) from error
+
+
+def _kind_with_media(path: str, config: ModelConfig, revision: str | None) -> str:
+    """The type of a model that takes pictures or clips and has no class for text alone; else ""."""
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto
+
+    try:
+        settings = AutoConfig.from_pretrained(
+            path, revision=revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError):
+        return ""
+    kind = str(settings.model_type)
+    takes_media = kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return kind if takes_media else ""
 
 
 def no_dropout(model: nn.Module) -> None:

@@ -44,14 +44,19 @@ class MediaReport:
         num_decoded: References that were decoded; the others were known.
         broken: What is wrong with each file that cannot be decoded, by its name; the texts name it.
         silent: The same for files of clips that are to be heard and have no sound track.
-        unusable: Uses that lead there.
+        faults: What is wrong, by the use that leads there.
     """
 
     num_files: int
     num_decoded: int = 0
     broken: dict[str, str] = field(default_factory=dict[str, str])
     silent: dict[str, str] = field(default_factory=dict[str, str])
-    unusable: frozenset[Use] = frozenset()
+    faults: dict[Use, str] = field(default_factory=dict[Use, str])
+
+    def of(self, row: Example, *, hears: bool) -> list[str]:
+        """What is wrong with the media of a row; `hears` as the report was made."""
+        found = (self.faults.get(use) for use in _uses(row, hears))
+        return list(dict.fromkeys(text for text in found if text))
 
 
 def usable_rows(
@@ -85,9 +90,7 @@ def usable_rows(
     for text in (*report.broken.values(), *report.silent.values()):
         log.warning("%s", text)
     hears = hears and settings.sound == "auto"
-    kept = [
-        [row for row in part if report.unusable.isdisjoint(_uses(row, hears))] for part in parts
-    ]
+    kept = [[row for row in part if not report.of(row, hears=hears)] for part in parts]
     num_lost = len(examples) - sum(map(len, kept))
     if num_lost:
         num_bad = len(report.broken.keys() | report.silent.keys())
@@ -124,13 +127,13 @@ def check_media(
         for use, verdict in _decoded(todo, settings):
             book.add(*use, verdict)
             verdicts[use] = verdict
-    faults = {use: verdict for use, verdict in verdicts.items() if verdict and verdict.fault}
+    bad = {use: verdict for use, verdict in verdicts.items() if verdict and verdict.fault}
     report = MediaReport(
         num_files=len({reference.path for reference, _ in uses}),
         num_decoded=len(todo),
-        unusable=frozenset(faults),
+        faults={use: verdict.fault for use, verdict in bad.items()},
     )
-    for (reference, _), verdict in faults.items():
+    for (reference, _), verdict in bad.items():
         named = report.silent if verdict.silent else report.broken
         named.setdefault(str(_name(reference)), verdict.fault)
     for name in report.broken:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,7 +139,8 @@ class VideoEncoder(Encoder):
     ) -> tuple[Prompt, Callable[[str], str], str]:
         """The prompt with its marks, how its text is expanded, and the key of its media."""
         if not media:
-            return prompt, lambda text: text, ""
+            place(prompt, media, where)  # refuses marks of what is not there
+            return prompt, partial(self._bare, where=where), ""
         key = self.reader.key(media)
         if key not in self._prepared:
             self._prepared[key] = self.reader.prepare(media, where)
@@ -161,6 +163,16 @@ class VideoEncoder(Encoder):
             return self.processor.expand(text, prepared.processed)
 
         return place(prompt, media, where), expand, key
+
+    def _bare(self, text: str, where: str) -> str:
+        """The text of a prompt that shows nothing."""
+        for token in self.processor.tokens.values():
+            if token in text:
+                raise DataError(
+                    f"{where}: the prompt's text writes the model's own {token}, but nothing is "
+                    "shown; give the media, or change the text"
+                )
+        return text
 
     def _with_clues(self, text: str, media: Media) -> str:
         """Clue tokens before the first medium."""

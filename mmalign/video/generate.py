@@ -109,9 +109,9 @@ def generate(
 def _context(
     encoder: VideoEncoder, question: Question, number: int
 ) -> tuple[list[int], dict[str, Tensor]]:
-    where = f"question {number + 1}"
     if not isinstance(question, Question):
-        raise DataError(f"{where}: is no question with media, but {question!r}")
+        raise DataError(f"question {number + 1}: is no question with media, but {question!r}")
+    where = f"question {number + 1}" if question.row is None else question.row.id
     ids, prepared = encoder.encode_question(question.prompt, question.media, where)
     if prepared is None:
         return ids, {}

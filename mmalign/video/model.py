@@ -124,18 +124,22 @@ def lora_targets(model: PreTrainedModel, trained: Sequence[str], wanted: Sequenc
         ConfigError: It fits nothing.
     """
     head = model.get_output_embeddings()
-    names = [
+    there = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and module is not head
-        and part_of(name) in trained
-        and (not wanted or any(name == w or name.endswith(f".{w}") for w in wanted))
+        if isinstance(module, torch.nn.Linear) and module is not head and part_of(name) in trained
+    ]
+    names = [
+        name
+        for name in there
+        if not wanted or any(name == w or name.endswith(f".{w}") for w in wanted)
     ]
     if not names:
+        ends = ", ".join(sorted({name.rpartition(".")[2] for name in there})) or "none"
         raise ConfigError(
             f"model.lora.targets: {', '.join(wanted) or 'all-linear'} fits no linear layer of "
-            f"{', '.join(trained) or 'no part'} (video.train) in {type(model).__name__}"
+            f"{', '.join(trained) or 'no part'} (video.train) in {type(model).__name__}; it has "
+            f"{ends}"
         )
     # Layer numbers are left open: `model.language_model.layers.7.mlp.up_proj` stands for all.
     shapes = sorted({re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name)) for name in names})
@@ -174,7 +178,10 @@ def encode(model: PreTrainedModel, tensors: Mapping[str, Tensor], ids: frozenset
         with _recorded(language_model(model)) as seen:
             model.base_model(**floats | {"position_ids": positions}, use_cache=False)
     except (ValueError, IndexError) as error:
-        raise ConfigError(f"{type(model).__name__} cannot encode the media: {error}") from error
+        raise ConfigError(
+            f"{type(model).__name__} cannot encode what its processor made of the media ({error}). "
+            "Model and processor (config.json, preprocessor_config.json) must belong together"
+        ) from error
     places = torch.isin(input_ids, torch.tensor(sorted(ids), device=input_ids.device))  # [1, S]
     _require_seen(model, input_ids[places], seen["inputs_embeds"][places])
     deep = seen.get("deepstack_visual_embeds") or ()

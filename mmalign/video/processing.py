@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,7 +115,7 @@ class Processor:
         Raises:
             DataError: The processor refuses them, or what it wrote does not match them.
         """
-        text = self._placeholders(shown)
+        text = self._placeholders(shown, where)
         output = self._run(text, shown, where)
         found: dict[str, list[str]] = {kind: [] for kind in self.tokens}
         for item in output.pop("text_replacement_offsets")[0]:
@@ -152,14 +153,14 @@ class Processor:
                 types[ids == self.token_ids[kind]] = number
         return types
 
-    def _placeholders(self, shown: Shown) -> str:
+    def _placeholders(self, shown: Shown, where: str) -> str:
         counts = {"video": len(shown.clips), "image": len(shown.images), "audio": len(shown.sounds)}
         missing = [kind for kind, count in counts.items() if count and kind not in self.tokens]
         if missing:
             raise DataError(
-                f"{type(self.inner).__name__} takes {', '.join(self.tokens)}, but the row has "
-                f"{' and '.join(missing)}; leave it out, or use a model that takes it (for sound "
-                "e.g. Qwen2.5-Omni)"
+                f"{where}: {type(self.inner).__name__} takes {', '.join(self.tokens)}, but the row "
+                f"has {' and '.join(missing)}; leave it out, or use a model that takes it (for "
+                "sound e.g. Qwen2.5-Omni)"
             )
         return "".join(self.tokens[kind] * count for kind, count in counts.items() if count)
 
@@ -256,12 +257,19 @@ def load_processor(config: RunConfig) -> Any:
     from transformers import AutoProcessor
 
     model = config.model
+    if (Path(model.path) / "model_index.json").is_file():
+        raise ConfigError(
+            f"model.path {model.path!r}: is a pipeline of diffusers; set modality: diffusion"
+        )
     try:
         processor = AutoProcessor.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ConfigError(f"model.path {model.path!r}: cannot read a processor: {error}") from error
+        absent = "" if Path(model.path).is_dir() else "no such folder, and "
+        raise ConfigError(
+            f"model.path {model.path!r}: {absent}cannot read a processor: {error}"
+        ) from error
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None:
         raise ConfigError(

@@ -173,7 +173,7 @@ PAMI: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("rows", "sections"),
     [
-        ("train", {"objective": {"name": "mdpo"}}),
+        pytest.param("train", {"objective": {"name": "mdpo"}}, marks=pytest.mark.slow),
         ("plain", PAMI),
         ("train", {"video": {"clues": {"width": 64, "num_queries": 4, "num_layers": 2}}}),
     ],
@@ -210,7 +210,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert resumed == whole
 
 
-@pytest.mark.parametrize("objective", ["dpo", "tdpo2"])
+@pytest.mark.parametrize("objective", [pytest.param("dpo", marks=pytest.mark.slow), "tdpo2"])
 def test_a_run_from_caches_never_runs_a_tower_and_is_the_live_one(
     objective: str,
     video_models: Models,
@@ -282,7 +282,7 @@ def test_a_folder_with_broken_clips_trains_to_the_end(
     data = write_rows(folder / "rows.jsonl", records)
     fast = {"num_steps": None, "num_epochs": 1, "batch_size": 16}
     sections = {"video": {"num_frames": 2}, "objective": {"name": "sft"}, "train": fast}
-    sections["data"] = {"eval_fraction": 0.2}  # broken clips are in both parts
+    sections["data"] = {"eval_fraction": 0.2}
     with caplog.at_level(logging.WARNING, "mmalign"):
         result = train(configured(tmp_path, video_models(KIND), data, **sections))
     assert result.final_dir is not None

@@ -121,7 +121,7 @@ def test_a_report_for_checks_without_policies(rows: list[Example]) -> None:
     assert report.num_files == 8
     assert {Path(name).name for name in report.broken} == BROKEN
     assert not report.silent
-    assert len(report.unusable) == 7  # of the cut file two clips, not the one that is there
+    assert len(report.faults) == 7  # of the cut file two clips, not the one that is there
 
 
 def test_what_was_whole_is_not_decoded_again(
@@ -135,7 +135,7 @@ def test_what_was_whole_is_not_decoded_again(
     first = check()
     again = check()
     assert first.num_decoded == 11
-    assert again.num_decoded == len(first.unusable) == 7, "broken ones are looked at again"
+    assert again.num_decoded == len(first.faults) == 7, "broken ones are looked at again"
     assert replace(again, num_decoded=11) == first
     # Other settings, other uses of a file: other verdicts.
     assert check(VideoConfig(num_frames=2)).num_decoded == 11
