@@ -142,16 +142,9 @@ class VideoAdapter(TokenAdapter):
             for i in set(shown.flatten().tolist())
         }
         stacked = torch.stack([means[i] for i in shown.flatten().tolist()])
-        spec = self.config.video.selection
-        return pami.choose(
-            batch,
-            rows,
-            scored,
-            stacked.view(*shown.shape, -1),
-            spec,
-            self.tau(),
-            self.config.text.block_size,
-        )
+        stacked = stacked.view(*shown.shape, -1)  # [B, 1 + K, D]
+        spec, size = self.config.video.selection, self.config.text.block_size
+        return pami.choose(batch, rows, scored, stacked, spec, self.tau(), size)
 
     def tau(self) -> float:
         """The least cosine that an augmented clip needs at this step."""
@@ -227,9 +220,12 @@ class VideoAdapter(TokenAdapter):
 
     def restore(self, directory: Path) -> nn.Module:
         """Load what `save` wrote into policy and aggregator."""
-        if self.clues is not None:
-            self.clues.restore(directory)
-        return super().restore(directory) if self._trains_policy else self.policy
+        if self._trains_policy:
+            super().restore(directory)
+        if self.clues is None:
+            return self.policy
+        self.clues.restore(directory)
+        return torch.nn.ModuleList([self.policy, self.clues])
 
     @property
     def _trains_policy(self) -> bool:

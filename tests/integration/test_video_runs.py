@@ -160,6 +160,22 @@ def test_final_weights_give_the_runs_log_probabilities_by_plain_libraries(
     assert ours.tolist() == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.parametrize("parts", [["language"], []], ids=["with LoRA", "alone"])
+def test_final_clues_evaluate_as_the_run_did(
+    parts: list[str], video_models: Models, data: dict[str, Any], tmp_path: Path
+) -> None:
+    clues = {"width": 64, "num_queries": 4, "num_layers": 2, "residual": True}
+    sections = {"video": {"train": parts, "clues": clues}, "data": {"eval": data["eval"]}}
+    sections |= {"train": {"lr": 1e-2}, "model": {"lora": {"rank": 2} if parts else None}}
+    config = configured(tmp_path, video_models("qwen2_5_omni_thinker"), data["train"], **sections)
+    train(config)
+    found = evaluate_checkpoint(config, config.output / "final").metrics
+    before, logged = read_json(config.output / "eval.jsonl")
+    assert logged["loss"] < before["loss"] - 1e-3
+    for name in ("loss", "log_ratio_margin"):
+        assert found[name] == pytest.approx(logged[name], rel=1e-5), name
+
+
 PAMI: dict[str, Any] = {
     "objective": {"name": "pami_vdpo"},
     "video": {
