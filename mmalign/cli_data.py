@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,11 @@ from mmalign.cli_compare import (
     shown,
 )
 from mmalign.cli_parts import Config, Overrides, argument, group, option
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mmalign.data.example import Example
 
 app = group("Look at preference data before training on it, or make some.")
 app.add_typer(cli_make.app, name="make")
@@ -38,11 +43,16 @@ def data_check(
     show: Annotated[
         int, typer.Option("--show", metavar="N", min=0, help="places named for each problem")
     ] = 20,
+    decode: Annotated[
+        bool, option("--decode", text="decode clips and sounds too; minutes where there are many")
+    ] = False,
 ) -> None:
     """Report every problem of preference files in one pass, with lines, and what is in them."""
     from mmalign.data.validate import check_files
 
-    found = check_files(files, eval_paths=evaluation or (), layout=layout)
+    found = check_files(
+        files, eval_paths=evaluation or (), layout=layout, decode=_faults if decode else None
+    )
     typer.echo(found.text(show))
     raise typer.Exit(found.exit_code)
 
@@ -137,3 +147,12 @@ def data_score(
         typer.echo(f"stopped; the scores are in {out}.partial: run it again to go on", err=True)
         raise typer.Exit(130) from None
     typer.echo(result.text())
+
+
+def _faults(rows: Sequence[Example]) -> list[list[str]]:
+    """What is wrong with the media of each row, decoded with the default settings."""
+    from mmalign.config import VideoConfig
+    from mmalign.video.checks import check_media
+
+    report = check_media(rows, VideoConfig(), hears=False)
+    return [report.of(row, hears=False) for row in rows]

@@ -127,6 +127,11 @@ class Example:
         rated = self.labels[: self.num_rated]
         return len(rated) > 1 and len(set(rated)) == 1
 
+    def files(self) -> tuple[Path | Picture, ...]:
+        """Where what the row and its rated candidates show and play lies."""
+        own = (candidate.media for candidate in self.candidates[: self.num_rated])
+        return tuple(file for media in (self.media, *own) if media for file in media.files())
+
 
 def as_text(text: Prompt | Path | Picture) -> str:
     """A prompt or response as one string, with the roles of a conversation."""

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmalign.data.example import Example, Picture, as_text, normalised
+from mmalign.data.example import Example, Media, Picture, as_text, normalised
 from mmalign.data.fields import Problem
 from mmalign.data.files import HELD_OUT
 from mmalign.data.records import ProblemList, Record, read_records
+from mmalign.data.validate_media import MediaBook
 from mmalign.data.validate_pictures import PictureBook
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
+
+    from mmalign.data.validate_media import Decode
 
 EVAL = "eval"
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
@@ -39,6 +42,7 @@ class Report:
     )
     """For each part of a row: (characters, words) of every one."""
     pictures: PictureBook = field(default_factory=PictureBook)
+    media: MediaBook = field(default_factory=MediaBook)
 
     @property
     def exit_code(self) -> int:
@@ -55,7 +59,7 @@ class Report:
         ):
             if counts:
                 lines.append(f"  {title:8} " + ", ".join(f"{n} {key}" for key, n in counts.items()))
-        lines += _length_table(self.lengths) + self.pictures.lines()
+        lines += _length_table(self.lengths) + self.pictures.lines() + self.media.lines()
         for title, found in (("problem", self.problems), ("warning", self.warnings)):
             if not found.groups:
                 lines.append(f"no {title}s")
@@ -71,6 +75,7 @@ def check_files(
     eval_paths: Sequence[str | Path] = (),
     layout: str | None = None,
     pictures: Path | None = None,
+    decode: Decode | None = None,
 ) -> Report:
     """Read every record of the files and report every problem with its line.
 
@@ -80,6 +85,7 @@ def check_files(
         eval_paths: More of them, all of evaluation rows.
         layout: The layout of all of them; None to recognise it.
         pictures: The folder that picture paths start from; None: that of each file.
+        decode: What is wrong with the media of rows; None: they are only counted.
     """
     report = Report(", ".join(map(str, (*paths, *eval_paths))))
     book = _Book(report)
@@ -92,7 +98,7 @@ def check_files(
             except DataError as error:
                 nowhere = Record(str(path), str(path), "", None)
                 report.problems.add(nowhere, Problem(str(error)))
-    book.close()
+    book.close(decode)
     return report
 
 
@@ -104,6 +110,7 @@ class _Book:
         self.first_row: dict[tuple[str, ...], str] = {}
         self.train_prompts: set[str] = set()
         self.train_answers: set[tuple[str, str]] = set()
+        self.train_files: set[Path | Picture] = set()
         self.eval_rows: list[tuple[Record, str, list[str]]] = []
         self.lists: list[tuple[Record, int]] = []
 
@@ -120,14 +127,16 @@ class _Book:
         for part, text in _parts(row):
             self.report.lengths.setdefault(part, []).append((len(text), len(text.split())))
         self.report.pictures.add(record, row)
+        self.report.media.add(record, row)
         if row.kind == "list":
             self.lists.append((record, row.num_rated))
         self._compare(record, row, split)
 
     def _compare(self, record: Record, row: Example, split: str) -> None:
         warn = self.report.warnings.add
-        prompt = normalised(row.prompt)
-        answers = [normalised(c.response) for c in row.candidates[: row.num_rated]]
+        prompt = normalised(row.prompt) + _shown(row.media)
+        rated = row.candidates[: row.num_rated]
+        answers = [normalised(c.response) + _shown(c.media) for c in rated]
         key, reverse = (prompt, *answers), (prompt, *reversed(answers))
         if key in self.first_row:
             warn(record, Problem("rows should differ", f"this one repeats {self.first_row[key]}"))
@@ -139,17 +148,21 @@ class _Book:
             self.eval_rows.append((record, prompt, answers))
         else:
             self.train_prompts.add(prompt)
+            self.train_files.update(row.files())
             self.train_answers.update((prompt, answer) for answer in answers)
 
-    def close(self) -> None:
-        """Compare what needed all records, and look into the pictures."""
+    def close(self, decode: Decode | None) -> None:
+        """Compare what needed all records, and look into pictures and media."""
         self.report.pictures.close(self.report.problems, self.report.warnings)
+        self.report.media.close(self.report.problems, decode)
         for record, prompt, answers in self.eval_rows:
             leaks = ""
             if any((prompt, answer) in self.train_answers for answer in answers):
                 leaks = "evaluation prompts with their responses should not be trained on"
             elif prompt in self.train_prompts:
                 leaks = "evaluation prompts should not be trained on"
+            elif record.example and not self.train_files.isdisjoint(record.example.files()):
+                leaks = "what evaluation prompts show should not be trained on"
             if leaks:
                 self.report.warnings.add(record, Problem(leaks, "this one is"))
         usual = Counter(k for _, k in self.lists).most_common(1)
@@ -157,6 +170,11 @@ class _Book:
             if k != usual[0][0]:
                 what = f"all lists must have the same length, which is mostly {usual[0][0]} here"
                 self.report.problems.add(record, Problem(what, f"this one has {k} responses"))
+
+
+def _shown(media: Media | None) -> str:
+    """Tells media apart: the same words about another clip are another row."""
+    return repr(media) if media else ""
 
 
 def _label(row: Example) -> str:
