@@ -29,7 +29,7 @@ def resident(field: str) -> float:
 
 
 class Turns:
-    """Waits for the parent's word before each step, and answers with seconds and MiB.
+    """Waits for the parent's word before each step, and answers with seconds, MiB, CPU seconds.
 
     Memory on a CPU is the largest resident size during a step, and the same less that of the
     process after its imports; on a GPU what PyTorch had allocated at most.
@@ -38,7 +38,7 @@ class Turns:
     def __init__(self, device: str = "cpu") -> None:
         self.on_gpu = device != "cpu"
         self.baseline = 0.0 if self.on_gpu else resident("VmRSS")
-        self.start = 0.0
+        self.start = self.cpu_start = 0.0
 
     def begin(self) -> None:
         if sys.stdin.readline().strip() != "step":
@@ -50,7 +50,7 @@ class Turns:
             torch.cuda.reset_peak_memory_stats()
         else:
             Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak
-        self.start = time.perf_counter()
+        self.start, self.cpu_start = time.perf_counter(), time.process_time()
 
     def end(self) -> None:
         if self.on_gpu:
@@ -60,8 +60,8 @@ class Turns:
             peak = torch.cuda.max_memory_allocated() / 2**20
         else:
             peak = resident("VmHWM")
-        seconds = time.perf_counter() - self.start
-        print(f"RESULT {seconds} {peak - self.baseline} {peak}", flush=True)
+        seconds, worked = time.perf_counter() - self.start, time.process_time() - self.cpu_start
+        print(f"RESULT {seconds} {peak - self.baseline} {peak} {worked}", flush=True)
 
 
 class Arm:
@@ -79,8 +79,8 @@ class Arm:
             env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         )
 
-    def step(self) -> tuple[float, float, float]:
-        """Seconds, MiB above the baseline, MiB in all."""
+    def step(self) -> tuple[float, float, float, float]:
+        """Seconds, MiB above the baseline, MiB in all, seconds of CPU over all threads."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with suppress(BrokenPipeError):  # it has ended; why, it says below
@@ -88,8 +88,8 @@ class Arm:
             self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith("RESULT"):
-                seconds, added, peak = map(float, line.split()[1:])
-                return seconds, added, peak
+                seconds, added, peak, worked = map(float, line.split()[1:])
+                return seconds, added, peak, worked
         self.fail()
 
     def fail(self) -> NoReturn:
@@ -106,7 +106,7 @@ class Arm:
 
 def take_turns(arms: Sequence[Arm], rounds: int, *, uncounted: int = 2) -> dict[str, Any]:
     """Steps of all arms in turn; the first ones of each, which prepare things, do not count."""
-    steps: dict[str, list[tuple[float, float, float]]] = {arm.name: [] for arm in arms}
+    steps: dict[str, list[tuple[float, float, float, float]]] = {arm.name: [] for arm in arms}
     for arm in arms:
         for _ in range(uncounted):
             arm.step()
@@ -117,11 +117,12 @@ def take_turns(arms: Sequence[Arm], rounds: int, *, uncounted: int = 2) -> dict[
         arm.close()
     return {
         arm: {
-            "seconds": min(s for s, _, _ in taken),
-            "median_seconds": statistics.median(s for s, _, _ in taken),
-            "mebibytes": max(m for _, m, _ in taken),
-            "mebibytes_whole_process": max(m for _, _, m in taken),
-            "all_seconds": [round(s, 4) for s, _, _ in taken],
+            "seconds": min(s for s, *_ in taken),
+            "median_seconds": statistics.median(s for s, *_ in taken),
+            "mebibytes": max(m for _, m, *_ in taken),
+            "mebibytes_whole_process": max(m for _, _, m, _ in taken),
+            "cpu_seconds": statistics.median(c for *_, c in taken),
+            "all_seconds": [round(s, 4) for s, *_ in taken],
         }
         for arm, taken in steps.items()
     }

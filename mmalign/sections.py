@@ -146,7 +146,7 @@ class DataConfig(Section):
     train: Sources = Field(min_length=1)
     eval: Sources = []
     eval_fraction: float = Field(
-        default=0.0, ge=0, lt=1, description="held out by a hash of the prompt"
+        default=0.0, ge=0, lt=1, description="held out by a hash of the prompt, or of the clip"
     )
     max_samples: int | None = Field(default=None, ge=1)
     max_eval_samples: int | None = Field(default=None, ge=1)

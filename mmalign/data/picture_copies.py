@@ -38,6 +38,7 @@ class PictureCopies:
         self.folder = self.parent / f"{target.stem}_pictures"
         self._is_new = not self.folder.exists()
         self._source = source
+        self._linked_files: set[Path] = set()
 
     def columns(self, example: Example) -> dict[str, Any]:
         """The canonical picture keys of a row; none for texts.
@@ -77,11 +78,13 @@ class PictureCopies:
             return file.relative_to(self.parent).as_posix()
         copy = self.folder / self._inside(file)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        if not copy.exists():
+        if file not in self._linked_files:
+            copy.unlink(missing_ok=True)  # of an earlier run; the source may have changed since
             try:
                 os.link(file, copy)
-            except OSError:
+            except OSError:  # another disk, or one without hard links
                 shutil.copyfile(file, copy)
+            self._linked_files.add(file)
         return copy.relative_to(self.parent).as_posix()
 
     def _path(self, picture: Picture) -> str:

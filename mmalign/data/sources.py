@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -139,10 +140,16 @@ def _sample(rows: list[Example], size: int | None, seed: int) -> list[Example]:
 def _hold_out(
     sources: list[list[Example]], fraction: float
 ) -> tuple[list[list[Example]], list[Example]]:
-    """Prompts whose hash lies below `fraction`: the same whatever the file, order and seed."""
+    """Prompts whose hash lies below `fraction`: the same whatever the file, order and seed.
+
+    Rows that show something are told apart by the first file alone, by its name and folder: no
+    clip is on both sides, whatever is asked about it.
+    """
 
     def place(row: Example) -> float:
-        return int.from_bytes(hashlib.sha256(_asked(row).encode()).digest()[:6]) / 2**48
+        shown = [os.sep.join(str(file).split(os.sep)[-2:]) for file in row.files()[:1]]
+        key = shown[0] if shown else _asked(row)
+        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6]) / 2**48
 
     places = [[place(row) for row in rows] for rows in sources]
     lowest = min((p for part in places for p in part), default=1.0)
@@ -170,11 +177,11 @@ def _warn_of_unused(config: DataConfig, held_out: Sequence[int]) -> None:
 
 
 def _warn_of_leakage(train: Sequence[Example], evaluation: Sequence[Example]) -> None:
-    seen = {normalised(_asked(row)) for row in train}
-    leaked = sum(normalised(_asked(row)) in seen for row in evaluation)
-    if leaked:
-        log.warning(
-            "%d of %d evaluation rows have a prompt that is also trained on",
-            leaked,
-            len(evaluation),
-        )
+    seen = {normalised(_asked(row)) for row in train if not row.files()}
+    shown = {file for row in train for file in row.files()}
+    leaked = sum(not row.files() and normalised(_asked(row)) in seen for row in evaluation)
+    shared = sum(not shown.isdisjoint(row.files()) for row in evaluation)
+    for count, what in ((leaked, "have a prompt"), (shared, "show a clip, picture or sound")):
+        if count:
+            message = "%d of %d evaluation rows %s that is also trained on"
+            log.warning(message, count, len(evaluation), what)

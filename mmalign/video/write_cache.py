@@ -85,9 +85,7 @@ def _write_features(config: RunConfig, needs: Needs, make: type[VideoAdapter]) -
     todo = [(key, media) for key, media in keys.items() if store.key(key) in absent]
     console = Console(stderr=True)
     with store:
-        for key, media in track(
-            todo, "features", console=console, disable=not console.is_terminal
-        ):
+        for key, media in track(todo, "features", console=console, disable=not console.is_terminal):
             prepared = reader.prepare(media, str(media.videos or media.images or media.sounds))
             tensors = {k: v.to(device) for k, v in media_tensors(prepared).items()}
             encoded = encode(causal_model(adapter.policy), tensors, adapter.encoder.shown_ids)

@@ -87,15 +87,11 @@ def test_a_trained_aggregator_is_saved_and_started_from(
     torch.testing.assert_close(scored.reference, scored.policy, rtol=0, atol=1e-12)
 
 
-def test_clues_follow_what_is_shown(
-    video_models: Models, clips_dir: Path, tmp_path: Path
-) -> None:
+def test_clues_follow_what_is_shown(video_models: Models, clips_dir: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     Image.new("RGB", (60, 60), "red").save(tmp_path / "a.png")
-    adapter = make_adapter(
-        video_models("qwen2_5_omni_thinker"), Needs(), video={"clues": SMALL}
-    )
+    adapter = make_adapter(video_models("qwen2_5_omni_thinker"), Needs(), video={"clues": SMALL})
     assert adapter.clues is not None
     clip = clips_dir / "clip0.mp4"
     shown = {
