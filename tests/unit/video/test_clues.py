@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from clue_rows import question_embeddings, stack
 
 from mmalign.errors import CheckpointError, ConfigError
-from mmalign.video.clue_source import question_embeddings, stack
 from mmalign.video.clues import SETTINGS, WEIGHTS, ClueAggregator, frozen_copy
 
 if TYPE_CHECKING:
