@@ -14,6 +14,7 @@ from mmalign.data.cache import plain
 from mmalign.data.pictures import open_picture
 from mmalign.video.augment import augment
 from mmalign.video.frame_cache import FrameCache
+from mmalign.video.frames import Frames
 from mmalign.video.processing import Processed, Processor, Shown
 from mmalign.video.sound import has_sound, read_sound, sound_of
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from mmalign.config import RunConfig
     from mmalign.data.example import Clip, Media
     from mmalign.video.features import FeatureStore
-    from mmalign.video.frames import Frames, Wave
+    from mmalign.video.frames import Wave
     from mmalign.video.model import Encoded
 
 _NOTES = 1000  # kept

@@ -17,7 +17,7 @@ import torch
 from media_files import cut
 from safetensors.torch import load_file
 from typer.testing import CliRunner
-from video_runs import KIND_OF, configured, row, shrunk, write_config, write_rows
+from video_runs import configured, row, shrunk, write_config, write_rows
 
 from mmalign import config as configs
 from mmalign.cli import app
@@ -337,11 +337,23 @@ def write_sound_alone(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name",
-    ["rrpo_qwen25vl", "adpo_qwen25omni", "pami_vdpo_llavaov", "mdpo_qwen25vl", "tdpo2_qwen25vl"],
+    ("name", "kind"),
+    [
+        ("rrpo_qwen25vl", "qwen2_5_vl"),
+        ("rrpo_qwen25vl", "qwen2_5_omni_thinker"),
+        ("adpo_qwen25omni", "qwen2_5_omni_thinker"),
+        ("pami_vdpo_llavaov", "llava_onevision"),
+        ("pami_vdpo_llavaov", "qwen2_5_vl"),
+        ("pami_vdpo_llavaov", "qwen2_5_omni_thinker"),
+        ("mdpo_qwen25vl", "qwen2_5_vl"),
+        ("mdpo_qwen25vl", "qwen2_5_omni_thinker"),
+        ("tdpo2_qwen25vl", "qwen2_5_vl"),
+        ("tdpo2_qwen25vl", "qwen2_5_omni_thinker"),
+    ],
 )
 def test_configs_train_on_real_clips_with_sound(
     name: str,
+    kind: str,
     video_models: Models,
     shared_data: Path,
     tmp_path: Path,
@@ -349,7 +361,7 @@ def test_configs_train_on_real_clips_with_sound(
 ) -> None:
     """27 pairs about five files; one is sound alone, one has a track of silence."""
     folder = shared_data / "video"
-    model = video_models(KIND_OF[name.rpartition("_")[2]])
+    model = video_models(kind)
     config = shrunk(CONFIGS / f"{name}.yaml", model, folder / "av_pairs.jsonl", folder, tmp_path)
     steps = {"num_steps": 4, "batch_size": 2, "accumulate": 1, "lr": 1e-2, "eval_batch_size": 4}
     held_out = config.data.model_copy(update={"eval_fraction": 0.2})
@@ -361,7 +373,7 @@ def test_configs_train_on_real_clips_with_sound(
         caplog.clear()
     with caplog.at_level(logging.WARNING, "mmalign"):
         result = train(config)
-    hears = "omni" in name
+    hears = "omni" in kind
     said = [m for m in caplog.messages if "which" in m and "does not take" in m]
     assert len(said) == (0 if hears else 1), caplog.messages
     if not hears:

@@ -13,7 +13,7 @@ from video_rows import make_adapter, pair
 
 from mmalign.config import VideoConfig
 from mmalign.core import presets
-from mmalign.data.example import Clip, Media, Sound
+from mmalign.data.example import Clip, Media, Picture, Sound
 from mmalign.errors import DataError
 from mmalign.video.candidates import Corruptor
 
@@ -187,3 +187,22 @@ def test_only_clips_that_come_again_are_remembered(video_models: Models, clips_d
         adapter(adapter.collate(rows, [draw]), objective.needs)
     assert len(adapter.features._kept) == 1
     assert len(adapter.encoder.reader._small) == 1
+
+
+@pytest.mark.parametrize("shown", ["picture", "sound"])
+def test_a_row_without_a_clip_is_altered_in_what_it_has(
+    shown: str, video_models: Models, clips_dir: Path, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    Image.effect_noise((80, 60), 90).convert("RGB").save(tmp_path / "a.png")
+    media = {
+        "picture": Media(images=(Picture(tmp_path / "a.png"),)),
+        "sound": Media(sounds=(Sound(clips_dir / "clip0.mp4"),)),
+    }[shown]
+    objective = presets.mdpo()
+    adapter = make_adapter(video_models("qwen2_5_omni_thinker"), objective.needs)
+    row = pair(clips_dir / "clip0.mp4", media=media)
+    logps = adapter(adapter.collate([row]), objective.needs)
+    assert objective(logps).value.isfinite()
+    assert (logps.policy[0, 2] - logps.policy[0, 0]).abs().max() > 1e-6
