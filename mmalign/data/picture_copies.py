@@ -77,9 +77,7 @@ class PictureCopies:
         if file.is_relative_to(self.parent):
             return file.relative_to(self.parent).as_posix()
         copy = self.folder / self._inside(file)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if file not in self._linked_files:
-            copy.unlink(missing_ok=True)  # of an earlier run; the source may have changed since
+        if file not in self._linked_files and _make_room(copy, file):
             try:
                 os.link(file, copy)
             except OSError:  # another disk, or one without hard links
@@ -97,8 +95,8 @@ class PictureCopies:
             name = f"{picture.row:06d}-{picture.column}{_suffix(data)}"
             inside = inside.with_suffix("") / name
         copy = self.folder / inside
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(data)
+        if _make_room(copy, file):
+            copy.write_bytes(data)
         return copy.relative_to(self.parent).as_posix()
 
     def _inside(self, file: Path) -> Path:
@@ -110,6 +108,18 @@ class PictureCopies:
         """Take back what was copied, unless the folder had been there before."""
         if self._is_new:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _make_room(copy: Path, file: Path) -> bool:
+    """Take away what an earlier run left in a copy's place; False where the file itself is there.
+
+    What was left may be another name of a source, which must not be written into.
+    """
+    if os.path.realpath(copy) == os.path.realpath(file):  # the folder of copies is a link
+        return False
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.unlink(missing_ok=True)
+    return True
 
 
 def _suffix(data: bytes) -> str:

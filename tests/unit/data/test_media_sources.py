@@ -128,3 +128,27 @@ def test_where_links_cannot_be_made_clips_are_copied(
     copy = target.parent / "b_pictures" / "c5.mp4"
     assert not os.path.samefile(copy, clips / "c5.mp4")
     assert copy.read_bytes() == bytes([5])
+
+
+def test_a_copied_picture_is_never_written_into_a_source(clips: Path, write: Write) -> None:
+    """A prompt's picture becomes a hard link; later, a response of that name must not fill it."""
+    for number, folder in enumerate(("one", "two")):
+        (clips / folder).mkdir()
+        save(clips / folder / "a.png", number)
+    first, second = ((clips / folder / "a.png").read_bytes() for folder in ("one", "two"))
+    target = clips / "out" / "b.jsonl"
+    convert_file(write("one/a.jsonl", [ANSWERS | {"image": "a.png"}]), target)
+    convert_file(write("two/a.jsonl", [{"prompt": "a disc", "image": "a.png"}]), target)
+    assert (target.parent / "b_pictures" / "a.png").read_bytes() == second != first
+    assert (clips / "one" / "a.png").read_bytes() == first
+
+
+def test_a_folder_of_copies_that_is_the_source_loses_nothing(clips: Path, write: Write) -> None:
+    save(clips / "a.png", 0)
+    kept = (clips / "a.png").read_bytes()
+    (clips / "out").mkdir()
+    (clips / "out" / "b_pictures").symlink_to(clips)
+    for more in rows(5, image="a.png"), [{"prompt": "a disc", "image": "a.png"}]:
+        convert_file(write("a.jsonl", more), clips / "out" / "b.jsonl")
+    assert (clips / "c5.mp4").read_bytes() == bytes([5])
+    assert (clips / "a.png").read_bytes() == kept
