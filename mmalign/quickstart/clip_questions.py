@@ -64,6 +64,16 @@ def happens(event: str) -> str:
     return " ".join([verb + ("es" if verb.endswith("sh") else "s"), *rest])
 
 
+def sentences() -> frozenset[str]:
+    """All that can be said to happen."""
+    return frozenset(
+        sentence(Scene(shape, colour, event))
+        for colour in COLOURS
+        for shape in SHAPES
+        for event in EVENTS
+    )
+
+
 def vocabulary() -> list[str]:
     """Every word of every question and answer, in a fixed order."""
     return sorted({word for asked in _all() for word in f"{asked.question} {asked.answer}".split()})

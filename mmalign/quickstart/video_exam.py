@@ -93,11 +93,28 @@ class Marks:
             ]
         )
 
+    def explanations(self) -> tuple[float, float]:
+        """Of what follows yes and no about events: the shares that are true, and sentences."""
+        true = [questions.sentence(scene) for scene in self.paper.clips.scenes]
+        known = questions.sentences()
+        told = [
+            (answer.partition(" , ")[2], what)
+            for kind in ("basic", *NO_QUESTIONS)
+            for answer, what in zip(self.answers[kind], true, strict=True)
+        ]
+        return (
+            sum(said == what for said, what in told) / len(told),
+            sum(said in known for said, _ in told) / len(told),
+        )
+
     def numbers(self) -> dict[str, float]:
         """All shares, between 0 and 1."""
+        is_true, is_sentence = self.explanations()
         shares = {
             "pair": self.pair,
             **{kind: self.right[kind] for kind in ("basic", *NO_QUESTIONS)},
+            "explanation_true": is_true,
+            "explanation_whole": is_sentence,
             "event_word": self.names_event("event"),
             **{kind: self.right[kind] for kind in GENERAL},
             "general": self.general,

@@ -27,6 +27,8 @@ _ROWS = (  # key, what the reader sees
     ("basic", "says yes to what happens"),
     ("no_reversed", "says no to the reverse of it"),
     ("no_other", "says no to another event"),
+    ("explanation_true", "what follows yes or no is true"),
+    ("explanation_whole", "what follows yes or no is a sentence"),
     ("event_word", "names the event when asked what happens"),
     ("general", "general: mean of the four below"),
     ("event", "the whole sentence on what happens"),
@@ -197,8 +199,13 @@ def _limits(result: Mapping[str, Any]) -> Markup:
         "they stopped at 47 %.",
         "The control does as well on pairs: 74, 66 and 76 % with those seeds. It says yes to what "
         "happens in 92, 86 and 92 % of the clips, the aligned model in 99, 98 and 96 %. So the "
-        "claim is that preferences on one word mend a bias and leave the rest alone, not that "
-        "they beat fine-tuning on true answers.",
+        "claim is that preferences on one word mend a bias, not that they beat fine-tuning on "
+        "true answers.",
+        "Only the word yes or no was weighed, and that is what the exam marks. What follows it is "
+        f"true in {_share(result['before']['explanation_true'])} of the answers before, "
+        f"{_share(result['after']['explanation_true'])} after and "
+        f"{_share(result['control']['explanation_true'])} under the control, which learned whole "
+        f"answers; {_share(1 - result['after']['explanation_whole'])} are no sentences any more.",
         "Held-out clips are other draws of the same eight events, three shapes and four colours: "
         "nothing here is about real videos, or questions in other words.",
         "The bias was planted. Models in the wild say yes for many reasons, and pairs made by rule "

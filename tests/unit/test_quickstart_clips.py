@@ -185,6 +185,12 @@ def test_marks_count_first_words_and_whole_sentences(eight: clips.Clips) -> None
     expected = {"pair": 0, "basic": 1, "no_reversed": 0, "no_other": 0, "event_word": 1, "event": 0}
     assert {kind: numbers[kind] for kind in expected} == expected
     assert Marks(paper, says_yes).names_event("no_reversed").all()
+    assert Marks(paper, says_yes).explanations() == (1.0, 1.0)
+
+    last = true["basic"][:-2]
+    wrong = "yes , the red disc grows ."  # the last clips show what appears and what vanishes
+    broken = true | {"basic": (*last, wrong, "yes , the the bar .")}
+    assert Marks(paper, broken).explanations() == pytest.approx((22 / 24, 23 / 24))
 
     half = true | {"no_other": says_yes["no_other"]}
     assert Marks(paper, half).numbers()["pair"] == 0.5
