@@ -226,7 +226,7 @@ def _device(config: RunConfig) -> torch.device:
 def _plain(prompt: Prompt) -> Any:
     if isinstance(prompt, str):
         return prompt
-    return [{"role": message.role, "content": message.content} for message in prompt]
+    return [message.as_dict() for message in prompt]
 
 
 def _media(row: Example) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +20,26 @@ class Message:
 
     role: str
     content: str
+    # What else the turn says (reasoning_content, tool_calls, name), as the text of a JSON object,
+    # so that a turn can be hashed; "": nothing.
+    extra: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The turn as chat templates take it."""
+        further: dict[str, Any] = json.loads(self.extra) if self.extra else {}
+        return {"role": self.role, "content": self.content, **further}
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """What a row hands its chat template beside the messages, as JSON texts; "": nothing."""
+
+    tools: str = ""  # a list of tools
+    options: str = ""  # an object of keywords (`chat_template_kwargs`)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return bool(self.tools or self.options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +111,14 @@ Response = Prompt
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """A prompt with what its row hands the chat template beside it, where it hands anything."""
+
+    prompt: Prompt
+    template: Template
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """One (context, response) pair of a row; what is None comes from the row."""
 
@@ -113,6 +142,7 @@ class Example:
     kind: ExampleKind = "pair"
     weight: float = 1.0
     media: Media = Media()
+    template: Template = Template()
     # A dict and not a mapping proxy: loader workers pickle examples.
     meta: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
@@ -133,14 +163,20 @@ class Example:
         return tuple(file for media in (self.media, *own) if media for file in media.files())
 
 
-def as_text(text: Prompt | Path | Picture) -> str:
+def as_text(text: Prompt | Asked | Path | Picture) -> str:
     """A prompt or response as one string, with the roles of a conversation."""
+    if isinstance(text, Asked):
+        text = text.prompt
     if not isinstance(text, tuple):
         return str(text)
-    return "\n".join(f"{turn.role}: {turn.content}" for turn in text)
+    return "\n".join(f"{turn.role}: {turn.content}{_further(turn)}" for turn in text)
 
 
-def normalised(text: Prompt | Path | Picture) -> str:
+def _further(turn: Message) -> str:
+    return f" {turn.extra}" if turn.extra else ""
+
+
+def normalised(text: Prompt | Asked | Path | Picture) -> str:
     """The text without what does not make it another one: case, spacing, forms of a character."""
     if isinstance(text, Picture):
         return str(text)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,8 +12,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Range = tuple[int, int]
-Turn = tuple[str, str]
+Turn = tuple[str, str, str]  # role, content, further keys as JSON
 Text = str | tuple[Turn, ...]
+
+SPEAKING = ("tool_calls", "reasoning_content", "reasoning", "thinking", "tool_plan")
+"""Keys of a message that say something where it has no content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +110,7 @@ class Fields:
             self.fail(f"{name} is empty")
             return None
         read = [self._turn(name, turn) for turn in turns]
-        if not all(read) or not self._check_string(name, cast("Turn", read[-1])[1]):
+        if not all(read) or not self._check_string(name, "".join(cast("Turn", read[-1])[1:])):
             return None
         return tuple(turn for turn in read if turn)
 
@@ -175,16 +180,44 @@ class Fields:
 
     def _turn(self, name: str, value: Any) -> Turn | None:
         turn = as_object(value)
-        role, content = (turn or {}).get("role"), (turn or {}).get("content")
+        role = (turn or {}).get("role")
+        further = {k: v for k, v in (turn or {}).items() if v not in (None, "", [], {})}
+        further = {k: v for k, v in further.items() if k not in ("role", "content")}
+        content = (turn or {}).get("content")
+        if content is None and any(key in further for key in SPEAKING):
+            content = ""
         if turn is None or not isinstance(role, str) or not isinstance(content, str):
             what = f"{name} must hold messages with a text `role` and `content`"
             self.fail(what, f"holds {show(value)}")
             return None
-        extra = sorted(k for k, v in turn.items() if v is not None and k not in ("role", "content"))
-        if extra:
-            self.fail(f"{name} has messages with unsupported keys: {', '.join(extra)}")
+        extra = self._as_json(f"a message of {name}", further) if further else ""
+        if extra is None or not self._check_string(name, role + content, may_be_empty=True):
             return None
-        return (role, content) if self._check_string(name, content, may_be_empty=True) else None
+        return role, content, extra
+
+    def json(self, key: str, shape: type[dict[str, Any]] | type[list[Any]]) -> str:
+        """An optional object, or list of objects, as JSON text; "" when absent, empty or wrong."""
+        value = self.get(key)
+        if isinstance(value, str) and value.strip():
+            with suppress(ValueError, RecursionError):
+                value = json.loads(value)
+        if value in (None, "", [], {}):
+            return ""
+        items = as_list(value) if shape is list else [value]
+        if items is None or not all(as_object(item) for item in items):
+            what = "a list of objects" if shape is list else "an object"
+            self.fail(f"{key} must be {what}, or the JSON text of one", f"is {show(self.get(key))}")
+            return ""
+        return self._as_json(key, value) or ""
+
+    def _as_json(self, name: str, value: Any) -> str | None:
+        """The JSON text of a value, the same for equal values."""
+        try:
+            text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            self.fail(f"{name} holds what JSON cannot", f"{error}")
+            return None
+        return text if self._check_string(name, text) else None
 
     def _check_string(self, name: str, value: str, *, may_be_empty: bool = False) -> bool:
         if not may_be_empty and not value.strip():

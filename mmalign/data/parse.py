@@ -20,7 +20,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from mmalign.data.example import Candidate, Example, ExampleKind, Media
+from mmalign.data.example import Candidate, Example, ExampleKind, Media, Template
 from mmalign.data.fields import Fields, Problem, as_object
 from mmalign.data.labels import read_labels
 from mmalign.data.parse_media import MEDIA_KEYS, WHOLE_KEYS, check_marks, read_media
@@ -73,6 +73,8 @@ OPTIONAL = {
     "rationale": "why chosen is better (rationale DPO)",
     "rationale_prompt": "the question that `rationale` answers",
     "online": "list of responses sampled from the policy (HyPO)",
+    "tools": "list of tools that the chat template describes to the model, or its JSON text",
+    "chat_template_kwargs": "object of keywords for the chat template: {enable_thinking: false}",
 }
 _MISSPELT = ("desirable", *(key for key in OPTIONAL if len(key) > 5))  # short words are too alike
 
@@ -137,6 +139,7 @@ def read_record(
     meta = as_object(fields.get("meta") or {})
     if meta is None:
         fields.fail("meta must be an object")
+    template = Template(fields.json("tools", list), fields.json("chat_template_kwargs", dict))
     fields.get("split")
     unread = fields.unread()
     _check_unread(fields, unread, kind)
@@ -152,6 +155,7 @@ def read_record(
         kind=kind,
         weight=1.0 if weight is None else weight,
         media=media,
+        template=template,
         meta={**meta, **unread},
     )
     return example, []

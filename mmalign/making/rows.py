@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -92,9 +93,9 @@ def _row(record: Record, example: Example, out: Path) -> Row:
     media = best.media or example.media
     prompt = example.prompt if best.prompt is None else best.prompt
     asked = prompt if isinstance(prompt, str) else prompt[-1].content if prompt else ""
-    given = prompt if isinstance(prompt, str) else [
-        {"role": turn.role, "content": turn.content} for turn in prompt
-    ]  # fmt: skip
+    given = prompt if isinstance(prompt, str) else [turn.as_dict() for turn in prompt]
+    beside = {"tools": example.template.tools, "chat_template_kwargs": example.template.options}
+    given = {"prompt": given} | {key: json.loads(text) for key, text in beside.items() if text}
     split = {"split": record.split} if record.split else {}
     return Row(
         id=Path(record.id).name if record.id == record.place else record.id,
@@ -102,7 +103,7 @@ def _row(record: Record, example: Example, out: Path) -> Row:
         media=media,
         question=asked,
         truth=_truth(record, example, best),
-        columns={**_columns(media, record.place, out), "prompt": given, **split},
+        columns={**_columns(media, record.place, out), **given, **split},
         clues=_clues(record, example),
     )
 

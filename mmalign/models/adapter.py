@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mmalign.core import Needs
-from mmalign.data.example import as_text
+from mmalign.data.example import Asked, as_text
 from mmalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ class Adapter(nn.Module, ABC):
                 f"{example.id}: shows {files}, which only a model of modality video looks at. "
                 "Take it out, or use a config with modality: video"
             )
-        return example.prompt
+        return Asked(example.prompt, example.template) if example.template else example.prompt
 
     def sample(self, prompts: Sequence[Any], **options: Any) -> list[Any]:
         """Generate one response a prompt with the policy, for reports and `mmalign sample`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import pytest
@@ -87,6 +88,35 @@ def test_conversations() -> None:
     assert row.candidates[0].response == tuple(Message(t["role"], t["content"]) for t in answers)
 
 
+def test_messages_keep_every_key() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+    asked = [USER, {"role": "assistant", "content": None, "tool_calls": [call], "name": None}]
+    answer = {"role": "assistant", "reasoning_content": "Two and two.", "content": "4"}
+    row = parse_record({"prompt": asked, "chosen": [answer], "rejected": "5"}, where="")
+    assert [turn.as_dict() for turn in row.prompt if isinstance(turn, Message)] == [
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    assert row.candidates[0].response == (
+        Message("assistant", "4", '{"reasoning_content": "Two and two."}'),
+    )
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_what_a_row_hands_its_chat_template(as_text: bool) -> None:
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    given = {"tools": tools, "chat_template_kwargs": {"enable_thinking": False}}
+    texts = {key: json.dumps(value) for key, value in given.items()}
+    row = parse_record(PAIR | (texts if as_text else given), where="")
+    assert json.loads(row.template.tools) == tools
+    assert row.template.options == '{"enable_thinking": false}'
+    assert row.meta == {}
+
+
+def test_no_tools_are_none() -> None:
+    assert not parse_record(PAIR | {"tools": [], "chat_template_kwargs": ""}, where="").template
+
+
 def test_each_side_may_have_its_own_prompt() -> None:
     record = {"prompt_chosen": "be brief", "prompt_rejected": "be long"}
     row = parse_record(record | {"chosen": "ok", "rejected": "ok"}, where="")
@@ -140,7 +170,10 @@ def test_extra_roles_follow_the_rated_candidates() -> None:
         (PAIR | {"rejected": []}, "rejected is empty"),
         (PAIR | {"rejected": [{"role": "user"}]}, "rejected must hold messages with a text"),
         (PAIR | {"rejected": [USER]}, "a response must start with an assistant turn"),
-        (PAIR | {"rejected": [ANSWER | {"name": "x"}]}, "messages with unsupported keys: name"),
+        (PAIR | {"rejected": [ANSWER | {"name": {1}}]}, "a message of rejected holds what JSON"),
+        (PAIR | {"tools": "look_up"}, "tools must be a list of objects, or the JSON text of one"),
+        (PAIR | {"tools": ["look_up"]}, "tools must be a list of objects, or the JSON text of one"),
+        (PAIR | {"chat_template_kwargs": [1]}, "chat_template_kwargs must be an object, or the"),
         (PAIR | {"rejected": "\ud800"}, "rejected holds half of a surrogate pair"),
         (PAIR | {"p_chosen": 1.5}, "p_chosen must be a finite number between 0 and 1, but is 1.5"),
         (PAIR | {"p_chosen": True}, "p_chosen must be a finite number"),
