@@ -94,7 +94,42 @@ class SkewedJensenShannon:
 
 
 @dataclass(frozen=True, slots=True)
-class Alpha:
+class PowerScore:
+    """(1 - u^-alpha) / alpha for an alpha of either sign, log u at 0: AlphaPO's bent reward.
+
+    Increasing for every alpha. A positive one is f' of the alpha divergence. A negative one has the
+    floor -1 / |alpha| as u goes to 0, so it is the f' of no divergence that keeps every response
+    possible; AlphaPO's paper and TRL train with it all the same.
+
+    Args:
+        alpha: The bend.
+        limit: Exponent beyond which the tangent line takes over; None for never.
+    """
+
+    alpha: float = 0.5
+    limit: float | None = LIMIT
+
+    def __post_init__(self) -> None:
+        require(math.isfinite(self.alpha), "alpha", self.alpha, "finite")
+
+    @property
+    def pointwise(self) -> bool:
+        """Only the reverse KL limit scores a response alone."""
+        return self._is_reverse_kl
+
+    @property
+    def _is_reverse_kl(self) -> bool:
+        # Below, alpha * log_u^2 / 2 is under rounding; above, expm1 is exact.
+        return abs(self.alpha) < 1e-12
+
+    def __call__(self, log_u: Tensor) -> Tensor:
+        if self._is_reverse_kl:
+            return log_u
+        return -expm1_linear(-self.alpha * log_u, self.limit) / self.alpha
+
+
+@dataclass(frozen=True, slots=True)
+class Alpha(PowerScore):
     """Alpha divergence: f'(u) = (1 - u^-alpha) / alpha; 0 is reverse KL, 1 forward KL.
 
     Args:
@@ -105,38 +140,24 @@ class Alpha:
     Departs: the constant 1/alpha is kept, so equal policies score 0; computed with expm1.
     """
 
-    alpha: float = 0.5
-    limit: float | None = LIMIT
-
     def __post_init__(self) -> None:
         require(
             0.0 <= self.alpha < math.inf,
             "alpha",
             self.alpha,
             "at least 0: with a negative alpha f'(0) is finite, so the optimum may give a response "
-            "probability zero and the reward is no longer f'(policy / reference)",
+            "probability zero and the reward is no longer f'(policy / reference). TRL trains such "
+            "ones as f_alpha_divergence_coef = 1 - alpha; compat: trl-1.16 does the same",
         )
 
-    @classmethod
-    def from_trl(cls, coefficient: float, limit: float | None = LIMIT) -> Alpha:
-        """The divergence TRL calls `f_alpha_divergence_coef`: alpha = 1 - coefficient."""
-        return cls(1.0 - coefficient, limit)
+    @staticmethod
+    def from_trl(coefficient: float, limit: float | None = LIMIT) -> PowerScore:
+        """What TRL calls `f_alpha_divergence_coef`, any number: alpha = 1 - coefficient.
 
-    @property
-    def pointwise(self) -> bool:
-        """Only the reverse KL limit scores a response alone."""
-        return self._is_reverse_kl
-
-    @property
-    def _is_reverse_kl(self) -> bool:
-        return (
-            self.alpha < 1e-12
-        )  # below, alpha * log_u^2 / 2 is under rounding; above, expm1 is exact
-
-    def __call__(self, log_u: Tensor) -> Tensor:
-        if self._is_reverse_kl:
-            return log_u
-        return -expm1_linear(-self.alpha * log_u, self.limit) / self.alpha
+        Above 1 that is no divergence any more (alpha < 0), but a score that TRL trains with.
+        """
+        alpha = 1.0 - coefficient
+        return Alpha(alpha, limit) if alpha >= 0.0 else PowerScore(alpha, limit)
 
 
 @dataclass(frozen=True, slots=True)

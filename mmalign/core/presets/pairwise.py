@@ -22,9 +22,16 @@ from mmalign.core.score import Score
 from mmalign.core.terms import Preference
 
 
-def _official(alpha: float | None, compat: str | None) -> float | None:
-    """The paper's alpha; TRL's coefficient is one minus it."""
-    return Alpha.from_trl(alpha).alpha if compat == "trl-1.16" and alpha is not None else alpha
+def _transform(
+    divergence: str | Transform, alpha: float | None, p: float | None, compat: str | None = None
+) -> Transform:
+    """The divergence that a preset's keywords mean; under `compat` alpha is TRL's coefficient."""
+    if compat != "trl-1.16" or alpha is None:
+        return resolve_divergence(divergence, alpha=alpha, p=p)
+    named = resolve_divergence(divergence, p=p)
+    if isinstance(named, Alpha):
+        return Alpha.from_trl(alpha, named.limit)
+    return resolve_divergence(divergence, alpha=1.0 - alpha, p=p)
 
 
 def dpo(beta: float = 0.1) -> Objective:
@@ -66,7 +73,7 @@ def f_dpo(
         the logged rewards); exponentials beyond exp(30) follow their tangent line instead of being
         clamped.
     """
-    transform = resolve_divergence(divergence, alpha=_official(alpha, compat), p=p)
+    transform = _transform(divergence, alpha, p, compat)
     return Objective(Preference(Score(beta, transform), Logistic()))
 
 
@@ -91,7 +98,7 @@ def cdpo(
     Source: Mitchell 2023, a note on DPO with noisy preferences; eric-mitchell released code.
     Departs: nothing. TRL 1.16 accepts label_smoothing with its sigmoid loss and ignores it.
     """
-    transform = resolve_divergence(divergence, alpha=alpha, p=p)
+    transform = _transform(divergence, alpha, p)
     return Objective(Preference(Score(beta, transform), Conservative(flip)))
 
 
@@ -101,6 +108,7 @@ def rdpo(
     divergence: str | Transform = "reverse_kl",
     alpha: float | None = None,
     p: float | None = None,
+    compat: Literal["trl-1.16"] | None = None,
 ) -> Objective:
     """Provably robust DPO: unbiased under random label flips.
 
@@ -114,11 +122,12 @@ def rdpo(
         divergence: Name in DIVERGENCES, or a transform object.
         alpha: Parameter of the alpha divergence.
         p: Parameter of skewed_js.
+        compat: "trl-1.16" reads alpha as TRL's f_alpha_divergence_coef, which is 1 - alpha.
 
     Source: Chowdhury et al. 2024, arXiv:2403.00409.
     Departs: flip = 0.5 is an error, not a division by zero.
     """
-    transform = resolve_divergence(divergence, alpha=alpha, p=p)
+    transform = _transform(divergence, alpha, p, compat)
     return Objective(Preference(Score(beta, transform), Robust(flip)))
 
 
@@ -154,7 +163,7 @@ def ipo(
         reduce, length_norm = "mean", "score"
     elif compat == "official":
         reduce = "sum"
-    transform = resolve_divergence(divergence, alpha=_official(alpha, compat), p=p)
+    transform = _transform(divergence, alpha, p, compat)
     score = Score(tau, transform, reduce=reduce, length_norm=length_norm)
     return Objective(Preference(score, Squared(0.5, scale=tau)))
 
@@ -164,6 +173,7 @@ def hinge(
     divergence: str | Transform = "reverse_kl",
     alpha: float | None = None,
     p: float | None = None,
+    compat: Literal["trl-1.16"] | None = None,
 ) -> Objective:
     """Hinge loss on the log-ratio margin (SLiC with a reference).
 
@@ -174,11 +184,12 @@ def hinge(
         divergence: Name in DIVERGENCES, or a transform object.
         alpha: Parameter of the alpha divergence.
         p: Parameter of skewed_js.
+        compat: "trl-1.16" reads alpha as TRL's f_alpha_divergence_coef, which is 1 - alpha.
 
     Source: Zhao et al. 2023, arXiv:2305.10425; Liu et al. 2023, arXiv:2309.06657.
     Departs: nothing.
     """
-    transform = resolve_divergence(divergence, alpha=alpha, p=p)
+    transform = _transform(divergence, alpha, p, compat)
     return Objective(Preference(Score(beta, transform), Hinge()))
 
 
@@ -221,7 +232,7 @@ def sigmoid_norm(
     """
     if compat is not None:
         length_norm = "score"
-    transform = resolve_divergence(divergence, alpha=_official(alpha, compat), p=p)
+    transform = _transform(divergence, alpha, p, compat)
     score = Score(beta, transform, reduce="mean", length_norm=length_norm)
     return Objective(Preference(score, Logistic()))
 
@@ -232,7 +243,7 @@ def exo(
     divergence: str | Transform = "reverse_kl",
     alpha: float | None = None,
     p: float | None = None,
-    compat: Literal["official"] | None = None,
+    compat: Literal["trl-1.16", "official"] | None = None,
 ) -> Objective:
     """Exact optimisation on pairs: reverse KL to the smoothed label.
 
@@ -245,14 +256,15 @@ def exo(
         alpha: Parameter of the alpha divergence.
         p: Parameter of skewed_js.
         compat: "official" uses the released targets (0, -10) as log-probabilities: flip is exp(-10)
-            and they do not sum to one.
+            and they do not sum to one; "trl-1.16" reads alpha as TRL's f_alpha_divergence_coef,
+            which is 1 - alpha.
 
     Source: Ji et al. 2024, arXiv:2402.00856, eq. 16.
     Departs: the label is normalised.
     """
     require(0.0 < flip <= 0.5, "flip", flip, "in (0, 0.5], the label smoothing")
-    link = Exo(math.log1p(-flip), math.log(flip)) if compat is None else Exo(0.0, -10.0)
-    transform = resolve_divergence(divergence, alpha=alpha, p=p)
+    link = Exo(0.0, -10.0) if compat == "official" else Exo(math.log1p(-flip), math.log(flip))
+    transform = _transform(divergence, alpha, p, compat)
     return Objective(Preference(Score(beta, transform), link))
 
 
@@ -262,6 +274,7 @@ def discopop(
     divergence: str | Transform = "reverse_kl",
     alpha: float | None = None,
     p: float | None = None,
+    compat: Literal["trl-1.16"] | None = None,
 ) -> Objective:
     """Discovered preference optimisation: a blend of logistic and exponential loss.
 
@@ -275,9 +288,10 @@ def discopop(
         divergence: Name in DIVERGENCES, or a transform object.
         alpha: Parameter of the alpha divergence.
         p: Parameter of skewed_js.
+        compat: "trl-1.16" reads alpha as TRL's f_alpha_divergence_coef, which is 1 - alpha.
 
     Source: Lu et al. 2024, arXiv:2406.08414, eq. 5.
     Departs: computed as one exponential, finite for all margins.
     """
-    transform = resolve_divergence(divergence, alpha=alpha, p=p)
+    transform = _transform(divergence, alpha, p, compat)
     return Objective(Preference(Score(beta, transform), DiscoPop(tau)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from mmalign.core.divergence import Alpha, LogOdds, ReverseKL, Transform
+from mmalign.core.divergence import LogOdds, PowerScore, ReverseKL, Transform
 from mmalign.core.links import Bernoulli, Conservative, Hinge, Link, Logistic, Squared
 from mmalign.core.numerics import Reduce, require
 from mmalign.core.objective import Objective
@@ -73,7 +73,8 @@ def alphapo(
     Args:
         beta: Scale, in 1/nats per token.
         gamma: Target margin, no unit.
-        alpha: Bend of the reward, at least 0; 0 is simpo.
+        alpha: Bend of the reward, of either sign; 0 is simpo. Above 0 unlikely responses are pushed
+            harder, below 0 less: there the reward ends at -1 / |alpha|.
         link: "hinge" is max(0, 1 - margin).
         label_smoothing: Assumed share of wrong labels, in [0, 0.5]; sigmoid only.
         sft_weight: Weight of the chosen response's mean negative log-likelihood.
@@ -82,7 +83,7 @@ def alphapo(
     Departs: computed with expm1 and continued by its tangent line; TRL's power of exp(a) is nan
         below -104.
     """
-    return _simpo(Alpha(alpha), beta, gamma, link, label_smoothing, sft_weight)
+    return _simpo(PowerScore(alpha), beta, gamma, link, label_smoothing, sft_weight)
 
 
 def _simpo(

@@ -313,7 +313,8 @@ def test_a_mix_takes_modifiers_on_its_pairs() -> None:
                                   inspect.signature(PRESETS[n]).parameters])  # fmt: skip
 def test_compat_changes_something(name: str) -> None:
     """A compat option that changed nothing would be a dead one."""
-    keywords = {"f_dpo": {"divergence": "alpha", "alpha": 0.3},
+    alpha = {"divergence": "alpha", "alpha": 0.3}
+    keywords = {**dict.fromkeys(("f_dpo", "hinge", "rdpo", "exo", "discopop"), alpha),
                 "ipo": {"divergence": "js"}, "sigmoid_norm": {"divergence": "js"}}  # fmt: skip
     annotation = str(inspect.signature(PRESETS[name]).parameters["compat"].annotation)
     c = batch(6)
