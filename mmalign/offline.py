@@ -85,30 +85,33 @@ def sample_checkpoint(
     base: bool = False,
     out: Path | None = None,
 ) -> list[str]:
-    """One completion a row's prompt, with the config's `sample` settings.
+    """One completion a row's prompt, with the config's `sample` settings, drawn by `train.seed`.
 
     Args:
         config: The run's configuration.
         rows: Prompts, plain or conversational, with what they show.
         checkpoint: A `checkpoint-N` or `final` folder; None for the newest of `config.output`.
         base: Use the model as it was before training.
-        out: Also write prompts, the files they show, and completions here, as JSONL.
+        out: Also write prompts, what goes with them, and completions here, as JSONL.
 
     Raises:
         DataError: A prompt shows what the model does not take, or what cannot be decoded.
     """
     from mmalign.models.adapter import adapter_class
+    from mmalign.models.drawing import answer_seeds
 
     asked = [adapter_class(config.modality).question(row) for row in rows]
     adapter = trained_adapter(config, checkpoint, base=base)
     options = config.sample.model_dump(exclude={"num_prompts", "prompts"})
     size = config.train.eval_batch_size or config.train.batch_size
+    seeds = answer_seeds(config.train.seed, asked)
     texts: list[str] = []
     for start in range(0, len(asked), size):
-        texts += map(str, adapter.sample(asked[start : start + size], **options))
+        part = slice(start, start + size)
+        texts += map(str, adapter.sample(asked[part], seeds=seeds[part], **options))
     if out is not None:
         records = [
-            {"prompt": _plain(row.prompt), **_media(row), "response": text}
+            {"prompt": _plain(row.prompt), **_template(row), **_media(row), "response": text}
             for row, text in zip(rows, texts, strict=True)
         ]
         _write(out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
@@ -227,6 +230,12 @@ def _plain(prompt: Prompt) -> Any:
     if isinstance(prompt, str):
         return prompt
     return [message.as_dict() for message in prompt]
+
+
+def _template(row: Example) -> dict[str, Any]:
+    """What the row hands its chat template, by the names of its columns."""
+    texts = {"tools": row.template.tools, "chat_template_kwargs": row.template.options}
+    return {name: json.loads(text) for name, text in texts.items() if text}
 
 
 def _media(row: Example) -> dict[str, list[str]]:

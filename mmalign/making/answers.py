@@ -99,8 +99,6 @@ class Sampled:
 
     def __call__(self, row: Row) -> list[Answer] | DataError:
         """Ask about the row's clip, altered where that is wanted; an unusable clip is an error."""
-        import torch
-
         from mmalign.data.example import Change
         from mmalign.video.asking import ask
         from mmalign.video.augment import seed_for
@@ -114,14 +112,16 @@ class Sampled:
             operation = self.changes[k % len(self.changes)]
             changes[k] = Change(operation, seed_for(self.seed, row.id, 0, k))
         asked = [Question(row.prompt, replace(row.media, change=change)) for change in changes]
-        torch.manual_seed(seed_for(self.seed, row.id, 1, 0))
+        seeds = [seed_for(self.seed, row.id, 1, k) for k in range(self.num)]
         sample, train = self.config.sample, self.config.train
         options = sample.model_dump(exclude={"num_prompts", "prompts"})
         size = train.eval_batch_size or train.batch_size
         said = [
             text
             for start in range(0, self.num, size)
-            for text in ask(adapter, asked[start : start + size], **options)
+            for text in ask(
+                adapter, asked[start : start + size], seeds[start : start + size], **options
+            )
         ]
         broken = next((text for text in said if isinstance(text, DataError)), None)
         if broken is not None:

@@ -173,18 +173,17 @@ def _answer(
                 waiting.append((question, Asked(question.prompt, Media((clip,)))))
     if not waiting:
         return
-    import torch
-
     from mmalign.offline import trained_adapter
     from mmalign.video.asking import ask
+    from mmalign.video.augment import seed_for
 
     adapter: VideoAdapter | Any = trained_adapter(config, weights.checkpoint, base=weights.base)
-    torch.manual_seed(config.train.seed)
     options = config.sample.model_dump(exclude={"num_prompts", "prompts"})
     size = batch or config.train.eval_batch_size or config.train.batch_size
     for start in range(0, len(waiting), size):
         part = waiting[start : start + size]
-        said = ask(adapter, [asked for _, asked in part], **options)
+        seeds = [seed_for(config.train.seed, question.id, 0, 0) for question, _ in part]
+        said = ask(adapter, [asked for _, asked in part], seeds, **options)
         lines = {
             question.id: {"broken": str(text)}
             if isinstance(text, DataError)

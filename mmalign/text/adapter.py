@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mmalign.core import presets
 from mmalign.errors import DataError
 from mmalign.models import lora
+from mmalign.models.drawing import answer_seeds
 from mmalign.text.encode import Encoder, load_tokenizer
 from mmalign.text.generate import generate
 from mmalign.text.model import load_model
 from mmalign.text.show import show
+from mmalign.text.silent import silent_layers
 from mmalign.text.span_masks import with_spans
 from mmalign.text.token_adapter import TokenAdapter
 from mmalign.text.write_cache import write_reference
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
     from mmalign.config import ModelConfig, RunConfig
     from mmalign.core import Needs
-    from mmalign.data.example import Example, Prompt
+    from mmalign.data.example import Asked, Example, Prompt
 
 
 class TextAdapter(TokenAdapter):
@@ -44,7 +46,7 @@ class TextAdapter(TokenAdapter):
         return Encoder(tokenizer, self.config)
 
     def _make_trainable(self, model: PreTrainedModel) -> nn.Module:
-        return lora.apply(model, self.config.model)
+        return lora.apply(model, self.config.model, silent=lambda: silent_layers(model))
 
     @classmethod
     def problems(cls, config: RunConfig) -> list[str]:
@@ -92,6 +94,13 @@ class TextAdapter(TokenAdapter):
         """Context dim, scored tokens coloured."""
         return show(Encoder(load_tokenizer(config), config), examples)
 
-    def sample(self, prompts: Sequence[Prompt], **options: Any) -> list[str]:
-        """One completion a prompt; see `generate`."""
-        return generate(self.policy, self.encoder, prompts, **options)
+    def sample(
+        self,
+        prompts: Sequence[Prompt | Asked],
+        *,
+        seeds: Sequence[int] | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """One completion a prompt, drawn by the run's seed unless `seeds` are given; `generate`."""
+        seeds = answer_seeds(self.config.train.seed, prompts) if seeds is None else seeds
+        return generate(self.policy, self.encoder, prompts, seeds=seeds, **options)

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
-import logging
-from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from mmalign.data.example import Asked
 from mmalign.errors import ConfigError, DataError
 from mmalign.text.batch import collate
-from mmalign.text.positions import mark_spans, mark_steps
-from mmalign.text.render import ChatTemplate, PlainText
+from mmalign.text.fit import require_ids
+from mmalign.text.frame import Ends
+from mmalign.text.jinja import JinjaTemplate, template_file
+from mmalign.text.notes import Notes
+from mmalign.text.plain import PlainText
+from mmalign.text.positions import mark_ranges, mark_spans, mark_steps
+from mmalign.text.render import ChatTemplate
 from mmalign.text.span_masks import span_masks
+from mmalign.text.stops import stop_ids
 from mmalign.text.tokenizer import TextTokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Sequence
+    from collections import Counter
+    from collections.abc import Callable, Iterable, Sequence
 
     from rich.console import Group
     from transformers import PreTrainedTokenizerBase
@@ -26,25 +35,31 @@ if TYPE_CHECKING:
     from mmalign.core import Needs
     from mmalign.data.example import Candidate, Example, Prompt
     from mmalign.models.adapter import Batch
-    from mmalign.text.render import Response
+    from mmalign.text.response import Response
     from mmalign.text.tokenizer import Offsets
 
 __all__ = ["EncodedCandidate", "Encoder", "load_tokenizer"]
 
-log = logging.getLogger(__name__)
-
-VERSION = 2  # raise it when the same settings give other tokens: caches depend on it
+VERSION = 3  # raise it when the same settings give other tokens: caches depend on it
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedCandidate:
-    """Token ids of one (context, response) pair; every response token is scored."""
+    """Token ids of one (context, response) pair."""
 
     prompt: list[int]  # P  at least one token
     response: list[int]  # L  at least one token; ends in the end token when nothing was cut
     spans: list[bool]  # L  True on tokens that overlap a span of the record
     steps: list[int]  # L  reasoning step, from 1; 0 outside of every step
     context: int = 0  # number of what the prompt shows, where it is more than text
+    # L  False on tokens of an answer of several turns that the assistant did not write, or is not
+    # trained on; empty: all are scored.
+    scored: list[bool] = field(default_factory=list[bool])
+
+    @property
+    def mask(self) -> list[bool]:
+        """Which response tokens are scored, [L]."""
+        return self.scored or [True] * len(self.response)
 
 
 class Encoder:
@@ -63,48 +78,84 @@ class Encoder:
         kind = self.masks.kind if self.masks else None
         self.uses_spans, self.uses_steps = kind in ("spans", "diff"), kind == "steps"
         self._tokenize = TextTokenizer(tokenizer)
+        self._model = config.model
+        self.notes = Notes()
         self.render = self._renderer()
         if kind in ("spans", "steps") and not self._tokenize.has_offsets:
             raise ConfigError(
                 f"text.masks.kind is {kind!r}, which needs character offsets; "
                 f"{type(tokenizer).__name__} has none. Use a fast tokenizer"
             )
-        self._rows: dict[str, set[Hashable]] = {}
+        self._embedded: int | None = None
+
+    def use_ids_below(self, embedded: int) -> None:
+        """From now on, refuse rows with a token that a model, which embeds so many, lacks."""
+        self._embedded = min(embedded, self._embedded or embedded)
+        if self._tokenize.pad_id >= embedded:
+            self._tokenize.pad_id = 0  # masked: any token that the model has will do
 
     def _renderer(self) -> ChatTemplate | PlainText:
         chat, plain = self._renderers()
-        if self.text.chat_template and chat is not None:
+        if chat is not None:
             return chat
-        if self.text.system_prompt is not None:
-            raise ConfigError(
-                "text.system_prompt is set, but no chat template is in use (the tokenizer has "
-                "none, or text.chat_template is false). Put the text into the prompts"
-            )
+        for name in ("system_prompt", "template_kwargs"):
+            if getattr(self.text, name):
+                raise ConfigError(
+                    f"text.{name} is set, but no chat template is in use (the tokenizer has none, "
+                    "or text.chat_template is false). Put the text into the prompts"
+                )
         return plain
 
     def _renderers(self) -> tuple[ChatTemplate | None, PlainText]:
-        """The chat template, where there is one, and what stands in for it."""
-        chat = None
-        if self.tokenizer.chat_template is not None:
-            chat = ChatTemplate(self.tokenizer, self.text.system_prompt)
-        return chat, PlainText()
+        """The chat template, where one is in use, and what stands in for it."""
+        template = self._template(self.tokenizer)
+        if template is None:
+            return None, PlainText()
+        return ChatTemplate(template, self.text.system_prompt, self._ends, self.notes), PlainText()
+
+    def _template(self, owner: Any) -> JinjaTemplate | None:
+        """The chat template in use: the owner's, or the config's, which becomes the owner's."""
+        given = self.text.chat_template
+        if isinstance(given, Path):
+            owner.chat_template = template_file(given)  # and is saved beside trained weights
+        if given is False or getattr(owner, "chat_template", None) is None:
+            return None
+        today = self.text.date or datetime.date.today()
+        return JinjaTemplate(owner, self.text.template_kwargs, today)
+
+    @cached_property
+    def _ends(self) -> Ends:
+        return Ends(self.tokenizer, lambda: self.stop_ids)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Where the model's own settings say that generation stops."""
+        return stop_ids(self._model)
 
     @property
     def counts(self) -> Counter[str]:
         """Rows concerned, by what was done to them; a row counts once however often it is encoded.
 
         `prompts_cut`, `responses_cut`, `boundary_moved` (prompt tokens merged with a response),
-        `prompts_empty`, `without_mismatch`, `without_end`. Loader workers keep their own counts;
-        `survey` fills those of this process.
+        `prompts_empty`, `without_mismatch`, `without_template` (conversations as transcripts),
+        `thoughts_closed` (opened by the prompt, none in the answer), `thoughts_after_closed`.
+        Loader workers keep their own counts; `survey` fills those of this process.
         """
-        return Counter({name: len(rows) for name, rows in self._rows.items()})
+        return self.notes.counts
 
-    @property
+    @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Tokens that end an answer, where generation stops: eos, and the template's end token."""
-        ids, _ = self._tokenize(self.render.end(), add_leading=False)
-        found = next((token for token in ids if token in self._tokenize.ends), None)
-        return frozenset(t for t in (found, self._tokenize.eos_id) if t is not None)
+        """Tokens that end an answer, where generation stops.
+
+        The template's end token, the tokenizer's eos, and what the model's own settings name.
+        """
+        ids = set(self.stop_ids)
+        if self._tokenize.eos_id is not None:
+            ids.add(self._tokenize.eos_id)
+        if self.render.is_chat:
+            tokens, _ = self._tokenize(self.render.end(), add_leading=False)
+            ids |= set(tokens[-1:]) & self._tokenize.ends
+        return frozenset(ids)
 
     @property
     def pad_id(self) -> int:
@@ -117,10 +168,10 @@ class Encoder:
             self.encode_example(example)
         return self.counts
 
-    def encode_prompt(self, prompt: Prompt, *, where: str = "prompt") -> list[int]:
+    def encode_prompt(self, prompt: Prompt | Asked, *, where: str = "prompt") -> list[int]:
         """The context to generate an answer from: the one that training scores answers in."""
         ids, _ = self._ids(self.render.context(prompt, where))
-        return self._cut_prompt(self._started(ids, where), where)
+        return self._known(self._cut_prompt(self._started(ids, where), where), where)
 
     def encode_example(self, example: Example) -> tuple[EncodedCandidate, ...]:
         """Every candidate of the row, in the row's order; candidates of one prompt share its ids.
@@ -135,7 +186,10 @@ class Encoder:
         encoded: dict[int, EncodedCandidate] = {}
         for prompt, indices in groups.items():
             members = [example.candidates[index] for index in indices]
-            encoded.update(zip(indices, self._group(prompt, members, example.id), strict=True))
+            asked = Asked(prompt, example.template) if example.template else prompt
+            if not self.render.is_chat and not isinstance(prompt, str):
+                self.count("without_template", example.id)
+            encoded.update(zip(indices, self._group(asked, members, example.id), strict=True))
         return tuple(encoded[index] for index in range(len(encoded)))
 
     def collate(self, examples: Sequence[Example], needs: Needs) -> Batch:
@@ -150,14 +204,16 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """Hash of everything that decides the tokens: tokenizer, template, limits, code version."""
-        settings = {
+        settings: dict[str, Any] = {
             "version": VERSION,
             "tokenizer": self._tokenize.identity(),
-            "template": self.tokenizer.chat_template if self.render.is_chat else None,
-            "system_prompt": self.text.system_prompt,
+            "template": None,
+            "train_on": self.text.train_on,
             "limits": [self.data.max_prompt_length, self.data.max_response_length],
             "truncate_prompt": self.data.truncate_prompt,
         }
+        if isinstance(self.render, ChatTemplate):
+            settings["template"] = self.render.identity()
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def span_masks(self, encoded: Sequence[EncodedCandidate]) -> list[list[bool]]:
@@ -170,7 +226,7 @@ class Encoder:
 
     def _group(
         self,
-        prompt: Prompt,
+        prompt: Prompt | Asked,
         candidates: Sequence[Candidate],
         row: str,
         expand: Callable[[str], str] | None = None,
@@ -181,7 +237,9 @@ class Encoder:
         response, the responses of all sides start at the first token that any side changed.
         `expand` rewrites the context before it is tokenised.
         """
-        context, responses = self.render.responses(prompt, candidates, row)
+        context, responses = self.render.responses(
+            prompt, candidates, row, last=self.text.train_on == "last"
+        )
         if expand is not None:
             context = expand(context)
         alone, _ = self._ids(context)
@@ -192,39 +250,48 @@ class Encoder:
         shared = min(_common_prefix(alone, ids) for ids, _ in joined)
         if shared < len(alone):
             self.count("boundary_moved", row, "prompt and response merge; responses start early")
-        prompt_ids = self._cut_prompt(self._started(alone[:shared], row), row)
+        prompt_ids = self._known(self._cut_prompt(self._started(alone[:shared], row), row), row)
         encoded: list[EncodedCandidate] = []
         for (ids, offsets), response, candidate in zip(joined, responses, candidates, strict=True):
             stop = shared + self.data.max_response_length
-            if len(ids) == shared:
+            scored = self._scored(offsets[shared:stop], len(context), response, row)
+            if len(ids) == shared or (scored and not any(scored)):
                 raise DataError(f"{row}: a response has no token to score; remove the row")
             if len(ids) > stop:
                 self.count("responses_cut", row)
             start = len(context) + (response.offset or 0)
             local = [(first - start, last - start) for first, last in offsets[shared:stop]]
             marks = self._marks(local, response, candidate, row)
-            encoded.append(EncodedCandidate(prompt_ids, ids[shared:stop], *marks))
+            answer = self._known(ids[shared:stop], row)
+            encoded.append(EncodedCandidate(prompt_ids, answer, *marks, scored=scored))
         return encoded
+
+    def _scored(
+        self, offsets: Offsets, start: int, response: Response, row: str
+    ) -> list[bool]:
+        """Which tokens the assistant wrote, of an answer of several turns; empty: all of them."""
+        if response.scored is None:
+            return []
+        if not self._tokenize.has_offsets:
+            raise DataError(
+                f"{row}: the response has several turns, whose tokens are found by character "
+                f"offsets; {type(self.tokenizer).__name__} has none. Use a fast tokenizer"
+            )
+        ranges = [(start + first, start + last) for first, last in response.scored]
+        return mark_ranges(offsets, ranges)
 
     def _joined(
         self, context: str, response: Response, complete: bool, row: str
     ) -> tuple[list[int], Offsets]:
         """Context and response as one token sequence, with the end token of a complete response."""
-        text = context + response.body
         if not complete:
-            return self._ids(text)
-        ids, offsets = self._ids(text + response.end)
-        if not self.render.is_chat:
-            eos = self._tokenize.eos_id
-            if eos is None or ids[-1:] == [eos]:
-                return ids, offsets
-            return [*ids, eos], [*offsets, (len(text), len(text))]
-        # What a template writes after the end token (a line break) is never generated: not scored.
-        for index, (token, (start, _)) in enumerate(zip(ids, offsets, strict=True)):
-            if start >= len(text) and token in self._tokenize.ends:
-                return ids[: index + 1], offsets[: index + 1]
-        self.count("without_end", row, "the chat template has no end token after an answer")
-        return ids, offsets
+            return self._ids(context + response.body)
+        text = context + response.body + response.end
+        ids, offsets = self._ids(text)
+        eos = self._tokenize.eos_id
+        if not response.with_eos or eos is None or ids[-1:] == [eos]:
+            return ids, offsets
+        return [*ids, eos], [*offsets, (len(text), len(text))]
 
     def _marks(
         self, offsets: Offsets, response: Response, candidate: Candidate, row: str
@@ -234,8 +301,8 @@ class Encoder:
         wants_spans &= self.masks is not None and self.masks.kind == "spans"
         if response.offset is None and (wants_spans or self.uses_steps):
             raise DataError(
-                f"{row}: the chat template rewrites the response, so its spans and steps cannot be "
-                "placed; set text.chat_template: false"
+                f"{row}: the response has several turns, or the chat template rewrites it, so its "
+                "spans and steps cannot be placed; set text.chat_template: false"
             )
         spans = mark_spans(offsets, candidate.spans if wants_spans else ())
         if not self.uses_steps:
@@ -269,11 +336,15 @@ class Encoder:
         keeps_bos = ids[0] == self._tokenize.bos_id and limit > 1  # models lean on their bos
         return [ids[0], *ids[len(ids) - limit + 1 :]] if keeps_bos else ids[len(ids) - limit :]
 
+    def _known(self, ids: list[int], row: str) -> list[int]:
+        """The ids, all of which the model has, where a model is there to ask."""
+        if self._embedded is not None:
+            require_ids(ids, self._embedded, self.tokenizer, row)
+        return ids
+
     def count(self, name: str, row: str, warning: str = "") -> None:
         """Note that something was done to a row; a warning is logged the first time."""
-        if warning and name not in self._rows:
-            log.warning("row %r: %s (said once; counted in %s)", row, warning, name)
-        self._rows.setdefault(name, set()).add(row)
+        self.notes.count(name, row, warning)
 
 
 def _common_prefix(first: list[int], second: list[int]) -> int:

@@ -2,63 +2,77 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import re
+from typing import TYPE_CHECKING
 
-import torch
+from mmalign.models.drawing import answer_seeds
+from mmalign.text.decoding import complete
+from mmalign.text.padding import batches, left_padded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import nn
 
-    from mmalign.data.example import Prompt
+    from mmalign.data.example import Asked, Prompt
     from mmalign.text.encode import Encoder
 
+_OPENED = re.compile(r"(?:<(?:\w+:)?think(?:ing)?>|\[THINK\])\s*\Z")
+"""The end of a context in which the template has opened a thought."""
 
-@torch.no_grad()
+
 def generate(
     model: nn.Module,
     encoder: Encoder,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | Asked],
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    seeds: Sequence[int] | None = None,
 ) -> list[str]:
-    """One completion a prompt, all in one left-padded batch, in the context training scores.
+    """One completion a prompt, in the context training scores; the same in any batch and order.
 
     Args:
         model: In evaluation mode.
         encoder: The prompts' encoder.
-        prompts: Plain or conversational.
+        prompts: Plain or conversational, with what their rows hand the chat template.
         max_new_tokens: Tokens at most, the end token included.
         temperature: 0 takes the most likely token each time.
         top_p: Sample from the smallest set of tokens with this probability.
+        seeds: One a completion; None: those of `answer_seeds` for seed 0.
 
     Returns:
-        The new text without special tokens.
+        The new text as `written` gives it.
     """
-    from transformers import GenerationConfig
-
-    tokenizer: Any = encoder.tokenizer
-    device = next(model.parameters()).device
     rows = [encoder.encode_prompt(prompt) for prompt in prompts]
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), tokenizer.pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for place, row in enumerate(rows):
-        ids[place, width - len(row) :] = torch.tensor(row)
-        mask[place, width - len(row) :] = 1
-    drawn = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        eos_token_id=sorted(encoder.end_ids) or None,
-        pad_token_id=tokenizer.pad_token_id,
-        repetition_penalty=1.0,  # some models' own settings are not 1: not the policy then
-        **drawn,
-    )
-    output = model.generate(  # pyright: ignore[reportCallIssue]
-        input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
-    )
-    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    seeds = answer_seeds(0, prompts) if seeds is None else seeds
+    pad = encoder.pad_id
+    answers: list[str] = [""] * len(rows)
+    for group, room in batches(model, rows, pad, max_new_tokens):
+        ids, mask = left_padded([rows[i] for i in group], pad)
+        made = complete(
+            model,
+            {"input_ids": ids, "attention_mask": mask},
+            ends=encoder.end_ids,
+            pad=pad,
+            seeds=[seeds[i] for i in group],
+            max_new_tokens=room,
+            temperature=temperature,
+            top_p=top_p,
+        )
+        for i, tokens in zip(group, made, strict=True):
+            answers[i] = written(encoder, rows[i], tokens)
+    return answers
+
+
+def written(encoder: Encoder, context: Sequence[int], tokens: Sequence[int]) -> str:
+    """An answer as text, whole: thoughts and tool calls are marked by special tokens, which stay.
+
+    Where the context ends in an opened thought, so does what opens it: the answer's first words
+    could not be told from an answer otherwise.
+    """
+    before = encoder.tokenizer.decode(list(context[-8:]), skip_special_tokens=False)
+    opened = _OPENED.search(str(before))
+    text = encoder.tokenizer.decode(list(tokens), skip_special_tokens=False)
+    return f"{opened[0] if opened else ''}{text}"

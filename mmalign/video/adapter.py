@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmalign.models import lora
+from mmalign.models.drawing import answer_seeds
 from mmalign.text.cached import cache_folder
 from mmalign.text.model import causal_model
 from mmalign.text.passes import run_model
@@ -181,9 +182,13 @@ class VideoAdapter(TokenAdapter):
         """The row's prompt with what it shows."""
         return Question(example.prompt, example.media, example)
 
-    def sample(self, prompts: Sequence[Any], **options: Any) -> list[str]:
-        """One answer a question; see `generate`."""
-        return generate(self.policy, self.encoder, prompts, clues=self.clues, **options)
+    def sample(
+        self, prompts: Sequence[Any], *, seeds: Sequence[int] | None = None, **options: Any
+    ) -> list[str]:
+        """One answer a question, drawn by the run's seed unless `seeds` are given; `generate`."""
+        seeds = answer_seeds(self.config.train.seed, prompts) if seeds is None else seeds
+        options["clues"] = self.clues
+        return generate(self.policy, self.encoder, prompts, seeds=seeds, **options)
 
     def write_samples(
         self, prompts: Mapping[str, Any], folder: Path, step: int, options: SampleConfig

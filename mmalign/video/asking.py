@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def ask(
-    adapter: VideoAdapter, questions: Sequence[Question], **options: Any
+    adapter: VideoAdapter, questions: Sequence[Question], seeds: Sequence[int], **options: Any
 ) -> list[str | DataError]:
     """An answer to each question, or why there is none.
 
@@ -24,11 +24,16 @@ def ask(
     Args:
         adapter: In evaluation mode.
         questions: One batch.
+        seeds: One an answer, of what is drawn for it.
         options: Of `generate`.
     """
     try:
-        return list(adapter.sample(questions, **options))
+        return list(adapter.sample(questions, seeds=seeds, **options))
     except DataError as error:
         if len(questions) == 1:
             return [error]
-    return [answer for question in questions for answer in ask(adapter, [question], **options)]
+    return [
+        answer
+        for question, seed in zip(questions, seeds, strict=True)
+        for answer in ask(adapter, [question], [seed], **options)
+    ]

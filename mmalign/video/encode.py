@@ -118,7 +118,8 @@ class VideoEncoder(Encoder):
             self._prepared[key] = self.reader.prepare(media, where, pixels=True)
         placed, expand, key = self._placed(prompt, media, where)
         ids, _ = self._ids(expand(self.render.context(placed, where)))
-        return self._cut_prompt(self._started(ids, where), where), self._prepared.get(key)
+        ids = self._known(self._cut_prompt(self._started(ids, where), where), where)
+        return ids, self._prepared.get(key)
 
     def collate(self, examples: Sequence[Example], needs: Needs) -> Batch:
         """A batch on the CPU; see the class for its inputs."""

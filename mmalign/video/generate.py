@@ -10,7 +10,11 @@ import torch
 
 from mmalign.data.example import Media
 from mmalign.errors import DataError
+from mmalign.models.drawing import answer_seeds
+from mmalign.text.decoding import complete
+from mmalign.text.generate import written
 from mmalign.text.model import causal_model
+from mmalign.text.padding import left_padded
 from mmalign.video.model import encode
 
 if TYPE_CHECKING:
@@ -39,7 +43,6 @@ class Question:
     row: Example | None = field(default=None, compare=False)
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module,
     encoder: VideoEncoder,
@@ -48,6 +51,7 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    seeds: Sequence[int] | None = None,
     clues: CluePart | None = None,
 ) -> list[str]:
     """One answer a question, in the context training scores answers in.
@@ -61,49 +65,45 @@ def generate(
         max_new_tokens: Tokens at most, the end token included.
         temperature: 0 takes the most likely token each time.
         top_p: Sample from the smallest set of tokens with this probability.
+        seeds: One an answer; None: those of `answer_seeds` for seed 0.
         clues: The clue aggregator of a model that has one.
-    """
-    from transformers import GenerationConfig
 
-    device = next(model.parameters()).device
-    drawn = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
-    pad = encoder.pad_id
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        eos_token_id=sorted(encoder.end_ids) or None,
-        pad_token_id=pad,
-        repetition_penalty=1.0,  # some models' own settings are not 1: not the policy then
-        **drawn,
-    )
+    Returns:
+        The answers as `written` gives them.
+    """
     answers: list[str] = [""] * len(questions)
     inner = causal_model(model)
     encoded = [_context(encoder, question, i) for i, question in enumerate(questions)]
+    seeds = answer_seeds(0, questions) if seeds is None else seeds
     for group in _groups(encoded):
         rows = [encoded[i] for i in group]
-        width = max(len(ids) for ids, _ in rows)
-        ids = torch.full((len(rows), width), pad, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for place, (row, _) in enumerate(rows):
-            ids[place, width - len(row) :] = torch.tensor(row)
-            mask[place, width - len(row) :] = 1
-        media = _together([tensors for _, tensors in rows])
-        played = (
-            {"use_audio_in_video": True} if media.pop("audio_in_video", None) is not None else {}
-        )
-        types = encoder.processor.token_types(ids) if media else None
-        inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types, **media}
-        tensors = {k: _cast(v, inner.dtype) for k, v in inputs.items() if v is not None}
-        with _clued(clues, inner, rows, encoder):
-            output = model.generate(  # pyright: ignore[reportCallIssue]
-                **{k: v.to(device) for k, v in tensors.items()},
-                **played,
-                generation_config=settings,
+        with torch.no_grad(), _clued(clues, inner, rows, encoder):
+            made = complete(
+                model,
+                _inputs(rows, encoder, inner.dtype),
+                ends=encoder.end_ids,
+                pad=encoder.pad_id,
+                seeds=[seeds[i] for i in group],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
             )
-        texts = encoder.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-        for i, text in zip(group, texts, strict=True):
-            answers[i] = text
+        for i, tokens in zip(group, made, strict=True):
+            answers[i] = written(encoder, encoded[i][0], tokens)
     return answers
+
+
+def _inputs(
+    rows: Sequence[tuple[list[int], dict[str, Tensor]]], encoder: VideoEncoder, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What the model takes for contexts that share a batch."""
+    ids, mask = left_padded([ids for ids, _ in rows], encoder.pad_id)
+    media = _together([tensors for _, tensors in rows])
+    plays = media.pop("audio_in_video", None) is not None
+    types = encoder.processor.token_types(ids) if media else None
+    inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types, **media}
+    cast: dict[str, Any] = {k: _cast(v, dtype) for k, v in inputs.items() if v is not None}
+    return {**cast, "use_audio_in_video": True} if plays else cast
 
 
 def _context(

@@ -483,10 +483,3 @@ def test_what_an_adapter_can_supply_follows_from_the_config() -> None:
     assert not provided(**cached).kl
     assert provided(**cached, objective={"name": "tdpo2"}).kl
     assert provided(text={"masks": {"kind": "spans"}}).weight
-
-
-def test_a_tokenizer_of_another_model_is_refused() -> None:
-    made = make_model("llama")
-    made.resize_token_embeddings(300)
-    with pytest.raises(ConfigError, match="do not belong together"):
-        TextAdapter(run_config(), Needs(), made, make_tokenizer())

@@ -1,0 +1,100 @@
+"""Whether tokenizer and model belong together: ids that the model embeds, and one end token."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from mmalign.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mmalign.text.encode import Encoder
+
+log = logging.getLogger(__name__)
+
+
+def require_fit(model: PreTrainedModel, encoder: Encoder, key: str = "model.path") -> None:
+    """Check what every row uses, and tell the encoder how many tokens the model embeds.
+
+    A tokenizer may have more tokens than that: some families share one among models of several
+    kinds. What rows use is checked where they are encoded.
+
+    Args:
+        model: The policy, or a reference that is another model.
+        encoder: Of the rows.
+        key: Of the config, that names the model.
+
+    Raises:
+        ConfigError: The model lacks a token that ends answers, or that stands around every prompt.
+    """
+    embedded = num_embedded(model)
+    encoder.use_ids_below(embedded)
+    used = {"answers end in": encoder.end_ids, "prompts are written with": encoder.frame_ids}
+    for what, ids in used.items():
+        if max(ids, default=0) >= embedded:
+            raise ConfigError(
+                f"{key}: {what} {_named(encoder.tokenizer, max(ids))}, but the model embeds "
+                f"{embedded} tokens, 0 to {embedded - 1}; the tokenizer is another model's, or got "
+                "tokens that the model did not"
+            )
+
+
+def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say it where the tokenizer seems to be another model's, by its end token or its size."""
+    end: Any = tokenizer.eos_token_id
+    stops = _stops(model)
+    if end is not None and stops and end not in stops:
+        log.warning(
+            "the tokenizer ends a text in %s, but the model's config in %s; if the tokenizer is "
+            "not this model's own, its tokens mean something else to the model",
+            _named(tokenizer, int(end)),
+            ", ".join(_named(tokenizer, stop) for stop in sorted(stops)),
+        )
+    embedded = num_embedded(model)
+    if embedded > 2 * len(tokenizer):  # spare rows are a few in a hundred
+        log.warning(
+            "the tokenizer has %s tokens, but the model embeds %s; if the tokenizer is not this "
+            "model's own, its tokens mean something else to the model",
+            len(tokenizer),
+            embedded,
+        )
+
+
+def _stops(model: PreTrainedModel) -> set[int]:
+    """Where the model's own files say that a text ends."""
+    found: list[Any] = [model.config.get_text_config().eos_token_id]
+    if model.generation_config is not None:
+        found.append(model.generation_config.eos_token_id)
+    lists = [ids if isinstance(ids, list) else [ids] for ids in found if ids is not None]
+    return {int(token) for ids in lists for token in ids}
+
+
+def num_embedded(model: PreTrainedModel) -> int:
+    """Rows of the model's table of tokens."""
+    table: Any = model.get_input_embeddings()
+    return int(table.weight.shape[0])
+
+
+def require_ids(
+    ids: Iterable[int], embedded: int, tokenizer: PreTrainedTokenizerBase, where: str
+) -> None:
+    """Refuse a row with a token that the model does not have.
+
+    Raises:
+        DataError: naming row and token.
+    """
+    largest = max(ids, default=0)
+    if largest >= embedded:
+        raise DataError(
+            f"{where}: has the token {_named(tokenizer, largest)}, but the model embeds "
+            f"{embedded} tokens, 0 to {embedded - 1}; take it out of the text, or use a model "
+            "that has it"
+        )
+
+
+def _named(tokenizer: Any, token: int) -> str:
+    return f"{tokenizer.convert_ids_to_tokens(token)!r} (id {token})"

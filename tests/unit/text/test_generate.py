@@ -1,0 +1,325 @@
+"""Answers come from the model's own distribution, each by itself, and are shown whole."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from tiny import CHATML, make_model, make_tokenizer, run_config
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mmalign.core import Needs
+from mmalign.data.example import Asked, Message, Template
+from mmalign.errors import DataError
+from mmalign.models.drawing import answer_seeds
+from mmalign.text.adapter import TextAdapter
+from mmalign.text.decoding import Draw, complete
+from mmalign.text.generate import generate, written
+from mmalign.text.padding import left_padded
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PROMPTS = [  # of different lengths
+    "Why is the sky blue?",
+    "Two?",
+    "Once upon a time there was a little cat. The cat liked to play",
+    "Explain how bread rises.",
+    "Two and two",
+]
+SHIPPED: dict[str, Any] = {
+    "bad_words_ids": [[token] for token in range(5, 200)],
+    "begin_suppress_tokens": list(range(5, 200)),
+    "cache_implementation": "static",
+    "do_sample": True,
+    "dola_layers": "high",
+    "encoder_no_repeat_ngram_size": 2,
+    "encoder_repetition_penalty": 1.8,
+    "epsilon_cutoff": 0.2,
+    "eta_cutoff": 0.2,
+    "exponential_decay_length_penalty": [1, 1.9],
+    "forced_bos_token_id": 250,
+    "forced_eos_token_id": 250,
+    "guidance_scale": 2.5,
+    "length_penalty": 3.0,
+    "max_length": 3,
+    "max_time": 0.0,
+    "min_length": 60,
+    "min_new_tokens": 8,
+    "min_p": 0.9,
+    "no_repeat_ngram_size": 1,
+    "num_beams": 3,
+    "num_return_sequences": 1,
+    "output_scores": True,
+    "penalty_alpha": 0.6,
+    "prompt_lookup_num_tokens": 2,
+    "repetition_penalty": 4.0,
+    "return_dict_in_generate": True,
+    "sequence_bias": [[[10], 40.0]],
+    "stop_strings": ["a", "e", " "],
+    "suppress_tokens": list(range(5, 200)),
+    "temperature": 0.01,
+    "token_healing": True,
+    "top_h": 0.1,
+    "top_k": 1,
+    "top_p": 0.01,
+    "typical_p": 0.05,
+    "use_cache": False,
+    "watermarking_config": {"greenlist_ratio": 0.1, "bias": 30.0},
+}
+"""What a model's generation_config.json may say, each such that it would change the text."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose files say nothing about generation."""
+    made = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    make_model("llama").save_pretrained(made)
+    make_tokenizer().save_pretrained(made)
+    return made
+
+
+def adapter(folder: Path, **sections: Any) -> TextAdapter:
+    config = run_config(**{"model": {"path": str(folder)}, **sections})
+    return TextAdapter.build(config, Needs()).eval()
+
+
+def answers(made: TextAdapter) -> list[list[str]]:
+    """Greedy and drawn; without an end token, so that all are of full length."""
+    kinds = ({}, {"temperature": 1.0}, {"temperature": 1.3, "top_p": 0.8})
+    return [made.sample(PROMPTS, max_new_tokens=8, **kind) for kind in kinds]
+
+
+@pytest.fixture(scope="module")
+def bare(folder: Path) -> list[list[str]]:
+    return answers(adapter(folder))
+
+
+def ship(folder: Path, target: Path, settings: dict[str, Any]) -> Path:
+    """The same model with a generation_config.json."""
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    (target / "generation_config.json").write_text(json.dumps({**ids, **settings}))
+    return target
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_no_setting_that_a_model_ships_changes_an_answer(
+    name: str, folder: Path, bare: list[list[str]], tmp_path: Path
+) -> None:
+    made = adapter(ship(folder, tmp_path / "shipped", {name: SHIPPED[name]}))
+    shipped = getattr(made.policy.generation_config, name)
+    assert shipped == SHIPPED[name] or name == "watermarking_config"
+    assert answers(made) == bare
+    assert getattr(made.policy.generation_config, name) == shipped, "it stays with the model"
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_nor_do_all_of_them_together(
+    lora: Any, folder: Path, bare: list[list[str]], tmp_path: Path
+) -> None:
+    path = ship(folder, tmp_path / "shipped", SHIPPED)
+    assert answers(adapter(path, model={"path": str(path), "lora": lora})) == bare
+
+
+def test_the_settings_return_after_an_error(folder: Path) -> None:
+    made = adapter(folder)
+    own = made.policy.generation_config
+    ids, mask = left_padded([[5]], 0)
+    inputs = {"input_ids": ids, "attention_mask": mask, "unknown": ids}
+    with pytest.raises(ValueError, match="unknown"):
+        complete(made.policy, inputs, seeds=[0], **_settings())
+    assert made.policy.generation_config is own
+
+
+def _settings(**changes: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = {"ends": (2,), "pad": 0, "max_new_tokens": 8}
+    return {**plain, "temperature": 0.0, "top_p": 1.0, **changes}
+
+
+def test_every_end_ends_an_answer(folder: Path) -> None:
+    model = adapter(folder).policy
+    ids, mask = left_padded([[5, 40, 7], [9, 8]], 0)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    whole = complete(model, inputs, seeds=[0, 1], **_settings(ends=()))
+    assert [len(row) for row in whole] == [8, 8]
+    ends = (whole[0][4], whole[1][2], 319)
+    short = complete(model, inputs, seeds=[0, 1], **_settings(ends=ends))
+    for got, full in zip(short, whole, strict=True):
+        assert got == full[: next(i for i, token in enumerate(full) if token in ends)]
+
+
+def test_answers_are_the_models_most_likely_tokens(folder: Path) -> None:
+    made = adapter(folder)
+    for prompt, answer in zip(PROMPTS, made.sample(PROMPTS, max_new_tokens=8), strict=True):
+        ids = made.encoder.encode_prompt(prompt)
+        new: list[int] = []
+        while len(new) < 8:
+            logits = made.policy(input_ids=torch.tensor([ids + new]), use_cache=False).logits
+            new.append(int(logits[0, -1].argmax()))
+        assert answer == made.encoder.tokenizer.decode(new)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.7), (1.0, 0.3)])
+def test_draws_follow_the_distribution(temperature: float, top_p: float) -> None:
+    count = 4000
+    logits = torch.tensor([2.0, 1.0, 0.5, -1.0, -torch.inf, 1.5])
+    shares = (logits / temperature).softmax(-1)
+    kept: list[int] = []
+    for token in shares.argsort(descending=True).tolist():
+        if sum(shares[kept].tolist()) < top_p:
+            kept.append(token)
+    expected = torch.zeros(6).index_copy(0, torch.tensor(kept), shares[kept])
+    expected /= expected.sum()
+    draw = Draw(range(count), temperature, top_p, torch.device("cpu"))
+    first, second = (draw(torch.empty(0), logits.repeat(count, 1)).argmax(-1) for _ in range(2))
+    for tokens in (first, second):
+        found = torch.bincount(tokens, minlength=6) / count
+        noise = (expected * (1 - expected) / count).sqrt()
+        assert ((found - expected).abs() <= 4 * noise).all()
+    together = Counter(zip(first.tolist(), second.tolist(), strict=True))
+    best = int(expected.argmax())
+    share = float(expected[best]) ** 2  # of two independent draws
+    assert abs(together[best, best] / count - share) <= 4 * (share * (1 - share) / count) ** 0.5
+
+
+def test_a_draw_at_a_tiny_temperature_is_the_most_likely_token() -> None:
+    logits = torch.randn(20, 50)
+    for temperature in (1e-3, 1e-12, 1e-40):
+        draw = Draw(range(20), temperature, 0.9, torch.device("cpu"))
+        assert torch.equal(draw(torch.empty(0), logits).argmax(-1), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "bart", "rwkv", "recurrent_gemma"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_does_not_depend_on_the_others(kind: str, temperature: float) -> None:
+    """The last three put padding where it counts: what is answered together must be alike."""
+    made = TextAdapter(run_config(), Needs(), _model(kind), make_tokenizer()).eval()
+
+    def ask(prompts: list[str]) -> list[str]:
+        seeds = [len(prompt) for prompt in prompts]
+        options = {"max_new_tokens": 8, "temperature": temperature, "seeds": seeds}
+        return generate(made.policy, made.encoder, prompts, **options)
+
+    alone = [ask([prompt])[0] for prompt in PROMPTS]
+    assert len(set(alone)) == len(alone)
+    assert ask(PROMPTS) == alone
+    assert ask(PROMPTS[::-1]) == alone[::-1]
+    assert ask(PROMPTS[3:]) + ask(PROMPTS[:3]) == alone[3:] + alone[:3]
+
+
+def _model(kind: str) -> Any:
+    if kind in ("llama", "gpt2", "qwen3"):
+        return make_model(kind)
+    own = {
+        "bart": {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4},
+        "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "context_length": 256},
+        "recurrent_gemma": {
+            "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "lru_width": 32,
+            "intermediate_size": 48, "attention_window_size": 64,
+        },
+    }[kind]  # fmt: skip
+    tokens = {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **own, **tokens)).eval()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if parameter.dim() > 1 and "lru" not in name:
+                # Wider: the classes' own start predicts almost evenly, or a token after itself.
+                width = 1 if "embed" in name else parameter.shape[-1]
+                torch.nn.init.normal_(parameter, std=width**-0.5)
+    return made
+
+
+def test_the_same_question_is_answered_in_several_ways(folder: Path) -> None:
+    made = adapter(folder)
+    several = made.sample([PROMPTS[0]] * 6, max_new_tokens=8, temperature=1.0)
+    assert len(set(several)) == 6
+    mixed = made.sample([PROMPTS[0], "Two?", PROMPTS[0]], max_new_tokens=8, temperature=1.0)
+    assert [mixed[0], mixed[2]] == several[:2]
+
+
+def test_seeds_follow_from_what_is_asked() -> None:
+    asked = ["a", "b", "a", (Message("user", "a"),), Asked("a", Template(options='{"x": 1}'))]
+    seeds = answer_seeds(3, asked)
+    assert len(set(seeds)) == 5
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert answer_seeds(3, ["b", "a"]) == [seeds[1], seeds[0]]
+    assert answer_seeds(3, ["\ud800"]) == answer_seeds(3, ["\ud800"])
+    assert not set(answer_seeds(4, asked)) & set(seeds)
+
+
+def test_the_runs_seed_decides_and_nothing_else(folder: Path) -> None:
+    def drawn(seed: int, before: int) -> list[str]:
+        torch.manual_seed(before)
+        made = adapter(folder, train={"seed": seed})
+        return made.sample(PROMPTS, max_new_tokens=8, temperature=1.0)
+
+    assert drawn(0, before=1) == drawn(0, before=2)
+    assert drawn(0, before=1) != drawn(1, before=1)
+
+
+def test_an_answer_ends_where_the_positions_do(caplog: pytest.LogCaptureFixture) -> None:
+    made = TextAdapter(run_config(), Needs(), make_model("gpt2"), make_tokenizer()).eval()
+    made.encoder.data = made.encoder.data.model_copy(update={"max_prompt_length": 300})
+    rows = {n: "a" * n for n in (256, 250, 3)}
+    assert [len(made.encoder.encode_prompt(row)) for row in rows.values()] == list(rows)
+
+    def count(prompts: list[str]) -> list[int]:
+        made.encoder.__class__.end_ids, own = frozenset[int](), made.encoder.__class__.end_ids
+        try:
+            texts = made.sample(prompts, max_new_tokens=12)
+        finally:
+            made.encoder.__class__.end_ids = own
+        return [len(made.encoder.tokenizer(text)["input_ids"]) for text in texts]
+
+    assert count(list(rows.values())) == [count([row])[0] for row in rows.values()]
+    assert "answers end at the model's 256 positions" in caplog.text
+    with pytest.raises(DataError, match="257 tokens, but the model has 256 positions"):
+        made.sample(["a" * 257], max_new_tokens=1)
+
+
+REASONING = CHATML.replace(
+    "{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n<think>\\n' }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "tokens", "shown"),
+    [
+        (CHATML, "Blue.", "Blue."),
+        (CHATML, "<tool_call>{}</tool_call>", "<tool_call>{}</tool_call>"),
+        (CHATML, "<think>\nWell\n</think>\n\nBlue.", "<think>\nWell\n</think>\n\nBlue."),
+        (REASONING, "Well\n</think>\n\nBlue.", "<think>\nWell\n</think>\n\nBlue."),
+        (REASONING, "Well, blue", "<think>\nWell, blue"),
+    ],
+)
+def test_thoughts_and_tool_calls_are_shown(template: str, tokens: str, shown: str) -> None:
+    from mmalign.text.encode import Encoder
+
+    tokenizer = make_tokenizer(template)
+    marks = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    encoder = Encoder(tokenizer, run_config())
+    turns = [{"role": "user", "content": "What colour is the sky?"}]
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    context = tokenizer(text, add_special_tokens=False)["input_ids"]
+    new = tokenizer(tokens, add_special_tokens=False)["input_ids"]
+    assert written(encoder, context, new) == shown
+
+
+def test_the_end_token_is_not_shown(folder: Path) -> None:
+    made = adapter(folder)
+    with torch.no_grad():
+        made.policy.lm_head.weight[2] = 0
+        made.policy.model.norm.weight.zero_()  # all logits are 0 then: the first is the largest
+    assert made.sample(["Two?"], max_new_tokens=3) == ["<pad><pad><pad>"]
+    with torch.no_grad():
+        made.policy.lm_head.bias = torch.nn.Parameter(torch.eye(320)[2])
+    assert made.sample(["Two?"], max_new_tokens=3) == [""]
