@@ -30,6 +30,8 @@ class Needs(Protocol):
     def candidates(self) -> int: ...  # noqa: D102
     @property
     def roles(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def labels(self) -> bool: ...  # noqa: D102
 
 
 def fit(
@@ -73,6 +75,37 @@ def fit(
         log.warning("%d undesirable responses are left out: nothing here learns from them", dropped)
     _check_one_k(fitted, needs)
     return fitted
+
+
+def is_used(row: Example, needs: Needs, ties: Ties) -> bool:
+    """Whether `fit` makes at least one row of it."""
+    if row.is_tie and (ties == "drop" or row.kind != "pair"):
+        return False
+    single = needs.rows == "plain" or (needs.rows == "any" and needs.candidates <= 1)
+    return not (single and row.kind == "unpaired" and row.labels[0] <= 0)
+
+
+def reads_labels(rows: Sequence[Example], needs: Needs) -> bool:
+    """Whether the objective reads the values of labels, once the rows are of its kind."""
+    return needs.labels and _target(rows, needs) in ("pair", "list")
+
+
+def check_trainable(rows: Sequence[Example], needs: Needs) -> None:
+    """Refuse fitted rows that an objective can learn nothing from.
+
+    Raises:
+        DataError: The weight of every row is 0, or all single responses have one rating.
+    """
+    if not any(row.weight for row in rows):
+        raise DataError(f"the weight of all {len(rows)} rows is 0, so nothing would be learned")
+    ratings = {row.labels[0] > 0.5 for row in rows if row.kind == "unpaired"}
+    if needs.rows == "unpaired" and len(ratings) == 1:
+        given, missing = ("", "un") if ratings == {True} else ("un", "")
+        raise DataError(
+            f"all {len(rows)} responses are {given}desirable, and the objective learns from the "
+            f"difference to {missing}desirable ones: add some of those too"
+            + (", or use sft, which learns from good ones alone" if not given else "")
+        )
 
 
 def _settle_ties(examples: Sequence[Example], ties: Ties) -> list[Example]:

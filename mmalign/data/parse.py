@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmalign.data.example import Candidate, Example, ExampleKind, Media, Template
 from mmalign.data.fields import Fields, Problem, as_object
-from mmalign.data.labels import read_labels
+from mmalign.data.labels import in_order, read_labels
 from mmalign.data.parse_media import MEDIA_KEYS, WHOLE_KEYS, check_marks, read_media
 from mmalign.data.parse_pictures import PICTURE_KEYS, read_pictures
 from mmalign.data.parse_texts import read_extra, read_prompt, read_texts
@@ -108,8 +108,14 @@ def read_record(
 ) -> tuple[Example | None, list[Problem]]:
     """Like `parse_record`, but hands the problems back; the Example is None when there are any.
 
-    With `alone` a record is a prompt and nothing else: a plain one whose response is empty.
+    With `alone` a record is a prompt and nothing else: a plain one whose response is empty. A pair
+    whose labels prefer `rejected` is turned round; see `labels.in_order`.
     """
+    ordered = in_order(record)
+    if ordered is not record:
+        example, problems = read_record(ordered, where=where, root=root, alone=alone)
+        if not problems:
+            return example, []  # else the record is read as it is written, to name the right keys
     fields = Fields(record)
     shown = alone or _has_words(fields)  # pictures beside them belong to the prompt
     pictures = not shown and any(key in fields for key in PICTURE_KEYS)

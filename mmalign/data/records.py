@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mmalign.data.convert import to_record
 from mmalign.data.fields import Problem
 from mmalign.data.files import read_rows
+from mmalign.data.labels import in_order, prefers_rejected
 from mmalign.data.parse import read_record
 from mmalign.data.picture_copies import PictureCopies
 from mmalign.data.picture_layouts import ALONE
@@ -18,7 +19,7 @@ from mmalign.data.pictures import PictureRoot
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Generator, Mapping
 
     from mmalign.data.example import Example
 
@@ -33,6 +34,8 @@ class Record:
     example: Example | None
     problems: tuple[Problem, ...] = ()
     value: Mapping[str, Any] = field(default_factory=dict[str, Any])  # the canonical record
+    raw: Mapping[str, Any] = field(default_factory=dict[str, Any])  # the row as the file has it
+    turned: str = ""  # what preferred `rejected`, so that `value` is turned round; "": nothing
 
 
 def read_records(
@@ -42,10 +45,12 @@ def read_records(
     split: str | None = None,
     layout: str | None = None,
     pictures: Path | None = None,
-) -> Iterator[Record]:
+    wanted: Callable[[str], bool] | None = None,
+) -> Generator[Record]:
     """Every row of a source; `split` names a hub split, or a value of the `split` column.
 
     Paths of pictures start from the folder `pictures`, or that of the source, and stay inside it.
+    Rows whose split is not `wanted`, asked row by row, are passed over unread.
     """
     root = _root(Path(path), pictures)
     first_use: dict[str, str] = {}
@@ -54,6 +59,8 @@ def read_records(
         part = str((row.value or {}).get("split") or "")
         if split is not None and row.value is not None and part != split:
             other_splits.add(part)
+            continue
+        if wanted is not None and not wanted(part):
             continue
         record, problems = {}, [Problem(row.problem)]
         if row.value is not None:
@@ -71,7 +78,11 @@ def read_records(
             problems.append(Problem("the id is not unique", f"is also at {first_use[identity]}"))
         first_use.setdefault(identity, row.place)
         example = None if problems else example
-        yield Record(row.place, identity, part, example, tuple(problems), record)
+        turned = prefers_rejected(record) if example else ""
+        value = in_order(record) if turned else record
+        yield Record(
+            row.place, identity, part, example, tuple(problems), value, row.value or {}, turned
+        )
     if other_splits and not first_use:
         named = ", ".join(sorted(other_splits - {""})) or "it has no `split` column"
         raise DataError(f"{path}: no row has the split {split!r}; found: {named}")

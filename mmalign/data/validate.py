@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmalign.data.example import Example, Media, Picture, as_text, normalised
+from mmalign.data.doubts import Doubts
+from mmalign.data.example import Example, Picture, as_text
 from mmalign.data.fields import Problem
 from mmalign.data.files import HELD_OUT
+from mmalign.data.leakage import Leakage
 from mmalign.data.records import ProblemList, Record, read_records
 from mmalign.data.validate_media import MediaBook
 from mmalign.data.validate_pictures import PictureBook
@@ -32,7 +34,8 @@ class Report:
 
     names: str
     problems: ProblemList = field(default_factory=ProblemList)
-    warnings: ProblemList = field(default_factory=ProblemList)
+    doubts: Doubts = field(default_factory=Doubts)
+    leakage: Leakage = field(default_factory=Leakage)
     num_records: int = 0
     kinds: Counter[str] = field(default_factory=Counter[str])
     splits: Counter[str] = field(default_factory=Counter[str])
@@ -60,13 +63,19 @@ class Report:
             if counts:
                 lines.append(f"  {title:8} " + ", ".join(f"{n} {key}" for key, n in counts.items()))
         lines += _length_table(self.lengths) + self.pictures.lines() + self.media.lines()
-        for title, found in (("problem", self.problems), ("warning", self.warnings)):
-            if not found.groups:
-                lines.append(f"no {title}s")
-                continue
-            lines.append(f"{title}s in {found.num_records} of {self.num_records} records:")
-            lines += [f"  {line}" for line in found.lines(show)]
+        found = self.problems
+        where = f" in {found.num_records} of {self.num_records} records"
+        for title, told, of in (
+            ("problems", found.lines(show), where),
+            ("warnings", self.warnings(show), ""),
+        ):
+            lines.append(f"{title}{of}:" if told else f"no {title}")
+            lines += [f"  {line}" for line in told]
         return "\n".join(lines)
+
+    def warnings(self, show: int = 0) -> list[str]:
+        """What training on the files would warn of too, a line each."""
+        return self.doubts.lines(show) + self.leakage.lines(show)
 
 
 def check_files(
@@ -94,7 +103,7 @@ def check_files(
             try:
                 for record in read_records(path, layout=layout, pictures=pictures):
                     held_out = always_eval or record.split.lower() in HELD_OUT
-                    book.add(record, EVAL if held_out else record.split or "train")
+                    book.add(record, EVAL if held_out else record.split or "train", str(path))
             except DataError as error:
                 nowhere = Record(str(path), str(path), "", None)
                 report.problems.add(nowhere, Problem(str(error)))
@@ -107,15 +116,10 @@ class _Book:
 
     def __init__(self, report: Report) -> None:
         self.report = report
-        self.first_row: dict[tuple[str, ...], str] = {}
-        self.train_prompts: set[str] = set()
-        self.train_answers: set[tuple[str, str]] = set()
-        self.train_files: set[Path | Picture] = set()
-        self.eval_rows: list[tuple[Record, str, list[str]]] = []
         self.lists: list[tuple[Record, int]] = []
 
-    def add(self, record: Record, split: str) -> None:
-        """Take in one record of the split."""
+    def add(self, record: Record, split: str, source: str) -> None:
+        """Take in one record of the split and file."""
         self.report.num_records += 1
         self.report.problems.add(record, *record.problems)
         row = record.example
@@ -128,53 +132,20 @@ class _Book:
             self.report.lengths.setdefault(part, []).append((len(text), len(text.split())))
         self.report.pictures.add(record, row)
         self.report.media.add(record, row)
+        self.report.doubts.add(record, source)
+        self.report.leakage.add(row, held_out=split == EVAL)
         if row.kind == "list":
             self.lists.append((record, row.num_rated))
-        self._compare(record, row, split)
-
-    def _compare(self, record: Record, row: Example, split: str) -> None:
-        warn = self.report.warnings.add
-        prompt = normalised(row.prompt) + _shown(row.media)
-        rated = row.candidates[: row.num_rated]
-        answers = [normalised(c.response) + _shown(c.media) for c in rated]
-        key, reverse = (prompt, *answers), (prompt, *reversed(answers))
-        if key in self.first_row:
-            warn(record, Problem("rows should differ", f"this one repeats {self.first_row[key]}"))
-        elif row.kind == "pair" and not row.is_tie and reverse in self.first_row:
-            found = f"this one prefers the other response of {self.first_row[reverse]}"
-            warn(record, Problem("rows should not contradict each other", found))
-        self.first_row.setdefault(key, record.place)
-        if split == EVAL:
-            self.eval_rows.append((record, prompt, answers))
-        else:
-            self.train_prompts.add(prompt)
-            self.train_files.update(row.files())
-            self.train_answers.update((prompt, answer) for answer in answers)
 
     def close(self, decode: Decode | None) -> None:
         """Compare what needed all records, and look into pictures and media."""
-        self.report.pictures.close(self.report.problems, self.report.warnings)
+        self.report.pictures.close(self.report.problems, self.report.doubts)
         self.report.media.close(self.report.problems, decode)
-        for record, prompt, answers in self.eval_rows:
-            leaks = ""
-            if any((prompt, answer) in self.train_answers for answer in answers):
-                leaks = "evaluation prompts with their responses should not be trained on"
-            elif prompt in self.train_prompts:
-                leaks = "evaluation prompts should not be trained on"
-            elif record.example and not self.train_files.isdisjoint(record.example.files()):
-                leaks = "what evaluation prompts show should not be trained on"
-            if leaks:
-                self.report.warnings.add(record, Problem(leaks, "this one is"))
         usual = Counter(k for _, k in self.lists).most_common(1)
         for record, k in self.lists:
             if k != usual[0][0]:
                 what = f"all lists must have the same length, which is mostly {usual[0][0]} here"
                 self.report.problems.add(record, Problem(what, f"this one has {k} responses"))
-
-
-def _shown(media: Media | None) -> str:
-    """Tells media apart: the same words about another clip are another row."""
-    return repr(media) if media else ""
 
 
 def _label(row: Example) -> str:

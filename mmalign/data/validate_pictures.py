@@ -14,6 +14,7 @@ from mmalign.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from mmalign.data.doubts import Doubts
     from mmalign.data.records import ProblemList, Record
 
 Size = tuple[int, int]  # width, height
@@ -38,7 +39,7 @@ class PictureBook:
         if parts:
             self.rows.append((record, parts))
 
-    def close(self, problems: ProblemList, warnings: ProblemList) -> None:
+    def close(self, problems: ProblemList, doubts: Doubts) -> None:
         """Decode all pictures, in threads, and add what is wrong with them."""
         found = decode_all((picture for _, parts in self.rows for _, picture in parts), _size)
         self.num_decoded = sum(not isinstance(result, DataError) for result in found.values())
@@ -52,9 +53,11 @@ class PictureBook:
                     sizes.append(result)
                     self.sizes.setdefault(name, []).append(result)
             if len(sizes) == len(parts) and is_odd(sizes):
-                what = "pictures of a row should differ in aspect ratio by at most 2 to 1"
+                what = (
+                    "rows whose pictures differ in aspect ratio by more than 2 to 1: not trained on"
+                )
                 shown = " and ".join(f"{width} x {height}" for width, height in sizes)
-                warnings.add(record, Problem(what, f"these are {shown}: not trained on"))
+                doubts.note(record, what, shown)
 
     def lines(self) -> list[str]:
         """How many pictures there are, and a table of their sizes."""

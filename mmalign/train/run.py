@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from accelerate.utils import set_seed
 
+from mmalign.data.fit import check_trainable
 from mmalign.models.adapter import build_adapter, load_usable
 from mmalign.train.launch import build_accelerator, is_sharded, ready_for_sharding
 from mmalign.train.metrics import Averages, flatten
@@ -81,6 +82,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     set_seed(train.seed)  # alike on all processes: they must start from the same weights
     with accelerator.main_process_first():  # one process fills the caches of downloads
         train_rows, eval_rows = load_usable(config, objective.needs)
+    check_trainable(train_rows, objective.needs)
     num_processes = accelerator.num_processes
     order = Order(len(train_rows), train.batch_size, train.accumulate, num_processes, train.seed)
 

@@ -15,6 +15,7 @@ class Needs:
     rows: str = "pair"
     candidates: int = 2
     roles: tuple[str, ...] = ()
+    labels: bool = False
 
 
 PAIR = Needs()
