@@ -126,6 +126,10 @@ class ToyAdapter(Adapter):
             row_weight=batch.row_weight,
         )
 
+    def positions(self, batch: Batch, needs: Needs) -> Tensor:
+        response = batch.inputs["mask"].sum(-1)
+        return torch.stack([response, torch.zeros_like(response)], dim=-1)
+
     def save(self, directory: Path) -> None:
         save_file(dict(self.policy.state_dict()), directory / "model.safetensors")
 

@@ -22,9 +22,8 @@ class Nll(Term):
     Args:
         coef: Weight of the term.
         reduce: `sum` over positions; `mean` over positions, then over rows; `batch_token` over all
-            positions of the batch on all processes, so that long responses weigh more. The first
-            two are the same whether a batch is accumulated in parts or not. `batch_token` is not:
-            each part has its own token count.
+            positions of a step, on all processes and in all its micro-batches, so that long
+            responses weigh more. None of them depends on how a batch is accumulated in parts.
         candidate: Which column.
         prompt: Score the prompt's tokens too.
     """
@@ -42,7 +41,11 @@ class Nll(Term):
     @property
     def needs(self) -> Needs:
         """One column, and its prompt where that is scored."""
-        return Needs(candidates=self.candidate + 1, prompt=self.prompt)
+        return Needs(
+            candidates=self.candidate + 1,
+            prompt=self.prompt,
+            token_mean=self.reduce == "batch_token",
+        )
 
     def __call__(self, c: CandidateLogps) -> Tensor:  # [B]
         """-log pi of the candidate, reduced."""
@@ -62,8 +65,12 @@ class Nll(Term):
             return total
         if self.reduce == "mean":
             return total / tokens.clamp(min=1)
-        # The mean of these rows over all processes is the sum of all tokens over their number.
-        per_row = global_mean(tokens.to(total.dtype))
+        # The mean of these rows over the step is the sum of all tokens over their number.
+        if c.step_positions is None:
+            per_row = global_mean(tokens.to(total.dtype))
+        else:
+            known = c.step_positions[:, 0].to(total)  # [B, 2]
+            per_row = known.sum(-1) if self.prompt else known[:, 0]
         return total / torch.where(per_row > 0.0, per_row, 1.0)
 
 

@@ -33,6 +33,7 @@ class Needs:
         log_sum_p2: log of the sum of squared policy probabilities at each position (WPO).
         prompt: Policy log-probabilities of the prompt's own tokens (ORPO as released).
         labels: The values of a pair's labels, not only which response is the better one.
+        token_mean: A mean over all tokens of a step: the loop counts them before its first pass.
         candidates: Smallest number of candidates K.
         rows: The record shape the objective is defined on.
         roles: Candidates after the rated ones, in order: "mismatched" (KTO), "calibration" (VPO),
@@ -49,6 +50,7 @@ class Needs:
     log_sum_p2: bool = False
     prompt: bool = False
     labels: bool = False
+    token_mean: bool = False
     candidates: int = 1
     rows: Rows = "any"
     roles: tuple[str, ...] = ()
@@ -73,6 +75,7 @@ class Needs:
             log_sum_p2=self.log_sum_p2 or other.log_sum_p2,
             prompt=self.prompt or other.prompt,
             labels=self.labels or other.labels,
+            token_mean=self.token_mean or other.token_mean,
             candidates=max(self.candidates, other.candidates),
             rows=rows.pop() if rows else "any",
             roles=self.roles or other.roles,
@@ -111,6 +114,9 @@ class CandidateLogps:
     log_sum_p2: Tensor | None = None  # [B, K, L]  log sum_v p(v)^2 under the policy, no gradient
     prompt: Tensor | None = None  # [B, K, P]  policy log-probs of the prompt, carries gradient
     prompt_mask: Tensor | None = None  # [B, K, P]  bool
+    # [B, K, 2]  positions of response and of prompt that a row of the whole step has on average,
+    # the same for all rows; None: those of this batch, over all processes
+    step_positions: Tensor | None = None
 
     def check(self, needs: Needs) -> None:
         """Raise NeedsError, naming the field, when something `needs` asks for is absent."""

@@ -154,6 +154,14 @@ class Adapter(nn.Module, ABC):
         """The rows to evaluate on; more than were given where one row is scored several times."""
         return list(examples)
 
+    def positions(self, batch: Batch, needs: Needs) -> Tensor | None:  # [B, K, 2]
+        """How many positions of response and prompt `forward` will score, known without a pass.
+
+        For losses that take a mean over all tokens of a step. None: each micro-batch counts its
+        own, which is the same where all rows have as many.
+        """
+        return None
+
     def metrics(self, batch: Batch, logps: CandidateLogps) -> dict[str, Tensor]:
         """What to log beside the objective's metrics, detached, means over rows."""
         return {}

@@ -184,6 +184,15 @@ class TokenAdapter(Adapter):
             prompt_mask=rows.prompt_mask,
         )
 
+    def positions(self, batch: Batch, needs: Needs) -> Tensor:  # [B, K, 2]
+        """The tokens that are scored."""
+        rows = arrange(batch.inputs, "plain", prompts=needs.prompt)
+        response = rows.mask.sum(-1)
+        prompt = torch.zeros_like(response)
+        if rows.prompt_mask is not None:
+            prompt = rows.prompt_mask.sum(-1)
+        return torch.stack([response, prompt], dim=-1)
+
     @property
     def _inner(self) -> PreTrainedModel:
         return causal_model(self.policy)

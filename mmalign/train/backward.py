@@ -4,34 +4,69 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import gather_object
 
 from mmalign.errors import ConfigError
 from mmalign.train.rng import rng_state, set_rng_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from accelerate import Accelerator
     from torch import Tensor, nn
 
-    from mmalign.core import CandidateLogps, Loss, Objective
-    from mmalign.models.adapter import Batch
+    from mmalign.core import CandidateLogps, Loss, Needs, Objective
+    from mmalign.models.adapter import Adapter, Batch
 
-    Backward = Callable[[Accelerator, nn.Module, Objective, Batch], tuple[Loss, CandidateLogps]]
+    Backward = Callable[
+        [Accelerator, nn.Module, Objective, Batch, Tensor | None], tuple[Loss, CandidateLogps]
+    ]
 
 # The fields of CandidateLogps through which a loss may reach the parameters.
 _DIFFERENTIABLE = ("policy", "kl", "weight", "kl_weight", "prompt")
 
 
+def step_positions(adapter: Adapter, window: Sequence[Batch], needs: Needs) -> Tensor | None:
+    """Positions of response and prompt that a row of a step has on average: [K, 2].
+
+    Over all micro-batches of a step and all processes, before the first of them is scored: with
+    it, a mean over tokens is that of one large batch. None where the adapter cannot know.
+    """
+    counts = [adapter.positions(batch, needs) for batch in window]
+    if any(count is None for count in counts):
+        return None
+    own = [count.sum(0).tolist() for count in counts if count is not None]  # [K, 2] each
+    parts = gather_object([(sum(len(batch.ids) for batch in window), own)])
+    rows = sum(num for num, _ in parts)
+    every = (candidates for _, batches in parts for candidates in batches)
+    # Lists may have more candidates in one micro-batch than in another.
+    columns = zip_longest(*every, fillvalue=(0, 0))
+    total = [[sum(part) for part in zip(*column, strict=True)] for column in columns]
+    return torch.tensor(total, dtype=torch.float64) / rows
+
+
+def _counted(logps: CandidateLogps, positions: Tensor | None) -> CandidateLogps:
+    if positions is None:
+        return logps
+    num_rows, num_candidates = logps.labels.shape
+    known = positions[:num_candidates].to(logps.policy).expand(num_rows, -1, -1)
+    return logps.replace(step_positions=known)
+
+
 def backward_joint(
-    accelerator: Accelerator, model: nn.Module, objective: Objective, batch: Batch
+    accelerator: Accelerator,
+    model: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    positions: Tensor | None = None,
 ) -> tuple[Loss, CandidateLogps]:
     """Score all candidates, then one backward pass."""
     logps = model(batch, objective.needs)
-    loss = objective(logps)
+    loss = objective(_counted(logps, positions))
     accelerator.backward(loss.value)
     return loss, logps
 
@@ -41,6 +76,7 @@ def backward_per_candidate(
     model: nn.Module,
     objective: Objective,
     batch: Batch,
+    positions: Tensor | None = None,
     *,
     tolerance: float,
 ) -> tuple[Loss, CandidateLogps]:
@@ -60,6 +96,7 @@ def backward_per_candidate(
         model: The adapter, wrapped or not.
         objective: Decides the loss and what the adapter has to supply.
         batch: One micro-batch on the device.
+        positions: What `step_positions` gave.
         tolerance: Largest mean difference of the two passes' log-probabilities, in nats a position.
     """
     before = rng_state()
@@ -74,7 +111,7 @@ def backward_per_candidate(
         if name in _DIFFERENTIABLE:
             first = names.setdefault(id(value), name)
             leaves[name] = leaves[first] if first in leaves else value.detach().requires_grad_()
-    loss = objective(logps.replace(**leaves))
+    loss = objective(_counted(logps.replace(**leaves), positions))
     distinct = list(names.values())
     found = torch.autograd.grad(loss.value, [leaves[n] for n in distinct], allow_unused=True)
     gradients = {n: grad for n, grad in zip(distinct, found, strict=True) if grad is not None}

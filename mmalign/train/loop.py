@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from accelerate.utils import gather_object
 from mmalign import config as configs
 from mmalign.models.adapter import adapter_class
 from mmalign.train import checkpoint, files
-from mmalign.train.backward import backward_joint, backward_per_candidate
+from mmalign.train.backward import backward_joint, backward_per_candidate, step_positions
 from mmalign.train.check import (
     Scored,
     check_start,
@@ -64,8 +65,9 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> 
     """Train what `config` describes and write everything to `config.output`.
 
     A step is `accumulate` micro-batches of `batch_size` rows on every process. The mean is over
-    rows, so accumulation and more processes equal a larger batch exactly. What a loss itself takes
-    over a micro-batch does not: a token mean (`batch_token`), KTO's z0, AOT's sorting, BCO's shift.
+    rows, or over tokens (`batch_token`), of them all, so accumulation and more processes equal a
+    larger batch exactly. What a loss itself takes over a micro-batch does not: KTO's z0, AOT's
+    sorting, BCO's shift.
 
     Args:
         config: The whole configuration.
@@ -171,10 +173,14 @@ def _due(step: int, every: int | None) -> bool:
 def _accumulate(run: Run, backward: Backward, loader: Iterator[Batch]) -> list[Scored]:
     """Gradients of one step; they travel between processes with the last micro-batch."""
     window: list[Scored] = []
-    for _ in range(run.config.train.accumulate):
-        batch = next(loader).to(run.accelerator.device)
+    micro_batches, positions = islice(loader, run.config.train.accumulate), None
+    if run.objective.needs.token_mean:  # only then do all of a step lie in memory at once
+        micro_batches = list(micro_batches)
+        positions = step_positions(run.adapter, micro_batches, run.objective.needs)
+    for micro_batch in micro_batches:
+        batch = micro_batch.to(run.accelerator.device)
         with run.accelerator.accumulate(run.model):
-            loss, logps = backward(run.accelerator, run.model, run.objective, batch)
+            loss, logps = backward(run.accelerator, run.model, run.objective, batch, positions)
         window.append(Scored.of(batch, loss, logps))
         run.averages.add({**loss.metrics, "loss": loss.value, "rows": len(batch.ids)})
         run.averages.add(run.adapter.metrics(batch, logps))

@@ -72,6 +72,25 @@ def test_two_processes_equal_one_with_the_double_batch(tmp_path: Path, backward:
     }
 
 
+def test_two_processes_count_the_tokens_of_a_step_together(tmp_path: Path) -> None:
+    """Responses differ in length, so that each micro-batch alone has another mean."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    common = ("objective={name: sft}", "model.dtype=float64", "train.optimizer=sgd", "data.eval=[]")
+    train(toy_config(one, *common, "train.num_steps=3", "train.batch_size=8"))
+    options = (*common, "train.num_steps=3", "train.batch_size=2", "train.accumulate=2")
+    toy_config(two, *options)
+    done = torchrun(two / "config.json", *options)
+    assert done.returncode == 0, done.stderr
+    expected = load_file(one / "run/final/model.safetensors")
+    found = load_file(two / "run/final/model.safetensors")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-13)
+    losses = [[line["loss"] for line in read_json(run / "run/metrics.jsonl")] for run in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_resume_to_the_same_bits(tmp_path: Path, kind: str) -> None:

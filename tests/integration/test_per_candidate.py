@@ -114,9 +114,19 @@ def weights_after(folder: Path, *overrides: str) -> dict[str, Any]:
     return load_file(result.final_dir / "model.safetensors")
 
 
-@pytest.mark.parametrize("name", ["dpo", "tdpo2", "simpo"])
-def test_accumulation_equals_a_larger_batch(tmp_path: Path, name: str) -> None:
-    common = (f"objective={{name: {name}}}", "train.optimizer=sgd", "train.num_steps=4")
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "{name: dpo}",
+        "{name: tdpo2}",
+        "{name: simpo}",
+        "{name: sft}",  # a mean over the tokens of the whole step
+        "{name: cpo, nll_reduce: batch_token}",
+        "{mix: {dpo: 1, sft: 0.5}}",
+    ],
+)
+def test_accumulation_equals_a_larger_batch(tmp_path: Path, objective: str) -> None:
+    common = (f"objective={objective}", "train.optimizer=sgd", "train.num_steps=4")
     whole = weights_after(tmp_path / "whole", *common, "train.batch_size=6")
     parts = weights_after(tmp_path / "parts", *common, "train.batch_size=2", "train.accumulate=3")
     turns = weights_after(

@@ -20,8 +20,8 @@ def sft(reduce: NllReduce = "batch_token") -> Objective:
     loss = -log pi(chosen), averaged over tokens
 
     Args:
-        reduce: "batch_token" averages over all response tokens of the batch; "mean" over each
-            response, then over rows (the same however a batch is accumulated); "sum" over the
+        reduce: "batch_token" averages over all response tokens of a step, whatever its
+            micro-batches and processes; "mean" over each response, then over rows; "sum" over the
             response.
 
     Source: standard; TRL 1.16 loss_type sft.

@@ -256,6 +256,16 @@ def test_batch_token_nll_is_the_mean_over_all_tokens() -> None:
     assert presets.sft("batch_token")(c).value.item() == pytest.approx(14.0 / 4.0)
     assert presets.sft("mean")(c).value.item() == pytest.approx((2.0 + 8.0) / 2.0)
     assert presets.sft("sum")(c).value.item() == pytest.approx(14.0 / 2.0)
+    # The step has other micro-batches too: a row has 5 tokens of response, 3 of prompt on average.
+    counted = c.replace(step_positions=tensor([[[5.0, 3.0]]] * 2))
+    assert presets.sft("batch_token")(counted).value.item() == pytest.approx(14.0 / 5.0 / 2.0)
+    assert presets.sft("mean")(counted).value.item() == pytest.approx((2.0 + 8.0) / 2.0)
+    asked = counted.replace(
+        policy=policy.repeat(1, 2, 1), mask=mask.repeat(1, 2, 1), labels=torch.ones(2, 2),
+        prompt=tensor([[[-4.0]] * 2] * 2), step_positions=tensor([[[5.0, 3.0]] * 2] * 2),
+    )  # fmt: skip
+    nll = presets.orpo(lam=0.0, compat="trl-1.16")(asked)
+    assert nll.metrics["loss/nll"].item() == pytest.approx((14.0 + 2 * 4.0) / (5.0 + 3.0) / 2.0)
 
 
 def test_a_common_mask_costs_its_sparsity_once() -> None:
