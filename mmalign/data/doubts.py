@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import re
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmalign.data.counted import Counted
 from mmalign.data.example import Message, Picture, as_text, normalised
 from mmalign.data.fields import show
+from mmalign.data.leakage import Leakage
+from mmalign.data.unread import Unread
 from mmalign.data.verdicts import contradictions
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 HEAVY = 100.0
 """A weight above this many times the median is named."""
 SHORTEST_REPEAT = 20  # characters of a prompt; an answer may well begin with a shorter one
-FEWEST_EQUAL = 4  # rows; fewer may have one same answer by chance
+FEWEST_EQUAL = 5  # rows; fewer may have one same answer by chance
 
 _MARK = re.compile(
     r"<\|[A-Za-z][\w ]{0,40}\|>|<｜[^<>｜]{1,40}｜>|</s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad)>"
@@ -35,32 +38,15 @@ _MARK = re.compile(
 """Special tokens of well-known tokenizers and templates, as text."""
 
 
-@dataclass(slots=True)
-class Group:
-    """Rows with one thing in doubt."""
-
-    what: str
-    first: str  # its place, id, and what was found there
-    places: list[str] = field(default_factory=list[str])
-
-    def line(self, total: int, unit: str, show_places: int) -> str:
-        """What, how many, and where the first is; then the places of a few more."""
-        count = f"{len(self.places)} of {total} {unit}".rstrip()
-        text = f"{self.what}: {count}; the first is {self.first}"
-        more = [place.rpartition(":")[2] for place in self.places[1 : show_places + 1]]
-        if more:
-            rest = ", ..." if len(self.places) > show_places + 1 else ""
-            text += f"; then {', '.join(more)}{rest}"
-        return text
-
-
 class Doubts:
     """Takes in every row as it is read; `lines` says what is in doubt."""
 
     def __init__(self) -> None:
         self.num_rows = 0
         self.num_pairs = 0
-        self._groups: dict[str, Group] = {}
+        self.leakage = Leakage()  # of the rows that it is given
+        self.unread = Unread()
+        self._groups: dict[str, Counted] = {}
         self._of_pairs: set[str] = set()
         self._turned: dict[str, dict[str, int]] = {}  # file -> what prefers rejected -> pairs
         self._pairs_of: dict[str, int] = {}  # file -> pairs
@@ -70,12 +56,13 @@ class Doubts:
         self._weights = array("d")
         self._heaviest = (0.0, "")
 
-    def add(self, record: Record, source: str) -> None:
-        """Take in one row of a file."""
+    def add(self, record: Record, source: str, *, held_out: bool = False) -> None:
+        """Take in one row of a file. What is held out repeats what is trained on as leakage."""
         row = record.example
         if row is None:
             return
         self.num_rows += 1
+        self.unread.add(source, record.unread)
         if row.kind == "pair":
             self.num_pairs += 1
             self._pairs_of[source] = self._pairs_of.get(source, 0) + 1
@@ -86,7 +73,7 @@ class Doubts:
         for what, found in told.items():
             self.note(record, what, found)
         self._weigh(record, row.weight)
-        self._read(record, row)
+        self._read(record, row, held_out)
 
     def note(self, record: Record, what: str, found: str = "", *, of_pairs: bool = False) -> None:
         """One row with a thing in doubt, and what was found."""
@@ -94,19 +81,20 @@ class Doubts:
         if group is None:
             name = f" (id {record.id!r})" if record.id != record.place else ""
             after = f": {found}" if found else ""
-            group = self._groups[what] = Group(what, f"{record.place}{name}{after}")
+            group = self._groups[what] = Counted(what, f"{record.place}{name}{after}")
         if of_pairs:
             self._of_pairs.add(what)
         group.places.append(record.place)
 
     def lines(self, show_places: int = 0) -> list[str]:
         """One line for each thing in doubt."""
-        lines = list(self._turned_lines())
+        lines = [*self.unread.lines(), *self._turned_lines()]
         for what, group in self._groups.items():
             of_pairs = what in self._of_pairs
             total, unit = (self.num_pairs, "pairs") if of_pairs else (self.num_rows, "rows")
             lines.append(group.line(total, unit, show_places))
-        return [*lines, *self._same_lines(), *self._weight_lines()]
+        lines += [*self._same_lines(), *self._weight_lines()]
+        return lines + self.leakage.lines(show_places)
 
     def _turned_lines(self) -> list[str]:
         lines: list[str] = []
@@ -119,6 +107,11 @@ class Doubts:
                 f"{'prefers' if one else 'prefer'} `rejected`"
             )
         return lines
+
+    @property
+    def all_weights_are_zero(self) -> bool:
+        """Whether there are rows, and none has a weight: nothing would be learned from them."""
+        return bool(self._weights) and self._heaviest[0] == 0.0
 
     def _weigh(self, record: Record, weight: float) -> None:
         self._weights.append(weight)
@@ -138,7 +131,7 @@ class Doubts:
             f"rows; the highest is {weight:g} at {place}"
         ]
 
-    def _read(self, record: Record, row: Example) -> None:
+    def _read(self, record: Record, row: Example, held_out: bool) -> None:
         """Compare the texts of a row with each other and with those of earlier rows."""
         rated = row.candidates[: row.num_rated]
         prompt = (normalised(row.prompt), row.media, row.template)
@@ -150,7 +143,7 @@ class Doubts:
             own = asked if candidate.prompt is None else normalised(_last(candidate.prompt))
             if len(own) >= SHORTEST_REPEAT and _said(candidate, text).startswith(own):
                 self.note(record, "answers that repeat their prompt", name)
-            mark = _mark(candidate)
+            mark = special_mark(candidate)
             if mark:
                 what = "special tokens written in answers"
                 self.note(record, what, f"{mark} in {name}")
@@ -163,7 +156,7 @@ class Doubts:
             for name, candidate, (text, _) in zip(names, rated, answers, strict=True):
                 same = self._same.setdefault(name, _Same(text, as_text(candidate.response)))
                 same.add(text, prompt[0])
-        self._compare(record, row, hash(prompt), [key for _, key in answers])
+        self._compare(record, row, hash((prompt, held_out)), [key for _, key in answers])
 
     def _compare(self, record: Record, row: Example, prompt: int, answers: list[int]) -> None:
         key, reverse = hash((prompt, *answers)), hash((prompt, *reversed(answers)))
@@ -219,7 +212,7 @@ def _said(candidate: Candidate, text: str) -> str:
     return normalised(response[0].content) if isinstance(response, tuple) else text
 
 
-def _mark(candidate: Candidate) -> str:
+def special_mark(candidate: Candidate) -> str:
     """The first special token that is written in a response; "" where there is none."""
     for text in _words(candidate.response):
         if "<" in text or "[" in text:

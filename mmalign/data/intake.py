@@ -27,7 +27,7 @@ log = logging.getLogger("mmalign.data")
 class Reader:
     """One source: the rows read so far, apart from them those that its `split` column holds out."""
 
-    def __init__(self, source: DataSource, doubts: Doubts | None) -> None:
+    def __init__(self, source: DataSource, doubts: Doubts | None, *, of_eval: bool = False) -> None:
         """Nothing is read yet. Rows go to `doubts` too, where they have not been there before."""
         self.source = source
         self.here: list[Example] = []
@@ -35,6 +35,7 @@ class Reader:
         self.names_splits = False
         self.held_out_only = False  # rows of other splits are passed over unread
         self._doubts = doubts
+        self._of_eval = of_eval
         self._problems = ProblemList()
         self._num_read = 0
         self._records = read_records(
@@ -68,7 +69,7 @@ class Reader:
         held_out = by_split and _is_held_out(record.split)
         (self.there if held_out else self.here).append(row)
         if self._doubts is not None:
-            self._doubts.add(record, self.source.path)
+            self._doubts.add(record, self.source.path, held_out=held_out or self._of_eval)
 
     def finish(self, bad_rows: Literal["stop", "drop"]) -> None:
         """Close the file; rows with problems stop the run, or are counted.

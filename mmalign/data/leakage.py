@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmalign.data.doubts import Group
+from mmalign.data.counted import Counted
 from mmalign.data.example import as_text, normalised
 
 if TYPE_CHECKING:
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
     from mmalign.data.example import Example, Picture
 
-_WITH_ANSWERS = "evaluation rows with a prompt and a response that are also trained on"
-_PROMPTS = "evaluation rows with a prompt that is also trained on"
-_SHOWN = "evaluation rows that show a clip, picture or sound that is also trained on"
+_WITH_ANSWERS = "prompts with their responses that are also trained on"
+_PROMPTS = "prompts that are also trained on"
+_SHOWN = "clips, pictures or sounds that are also trained on"
 
 
 class Leakage:
@@ -43,7 +43,7 @@ class Leakage:
 
     def lines(self, show_places: int = 0) -> list[str]:
         """One line for each way in which evaluation rows are known from training."""
-        groups: dict[str, Group] = {}
+        groups: dict[str, Counted] = {}
         for identity, prompt, answered, files in self._held_out:
             what = ""
             if not self._answered.isdisjoint(answered):
@@ -53,9 +53,9 @@ class Leakage:
             elif not self._files.isdisjoint(files):
                 what = _SHOWN
             if what:
-                groups.setdefault(what, Group(what, identity)).places.append(identity)
+                groups.setdefault(what, Counted(what, identity)).places.append(identity)
         total = len(self._held_out)
-        return [group.line(total, "", show_places) for group in groups.values()]
+        return [group.line(total, "evaluation rows", show_places) for group in groups.values()]
 
 
 def asked(row: Example) -> str:

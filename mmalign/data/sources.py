@@ -58,12 +58,17 @@ def load_examples(
     readers = [Reader(source, doubts) for source in config.train]
     _read_train(readers, config, needs)
     known = {_where(source) for source in config.train}
-    of_eval = [Reader(s, None if _where(s) in known else doubts) for s in config.eval]
+    of_eval = [
+        Reader(source, None if _where(source) in known else doubts, of_eval=True)
+        for source in config.eval
+    ]
     _read_eval(of_eval, config, needs)
     for reader in (*readers, *of_eval):
         reader.finish(config.bad_rows)
     for line in doubts.lines():
         log.warning("%s", line)
+    for line in doubts.unread.notes():
+        log.info("%s", line)
 
     sources = [reader.here for reader in readers]
     held_out = [reader.there for reader in readers]

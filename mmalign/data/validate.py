@@ -10,9 +10,8 @@ import numpy as np
 
 from mmalign.data.doubts import Doubts
 from mmalign.data.example import Example, Picture, as_text
-from mmalign.data.fields import Problem
+from mmalign.data.fields import Problem, printable
 from mmalign.data.files import HELD_OUT
-from mmalign.data.leakage import Leakage
 from mmalign.data.records import ProblemList, Record, read_records
 from mmalign.data.validate_media import MediaBook
 from mmalign.data.validate_pictures import PictureBook
@@ -34,8 +33,8 @@ class Report:
 
     names: str
     problems: ProblemList = field(default_factory=ProblemList)
-    doubts: Doubts = field(default_factory=Doubts)
-    leakage: Leakage = field(default_factory=Leakage)
+    warnings: Doubts = field(default_factory=Doubts)
+    """What training on the files would warn of in the same words."""
     num_records: int = 0
     kinds: Counter[str] = field(default_factory=Counter[str])
     splits: Counter[str] = field(default_factory=Counter[str])
@@ -61,21 +60,18 @@ class Report:
             ("labels", self.labels),
         ):
             if counts:
-                lines.append(f"  {title:8} " + ", ".join(f"{n} {key}" for key, n in counts.items()))
+                lines.append(f"  {title:8} " + ", ".join(f"{n} {printable(key)}" for key, n in counts.items()))
         lines += _length_table(self.lengths) + self.pictures.lines() + self.media.lines()
+        lines += [f"  {line}" for line in self.doubts.unread.notes()]
         found = self.problems
         where = f" in {found.num_records} of {self.num_records} records"
         for title, told, of in (
             ("problems", found.lines(show), where),
-            ("warnings", self.warnings(show), ""),
+            ("warnings", self.warnings.lines(show), ""),
         ):
             lines.append(f"{title}{of}:" if told else f"no {title}")
             lines += [f"  {line}" for line in told]
         return "\n".join(lines)
-
-    def warnings(self, show: int = 0) -> list[str]:
-        """What training on the files would warn of too, a line each."""
-        return self.doubts.lines(show) + self.leakage.lines(show)
 
 
 def check_files(
@@ -132,15 +128,18 @@ class _Book:
             self.report.lengths.setdefault(part, []).append((len(text), len(text.split())))
         self.report.pictures.add(record, row)
         self.report.media.add(record, row)
-        self.report.doubts.add(record, source)
-        self.report.leakage.add(row, held_out=split == EVAL)
+        self.report.warnings.add(record, source, held_out=split == EVAL)
+        self.report.warnings.leakage.add(row, held_out=split == EVAL)
         if row.kind == "list":
             self.lists.append((record, row.num_rated))
 
     def close(self, decode: Decode | None) -> None:
         """Compare what needed all records, and look into pictures and media."""
-        self.report.pictures.close(self.report.problems, self.report.doubts)
+        self.report.pictures.close(self.report.problems, self.report.warnings)
         self.report.media.close(self.report.problems, decode)
+        if self.report.warnings.all_weights_are_zero:
+            nowhere = Record(self.report.names, self.report.names, "", None)
+            self.report.problems.add(nowhere, Problem("the weight of all rows is 0"))
         usual = Counter(k for _, k in self.lists).most_common(1)
         for record, k in self.lists:
             if k != usual[0][0]:

@@ -236,5 +236,7 @@ def test_a_good_pair_always_parses(
 ) -> None:
     record = {"prompt": prompt, "chosen": chosen, "rejected": rejected + "!" + chosen}
     row = parse_record(record | {"p_chosen": p, "weight": weight}, where="f:1")
-    assert [c.response for c in row.candidates] == [chosen, record["rejected"]]
-    assert (row.prompt, row.labels, row.weight) == (prompt, (p, 1 - p), weight)
+    order = [chosen, record["rejected"]] if p >= 0.5 else [record["rejected"], chosen]
+    assert [c.response for c in row.candidates] == order
+    likely = max(p, 1 - p)
+    assert (row.prompt, row.labels, row.weight) == (prompt, (likely, 1 - likely), weight)

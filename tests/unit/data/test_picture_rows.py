@@ -114,7 +114,10 @@ def test_check_names_pictures_that_cannot_be_used(pics: Path, write: Write) -> N
     assert lines[1].startswith(
         f"{path}:2 (id '2'): a picture must be decodable, but {pics}/cut.png"
     )
-    assert "these are 60 x 24 and 24 x 24: not trained on" in report.warnings.lines()[0]
+    assert report.warnings.lines() == [
+        "rows whose pictures differ in aspect ratio by more than 2 to 1: not trained on: "
+        f"1 of 3 rows; the first is {path}:3 (id '3'): 60 x 24 and 24 x 24"
+    ]
     text = report.text()
     assert "pictures 6 in 3 records; 4 files decoded" in text
     assert [line.split() for line in text.splitlines() if line.startswith("  chosen")] == [

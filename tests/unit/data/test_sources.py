@@ -81,10 +81,24 @@ def test_a_fraction_holds_out_at_least_one_prompt(write: Write) -> None:
         load(train=write("a.jsonl", pairs(1)), eval_fraction=0.5)
 
 
-def test_options_that_would_be_ignored_are_refused(write: Write) -> None:
-    path = write("a.jsonl", [*pairs(1), pairs(2, split="eval")[1]])
-    with pytest.raises(DataError, match="already holds out 1 rows; leave eval_fraction at 0"):
-        load(train=path, eval_fraction=0.5)
+def test_a_split_column_that_holds_rows_out_wins_over_a_fraction(
+    write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    marks = ["eval" if i % 10 == 0 else "train" for i in range(40)]
+    records = [r | {"split": m} for r, m in zip(pairs(40), marks, strict=True)]
+    train, evaluation = load(train=write("a.jsonl", records), eval_fraction=0.5)
+    assert (len(train), ids(evaluation)) == (36, ["p0", "p10", "p20", "p30"])
+    assert caplog.messages == [
+        "data.eval_fraction 0.5 is not used: the `split` column already holds out 4 rows"
+    ]
+    caplog.clear()
+    whole = [r | {"split": "train"} for r in pairs(40)]
+    assert load(train=write("b.jsonl", whole), eval_fraction=0.5)[1]
+    assert caplog.messages == []
+
+
+def test_a_weight_of_evaluation_files_is_refused(write: Write) -> None:
+    path = write("a.jsonl", pairs(2))
     with pytest.raises(DataError, match="only what is trained on can be weighted"):
         load(train=path, eval={"path": path, "weight": 2})
 
@@ -103,8 +117,10 @@ def test_held_out_rows_that_nothing_uses_are_counted(
 
 def test_leakage_is_warned_of(write: Write, caplog: pytest.LogCaptureFixture) -> None:
     shouted = [p | {"prompt": p["prompt"].upper() + "  "} for p in pairs(2)]
+    shouted[0] |= {"chosen": "new", "rejected": "newer"}
     load(train=write("a.jsonl", pairs(3)), eval=write("b.jsonl", shouted))
-    assert "2 of 2 evaluation rows have a prompt that is also trained on" in caplog.text
+    ending = "that are also trained on: 1 of 2 evaluation rows; the first is"
+    assert caplog.messages == [f"prompts {ending} p0", f"prompts with their responses {ending} p1"]
 
 
 # Amounts
@@ -136,10 +152,10 @@ def test_max_samples_are_nested_and_in_order(write: Write) -> None:
 
 def test_pairs_become_two_unpaired_rows(write: Write) -> None:
     train, _ = load(UNPAIRED, train=write("a.jsonl", pairs(1, weight=3, p_chosen=0.2)))
-    assert responses(train) == [["good 0"], ["bad 0"]]
+    assert responses(train) == [["bad 0"], ["good 0"]]  # p_chosen 0.2: `rejected` is the better
     assert [(r.id, r.labels, r.kind, r.weight) for r in train] == [
-        ("p0#0", (0.0,), "unpaired", 3.0),  # p_chosen 0.2: the rejected one is the better
-        ("p0#1", (1.0,), "unpaired", 3.0),
+        ("p0#0", (1.0,), "unpaired", 3.0),
+        ("p0#1", (0.0,), "unpaired", 3.0),
     ]
 
 
