@@ -7,13 +7,20 @@ from difflib import SequenceMatcher
 from functools import cache
 from typing import Any
 
-from mmalign.data.fields import as_object
+from mmalign.data.columns import turns_or_text, with_system
+from mmalign.data.fields import as_object, printable
 from mmalign.data.layout import Layout
 from mmalign.data.layouts import LAYOUTS
 from mmalign.data.message_media import shown_in_messages
 from mmalign.data.parse import KIND_KEYS, TEXT_KEYS
 from mmalign.data.parse_pictures import PICTURE_KEYS
+from mmalign.data.public import renamed
+from mmalign.data.stored import read_back
+from mmalign.data.tools import as_tools
 from mmalign.errors import DataError
+
+_BOXES = ("<bbox>", "<ref-object>")
+"""What ms-swift puts in the place of entries of `objects`."""
 
 
 def to_record(raw: Mapping[str, Any], layout: str | None = None) -> dict[str, Any]:
@@ -26,14 +33,33 @@ def to_record(raw: Mapping[str, Any], layout: str | None = None) -> dict[str, An
     Raises:
         DataError: when no layout fits, or several do, or the row breaks the one that fits.
     """
-    row = shown_in_messages({key: value for key, value in raw.items() if value is not None})
+    row = {key: value for key, value in raw.items() if value is not None}
+    row = shown_in_messages(renamed(read_back(row)))
+    if "tools" in row:
+        row["tools"] = as_tools(row["tools"])
     record = _find(row, layout).read(row)
+    spoken = bool(set(record) & set(TEXT_KEYS))
+    if spoken:
+        record = _whole(row, record)
     # A column that would make the record another kind (a `response` beside a pair) steps aside.
-    shown = set(PICTURE_KEYS) if set(record) & set(TEXT_KEYS) else set[str]()
+    shown = set(PICTURE_KEYS) if spoken else set[str]()
     stray = {key: row.pop(key) for key in KIND_KEYS if key in row and key not in shown}
     if stray:
         row["meta"] = {**stray, **(as_object(row.get("meta")) or {})}
     return {**row, **record}
+
+
+def _whole(row: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """The record of texts with its system text, and its further responses in the standard form."""
+    for key in ("calibration", "rationale", "rationale_prompt", "rejected_irrelevant"):
+        if key in row:
+            row[key] = turns_or_text(row[key], key)
+    if as_object(row.get("objects")) and any(mark in repr(record) for mark in _BOXES):
+        raise DataError(
+            "<bbox> and <ref-object> stand for entries of `objects`, which are not read, as every "
+            "model writes boxes in its own way; write them into the texts as your model does"
+        )
+    return with_system(row, record)
 
 
 def find_layout(columns: Iterable[str]) -> str:
@@ -77,7 +103,7 @@ def _fits(layout: Layout, columns: frozenset[str]) -> bool:
 
 
 def _names(columns: Iterable[str]) -> str:
-    return ", ".join(sorted(columns)) or "(none)"
+    return ", ".join(map(printable, sorted(columns))) or "(none)"
 
 
 def _likeness(layout: Layout, columns: Iterable[str]) -> float:

@@ -15,8 +15,12 @@ Range = tuple[int, int]
 Turn = tuple[str, str, str]  # role, content, further keys as JSON
 Text = str | tuple[Turn, ...]
 
-SPEAKING = ("tool_calls", "reasoning_content", "reasoning", "thinking", "tool_plan")
+_WORDS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "tool_plan")
+SPEAKING = ("tool_calls", *_WORDS)
 """Keys of a message that say something where it has no content."""
+
+TURN_KEYS = (*SPEAKING, "tool_call_id", "name", "citations")
+"""What a message may have for its chat template beside role and content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,15 @@ def show(value: Any, limit: int = 40) -> str:
     """A short form of a value for a message."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]}... ({type(value).__name__})"
+
+
+def printable(text: str) -> str:
+    """A text from a file, as a message may show it: what would move a terminal is escaped."""
+    return (
+        text
+        if text.isprintable()
+        else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    )
 
 
 def number(value: Any) -> float | None:
@@ -179,16 +192,22 @@ class Fields:
         return tuple(found)
 
     def _turn(self, name: str, value: Any) -> Turn | None:
-        turn = as_object(value)
-        role = (turn or {}).get("role")
-        further = {k: v for k, v in (turn or {}).items() if v not in (None, "", [], {})}
-        further = {k: v for k, v in further.items() if k not in ("role", "content")}
-        content = (turn or {}).get("content")
-        if content is None and any(key in further for key in SPEAKING):
-            content = ""
-        if turn is None or not isinstance(role, str) or not isinstance(content, str):
+        turn = {k: v for k, v in (as_object(value) or {}).items() if v not in (None, [], {})}
+        further = {key: turn[key] for key in TURN_KEYS if turn.get(key, "") != ""}
+        silent = "" if any(key in further for key in SPEAKING) else None
+        role, content = turn.get("role"), turn.get("content", silent)
+        if not isinstance(role, str) or not isinstance(content, str):
             what = f"{name} must hold messages with a text `role` and `content`"
             self.fail(what, f"holds {show(value)}")
+            return None
+        for key in _WORDS:
+            if not isinstance(further.get(key, ""), str):
+                self.fail(f"{key} in a message of {name} must be text", f"is {show(further[key])}")
+                return None
+        calls = as_list(further.get("tool_calls", []))
+        if calls is None or not all(as_object((as_object(c) or {}).get("function")) for c in calls):
+            what = f"tool_calls in a message of {name} must be a list of {{function}} objects"
+            self.fail(what, f"is {show(further['tool_calls'])}")
             return None
         extra = self._as_json(f"a message of {name}", further) if further else ""
         if extra is None or not self._check_string(name, role + content, may_be_empty=True):

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,7 @@ from typing import IO, Any
 from mmalign.data.fields import as_list, as_object, show
 from mmalign.data.folders import folder_rows
 from mmalign.data.row import HELD_OUT, Row
+from mmalign.data.stored import Unreadable, literal
 from mmalign.data.tables import hub_rows, parquet_rows, saved_rows, shard_rows
 from mmalign.errors import DataError
 
@@ -29,10 +31,12 @@ _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
 _NOT_TEXT = frozenset((
     "weight", "p_chosen", "agreement", "votes_chosen", "votes_rejected", "votes_tie", "votes_a",
     "votes_b", "tie", "desirable", "label", "kto_tag", "better_response_id", "responses", "scores",
-    "completions", "ranks", "ratings", "online", "spans", "spans_chosen", "spans_rejected", "steps",
+    "completions", "generations", "answers", "rating", "labels", "ranks", "ratings", "online",
+    "spans", "spans_chosen", "spans_rejected", "steps",
     "steps_chosen", "steps_rejected", "cut", "chosen_cut", "rejected_cut", "meta", "history",
     "label_0", "label_1", "has_label", "images", "image_paths", "human_preference", "rank",
-    "score_0", "score_1", "score_chosen", "score_rejected",
+    "score_0", "score_1", "score_chosen", "score_rejected", "overall_preference",
+    "preference_strength", "winner_model_a", "winner_model_b", "winner_tie",
 ))
 # fmt: on
 
@@ -136,7 +140,12 @@ def _parse(text: str) -> Any:
     except UnicodeEncodeError as error:
         raise _NotJson(f"not UTF-8 at character {error.start}; save the file as UTF-8") from error
     try:
-        return json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=refuse)
+        if "\\ud" in text or "\\uD" in text:  # an escape may be half of a pair
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        raise _NotJson(f"holds half of a surrogate pair, {error.object[error.start]!a}") from error
     except RecursionError as error:
         raise _NotJson("nested too deeply") from error
     except ValueError as error:  # JSONDecodeError, and whole numbers of thousands of digits
@@ -144,6 +153,9 @@ def _parse(text: str) -> Any:
 
 
 def _json(file: Path, handle: IO[bytes]) -> Iterator[Row]:
+    if _has_json_lines(handle):
+        yield from _jsonl(file, handle)
+        return
     try:
         value = _parse(handle.read().decode("utf-8-sig", errors="surrogateescape"))
     except _NotJson as error:
@@ -159,6 +171,19 @@ def _json(file: Path, handle: IO[bytes]) -> Iterator[Row]:
         place, record = f"{file}:{i}", as_object(item)
         problem = "" if record else f"a record must be a JSON object, but is {show(item)}"
         yield Row(place, record, problem)
+
+
+def _has_json_lines(handle: IO[bytes]) -> bool:
+    """Whether the first line is a record by itself, which `datasets` reads as JSON Lines too."""
+    line = handle.readline(LONGEST_LINE)
+    while line and not line.strip():
+        line = handle.readline(LONGEST_LINE)
+    handle.seek(0)
+    try:
+        record = as_object(_parse(line.decode("utf-8-sig", errors="surrogateescape"))) or {}
+    except _NotJson:
+        return False
+    return bool(record) and as_list(record.get("data")) is None and len(record) > 1
 
 
 def _prompts(file: Path, handle: IO[bytes]) -> Iterator[Row]:
@@ -196,10 +221,11 @@ def _csv_row(place: str, cells: dict[Any, Any]) -> Row:
 
 
 def _csv_value(column: str, cell: str) -> Any:
-    """Numbers, flags and lists are read as JSON, in the columns that hold such; so are messages."""
-    if column not in _NOT_TEXT and not cell.startswith("[{"):
+    """Numbers, flags and lists are read, in the columns that hold such."""
+    if column not in _NOT_TEXT:
         return cell
-    try:
+    with suppress(_NotJson):
         return _parse(cell)
-    except _NotJson:
-        return {"true": True, "false": False, "": None}.get(cell.strip().lower(), cell)
+    with suppress(Unreadable):
+        return literal(cell)
+    return {"true": True, "false": False, "": None}.get(cell.strip().lower(), cell)

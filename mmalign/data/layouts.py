@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmalign.data.columns import asked, could_ask, no_shared_words
 from mmalign.data.fields import as_list, as_object, number
 from mmalign.data.layout import Layout, order_of
 from mmalign.data.media_layouts import MEDIA_LAYOUTS
+from mmalign.data.parse_media import KINDS
 from mmalign.data.picture_layouts import PICTURE_LAYOUTS
 from mmalign.data.turns import (
     Columns,
     Turns,
+    answer_of,
     contrast,
-    prompt_of,
     response_of,
     shared_words,
     split,
@@ -28,22 +30,42 @@ from mmalign.errors import DataError
 
 def read_pair(row: Columns) -> Columns:
     """chosen and rejected: TRL, UltraFeedback-binarized, HH-RLHF, and mmalign's own."""
-    prompt, chosen, rejected = (row.pop(key, None) for key in ("prompt", "chosen", "rejected"))
+    chosen, rejected = row.pop("chosen", None), row.pop("rejected", None)
     if chosen is None or rejected is None:
-        return {"prompt": prompt_of(prompt), "chosen": chosen, "rejected": rejected}
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise DataError("chosen and rejected must both be text or both be messages")
-    if not isinstance(chosen, str):
-        pair = contrast(prompt, turns(chosen, "chosen"), turns(rejected, "rejected"))
-        if isinstance(prompt, str) and all(t["content"] != prompt for t in pair["prompt"]):
-            row["prompt"] = prompt  # the conversations say what was asked; this goes to meta
-        return pair
+        return {"prompt": asked(row), "chosen": chosen, "rejected": rejected}
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        return _conversations(row, _said(chosen, "chosen"), _said(rejected, "rejected"))
     spoken, answered = transcript(chosen), transcript(rejected)
-    if spoken and answered and (prompt is None or chosen.startswith(str(prompt))):
+    if spoken and answered and chosen.startswith(str(row.get("prompt", ""))):
+        row.pop("prompt", None)
         return contrast(None, spoken, answered)
+    prompt = asked(row)
     if prompt is None and not ("prompt_chosen" in row and "prompt_rejected" in row):
+        others = could_ask(row)
+        if others:
+            raise no_shared_words(others)
         return shared_words(chosen, rejected)
-    return {"prompt": prompt_of(prompt), "chosen": chosen, "rejected": rejected}
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _said(response: Any, column: str) -> Turns:
+    """A response as turns; text is one of the assistant."""
+    if isinstance(response, str):
+        return [{"role": "assistant", "content": response}]
+    return turns(response, column)
+
+
+def _conversations(row: Columns, chosen: Turns, rejected: Turns) -> Columns:
+    """Two conversations, or answers as messages to what a column of the row asks."""
+    answers = all(side and side[0]["role"] == "assistant" for side in (chosen, rejected))
+    own = "prompt_chosen" in row and "prompt_rejected" in row
+    if answers and own and "prompt" not in row:
+        return {"chosen": response_of(chosen), "rejected": response_of(rejected)}
+    prompt = asked(row) if answers or "prompt" in row else None
+    pair = contrast(prompt, chosen, rejected)
+    if isinstance(prompt, str) and all(turn["content"] != prompt for turn in pair["prompt"]):
+        row["prompt"] = prompt  # the conversations say what was asked; this goes to meta
+    return pair
 
 
 def read_choice(row: Columns) -> Columns:
@@ -59,26 +81,24 @@ def read_choice(row: Columns) -> Columns:
 
 def read_ranked(row: Columns) -> Columns:
     """K responses with scores, or with ranks where 1 is best."""
-    prompt = row.pop("prompt", row.pop("instruction", None))
-    column = next(name for name in ("responses", "completions", "answers") if name in row)
+    column = next(name for name in LISTS if name in row)
     items = as_list(row.pop(column))
     if items is None:
         raise DataError(f"{column} must be a list of responses")
-    scores = as_list(row.pop("scores", row.pop("ratings", None)))
+    scores = as_list(row.pop("scores", row.pop("ratings", row.pop("rating", None))))
     ranks = as_list(row.pop("ranks", None))
     texts: list[Any] = []
     inside: list[Any] = []
     for item in items:
         parts = as_object(item) or {}
-        named = next((parts[k] for k in ("response", "text", "completion") if k in parts), item)
-        single = response_of(turns(named, column)) if as_list(named) else named
-        texts.append(parts["content"] if named is item and "content" in parts else single)
-        inside.append(next((parts[k] for k in ("score", "overall_score") if k in parts), None))
+        named = next((parts[k] for k in LISTED if k in parts and "role" not in parts), item)
+        texts.append(named if isinstance(named, str) else response_of(turns(named, column)))
+        inside.append(next((parts[k] for k in SCORED if k in parts), None))
         ranks = ranks if "rank" not in parts else [*(ranks or []), parts["rank"]]
     if scores is None and ranks is not None:
-        scores = [None if number(rank) is None else -rank for rank in ranks]
+        scores = [None if (n := number(rank)) is None else -n for rank in ranks]
     return {
-        "prompt": prompt_of(prompt),
+        "prompt": asked(row),
         "responses": texts,
         "scores": inside if scores is None else scores,
     }
@@ -87,7 +107,7 @@ def read_ranked(row: Columns) -> Columns:
 def read_single(row: Columns) -> Columns:
     """One response: rated (KTO's completion and label) or not."""
     response = row.pop("response", row.pop("completion", None))
-    record = {"prompt": prompt_of(row.pop("prompt", None)), "response": response}
+    record = {"prompt": asked(row), "response": response}
     if not isinstance(response, str):
         record["response"] = response_of(turns(response, "completion"))
     if isinstance(record["prompt"], str) and not isinstance(response, str):
@@ -103,52 +123,68 @@ def _rating(row: Columns) -> Columns:
 
 def read_alpaca(row: Columns) -> Columns:
     """LLaMA-Factory's alpaca: instruction, input, system, history; chosen/rejected or output."""
-    words = (row.pop("instruction"), row.pop("input", None))
-    query = "\n".join(str(part) for part in words if part)
-    record = _asked(row, query)
+    beside = {"prompt": row.pop("prompt")} if "prompt" in row else {}
+    query = asked(row)
     if "chosen" in row:
-        return record | {"chosen": row.pop("chosen"), "rejected": row.pop("rejected", None)}
-    return record | {"response": row.pop("output")} | _rating(row)
-
-
-def _asked(row: Columns, query: str) -> Columns:
-    """The prompt of a query with its optional system text and history of [question, answer]."""
-    system, history = row.pop("system", None), as_list(row.pop("history", None)) or []
-    head: Turns = [{"role": "system", "content": system}] if system else []
-    for item in history:
-        question, answer = (as_list(item) or [None, None])[:2]
-        head += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {"prompt": [*head, {"role": "user", "content": query}] if head else query}
+        row["prompt"] = query
+        return read_pair(row) | beside
+    row |= beside
+    output = row.pop("output", None) if "output" in row else row.pop("response", None)
+    both = as_list(output) or []
+    if len(both) == 2 and all(isinstance(text, str) for text in both):
+        return {"prompt": query, "chosen": both[0], "rejected": both[1]}
+    return {"prompt": query, "response": output} | _rating(row)
 
 
 def read_sharegpt(row: Columns) -> Columns:
     """LLaMA-Factory's sharegpt: conversations, then chosen/rejected messages or a kto_tag."""
     conversation = turns(row.pop("conversations"), "conversations")
-    system = row.pop("system", None)
-    head: Turns = [{"role": "system", "content": system}] if system else []
-    if "chosen" in row:
-        sides = {side: turns(row.pop(side, None), side) for side in ("chosen", "rejected")}
-        return {"prompt": head + conversation} | {k: response_of(v) for k, v in sides.items()}
-    prompt, response = split(conversation)
-    return {"prompt": head + prompt, "response": response} | _rating(row)
+    if "chosen" not in row and "rejected" not in row:
+        prompt, response = split(conversation)
+        return {"prompt": prompt, "response": response} | _rating(row)
+    chosen, rejected = row.pop("chosen", None), row.pop("rejected", None)
+    if chosen is None or rejected is None:
+        return {"prompt": conversation, "chosen": chosen, "rejected": rejected}
+    sides = _said(chosen, "chosen"), _said(rejected, "rejected")
+    if conversation[-1]["role"] == "assistant" and sides[0][0]["role"] == "assistant":
+        if conversation[-len(sides[0]) :] != sides[0]:
+            raise DataError("conversations must end with the turn that chosen and rejected answer")
+        conversation = conversation[: -len(sides[0])]
+    return contrast(conversation, *sides)
 
 
 def read_messages(row: Columns) -> Columns:
-    """ms-swift: messages or query and response; rejected_response, rejected_messages or label."""
+    """ms-swift: messages or query and response; rejected_response, rejected_messages or label.
+
+    A rejected response stands in the place of all that follows the last turn of the user. Rejected
+    media alone are the same answer about something else.
+    """
+    other = any(f"{kind}s_rejected" in row for kind in KINDS)
     if "messages" in row:
         conversation = turns(row.pop("messages"), "messages")
         if "rejected_messages" in row:
             rejected = turns(row.pop("rejected_messages"), "rejected_messages")
             return contrast(None, conversation, rejected)
-        prompt, response = split(conversation)
-        record: Columns = {"prompt": prompt}
+        if "rejected_response" in row or other:
+            start = answer_of(conversation)
+            prompt, response = conversation[:start], response_of(conversation[start:])
+        else:
+            prompt, response = split(conversation)
     else:
-        record, response = _asked(row, str(row.pop("query"))), row.pop("response", None)
-    if "rejected_response" in row:
-        return record | {"chosen": response, "rejected": row.pop("rejected_response")}
-    return record | {"response": response} | _rating(row)
+        prompt, response = asked(row), row.pop("response", None)
+    if "rejected_response" in row or other:
+        rejected = row.pop("rejected_response", response)
+        if not isinstance(rejected, str):
+            rejected = response_of(turns(rejected, "rejected_response"))
+        return {"prompt": prompt, "chosen": response, "rejected": rejected}
+    return {"prompt": prompt, "response": response} | _rating(row)
 
 
+LISTS = ("responses", "completions", "answers", "generations")
+LISTED = ("response", "text", "completion", "answer", "content")
+"""Names of the words of one response of a list."""
+
+SCORED = ("score", "overall_score", "rating", "pm_score")
 CHOICES = (
     ("response_a", "response_b"),
     ("response_0", "response_1"),
@@ -175,21 +211,21 @@ LAYOUTS: dict[str, Layout] = {
         read_choice,
     ),
     "ranked": Layout(
-        "prompt, responses (or completions, answers), scores or ranks",
-        (("responses", "completions", "answers"),),
+        "prompt, responses (or completions, answers, generations), scores or ranks",
+        (LISTS,),
         ("chosen", "rejected", "conversations", "messages", "query", *_CHOICE_COLUMNS),
         read_ranked,
     ),
     "single": Layout(
         "prompt, response or completion, and desirable or label where it is rated",
-        (("prompt",), ("response", "completion")),
+        (("prompt", "question", "problem", "input", "context"), ("response", "completion")),
         ("chosen", "rejected", "responses", *_STRUCTURED, *_CHOICE_COLUMNS),
         read_single,
     ),
     "alpaca": Layout(
         "instruction, input, and chosen and rejected, or output (and kto_tag)",
-        (("instruction",), ("chosen", "output")),
-        ("conversations", "messages", "completions", "responses"),
+        (("instruction",), ("chosen", "output", "response")),
+        ("conversations", *LISTS),
         read_alpaca,
     ),
     "sharegpt": Layout(

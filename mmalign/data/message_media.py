@@ -101,7 +101,7 @@ def _content(message: Any) -> tuple[str, list[Any]]:
 
 
 def _has_media(message: Any) -> bool:
-    return any((as_object(part) or {}).get("type") in _TYPES for part in _content(message)[1])
+    return any(str((as_object(part) or {}).get("type")) in _TYPES for part in _content(message)[1])
 
 
 def _flat(message: Any, column: str, shown: Shown) -> Any:

@@ -21,7 +21,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from mmalign.data.example import Candidate, Example, ExampleKind, Media, Template
-from mmalign.data.fields import Fields, Problem, as_object
+from mmalign.data.fields import Fields, Problem, as_object, printable
 from mmalign.data.labels import in_order, read_labels
 from mmalign.data.parse_media import MEDIA_KEYS, WHOLE_KEYS, check_marks, read_media
 from mmalign.data.parse_pictures import PICTURE_KEYS, read_pictures
@@ -95,7 +95,8 @@ def parse_record(
     example, problems = read_record(record, where=where, root=root)
     if example is None:
         name = f" (id {record['id']!r})" if record.get("id") is not None else ""
-        raise DataError(f"{where}{name}: " + "; ".join(str(problem) for problem in problems))
+        told = "; ".join(printable(str(problem)) for problem in problems)
+        raise DataError(f"{where}{name}: {told}")
     return example
 
 
@@ -163,6 +164,7 @@ def read_record(
         media=media,
         template=template,
         meta={**meta, **unread},
+        place=where,
     )
     return example, []
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.data.convert import to_record
-from mmalign.data.fields import Problem
+from mmalign.data.fields import Problem, printable
 from mmalign.data.files import read_rows
 from mmalign.data.labels import in_order, prefers_rejected
 from mmalign.data.parse import read_record
 from mmalign.data.picture_copies import PictureCopies
 from mmalign.data.picture_layouts import ALONE
 from mmalign.data.pictures import PictureRoot
+from mmalign.data.unread import unread_of
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Record:
     value: Mapping[str, Any] = field(default_factory=dict[str, Any])  # the canonical record
     raw: Mapping[str, Any] = field(default_factory=dict[str, Any])  # the row as the file has it
     turned: str = ""  # what preferred `rejected`, so that `value` is turned round; "": nothing
+    unread: tuple[str, ...] = ()  # what of the row nothing reads
 
 
 def read_records(
@@ -80,11 +82,13 @@ def read_records(
         example = None if problems else example
         turned = prefers_rejected(record) if example else ""
         value = in_order(record) if turned else record
+        raw = row.value or {}
+        unread = unread_of(raw, record, example) if example else ()
         yield Record(
-            row.place, identity, part, example, tuple(problems), value, row.value or {}, turned
+            row.place, identity, part, example, tuple(problems), value, raw, turned, unread
         )
     if other_splits and not first_use:
-        named = ", ".join(sorted(other_splits - {""})) or "it has no `split` column"
+        named = printable(", ".join(sorted(other_splits - {""}))) or "it has no `split` column"
         raise DataError(f"{path}: no row has the split {split!r}; found: {named}")
 
 
@@ -118,12 +122,17 @@ class ProblemList:
         """One sentence for each kind of problem: the first in full, the places of `show` more."""
         return [_sentence(group, show) for group in self.groups.values()]
 
+    def summary(self, kinds: int = 3) -> str:
+        """The first kinds of problem, and how many more there are."""
+        lines = self.lines()
+        more = len(lines) - kinds
+        rest = [f"{more} other kinds of problem follow."] if more > 0 else []
+        return " ".join([*lines[:kinds], *rest])
+
     def error(self, source: str) -> DataError:
         """The first kinds of problem as an error."""
-        lines = self.lines()
-        more = f" {len(lines) - 3} other kinds of problem follow." if len(lines) > 3 else ""
         return DataError(
-            f"{' '.join(lines[:3])}{more} {self.num_records} records of {source} cannot be used; "
+            f"{self.summary()} {self.num_records} records of {source} cannot be used; "
             f"`mmalign data check {source}` lists them all, and data.bad_rows: drop leaves them out"
         )
 
@@ -131,7 +140,7 @@ class ProblemList:
 def _sentence(group: list[tuple[Record, Problem]], show: int) -> str:
     record, problem = group[0]
     name = f" (id {record.id!r})" if record.id != record.place else ""
-    text = f"{record.place}{name}: {problem}."
+    text = printable(f"{record.place}{name}: {problem}.")
     if len(group) == 1:
         return text
     places = ", ".join(other.place.rpartition(":")[2] for other, _ in group[1 : show + 1])

@@ -13,6 +13,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+from mmalign.data.arrow_rows import batch_records, plain
 from mmalign.data.cells import picture_columns, row_places
 from mmalign.data.example import Picture
 from mmalign.data.picture_layouts import LISTS
@@ -33,16 +34,20 @@ def parquet_rows(file: Path) -> Iterator[Row]:
             _refuse_lists(str(file), lists)
             pictures = [name for name in pictures if not _is_empty(table.metadata, name)]
             others = [name for name in schema.names if name not in pictures]
-            records: Iterator[dict[str, Any]] = (
+            records: Iterator[dict[str, Any] | str] = (
                 record
                 for batch in table.iter_batches(batch_size=1024, columns=others)
-                for record in batch.to_pylist()
+                for record in batch_records(batch)
             )
             if not others:
                 records = repeat({}, table.metadata.num_rows)
             for i, record in enumerate(records):
+                place = f"{file}:{i + 1}"
+                if isinstance(record, str):
+                    yield Row(place, None, record)
+                    continue
                 cells = {name: Picture(file, i, name) for name in pictures}
-                yield Row(f"{file}:{i + 1}", {**record, **cells})
+                yield Row(place, {**record, **cells})
     except (arrow.ArrowInvalid, OSError) as error:
         raise DataError(f"{file}: cannot be read as parquet: {error}") from error
 
@@ -149,7 +154,7 @@ def _records(where: str, data: Any) -> Iterator[Mapping[str, Any]]:
     pictures, lists = picture_columns(data.features.arrow_schema)
     _refuse_lists(where, lists)
     if not pictures:
-        yield from data
+        yield from map(plain, data)
         return
     # A selection or an order of rows, made after loading, is not in the files.
     rows = -1 if getattr(data, "_indices", None) is not None else len(data)
@@ -157,6 +162,6 @@ def _records(where: str, data: Any) -> Iterator[Mapping[str, Any]]:
         places = row_places([Path(entry["filename"]) for entry in data.cache_files], rows)
         others = data.remove_columns(pictures)
         for record, (file, i) in zip(others, places, strict=True):
-            yield {**record, **{name: Picture(file, i, name) for name in pictures}}
+            yield {**plain(record), **{name: Picture(file, i, name) for name in pictures}}
     except DataError as error:
         raise DataError(f"{where}: {error}") from error

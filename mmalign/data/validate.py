@@ -60,9 +60,10 @@ class Report:
             ("labels", self.labels),
         ):
             if counts:
-                lines.append(f"  {title:8} " + ", ".join(f"{n} {printable(key)}" for key, n in counts.items()))
+                told = ", ".join(f"{n} {printable(key)}" for key, n in counts.items())
+                lines.append(f"  {title:8} {told}")
         lines += _length_table(self.lengths) + self.pictures.lines() + self.media.lines()
-        lines += [f"  {line}" for line in self.doubts.unread.notes()]
+        lines += [f"  {line}" for line in self.warnings.unread.notes()]
         found = self.problems
         where = f" in {found.num_records} of {self.num_records} records"
         for title, told, of in (

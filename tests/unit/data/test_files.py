@@ -70,7 +70,7 @@ def test_csv_cells(tmp_path: Path) -> None:
     quoted = message.replace('"', '""')
     path.write_text(f'prompt,completion,label,weight\n"{quoted}",12,True,\nQ,null,0,0.5\n')
     assert values(path) == [
-        {"prompt": json.loads(message), "completion": "12", "label": True, "weight": None},
+        {"prompt": message, "completion": "12", "label": True, "weight": None},
         {"prompt": "Q", "completion": "null", "label": 0, "weight": 0.5},
     ]
     path.write_text("prompt,response\nQ,a,b\nQ\n")

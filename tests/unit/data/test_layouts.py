@@ -85,6 +85,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"prompt": "Q", "chosen": [bot("good")], "rejected": [bot("bad")]},
         CHAT_RECORD,
     ),
+    "text and messages": (
+        "pair",
+        {"prompt": [user("Q")], "chosen": "good", "rejected": [bot("bad")]},
+        CHAT_RECORD,
+    ),
     "hh": ("pair", {"chosen": HH + "good", "rejected": HH + "bad"}, {"prompt": HH_PROMPT, **PAIR}),
     "hh prompt": (
         "pair",
@@ -263,7 +268,6 @@ def test_columns_that_fit_several_layouts_are_refused() -> None:
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [
-        ({"prompt": "Q", "chosen": "a", "rejected": [bot("b")]}, "must both be text or both"),
         ({"chosen": [user("Q"), bot("a")], "rejected": [user("R"), bot("b")]}, "no prompt"),
         ({"chosen": "yes", "rejected": "no"}, "share no first words"),
         ({"prompt": "Q", "response_a": "x", "response_b": "y"}, "need a `winner`"),
