@@ -121,8 +121,8 @@ def sample(
         option(
             "--prompts",
             metavar="FILE",
-            text="JSONL with a `prompt` in each record, which may have video, image, audio; or a "
-            "text file with one prompt a line",
+            text="JSONL with a `prompt` in each record, a text or a conversation, which may have "
+            "tools, video, image, audio; or a text file with one prompt a line",
         ),
     ] = None,
     run: Annotated[
@@ -156,7 +156,7 @@ def sample(
     """
     from mmalign import config as configs
     from mmalign.data.prompts import read_prompts
-    from mmalign.offline import sample_checkpoint
+    from mmalign.offline import last_asked, sample_checkpoint
 
     overrides = list(overrides or ())
     if run is not None and config is not None:  # the first KEY=VALUE lands in CONFIG's place
@@ -185,7 +185,7 @@ def sample(
     texts = sample_checkpoint(settings, asked, checkpoint, base=base, out=out)
     if out is None:
         for row, text in zip(asked, texts, strict=True):
-            question = row.prompt if isinstance(row.prompt, str) else row.prompt[-1].content
+            question = last_asked(row.prompt)
             files = ", ".join(Path(str(file)).name for file in row.media.files())
             typer.echo(f"> {question}{f'  [{files}]' if files else ''}\n{text}\n")
 

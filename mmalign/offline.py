@@ -118,6 +118,16 @@ def sample_checkpoint(
     return texts
 
 
+def last_asked(prompt: Prompt) -> str:
+    """The question as a terminal shows it: the last turn, with its role where that is no user."""
+    from mmalign.data.example import as_text
+
+    if isinstance(prompt, str) or not prompt:
+        return as_text(prompt)
+    last = prompt[-1]
+    return last.content if last.role == "user" and not last.extra else as_text((last,))
+
+
 def trained_adapter(config: RunConfig, checkpoint: Path | None, *, base: bool = False) -> Adapter:
     """The policy with trained weights, on its device and ready to sample; it has no reference.
 

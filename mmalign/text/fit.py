@@ -17,30 +17,27 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def require_fit(model: PreTrainedModel, encoder: Encoder, key: str = "model.path") -> None:
-    """Check what every row uses, and tell the encoder how many tokens the model embeds.
+def require_frame(encoder: Encoder, embedded: int, key: str) -> None:
+    """Refuse a model without a token that stands in every row.
 
-    A tokenizer may have more tokens than that: some families share one among models of several
-    kinds. What rows use is checked where they are encoded.
+    A tokenizer may have more tokens than the model embeds: some families share one among models of
+    several kinds. What rows use is checked where they are encoded.
 
     Args:
-        model: The policy, or a reference that is another model.
         encoder: Of the rows.
+        embedded: How many tokens the model embeds.
         key: Of the config, that names the model.
 
     Raises:
-        ConfigError: The model lacks a token that ends answers, or that stands around every prompt.
+        ConfigError: naming the token.
     """
-    embedded = num_embedded(model)
-    encoder.use_ids_below(embedded)
-    used = {"answers end in": encoder.end_ids, "prompts are written with": encoder.frame_ids}
-    for what, ids in used.items():
-        if max(ids, default=0) >= embedded:
-            raise ConfigError(
-                f"{key}: {what} {_named(encoder.tokenizer, max(ids))}, but the model embeds "
-                f"{embedded} tokens, 0 to {embedded - 1}; the tokenizer is another model's, or got "
-                "tokens that the model did not"
-            )
+    largest = max(encoder.frame_ids, default=0)
+    if largest >= embedded:
+        raise ConfigError(
+            f"{key}: every row is written with {_named(encoder.tokenizer, largest)}, but the model "
+            f"embeds {embedded} tokens, 0 to {embedded - 1}; the tokenizer is another model's, or "
+            "got tokens that the model did not"
+        )
 
 
 def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from mmalign.models.drawing import answer_seeds
 from mmalign.text.decoding import complete
 from mmalign.text.padding import batches, left_padded
+from mmalign.text.thoughts import opener
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
     from mmalign.data.example import Asked, Prompt
     from mmalign.text.encode import Encoder
-
-_OPENED = re.compile(r"(?:<(?:\w+:)?think(?:ing)?>|\[THINK\])\s*\Z")
-"""The end of a context in which the template has opened a thought."""
 
 
 def generate(
@@ -72,7 +69,7 @@ def written(encoder: Encoder, context: Sequence[int], tokens: Sequence[int]) -> 
     Where the context ends in an opened thought, so does what opens it: the answer's first words
     could not be told from an answer otherwise.
     """
-    before = encoder.tokenizer.decode(list(context[-8:]), skip_special_tokens=False)
-    opened = _OPENED.search(str(before))
+    before = encoder.tokenizer.decode(list(context[-32:]), skip_special_tokens=False)
+    opened = opener(str(before))
     text = encoder.tokenizer.decode(list(tokens), skip_special_tokens=False)
-    return f"{opened[0] if opened else ''}{text}"
+    return f"{opened.tag}{opened.space}{text}" if opened else str(text)

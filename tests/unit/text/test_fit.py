@@ -91,14 +91,14 @@ def test_padding_takes_a_token_that_the_model_has() -> None:
 def test_an_end_token_that_the_model_lacks_is_refused_at_once() -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<end>"})
-    with pytest.raises(ConfigError, match=r"answers end in '<end>' \(id 320\).*embeds 320 tokens"):
+    with pytest.raises(ConfigError, match=r"written with '<end>' \(id 320\).*embeds 320 tokens"):
         adapter(tokenizer)
 
 
 def test_a_template_that_writes_such_a_token_is_refused_at_once() -> None:
     tokenizer = make_tokenizer(CHATML.replace("<|im_start|>", "<turn>"))
     tokenizer.add_tokens(["<turn>"], special_tokens=True)
-    with pytest.raises(ConfigError, match=r"prompts are written with '<turn>' \(id 320\)"):
+    with pytest.raises(ConfigError, match=r"written with '<turn>' \(id 320\)"):
         adapter(tokenizer)
 
 
