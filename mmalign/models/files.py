@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import CheckpointError
 
@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ADAPTER_CONFIG = "adapter_config.json"
+
+
+class UnfitError(CheckpointError):
+    """By its names alone, a checkpoint does not fit the tensors in another one's files."""
 
 
 def local_folder(path: str | Path, revision: str | None = None) -> Path:
@@ -46,12 +50,11 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of one checkpoint: those of its index, else the usual name, else all.
 
     Raises:
-        CheckpointError: when there is none.
+        CheckpointError: when there is none, or not all that the index names.
     """
     # Shortest name first: of a model and its fp16 variant the model.
     for index in sorted(folder.glob("*.safetensors.index.json"), key=lambda p: (len(p.name), p)):
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return [folder / name for name in sorted(named)]
+        return _indexed(index)
     names = ("model", "diffusion_pytorch_model", "adapter_model")
     for name in (f"{stem}.safetensors" for stem in names):
         if (folder / name).is_file():
@@ -63,6 +66,60 @@ def weight_files(folder: Path) -> list[Path]:
             "default of transformers)"
         )
     return files
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index names, all of which are there."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index}: has no weight_map; copy the checkpoint again")
+    files = [index.parent / str(name) for name in sorted(set(places.values()))]
+    lacking = [file.name for file in files if not file.is_file()]
+    if lacking:
+        raise CheckpointError(
+            f"{index.parent}: {len(lacking)} of {len(files)} weight files that {index.name} names "
+            f"are missing, e.g. {lacking[0]}; copy the checkpoint again"
+        )
+    return files
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a settings file.
+
+    Raises:
+        CheckpointError: The file cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # a byte that is no UTF-8 is a ValueError too
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: must hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: The file is damaged, cut, or of another kind.
+    """
+    with opened(file) as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
+
+
+def opened(file: Path) -> Any:
+    """A safetensors file, whose names and size are checked; to be used in a `with`.
+
+    Raises:
+        CheckpointError: The file is damaged, cut, or of another kind.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
 
 
 def fingerprint(path: str | Path, revision: str | None = None) -> str:

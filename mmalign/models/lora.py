@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mmalign.errors import ConfigError
+from mmalign.errors import CheckpointError, ConfigError
+from mmalign.models.adapter_settings import (
+    adapter_in_place_of_model,
+    needs_model,
+    read_settings,
+    refuse_adapter_path,
+)
+from mmalign.models.files import local_folder
+from mmalign.models.lora_load import TRAINED, load_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -18,7 +26,6 @@ if TYPE_CHECKING:
 
     from mmalign.config import LoraSpec, ModelConfig
 
-TRAINED = "default"  # peft's own name; saved adapters load elsewhere as they are
 REFERENCE = "reference"  # the frozen second adapter; never saved
 
 
@@ -26,8 +33,10 @@ def check(config: ModelConfig) -> None:
     """Refuse what cannot be trained, before a weight is loaded.
 
     Raises:
-        ConfigError: lora and adapter together, or a folder without an adapter.
+        ConfigError: lora and adapter together, a folder without an adapter, or an adapter where the
+            whole model must stand.
     """
+    refuse_adapter_path("model.path", config.path)
     if config.lora is not None and config.adapter is not None:
         raise ConfigError(
             "model.lora and model.adapter are both set, but an existing adapter brings its own "
@@ -51,6 +60,9 @@ def apply(
 ) -> nn.Module:
     """The model ready to train: with a fresh LoRA, with the adapter to continue, or as it is."""
     check(config)
+    if getattr(model, "_hf_peft_config_loaded", False):  # one that transformers found on the hub
+        base = getattr(model, "name_or_path", "") or "BASE"
+        raise ConfigError(adapter_in_place_of_model("model.path", config.path, base))
     if config.adapter is not None:
         return load(model, config.adapter)
     return model if config.lora is None else attach(model, config.lora, task=task, auto=auto)
@@ -101,16 +113,15 @@ def load(model: nn.Module, folder: str | Path, *, trainable: bool = True) -> Pef
     """The model with an adapter that was trained before.
 
     Raises:
-        ConfigError: when there is none, it does not fit, or it replaces the output head.
+        ConfigError: when there is none, it does not fit to the last tensor, it is of a kind that
+            cannot be trained here, or it replaces the output head.
     """
-    from peft import PeftModel
-
     try:
-        policy = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"model.adapter {folder}: cannot be loaded on this model: {error}"
-        ) from error
+        place = local_folder(folder)
+        read_settings(place)
+        policy = load_adapter(model, place, trainable=trainable)
+    except CheckpointError as error:
+        raise ConfigError(f"model.adapter {error}") from error
     head = _head(policy)
     if hasattr(head, "base_layer") or hasattr(head, "original_module"):
         raise ConfigError(
@@ -122,12 +133,20 @@ def load(model: nn.Module, folder: str | Path, *, trainable: bool = True) -> Pef
 
 def copy_adapter(policy: PeftModel) -> None:
     """Add a frozen second adapter with the weights that the trained one has now."""
-    config = copy(policy.peft_config[TRAINED])
+    config: Any = copy(policy.peft_config[TRAINED])
+    config.init_lora_weights = True  # PiSSA would take its part out of the base a second time
+    config.lora_dropout = 0.0  # a reference scores without noise
     policy.add_adapter(REFERENCE, config)
     policy.set_adapter(TRAINED)
     for _, trained, reference in adapter_pairs(policy):
         reference.data = trained.detach().clone()
         reference.requires_grad_(False)
+
+
+def has_second_place(policy: PeftModel) -> bool:
+    """Whether a second adapter of the same settings can stand beside the trained one."""
+    settings = policy.peft_config[TRAINED].to_dict()
+    return settings.get("peft_type") == "LORA" and not needs_model(settings)
 
 
 def adapter_pairs(policy: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:

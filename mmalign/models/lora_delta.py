@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from mmalign.errors import CheckpointError
+from mmalign.models.files import UnfitError, read_json
+from mmalign.models.lora_starts import parts_without_start
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +31,7 @@ class LoraDelta:
 
     LoRA: scale * B A, scale = alpha / r (alpha / sqrt(r) with use_rslora).
     DoRA: magnitude * (W + scale * B A) / |W + scale * B A| - W, with the norm of each output.
+    PiSSA, OLoRA: the start's product is subtracted, which is a part of the base.
     """
 
     def __init__(
@@ -59,7 +61,8 @@ class LoraDelta:
         if name not in self.modules:
             return None
         module = self.modules[name]
-        parts = {k: v.to(base.device).double() for k, v in self.weights.parts[module].items()}
+        given = parts_without_start(self.weights, module, base)
+        parts = {k: v.to(base.device).double() for k, v in given.items()}
         if "full" in parts:
             return Change(parts["full"], replaces=True)
         turned = self.turned and "A" in parts
@@ -88,7 +91,7 @@ class LoraDelta:
             return name
         close = [n for n in base_names if n.endswith(f".{name}") or name.endswith(f".{n}")]
         if len(close) != 1:
-            raise CheckpointError(
+            raise UnfitError(
                 f"{self.weights.path}: {name} fits {len(close)} tensors of the base; the "
                 "adapter belongs to another model"
             )
@@ -96,9 +99,7 @@ class LoraDelta:
 
     def _refuse_tied_embedding(self, base: Path) -> None:
         config = base / "config.json"
-        tied = config.is_file() and json.loads(config.read_text(encoding="utf-8")).get(
-            "tie_word_embeddings"
-        )
+        tied = config.is_file() and read_json(config).get("tie_word_embeddings")
         for name, module in self.modules.items():
             if tied and "embedding_A" in self.weights.parts[module]:
                 raise CheckpointError(

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import CheckpointError
-from mmalign.models.files import ADAPTER_CONFIG, denoiser_folder, weight_files
+from mmalign.models.adapter_settings import check_settings, needs_model, read_settings
+from mmalign.models.files import (
+    ADAPTER_CONFIG,
+    UnfitError,
+    denoiser_folder,
+    read_tensors,
+    weight_files,
+)
 from mmalign.models.kohya_names import PREFIX, modules_by_name
 
 if TYPE_CHECKING:
@@ -84,39 +91,41 @@ def read_lora(path: Path, modules: Iterable[str]) -> LoraWeights:
     if (path / ADAPTER_CONFIG).is_file():
         return _read_peft(path)
     file = path if path.is_file() else path / DIFFUSERS_LORA
-    tensors, metadata = _open(file)
+    tensors, metadata = read_tensors(file)
     if all(name.startswith("lora_") for name in tensors):
         return LoraWeights(path, {}, _kohya_parts(path, tensors, modules))
-    settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    return LoraWeights(
-        path,
-        {_denoiser_key(name): value for name, value in settings.items()},
-        _diffusers_parts(path, tensors),
-    )
+    settings = _diffusers_settings(path, metadata)
+    return LoraWeights(path, settings, _diffusers_parts(path, tensors))
 
 
 def _read_peft(folder: Path) -> LoraWeights:
-    settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(f"{folder} is a {kind} adapter; only LORA has a delta")
+    settings = read_settings(folder)
+    wants = needs_model(settings)
+    if wants:
+        raise UnfitError(
+            f"{folder}: the adapter has {wants} = {settings[wants]!r}, which is read in a live "
+            "model only, and the base is none of transformers"
+        )
     parts: dict[str, dict[str, Tensor]] = {}
     for file in weight_files(folder):
-        for name, tensor in _open(file)[0].items():
+        for name, tensor in read_tensors(file)[0].items():
             module, part = _split(folder, name.removeprefix("base_model.model."), _PEFT)
             parts.setdefault(module, {})[part] = tensor
     return LoraWeights(folder, settings, parts)
 
 
-def _open(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
+def _diffusers_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What diffusers notes of peft's settings; those of text encoders are not looked at."""
     try:
-        with safe_open(file, framework="pt") as handle:
-            names = list(handle.keys())
-            return {name: handle.get_tensor(name) for name in names}, handle.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
+        noted = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: lora_adapter_metadata is no JSON: {error}") from error
+    if not isinstance(noted, dict):
+        raise CheckpointError(f"{path}: lora_adapter_metadata must hold an object, found {noted!r}")
+    encoders = ("text_encoder.", "text_encoder_2.", "text_encoder_3.")
+    settings = {_denoiser_key(k): v for k, v in noted.items() if not k.startswith(encoders)}
+    check_settings(path, settings)
+    return settings
 
 
 def _diffusers_parts(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

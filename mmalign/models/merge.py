@@ -28,12 +28,20 @@ import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mmalign.errors import CheckpointError, ConfigError
-from mmalign.models.files import denoiser_folder, local_folder, weight_files
+from mmalign.models.files import (
+    UnfitError,
+    denoiser_folder,
+    local_folder,
+    opened,
+    weight_files,
+)
 from mmalign.models.lora_delta import Change, LoraDelta
 from mmalign.models.lora_files import is_lora, read_lora
+from mmalign.models.merge_model import as_files_of, can_load
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,7 +90,11 @@ def merge_checkpoints(
     try:
         with ExitStack() as files:
             names = [n for handle in _open(weights, files) for n in handle.keys()]  # noqa: SIM118
-            deltas = [(open_delta(path, names, files, weights), coef) for path, coef in add]
+            scratch = Path(files.enter_context(TemporaryDirectory(dir=partial, prefix=".scratch")))
+            deltas = [
+                (_delta(path, names, files, weights, scratch / str(i)), coef)
+                for i, (path, coef) in enumerate(add)
+            ]
             into = partial / weights.relative_to(source)
             into.mkdir(exist_ok=True)
             for file in weight_files(weights):
@@ -98,20 +110,39 @@ def merge_checkpoints(
     return target
 
 
+def _delta(
+    added: str | Path, names: Sequence[str], files: ExitStack, base: Path, scratch: Path
+) -> Delta:
+    """What a checkpoint changes, through the model where its names do not say it."""
+    try:
+        return open_delta(added, names, files, base)
+    except UnfitError:
+        if not can_load(base):
+            raise
+        path = Path(added) if Path(added).is_file() else local_folder(added)
+        return _FullDelta(as_files_of(base, path, scratch), names, files, partial=True)
+
+
 class _FullDelta:
     """A full checkpoint minus the base, read tensor by tensor."""
 
-    def __init__(self, folder: Path, base_names: Sequence[str], files: ExitStack) -> None:
+    def __init__(
+        self, folder: Path, base_names: Sequence[str], files: ExitStack, *, partial: bool = False
+    ) -> None:
+        """Open it; `partial` where its class does not write all that the base's files hold."""
         self.folder = folder
         self.where = {name: handle for handle in _open(folder, files) for name in handle.keys()}  # noqa: SIM118
-        odd = sorted(set(base_names) ^ self.where.keys())
+        base, own = set(base_names), self.where.keys()
+        odd = sorted(own - base if partial else own ^ base)
         if odd:
-            raise CheckpointError(
+            raise UnfitError(
                 f"{folder} and the base hold different tensors: {len(odd)} are only in one "
                 f"of them, e.g. {odd[0]!r}. Merge checkpoints of one model"
             )
 
     def __call__(self, name: str, base: Tensor) -> Change | None:
+        if name not in self.where:
+            return None
         tensor = self.where[name].get_tensor(name)
         if tensor.shape != base.shape:
             raise CheckpointError(
@@ -143,17 +174,14 @@ def open_delta(
 
 
 def _open(folder: Path, files: ExitStack) -> list[Any]:
-    from safetensors import safe_open
-
-    return [files.enter_context(safe_open(file, framework="pt")) for file in weight_files(folder)]
+    return [files.enter_context(opened(file)) for file in weight_files(folder)]
 
 
 def _merge_file(source: Path, target: Path, deltas: Sequence[tuple[Delta, float]]) -> None:
-    from safetensors import safe_open
     from safetensors.torch import save_file
 
     merged: dict[str, Tensor] = {}
-    with safe_open(source, framework="pt") as handle:
+    with opened(source) as handle:
         for name in handle.keys():  # noqa: SIM118  not a dict
             tensor = handle.get_tensor(name)
             merged[name] = combined(name, tensor, deltas) if tensor.is_floating_point() else tensor

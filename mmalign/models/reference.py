@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mmalign.errors import ConfigError
+from mmalign.models import lora
+from mmalign.models.adapter_settings import adapter_in_place_of_model, refuse_adapter_path
 from mmalign.models.frozen import (
     AdapterCopy,
     Cached,
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from mmalign.config import RunConfig
+    from mmalign.config import ReferenceConfig, RunConfig
     from mmalign.core import Needs
 
 __all__ = [
@@ -50,6 +52,7 @@ def resolve(config: RunConfig, needs: Needs) -> str:
         ConfigError: for a combination that cannot work, with the reason.
     """
     reference, model = config.reference, config.model
+    _refuse_adapters(reference)
     kind = reference.kind
     if kind == "auto" and reference.path is not None:
         kind = "frozen-copy"
@@ -125,13 +128,27 @@ def copy_of(policy: nn.Module) -> Copy:
     """A frozen copy of the policy as it is now, the cheapest way."""
     from peft import PeftModel
 
-    return AdapterCopy(policy) if isinstance(policy, PeftModel) else FrozenCopy(policy)
+    if isinstance(policy, PeftModel) and lora.has_second_place(policy):
+        return AdapterCopy(policy)
+    return FrozenCopy(policy)
 
 
 def _loaded(path: str, load: Callable[[str], nn.Module] | None) -> nn.Module:
     if load is None:
         raise ConfigError(f"reference {path}: this modality cannot load a second model")
-    return load(path)
+    model = load(path)
+    if getattr(model, "_hf_peft_config_loaded", False):  # one that transformers found on the hub
+        base = str(getattr(model, "name_or_path", "")) or "BASE"
+        raise ConfigError(adapter_in_place_of_model("reference.path", path, base))
+    return model
+
+
+def _refuse_adapters(reference: ReferenceConfig) -> None:
+    if reference.path is not None:
+        refuse_adapter_path("reference.path", reference.path)
+    for i, part in enumerate(reference.mixture):
+        if part.path is not None:
+            refuse_adapter_path(f"reference.mixture.{i}.path", part.path)
 
 
 def _check_mixture(config: RunConfig, needs: Needs) -> None:

@@ -22,12 +22,12 @@ from mmalign.text.head import Heads
 from mmalign.text.layout import check_length, why_plain
 from mmalign.text.model import (
     causal_model,
-    load_trained,
     no_dropout,
     require_fit,
 )
 from mmalign.text.passes import Scored, run_model, score, scoring_models
 from mmalign.text.prefix import Layout, Rows, arrange
+from mmalign.text.trained import load_trained
 from mmalign.text.weights import PositionWeights, require_single
 
 if TYPE_CHECKING:
