@@ -138,13 +138,63 @@ def test_weights_say_how_often_a_row_is_used(write: Write) -> None:
     assert ids(load(train=[first, second], seed=9)[0]) != ids(train)
 
 
-def test_max_samples_are_nested_and_in_order(write: Write) -> None:
+def test_max_samples_are_the_first_rows(write: Write) -> None:
     path = write("a.jsonl", pairs(50))
-    few, more = (ids(load(train=path, max_samples=n)[0]) for n in (5, 20))
-    assert len(few) == 5
-    assert set(few) < set(more)
-    assert more == [f"p{i}" for i in range(50) if f"p{i}" in more]
-    assert load(train=path, eval=path, max_eval_samples=4)[1:] != []
+    assert ids(load(train=path, max_samples=5)[0]) == [f"p{i}" for i in range(5)]
+    assert ids(load(train=path, max_samples=5, seed=3)[0]) == [f"p{i}" for i in range(5)]
+    assert load(train=path, max_samples=50) == load(train=path) == load(train=path, max_samples=99)
+    held_out = write("b.jsonl", [p | {"id": f"e{p['id']}"} for p in pairs(9, prompt="else")])
+    _, evaluation = load(train=path, eval=held_out, max_eval_samples=4)
+    assert ids(evaluation) == ["ep0", "ep1", "ep2", "ep3"]
+
+
+def test_reading_ends_where_there_are_enough_rows(write: Write) -> None:
+    """What comes after cannot be read, so reading it would stop the run."""
+    path = write("a.jsonl", [*pairs(30), "no record"])
+    assert len(load(train=path, max_samples=30)[0]) == 30
+    assert len(load(UNPAIRED, train=path, max_samples=30)[0]) == 30
+    train, evaluation = load(train=path, max_samples=10, eval_fraction=0.2)
+    assert (len(train), 1 <= len(evaluation) <= 8) == (10, True)
+    good = write("b.jsonl", pairs(1, prompt="else"))
+    assert len(load(train=good, eval=path, max_eval_samples=30)[1]) == 30
+    for options in ({"max_samples": 31}, {"max_samples": 10, "max_eval_samples": 29}):
+        with pytest.raises(DataError, match="not JSON"):
+            load(train=path, eval_fraction=0.2, **options)
+
+
+def test_rows_that_cannot_be_trained_on_do_not_count(write: Write) -> None:
+    tie = {"tie": True}
+    records = [*pairs(3, **tie), *(p | {"id": f"x{p['id']}"} for p in pairs(9, prompt="x"))]
+    assert ids(load(train=write("a.jsonl", records), max_samples=2)[0]) == ["xp0", "xp1"]
+    bad = [{"prompt": "Q", "response": f"r{i}", "desirable": i > 3} for i in range(9)]
+    train, _ = load(ANY, train=write("b.jsonl", bad), max_samples=2)
+    assert responses(train) == [["r4"], ["r5"]]
+
+
+def test_rows_that_a_split_column_holds_out_are_looked_for_to_the_end(write: Write) -> None:
+    records = [p | {"split": "eval" if i > 35 else "train"} for i, p in enumerate(pairs(40))]
+    records.insert(20, {"id": "bad", "split": "train", "prompt": 5})  # passed over unread
+    path = write("a.jsonl", records)
+    train, evaluation = load(train=path, max_samples=3)
+    assert (ids(train), ids(evaluation)) == (["p0", "p1", "p2"], ["p36", "p37", "p38", "p39"])
+    _, evaluation = load(train=path, max_samples=3, max_eval_samples=2, eval_fraction=0.1)
+    assert ids(evaluation) == ["p36", "p37"]
+    _, evaluation = load(
+        train=write("b.jsonl", pairs(3)), eval=path, max_eval_samples=2, bad_rows="drop"
+    )
+    assert ids(evaluation) == ["p36", "p37"]
+
+
+def test_sources_take_turns_in_proportion_to_their_weights(write: Write) -> None:
+    first = write("a.jsonl", [p | {"id": f"a{i}"} for i, p in enumerate(pairs(40))])
+    other = write("b.jsonl", [p | {"id": f"b{i}"} for i, p in enumerate(pairs(4, prompt="x"))])
+    assert ids(load(train=[first, other], max_samples=4)[0]) == ["a0", "b0", "a1", "b1"]
+    train, _ = load(train=[first, other], max_samples=20)
+    assert Counter(name[0] for name in ids(train)) == {"a": 16, "b": 4}
+    train, _ = load(train=[{"path": first, "weight": 3}, other], max_samples=8)
+    assert Counter(ids(train)) == {"a0": 3, "b0": 1, "a1": 3, "b1": 1}
+    train, _ = load(train=[{"path": first, "weight": 0.5}], max_samples=8)
+    assert len(set(ids(train))) == 8
 
 
 # Kinds of rows
