@@ -214,8 +214,14 @@ class TrainConfig(Section):
     )
     max_grad_norm: float = Field(default=1.0, gt=0)
     mixed_precision: Literal["no", "bf16"] = "no"
+    bf16_weights: Literal["stochastic", "master", "nearest"] = Field(
+        default="stochastic",
+        description="how weights that are trained in bfloat16 take a step: rounded up or down at "
+        "random (exact on average); from a float32 copy of each; or rounded off, which loses small "
+        "steps",
+    )
     backward: Literal["joint", "per_candidate"] = "joint"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**31)
     log_every: int = Field(default=1, ge=1)
     eval_every: int | None = Field(
         default=None, ge=1, description="steps; the end is always evaluated"

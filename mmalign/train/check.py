@@ -33,6 +33,13 @@ def require_sensible(config: RunConfig, needs: Needs) -> None:
             f"train.betas is {list(train.betas)}, but {train.optimizer} has no betas; "
             "remove train.betas, or use train.optimizer: adamw"
         )
+    if train.bf16_weights != "stochastic" and (
+        config.model.dtype != "bfloat16" or config.model.lora or config.model.adapter
+    ):
+        raise ConfigError(
+            f"train.bf16_weights is {train.bf16_weights}, but no weight is trained in bfloat16: "
+            "that takes model.dtype: bfloat16 without a LoRA, whose factors are float32; remove it"
+        )
     if "mismatched" in needs.roles and min(train.batch_size, train.eval_batch_size or 2) < 2:
         raise ConfigError(
             "train.batch_size and train.eval_batch_size must be at least 2 for this objective: its "

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, ProjectConfiguration
 
 from mmalign.errors import ConfigError
+from mmalign.train.bfloat16 import has_bfloat16
 
 if TYPE_CHECKING:
     from mmalign.config import RunConfig, TrainConfig
@@ -73,6 +74,14 @@ def ready_for_sharding(accelerator: Accelerator, adapter: Adapter, config: RunCo
     """Refuse what follows single parameters, and name the blocks that FSDP may shard as one."""
     if not is_sharded(accelerator):
         return
+    trained = [p for p in adapter.parameters() if p.requires_grad]
+    if has_bfloat16([{"params": trained}]) and config.train.bf16_weights != "nearest":
+        raise ConfigError(
+            f"train.bf16_weights is {config.train.bf16_weights}, but "
+            f"{accelerator.distributed_type.value} shards the weights; use model.dtype: float32 "
+            "with train.mixed_precision: bf16, or train.bf16_weights: nearest, which leaves the "
+            "steps to the sharded optimiser"
+        )
     if adapter.extra_state():
         raise ConfigError(
             f"reference.kind is {config.reference.kind}, which follows the policy's parameters, "

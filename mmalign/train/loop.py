@@ -27,6 +27,7 @@ from mmalign.train.dryrun import describe_dry_run
 from mmalign.train.final import save_final
 from mmalign.train.holdout import HeldOut
 from mmalign.train.metrics import append_json, last_values, means, merge
+from mmalign.train.moved import Movement
 from mmalign.train.optim import lr_scale, set_lr
 from mmalign.train.run import Run, build_run, trackers
 from mmalign.train.stop import StopRequest
@@ -92,7 +93,7 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> 
     if dry_run:
         accelerator.print(check_start(run))
         batch = next(run.batches()).to(accelerator.device)
-        loss, logps = backward(accelerator, run.model, objective, batch)
+        loss, logps = backward(accelerator, run.model, objective, batch, None)
         accelerator.print(describe_dry_run(run, batch, loss, logps))
         return RunResult(0, time.perf_counter() - began, config.output)
 
@@ -101,7 +102,7 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> 
     saved = checkpoint.resume(run, identity) if resume else None
     start_note = check_start(run) if position.step == 0 else f"resuming after step {position.step}"
     files.begin(run, environment)  # the first thing written: all that can be refused has been
-    held = HeldOut(run)
+    held, movement = HeldOut(run), Movement(run)
 
     with trackers(run), Display(run) as display, StopRequest() as stop:
         display.say(start_note)
@@ -127,6 +128,8 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> 
             position.rows += run.order.rows_per_step
             run.adapter.after_step(position.step)
             run.averages.add({"grad_norm": grad_norm, "seconds": time.perf_counter() - clock})
+            if unmoved := movement.after_step(position.step, lr, grad_norm):
+                display.say(f"warning: {unmoved}")
 
             at_end = position.step == run.num_steps
             values: dict[str, float] = {}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmalign.errors import ConfigError
+from mmalign.train.bfloat16 import Bfloat16Optimizer, has_bfloat16
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -24,7 +25,11 @@ def build_optimizer(adapter: Adapter, train: TrainConfig) -> Optimizer:
     A group may bring its own `lr` and `weight_decay`. AdamW runs as one fused kernel wherever all
     parameters lie on a device that has it. Adafactor takes `lr` as it is, as in the release of
     Diffusion-DPO and in transformers' trainer; torch's own would multiply it by the size of each
-    weight. SGD is plain: no momentum.
+    weight. SGD is plain: no momentum. Weights in bfloat16 are stepped in float32 whichever it is,
+    unless `train.bf16_weights` is nearest.
+
+    Raises:
+        ConfigError: Nothing can be trained.
     """
     groups = [{"lr": train.lr, **g} for g in adapter.parameter_groups(train) if g["params"]]
     groups = [{"initial_lr": group["lr"], **group} for group in groups]
@@ -32,6 +37,17 @@ def build_optimizer(adapter: Adapter, train: TrainConfig) -> Optimizer:
         raise ConfigError(
             "the model has no trainable parameter; set model.lora, or train the whole model"
         )
+    if train.bf16_weights == "nearest" or not has_bfloat16(groups):
+        return _optimizer(groups, train)
+    return Bfloat16Optimizer(
+        groups,
+        lambda float32: _optimizer(float32, train),
+        master=train.bf16_weights == "master",
+        seed=train.seed,
+    )
+
+
+def _optimizer(groups: list[dict[str, Any]], train: TrainConfig) -> Optimizer:
     common: dict[str, Any] = {"lr": train.lr, "weight_decay": train.weight_decay}
     if train.optimizer == "adafactor":
         from transformers.optimization import Adafactor

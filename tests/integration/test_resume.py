@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,23 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert result.steps == 12
     require_same_run(config.output, whole / "run")
     assert not list(config.output.glob(".*"))
+
+
+@pytest.mark.parametrize("mode", ["stochastic", "master"])
+def test_weights_in_bfloat16_resume_to_the_same_bits(tmp_path: Path, mode: str) -> None:
+    """The float32 copies come back, and what is drawn to round at random depends on the step."""
+    half = (*SETTINGS, "model.dtype=bfloat16", f"train.bf16_weights={mode}", "train.lr=1e-5")
+    half += ("train.keep_checkpoints=4",)
+    config = toy_config(tmp_path, *half, "train.check_reference=false")
+    train(config)
+    whole = tmp_path / "whole"
+    shutil.copytree(config.output, whole)
+    shutil.rmtree(config.output / "final")
+    for step in (9, 12):
+        shutil.rmtree(config.output / f"checkpoint-{step}", ignore_errors=True)
+    result = train(config.model_copy(), resume=True)
+    assert result.steps == 12
+    require_same_run(config.output, whole)
 
 
 @pytest.mark.slow
