@@ -25,7 +25,9 @@ def collate(encoder: Encoder, examples: Sequence[Example], needs: Needs) -> Batc
 
     Inputs, right-padded to the longest of the batch:
         prompt_ids, prompt_mask: [B, K, P]
-        response_ids, response_mask: [B, K, L]; True on every scored token, end included.
+        response_ids, response_mask: [B, K, L]; True on every token, end included.
+        response_scored: [B, K, L] bool, only where answers of several turns have tokens that the
+            assistant did not write, or that it is not trained on.
         span_mask (text.masks.kind spans, diff): [B, K, L] bool.
         step_index (text.masks.kind steps): [B, K, L] long; 0 is no step.
         context_index: [B, K] long, only where prompts show something.
@@ -52,7 +54,8 @@ def collate(encoder: Encoder, examples: Sequence[Example], needs: Needs) -> Batc
         )
     inputs = _inputs(encoder, encoded)
     if "mismatched" in needs.roles and len(rows) == 1:
-        encoder.count("without_mismatch", rows[0].id, "alone in its batch: nothing to mismatch")
+        why = "alone in its batch: nothing to mismatch"
+        encoder.notes.count("without_mismatch", rows[0].id, why, surveyed=False)
         inputs["response_mask"][:, -1] = False
     return Batch(
         inputs=inputs,
@@ -69,6 +72,8 @@ def _inputs(encoder: Encoder, encoded: Sequence[Sequence[EncodedCandidate]]) -> 
         inputs[f"{name}_ids"] = _pad(ids, encoder.pad_id)
         # By length and never by id: the pad token may be the end token, which is scored.
         inputs[f"{name}_mask"] = _pad([[[1] * len(i) for i in row] for row in ids], 0).bool()
+    if any(item.scored for row in encoded for item in row):
+        inputs["response_scored"] = _pad([[item.mask for item in row] for row in encoded], 0).bool()
     if encoder.uses_spans:
         inputs["span_mask"] = _pad([encoder.span_masks(row) for row in encoded], 0).bool()
     if encoder.uses_steps:

@@ -6,14 +6,14 @@ import datetime
 import hashlib
 import json
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.data.example import Asked
 from mmalign.errors import ConfigError, DataError
 from mmalign.text.batch import collate
-from mmalign.text.fit import require_ids
+from mmalign.text.fit import require_frame, require_ids
 from mmalign.text.frame import Ends
 from mmalign.text.jinja import JinjaTemplate, template_file
 from mmalign.text.notes import Notes
@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from mmalign.core import Needs
     from mmalign.data.example import Candidate, Example, Prompt
     from mmalign.models.adapter import Batch
+    from mmalign.text.limits import Limits
     from mmalign.text.response import Response
+    from mmalign.text.survey import Found
     from mmalign.text.tokenizer import Offsets
 
 __all__ = ["EncodedCandidate", "Encoder", "load_tokenizer"]
@@ -55,6 +57,7 @@ class EncodedCandidate:
     # L  False on tokens of an answer of several turns that the assistant did not write, or is not
     # trained on; empty: all are scored.
     scored: list[bool] = field(default_factory=list[bool])
+    cut: bool = False  # whether the response was longer than its limit
 
     @property
     def mask(self) -> list[bool]:
@@ -88,8 +91,13 @@ class Encoder:
             )
         self._embedded: int | None = None
 
-    def use_ids_below(self, embedded: int) -> None:
-        """From now on, refuse rows with a token that a model, which embeds so many, lacks."""
+    def use_ids_below(self, embedded: int, key: str = "model.path") -> None:
+        """From now on, refuse rows with a token that a model, which embeds so many, lacks.
+
+        Raises:
+            ConfigError: naming the config's `key`, where every row has such a token.
+        """
+        require_frame(self, embedded, key)
         self._embedded = min(embedded, self._embedded or embedded)
         if self._tokenize.pad_id >= embedded:
             self._tokenize.pad_id = 0  # masked: any token that the model has will do
@@ -125,12 +133,7 @@ class Encoder:
 
     @cached_property
     def _ends(self) -> Ends:
-        return Ends(self.tokenizer, lambda: self.stop_ids)
-
-    @cached_property
-    def stop_ids(self) -> frozenset[int]:
-        """Where the model's own settings say that generation stops."""
-        return stop_ids(self._model)
+        return Ends(self.tokenizer, partial(stop_ids, self._model))
 
     @property
     def counts(self) -> Counter[str]:
@@ -139,7 +142,7 @@ class Encoder:
         `prompts_cut`, `responses_cut`, `boundary_moved` (prompt tokens merged with a response),
         `prompts_empty`, `without_mismatch`, `without_template` (conversations as transcripts),
         `thoughts_closed` (opened by the prompt, none in the answer), `thoughts_after_closed`.
-        Loader workers keep their own counts; `survey` fills those of this process.
+        Loader workers keep their own counts; `text.survey` counts all rows of a run.
         """
         return self.notes.counts
 
@@ -149,24 +152,43 @@ class Encoder:
 
         The template's end token, the tokenizer's eos, and what the model's own settings name.
         """
-        ids = set(self.stop_ids)
+        ids = set(self._ends.stops)
         if self._tokenize.eos_id is not None:
             ids.add(self._tokenize.eos_id)
-        if self.render.is_chat:
+        if isinstance(self.render, ChatTemplate):
             tokens, _ = self._tokenize(self.render.end(), add_leading=False)
             ids |= set(tokens[-1:]) & self._tokenize.ends
         return frozenset(ids)
+
+    @property
+    def frame_ids(self) -> frozenset[int]:
+        """Tokens that stand around every prompt, or end every answer."""
+        eos = self._tokenize.eos_id
+        if not isinstance(self.render, ChatTemplate):
+            return frozenset(self._tokenize.leading) | ({eos} if eos is not None else frozenset())
+        try:
+            text = self.render.context("Hello", "prompt") + self.render.end()
+        except DataError:  # the template wants other turns than a question
+            return frozenset()
+        return frozenset(self._ids(text)[0])
 
     @property
     def pad_id(self) -> int:
         """Fills padded positions, which are masked."""
         return self._tokenize.pad_id
 
-    def survey(self, examples: Iterable[Example]) -> Counter[str]:
-        """Encode every example once, for the counts and for errors before the first step."""
-        for example in examples:
-            self.encode_example(example)
-        return self.counts
+    def survey(self, examples: Sequence[Example], limits: Limits | None = None) -> Found:
+        """Encode every row once, to know before the first step what training would meet.
+
+        What this encoder noted before is lost.
+        """
+        from mmalign.text.survey import survey
+
+        return survey(self, examples, limits)
+
+    def writes_special(self, text: str) -> bool:
+        """Whether a special token of the tokenizer is written in a text."""
+        return self._ends.first(text) is not None
 
     def encode_prompt(self, prompt: Prompt | Asked, *, where: str = "prompt") -> list[int]:
         """The context to generate an answer from: the one that training scores answers in."""
@@ -263,12 +285,11 @@ class Encoder:
             local = [(first - start, last - start) for first, last in offsets[shared:stop]]
             marks = self._marks(local, response, candidate, row)
             answer = self._known(ids[shared:stop], row)
-            encoded.append(EncodedCandidate(prompt_ids, answer, *marks, scored=scored))
+            cut = len(ids) > stop
+            encoded.append(EncodedCandidate(prompt_ids, answer, *marks, scored=scored, cut=cut))
         return encoded
 
-    def _scored(
-        self, offsets: Offsets, start: int, response: Response, row: str
-    ) -> list[bool]:
+    def _scored(self, offsets: Offsets, start: int, response: Response, row: str) -> list[bool]:
         """Which tokens the assistant wrote, of an answer of several turns; empty: all of them."""
         if response.scored is None:
             return []

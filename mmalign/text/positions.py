@@ -21,7 +21,24 @@ def mark_spans(offsets: Sequence[Range], spans: Sequence[Range]) -> list[bool]:
         offsets: Character range [start, end) of each token in the response; negative before it.
         spans: Character ranges [start, end) in the same response.
     """
+    if not spans:
+        return [False] * len(offsets)
     return [any(start < last and first < end for first, last in spans) for start, end in offsets]
+
+
+def mark_ranges(offsets: Sequence[Range], ranges: Sequence[Range]) -> list[bool]:
+    """Which tokens lie in one of some ranges, by their last character.
+
+    A token that is no text (an end token put after it) belongs to the range that ends there.
+
+    Args:
+        offsets: Character range [start, end) of each token.
+        ranges: Character ranges [start, end), in order.
+    """
+    return [
+        any(first < end <= last or (start == end == last) for first, last in ranges)
+        for start, end in offsets
+    ]
 
 
 def mark_steps(offsets: Sequence[Range], steps: Sequence[Range], text: str) -> list[int]:

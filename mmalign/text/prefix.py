@@ -42,7 +42,7 @@ class Piece:
 class Rows:
     """Tokens to feed, and where the scores of a batch come from.
 
-    M is the number of scored tokens; a score shared by several candidates is computed once.
+    M is the number of tokens with a score; one shared by several candidates is computed once.
     """
 
     input_ids: Tensor  # [R, T]
@@ -51,7 +51,7 @@ class Rows:
     states: Tensor  # [M]  place in the flattened [R * T] of the state that predicts
     targets: Tensor  # [M]  token ids
     slots: Tensor  # [B, K, L]  place in [M] of each response token's score
-    mask: Tensor  # [B, K, L]
+    mask: Tensor  # [B, K, L]  the scored tokens
     prompt_slots: Tensor | None  # [B, K, P]  the same for prompt tokens
     prompt_mask: Tensor | None  # [B, K, P]  without the first token, which nothing predicts
     pieces: tuple[Piece, ...] = ()
@@ -86,8 +86,9 @@ def arrange(inputs: Mapping[str, Tensor], layout: Layout, *, prompts: bool = Fal
     """Lay out a batch.
 
     Args:
-        inputs: prompt_ids, prompt_mask [B, K, P] and response_ids, response_mask [B, K, L]; and
-            context_index [B, K] where prompts of equal tokens may show different things.
+        inputs: prompt_ids, prompt_mask [B, K, P] and response_ids, response_mask [B, K, L];
+            response_scored [B, K, L] where some of those tokens are not scored; context_index
+            [B, K] where prompts of equal tokens may show different things.
         layout: packed or plain.
         prompts: Whether prompt tokens are scored too.
     """
@@ -145,7 +146,8 @@ def arrange(inputs: Mapping[str, Tensor], layout: Layout, *, prompts: bool = Fal
         return torch.where(mask, tensor(starts).view(*mask.shape[:2], 1) + steps, 0)
 
     packed = layout == "packed"
-    mask, prompt_mask = inputs["response_mask"], None
+    real, prompt_mask = inputs["response_mask"], None
+    mask = real & inputs["response_scored"] if "response_scored" in inputs else real
     if prompts:
         prompt_mask = inputs["prompt_mask"].clone()
         prompt_mask[..., 0] = False
@@ -155,7 +157,7 @@ def arrange(inputs: Mapping[str, Tensor], layout: Layout, *, prompts: bool = Fal
         segments=Segments(tuple(segments)) if packed else None,
         states=tensor(states),
         targets=tensor(targets),
-        slots=slots([places[pair] for pair in pairs], mask, 0),
+        slots=slots([places[pair] for pair in pairs], real, 0),
         mask=mask,
         prompt_slots=None
         if prompt_mask is None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmalign.data.example import Media
+from mmalign.data.example import Asked, Media, Template
 from mmalign.errors import DataError
 from mmalign.text.encode import Encoder
 from mmalign.video import altered
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from mmalign.data.example import Example, Prompt
     from mmalign.models.adapter import Batch
     from mmalign.text.encode import EncodedCandidate
-    from mmalign.text.render import ChatTemplate, PlainText
+    from mmalign.text.plain import PlainText
+    from mmalign.text.render import ChatTemplate
     from mmalign.text.tokenizer import Offsets
     from mmalign.video.processing import Processor
     from mmalign.video.reader import MediaReader, Prepared
@@ -73,10 +74,11 @@ class VideoEncoder(Encoder):
         self._operations: dict[str, int] = {}
 
     def _renderers(self) -> tuple[ChatTemplate | None, PlainText]:
-        chat = None
-        if getattr(self.processor.inner, "chat_template", None) is not None:
-            chat = MediaTemplate(self.processor.inner, self.text.system_prompt)
-        return chat, MarkedText(self.processor.tokens)
+        plain = MarkedText(self.processor.tokens)
+        template = self._template(self.processor.inner)
+        if template is None:
+            return None, plain
+        return MediaTemplate(template, self.text.system_prompt, self._ends, self.notes), plain
 
     def _ids(self, text: str) -> tuple[list[int], Offsets]:
         # Processors put their bos before a chat template's text too, where it does not write one.
@@ -97,8 +99,11 @@ class VideoEncoder(Encoder):
         for (prompt, media), indices in groups.items():
             members = [example.candidates[index] for index in indices]
             placed, expand, key = self._placed(prompt, media, example.id)
+            asked = Asked(placed, example.template) if example.template else placed
+            if not self.render.is_chat and not isinstance(prompt, str):
+                self.count("without_template", example.id)
             for index, item in zip(
-                indices, self._group(placed, members, example.id, expand), strict=True
+                indices, self._group(asked, members, example.id, expand), strict=True
             ):
                 if self.media_ids & set(item.response):
                     raise DataError(
@@ -109,15 +114,18 @@ class VideoEncoder(Encoder):
         return tuple(encoded[index] for index in range(len(encoded)))
 
     def encode_question(
-        self, prompt: Prompt, media: Media, where: str
+        self, prompt: Prompt | Asked, media: Media, where: str
     ) -> tuple[list[int], Prepared | None]:
         """The context to generate an answer from, and what it shows, pixels and all."""
+        words, row = (
+            (prompt.prompt, prompt.template) if isinstance(prompt, Asked) else (prompt, Template())
+        )
         self._prepared = {}
         if media:
             key = self.reader.key(media)
             self._prepared[key] = self.reader.prepare(media, where, pixels=True)
-        placed, expand, key = self._placed(prompt, media, where)
-        ids, _ = self._ids(expand(self.render.context(placed, where)))
+        placed, expand, key = self._placed(words, media, where)
+        ids, _ = self._ids(expand(self.render.context(Asked(placed, row), where)))
         ids = self._known(self._cut_prompt(self._started(ids, where), where), where)
         return ids, self._prepared.get(key)
 

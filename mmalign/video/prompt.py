@@ -7,14 +7,15 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mmalign.data.example import Message
+from mmalign.data.example import Asked, Message
 from mmalign.errors import ConfigError, DataError
-from mmalign.text.render import ChatTemplate, PlainText, Response, answer_text
+from mmalign.text.plain import PlainText
+from mmalign.text.render import ChatTemplate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from mmalign.data.example import Candidate, Media, Prompt
+    from mmalign.data.example import Media, Prompt
 
 KINDS = ("video", "image", "audio")
 MARK = re.compile(r"<(video|image|audio)>")
@@ -64,10 +65,6 @@ def parts(content: str) -> list[dict[str, str]]:
 class MediaTemplate(ChatTemplate):
     """The processor's chat template; turns are lists of parts."""
 
-    def __init__(self, processor: Any, system_prompt: str | None) -> None:
-        """A system prompt is put before conversations that have none."""
-        super().__init__(processor, system_prompt)
-
     def content(self, text: str) -> Any:
         """A turn's text as parts."""
         return parts(text)
@@ -75,6 +72,10 @@ class MediaTemplate(ChatTemplate):
     def said(self, answer: str) -> Any:
         """An answer as a part, whatever marks it holds."""
         return [{"type": "text", "text": answer}]
+
+    def told(self, turns: Sequence[Message]) -> Sequence[Message]:
+        """The turns without the marks, which become tokens of media."""
+        return [replace(turn, content=MARK.sub(" ", turn.content)) for turn in turns]
 
 
 class MarkedText(PlainText):
@@ -84,19 +85,16 @@ class MarkedText(PlainText):
         """`tokens` holds the processor's own token of each kind."""
         self.tokens = tokens
 
-    def context(self, prompt: Prompt, where: str) -> str:
+    def context(self, prompt: Prompt | Asked, where: str) -> str:
         """The prompt's text, or the transcript, with the processor's tokens."""
-        if isinstance(prompt, tuple) and len(prompt) == 1 and prompt[0].role == "user":
-            prompt = prompt[0].content
+        turns = prompt.prompt if isinstance(prompt, Asked) else prompt
+        if isinstance(turns, tuple) and len(turns) == 1 and turns[0].role == "user":
+            text = turns[0].content
+            prompt = Asked(text, prompt.template) if isinstance(prompt, Asked) else text
         return MARK.sub(lambda mark: self._token(mark[1], where), super().context(prompt, where))
 
-    def responses(
-        self, prompt: Prompt, candidates: Sequence[Candidate], where: str
-    ) -> tuple[str, list[Response]]:
-        """The context and each response's text."""
-        context = self.context(prompt, where)
-        texts = [answer_text(candidate, where) for candidate in candidates]
-        return context, [Response(text, text, "", 0) for text in texts]
+    def _opens(self, prompt: Prompt | Asked, context: str) -> bool:
+        return False  # the words of an answer stand as the record has them
 
     def _token(self, kind: str, where: str) -> str:
         if kind not in self.tokens:

@@ -89,11 +89,14 @@ def test_cut_response_learns_no_end(encoder: Encoder) -> None:
     assert texts(encoder, pair(complete=False))[0][1] == CHOSEN
 
 
-def test_template_without_end_token_is_counted_and_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_template_without_end_token_gets_the_eos_which_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The eos ends the answer in place of the line break, which no model would learn to stop at."""
     encoder = chat(NO_END)
-    assert texts(encoder, pair())[0][1] == f"{CHOSEN}\n"
-    assert encoder.counts["without_end"] == 1
-    assert "no end token" in caplog.text
+    encoder.encode_example(pair())
+    assert texts(encoder, pair())[0][1] == f"{CHOSEN}<|im_end|>"
+    assert caplog.text.count("no end token") == 1
 
 
 def test_pad_equal_to_eos_leaves_the_real_end_token_scored() -> None:
@@ -192,15 +195,8 @@ def test_tokeniser_that_prepends_a_space_marker_keeps_the_joined_ids(shared_data
 
 @pytest.mark.parametrize(
     "template",
-    [CHATML, BOS_IN_TEMPLATE, THINK_WHEN_ALONE, SYSTEM_WHEN_ALONE, NO_GENERATION_PROMPT, STRIPS],
-    ids=[
-        "chatml",
-        "bos",
-        "think_when_alone",
-        "system_when_alone",
-        "no_generation_prompt",
-        "strips",
-    ],
+    [CHATML, BOS_IN_TEMPLATE, SYSTEM_WHEN_ALONE, STRIPS],
+    ids=["chatml", "bos", "system_when_alone", "strips"],
 )
 def test_response_is_the_answer_and_its_end_whatever_the_template_does(template: str) -> None:
     encoder = chat(template)
@@ -212,16 +208,35 @@ def test_response_is_the_answer_and_its_end_whatever_the_template_does(template:
     assert encoder.tokenizer.decode(context) == prompt  # sampling starts from what was trained on
 
 
-@pytest.mark.parametrize(
-    ("template", "warns"),
-    [(CHATML, False), (THINK_WHEN_ALONE, True), (SYSTEM_WHEN_ALONE, True), (STRIPS, False)],
-)
-def test_prompt_that_differs_when_rendered_alone_is_said_once(
-    template: str, warns: bool, caplog: pytest.LogCaptureFixture
+def test_header_that_no_generation_prompt_writes_is_the_models_to_write(
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    encoder = chat(template)
-    encoder.survey([pair(), replace(pair(), id="row-2")])
-    assert caplog.text.count("rendered alone") == int(warns)
+    """Inference sends the prompt without it, whatever asks."""
+    encoder = chat(NO_GENERATION_PROMPT)
+    (prompt, response), _ = texts(encoder, pair())
+    assert prompt == f"<|im_start|>user\n{PROMPT}<|im_end|>\n"
+    assert response == f"<|im_start|>assistant\n{CHOSEN}<|im_end|>"
+    assert encoder.tokenizer.decode(encoder.encode_prompt(PROMPT)) == prompt
+    encoder.encode_example(replace(pair(), id="row-2"))
+    assert caplog.text.count("no generation prompt") == 1
+
+
+def test_system_text_of_the_prompt_alone_stays_in_the_context() -> None:
+    (prompt, response), _ = texts(chat(SYSTEM_WHEN_ALONE), pair())
+    assert prompt.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n")
+    assert response == f"{CHOSEN}<|im_end|>"
+
+
+def test_answer_without_a_thought_closes_the_one_that_the_prompt_opens(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    encoder = chat(THINK_WHEN_ALONE)
+    (prompt, response), _ = texts(encoder, pair())
+    assert prompt.endswith("<|im_start|>assistant\n<think>\n")
+    assert response == f"\n</think>\n\n{CHOSEN}<|im_end|>"
+    encoder.encode_example(replace(pair(), id="row-2"))
+    assert caplog.text.count("closed at once") == 1
+    assert encoder.counts == {"thoughts_closed": 2}
 
 
 def test_empty_thinking_block_before_an_answer_is_for_the_model_to_write() -> None:
@@ -256,13 +271,6 @@ def test_prompt_that_ends_in_an_assistant_turn_is_continued() -> None:
     assert chosen == " scatters.<|im_end|>"
 
 
-def test_several_turns_in_a_response_are_refused() -> None:
-    turns = (Message("assistant", "a"), Message("user", "b"), Message("assistant", "c"))
-    example = replace(pair(), candidates=(Candidate(turns), Candidate("d")))
-    with pytest.raises(DataError, match="must be one assistant message"):
-        chat().encode_example(example)
-
-
 def test_system_prompt_is_added_where_there_is_none() -> None:
     encoder = chat(text={"system_prompt": "Be brief."})
     assert texts(encoder, pair())[0][0].startswith("<|im_start|>system\nBe brief.<|im_end|>")
@@ -278,7 +286,7 @@ def test_system_prompt_without_a_template_is_refused() -> None:
 def test_role_that_the_template_refuses_is_named() -> None:
     template = "{{ raise_exception('no system role') if messages[0]['role'] == 'system' }}" + CHATML
     example = pair(prompt=(Message("system", "x"), Message("user", "y")))
-    with pytest.raises(DataError, match=r"roles \['system', 'user', 'assistant'\]: no system role"):
+    with pytest.raises(DataError, match=r"roles \['system', 'user'\]: no system role"):
         chat(template).encode_example(example)
 
 
