@@ -139,6 +139,7 @@ def _asked(
         "questions": hashlib.sha256(texts.encode()).hexdigest(),
         "media": str(media),
         "config": config.model_dump(mode="json", include=parts),
+        "seed": config.train.seed,
         "weights": "base" if folder is None else str(folder),
     }
 

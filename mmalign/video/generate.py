@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from mmalign.data.example import Example, Prompt
+    from mmalign.data.example import Asked, Example, Prompt
     from mmalign.video.clue_part import CluePart
     from mmalign.video.encode import VideoEncoder
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Question:
     """What a model is asked.
 
@@ -38,9 +39,18 @@ class Question:
         row: Where it comes from, for reports; questions are the same whatever row asks them.
     """
 
-    prompt: Prompt
+    prompt: Prompt | Asked
     media: Media = field(default_factory=Media)
     row: Example | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        """What is asked, with the names of files: seeds of answers follow from it."""
+        media = self.media
+        shown = [
+            replace(item, path=Path(item.path.name))
+            for item in (*media.videos, *media.images, *media.sounds)
+        ]
+        return f"Question({self.prompt!r}, {shown!r}, {media.change!r})"
 
 
 def generate(

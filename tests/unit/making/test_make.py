@@ -12,14 +12,16 @@ from tiny_video import write_clip
 from tiny_video_text import OMNI
 from typer.testing import CliRunner
 
+from mmalign import config as configs
 from mmalign.cli import app
 from mmalign.data.records import read_records
+from mmalign.errors import DataError
 from mmalign.making.answers import Sampled
+from mmalign.making.rows import Source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mmalign.errors import DataError
     from mmalign.making.answers import Answer
     from mmalign.making.rows import Row
 
@@ -265,6 +267,18 @@ def test_a_model_s_wrong_answers_become_pairs_that_train(
     trained = CliRunner().invoke(app, ["train", str(work / "config.yaml"), f"data.train={out}"])
     assert trained.exit_code == 0, trained.output
     assert (work / "run" / "final").is_dir()
+
+
+def test_a_model_s_answers_are_the_same_in_every_batch(work: Path) -> None:
+    row = Source(str(work / "qa.jsonl")).rows(work / "out.jsonl")[0]
+    found: list[list[str]] = []
+    for size in (1, 2, 5):
+        config = configs.load(work / "config.yaml", [f"train.batch_size={size}"])
+        answers = Sampled(config, None, num=5, seed=3)(row)
+        assert not isinstance(answers, DataError)
+        found.append([answer.text for answer in answers])
+    assert found[0] == found[1] == found[2]
+    assert len(set(found[0])) > 1
 
 
 @pytest.mark.parametrize(

@@ -80,11 +80,11 @@ def test_predictions_are_a_common_file_also_after_an_interruption(
 
     plain, batches = asking.ask, list[int]()
 
-    def stops(adapter: Any, questions: Sequence[Any], **options: Any) -> Any:
+    def stops(adapter: Any, questions: Sequence[Any], seeds: Sequence[int], **options: Any) -> Any:
         batches.append(len(questions))
         if len(batches) == 2:
             raise KeyboardInterrupt
-        return plain(adapter, questions, **options)
+        return plain(adapter, questions, seeds, **options)
 
     monkeypatch.setattr(asking, "ask", stops)
     parts = tmp_path / "parts.jsonl"
@@ -96,6 +96,21 @@ def test_predictions_are_a_common_file_also_after_an_interruption(
     assert parts.read_bytes() == out.read_bytes()
     assert batches[:3] == [2, 2, 2]
     assert "is there already" in run(*command, "--out", parts, code=1)
+
+
+def test_a_drawn_prediction_is_the_same_in_every_batch(
+    command: list[object], tmp_path: Path
+) -> None:
+    found: list[bytes] = []
+    for size in (1, 2, 6):
+        out = tmp_path / f"{size}.jsonl"
+        run(*command, "sample.temperature=1", "--batch", size, "--out", out)
+        found.append(out.read_bytes())
+    assert found[0] == found[1] == found[2]
+    lines = [json.loads(line) for line in found[0].decode().splitlines()]
+    assert lines[1]["prediction"] != lines[5]["prediction"], "one clip, but two questions' draws"
+    run(*command, "sample.temperature=1", "train.seed=1", "--out", tmp_path / "other.jsonl")
+    assert (tmp_path / "other.jsonl").read_bytes() != found[0]
 
 
 def test_what_cannot_be_asked_is_told_before_a_model_loads(

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from tiny_video import KINDS, OMNI
+from transformers import GenerationConfig
 from video_rows import ALL, gradients, make_adapter, pair
 
 from mmalign.core import Needs, presets
 from mmalign.data.example import Candidate, Clip, Media, Message, Picture, Sound
 from mmalign.errors import ConfigError, DataError
+from mmalign.text.model import causal_model
+from mmalign.video.adapter import VideoAdapter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmalign.data.example import Example
-    from mmalign.video.adapter import VideoAdapter
 
     Models = Callable[[str], Path]
 
@@ -278,10 +280,46 @@ def test_a_row_alone_scores_as_in_a_batch_and_answers_are_given(
 ) -> None:
     adapter = make_adapter(video_models("qwen2_5_omni_thinker"), Needs())
     rows = [pair(clips_dir / f"clip{i}.mp4", f"row-{i}") for i in range(3)]
-    together = adapter.sample([adapter.question(row) for row in rows], max_new_tokens=6)
-    alone = [adapter.sample([adapter.question(row)], max_new_tokens=6)[0] for row in rows]
-    assert together == alone
-    assert len(set(together)) > 1
+    asked = [adapter.question(row) for row in rows]
+    for options in ({}, {"temperature": 1.0}):
+        together = adapter.sample(asked, max_new_tokens=6, **options)
+        alone = [adapter.sample([one], max_new_tokens=6, **options)[0] for one in asked]
+        assert together == alone
+        assert len(set(together)) > 1
+    several = adapter.sample([asked[0], asked[0]], max_new_tokens=6, temperature=1.0)
+    assert several[0] == together[0] != several[1]
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_no_setting_that_a_model_ships_changes_an_answer(
+    lora: Any, video_models: Models, clips_dir: Path
+) -> None:
+    adapter = make_adapter(video_models("llava_onevision"), Needs(), model={"lora": lora})
+    asked = [adapter.question(pair(clips_dir / "clip0.mp4"))]
+
+    def answers() -> list[str]:
+        greedy = adapter.sample(asked, max_new_tokens=6)
+        return [*greedy, *adapter.sample(asked, max_new_tokens=6, temperature=1.0)]
+
+    bare = answers()
+    shipped = GenerationConfig(
+        bad_words_ids=[[token] for token in range(20, 200)], max_length=2, min_p=0.9, num_beams=2,
+        repetition_penalty=5.0, suppress_tokens=list(range(20, 200)), top_k=1, typical_p=0.1,
+    )  # fmt: skip
+    inner = causal_model(adapter.policy)
+    inner.generation_config = shipped
+    assert answers() == bare
+    assert inner.generation_config is shipped
+
+
+def test_a_question_is_the_same_wherever_its_clip_lies(clips_dir: Path, tmp_path: Path) -> None:
+    rows = [
+        pair(folder / "clip0.mp4", name) for folder, name in ((clips_dir, "a"), (tmp_path, "b"))
+    ]
+    first, second = (repr(VideoAdapter.question(row)) for row in rows)
+    assert first == second
+    assert "clip0.mp4" in first
+    assert repr(VideoAdapter.question(pair(clips_dir / "clip1.mp4"))) != first
 
 
 def test_a_model_of_text_alone_is_refused(tiny_llama_dir: Path) -> None:
