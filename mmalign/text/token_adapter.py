@@ -15,16 +15,17 @@ from mmalign.errors import ConfigError
 from mmalign.models import lora
 from mmalign.models.adapter import Adapter
 from mmalign.models.linear import use_onednn
+from mmalign.models.lora_targets import routers
+from mmalign.models.quantised import always_as_in_training
 from mmalign.models.reference import Cached, build_reference, resolve
+from mmalign.text.body import rope_limits, turns_alike
+from mmalign.text import dates
 from mmalign.text.cached import ReferenceCache, check_cacheable
 from mmalign.text.encode import Encoder
+from mmalign.text.fit import compare, num_embedded
 from mmalign.text.head import Heads
 from mmalign.text.layout import check_length, why_plain
-from mmalign.text.model import (
-    causal_model,
-    no_dropout,
-    require_fit,
-)
+from mmalign.text.model import causal_model, no_dropout, recompute_layers
 from mmalign.text.passes import Scored, run_model, score, scoring_models
 from mmalign.text.prefix import Layout, Rows, arrange
 from mmalign.text.trained import load_trained
@@ -63,10 +64,12 @@ class TokenAdapter(Adapter):
         super().__init__()
         self.config, self.needs = config, needs
         self.encoder = self._make_encoder(tokenizer, model)
-        require_fit(model, self.encoder.tokenizer)
+        self.encoder.use_ids_below(num_embedded(model))
+        compare(model, self.encoder.tokenizer)
         no_dropout(model)
+        always_as_in_training(model)
         if config.model.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_layers(model)
         self.heads = Heads()
         masks = config.text.masks
         self.weights = PositionWeights(masks, model) if masks and needs.weight else None
@@ -258,6 +261,7 @@ class TokenAdapter(Adapter):
                 "KL between them needs one vocabulary"
             )
         no_dropout(model)
+        always_as_in_training(model)
         use_onednn(model)
         return model
 
