@@ -90,20 +90,28 @@ def reads_labels(rows: Sequence[Example], needs: Needs) -> bool:
     return needs.labels and _target(rows, needs) in ("pair", "list")
 
 
-def check_trainable(rows: Sequence[Example], needs: Needs) -> None:
+def check_trainable(rows: Sequence[Example], needs: Needs, names: str) -> None:
     """Refuse fitted rows that an objective can learn nothing from.
+
+    Args:
+        rows: What would be trained on.
+        needs: The objective's `rows`.
+        names: The files that the rows come from.
 
     Raises:
         DataError: The weight of every row is 0, or all single responses have one rating.
     """
     if not any(row.weight for row in rows):
-        raise DataError(f"the weight of all {len(rows)} rows is 0, so nothing would be learned")
+        raise DataError(
+            f"{names}: the weight of all {len(rows)} rows is 0, so nothing would be learned; give "
+            "weights above 0, or none"
+        )
     ratings = {row.labels[0] > 0.5 for row in rows if row.kind == "unpaired"}
     if needs.rows == "unpaired" and len(ratings) == 1:
         given, missing = ("", "un") if ratings == {True} else ("un", "")
         raise DataError(
-            f"all {len(rows)} responses are {given}desirable, and the objective learns from the "
-            f"difference to {missing}desirable ones: add some of those too"
+            f"{names}: all {len(rows)} responses are {given}desirable, and the objective learns from "
+            f"the difference to {missing}desirable ones: add some of those too"
             + (", or use sft, which learns from good ones alone" if not given else "")
         )
 

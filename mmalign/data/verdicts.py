@@ -67,10 +67,8 @@ def _against_order(record: Mapping[str, Any]) -> dict[str, str]:
         if first is None or second is None or (first < second if lower else first > second):
             continue
         shown = f"{first:g} and {second:g}"
-        if first == second:
-            found[f"{better} equal to {worse}"] = shown
-        else:
-            found[f"{better} {'above' if lower else 'below'} {worse}"] = shown
+        says = "equal to" if first == second else "above" if lower else "below"
+        found[f"{better} {says} {worse}, where chosen counts as the better one"] = shown
     return found
 
 
@@ -90,21 +88,24 @@ def _two_winners(raw: Mapping[str, Any], won: int) -> dict[str, str]:
     names = _compared(frozenset(key for key, value in raw.items() if value is not None))
     if names is None:
         return {}
-    sides: dict[str, int | None] = {}
-    if names[1] == "rejected":
+    sides: dict[str, int | None] = {}  # what is followed comes first
+    shares: dict[str, int | None] = {}
+    for ends in dict.fromkeys((*ends_of(names), ("0", "1"))):
+        keys = [f"label_{end}" for end in ends]
+        shares[" and ".join(keys)] = _higher(*(number(raw.get(key)) for key in keys))
+    if names in PICTURE_CHOICES:
+        sides |= shares
+    if names[1].endswith("rejected"):
         sides["the order of chosen and rejected"] = won
         if str(raw.get("winner")) in names:
             sides["winner"] = side_of(raw["winner"], names)
     else:
         sides |= {key: side_of(raw[key], names) for key in _WINNERS if raw.get(key) is not None}
         sides |= {"tie": -1} if raw.get("tie") is True else {}
-    for ends in (*ends_of(names), ("0", "1")):
-        shares = [number(raw.get(f"label_{end}")) for end in ends]
-        sides[" and ".join(f"label_{end}" for end in ends)] = _higher(*shares)
-    told = [(key, side) for key, side in sides.items() if side is not None]
+    told = [(key, side) for key, side in (sides | shares).items() if side is not None]
     for key, side in told[1:]:
         if side != told[0][1]:
-            return {f"{told[0][0]} against {key}": ""}
+            return {f"{told[0][0]}, followed, against {key}": ""}
     return {}
 
 

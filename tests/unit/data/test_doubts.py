@@ -138,7 +138,8 @@ def test_rows_of_a_file_that_is_read_twice_are_no_repeats(
 # Labels and weights
 
 
-ORDER = "the order of chosen and rejected"
+ORDER = "the order of chosen and rejected, followed,"
+BETTER = ", where chosen counts as the better one"
 
 
 @pytest.mark.parametrize(
@@ -146,18 +147,27 @@ ORDER = "the order of chosen and rejected"
     [
         (
             {"score_chosen": 3, "score_rejected": 4.5},
-            "score_chosen below score_rejected: 3 and 4.5",
+            f"score_chosen below score_rejected{BETTER}: 3 and 4.5",
         ),
-        ({"chosen_score": 3, "rejected_score": 4}, "chosen_score below rejected_score: 3 and 4"),
+        (
+            {"chosen_score": 3, "rejected_score": 4},
+            f"chosen_score below rejected_score{BETTER}: 3 and 4",
+        ),
         (
             {"chosen-rating": 2, "rejected-rating": 5},
-            "chosen-rating below rejected-rating: 2 and 5",
+            f"chosen-rating below rejected-rating{BETTER}: 2 and 5",
         ),
-        ({"rank_chosen": 2, "rank_rejected": 1}, "rank_chosen above rank_rejected: 2 and 1"),
-        ({"score_chosen": 3, "score_rejected": 3}, "score_chosen equal to score_rejected: 3 and 3"),
+        (
+            {"rank_chosen": 2, "rank_rejected": 1},
+            f"rank_chosen above rank_rejected{BETTER}: 2 and 1",
+        ),
+        (
+            {"score_chosen": 3, "score_rejected": 3},
+            f"score_chosen equal to score_rejected{BETTER}: 3 and 3",
+        ),
         (
             {"p_chosen": 0.25, "score_chosen": 5, "score_rejected": 1},
-            "score_chosen below score_rejected: 1 and 5",
+            f"score_chosen below score_rejected{BETTER}: 1 and 5",
         ),
         ({"label_0": 0, "label_1": 1}, f"{ORDER} against label_0 and label_1"),
         ({"winner": "rejected"}, f"{ORDER} against winner"),
@@ -196,10 +206,13 @@ def test_what_agrees_with_the_order_of_a_pair(told: Any, extra: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("extra", "what"),
     [
-        ({"winner": "a", "better_response_id": 1}, "winner against better_response_id"),
-        ({"winner": "a", "label_a": 0, "label_b": 1}, "winner against label_a and label_b"),
-        ({"winner": "b", "tie": True}, "winner against tie"),
-        ({"winner": "a", "score_a": 1, "score_b": 2}, "score_chosen below score_rejected"),
+        ({"winner": "a", "better_response_id": 1}, "winner, followed, against better_response_id"),
+        (
+            {"winner": "a", "label_a": 0, "label_b": 1},
+            "winner, followed, against label_a and label_b",
+        ),
+        ({"winner": "b", "tie": True}, "winner, followed, against tie"),
+        ({"winner": "a", "score_a": 1, "score_b": 2}, f"score_chosen below score_rejected{BETTER}"),
     ],
 )
 def test_what_contradicts_the_winner_of_a_comparison(
@@ -226,7 +239,9 @@ def test_labels_of_picture_comparisons(tmp_path: Path, write: Write) -> None:
     record = {"caption": "q", "image_0": "a.png", "image_1": "b.png", "label_0": 1, "label_1": 0}
     path = write("a.jsonl", [record, record | {"caption": "r", "winner": "image_1"}])
     *_, line = check_files([path]).warnings.lines()
-    assert line.startswith("winner against label_0 and label_1: 1 of 2 rows; the first is")
+    assert line.startswith(
+        "label_0 and label_1, followed, against winner: 1 of 2 rows; the first is"
+    )
 
 
 def test_one_weight_far_above_the_median(told: Any) -> None:
@@ -274,14 +289,14 @@ def test_soft_labels_that_an_objective_does_not_read(
 def test_rows_without_any_weight_are_refused(write: Write) -> None:
     path = write("a.jsonl", pairs(3, weight=0))
     rows, _ = load_examples(DataConfig(train=path), PAIR, seed=0)
-    with pytest.raises(DataError, match="the weight of all 3 rows is 0"):
-        check_trainable(rows, PAIR)
+    with pytest.raises(DataError, match=r"a\.jsonl: the weight of all 3 rows is 0"):
+        check_trainable(rows, PAIR, "a.jsonl")
     report = check_files([path])
     assert report.exit_code == 1
     assert report.problems.lines() == [f"{path}: the weight of all rows is 0."]
     one = [*pairs(2, weight=0), pairs(3)[2]]
     rows, _ = load_examples(DataConfig(train=write("b.jsonl", one)), PAIR, seed=0)
-    check_trainable(rows, PAIR)
+    check_trainable(rows, PAIR, "a.jsonl")
 
 
 @pytest.mark.parametrize("desirable", [True, False])
@@ -290,8 +305,8 @@ def test_responses_of_one_rating_are_refused(write: Write, desirable: bool) -> N
     config = DataConfig(train=write("a.jsonl", records))
     rows, _ = load_examples(config, UNPAIRED, seed=0)
     with pytest.raises(DataError, match="learns from the difference to") as error:
-        check_trainable(rows, UNPAIRED)
+        check_trainable(rows, UNPAIRED, "a.jsonl")
     assert ("or use sft" in str(error.value)) == desirable
     records[1]["desirable"] = not desirable
     rows, _ = load_examples(DataConfig(train=write("b.jsonl", records)), UNPAIRED, seed=0)
-    check_trainable(rows, UNPAIRED)
+    check_trainable(rows, UNPAIRED, "a.jsonl")
