@@ -156,7 +156,7 @@ def _check_options(model: ModelConfig) -> None:
             f"model.quantization is {model.quantization}, which denoisers are not loaded with; "
             "remove it, and use dtype: bfloat16 with a LoRA to save memory"
         )
-    if model.attention != "sdpa":
+    if model.attention not in ("auto", "sdpa"):
         raise ConfigError(
             f"model.attention is {model.attention}; denoisers run with sdpa, which picks the "
             "fastest kernel by itself"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from mmalign.errors import CheckpointError, ConfigError
+from mmalign.models import lora_targets
 from mmalign.models.adapter_settings import (
     adapter_in_place_of_model,
     needs_model,
@@ -19,12 +21,14 @@ from mmalign.models.files import local_folder
 from mmalign.models.lora_load import TRAINED, load_adapter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from peft import PeftModel
     from torch import Tensor
 
     from mmalign.config import LoraSpec, ModelConfig
+
+log = logging.getLogger(__name__)
 
 REFERENCE = "reference"  # the frozen second adapter; never saved
 
@@ -57,6 +61,7 @@ def apply(
     *,
     task: str | None = "CAUSAL_LM",
     auto: Sequence[str] | None = None,
+    unfit: Callable[[], Mapping[str, str]] = dict,
 ) -> nn.Module:
     """The model ready to train: with a fresh LoRA, with the adapter to continue, or as it is."""
     check(config)
@@ -65,7 +70,9 @@ def apply(
         raise ConfigError(adapter_in_place_of_model("model.path", config.path, base))
     if config.adapter is not None:
         return load(model, config.adapter)
-    return model if config.lora is None else attach(model, config.lora, task=task, auto=auto)
+    if config.lora is None:
+        return model
+    return attach(model, config.lora, task=task, auto=auto, unfit=unfit)
 
 
 def attach(
@@ -75,6 +82,7 @@ def attach(
     task: str | None = "CAUSAL_LM",
     auto: Sequence[str] | None = None,
     pattern: str | None = None,
+    unfit: Callable[[], Mapping[str, str]] = dict,
 ) -> PeftModel:
     """The model with fresh low-rank adapters, which change nothing before the first step.
 
@@ -85,16 +93,22 @@ def attach(
         auto: Module names that the targets `auto` stand for; None for all linear layers. Those that
             the model lacks are passed over.
         pattern: A regular expression of whole module names, in place of the spec's targets.
+        unfit: Finds the linear layers that cannot be trained in this modality, and says why; all
+            linear layers are then all but those.
 
     Raises:
-        ConfigError: when a target fits no module, or fits the output head.
+        ConfigError: when a target fits no module, fits the output head, or is refused by peft.
     """
     from peft import LoraConfig, get_peft_model
 
+    layers = lora_targets.linear_layers(model, _head(model))
+    reasons: dict[str, str] = {}
     if pattern is None:
         spec = _resolved(model, spec, auto)
         _check_targets(model, spec)
         targets = spec.targets if spec.targets == "all-linear" else _names(spec)
+        if targets == "all-linear":
+            reasons = lora_targets.left_out(model, _head(model), unfit())
     else:
         targets = pattern
     config = LoraConfig(
@@ -102,11 +116,45 @@ def attach(
         lora_alpha=spec.alpha,  # pyright: ignore[reportArgumentType]  peft takes any number
         lora_dropout=spec.dropout,
         target_modules=targets,
+        exclude_modules=lora_targets.pattern_of(reasons, layers.keys() - reasons.keys()),
         use_dora=spec.dora,
         fan_in_fan_out=_is_transposed(model),
         task_type=task,  # pyright: ignore[reportArgumentType]
     )
-    return get_peft_model(model, config)  # pyright: ignore[reportArgumentType, reportReturnType]
+    try:
+        policy: Any = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise ConfigError(f"model.lora: peft cannot adapt this model: {error}") from error
+    if pattern is None:
+        _say_left_out(policy, spec, layers, reasons)
+    return policy
+
+
+def _say_left_out(
+    policy: Any, spec: LoraSpec, layers: Mapping[str, nn.Module], reasons: Mapping[str, str]
+) -> None:
+    """One line about linear layers and experts that have no adapter though the targets name them.
+
+    Raises:
+        ConfigError: Targets that name experts, which peft does not find in this class.
+    """
+    found = dict(reasons)
+    base = policy.get_base_model()
+    if spec.targets == "all-linear":
+        found |= lora_targets.spare_routers(policy, TRAINED)
+        named = layers.keys() - found.keys()
+    else:
+        names = _names(spec)
+        named = {name for target in names for name in _matched(layers, target)}
+        adapted = policy.peft_config[TRAINED].target_parameters
+        missing = [target for target in names if not _matched(layers, target)]
+        if missing and not adapted and set(missing) <= set(lora_targets.OF_EXPERTS):
+            raise ConfigError(_fits_nothing(base, missing[0]))
+    found |= lora_targets.passed_over(policy, named)
+    experts = lora_targets.whole_experts(base) if spec.targets == "all-linear" else []
+    said = lora_targets.describe(found, experts)
+    if said:
+        log.warning("model.lora.targets: %s", said)
 
 
 def load(model: nn.Module, folder: str | Path, *, trainable: bool = True) -> PeftModel:
@@ -172,7 +220,7 @@ def _resolved(model: nn.Module, spec: LoraSpec, auto: Sequence[str] | None) -> L
     """The spec with `auto` replaced by what it stands for on this model."""
     if spec.targets != "auto":
         return spec
-    ends = {name.rpartition(".")[2] for name, part in model.named_modules() if _takes_lora(part)}
+    ends = {name.rpartition(".")[2] for name in _adaptable(model)}
     ends |= {"to_out.0"} if any(n.endswith("to_out.0") for n, _ in model.named_modules()) else set()
     known = [target for target in auto or () if target in ends]
     return spec.model_copy(update={"targets": known or "all-linear"})
@@ -183,20 +231,17 @@ def _names(spec: LoraSpec) -> list[str]:
 
 
 def _check_targets(model: nn.Module, spec: LoraSpec) -> None:
-    modules = [name for name, module in model.named_modules() if _takes_lora(module)]
-    available = sorted({name.rpartition(".")[2] for name in modules})
+    modules = _adaptable(model)
     if spec.targets == "all-linear":
-        if not available:
+        if not modules:
             raise ConfigError("model.lora: the model has no linear layer to adapt")
         return
     head = _head(model)
+    experts = lora_targets.OF_EXPERTS if lora_targets.whole_experts(model) else ()
     for target in _names(spec):
-        matched = [n for n in modules if n == target or n.endswith(f".{target}")]
-        if not matched:
-            raise ConfigError(
-                f"model.lora.targets: {target!r} fits no module of {type(model).__name__}; it has "
-                f"{', '.join(available) or 'none that takes a LoRA'}. Or use all-linear"
-            )
+        matched = _matched(modules, target)
+        if not matched and target not in experts:
+            raise ConfigError(_fits_nothing(model, target))
         if head is not None and any(model.get_submodule(name) is head for name in matched):
             raise ConfigError(
                 f"model.lora.targets: {target!r} is the output head, which is scored directly in "
@@ -204,14 +249,25 @@ def _check_targets(model: nn.Module, spec: LoraSpec) -> None:
             )
 
 
-def _takes_lora(module: nn.Module) -> bool:
-    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return isinstance(module, kinds) or type(module).__name__ == "Conv1D"
+def _adaptable(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if lora_targets.takes_lora(module)]
+
+
+def _matched(modules: Iterable[str], target: str) -> list[str]:
+    return [name for name in modules if f".{name}".endswith(f".{target}")]
+
+
+def _fits_nothing(model: nn.Module, target: str) -> str:
+    available = sorted({name.rpartition(".")[2] for name in _adaptable(model)})
+    return (
+        f"model.lora.targets: {target!r} fits no module of {type(model).__name__}; it has "
+        f"{', '.join(available) or 'none that takes a LoRA'}. Or use all-linear"
+    )
 
 
 def _is_transposed(model: nn.Module) -> bool:
     """Whether the layers are GPT-2's Conv1D, whose weight is stored [in, out]."""
-    return any(type(module).__name__ == "Conv1D" for module in model.modules())
+    return any(lora_targets.is_conv1d(module) for module in model.modules())
 
 
 def _head(model: nn.Module) -> nn.Module | None:

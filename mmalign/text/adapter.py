@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mmalign.core import presets
-from mmalign.errors import DataError
 from mmalign.models import lora
 from mmalign.models.drawing import answer_seeds
 from mmalign.text.encode import Encoder, load_tokenizer
 from mmalign.text.generate import generate
 from mmalign.text.model import load_model
+from mmalign.text.rows import survey_parts
 from mmalign.text.show import show
-from mmalign.text.silent import silent_layers
-from mmalign.text.span_masks import with_spans
 from mmalign.text.token_adapter import TokenAdapter
+from mmalign.text.unfit import unfit_layers
 from mmalign.text.write_cache import write_reference
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from mmalign.config import ModelConfig, RunConfig
     from mmalign.core import Needs
     from mmalign.data.example import Asked, Example, Prompt
+    from mmalign.models.rows import Surveyed
 
 
 class TextAdapter(TokenAdapter):
@@ -43,10 +43,12 @@ class TextAdapter(TokenAdapter):
         return load_model(path, config, revision)
 
     def _make_encoder(self, tokenizer: Any, model: PreTrainedModel) -> Encoder:
-        return Encoder(tokenizer, self.config)
+        encoder = Encoder(tokenizer, self.config)
+        encoder.notes.quiet = True  # the survey has said it
+        return encoder
 
     def _make_trainable(self, model: PreTrainedModel) -> nn.Module:
-        return lora.apply(model, self.config.model, silent=lambda: silent_layers(model))
+        return lora.apply(model, self.config.model, unfit=lambda: unfit_layers(model))
 
     @classmethod
     def problems(cls, config: RunConfig) -> list[str]:
@@ -65,24 +67,11 @@ class TextAdapter(TokenAdapter):
     )
 
     @classmethod
-    def usable(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
-        """The rows that have a span, where only spans are scored.
-
-        Raises:
-            DataError: Rows show or play something, which a model of text would pass over.
-        """
-        shown = [row.id for row in examples if row.media or any(c.media for c in row.candidates)]
-        if shown:
-            raise DataError(
-                f"{len(shown)} of {len(examples)} rows have a video, image or audio (the first is "
-                f"{shown[0]!r}), which a model of text cannot take. Set modality: video with a "
-                "model that can, or remove the columns"
-            )
-        masks = config.text.masks
-        if masks is None or masks.kind not in ("spans", "diff"):
-            return list(examples)
-        encoder = Encoder(load_tokenizer(config), config)
-        return with_spans(masks, examples, encoder.encode_example)
+    def survey(
+        cls, config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]
+    ) -> Surveyed:
+        """All rows encoded once; those that have a span, where only spans are scored."""
+        return survey_parts(config, needs, parts)
 
     @classmethod
     def write_cache(cls, config: RunConfig, needs: Needs) -> str:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from mmalign.errors import MmalignError
+from mmalign.errors import ConfigError, MmalignError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+    from mmalign.config import ModelConfig
 
 NAME = "mmalign_segments"
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
@@ -36,11 +38,43 @@ class Segments:
     masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict)  # of the first layer
 
 
+def wanted(config: ModelConfig) -> str | None:
+    """What transformers is asked for; None leaves it sdpa where a class has it, else eager.
+
+    Raises:
+        ConfigError: flex_attention without an accelerator.
+    """
+    if config.attention == "flex_attention" and not torch.accelerator.is_available():
+        raise ConfigError(
+            "model.attention is flex_attention, which has no backward pass on a CPU, and there is "
+            "no accelerator; use auto"
+        )
+    return None if config.attention == "auto" else config.attention
+
+
+def require_supported(config: ModelConfig, kind: type[PreTrainedModel] | None) -> None:
+    """Refuse an attention that a class of models lacks.
+
+    Raises:
+        ConfigError: naming those that it has.
+    """
+    if kind is None or config.attention in ("auto", "eager"):
+        return
+    flags = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
+    flags |= {"flex_attention": "_supports_flex_attn"}
+    if not getattr(kind, flags[config.attention], False):
+        known = [name for name, flag in flags.items() if getattr(kind, flag, False)]
+        raise ConfigError(
+            f"model.attention is {config.attention}, which {kind.__name__} does not have; use auto "
+            f"or {' or '.join(['eager', *known])}"
+        )
+
+
 def why_not(model: PreTrainedModel) -> str | None:
     """What in a model's class and config rules packing out; None where nothing does."""
     config: Any = model.config.get_text_config()
     if model.config._attn_implementation not in ("sdpa", NAME):
-        return f"model.attention is {model.config._attn_implementation}, and only sdpa can do it"
+        return f"its attention is {model.config._attn_implementation}, and only sdpa can do it"
     if not model._supports_attention_backend:
         return f"{type(model).__name__} computes its attention by itself"
     other = set(getattr(config, "layer_types", None) or ()) - _PLAIN_LAYERS

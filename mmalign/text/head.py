@@ -9,12 +9,15 @@ import torch
 
 from mmalign.errors import ConfigError
 from mmalign.models.linear import product
+from mmalign.text.body import body_of
+from mmalign.text.calls import evaluating, refusing
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +91,14 @@ def _head_shape(model: PreTrainedModel) -> tuple[float, float | None]:
             f"(found {type(layer).__name__}), so its tokens cannot be scored"
         )
     ids = torch.arange(1, 9, device=layer.weight.device)[None]  # any tokens
-    with torch.autocast(ids.device.type, enabled=False):
+    body: Any = body_of(model)
+    with (
+        torch.autocast(ids.device.type, enabled=False),
+        evaluating(model),
+        refusing(model, "a forward pass over token ids alone"),
+    ):
         expected = model(input_ids=ids, use_cache=False).logits[0]
-        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        states = body(input_ids=ids, use_cache=False).last_hidden_state[0]
     wide = torch.promote_types(expected.dtype, torch.float32)
     expected = expected.to(wide)
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(layer.weight.dtype, 3e-2)
@@ -98,7 +106,7 @@ def _head_shape(model: PreTrainedModel) -> tuple[float, float | None]:
     named = [getattr(settings, name, None) for name in _SCALES]
     scales = [1.0, *(s for v in named if v for s in (float(v), 1.0 / float(v)))]
     for scale in dict.fromkeys(scales):
-        for softcap in dict.fromkeys([getattr(settings, "final_logit_softcapping", None), None]):
+        for softcap in dict.fromkeys([*(getattr(settings, name, None) for name in _CAPS), None]):
             logits = _head(model, scale, softcap).logits(states)
             if logits.shape == expected.shape and (logits - expected).abs().max() <= tolerance:
                 return scale, softcap

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from mmalign.errors import ConfigError
+from mmalign.errors import ConfigError, MmalignError
 from mmalign.text import attention
-from mmalign.text.logps import compute_dtype, response_logps
-from mmalign.text.model import causal_model, run_body, scored_states
+from mmalign.text.calls import FAULTS, describe, evaluating
+from mmalign.text.limits import position_limit
+from mmalign.text.model import causal_model
+from mmalign.text.trial import score_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from mmalign.models.adapter import Batch
     from mmalign.text.head import Heads
-    from mmalign.text.prefix import Layout, Rows
-
-    Arrange = Callable[[Batch, Layout], Rows]
+    from mmalign.text.trial import Arrange
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}  # largest difference, in nats
 _TOLERANCE_HALF = 0.05  # mean difference, in nats: single tokens differ by more in bfloat16
@@ -34,8 +33,7 @@ def check_length(model: PreTrainedModel, inputs: Mapping[str, Tensor], remedy: s
     Raises:
         ConfigError: naming the limits to lower.
     """
-    settings: Any = model.config.get_text_config()
-    limit = getattr(settings, "max_position_embeddings", None)
+    limit = position_limit(model.config.get_text_config())
     lengths = inputs["prompt_mask"].sum(-1) + inputs["response_mask"].sum(-1) - 1
     if limit is not None and int(lengths.max()) > limit:
         raise ConfigError(
@@ -47,69 +45,49 @@ def check_length(model: PreTrainedModel, inputs: Mapping[str, Tensor], remedy: s
 def why_plain(
     models: Iterable[nn.Module],
     heads: Heads,
-    batch: Batch,
+    few: Batch,
     arrange: Arrange,
     body: Callable[[PreTrainedModel], PreTrainedModel],
 ) -> str | None:
     """The reason why rows of these models cannot be packed; None when they can be.
 
-    Looks at each model's kind, then scores up to two rows of the batch in both layouts.
+    Looks at each model's kind, then scores the rows in both layouts.
 
     Args:
         models: Those that score.
         heads: Know their output layers.
-        batch: Some rows.
+        few: Some rows.
         arrange: Lays out a batch.
         body: The part of a model that has the attention layers.
     """
     for model in models:
         inner = causal_model(model)
-        reason = attention.why_not(body(inner)) or _compare(inner, heads, batch, arrange)
+        reason = attention.why_not(body(inner)) or _compare(inner, heads, few, arrange)
         if reason is not None:
             return reason
     return None
 
 
 @torch.no_grad()
-def _compare(model: PreTrainedModel, heads: Heads, batch: Batch, arrange: Arrange) -> str | None:
-    sizes = sum(batch.inputs[f"{name}_mask"].flatten(1).sum(1) for name in ("prompt", "response"))
-    few = batch.take(torch.as_tensor(sizes).argsort()[:2])
+def _compare(model: PreTrainedModel, heads: Heads, few: Batch, arrange: Arrange) -> str | None:
+    rows = arrange(few, "packed")
     try:
-        with _evaluating(model):
-            plain, packed = (_score(model, heads, arrange(few, x)) for x in ("plain", "packed"))
+        with evaluating(model):
+            plain = score_rows(model, heads, arrange(few, "plain"))
+            packed = score_rows(model, heads, rows)
+        if rows.segments is not None:
+            attention.check_windows(model, rows.segments)
     except attention.CannotPackError as error:
         return str(error)
-    except TypeError as error:
-        if "segments" not in str(error):
-            raise
-        return "its forward pass takes no further keywords"
+    except MmalignError:
+        raise
+    except FAULTS as error:
+        if "segments" in str(error):
+            return "its forward pass takes no further keywords"
+        return f"its forward pass over packed rows raises {describe(error)}"
     gap = (packed[0] - plain[0])[few.inputs["response_mask"]].abs()
     limit = _TOLERANCE.get(packed[1])
     found, limit = (gap.mean(), _TOLERANCE_HALF) if limit is None else (gap.max(), limit)
     if float(found) <= limit:
         return None
     return f"its log-probabilities differ by {float(found):.3g} nats between the two layouts"
-
-
-def _score(
-    model: PreTrainedModel, heads: Heads, rows: Rows
-) -> tuple[Tensor, torch.dtype]:  # [B, K, L], and what it was computed in
-    states = scored_states(run_body(model, rows).last_hidden_state, rows)
-    if rows.segments is not None:
-        attention.check_windows(model, rows.segments)
-    head = heads.of(model)
-    stats = response_logps(
-        states, head.weight, head.bias, rows.targets, scale=head.scale, softcap=head.softcap
-    )
-    return rows.responses(stats.policy), compute_dtype(states)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

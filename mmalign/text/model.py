@@ -1,4 +1,4 @@
-"""Causal language models of transformers: loading one, its body, its head."""
+"""Causal language models of transformers: loading one, and what is switched off in it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmalign.errors import CheckpointError, ConfigError
-from mmalign.models.files import ADAPTER_CONFIG, weight_files
+from mmalign.errors import ConfigError
 from mmalign.text import attention
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import Tensor, nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch import nn
+    from transformers import PreTrainedModel
 
     from mmalign.config import ModelConfig
-    from mmalign.text.prefix import Fed, Rows
 
 
 def load_model(path: str, config: ModelConfig, revision: str | None = None) -> PreTrainedModel:
@@ -34,7 +30,7 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
             revision=revision,
             trust_remote_code=config.trust_remote_code,
             dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attention,
+            attn_implementation=attention.wanted(config),
             quantization_config=quantization(config),
         )
     except (OSError, ValueError, ImportError) as error:
@@ -43,10 +39,25 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
             raise ConfigError(
                 f"model.path {path!r}: is a model of text and media ({kind}); set modality: video"
             ) from error
+        attention.require_supported(config, _class_of(path, config, revision))
         raise ConfigError(
             f"model.path {path!r}: cannot be loaded with model.attention {config.attention} and "
             f"dtype {config.dtype}: {error}"
         ) from error
+
+
+def _class_of(path: str, config: ModelConfig, revision: str | None) -> type[PreTrainedModel] | None:
+    """The class that a checkpoint's settings name; None where that cannot be found out."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        settings = AutoConfig.from_pretrained(
+            path, revision=revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError):
+        return None
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)  # pyright: ignore
 
 
 def _kind_with_media(path: str, config: ModelConfig, revision: str | None) -> str:
@@ -65,14 +76,31 @@ def _kind_with_media(path: str, config: ModelConfig, revision: str | None) -> st
     return kind if takes_media else ""
 
 
+_NOISE = {"jitter_noise", "input_jitter_noise", "moe_jitter_eps"}  # of routers, in training mode
+
+
 def no_dropout(model: nn.Module) -> None:
-    """Switch every dropout off: with it, no two scores of a token are comparable."""
+    """Switch every dropout and every jitter off: with it, no two scores of a token compare."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():  # rates given to functions, and layer drop
-            if "drop" in name and isinstance(value, float):
+            if ("drop" in name or name in _NOISE) and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Keep only the inputs of layers for the backward pass.
+
+    Raises:
+        ConfigError: The class has no gradient checkpointing.
+    """
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(
+            f"model.gradient_checkpointing is set, but {type(model).__name__} has none; remove it"
+        ) from error
 
 
 def quantization(config: ModelConfig) -> Any:
@@ -96,73 +124,3 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
     from peft import PeftModel
 
     return model.get_base_model() if isinstance(model, PeftModel) else model  # pyright: ignore
-
-
-def run_body(
-    model: PreTrainedModel, rows: Rows, *, all_layers: bool = False, fed: Fed | None = None
-) -> Any:
-    """The model without its head on laid-out rows; `last_hidden_state` is [R, T, D].
-
-    `fed` is what `rows.feed` gave for this model, where it was called already.
-    """
-    body: Any = model.base_model
-    options: dict[str, Any] = {"input_ids": rows.input_ids}
-    if fed is None and rows.feed is not None:
-        fed = rows.feed(model)
-    if fed is not None:
-        body, options = fed.body, dict(fed.inputs)
-    if rows.position_ids is not None:
-        options["position_ids"] = rows.position_ids
-    if rows.segments is not None:
-        attention.install(model if fed is None else body)
-        # A mask of four dimensions is taken as it is: none is made, and ours reads the segments.
-        options["attention_mask"] = rows.input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool)
-        options["segments"] = rows.segments
-    # Padding is on the right, where no earlier token sees it: the plain layout needs no mask.
-    return body(use_cache=False, output_hidden_states=all_layers, **options)
-
-
-def scored_states(output: Tensor, rows: Rows) -> Tensor:  # [R, T, D] -> [M, D]
-    """The states from which tokens are scored."""
-    return output.flatten(0, 1)[rows.states]
-
-
-def load_trained(policy: nn.Module, folder: Path) -> nn.Module:
-    """Load what a run's `final/` holds into the policy.
-
-    Raises:
-        CheckpointError: The folder holds other weights than the policy has.
-    """
-    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    is_adapter = (folder / ADAPTER_CONFIG).is_file()
-    if isinstance(policy, PeftModel) != is_adapter:
-        has, lacks = ("a LoRA", "has none") if is_adapter else ("whole weights", "has a LoRA")
-        raise CheckpointError(f"{folder}: holds {has}, but the config's model {lacks}")
-    if isinstance(policy, PeftModel):
-        result = set_peft_model_state_dict(policy, load_peft_weights(str(folder), device="cpu"))
-    else:
-        state = {k: v for file in weight_files(folder) for k, v in load_file(file).items()}
-        result = policy.load_state_dict(state, strict=False)  # tied weights are stored once
-    if result.unexpected_keys:
-        raise CheckpointError(
-            f"{folder}: holds weights that the config's model does not have, "
-            f"e.g. {result.unexpected_keys[0]}"
-        )
-    return policy
-
-
-def require_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer with more tokens than the model embeds.
-
-    Raises:
-        ConfigError: They do not belong together.
-    """
-    embeddings: Any = model.get_input_embeddings()
-    rows = embeddings.weight.shape[0]
-    if len(tokenizer) > rows:
-        raise ConfigError(
-            f"model.path: the tokenizer has {len(tokenizer)} tokens, but the model embeds {rows}; "
-            "they do not belong together"
-        )

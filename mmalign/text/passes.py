@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from mmalign.errors import ConfigError
 from mmalign.models.reference import Cached, NoReference
+from mmalign.text.body import rope_limits, run_body, runs_apart, scored_states
 from mmalign.text.logps import TokenStats, response_logps
 from mmalign.text.masks import record_activations
-from mmalign.text.model import causal_model, run_body, scored_states
+from mmalign.text.model import causal_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -48,6 +50,12 @@ def run_model(model: nn.Module, rows: Rows, heads: Heads, keep: Keep | None = No
     inner = causal_model(model)
     fed = None if rows.feed is None else rows.feed(inner)
     body = inner if fed is None else fed.body
+    if keep == "activations" and runs_apart(inner, rows):
+        raise ConfigError(
+            "text.masks.kind activations reads one pass over a batch, but this batch has rows on "
+            f"both sides of {rope_limits(inner)[0]} tokens, where the model changes its rotary "
+            "angles; keep all rows below, or use another kind of mask"
+        )
     recorder = record_activations(body) if keep == "activations" else nullcontext()
     with recorder as activations:
         output = run_body(inner, rows, all_layers=keep == "layers", fed=fed)

@@ -18,8 +18,8 @@ from mmalign.models.linear import use_onednn
 from mmalign.models.lora_targets import routers
 from mmalign.models.quantised import always_as_in_training
 from mmalign.models.reference import Cached, build_reference, resolve
-from mmalign.text.body import rope_limits, turns_alike
 from mmalign.text import dates
+from mmalign.text.body import rope_limits, turns_alike
 from mmalign.text.cached import ReferenceCache, check_cacheable
 from mmalign.text.encode import Encoder
 from mmalign.text.fit import compare, num_embedded
@@ -29,6 +29,7 @@ from mmalign.text.model import causal_model, no_dropout, recompute_layers
 from mmalign.text.passes import Scored, run_model, score, scoring_models
 from mmalign.text.prefix import Layout, Rows, arrange
 from mmalign.text.trained import load_trained
+from mmalign.text.trial import few_rows, require_right
 from mmalign.text.weights import PositionWeights, require_single
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ class TokenAdapter(Adapter):
         masks = config.text.masks
         self.weights = PositionWeights(masks, model) if masks and needs.weight else None
         self.policy = self._make_trainable(model)
+        if config.model.lora is None:  # an adapter to continue brings the rate of its first run
+            no_dropout(self.policy)
         use_onednn(self.policy)
         self.reference = build_reference(config, self.policy, needs, load=self._load_reference)
         self._start_head: Head | None = None
@@ -141,6 +144,11 @@ class TokenAdapter(Adapter):
             prompt=True,
         )
 
+    @classmethod
+    def begun(cls, config: RunConfig) -> RunConfig:
+        """The config with the date that its chat template writes, where it writes one."""
+        return dates.settle(config)
+
     def before_training(self, examples: Sequence[Example]) -> None:
         """Refuse a cache that lacks rows, before the first step."""
         if self._cache is not None:
@@ -157,6 +165,13 @@ class TokenAdapter(Adapter):
         length = batch.inputs["response_ids"].shape[-1]
         values = {self._cache.name: self._cache.get(examples, length)}
         return replace(batch, inputs={**batch.inputs, **values})
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for all but routers, which some classes draw at random in it (PhiMoE)."""
+        super().train(mode)
+        for module in routers(self.policy).values():
+            module.eval()
+        return self
 
     def forward(self, batch: Batch, needs: Needs) -> CandidateLogps:
         """Score the response tokens of every candidate; only what `needs` names is computed."""
@@ -236,14 +251,21 @@ class TokenAdapter(Adapter):
         check_length(self._inner, batch.inputs, self._shorten)
         if self._layout is None:
             self._layout = self._choose_layout(batch)
-        return self._rows(batch, self._layout, prompts=prompts)
+        layout = self._layout
+        if layout == "packed" and not turns_alike(rope_limits(self._inner), batch.inputs):
+            layout = "plain"
+        return self._rows(batch, layout, prompts=prompts)
 
     def _choose_layout(self, batch: Batch) -> Layout:
+        few = few_rows(batch)
+        for model in scoring_models(self.policy, self.reference):
+            trains = self.training and model is self.policy
+            require_right(causal_model(model), self.heads, few, self._rows, trains=trains)
         wanted = self.config.text.shared_prefix
         if wanted == "off":
             return "plain"
         models = scoring_models(self.policy, self.reference)
-        reason = why_plain(models, self.heads, batch, self._rows, self._body)
+        reason = why_plain(models, self.heads, few, self._rows, self._body)
         if reason is None:
             return "packed"
         if wanted == "on":
@@ -253,7 +275,7 @@ class TokenAdapter(Adapter):
 
     def _load_reference(self, path: str) -> PreTrainedModel:
         model = self._load_model(path, self.config.model)
-        require_fit(model, self.encoder.tokenizer)
+        self.encoder.use_ids_below(num_embedded(model), "reference.path")
         outputs = [self.heads.of(m).weight.shape[0] for m in (model, self._inner)]
         if self.needs.kl and outputs[0] != outputs[1]:
             raise ConfigError(

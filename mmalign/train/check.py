@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,10 +25,19 @@ if TYPE_CHECKING:
     from mmalign.models.adapter import Batch
     from mmalign.train.run import Run
 
+log = logging.getLogger(__name__)
+
 
 def require_sensible(config: RunConfig, needs: Needs) -> None:
-    """Refuse combinations of training settings that would be ignored or give a wrong loss."""
-    train = config.train
+    """Refuse settings that would be ignored or give a wrong loss; name those that add noise."""
+    train, lora = config.train, config.model.lora
+    if lora is not None and lora.dropout and needs.reference:
+        log.warning(
+            "model.lora.dropout is %g: with it policy and reference differ while training, so "
+            "log-ratios hold its noise, and a fresh adapter hides that before the first step; "
+            "leave it at 0 unless you want it",
+            lora.dropout,
+        )
     if train.optimizer in ("adafactor", "sgd") and "betas" in train.model_fields_set:
         raise ConfigError(
             f"train.betas is {list(train.betas)}, but {train.optimizer} has no betas; "
@@ -67,11 +77,13 @@ def check_start(run: Run) -> str:
         ConfigError: The policy is not its reference, with the likely causes.
     """
     reason = why_unequal(run.config, run.objective.needs)
-    if reason is not None:
-        return f"not checked that the policy starts as its reference: {reason}"
     visits = run.order.micro_batch(0, run.accelerator.process_index)
     batch = run.adapter.collate([run.train_rows[visit.row] for visit in visits])
     batch = batch.to(run.accelerator.device)
+    if reason is not None:
+        with own_random_stream(run.config.train.seed), torch.no_grad():
+            run.model(batch, run.objective.needs)  # what an adapter cannot score, it refuses here
+        return f"not checked that the policy starts as its reference: {reason}"
     tolerance = run.adapter.score_tolerance(run.config)
     with own_random_stream(run.config.train.seed):
         problem = unequal_start(run.model, run.objective, batch, tolerance)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmalign.errors import ConfigError
+from mmalign.text import attention
 from mmalign.text.model import quantization
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
             config=getattr(settings, "thinker_config", settings),
             **source,
             dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attention,
+            attn_implementation=attention.wanted(config),
             quantization_config=quantization(config),
         )
     except (OSError, ValueError, ImportError) as error:
