@@ -13,9 +13,11 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from mmalign.diffusion.kohya import kohya_metadata, kohya_tensors, readable
 from mmalign.diffusion.process import process_from
 from mmalign.errors import CheckpointError
-from mmalign.models.files import denoiser_folder, weight_files
+from mmalign.models.adapter_settings import start_of
+from mmalign.models.files import denoiser_folder, read_tensors, weight_files
 from mmalign.models.lora import TRAINED
 from mmalign.models.lora_files import DIFFUSERS_LORA, LoraWeights, is_lora, read_lora
+from mmalign.models.lora_starts import without_start
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -75,7 +77,14 @@ def load_trained(policy: nn.Module, folder: Path) -> nn.Module:
         lacks = "has a LoRA" if has_lora else "has none"
         raise CheckpointError(f"{folder}: holds {has}, but the config's model {lacks}")
     if isinstance(policy, PeftModel):
-        _load_factors(policy, _read_for(policy.get_base_model(), folder))
+        lora = _read_for(policy.get_base_model(), folder)
+        if start_of(lora.settings):
+            raise CheckpointError(
+                f"{folder}: init_lora_weights is {start_of(lora.settings)}, so its factors belong "
+                "to a changed base and not under the config's model.lora. Use model.adapter, or "
+                "merge it (mmalign merge)"
+            )
+        _load_factors(policy, lora)
     else:
         _load_whole(policy, folder)
     return policy
@@ -92,7 +101,7 @@ def continue_lora(denoiser: nn.Module, path: Path, *, dropout: float = 0.0) -> P
     Raises:
         CheckpointError: The file is of another model, or of a kind that is not known here.
     """
-    lora = _read_for(denoiser, path)
+    lora = without_start(_read_for(denoiser, path), lambda name: _weight(denoiser, name))
     ranks = {module: len(parts["A"]) for module, parts in lora.parts.items()}
     rank = max(ranks.values(), key=list(ranks.values()).count)
     alphas = {module: lora.scale(module) * ranks[module] for module in ranks}
@@ -109,6 +118,11 @@ def continue_lora(denoiser: nn.Module, path: Path, *, dropout: float = 0.0) -> P
     policy: Any = get_peft_model(denoiser, config)  # pyright: ignore[reportArgumentType]
     _load_factors(policy, lora)
     return policy
+
+
+def _weight(denoiser: nn.Module, name: str) -> Tensor:
+    layer: Any = denoiser.get_submodule(name)
+    return layer.weight.detach()
 
 
 def lora_of(policy: PeftModel) -> LoraWeights:
@@ -195,10 +209,16 @@ def _load_factors(policy: PeftModel, lora: LoraWeights) -> None:
     state: dict[str, Tensor] = {}
     for name, parts in lora.parts.items():
         mine = own.parts[name]
-        if any(parts[part].shape != mine[part].shape for part in ("A", "B")):
+        if len(parts["A"]) != len(mine["A"]):
             raise CheckpointError(
                 f"{lora.path}: {name} has rank {len(parts['A'])}, but model.lora.rank is "
                 f"{len(mine['A'])}"
+            )
+        if any(parts[part].shape != mine[part].shape for part in ("A", "B")):
+            shapes = [[list(own["A"].shape), list(own["B"].shape)] for own in (parts, mine)]
+            raise CheckpointError(
+                f"{lora.path}: the factors of {name} are {shapes[0]} there and {shapes[1]} in the "
+                "config's model; it belongs to another model"
             )
         if ("magnitude" in parts) != ("magnitude" in mine):
             raise CheckpointError(
@@ -213,10 +233,8 @@ def _load_factors(policy: PeftModel, lora: LoraWeights) -> None:
 
 
 def _load_whole(policy: nn.Module, folder: Path) -> None:
-    from safetensors.torch import load_file
-
     files = weight_files(denoiser_folder(folder))
-    state = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    state = {name: tensor for file in files for name, tensor in read_tensors(file)[0].items()}
     own = policy.state_dict()
     odd = sorted(own.keys() ^ state.keys()) or [
         name for name, tensor in state.items() if tensor.shape != own[name].shape

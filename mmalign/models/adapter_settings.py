@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import CheckpointError, ConfigError
-from mmalign.models.files import ADAPTER_CONFIG, read_json
+from mmalign.models.files import ADAPTER_CONFIG, UnfitError, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -85,7 +85,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
     settings = read_json(folder / ADAPTER_CONFIG)
     kind = settings.get("peft_type")
     if kind != "LORA":
-        raise CheckpointError(f"{folder} is a {kind} adapter; only LORA has a delta")
+        raise UnfitError(
+            f"{folder} is a {kind} adapter; only LORA can be trained or read from its file alone"
+        )
     check_settings(folder, settings)
     return settings
 

@@ -98,14 +98,19 @@ class LoraDelta:
         return close[0]
 
     def _refuse_tied_embedding(self, base: Path) -> None:
+        """One stored weight cannot say an embedding that changed and a head that did not."""
         config = base / "config.json"
-        tied = config.is_file() and read_json(config).get("tie_word_embeddings")
+        if not config.is_file() or not read_json(config).get("tie_word_embeddings"):
+            return
+        whole = self.weights.settings.get("modules_to_save") or ()
         for name, module in self.modules.items():
-            if tied and "embedding_A" in self.weights.parts[module]:
+            if "embedding_A" in self.weights.parts[module]:
                 raise CheckpointError(
                     f"{self.weights.path} adapts {name}, which the base also uses as output "
                     "head; adding the delta would change the head too"
                 )
+            if any(part in whole for part in name.split(".")):
+                raise UnfitError(f"{self.weights.path}: {name} may share its weight with the head")
 
 
 def _dora(weight: Tensor, magnitude: Tensor, *, turned: bool) -> Tensor:

@@ -180,5 +180,5 @@ def _split(path: Path, name: str, endings: Mapping[str, str]) -> tuple[str, str]
         if name.endswith(ending):
             return name.removesuffix(ending), part
     if ".lora_" in name:
-        raise CheckpointError(f"{path}: {name} is a part of a LoRA that is not known here")
+        raise UnfitError(f"{path}: {name} is a part of a LoRA that is not known here")
     return name, "full"  # a module saved whole (modules_to_save)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,7 +67,9 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool) -> PeftMode
                 config.lora_dropout,
             )
             config.lora_dropout = 0.0
-        policy: Any = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what does not fit is found below, tensor by tensor
+            policy: Any = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     except LIBRARY_ERRORS as error:
         raise CheckpointError(
             f"{folder}: cannot be loaded on this model: {one_line(error)}"

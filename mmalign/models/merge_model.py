@@ -8,6 +8,7 @@ loading and back on saving; peft adds an adapter to what was loaded.
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import CheckpointError
@@ -48,11 +49,13 @@ def as_files_of(base: Path, added: Path, into: Path) -> Path:
     """
     log.info("%s: names differ from those in the base's files; merged through the model", added)
     model: Any = _load(base)
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if (added / ADAPTER_CONFIG).is_file():
         model = _with_adapter(model, added)
     else:
         _take_over(model, _load(added), added)
-    _refuse_untied(model, added)
+    if tied:
+        _refuse_untied(model, added)
     try:
         model.save_pretrained(into)
     except LIBRARY_ERRORS as error:
@@ -106,7 +109,9 @@ def _with_adapter(model: nn.Module, folder: Path) -> Any:
     if not hasattr(policy.base_model, "merge_and_unload"):
         raise CheckpointError(f"{folder} is a {kind} adapter, which is no change of the weights")
     try:
-        return policy.merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a tied weight is changed is refused below
+            return policy.merge_and_unload()
     except LIBRARY_ERRORS as error:
         raise CheckpointError(f"{folder}: peft cannot merge it: {one_line(error)}") from error
 
@@ -129,9 +134,6 @@ def _refuse_untied(model: Any, added: Path) -> None:
     """Refuse an embedding that was changed without the output head that shares its weight."""
     import torch
 
-    config: Any = model.config.get_text_config()
-    if not getattr(config, "tie_word_embeddings", False):
-        return
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or head is None or torch.equal(embedding.weight, head.weight):
         return

@@ -22,9 +22,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from mmalign.errors import CheckpointError
+from mmalign.models.files import read_tensors
 from mmalign.train.metrics import flatten, keep_until
 from mmalign.train.rng import rng_state, set_rng_state
 
@@ -187,7 +188,7 @@ def load(path: Path, run: Run) -> None:
 
 def load_weights(path: Path, adapter: Adapter) -> None:
     """Put the trained parameters of a checkpoint that is not sharded into an adapter."""
-    weights = load_file(path / "weights.safetensors")
+    weights = read_tensors(path / "weights.safetensors")[0]
     parameters = dict(_trainable(adapter))
     if weights.keys() != parameters.keys():
         odd = sorted(weights.keys() ^ parameters.keys())
@@ -195,6 +196,12 @@ def load_weights(path: Path, adapter: Adapter) -> None:
             f"{path / 'weights.safetensors'}: its parameters are not those of the model; "
             f"{len(odd)} are only in one of them, e.g. {odd[0]}"
         )
+    for name, parameter in parameters.items():
+        if weights[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"{path / 'weights.safetensors'}: {name} is {list(weights[name].shape)} there and "
+                f"{list(parameter.shape)} in the model"
+            )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
@@ -203,7 +210,7 @@ def load_weights(path: Path, adapter: Adapter) -> None:
 def load_state(path: Path, adapter: Adapter, objective: Objective) -> None:
     """Put back what changes in a run beside the weights: running statistics, an EMA reference."""
     parts: dict[str, dict[str, torch.Tensor]] = {"objective": {}, "adapter": {}}
-    for key, value in load_file(path / "state.safetensors").items():
+    for key, value in read_tensors(path / "state.safetensors")[0].items():
         owner, name = key.split("/", 1)
         parts[owner][name] = value
     objective.load_state_dict(parts["objective"])

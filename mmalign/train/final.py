@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import TYPE_CHECKING, Any
 
+from mmalign.errors import CheckpointError
 from mmalign.models.adapter import build_adapter
 from mmalign.train.card import model_card
 from mmalign.train.checkpoint import publish
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from mmalign.models.adapter import Adapter
     from mmalign.train.run import Run
 
 
@@ -26,7 +28,7 @@ def save_final(run: Run, environment: Mapping[str, Any]) -> Path:
         whole = run.accelerator.get_state_dict(run.model)  # every process gives its part
         if run.accelerator.is_main_process:
             adapter = build_adapter(run.config, run.objective.needs)
-            adapter.load_state_dict(whole, strict=False)
+            _take_over(adapter, whole)
     if run.accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -37,3 +39,14 @@ def save_final(run: Run, environment: Mapping[str, Any]) -> Path:
         publish(temporary, target)
     run.accelerator.wait_for_everyone()
     return target
+
+
+def _take_over(adapter: Adapter, whole: Mapping[str, Any]) -> None:
+    """Put the parts of all processes, gathered, into a model that is not sharded."""
+    missing = set(adapter.load_state_dict(whole, strict=False).missing_keys)
+    lost = [name for name, p in adapter.named_parameters() if p.requires_grad and name in missing]
+    if lost:
+        raise CheckpointError(
+            f"{len(lost)} trained tensors were not gathered from the processes, e.g. {lost[0]}, so "
+            "final/ would hold their start; the checkpoints are whole"
+        )

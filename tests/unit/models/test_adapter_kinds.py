@@ -1,0 +1,222 @@
+"""Adapters of every setting of peft's LoRA: as peft itself loads and merges them, or refused."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from tiny import make_model
+
+from mmalign.errors import CheckpointError, ConfigError
+from mmalign.models import lora
+from mmalign.models.merge import merge_checkpoints
+from mmalign.models.reference import AdapterCopy, FrozenCopy, copy_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+IDS = torch.arange(12).view(2, 6) + 5
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "mica": {"init_lora_weights": "mica"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa and DoRA": {"init_lora_weights": "pissa", "use_dora": True},
+    "pissa and rsLoRA": {"init_lora_weights": "pissa", "use_rslora": True},
+    "olora": {"init_lora_weights": "olora"},
+    "rsLoRA": {"use_rslora": True},
+    "ranks and scales of modules": {
+        "use_rslora": True,
+        "rank_pattern": {"k_proj": 4, "^model.layers.0.self_attn.q_proj": 1},
+        "alpha_pattern": {"layers.1.self_attn.k_proj": 16},
+    },
+    "some layers": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "DoRA": {"use_dora": True},
+    "bias of LoRA": {"lora_bias": True},
+    "all biases": {"bias": "all"},
+    "biases of adapted layers": {"bias": "lora_only"},
+    "a norm saved whole": {"modules_to_save": ["norm"]},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "embedding saved whole": {"modules_to_save": ["embed_tokens"]},
+    "tokens": {"trainable_token_indices": [3, 7, 9]},
+    "parameters": {"target_modules": [], "target_parameters": ["mlp.up_proj.weight"]},
+    "velora": {"velora_config": {}},
+}
+
+
+def base_model(*, tied: bool = False) -> Any:
+    """Qwen 2: its queries, keys and values have biases."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(3)
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def shake(model: Any, size: float = 0.1) -> Any:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * size)
+    return model.eval()
+
+
+def saved(folder: Path, *, tied: bool = False, **settings: Any) -> Tensor:
+    """Write a base and an adapter on it; the trained logits."""
+    given = {"target_modules": ["q_proj", "k_proj", "v_proj"], **settings}
+    base_model(tied=tied).save_pretrained(folder / "base")
+    dropout = 0.0 if "target_parameters" in given else 0.1
+    config = LoraConfig(r=2, lora_alpha=6, lora_dropout=dropout, task_type="CAUSAL_LM", **given)
+    policy = shake(get_peft_model(base_model(tied=tied), config))
+    policy.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+    return logits(policy)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loaded_trained_further_and_saved(kind: str, tmp_path: Path) -> None:
+    expected = saved(tmp_path, **KINDS[kind])
+    policy = lora.load(base_model(), tmp_path / "adapter").train()
+    torch.testing.assert_close(logits(policy), expected, rtol=1e-5, atol=1e-5)  # and no dropout
+
+    reference = copy_of(policy)
+    torch.testing.assert_close(logits(policy), expected, rtol=1e-5, atol=1e-5)
+    shake(policy)
+    moved = logits(policy)
+    assert (moved - expected).abs().max() > 1e-3
+    with reference.active() as model:
+        torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+    lora.save(policy, tmp_path / "final")
+    again = PeftModel.from_pretrained(base_model(), str(tmp_path / "final")).eval()
+    torch.testing.assert_close(logits(again), moved, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged(kind: str, tmp_path: Path) -> None:
+    expected = saved(tmp_path, **KINDS[kind])
+    out = merge_checkpoints(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+    merged = type(base_model()).from_pretrained(out).eval()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_start_that_is_not_the_base_is_no_reference(tmp_path: Path) -> None:
+    """Without its PiSSA adapter the policy is what the start left of the base."""
+    saved(tmp_path, init_lora_weights="pissa")
+    policy = lora.load(base_model(), tmp_path / "adapter")
+    with policy.disable_adapter():
+        assert (logits(policy) - logits(base_model())).abs().max() > 1e-3
+    assert isinstance(copy_of(policy), AdapterCopy)
+
+
+def test_adapter_that_allows_no_second_one_is_copied_whole(tmp_path: Path) -> None:
+    saved(tmp_path, bias="all")
+    policy = lora.load(base_model(), tmp_path / "adapter")
+    assert isinstance(copy_of(policy), FrozenCopy)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["embed_tokens"]}]
+)
+def test_tied_embedding(settings: dict[str, Any], tmp_path: Path) -> None:
+    """peft changes the embedding and leaves the head, which one stored weight cannot say."""
+    expected = saved(tmp_path, tied=True, **settings)
+    policy = lora.load(base_model(tied=True), tmp_path / "adapter")
+    torch.testing.assert_close(logits(policy), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(CheckpointError, match="output head"):
+        merge_checkpoints(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+
+
+def edit(folder: Path, **settings: Any) -> None:
+    file = folder / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings), encoding="utf-8")
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "init_lora_weights = 'pissa_niter_4'": {"init_lora_weights": "pissa_niter_4"},
+    "init_lora_weights = 'corda'": {"init_lora_weights": "corda"},
+    "init_lora_weights = 'loftq'": {"init_lora_weights": "loftq"},
+    "init_lora_weights = 'lora_ga'": {"init_lora_weights": "lora_ga"},
+    "alora_invocation_tokens": {"alora_invocation_tokens": [5, 6]},
+    "layer_replication": {"layer_replication": [[0, 2], [1, 2]]},
+    "use_bdlora": {"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 2}},
+    "kasa_config": {"kasa_config": {"beta": 1e-4}},
+    "setting new_in_2027 = 'yes'": {"new_in_2027": "yes"},
+    "r must be a number above 0, found 'two'": {"r": "two"},
+    "lora_alpha must be a number above 0, found -1": {"lora_alpha": -1},
+    "rank_pattern .*no regular expression": {"rank_pattern": {"(": 3}},
+}
+
+
+@pytest.mark.parametrize("match", REFUSED)
+def test_what_cannot_be_right_is_refused_by_name(match: str, tmp_path: Path) -> None:
+    saved(tmp_path)
+    edit(tmp_path, **REFUSED[match])
+    with pytest.raises(ConfigError, match=match):
+        lora.load(base_model(), tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=match):
+        merge_checkpoints(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+
+
+def test_other_kinds_of_adapter_are_merged_where_peft_does(tmp_path: Path) -> None:
+    base_model().save_pretrained(tmp_path / "base")
+    config = IA3Config(
+        target_modules=["k_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+        task_type="CAUSAL_LM",
+    )
+    policy = shake(get_peft_model(base_model(), config))
+    policy.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(ConfigError, match=r"model.adapter .* is a IA3 adapter"):
+        lora.load(base_model(), tmp_path / "adapter")
+    out = merge_checkpoints(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+    merged = type(base_model()).from_pretrained(out).eval()
+    torch.testing.assert_close(logits(merged), logits(policy), rtol=1e-4, atol=1e-5)
+
+
+def test_prompt_that_is_trained_is_no_change_of_weights(tmp_path: Path) -> None:
+    base_model().save_pretrained(tmp_path / "base")
+    config = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    get_peft_model(base_model(), config).save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(ConfigError, match="is a PROMPT_TUNING adapter"):
+        lora.load(base_model(), tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="is a PROMPT_TUNING adapter"):
+        merge_checkpoints(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+
+
+def test_pissa_on_gpt2_whose_weights_are_stored_turned(tmp_path: Path) -> None:
+    model = make_model("gpt2")
+    model.save_pretrained(tmp_path / "base")
+    config = LoraConfig(
+        r=2,
+        init_lora_weights="pissa",
+        target_modules=["c_attn"],
+        fan_in_fan_out=True,
+        task_type="CAUSAL_LM",
+    )
+    policy = shake(get_peft_model(model, config))
+    policy.save_pretrained(str(tmp_path / "adapter"))
+    out = merge_checkpoints(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+    merged = type(make_model("gpt2")).from_pretrained(out).eval()
+    torch.testing.assert_close(logits(merged), logits(policy), rtol=1e-4, atol=1e-4)
