@@ -166,7 +166,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise configfile.explain(error, raw, RunConfig, str(path), set_by) from error
     # So that `model_fields_set` holds what differs from the defaults, for the whole config of a run
     # folder as for the short one it came from.
-    return RunConfig.model_validate(config.model_dump(exclude_defaults=True))
+    config = RunConfig.model_validate(config.model_dump(exclude_defaults=True))
+    config.objective.beside(path.absolute().parent)
+    return config
 
 
 def dump(config: RunConfig) -> str:

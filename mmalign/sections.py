@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 
@@ -177,7 +184,10 @@ class ObjectiveConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
-    name: str | None = Field(default=None, description="a preset, or my_package.module:function")
+    name: str | None = Field(
+        default=None,
+        description="a preset, or module:function of your own, beside the config or installed",
+    )
     mix: dict[str, float | dict[str, Any]] | None = Field(
         default=None, description="preset to weight, or to its keywords with a `weight`"
     )
@@ -189,6 +199,23 @@ class ObjectiveConfig(BaseModel):
         if self.mix is not None and not self.mix:
             raise ValueError("`mix` is empty; write e.g. {dpo: 1, sft: 0.1}")
         return self
+
+    _folder: Path | None = PrivateAttr(default=None)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the config lies, if it names losses of the user's own."""
+        return self._folder
+
+    @property
+    def own(self) -> list[str]:
+        """The losses of the user's own, as `module:function`."""
+        return [name for name in (self.mix or {self.name or "": 1.0}) if ":" in name]
+
+    def beside(self, folder: Path) -> None:
+        """Say where the config lies: there its own losses are looked for first."""
+        if self.own:
+            self._folder = folder
 
     @property
     def keywords(self) -> dict[str, Any]:

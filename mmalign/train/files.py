@@ -15,11 +15,13 @@ import torch
 
 import mmalign
 from mmalign.config import dump
+from mmalign.core.presets import source
 from mmalign.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from mmalign.config import RunConfig
     from mmalign.data.example import Example
     from mmalign.train.run import Run
 
@@ -67,6 +69,10 @@ def describe_environment(run: Run) -> dict[str, Any]:
         "distributed": accelerator.distributed_type.value,
         "num_processes": accelerator.num_processes,
         "num_threads": torch.get_num_threads(),
+        "losses": {
+            name: hashlib.sha256(text.encode()).hexdigest()[:16]
+            for name, text in own_losses(run.config).items()
+        },
         "data": {
             "train_rows": len(run.train_rows),
             "train_hash": rows_hash(run.train_rows),
@@ -103,6 +109,20 @@ def fixed_facts(environment: Mapping[str, Any]) -> dict[str, Any]:
         "data": {"train_hash": environment["data"]["train_hash"]},
         "num_processes": environment["num_processes"],
     }
+    return facts | ({"losses": environment["losses"]} if environment["losses"] else {})
+
+
+def own_losses(config: RunConfig) -> dict[str, str]:
+    """The text of each module with losses of the user's own, by its path beside the config.
+
+    Modules that are installed are not among them.
+    """
+    objective = config.objective
+    found = [source(name, objective.folder) for name in objective.own]
+    return {
+        file.as_posix(): (folder / file).read_text(encoding="utf-8")
+        for folder, file in filter(None, found)
+    }
 
 
 def begin(run: Run, environment: Mapping[str, Any]) -> None:
@@ -112,6 +132,9 @@ def begin(run: Run, environment: Mapping[str, Any]) -> None:
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "env.json", json.dumps(environment, indent=2) + "\n")
         write_text(output / "config.yaml", dump(run.config))
+        for name, text in own_losses(run.config).items():  # so that the folder stands alone
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            write_text(output / name, text)
     run.accelerator.wait_for_everyone()
 
 

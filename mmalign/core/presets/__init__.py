@@ -17,6 +17,7 @@ from mmalign.core.presets.diffusion import (
     spo,
 )
 from mmalign.core.presets.lists import plackett_luce, tpo_tree
+from mmalign.core.presets.own import source
 from mmalign.core.presets.pairwise import (
     cdpo,
     discopop,
@@ -113,6 +114,7 @@ __all__ = [
     "simpo",
     "smpo",
     "soft_dpo",
+    "source",
     "sparse_po",
     "spo",
     "sppo",

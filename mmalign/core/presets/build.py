@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mmalign.core.objective import Objective
@@ -24,11 +22,13 @@ from mmalign.core.presets import (
     video_cells,
 )
 from mmalign.core.presets.keywords import check_keywords, check_type
+from mmalign.core.presets.own import imported, is_own
 from mmalign.core.terms import Wpo
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
 PRESETS: dict[str, Callable[..., Objective]] = {
     "dpo": pairwise.dpo,
@@ -136,15 +136,24 @@ class ObjectiveConfigLike(Protocol):
         """Keyword arguments of the preset."""
         ...
 
+    @property
+    def folder(self) -> Path | None:
+        """Where the config lies; None where it was made in memory."""
+        ...
 
-def preset(name: str) -> Callable[..., Objective]:
+
+def preset(name: str, folder: Path | None = None) -> Callable[..., Objective]:
     """The function of a preset, an alias, or a user's `package.module:function`.
+
+    Args:
+        name: What a config says.
+        folder: Of the config, where a user's module is looked for first.
 
     Raises:
         ConfigError: Nothing goes by that name; the nearest one is suggested.
     """
-    if ":" in name:
-        return _imported(name)
+    if is_own(name):
+        return imported(name, folder)
     known = ALIASES.get(name, name)
     if known not in PRESETS:
         near = difflib.get_close_matches(name, [*PRESETS, *ALIASES], 1)
@@ -173,7 +182,17 @@ def build(
         ConfigError: An unknown name or keyword, a wrong type or range, or a modifier that the
             method does not define.
     """
-    function = preset(name)
+    return _build(name, None, ld_alpha, wpo, keywords)
+
+
+def _build(
+    name: str,
+    folder: Path | None,
+    ld_alpha: float | None,
+    wpo: bool | Mapping[str, Any],
+    keywords: Mapping[str, Any],
+) -> Objective:
+    function = preset(name, folder)
     check_keywords(name, function, keywords)
     objective = function(**keywords)
     weight = _wpo(wpo)
@@ -189,6 +208,7 @@ def build_mix(
     *,
     ld_alpha: float | None = None,
     wpo: bool | Mapping[str, Any] = False,
+    folder: Path | None = None,
 ) -> Objective:
     """A weighted sum of presets, e.g. {"dpo": 1.0, "sft": {"weight": 0.1, "reduce": "mean"}}.
 
@@ -196,6 +216,7 @@ def build_mix(
         mix: Preset to weight, or to keyword arguments with a `weight` (1 if left out).
         ld_alpha: As in `build`, on every part that reads pairs.
         wpo: As in `build`, on every part that reads pairs.
+        folder: Of the config, where a user's module is looked for first.
 
     Raises:
         ConfigError: An empty mix, a bad weight, or what `build` refuses.
@@ -214,7 +235,8 @@ def build_mix(
         keywords.update({"weight": value} if isinstance(value, float | int) else value)
         weight = keywords.pop("weight", 1.0)
         check_type(f"mix.{name}.weight", weight, float)
-        objective = build(name, **keywords)
+        ld, weighs = keywords.pop("ld_alpha", None), keywords.pop("wpo", False)
+        objective = _build(name, folder, ld, weighs, keywords)
         if modifies and objective.needs.rows in ("pair", "plain"):
             objective = objective.modified(ld_alpha, _wpo(wpo))
             takers.append(name)
@@ -236,10 +258,12 @@ def from_config(config: ObjectiveConfigLike) -> Objective:
                 f"objective.{unknown[0]} is given beside `mix`; keywords of a preset belong to its "
                 "entry in the mix. Beside it stand only ld_alpha and wpo"
             )
-        return build_mix(config.mix, **config.keywords)
+        return build_mix(config.mix, folder=config.folder, **config.keywords)
     if config.name is None:
         raise ConfigError("objective has neither `name` nor `mix`; give one of them")
-    return build(config.name, **config.keywords)
+    keywords = dict(config.keywords)
+    ld_alpha, wpo = keywords.pop("ld_alpha", None), keywords.pop("wpo", False)
+    return _build(config.name, config.folder, ld_alpha, wpo, keywords)
 
 
 def _wpo(value: bool | Mapping[str, Any]) -> Wpo | None:
@@ -254,26 +278,3 @@ def _wpo(value: bool | Mapping[str, Any]) -> Wpo | None:
     clamp_max = value.get("clamp_max", 1.0)
     check_type("wpo.clamp_max", clamp_max, float | None)
     return Wpo(clamp_max)
-
-
-def _imported(name: str) -> Callable[..., Objective]:
-    module_name, _, function_name = name.partition(":")
-    try:
-        module = import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(
-            f"objective.name is {name!r}, but {module_name!r} cannot be imported: {error}"
-        ) from error
-    function: Any = getattr(module, function_name, None)
-    if not callable(function):
-        raise ConfigError(f"objective.name is {name!r}, but {module_name!r} has no such function")
-
-    def checked(**keywords: Any) -> Objective:
-        objective = function(**keywords)
-        if not isinstance(objective, Objective):
-            raise ConfigError(
-                f"objective.name is {name!r}, but it returned {objective!r}, not an Objective"
-            )
-        return objective
-
-    return functools.wraps(function)(checked)

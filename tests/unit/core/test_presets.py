@@ -238,6 +238,7 @@ class Section:
     name: str | None = None
     mix: dict[str, Any] | None = None
     keywords: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
 
 def test_from_config_builds_either_form() -> None:
