@@ -117,10 +117,12 @@ def with_system(row: Columns, record: Columns) -> Columns:
         DataError: The column is no text, or a prompt has another system text.
     """
     named = {name: row.pop(name) for name in SYSTEM if name in row}
-    texts = {text: name for name, text in named.items() if text not in ("", [], {})}
-    for text, name in texts.items():
+    texts: dict[str, str] = {}
+    for name, text in named.items():
         if not isinstance(text, str):
             raise DataError(f"{name} must be text, but is {show(text)}")
+        if text.strip():
+            texts.setdefault(text, name)
     if len(texts) > 1:
         raise DataError(f"{_listed(list(texts.values()))} say different things; give one of them")
     prompts = {key: row.pop(key) for key in _OWN_PROMPTS if key in row}
@@ -133,10 +135,12 @@ def with_system(row: Columns, record: Columns) -> Columns:
 
 
 def _headed(prompt: Any, text: str, name: str) -> Turns:
-    rest: Turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if rest[0].get("role") != "system":
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    rest = turns(prompt, "prompt")
+    if rest[0]["role"] != "system":
         return [{"role": "system", "content": text}, *rest]
-    if rest[0].get("content") != text:
+    if rest[0]["content"] != text:
         raise DataError(f"the column {name} and the system turn of the prompt say different things")
     return rest
 

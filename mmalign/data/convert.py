@@ -17,6 +17,7 @@ from mmalign.data.parse_pictures import PICTURE_KEYS
 from mmalign.data.public import renamed
 from mmalign.data.stored import read_back
 from mmalign.data.tools import as_tools
+from mmalign.data.unread import meant
 from mmalign.errors import DataError
 
 _BOXES = ("<bbox>", "<ref-object>")
@@ -94,7 +95,9 @@ def _recognise(columns: frozenset[str]) -> tuple[str, str]:
         return "", f"the columns {_names(columns)} fit several layouts; set `layout`: {choices}"
     near = sorted(own, key=lambda name: -_likeness(LAYOUTS[name], columns))[:3]
     choices = "; ".join(f"{name} ({LAYOUTS[name].columns})" for name in near)
-    return "", f"no layout has the columns {_names(columns)}. The nearest are: {choices}"
+    slips = {printable(name): meant(name) for name in sorted(columns) if meant(name)}
+    hint = "".join(f" Did you mean {key} by {name}?" for name, key in slips.items())
+    return "", f"no layout has the columns {_names(columns)}.{hint} The nearest are: {choices}"
 
 
 def _fits(layout: Layout, columns: frozenset[str]) -> bool:

@@ -6,10 +6,14 @@ import json
 import math
 from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+DEEPEST = 64
+"""How deep a record may be nested: deeper ones would exhaust the stack on their way."""
 
 Range = tuple[int, int]
 Turn = tuple[str, str, str]  # role, content, further keys as JSON
@@ -52,6 +56,17 @@ def show(value: Any, limit: int = 40) -> str:
     """A short form of a value for a message."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]}... ({type(value).__name__})"
+
+
+def is_deep(value: Any) -> bool:
+    """Whether lists and objects lie in each other more than `DEEPEST` times."""
+    level: list[Any] = [value]
+    for _ in range(DEEPEST + 1):
+        inner = [list((as_object(v) or {}).values()) or as_list(v) or [] for v in level]
+        level = [member for members in inner for member in members]
+        if not level:
+            return False
+    return True
 
 
 def printable(text: str) -> str:
@@ -107,7 +122,8 @@ class Fields:
         """A required string with something in it, or a conversation of (role, content) turns."""
         value = self.get(key)
         if value is None:
-            self.fail(f"{key} is missing")
+            near = get_close_matches(key, self._values, 1, 0.8)
+            self.fail(f"{key} is missing", f"there is {show(near[0])}" if near else "")
             return None
         return self.check_text(key, value)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmalign.data.columns import asked, could_ask, no_shared_words
-from mmalign.data.fields import as_list, as_object, number
+from mmalign.data.fields import as_list, as_object, number, show
 from mmalign.data.layout import Layout, order_of
 from mmalign.data.media_layouts import MEDIA_LAYOUTS
 from mmalign.data.parse_media import KINDS
@@ -18,6 +18,7 @@ from mmalign.data.turns import (
     Columns,
     Turns,
     answer_of,
+    are_messages,
     contrast,
     response_of,
     shared_words,
@@ -130,10 +131,13 @@ def read_alpaca(row: Columns) -> Columns:
         return read_pair(row) | beside
     row |= beside
     output = row.pop("output", None) if "output" in row else row.pop("response", None)
-    both = as_list(output) or []
-    if len(both) == 2 and all(isinstance(text, str) for text in both):
+    both = as_list(output)
+    if both is not None and not are_messages(both):
+        if len(both) != 2 or not all(isinstance(text, str) for text in both):
+            raise DataError(f"output must be text, or [chosen, rejected], but is {show(output)}")
         return {"prompt": query, "chosen": both[0], "rejected": both[1]}
-    return {"prompt": query, "response": output} | _rating(row)
+    response = output if isinstance(output, str) else response_of(turns(output, "output"))
+    return {"prompt": query, "response": response} | _rating(row)
 
 
 def read_sharegpt(row: Columns) -> Columns:
@@ -225,7 +229,7 @@ LAYOUTS: dict[str, Layout] = {
     "alpaca": Layout(
         "instruction, input, and chosen and rejected, or output (and kto_tag)",
         (("instruction",), ("chosen", "output", "response")),
-        ("conversations", *LISTS),
+        ("conversations",),
         read_alpaca,
     ),
     "sharegpt": Layout(

@@ -151,6 +151,7 @@ def _candidate(
     media: Media | None = None,
 ) -> Candidate | None:
     """A candidate whose spans, steps and cut flag are read from the keys of these names."""
+    response = _bare(response)
     length = len(response) if isinstance(response, str) else None
     span_ranges = fields.ranges(spans, fields.get(spans), length)
     step_ranges = fields.ranges(steps, fields.get(steps), length)
@@ -171,6 +172,12 @@ def _candidate(
         role=role,
         complete=complete,
     )
+
+
+def _bare(response: Text | None) -> Text | None:
+    """The words of a response that is one turn of the assistant with nothing beside them."""
+    turn = response[0] if isinstance(response, tuple) and len(response) == 1 else None
+    return turn[1] if turn and turn[0] == "assistant" and not turn[2] else response
 
 
 def _as_prompt(text: Text | None) -> Prompt | None:

@@ -32,6 +32,7 @@ _RENAMED: tuple[tuple[tuple[str, ...], dict[str, str]], ...] = (
 """For each: columns that must not be there, and the old names, all of which must be, to the new."""
 
 _SIGNED = ("overall_preference", "preference_strength")
+_JUDGED = frozenset(("generations", "rating", "ratings"))
 _FLAGS = {"winner_model_a": "a", "winner_model_b": "b", "winner_tie": "tie"}
 
 
@@ -48,6 +49,9 @@ def renamed(row: Columns) -> Columns:
     for unless, names in _RENAMED:
         if set(names) <= set(row) and not set(unless) & set(row):
             row |= {new: row.pop(old) for old, new in names.items()}
+    if "rationale" in row and "rationale_prompt" not in row and _JUDGED & set(row):
+        # A judge's reasons for its ratings answer no question of the row.
+        row["meta"] = {"rationale": row.pop("rationale"), **(as_object(row.get("meta")) or {})}
     return row | {new: row.pop(old) for old, new in scores.items() if old in row}
 
 

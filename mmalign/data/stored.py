@@ -11,9 +11,10 @@ import io
 import json
 import re
 import tokenize
+from contextlib import suppress
 from typing import Any
 
-from mmalign.data.fields import as_list, as_object, show
+from mmalign.data.fields import as_list, as_object, is_deep, show
 from mmalign.data.turns import KNOWN_ROLES, Columns, are_messages
 from mmalign.errors import DataError
 
@@ -111,10 +112,15 @@ def literal(text: str) -> Any:
     Raises:
         Unreadable: It is none of these, or too long or too deep.
     """
-    try:
+    value = _literal(text)
+    if is_deep(value):
+        raise Unreadable("it is nested too deeply")
+    return value
+
+
+def _literal(text: str) -> Any:
+    with suppress(ValueError, RecursionError):
         return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
     if not _BEGIN_PYTHON.match(text):
         raise Unreadable("it is no JSON")
     if len(text) > LONGEST:

@@ -49,6 +49,8 @@ def turns(value: Any, column: str) -> Turns:
     for item in items:
         for turn in _exchange(item) or [_turn(item, column)]:
             _add(result, turn)
+    if not result:
+        raise DataError(f"{column} is empty")
     return result
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _OPINIONS = frozenset(listed("feedback critique critiques rationale rationales explanation"))
 _BOOKKEEPING = _OPINIONS | frozenset(
     listed(
-        "id ids idx index uuid hash source sources origin dataset datasets subset category "
+        "id ids uid idx index uuid hash at source sources origin dataset datasets subset category "
         "categories domain topic task type tag tags language lang license url version date "
         "timestamp created updated annotator annotators annotations model models generator score "
         "scores rating ratings reward rewards rank ranks difficulty length tokens count metadata"
@@ -57,7 +57,10 @@ def is_bookkeeping(name: str) -> bool:
     words = [word.lower() for word in _WORD.findall(name)]
     while len(words) > 1 and words[-1] in _SIDE:
         words.pop()
-    return bool(words) and (words[-1] in _BOOKKEEPING or words[0] in ("num", "is"))
+    if not name or name.startswith(("__", "Unnamed: ")):  # what pandas and arrow add
+        return True
+    flag = len(words) > 1 and words[0] in ("num", "is", "are", "has")
+    return flag or (bool(words) and words[-1] in _BOOKKEEPING)
 
 
 def is_opinion(name: str) -> bool:
@@ -99,7 +102,9 @@ def _repeats(value: Any, said: set[str]) -> bool:
     """Whether a column says what the row's texts say already."""
     if isinstance(value, str):
         return value in said
-    return are_messages(value) and all(turn["content"] in said for turn in turns(value, ""))
+    if not are_messages(value):
+        return False
+    return all(str(turn["content"]) in said for turn in turns(value, ""))
 
 
 def _keys_of_turns(record: Mapping[str, Any]) -> set[str]:
@@ -155,7 +160,7 @@ class Unread:
 def _told(name: str, count: int) -> str:
     near = meant(name)
     rows = f"{count} row{'s' if count > 1 else ''}"
-    return f"{printable(name)} ({rows}{f'; did you mean {near}?' if near else ''})"
+    return f"{printable(name) or repr(name)} ({rows}{f'; did you mean {near}?' if near else ''})"
 
 
 def _is_calm(name: str) -> bool:
