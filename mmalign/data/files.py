@@ -10,15 +10,17 @@ import csv
 import gzip
 import io
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from mmalign.data.fields import as_list, as_object, show
+from mmalign.data.fields import DEEPEST, as_list, as_object, is_deep, show
 from mmalign.data.folders import folder_rows
-from mmalign.data.row import HELD_OUT, Row
+from mmalign.data.row import HELD_OUT, Row, Wanted
 from mmalign.data.stored import Unreadable, literal
 from mmalign.data.tables import hub_rows, parquet_rows, saved_rows, shard_rows
 from mmalign.errors import DataError
@@ -26,6 +28,7 @@ from mmalign.errors import DataError
 __all__ = ["HELD_OUT", "LONGEST_LINE", "Row", "read_rows"]
 
 LONGEST_LINE = 64 * 2**20  # bytes
+_SPLIT = re.compile(r'"split"\s*:\s*"([^"\\]*)"')  # in a text its quotes would be escaped
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
 # fmt: off
 _NOT_TEXT = frozenset((
@@ -42,7 +45,11 @@ _NOT_TEXT = frozenset((
 
 
 def read_rows(
-    path: str | Path, *, name: str | None = None, split: str | None = None
+    path: str | Path,
+    *,
+    name: str | None = None,
+    split: str | None = None,
+    wanted: Wanted | None = None,
 ) -> Iterator[Row]:
     """The rows of a file, a saved dataset or a hub dataset, in order.
 
@@ -50,19 +57,21 @@ def read_rows(
         path: File, folder of pictures or of `save_to_disk`, or hub name such as `owner/dataset`.
         name: Configuration of a hub dataset.
         split: Split of a saved or hub dataset; for files the caller looks at the `split` column.
+        wanted: Asked for the split of each row at the moment at which it would be read. Rows that
+            are not wanted may be passed over, where that spares reading them.
 
     Raises:
         DataError: when nothing can be read at all; a bad row is a Row with a problem.
     """
     file = Path(path)
     if file.is_dir():
-        of_files = folder_rows(file, read_rows) or shard_rows(file, split)
-        return of_files or saved_rows(file, split)
+        of_files = folder_rows(file, read_rows) or shard_rows(file, split, wanted)
+        return of_files or saved_rows(file, split, wanted)
     if file.is_file():
-        return _file_rows(file)
+        return _file_rows(file, wanted)
     if file.suffix in (*_SUFFIXES, ".gz") or str(path).startswith((".", "/", "~")):
         raise DataError(f"{path}: there is no such file{_nearest_file(file)}")
-    return hub_rows(str(path), name, split)
+    return hub_rows(str(path), name, split, wanted)
 
 
 def _nearest_file(file: Path) -> str:
@@ -73,13 +82,14 @@ def _nearest_file(file: Path) -> str:
     return f". Did you mean {folder / near[0]}?" if near else ""
 
 
-def _file_rows(file: Path) -> Iterator[Row]:
+def _file_rows(file: Path, wanted: Wanted | None) -> Iterator[Row]:
     suffixes = [suffix.lower() for suffix in file.suffixes]
     zipped = bool(suffixes) and suffixes[-1] == ".gz"
     kind = suffixes[-2 if zipped else -1] if len(suffixes) > zipped else ""
     if kind == ".parquet" and not zipped:
         return parquet_rows(file)
-    readers = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".txt": _prompts}
+    lines = partial(_jsonl, wanted=wanted)
+    readers = {".jsonl": lines, ".ndjson": lines, ".json": _json, ".txt": _prompts}
     readers |= {".csv": _csv, ".tsv": _csv}
     if kind not in readers:
         raise DataError(
@@ -97,7 +107,7 @@ def _opened(file: Path, zipped: bool, read: Any) -> Iterator[Row]:
         raise DataError(f"{file}: cannot be read: {error}") from error
 
 
-def _jsonl(file: Path, handle: IO[bytes]) -> Iterator[Row]:
+def _jsonl(file: Path, handle: IO[bytes], wanted: Wanted | None = None) -> Iterator[Row]:
     line, number = handle.readline(LONGEST_LINE), 1
     while line:
         place = f"{file}:{number}"
@@ -108,12 +118,18 @@ def _jsonl(file: Path, handle: IO[bytes]) -> Iterator[Row]:
             )
         text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
         following = handle.readline(LONGEST_LINE)
-        if text.strip():
+        if text.strip() and not (wanted and _is_of_others(text, wanted)):
             row = _json_row(place, text)
             if row.problem and not following and not line.endswith(b"\n"):
                 row = Row(place, None, "the last line is cut off: it is not a whole JSON object")
             yield row
         line, number = following, number + 1
+
+
+def _is_of_others(line: str, wanted: Wanted) -> bool:
+    """Whether a line names a split, and none that is wanted: told without parsing it."""
+    named = _SPLIT.findall(line)
+    return bool(named) and not any(map(wanted, named))
 
 
 def _json_row(place: str, text: str) -> Row:
@@ -143,6 +159,8 @@ def _parse(text: str) -> Any:
         value = json.loads(text, parse_constant=refuse)
         if "\\ud" in text or "\\uD" in text:  # an escape may be half of a pair
             json.dumps(value, ensure_ascii=False).encode()
+        if text.count("[") + text.count("{") > DEEPEST and is_deep(value):
+            raise _NotJson("nested too deeply")
         return value
     except UnicodeEncodeError as error:
         raise _NotJson(f"holds half of a surrogate pair, {error.object[error.start]!a}") from error

@@ -20,9 +20,10 @@ from mmalign.data.unread import unread_of
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Generator, Mapping
 
     from mmalign.data.example import Example
+    from mmalign.data.row import Wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def read_records(
     split: str | None = None,
     layout: str | None = None,
     pictures: Path | None = None,
-    wanted: Callable[[str], bool] | None = None,
+    wanted: Wanted | None = None,
 ) -> Generator[Record]:
     """Every row of a source; `split` names a hub split, or a value of the `split` column.
 
@@ -57,7 +58,7 @@ def read_records(
     root = _root(Path(path), pictures)
     first_use: dict[str, str] = {}
     other_splits: set[str] = set()
-    for row in read_rows(path, name=name, split=split):
+    for row in read_rows(path, name=name, split=split, wanted=wanted):
         part = str((row.value or {}).get("split") or "")
         if split is not None and row.value is not None and part != split:
             other_splits.add(part)
@@ -148,6 +149,17 @@ def _sentence(group: list[tuple[Record, Problem]], show: int) -> str:
     return f"{text} {len(group) - 1} more have the same problem: {places}{end}"
 
 
+def json_line(value: Mapping[str, Any]) -> str:
+    """A record as a line of JSONL; dates and such, which only tables hold, are written as text."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair can only be written escaped
+            text = json.dumps(value, default=str)
+    return text + "\n"
+
+
 def convert_file(
     source: str | Path,
     out: str | Path,
@@ -195,8 +207,7 @@ def convert_file(
                 except DataError as error:
                     problems.add(record, Problem(str(error)))
                     continue
-                # Dates and such, which only tables hold, are written as text.
-                handle.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+                handle.write(json_line(value))
                 written += 1
         if problems.groups and not drop_bad:
             raise problems.error(str(source))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 HELD_OUT = ("eval", "validation", "test", "valid", "val", "dev")
 """Values of a `split` column, or names of hub splits, that are not trained on."""
+
+
+Wanted = Callable[[str], bool]
+"""Whether rows of a split are wanted; "" is that of rows that name none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from mmalign.data.arrow_rows import batch_records, plain
 from mmalign.data.cells import picture_columns, row_places
 from mmalign.data.example import Picture
 from mmalign.data.picture_layouts import LISTS
-from mmalign.data.row import HELD_OUT, Row
+from mmalign.data.row import HELD_OUT, Row, Wanted
 from mmalign.errors import DataError
 
 _SHARD = re.compile(r"(\w+)-\d+-of-\d+")
@@ -52,7 +52,9 @@ def parquet_rows(file: Path) -> Iterator[Row]:
         raise DataError(f"{file}: cannot be read as parquet: {error}") from error
 
 
-def shard_rows(folder: Path, split: str | None) -> Iterator[Row] | None:
+def shard_rows(
+    folder: Path, split: str | None, wanted: Wanted | None = None
+) -> Iterator[Row] | None:
     """The rows of a folder of parquet files, or None when it holds none.
 
     Files named SPLIT-00000-of-00012, as hubs name them, belong to that split.
@@ -66,17 +68,21 @@ def shard_rows(folder: Path, split: str | None) -> Iterator[Row] | None:
         parts.setdefault(named[1] if named else "", []).append(file)
     if "" in parts:  # not all are named by a split: then none is
         return (row for file in files for row in parquet_rows(file))
-    return _marked_rows(parts, _wanted(str(folder), parts, split))
+    return _marked_rows(parts, _splits(str(folder), parts, split), wanted)
 
 
-def _marked_rows(parts: Mapping[str, list[Path]], wanted: Sequence[str]) -> Iterator[Row]:
-    for part in wanted:
+def _marked_rows(
+    parts: Mapping[str, list[Path]], splits: Sequence[str], wanted: Wanted | None
+) -> Iterator[Row]:
+    for part in splits:
         for file in parts.get(part, ()):
             for row in parquet_rows(file):
+                if wanted and not wanted(part):
+                    break
                 yield Row(row.place, {**(row.value or {}), "split": part})
 
 
-def _wanted(path: str, parts: Collection[str], split: str | None) -> tuple[str, ...]:
+def _splits(path: str, parts: Collection[str], split: str | None) -> tuple[str, ...]:
     """The named split, or the train and held-out ones."""
     wanted = (split,) if split else ("train", *HELD_OUT)
     if wanted[0] not in parts:
@@ -108,7 +114,7 @@ def _refuse_lists(path: str, columns: list[str]) -> None:
             )
 
 
-def saved_rows(folder: Path, split: str | None) -> Iterator[Row]:
+def saved_rows(folder: Path, split: str | None, wanted: Wanted | None = None) -> Iterator[Row]:
     """The rows of a folder of `datasets.save_to_disk`."""
     datasets: Any = import_module("datasets")
     try:
@@ -118,10 +124,12 @@ def saved_rows(folder: Path, split: str | None) -> Iterator[Row]:
             f"{folder}: a folder must be one of datasets.save_to_disk, of parquet files, or of "
             f"pictures ({error})"
         ) from error
-    return _dataset_rows(str(folder), data, split)
+    return _dataset_rows(str(folder), data, split, wanted)
 
 
-def hub_rows(path: str, name: str | None, split: str | None) -> Iterator[Row]:
+def hub_rows(
+    path: str, name: str | None, split: str | None, wanted: Wanted | None = None
+) -> Iterator[Row]:
     """The rows of a hub dataset."""
     datasets: Any = import_module("datasets")
     try:
@@ -130,20 +138,22 @@ def hub_rows(path: str, name: str | None, split: str | None) -> Iterator[Row]:
         raise DataError(
             f"{path}: neither a file or folder here nor a hub dataset that can be loaded: {error}"
         ) from error
-    return _dataset_rows(path, data if split is None else {split: data}, split)
+    return _dataset_rows(path, data if split is None else {split: data}, split, wanted)
 
 
-def _dataset_rows(path: str, data: Any, split: str | None) -> Iterator[Row]:
+def _dataset_rows(path: str, data: Any, split: str | None, wanted: Wanted | None) -> Iterator[Row]:
     """Rows of a Dataset, or of the train and held-out splits of a DatasetDict."""
     splits: dict[str, Any] = dict(data) if hasattr(data, "keys") else {}
     if splits:
-        wanted = _wanted(path, splits, split)
+        chosen = _splits(path, splits, split)
     else:
-        wanted, splits = ("",), {"": data}
-    for part in wanted:
+        chosen, splits = ("",), {"": data}
+    for part in chosen:
         mark = {"split": part} if part else {}
         where = f"{path}/{part}" if part else path
         for i, record in enumerate(_records(where, splits.get(part)), start=1):
+            if part and wanted and not wanted(part):
+                break
             yield Row(f"{where}:{i}", {**record, **mark})
 
 
