@@ -185,3 +185,21 @@ def test_an_endless_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(files, "LONGEST_LINE", 64)
     with pytest.raises(DataError, match=r"a\.jsonl:2: the line is longer than"):
         jsonl(tmp_path / "a.jsonl", '{"a": 1}\n' + "x" * 65)
+
+
+def test_rows_of_splits_that_are_not_wanted_need_not_be_read(tmp_path: Path) -> None:
+    said = 'it says "split": "eval" here'
+    lines = [
+        {"split": "train", "prompt": said},
+        {"split": "eval", "prompt": "one"},
+        {"prompt": said},
+        {"meta": {"split": "train"}, "split": "eval", "prompt": "two"},
+        {"meta": {"split": "eval"}, "split": "train", "prompt": "three"},
+    ]
+    path = tmp_path / "a.jsonl"
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    path.write_text(text + '{"split" : "train", no JSON\n')
+    read = list(read_rows(path, wanted=lambda split: split == "eval"))
+    # A line that names both, or none, is left to the caller.
+    assert [row.place.rpartition(":")[2] for row in read] == ["2", "3", "4", "5"]
+    assert len(list(read_rows(path, wanted=lambda split: True))) == 6
