@@ -283,6 +283,23 @@ def test_the_runs_seed_decides_and_nothing_else(folder: Path) -> None:
     assert drawn(0, before=1) != drawn(1, before=1)
 
 
+def test_samples_of_a_run_are_those_of_the_command(folder: Path, tmp_path: Path) -> None:
+    """At every step by the same draws, so that what changes is the model."""
+    from mmalign.data.example import Candidate, Example
+    from mmalign.offline import sample_checkpoint
+
+    rows = [Example(f"row-{i}", text, (Candidate(""),), (0.0,)) for i, text in enumerate(PROMPTS)]
+    drawn = {"temperature": 1.0, "max_new_tokens": 8}
+    made = adapter(folder, sample=drawn)
+    shown = {row.id: made.question(row) for row in rows}
+    first, again = (
+        made.write_samples(shown, tmp_path, step, made.config.sample) for step in (0, 100)
+    )
+    assert first == again
+    texts = sample_checkpoint(made.config, rows, None, base=True)
+    assert [record["response"] for record in first] == texts
+
+
 def test_an_answer_ends_where_the_positions_do(caplog: pytest.LogCaptureFixture) -> None:
     made = TextAdapter(run_config(), Needs(), make_model("gpt2"), make_tokenizer()).eval()
     made.encoder.data = made.encoder.data.model_copy(update={"max_prompt_length": 300})
