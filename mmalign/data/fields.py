@@ -208,27 +208,36 @@ class Fields:
         return tuple(found)
 
     def _turn(self, name: str, value: Any) -> Turn | None:
-        turn = {k: v for k, v in (as_object(value) or {}).items() if v not in (None, [], {})}
-        further = {key: turn[key] for key in TURN_KEYS if turn.get(key, "") != ""}
-        silent = "" if any(key in further for key in SPEAKING) else None
-        role, content = turn.get("role"), turn.get("content", silent)
+        turn = as_object(value) or {}
+        if len(turn) > 2:
+            turn = {k: v for k, v in turn.items() if v not in (None, [], {})}
+        further = {key: turn[key] for key in TURN_KEYS if turn.get(key) not in (None, "")}
+        role, content = turn.get("role"), turn.get("content")
+        if content is None and any(key in further for key in SPEAKING):
+            content = ""
         if not isinstance(role, str) or not isinstance(content, str):
             what = f"{name} must hold messages with a text `role` and `content`"
             self.fail(what, f"holds {show(value)}")
             return None
-        for key in _WORDS:
-            if not isinstance(further.get(key, ""), str):
-                self.fail(f"{key} in a message of {name} must be text", f"is {show(further[key])}")
-                return None
-        calls = as_list(further.get("tool_calls", []))
-        if calls is None or not all(as_object((as_object(c) or {}).get("function")) for c in calls):
-            what = f"tool_calls in a message of {name} must be a list of {{function}} objects"
-            self.fail(what, f"is {show(further['tool_calls'])}")
+        if further and not self._may_be_further(name, further):
             return None
         extra = self._as_json(f"a message of {name}", further) if further else ""
         if extra is None or not self._check_string(name, role + content, may_be_empty=True):
             return None
         return role, content, extra
+
+    def _may_be_further(self, name: str, further: dict[str, Any]) -> bool:
+        """Whether what a message has beside its content is what templates take."""
+        for key in _WORDS:
+            if not isinstance(further.get(key, ""), str):
+                self.fail(f"{key} in a message of {name} must be text", f"is {show(further[key])}")
+                return False
+        calls = as_list(further.get("tool_calls", []))
+        if calls is None or not all(as_object((as_object(c) or {}).get("function")) for c in calls):
+            what = f"tool_calls in a message of {name} must be a list of {{function}} objects"
+            self.fail(what, f"is {show(further['tool_calls'])}")
+            return False
+        return True
 
     def json(self, key: str, shape: type[dict[str, Any]] | type[list[Any]]) -> str:
         """An optional object, or list of objects, as JSON text; "" when absent, empty or wrong."""

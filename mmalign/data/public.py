@@ -31,6 +31,11 @@ _RENAMED: tuple[tuple[tuple[str, ...], dict[str, str]], ...] = (
 )  # fmt: skip
 """For each: columns that must not be there, and the old names, all of which must be, to the new."""
 
+_OWN = frozenset(name for _, names in _RENAMED for name in names) | {
+    *("input", "rationale", "overall_preference", "preference_strength", "winner_tie"),
+}
+"""Columns without one of which there is nothing to do."""
+
 _SIGNED = ("overall_preference", "preference_strength")
 _JUDGED = frozenset(("generations", "rating", "ratings"))
 _FLAGS = {"winner_model_a": "a", "winner_model_b": "b", "winner_tie": "tie"}
@@ -42,6 +47,8 @@ def renamed(row: Columns) -> Columns:
     Raises:
         DataError: A column that says which response won holds what it cannot.
     """
+    if _OWN.isdisjoint(row):
+        return row
     row = dict(row)
     scores = {"score_A": "score_a", "score_B": "score_b"} if "human_ref_A" in row else {}
     _of_openai(row)

@@ -69,7 +69,9 @@ def _read(value: Any, column: str) -> Any:
     if isinstance(value, str):
         return _conversation(value, column)
     items = as_list(value)
-    return value if items is None else [_read(item, column) for item in items]
+    if items is None or not any(isinstance(item, str) for item in items):
+        return value
+    return [_read(item, column) for item in items]
 
 
 def _conversation(text: str, column: str) -> Any:

@@ -65,8 +65,10 @@ def are_messages(value: Any) -> bool:
 def _exchange(item: Any) -> Turns:
     """The two turns of an object that holds a question and its answer."""
     parts = as_object(item) or {}
+    if "role" in parts or "from" in parts:
+        return []
     names = next((names for names in _EXCHANGES if set(names) <= set(parts)), None)
-    if names is None or "role" in parts or "from" in parts:
+    if names is None:
         return []
     texts = [_joined(parts[name]) for name in names]
     if not all(isinstance(text, str) for text in texts):
@@ -85,9 +87,13 @@ def _turn(item: Any, column: str) -> dict[str, Any]:
             f"{column} must hold messages with role and content, or from and value, "
             f"but holds {show(item)}"
         )
-    content, role = _joined(content), _ROLES.get(role.lower(), role)
-    if turn.get("role", turn.get("from")) == "function" and calls_of(content):
-        role = "tool_call"  # older files of LLaMA-Factory; elsewhere it is a result
+    if not isinstance(content, str):
+        content = _joined(content)
+    role = (
+        "tool_call" if role == "function" and calls_of(content) else _ROLES.get(role.lower(), role)
+    )
+    if not extra and role != "tool_call":
+        return {"role": role, "content": content}
     calls = extra.pop("function_call", None) or extra.get("tool_calls")
     if role == "tool_call":
         calls, role, content = content, "assistant", ""
@@ -98,6 +104,9 @@ def _turn(item: Any, column: str) -> dict[str, Any]:
 
 def _add(result: Turns, turn: dict[str, Any]) -> None:
     """Append a turn; calls without words join the assistant turn right before them."""
+    if len(turn) == 2:
+        result.append(turn)
+        return
     last = result[-1] if result else {}
     further = [key for key in TURN_KEYS if key != "tool_calls" and turn.get(key)]
     silent = turn.get("tool_calls") and not turn["content"] and not further
@@ -212,7 +221,9 @@ def _repeated(head: Turns, *sides: Turns) -> int:
 
 def _differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two turns say different things; dates and scores of a turn say nothing."""
-    keys = ("role", "content", *TURN_KEYS)
+    keys = (
+        ("role", "content", *TURN_KEYS) if len(one) > 2 or len(other) > 2 else ("role", "content")
+    )
     return any((one.get(key) or None) != (other.get(key) or None) for key in keys)
 
 

@@ -114,7 +114,8 @@ def _keys_of_turns(record: Mapping[str, Any]) -> set[str]:
     for key in ("prompt", "chosen", "rejected", "response", "responses"):
         for item in as_list(record.get(key)) or ():
             for turn in as_list(item) or [item]:
-                for name, value in (as_object(turn) or {}).items():
+                parts = as_object(turn) or {}
+                for name, value in parts.items() if len(parts) > 2 else ():
                     if name not in known and value not in (None, "", [], {}):
                         found.add(name)
     return found
