@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import struct
 import time
 import zlib
@@ -43,6 +44,8 @@ _DTYPES = {
 
 
 _Layout = tuple[tuple[str, str, tuple[int, ...]], ...]  # name, dtype and shape of each tensor
+
+_OWN_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")  # of a shard; other files are not ours
 
 _PLACE = struct.Struct("<QI")  # offset in the shard, checksum
 
@@ -123,9 +126,36 @@ class TensorCache:
         parts = [VERSION, sorted(self.settings.items()), content]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def missing(self, keys: Iterable[str]) -> list[str]:
-        """The keys that have no entry yet, in order, each once."""
-        return [k for k in dict.fromkeys(keys) if k not in self._index and k not in self._pending]
+    def missing(self, keys: Iterable[str], *, read: bool = False) -> list[str]:
+        """The keys that have no entry yet, in order, each once.
+
+        Args:
+            keys: From `key`.
+            read: Read every entry that is there: what is damaged is missing too.
+        """
+        wanted = list(dict.fromkeys(keys))
+        if read:
+            for key in wanted:
+                if key in self._index and key not in self._pending:
+                    self._read(key)  # a damaged one leaves the index
+        return [k for k in wanted if k not in self._index and k not in self._pending]
+
+    def repair(self) -> int:
+        """Write what is whole in damaged shards anew, and delete them; returns how many.
+
+        Without it, a run would meet them again, though their entries have been written elsewhere.
+        """
+        shards = {shard for shard in self.bad_shards if _OWN_NAME.fullmatch(shard.name)}
+        for key in [key for key, entry in self._index.items() if entry.shard in shards]:
+            arrays = self._read(key)
+            if arrays is not None and self._index[key].shard in shards:
+                self.put(key, arrays)
+        self.flush()
+        for shard in shards:
+            self._files.close(shard)
+            shard.unlink(missing_ok=True)
+        self.bad_shards = [shard for shard in self.bad_shards if shard not in shards]
+        return len(shards)
 
     def get(self, key: str) -> dict[str, Array] | None:
         """The arrays of an entry; None, and a miss, when there is none that can be trusted."""
@@ -246,6 +276,8 @@ class TensorCache:
     def _damaged(self, shard: Path, reason: str) -> None:
         self.corrupt += 1
         self.bad_shards.append(shard)
+        if self.bad_shards.count(shard) > 1:  # said already
+            return
         log.warning("%s cannot be used (%s); its entries are made anew", shard, reason)
 
 

@@ -48,7 +48,7 @@ def cache_folder(config: RunConfig) -> Path:
 
 
 class ReferenceCache:
-    """Per-row reference values of one model, encoding and dtype, found by the row's content."""
+    """Per-row reference values of one model, encoding and precision, found by the row's content."""
 
     def __init__(self, config: RunConfig, encoder: Encoder, needs: Needs) -> None:
         """Open the folder, made when it is first written to.
@@ -68,6 +68,8 @@ class ReferenceCache:
                 "adapter": adapter,
                 "quantization": str(model.quantization),
                 "dtype": model.dtype,
+                "autocast": config.train.mixed_precision,
+                "attention": model.attention,
                 "encoding": encoder.fingerprint(),
                 "roles": ",".join(needs.roles),
                 "holds": self.name,
@@ -79,16 +81,22 @@ class ReferenceCache:
         return self.store.key(content_of(example))
 
     def require(self, examples: Sequence[Example]) -> None:
-        """Refuse a cache that lacks rows.
+        """Refuse a cache that lacks rows, or holds damaged log-probabilities.
+
+        Hidden states are thousands of times larger; theirs are found when they are read.
 
         Raises:
             ConfigError: with the command that writes them.
         """
-        lacking = self.store.missing(self.key(example) for example in examples)
+        keys = [self.key(example) for example in examples]
+        absent = len(self.store.missing(keys))
+        lacking = self.store.missing(keys, read=self.name == "ref_logps")
         if lacking:
+            damaged = len(lacking) - absent
             raise ConfigError(
                 f"reference.kind is cached, but {self.store.folder} lacks {self.name} of "
-                f"{len(lacking)} of {len(examples)} rows under this model and these settings. "
+                f"{len(lacking)} of {len(examples)} rows under this model and these settings"
+                f"{f', {damaged} of them damaged' if damaged else ''}. "
                 "Write them with `mmalign cache CONFIG`, or use reference.kind: auto"
             )
 
@@ -108,8 +116,10 @@ class ReferenceCache:
         for example in examples:
             entry = self.store.get(self.key(example))
             if entry is None:
-                self.require([example])
-                raise ConfigError(f"{self.store.folder}: the entry of {example.id!r} is damaged")
+                raise ConfigError(
+                    f"{self.store.folder}: {self.name} of {example.id!r} is missing or damaged. "
+                    "Write it with `mmalign cache CONFIG`, which leaves what is whole as it is"
+                )
             rows.append(_tensor(entry[self.name]))
         trail = rows[0].shape[2:]
         padded = rows[0].new_zeros(len(rows), rows[0].shape[0], length, *trail)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from mmalign.errors import ConfigError
 from mmalign.models.adapter import load_usable
+from mmalign.text import dates
 from mmalign.text.cached import ReferenceCache, check_cacheable
 
 if TYPE_CHECKING:
@@ -52,9 +55,12 @@ def write_reference(
     live = config.model_copy(update={"reference": ReferenceConfig()})
     adapter = build(live, needs).to(device).eval()
     cache = ReferenceCache(config, adapter.encoder, needs)
-    absent = set(cache.store.missing(map(cache.key, rows)))
+    absent = set(cache.store.missing(map(cache.key, rows), read=True))
+    cache.store.repair()
     todo = [row for row in rows if cache.key(row) in absent]
     size = config.train.eval_batch_size or config.train.batch_size
+    half = config.train.mixed_precision == "bf16"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
     console = Console(stderr=True)
     with cache.store:
         for start in track(
@@ -62,7 +68,8 @@ def write_reference(
         ):
             part = todo[start : start + size]
             batch = adapter.collate(part).to(device)
-            values = adapter.reference_values(batch, needs)[cache.name]  # [B, K, L, ...]
+            with autocast:  # as a run scores its policy
+                values = adapter.reference_values(batch, needs)[cache.name]  # [B, K, L, ...]
             lengths = batch.inputs["response_mask"].sum(-1).amax(1).tolist()  # [B]
             for row, value, length in zip(part, values, lengths, strict=True):
                 cache.put(row, value[:, :length])

@@ -81,7 +81,8 @@ def _write_features(config: RunConfig, needs: Needs, make: type[VideoAdapter]) -
     reader, store = adapter.encoder.reader, open_features(config)
     adapter.features.disk = store
     keys = {reader.key(media): media for media in shown}
-    absent = set(store.missing(map(store.key, keys)))
+    absent = set(store.missing(map(store.key, keys), read=True))
+    store.repair()
     todo = [(key, media) for key, media in keys.items() if store.key(key) in absent]
     console = Console(stderr=True)
     with store:

@@ -192,6 +192,35 @@ def test_flipped_bit_is_a_counted_miss_and_can_be_written_anew(
     check(TensorCache(tmp_path, SETTINGS).get(keys[2]), 2)
 
 
+def test_damage_is_found_by_reading_and_repaired_without_losing_the_rest(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, keys = filled(tmp_path)
+    foreign = tmp_path / "model.safetensors"
+    foreign.write_bytes(b"not ours")
+    (shard,) = set(tmp_path.glob("*.safetensors")) - {foreign}
+    data = bytearray(shard.read_bytes())
+    for damaged in (1, 4):
+        data[bytes(data).index(arrays(damaged)["ref_logps"].tobytes()) + 3] ^= 1
+    shard.write_bytes(data)
+    with TensorCache(tmp_path, SETTINGS) as cache:
+        assert cache.missing(keys) == []
+        assert cache.missing(keys, read=True) == [keys[1], keys[4]]
+        assert caplog.text.count(shard.name) == 1, "one line a file"
+        assert cache.repair() == 1
+        assert not shard.exists()
+        assert foreign.exists()
+        for damaged in (1, 4):
+            cache.put(keys[damaged], arrays(damaged))
+    caplog.clear()
+    again = TensorCache(tmp_path, SETTINGS)
+    assert again.missing(keys, read=True) == []
+    for i, key in enumerate(keys):
+        check(again.get(key), i)
+    assert "checksum" not in caplog.text
+    assert again.repair() == 0
+
+
 def test_shard_that_vanished_is_a_counted_miss(tmp_path: Path) -> None:
     cache, keys = filled(tmp_path)
     next(tmp_path.glob("*.safetensors")).unlink()
