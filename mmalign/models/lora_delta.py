@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from mmalign.errors import CheckpointError
-from mmalign.models.files import UnfitError, read_json
+from mmalign.models.files import ADAPTER_CONFIG, UnfitError, read_json
+from mmalign.models.lora_checks import left_out
 from mmalign.models.lora_starts import parts_without_start
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class LoraDelta:
         for module, parts in self.weights.parts.items():
             name = module if "full" in parts else f"{module}.weight"
             self.modules[self._find(name, base_names)] = module
+        self._refuse_half(base_names)
         if base is not None:
             self._refuse_tied_embedding(base)
 
@@ -96,6 +98,19 @@ class LoraDelta:
                 "adapter belongs to another model"
             )
         return close[0]
+
+    def _refuse_half(self, base_names: Sequence[str]) -> None:
+        """Refuse a file that was cut between layers: all that it has is whole."""
+        if not (self.weights.path / ADAPTER_CONFIG).is_file():
+            return
+        modules = [n.removesuffix(".weight") for n in base_names if n.endswith(".weight")]
+        adapted = {name.removesuffix(".weight") for name in self.modules}
+        missing = left_out(self.weights, adapted, modules)
+        if missing:
+            raise UnfitError(
+                f"{self.weights.path}: {len(missing)} modules that its target_modules name have no "
+                f"tensors in it, e.g. {missing[0]}; copy it again"
+            )
 
     def _refuse_tied_embedding(self, base: Path) -> None:
         """One stored weight cannot say an embedding that changed and a head that did not."""

@@ -17,6 +17,7 @@ from mmalign.models.files import (
     weight_files,
 )
 from mmalign.models.kohya_names import PREFIX, modules_by_name
+from mmalign.models.lora_checks import check_factors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -88,6 +89,12 @@ def read_lora(path: Path, modules: Iterable[str]) -> LoraWeights:
     Raises:
         CheckpointError: A kind of file, or of tensor in it, that is not known here.
     """
+    weights = _read_any(path, modules)
+    check_factors(weights)
+    return weights
+
+
+def _read_any(path: Path, modules: Iterable[str]) -> LoraWeights:
     if (path / ADAPTER_CONFIG).is_file():
         return _read_peft(path)
     file = path if path.is_file() else path / DIFFUSERS_LORA

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from tiny import make_model
+from tiny import make_model, run_config
 
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models import lora
@@ -220,3 +220,53 @@ def test_pissa_on_gpt2_whose_weights_are_stored_turned(tmp_path: Path) -> None:
     out = merge_checkpoints(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "out")
     merged = type(make_model("gpt2")).from_pretrained(out).eval()
     torch.testing.assert_close(logits(merged), logits(policy), rtol=1e-4, atol=1e-4)
+
+
+def altered(folder: Path, change: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "adapter" / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def test_file_that_lacks_a_layer_is_not_merged(tmp_path: Path) -> None:
+    saved(tmp_path)
+    altered(tmp_path, lambda tensors: {k: t for k, t in tensors.items() if "layers.0" in k})
+    with pytest.raises(CheckpointError, match=r"6 of 12 tensors are missing.*layers\.1"):
+        merge_checkpoints(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 5), (1, 2, 16)])
+def test_factors_without_a_product_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    saved(tmp_path)
+    name = "base_model.model.model.layers.1.self_attn.k_proj.lora_A.weight"
+    altered(tmp_path, lambda tensors: tensors | {name: torch.zeros(shape)})
+    with pytest.raises(CheckpointError, match=r"factors of model\.layers\.1\.self_attn\.k_proj"):
+        merge_checkpoints(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+
+
+@pytest.mark.parametrize("key", ["model", "reference", "mixture"])
+def test_adapter_in_place_of_a_model_is_refused_with_the_ways_to_use_it(
+    key: str, tmp_path: Path
+) -> None:
+    from mmalign.core import Needs
+    from mmalign.models.reference import resolve
+
+    saved(tmp_path)
+    edit(tmp_path, base_model_name_or_path="org/base")
+    folder = str(tmp_path / "adapter")
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"model": {"path": folder, "lora": {}}},
+        "reference": {"reference": {"path": folder}},
+        "mixture": {"reference": {"kind": "mixture", "mixture": [{"weight": 1.0, "path": folder}]}},
+    }
+    config = run_config(**sections[key])
+
+    def prepare() -> None:
+        lora.check(config.model)
+        resolve(config, Needs(reference=True))
+
+    with pytest.raises(ConfigError, match=f"mmalign merge org/base --add {folder}=1") as error:
+        prepare()
+    way = f"model.path: org/base and model.adapter: {folder}"
+    assert (way in str(error.value)) == (key == "model")
