@@ -85,14 +85,20 @@ def _table_of_positions(model: Any) -> int | None:
 
 
 def _is_padded_freely(model: Any, rows: Sequence[list[int]], pad: int, steps: int) -> bool:
-    """Whether the shortest row is continued beside the longest as it is alone."""
+    """Whether rows, the most and the least padded ones, are continued beside the longest as alone.
+
+    Found out once for a model.
+    """
     if model not in _pads_freely:
         ordered = sorted(rows, key=len)
-        beside, alone = (
-            next_logits(model, *left_padded(few, pad), pad, steps=min(steps, 2))
-            for few in ([ordered[0], ordered[-1]], ordered[:1])
+        longest = ordered[-1]
+        shorter = [row for row in ordered if len(row) < len(longest)]
+        tried = [shorter[0], shorter[-1]]
+        beside, *alone = (
+            next_logits(model, *left_padded(few, pad), pad, steps=min(steps, 2)).log_softmax(-1)
+            for few in ([*tried, longest], *([row] for row in tried))
         )
-        gap = (beside[:, 0].log_softmax(-1) - alone[:, 0].log_softmax(-1)).abs()
+        gap = (beside[:, :2] - torch.cat(alone, dim=1)).abs()
         is_half = model.dtype in _HALF or torch.is_autocast_enabled(model.device.type)
         found, limit = (gap.mean(), _LIMIT_HALF) if is_half else (gap.max(), _LIMIT)
         _pads_freely[model] = bool(found <= limit)  # not where it is no number
