@@ -123,7 +123,7 @@ def cpo(
         link: "hinge" is max(0, 1 - beta * [S_w - S_l]); "ipo" is (a_w - a_l - 1/(2 beta))^2 on
             means.
         label_smoothing: Assumed share of wrong labels, in [0, 0.5]; sigmoid only.
-        nll_reduce: "mean" over each response, then rows; "batch_token" over the batch's tokens;
+        nll_reduce: "mean" over each response, then rows; "batch_token" over the step's tokens;
             "sum".
         compat: "trl-1.16" is nll_reduce batch_token.
 
@@ -155,7 +155,7 @@ def orpo(
 
     Args:
         lam: Weight of the odds-ratio term, no unit (TRL calls it beta).
-        nll_reduce: "mean" over each response, then rows; "batch_token" over the batch's tokens;
+        nll_reduce: "mean" over each response, then rows; "batch_token" over the step's tokens;
             "sum".
         compat: "trl-1.16" takes the NLL over prompt and response, averaged over the batch's tokens.
 

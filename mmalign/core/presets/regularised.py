@@ -26,7 +26,7 @@ def rpo(beta: float = 0.05, eta: float = 0.005, nll_reduce: NllReduce = "sum") -
         eta: Weight of the likelihood term; 0.005 for "sum", where beta multiplies it too; 0.2 to 1
             for the means, where it does not.
         nll_reduce: "sum" over tokens; "mean" over each response, then rows; "batch_token" over all
-            chosen tokens of the batch (TRL's sigmoid + sft).
+            chosen tokens of the step (TRL's sigmoid + sft).
 
     Source: Liu et al. 2024, arXiv:2405.16436, released alignment-handbook and OpenRLHF code.
     Departs: nothing.

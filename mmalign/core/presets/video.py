@@ -100,7 +100,7 @@ def tpo_temporal(
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats.
         nll_weight: Weight of the likelihood term.
-        nll_reduce: "mean" over the response's tokens; "sum"; "batch_token" over the batch's.
+        nll_reduce: "mean" over the response's tokens; "sum"; "batch_token" over the step's.
 
     Source: Li et al. 2025, arXiv:2501.13919.
     Departs: nothing known; no code was run.
