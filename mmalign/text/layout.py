@@ -8,6 +8,7 @@ import torch
 
 from mmalign.errors import ConfigError, MmalignError
 from mmalign.text import attention
+from mmalign.text.body import rope_limits, turns_alike
 from mmalign.text.calls import FAULTS, describe, evaluating
 from mmalign.text.limits import position_limit
 from mmalign.text.model import causal_model
@@ -70,6 +71,11 @@ def why_plain(
 
 @torch.no_grad()
 def _compare(model: PreTrainedModel, heads: Heads, few: Batch, arrange: Arrange) -> str | None:
+    limits = rope_limits(model)
+    each = [few, *(few.take(torch.tensor([i])) for i in range(len(few.labels)))]
+    few = next((part for part in each if turns_alike(limits, part.inputs)), few)
+    if not turns_alike(limits, few.inputs):
+        return f"candidates lie on both sides of {limits[0]} tokens, where its angles change"
     rows = arrange(few, "packed")
     try:
         with evaluating(model):

@@ -64,5 +64,5 @@ def _reasons(model: PreTrainedModel, length: int) -> dict[str, str]:
         for hook in hooks:
             hook.remove()
     felt = {name for name, grad in zip(heard, grads, strict=True) if grad is not None}
-    silent = {n for n in layers if n not in felt and "experts" not in n.split(".")}
-    return dict.fromkeys(silent, SILENT) | dict.fromkeys(odd, ODD)
+    silent = sorted(n for n in layers if n not in felt and "experts" not in n.split("."))
+    return dict.fromkeys(silent, SILENT) | dict.fromkeys(sorted(odd), ODD)
