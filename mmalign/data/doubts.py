@@ -135,7 +135,7 @@ class Doubts:
         """Compare the texts of a row with each other and with those of earlier rows."""
         rated = row.candidates[: row.num_rated]
         prompt = (normalised(row.prompt), row.media, row.template)
-        asked = normalised(_last(row.prompt))
+        asked = prompt[0] if isinstance(row.prompt, str) else normalised(_last(row.prompt))
         names = ("chosen", "rejected") if row.kind == "pair" else ("response",) * len(rated)
         answers: list[tuple[str, int]] = []
         for name, candidate in zip(names, rated, strict=True):

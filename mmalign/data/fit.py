@@ -110,8 +110,8 @@ def check_trainable(rows: Sequence[Example], needs: Needs, names: str) -> None:
     if needs.rows == "unpaired" and len(ratings) == 1:
         given, missing = ("", "un") if ratings == {True} else ("un", "")
         raise DataError(
-            f"{names}: all {len(rows)} responses are {given}desirable, and the objective learns from "
-            f"the difference to {missing}desirable ones: add some of those too"
+            f"{names}: all {len(rows)} responses are {given}desirable, and the objective learns "
+            f"from the difference to {missing}desirable ones: add some of those too"
             + (", or use sft, which learns from good ones alone" if not given else "")
         )
 
