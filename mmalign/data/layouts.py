@@ -37,7 +37,7 @@ def read_pair(row: Columns) -> Columns:
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
         return _conversations(row, _said(chosen, "chosen"), _said(rejected, "rejected"))
     spoken, answered = transcript(chosen), transcript(rejected)
-    if spoken and answered and chosen.startswith(str(row.get("prompt", ""))):
+    if spoken and answered and _is_asked_in(row.get("prompt", ""), chosen, spoken):
         row.pop("prompt", None)
         return contrast(None, spoken, answered)
     prompt = asked(row)
@@ -47,6 +47,12 @@ def read_pair(row: Columns) -> Columns:
             raise no_shared_words(others)
         return shared_words(chosen, rejected)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _is_asked_in(prompt: Any, text: str, conversation: Turns) -> bool:
+    """Whether a transcript begins with the prompt, or has it as a turn."""
+    asked = str(prompt).strip()
+    return text.startswith(str(prompt)) or any(t["content"] == asked for t in conversation)
 
 
 def _said(response: Any, column: str) -> Turns:

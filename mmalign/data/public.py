@@ -2,6 +2,8 @@
 
 ultrafeedback-binarized-preferences   instruction, chosen_response, rejected_response
 HelpSteer3, HelpSteer2-preference     context or prompt, response1, response2, overall_preference
+stack-exchange-paired                 question, response_j, response_k
+Code-Preference-Pairs                 instruction, accepted, rejected
 SHP                                   history, human_ref_A, human_ref_B, labels
 Preference-Collection                 orig_instruction, orig_response_A and _B, orig_preference
 OpenAI's preference format            input, preferred_output, non_preferred_output
@@ -21,6 +23,8 @@ _RENAMED: tuple[tuple[tuple[str, ...], dict[str, str]], ...] = (
         "chosen_response": "chosen", "rejected_response": "rejected",
     }),
     (("chosen", "rejected"), {"preferred_output": "chosen", "non_preferred_output": "rejected"}),
+    (("chosen", "rejected"), {"response_j": "chosen", "response_k": "rejected"}),
+    (("chosen",), {"accepted": "chosen", "rejected": "rejected"}),
     (("response_1",), {"response1": "response_1", "response2": "response_2"}),
     (("response_a",), {"human_ref_A": "response_a", "human_ref_B": "response_b"}),
     (("response_a", "instruction", "prompt"), {
@@ -55,7 +59,7 @@ def renamed(row: Columns) -> Columns:
     _winner(row)
     for unless, names in _RENAMED:
         if set(names) <= set(row) and not set(unless) & set(row):
-            row |= {new: row.pop(old) for old, new in names.items()}
+            row = {names.get(name, name): value for name, value in row.items()}
     if "rationale" in row and "rationale_prompt" not in row and _JUDGED & set(row):
         # A judge's reasons for its ratings answer no question of the row.
         row["meta"] = {"rationale": row.pop("rationale"), **(as_object(row.get("meta")) or {})}

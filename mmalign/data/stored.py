@@ -81,6 +81,9 @@ def _conversation(text: str, column: str) -> Any:
     try:
         value = literal(text)
     except Unreadable as error:
+        role = _ROLE.search(text)
+        if role is None or role[3].lower() not in KNOWN_ROLES:
+            return text
         raise DataError(
             f"{column} looks like a conversation written as text, and cannot be read: {error}. "
             "Write it as a list of messages, or as the JSON text of one"
@@ -89,11 +92,10 @@ def _conversation(text: str, column: str) -> Any:
 
 
 def _looks_spoken(text: str) -> bool:
-    """Whether a text begins as a list of objects, or one, and has a known role and words of it."""
+    """Whether a text begins as a list of objects, or one, and has a role and words of it."""
     if not _BEGIN.match(text):
         return False
-    role = _ROLE.search(text)
-    return role is not None and role[3].lower() in KNOWN_ROLES and bool(_SAID.search(text))
+    return bool(_ROLE.search(text) and _SAID.search(text))
 
 
 def _is_spoken(value: Any) -> bool:
@@ -104,8 +106,10 @@ def _is_spoken(value: Any) -> bool:
     if not parts or not all(isinstance(role, str) for role in roles):
         return items is None and are_messages(value)  # {"messages": [...]}
     said = [part.get("content", part.get("value")) for part in parts]
-    known = all(str(role).lower() in KNOWN_ROLES for role in roles)
-    return known or all(isinstance(words, str) for words in said)
+    if any(str(role).lower() not in KNOWN_ROLES for role in roles):
+        bare = all(set(part) == {"role", "content"} for part in parts)
+        return len(parts) > 1 and bare and all(isinstance(words, str) for words in said)
+    return True
 
 
 def literal(text: str) -> Any:

@@ -63,10 +63,14 @@ def are_messages(value: Any) -> bool:
 
 
 def _exchange(item: Any) -> Turns:
-    """The two turns of an object that holds a question and its answer."""
+    """The turns of {question: ..., answer: ...}, or the one of {human: ...}."""
     parts = as_object(item) or {}
     if "role" in parts or "from" in parts:
         return []
+    if len(parts) == 1:
+        ((key, text),) = parts.items()
+        known = key.lower() in _ROLES and isinstance(text, str)
+        return [{"role": _ROLES[key.lower()], "content": text}] if known else []
     names = next((names for names in _EXCHANGES if set(names) <= set(parts)), None)
     if names is None:
         return []

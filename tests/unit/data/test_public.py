@@ -114,6 +114,29 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         CHAT,
     ),
+    "stack-exchange-paired": (
+        {"question": "Q", "response_j": "good", "response_k": "bad"},
+        PAIR,
+    ),
+    "code preference pairs": (
+        {"instruction": "Q", "input": "", "accepted": "good", "rejected": "bad"},
+        PAIR,
+    ),
+    "transcripts beside the last question": (
+        {
+            "prompt": "Q",
+            "chosen": "Human: Q\n\nAssistant: good",
+            "rejected": "Human: Q\n\nAssistant: bad",
+        },
+        CHAT,
+    ),
+    "speakers as keys": (
+        {
+            "chosen": [{"human": "Q"}, {"assistant": "good"}],
+            "rejected": [{"human": "Q"}, {"assistant": "bad"}],
+        },
+        CHAT,
+    ),
     "dolly": ({"instruction": "Q", "response": "good"}, {"prompt": "Q", "response": "good"}),
 }
 

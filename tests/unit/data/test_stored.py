@@ -43,6 +43,11 @@ def test_a_conversation_as_text_is_one(write: Any) -> None:
     assert to_record({"conversations": json.dumps(sharegpt)})["response"] == "a"
 
 
+def test_roles_of_ones_own() -> None:
+    turns = [{"role": role, "content": role} for role in ("customer", "agent")]
+    assert to_record({"prompt": str(turns), "chosen": "a", "rejected": "b"})["prompt"] == turns
+
+
 def test_one_message_as_text() -> None:
     raw = {"prompt": "Q", "chosen": str(GOOD[1]), "rejected": json.dumps({"messages": BAD[1:]})}
     assert to_record(raw) == {"prompt": [{"role": "user", "content": "Q"}], **RECORD} | {
