@@ -56,7 +56,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        return product(x, weight, bias)
+        out = product(x, weight, bias)
+        return torch.ops.aten._unsafe_view(out, out.shape)  # a view may not be changed in place
 
     @staticmethod
     @once_differentiable

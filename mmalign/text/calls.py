@@ -46,12 +46,12 @@ def describe(error: Exception) -> str:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module's own mode afterwards."""
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """One mode for all modules; each module's own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
+        model.train(training)
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, mode in modes:
+            module.training = mode

@@ -63,7 +63,7 @@ def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _stops(model: PreTrainedModel) -> set[int]:
     """Where the model's own files say that a text ends."""
-    found: list[Any] = [model.config.get_text_config().eos_token_id]
+    found: list[Any] = [getattr(model.config.get_text_config(), "eos_token_id", None)]
     if model.generation_config is not None:
         found.append(model.generation_config.eos_token_id)
     lists = [ids if isinstance(ids, list) else [ids] for ids in found if ids is not None]

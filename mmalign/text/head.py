@@ -10,7 +10,7 @@ import torch
 from mmalign.errors import ConfigError
 from mmalign.models.linear import product
 from mmalign.text.body import body_of
-from mmalign.text.calls import evaluating, refusing
+from mmalign.text.calls import in_mode, refusing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,7 +94,7 @@ def _head_shape(model: PreTrainedModel) -> tuple[float, float | None]:
     body: Any = body_of(model)
     with (
         torch.autocast(ids.device.type, enabled=False),
-        evaluating(model),
+        in_mode(model, training=False),
         refusing(model, "a forward pass over token ids alone"),
     ):
         expected = model(input_ids=ids, use_cache=False).logits[0]

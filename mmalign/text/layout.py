@@ -9,7 +9,7 @@ import torch
 from mmalign.errors import ConfigError, MmalignError
 from mmalign.text import attention
 from mmalign.text.body import rope_limits, turns_alike
-from mmalign.text.calls import FAULTS, describe, evaluating
+from mmalign.text.calls import FAULTS, describe, in_mode
 from mmalign.text.limits import position_limit
 from mmalign.text.model import causal_model
 from mmalign.text.trial import score_rows
@@ -78,7 +78,7 @@ def _compare(model: PreTrainedModel, heads: Heads, few: Batch, arrange: Arrange)
         return f"candidates lie on both sides of {limits[0]} tokens, where its angles change"
     rows = arrange(few, "packed")
     try:
-        with evaluating(model):
+        with in_mode(model, training=False):
             plain = score_rows(model, heads, arrange(few, "plain"))
             packed = score_rows(model, heads, rows)
         if rows.segments is not None:

@@ -14,7 +14,7 @@ import torch
 
 from mmalign.errors import ConfigError
 from mmalign.text.body import run_body, scored_states
-from mmalign.text.calls import evaluating, refusing
+from mmalign.text.calls import in_mode, refusing
 from mmalign.text.logps import compute_dtype, response_logps
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def require_right(
         ConfigError: naming the class, the fault and its size.
     """
     name = type(model).__name__
-    with refusing(model, "a pass over a few rows"), torch.no_grad(), evaluating(model):
+    with refusing(model, "a pass over a few rows"), torch.no_grad(), in_mode(model, training=False):
         alone = {at: _alone(model, heads, few, arrange, at) for at in _tried(few)}
         found = score_rows(model, heads, arrange(few, "plain"))
     gap = _gap(alone, *found)
@@ -157,7 +157,7 @@ def _seen_ahead(model: PreTrainedModel, few: Batch) -> float | None:
     """How far what follows moves a response's log-probabilities; None where it does not."""
     prompt, response = _ids(few, _tried(few)[-1])
     ids, tail = torch.cat([prompt, response]), prompt[:4].flip(0)
-    with evaluating(model):
+    with in_mode(model, training=False):
         short = _own(model, ids, len(response))
         long = _own(model, torch.cat([ids, tail]), len(response) + len(tail))[: len(response)]
     moved = float((short - long).gather(-1, response[:, None]).abs().max())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmalign.models.lora_targets import ODD, SILENT, linear_layers
-from mmalign.text.calls import FAULTS, evaluating
+from mmalign.text.calls import FAULTS, in_mode
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,7 +53,8 @@ def _reasons(model: PreTrainedModel, length: int) -> dict[str, str]:
     ]
     embeddings: Any = model.get_input_embeddings()
     try:
-        with torch.enable_grad(), evaluating(model):
+        # Some classes read weights past their layers in training mode (Gemma 3n's AltUp).
+        with torch.enable_grad(), in_mode(model, training=True):
             ids = 1 + torch.arange(length, device=embeddings.weight.device)[None] % 16
             total = model(input_ids=ids, use_cache=False).logits[:, -1].float().square().mean()
             heard = {n: out for n, out in outputs.items() if out.requires_grad}

@@ -77,3 +77,15 @@ def test_names_state_and_copies_are_kept() -> None:
 def test_any_strides() -> None:
     x, weight = torch.randn(9, 30).t(), torch.randn(9, 12).t()
     torch.testing.assert_close(product(x, weight), x @ weight.t(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 16), (24, 16)])
+def test_the_output_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    layer = nn.Linear(16, 12)
+    expected = (layer(torch.ones(shape)) * 2).sum()
+    (want,) = torch.autograd.grad(expected, [layer.weight])
+    use_onednn(layer)
+    out = layer(torch.ones(shape))
+    out *= 2
+    (got,) = torch.autograd.grad(out.sum(), [layer.weight])
+    torch.testing.assert_close(got, want)
