@@ -37,11 +37,12 @@ def evaluate_checkpoint(
     """
     from mmalign.core import Needs
     from mmalign.evaluate import evaluate
-    from mmalign.models.adapter import build_adapter
+    from mmalign.models.adapter import adapter_class, build_adapter
     from mmalign.train.holdout import reward_beta
     from mmalign.train.order import held_out
 
     objective = configs.check(config)
+    config = adapter_class(config.modality).begun(config)
     folder = trained_folder(config, checkpoint)
     rows = _held_out_rows(config, objective, data)
     device = _device(config)
@@ -139,12 +140,13 @@ def trained_adapter(config: RunConfig, checkpoint: Path | None, *, base: bool = 
     import torch
 
     from mmalign.core import Needs
-    from mmalign.models.adapter import build_adapter
+    from mmalign.models.adapter import adapter_class, build_adapter
 
     if base and checkpoint is not None:
         raise ConfigError("sample: --base is the untrained model, so it has no --checkpoint")
     # Without a reference; learned position weights are built because checkpoints hold them.
     needs = Needs(weight=configs.check(config).needs.weight)
+    config = adapter_class(config.modality).begun(config)
     folder = None if base else trained_folder(config, checkpoint)
     torch.manual_seed(config.train.seed)
     adapter = build_adapter(config, needs).to(_device(config)).eval()
@@ -291,6 +293,7 @@ def show_rows(config: RunConfig, count: int) -> None:
     from mmalign.models.adapter import adapter_class, load_usable
 
     objective = configs.check(config)
+    config = adapter_class(config.modality).begun(config)
     rows, _ = load_usable(config, objective.needs)
     shown = adapter_class(config.modality).show_rows(config, rows[:count])
     Console(highlight=False).print(shown)

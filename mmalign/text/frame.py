@@ -180,12 +180,21 @@ def _end(tail: str, followed: str, start: str, ends: Ends) -> tuple[str, bool, s
         return end, False, end
     if (end := ends.cut(tail)) is not None:  # gpt-oss: another token for the last answer
         return end, False, ends.first(followed) or ""
-    opening = _alike(followed[::-1], start[::-1])
-    if (end := ends.cut(followed[: len(followed) - opening])) is not None:
+    if (end := ends.cut(_before_opening(followed, start))) is not None:
         return end, False, end
     if (end := ends.stop_in(followed)) is not None:  # GLM: the opening of the next turn
         return end, False, end
     return tail.rstrip(), True, ""
+
+
+def _before_opening(followed: str, start: str) -> str:
+    """What precedes the opening of a user turn, which is what both texts end in, in whole tags."""
+    place = len(followed) - _alike(followed[::-1], start[::-1])
+    begun = _TAG_BEGUN.search(followed[:place])
+    if begun is not None:
+        rest = re.compile(r"[^>\]]*[>\]]").match(followed, place)
+        place = place if rest is None else rest.end()
+    return followed[:place]
 
 
 def _closing(

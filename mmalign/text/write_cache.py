@@ -50,6 +50,8 @@ def write_reference(
             f"reference.{'path' if reference.path else 'kind'} asks for another"
         )
     check_cacheable(config, needs)
+    config = dates.settle(config, for_cache=True)
+    dates.keep(config)
     rows = [row for part in load_usable(config, needs) for row in part]
     device = Accelerator().device
     live = config.model_copy(update={"reference": ReferenceConfig()})

@@ -84,6 +84,7 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> 
     """
     began = time.perf_counter()
     objective = configs.check(config)
+    config = adapter_class(config.modality).begun(config)
     require_sensible(config, objective.needs)
     if not dry_run:
         files.require_output(config.output, resume=resume)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mmalign.data.example import Asked
 from mmalign.models import lora
 from mmalign.models.drawing import answer_seeds
 from mmalign.text.cached import cache_folder
@@ -180,7 +181,9 @@ class VideoAdapter(TokenAdapter):
     @classmethod
     def question(cls, example: Example) -> Question:
         """The row's prompt with what it shows."""
-        return Question(example.prompt, example.media, example)
+        row = example.template
+        prompt = Asked(example.prompt, row) if row else example.prompt
+        return Question(prompt, example.media, example)
 
     def sample(
         self, prompts: Sequence[Any], *, seeds: Sequence[int] | None = None, **options: Any

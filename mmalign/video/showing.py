@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from mmalign.config import SampleConfig
-    from mmalign.data.example import Candidate, Example, Media, Picture, Prompt
+    from mmalign.data.example import Asked, Candidate, Example, Media, Picture, Prompt
     from mmalign.text.encode import EncodedCandidate
     from mmalign.video.adapter import VideoAdapter
     from mmalign.video.generate import Question
@@ -66,7 +66,7 @@ def write_samples(
     return records
 
 
-def in_words(prompt: Prompt) -> str:
+def in_words(prompt: Prompt | Asked) -> str:
     """A prompt's text: marks of media in front are left out, those within it become words."""
     if isinstance(prompt, tuple) and len(prompt) == 1 and prompt[0].role == "user":
         prompt = prompt[0].content
