@@ -113,6 +113,22 @@ class Adapter(nn.Module, ABC):
         """The same for rows to train on and rows held out, which may share files."""
         return [cls.usable(config, part) for part in parts]
 
+    @classmethod
+    def begun(cls, config: RunConfig) -> RunConfig:
+        """The config with what is decided on the day that a run begins, and kept by it."""
+        return config
+
+    @classmethod
+    def survey(
+        cls, config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]
+    ) -> Surveyed:
+        """All that can be known of rows to train on and rows held out before a model is loaded.
+
+        Raises:
+            DataError, ConfigError: They cannot be trained on, whatever `data.bad_rows` is.
+        """
+        return Surveyed(cls.usable_parts(config, parts))
+
     @abstractmethod
     def collate(self, examples: Sequence[Example], draws: Sequence[int] | None = None) -> Batch:
         """Examples to one batch, on the CPU; may run in worker processes.
