@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -309,8 +310,21 @@ class TextConfig(Section):
     block_size: int = Field(
         default=1024, ge=1, description="response positions with logits at one time"
     )
-    chat_template: bool = Field(
-        default=True, description="use the tokenizer's template where it has one"
+    chat_template: bool | Path = Field(
+        default=True,
+        description="true: the tokenizer's template where it has one; or a Jinja file to use",
+    )
+    template_kwargs: dict[str, Any] = Field(
+        default={},
+        description="what the template reads beside the messages, e.g. {enable_thinking: false}; "
+        "a row's chat_template_kwargs go first",
+    )
+    date: datetime.date | None = Field(
+        default=None,
+        description="today, for templates that write the date; default: the day a run begins",
+    )
+    train_on: Literal["all", "last"] = Field(
+        default="all", description="assistant turns that are scored in an answer of several turns"
     )
     system_prompt: str | None = None
     masks: MaskConfig | None = None
