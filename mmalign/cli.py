@@ -12,6 +12,7 @@ import typer
 
 from mmalign import __version__, cli_bench, cli_compare, cli_data
 from mmalign.cli_parts import Config, Overrides, argument, group, option
+from mmalign.data.progress import waiting
 from mmalign.errors import ConfigError
 
 EXIT_STATUS = (
@@ -71,12 +72,13 @@ def train(
     ] = False,
 ) -> None:
     """Train the model described by CONFIG and write everything to its `output` folder."""
-    from mmalign import config as configs
+    with waiting("loading libraries"):
+        from mmalign import config as configs
 
-    run = configs.load(config, overrides or ())
-    configs.check(run, where=config)
+        run = configs.load(config, overrides or ())
+        configs.check(run, where=config)
 
-    from mmalign.train.loop import train as train_run
+        from mmalign.train.loop import train as train_run
 
     result = train_run(run, resume=resume, dry_run=dry_run)
     if result.stopped:

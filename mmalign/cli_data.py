@@ -18,11 +18,14 @@ from mmalign.cli_compare import (
     shown,
 )
 from mmalign.cli_parts import Config, Overrides, argument, group, option
+from mmalign.data.progress import waiting
+from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mmalign.data.example import Example
+    from mmalign.data.validate_media import Decode
 
 app = group("Look at preference data before training on it, or make some.")
 app.add_typer(cli_make.app, name="make")
@@ -34,7 +37,19 @@ Layout = Annotated[
 
 @app.command("check", short_help="Report every problem of preference files.")
 def data_check(
-    files: Annotated[list[str], argument("FILE", "files, saved datasets or hub names")],
+    files: Annotated[
+        list[str] | None,
+        argument("FILE", "files, saved datasets or hub names; KEY=VALUE overrides of a config"),
+    ] = None,
+    config: Annotated[
+        str | None,
+        option(
+            "--config",
+            metavar="CONFIG",
+            text="look at the rows as training with CONFIG would: its files where none are named, "
+            "its tokenizer, chat template and limits",
+        ),
+    ] = None,
     evaluation: Annotated[
         list[str] | None,
         option("--eval", metavar="FILE", text="held-out rows, compared with the others; repeat"),
@@ -48,13 +63,42 @@ def data_check(
     ] = False,
 ) -> None:
     """Report every problem of preference files in one pass, with lines, and what is in them."""
+    faults = _faults if decode else None
+    if config is not None:
+        text, code = _check_config(config, files or (), evaluation or (), layout, show, faults)
+        typer.echo(text)
+        raise typer.Exit(code)
+    if not files:
+        raise ConfigError("data check: name files, or a config with --config")
     from mmalign.data.validate import check_files
 
-    found = check_files(
-        files, eval_paths=evaluation or (), layout=layout, decode=_faults if decode else None
-    )
+    found = check_files(files, eval_paths=evaluation or (), layout=layout, decode=faults)
     typer.echo(found.text(show))
     raise typer.Exit(found.exit_code)
+
+
+def _check_config(
+    config: str,
+    given: Sequence[str],
+    evaluation: Sequence[str],
+    layout: str | None,
+    show: int,
+    faults: Decode | None,
+) -> tuple[str, int]:
+    """The rows of a config, or of the files that are named, as training with it would see them."""
+    with waiting("loading libraries"):
+        from mmalign import config as configs
+        from mmalign.row_check import check_rows
+
+        overrides = [item for item in given if "=" in item and not Path(item).exists()]
+        run = configs.load(config, overrides)
+    changes: dict[str, list[configs.DataSource]] = {}
+    for name, paths in (("train", given), ("eval", evaluation)):
+        files = [path for path in paths if path not in overrides]
+        if files:
+            changes[name] = [configs.DataSource(path=path, layout=layout) for path in files]
+    data = run.data.model_copy(update=changes)
+    return check_rows(run.model_copy(update={"data": data}), show=show, decode=faults)
 
 
 @app.command("show", short_help="Print rows as the model will see them.")

@@ -145,6 +145,7 @@ class Example:
     template: Template = Template()
     # A dict and not a mapping proxy: loader workers pickle examples.
     meta: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    place: str = field(default="", compare=False, repr=False)  # file and line, for messages
 
     @property
     def num_rated(self) -> int:

@@ -11,6 +11,7 @@ import logging
 from typing import TYPE_CHECKING, Literal
 
 from mmalign.data.files import HELD_OUT
+from mmalign.data.progress import track
 from mmalign.data.records import ProblemList, Record, read_records
 from mmalign.errors import DataError
 
@@ -38,7 +39,7 @@ class Reader:
         self._of_eval = of_eval
         self._problems = ProblemList()
         self._num_read = 0
-        self._records = read_records(
+        records = read_records(
             source.path,
             name=source.name,
             split=source.split,
@@ -46,6 +47,7 @@ class Reader:
             pictures=source.pictures,
             wanted=lambda split: not self.held_out_only or _is_held_out(split),
         )
+        self._records = track(records, f"reading {source.path}")
 
     @property
     def evaluated(self) -> list[Example]:

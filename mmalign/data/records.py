@@ -144,9 +144,11 @@ def _sentence(group: list[tuple[Record, Problem]], show: int) -> str:
     text = printable(f"{record.place}{name}: {problem}.")
     if len(group) == 1:
         return text
+    text += f" {len(group) - 1} more have the same problem"
+    if not show:
+        return text + "."
     places = ", ".join(other.place.rpartition(":")[2] for other, _ in group[1 : show + 1])
-    end = ", ..." if len(group) > show + 1 else "."
-    return f"{text} {len(group) - 1} more have the same problem: {places}{end}"
+    return f"{text}: {places}{', ...' if len(group) > show + 1 else '.'}"
 
 
 def json_line(value: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,15 +13,16 @@ from mmalign.data.doubts import Doubts
 from mmalign.data.example import Example, Picture, as_text
 from mmalign.data.fields import Problem, printable
 from mmalign.data.files import HELD_OUT
+from mmalign.data.progress import track
 from mmalign.data.records import ProblemList, Record, read_records
 from mmalign.data.validate_media import MediaBook
 from mmalign.data.validate_pictures import PictureBook
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from pathlib import Path
+    from collections.abc import Iterable, Iterator, Sequence
 
+    from mmalign.config import DataSource
     from mmalign.data.validate_media import Decode
 
 EVAL = "eval"
@@ -76,9 +78,9 @@ class Report:
 
 
 def check_files(
-    paths: Sequence[str | Path],
+    paths: Sequence[str | Path | DataSource],
     *,
-    eval_paths: Sequence[str | Path] = (),
+    eval_paths: Sequence[str | Path | DataSource] = (),
     layout: str | None = None,
     pictures: Path | None = None,
     decode: Decode | None = None,
@@ -86,26 +88,39 @@ def check_files(
     """Read every record of the files and report every problem with its line.
 
     Args:
-        paths: Files, saved datasets or hub names. Rows whose `split` column says eval, test or
-            validation count as evaluation rows.
+        paths: Files, saved datasets or hub names, or sources of a config, which have a layout and
+            pictures of their own. Rows whose `split` column says eval, test or validation count
+            as evaluation rows, unless a source asks for that split.
         eval_paths: More of them, all of evaluation rows.
         layout: The layout of all of them; None to recognise it.
         pictures: The folder that picture paths start from; None: that of each file.
         decode: What is wrong with the media of rows; None: they are only counted.
     """
-    report = Report(", ".join(map(str, (*paths, *eval_paths))))
+    given = (*paths, *eval_paths)
+    names = [str(item if isinstance(item, str | Path) else item.path) for item in given]
+    report = Report(", ".join(names))
     book = _Book(report)
-    for group, always_eval in ((paths, False), (eval_paths, True)):
-        for path in group:
-            try:
-                for record in read_records(path, layout=layout, pictures=pictures):
-                    held_out = always_eval or record.split.lower() in HELD_OUT
-                    book.add(record, EVAL if held_out else record.split or "train", str(path))
-            except DataError as error:
-                nowhere = Record(str(path), str(path), "", None)
-                report.problems.add(nowhere, Problem(str(error)))
+    for number, (item, name) in enumerate(zip(given, names, strict=True)):
+        split = None if isinstance(item, str | Path) else item.split
+        try:
+            for record in track(_records(item, layout, pictures), f"reading {name}"):
+                by_split = split is None and record.split.lower() in HELD_OUT
+                held_out = number >= len(paths) or by_split
+                book.add(record, EVAL if held_out else record.split or "train", name)
+        except DataError as error:
+            report.problems.add(Record(name, name, "", None), Problem(str(error)))
     book.close(decode)
     return report
+
+
+def _records(
+    item: str | Path | DataSource, layout: str | None, pictures: Path | None
+) -> Iterator[Record]:
+    if isinstance(item, str | Path):
+        return read_records(item, layout=layout, pictures=pictures)
+    return read_records(
+        item.path, name=item.name, split=item.split, layout=item.layout, pictures=item.pictures
+    )
 
 
 class _Book:

@@ -13,6 +13,7 @@ from torch import nn
 from mmalign.core import Needs
 from mmalign.data.example import Asked, as_text
 from mmalign.errors import ConfigError, DataError
+from mmalign.models.rows import Surveyed, say, survey_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -228,7 +229,10 @@ class Adapter(nn.Module, ABC):
         return Asked(example.prompt, example.template) if example.template else example.prompt
 
     def sample(self, prompts: Sequence[Any], **options: Any) -> list[Any]:
-        """Generate one response a prompt with the policy, for reports and `mmalign sample`."""
+        """Generate one response a prompt with the policy, for reports and `mmalign sample`.
+
+        Models of tokens draw each by a seed of its own: one of `seeds`, else of the run's.
+        """
         raise ConfigError(f"{type(self).__name__} cannot generate samples")
 
     def write_samples(
@@ -276,14 +280,16 @@ def adapter_class(modality: str) -> type[Adapter]:
     return getattr(import_module(module), name)
 
 
-def load_usable(config: RunConfig, needs: Needs) -> tuple[list[Example], list[Example]]:
-    """Train and evaluation rows of a run, without those that the adapter cannot use."""
-    from mmalign.data.sources import load_examples
+def load_usable(
+    config: RunConfig, needs: Needs, *, first: int | None = None
+) -> tuple[list[Example], list[Example]]:
+    """Train and evaluation rows of a run; what is to be known of them is logged.
 
-    adapter = adapter_class(config.modality)
-    parts = load_examples(config.data, needs, seed=config.train.seed)
-    train, held_out = adapter.usable_parts(config, parts)
-    return train, held_out
+    Of the rows to train on only the `first`, where that is given.
+    """
+    found = survey_rows(config, needs, first=first)
+    say(found.notes)
+    return found.train, found.held_out
 
 
 def build_adapter(config: RunConfig, needs: Needs) -> Adapter:

@@ -80,6 +80,7 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
     are_pictures = all(run.has_pictures for run in runs)
     sections: list[Section | None] = [
         _setup(runs),
+        _rows(runs),
         _remarks(runs),
         pictures.sheets(runs),
         clips.questions([run for run in runs if run.has_media]),
@@ -119,6 +120,16 @@ def _setup(runs: Sequence[Run]) -> Section:
     keys = list(dict.fromkeys(key for one in facts for key in one))
     rows = [[key, *(one.get(key, blocks.MISSING) for one in facts)] for key in keys]
     return Section("What was trained", blocks.table(["", *(run.name for run in runs)], rows))
+
+
+def _rows(runs: Sequence[Run]) -> Section | None:
+    """What was found about the rows before the first step: what was cut, what was left out."""
+    notes = [
+        blocks.note(note if len(runs) == 1 else f"{run.name}: {note}", "info")
+        for run in runs
+        for note in (run.env.get("data") or {}).get("notes") or ()
+    ]
+    return Section("What was found in the rows", Markup().join(notes)) if notes else None
 
 
 def _facts(run: Run) -> dict[str, str]:

@@ -78,6 +78,7 @@ def describe_environment(run: Run) -> dict[str, Any]:
             "train_hash": rows_hash(run.train_rows),
             "eval_rows": len(run.eval_rows),
             "eval_hash": rows_hash(run.eval_rows),
+            "notes": list(run.notes),
         },
     }
 
@@ -105,7 +106,7 @@ def _git_commit() -> str | None:
 
 def fixed_facts(environment: Mapping[str, Any]) -> dict[str, Any]:
     """What of it must be the same when a run resumes."""
-    return {
+    facts = {
         "data": {"train_hash": environment["data"]["train_hash"]},
         "num_processes": environment["num_processes"],
     }

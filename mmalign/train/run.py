@@ -10,7 +10,8 @@ import torch
 from accelerate.utils import set_seed
 
 from mmalign.data.fit import check_trainable
-from mmalign.models.adapter import build_adapter, load_usable
+from mmalign.models.adapter import build_adapter
+from mmalign.models.rows import say, survey_rows
 from mmalign.train.launch import build_accelerator, is_sharded, ready_for_sharding
 from mmalign.train.metrics import Averages, flatten
 from mmalign.train.optim import build_optimizer
@@ -52,6 +53,7 @@ class Run:
     eval_rows: list[Example]
     order: Order
     num_steps: int
+    notes: tuple[str, ...] = ()  # what is to be known of the rows, a sentence each
     position: Position = field(default_factory=Position)
     averages: Averages = field(default_factory=Averages)
 
@@ -81,8 +83,11 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     accelerator = build_accelerator(config)
     set_seed(train.seed)  # alike on all processes: they must start from the same weights
     with accelerator.main_process_first():  # one process fills the caches of downloads
-        train_rows, eval_rows = load_usable(config, objective.needs)
-    check_trainable(train_rows, objective.needs)
+        rows = survey_rows(config, objective.needs)
+        say(rows.notes)
+    train_rows, eval_rows = rows.train, rows.held_out
+    names = ", ".join(source.path for source in config.data.train)
+    check_trainable(train_rows, objective.needs, names)
     num_processes = accelerator.num_processes
     order = Order(len(train_rows), train.batch_size, train.accumulate, num_processes, train.seed)
 
@@ -104,6 +109,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
         eval_rows=eval_rows,
         order=order,
         num_steps=order.num_steps(train),
+        notes=rows.notes,
     )
 
 
