@@ -67,7 +67,9 @@ class ModelConfig(Section):
     lora: LoraSpec | None = None
     quantization: Literal["4bit", "8bit"] | None = None
     gradient_checkpointing: bool = False
-    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
+        default="auto", description="auto: sdpa where the model's class has it, else eager"
+    )
     trust_remote_code: bool = False
 
 
