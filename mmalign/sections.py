@@ -156,10 +156,19 @@ class DataConfig(Section):
     train: Sources = Field(min_length=1)
     eval: Sources = []
     eval_fraction: float = Field(
-        default=0.0, ge=0, lt=1, description="held out by a hash of the prompt, or of the clip"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="held out by a hash of the prompt or clip, unless a `split` column holds out",
     )
-    max_samples: int | None = Field(default=None, ge=1)
-    max_eval_samples: int | None = Field(default=None, ge=1)
+    max_samples: int | None = Field(
+        default=None,
+        ge=1,
+        description="train on the first rows alone, and read no more; sources take turns",
+    )
+    max_eval_samples: int | None = Field(
+        default=None, ge=1, description="evaluate on the first rows alone"
+    )
     max_prompt_length: int = Field(default=512, ge=1, description="tokens")
     max_response_length: int = Field(default=512, ge=1, description="tokens, end token included")
     truncate_prompt: Literal["keep_end", "keep_start"] = "keep_end"
