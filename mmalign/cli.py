@@ -12,7 +12,6 @@ import typer
 
 from mmalign import __version__, cli_bench, cli_compare, cli_data
 from mmalign.cli_parts import Config, Overrides, argument, group, option
-from mmalign.data.progress import waiting
 from mmalign.errors import ConfigError
 
 EXIT_STATUS = (
@@ -72,6 +71,8 @@ def train(
     ] = False,
 ) -> None:
     """Train the model described by CONFIG and write everything to its `output` folder."""
+    from mmalign.data.progress import waiting
+
     with waiting("loading libraries"):
         from mmalign import config as configs
 

@@ -18,7 +18,6 @@ from mmalign.cli_compare import (
     shown,
 )
 from mmalign.cli_parts import Config, Overrides, argument, group, option
-from mmalign.data.progress import waiting
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -86,6 +85,8 @@ def _check_config(
     faults: Decode | None,
 ) -> tuple[str, int]:
     """The rows of a config, or of the files that are named, as training with it would see them."""
+    from mmalign.data.progress import waiting
+
     with waiting("loading libraries"):
         from mmalign import config as configs
         from mmalign.row_check import check_rows
