@@ -287,7 +287,8 @@ def content_of(example: Example) -> dict[str, Any]:
     Left out are its name, labels and weight, which change no log-probability. A file counts with
     its path, size and time of change.
     """
-    return {name: plain(getattr(example, name)) for name in ("prompt", "candidates", "media")}
+    names = ("prompt", "candidates", "media", *(("template",) if example.template else ()))
+    return {name: plain(getattr(example, name)) for name in names}
 
 
 def estimate_bytes(arrays: Mapping[str, Array], num_rows: int) -> int:

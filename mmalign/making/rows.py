@@ -9,7 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmalign.data.example import Candidate, Clip, Example, Media, Picture, Prompt, Sound, as_text
+from mmalign.data.example import (
+    Asked,
+    Candidate,
+    Clip,
+    Example,
+    Media,
+    Picture,
+    Prompt,
+    Sound,
+    as_text,
+)
 from mmalign.data.records import ProblemList, Record, read_records
 from mmalign.errors import DataError
 
@@ -29,7 +39,7 @@ class Row:
     """
 
     id: str
-    prompt: Prompt
+    prompt: Prompt | Asked
     media: Media
     question: str
     truth: str
@@ -99,7 +109,7 @@ def _row(record: Record, example: Example, out: Path) -> Row:
     split = {"split": record.split} if record.split else {}
     return Row(
         id=Path(record.id).name if record.id == record.place else record.id,
-        prompt=prompt,
+        prompt=Asked(prompt, example.template) if example.template else prompt,
         media=media,
         question=asked,
         truth=_truth(record, example, best),

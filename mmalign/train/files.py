@@ -49,7 +49,8 @@ def rows_hash(rows: Sequence[Example]) -> str:
     """A hash of what the rows say, in their order; 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(repr((row.id, row.prompt, row.candidates, row.labels, row.weight)).encode())
+        said = (row.id, row.prompt, row.template, row.candidates, row.labels, row.weight)
+        digest.update(repr(said).encode())
     return digest.hexdigest()[:16]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mmalign.data.cache import TensorCache, content_of, estimate_bytes
-from mmalign.data.example import Candidate, Clip, Example, Media, Message
+from mmalign.data.example import Candidate, Clip, Example, Media, Message, Template
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ def test_key_follows_all_that_a_model_sees_and_nothing_else(tmp_path: Path) -> N
         replace(EXAMPLE, candidates=(replace(first, prompt="Who?"), second)),
         replace(EXAMPLE, candidates=(replace(first, spans=((0, 2),)), second)),
         replace(EXAMPLE, media=Media((Clip(clip),))),
+        replace(EXAMPLE, template=Template(tools="[{}]")),
+        replace(EXAMPLE, template=Template(options='{"enable_thinking": false}')),
     ]
     assert len({key(example) for example in seen}) == len(seen)
     before = key(replace(EXAMPLE, media=Media((Clip(clip),))))

@@ -249,6 +249,8 @@ def test_features_are_made_once_for_all_that_look_at_a_clip(
     monkeypatch.setattr(contexts, "encode", counted)
     rows = [pair(clips_dir / "clip0.mp4", f"row-{i}", prompt=f"Question {i}?") for i in range(3)]
     adapter = make_adapter(video_models("qwen2_5_vl"), text={"shared_prefix": "off"})
+    adapter._arrange(adapter.collate([pair(clips_dir / "clip1.mp4", "trial")]))  # tries the model
+    made.clear()
     first = adapter(adapter.collate(rows), ALL)
     assert len(made) == 1, "six answers, policy and reference"
     batch = adapter.collate(rows)
@@ -259,6 +261,7 @@ def test_features_are_made_once_for_all_that_look_at_a_clip(
         video_models("qwen2_5_vl"), text={"shared_prefix": "off"},
         video={"train": ["language", "projector", "tower"]},
     )  # fmt: skip
+    trained._arrange(trained.collate(rows[:1]))
     made.clear()
     scored = trained(trained.collate(rows[:1]), ALL)
     assert len(made) == 2, "policy and reference have towers of their own"
