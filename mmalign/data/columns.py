@@ -93,10 +93,25 @@ def could_ask(row: Columns) -> list[str]:
 def _says_something(name: str, value: Any) -> bool:
     """Whether a column holds words; those of a column named like bookkeeping only if it is long."""
     if is_bookkeeping(name):
-        return isinstance(value, str) and len(value.split()) > _LABEL and not is_opinion(name)
+        return isinstance(value, str) and _is_sentence(value) and not is_opinion(name)
     return (
         bool(value.strip()) if isinstance(value, str) else bool(as_list(value) or as_object(value))
     )
+
+
+def _is_sentence(text: str) -> bool:
+    """Whether a text is more than a name."""
+    count = len(text.split())
+    return count > _LABEL or (count > 1 and text.rstrip().endswith((".", "?", "!", ":")))
+
+
+def check_is_said(row: Columns) -> None:
+    """Refuse a row whose column for the prompt is there and empty."""
+    empty = [name for name in ASKING if isinstance(row.get(name), str)]
+    if empty:
+        raise DataError(
+            f"there is no prompt: {_listed(empty)} {'are' if empty[1:] else 'is'} empty"
+        )
 
 
 def no_shared_words(names: list[str]) -> DataError:

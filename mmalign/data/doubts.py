@@ -84,7 +84,8 @@ class Doubts:
             group = self._groups[what] = Counted(what, f"{record.place}{name}{after}")
         if of_pairs:
             self._of_pairs.add(what)
-        group.places.append(record.place)
+        if group.places[-1:] != [record.place]:  # both answers of a row are one row
+            group.places.append(record.place)
 
     def lines(self, show_places: int = 0) -> list[str]:
         """One line for each thing in doubt."""

@@ -196,12 +196,14 @@ def _has_json_lines(handle: IO[bytes]) -> bool:
     line = handle.readline(LONGEST_LINE)
     while line and not line.strip():
         line = handle.readline(LONGEST_LINE)
+    more = bool(handle.readline(LONGEST_LINE).strip())
     handle.seek(0)
     try:
         record = as_object(_parse(line.decode("utf-8-sig", errors="surrogateescape"))) or {}
     except _NotJson:
         return False
-    return bool(record) and as_list(record.get("data")) is None and len(record) > 1
+    # One object with one list may be the records under some name.
+    return bool(record) and as_list(record.get("data")) is None and (more or len(record) > 1)
 
 
 def _prompts(file: Path, handle: IO[bytes]) -> Iterator[Row]:

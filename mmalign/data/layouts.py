@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmalign.data.columns import asked, could_ask, no_shared_words
+from mmalign.data.columns import asked, check_is_said, could_ask, no_shared_words
 from mmalign.data.fields import as_list, as_object, number, show
 from mmalign.data.layout import Layout, order_of
 from mmalign.data.media_layouts import MEDIA_LAYOUTS
@@ -45,6 +45,7 @@ def read_pair(row: Columns) -> Columns:
         others = could_ask(row)
         if others:
             raise no_shared_words(others)
+        check_is_said(row)
         return shared_words(chosen, rejected)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
@@ -104,16 +105,14 @@ def read_ranked(row: Columns) -> Columns:
         ranks = ranks if "rank" not in parts else [*(ranks or []), parts["rank"]]
     if scores is None and ranks is not None:
         scores = [None if (n := number(rank)) is None else -n for rank in ranks]
-    return {
-        "prompt": asked(row),
-        "responses": texts,
-        "scores": inside if scores is None else scores,
-    }
+    if scores is None and any(score is not None for score in inside):
+        scores = inside
+    return {"prompt": asked(row), "responses": texts, "scores": scores}
 
 
 def read_single(row: Columns) -> Columns:
     """One response: rated (KTO's completion and label) or not."""
-    response = row.pop("response", row.pop("completion", None))
+    response = next(row.pop(name) for name in _RESPONSES if name in row)
     record = {"prompt": asked(row), "response": response}
     if not isinstance(response, str):
         record["response"] = response_of(turns(response, "completion"))
@@ -129,14 +128,18 @@ def _rating(row: Columns) -> Columns:
 
 
 def read_alpaca(row: Columns) -> Columns:
-    """LLaMA-Factory's alpaca: instruction, input, system, history; chosen/rejected or output."""
+    """LLaMA-Factory's alpaca: instruction, input, system, history; chosen/rejected or output.
+
+    Beside a pair a column `prompt` is the prompt, and the instruction is left over.
+    """
+    if "chosen" in row:
+        if "prompt" not in row:
+            row["prompt"] = asked(row)
+        return read_pair(row)
     beside = {"prompt": row.pop("prompt")} if "prompt" in row else {}
     query = asked(row)
-    if "chosen" in row:
-        row["prompt"] = query
-        return read_pair(row) | beside
     row |= beside
-    output = row.pop("output", None) if "output" in row else row.pop("response", None)
+    output = next((row.pop(name) for name in _OUTPUTS if name in row), None)
     both = as_list(output)
     if both is not None and not are_messages(both):
         if len(both) != 2 or not all(isinstance(text, str) for text in both):
@@ -194,6 +197,8 @@ LISTS = ("responses", "completions", "answers", "generations")
 LISTED = ("response", "text", "completion", "answer", "content")
 """Names of the words of one response of a list."""
 
+_RESPONSES = ("response", "completion", "output")
+_OUTPUTS = ("output", "response", "completion")
 SCORED = ("score", "overall_score", "rating", "pm_score")
 CHOICES = (
     ("response_a", "response_b"),
@@ -228,13 +233,13 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "single": Layout(
         "prompt, response or completion, and desirable or label where it is rated",
-        (("prompt", "question", "problem", "input", "context"), ("response", "completion")),
+        (("prompt", "question", "problem", "input", "context"), _RESPONSES),
         ("chosen", "rejected", "responses", *_STRUCTURED, *_CHOICE_COLUMNS),
         read_single,
     ),
     "alpaca": Layout(
         "instruction, input, and chosen and rejected, or output (and kto_tag)",
-        (("instruction",), ("chosen", "output", "response")),
+        (("instruction",), ("chosen", *_OUTPUTS)),
         ("conversations",),
         read_alpaca,
     ),

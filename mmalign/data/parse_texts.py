@@ -163,6 +163,9 @@ def _candidate(
     if not isinstance(response, str) and response[0][0] != "assistant":
         found = f"it starts with a {response[0][0]} turn"
         fields.fail("a response must start with an assistant turn", found)
+    elif not isinstance(response, str) and response[-1][0] in ("user", "system"):
+        found = f"it ends with a {response[-1][0]} turn"
+        fields.fail("a response must end with an assistant turn, or the result of a tool", found)
     return Candidate(
         _as_prompt(response) or "",
         prompt=prompt,

@@ -7,15 +7,17 @@ Code-Preference-Pairs                 instruction, accepted, rejected
 SHP                                   history, human_ref_A, human_ref_B, labels
 Preference-Collection                 orig_instruction, orig_response_A and _B, orig_preference
 OpenAI's preference format            input, preferred_output, non_preferred_output
-arena-human-preference-55k            response_a, response_b, winner_model_a, winner_tie
+arena-human-preference-55k            prompt, response_a, response_b: JSON lists of turns; winner_model_a
 """
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from typing import Any
 
-from mmalign.data.fields import as_object, number, show
-from mmalign.data.turns import Columns
+from mmalign.data.fields import as_list, as_object, number, show
+from mmalign.data.turns import Columns, Turns
 from mmalign.errors import DataError
 
 _RENAMED: tuple[tuple[tuple[str, ...], dict[str, str]], ...] = (
@@ -36,7 +38,8 @@ _RENAMED: tuple[tuple[tuple[str, ...], dict[str, str]], ...] = (
 """For each: columns that must not be there, and the old names, all of which must be, to the new."""
 
 _OWN = frozenset(name for _, names in _RENAMED for name in names) | {
-    *("input", "rationale", "overall_preference", "preference_strength", "winner_tie"),
+    *("input", "rationale", "rationales", "overall_preference", "preference_strength"),
+    *("winner_tie", "response_a"),
 }
 """Columns without one of which there is nothing to do."""
 
@@ -56,13 +59,15 @@ def renamed(row: Columns) -> Columns:
     row = dict(row)
     scores = {"score_A": "score_a", "score_B": "score_b"} if "human_ref_A" in row else {}
     _of_openai(row)
+    _of_arena(row)
     _winner(row)
     for unless, names in _RENAMED:
         if set(names) <= set(row) and not set(unless) & set(row):
             row = {names.get(name, name): value for name, value in row.items()}
-    if "rationale" in row and "rationale_prompt" not in row and _JUDGED & set(row):
+    if "rationale_prompt" not in row and _JUDGED & set(row):
         # A judge's reasons for its ratings answer no question of the row.
-        row["meta"] = {"rationale": row.pop("rationale"), **(as_object(row.get("meta")) or {})}
+        reasons = {name: row.pop(name) for name in ("rationale", "rationales") if name in row}
+        row |= {"meta": {**reasons, **(as_object(row.get("meta")) or {})}} if reasons else {}
     return row | {new: row.pop(old) for old, new in scores.items() if old in row}
 
 
@@ -78,6 +83,37 @@ def _of_openai(row: Columns) -> None:
             row.setdefault(key, value)
 
 
+def _of_arena(row: Columns) -> None:
+    """A prompt and two responses that are each a list of turns, or its JSON text, as two talks."""
+    names = ("prompt", "response_a", "response_b")
+    said = {name: _turns_of_one(row.get(name)) for name in names}
+    if not all(said.values()):
+        return
+    asked = said["prompt"]
+    for name in names[1:]:
+        if len(said[name]) != len(asked):
+            found = f"it holds {len(said[name])} for {len(asked)}"
+            raise DataError(f"{name} must hold an answer to every turn of prompt, but {found}")
+        talk: Turns = []
+        for question, answer in zip(asked, said[name], strict=True):
+            if question is None or answer is None:
+                raise DataError(f"a turn of {'prompt' if question is None else name} is null")
+            talk.append({"role": "user", "content": question})
+            talk.append({"role": "assistant", "content": answer})
+        row[f"conversation_{name[-1]}"] = talk
+    for name in names:
+        del row[name]
+
+
+def _turns_of_one(value: Any) -> list[str | None]:
+    """The texts of a list of texts or nulls, or of its JSON text; [] for anything else."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    items = as_list(value) or []
+    return items if all(isinstance(item, str | None) for item in items) else []
+
+
 def _winner(row: Columns) -> None:
     """Which response won, as `winner`."""
     if "winner" in row:
@@ -88,9 +124,9 @@ def _winner(row: Columns) -> None:
     if "human_ref_A" in row and "labels" in row:
         won = {1.0: "a", 0.0: "b"}.get(number(row["labels"]) or 0.0)
         found["labels"] = None if isinstance(row["labels"], str | bool) else won
-    if "orig_response_A" in row and "orig_preference" in row:
+    if "orig_response_A" in row and "orig_preference" in row and "instruction" not in row:
         found["orig_preference"] = {"A": "a", "B": "b"}.get(str(row["orig_preference"]))
-    if "response_a" in row and set(_FLAGS) <= set(row):
+    if {"response_a", "conversation_a"} & set(row) and set(_FLAGS) <= set(row):
         given = [key for key in _FLAGS if number(row[key]) == 1 or row[key] is True]
         found[", ".join(_FLAGS)] = _FLAGS[given[0]] if len(given) == 1 else None
     for key, winner in found.items():

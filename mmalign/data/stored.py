@@ -34,6 +34,13 @@ SPOKEN = (
 STRUCTURED = ("tools", "chat_template_kwargs", "history", "objects")
 """Columns that hold lists or objects and no plain text, other than tools by themselves."""
 
+_NUMBERED = ("scores", "ratings", "rating", "ranks")
+_LISTED = (
+    *("responses", "completions", "answers", "generations", *_NUMBERED),
+    *("messages", "conversations", "conversation", "rejected_messages"),
+)
+"""Columns that hold a list, whatever is in it."""
+
 _ROLE = re.compile(r"""(["'])(?:role|from)\1\s*:\s*(["'])([\w ]+)\2""")
 _BEGIN = re.compile(r"\s*(?:array\()?\[?\s*\{")
 _BEGIN_PYTHON = re.compile(r"\s*(?:array\(|\[|\{)")
@@ -54,7 +61,8 @@ def read_back(row: Columns) -> Columns:
     Raises:
         DataError: A text that looks like a conversation cannot be read.
     """
-    found = {name: _read(row[name], name) for name in SPOKEN if name in row}
+    found = {name: _read(_as_list(row[name], name), name) for name in SPOKEN if name in row}
+    found |= {name: _as_list(row[name], name) for name in _NUMBERED if name in row}
     for name in STRUCTURED:
         value = row.get(name)
         if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
@@ -63,6 +71,15 @@ def read_back(row: Columns) -> Columns:
             except Unreadable as error:
                 raise DataError(f"{name} cannot be read: {error}") from error
     return {**row, **found}
+
+
+def _as_list(value: Any, column: str) -> Any:
+    """The list that a text is, in columns of lists; anything else as it is."""
+    if column not in _LISTED or not isinstance(value, str) or value.strip()[:1] != "[":
+        return value
+    with suppress(Unreadable):
+        return literal(value)
+    return value
 
 
 def _read(value: Any, column: str) -> Any:

@@ -77,11 +77,16 @@ def unread_of(raw: Mapping[str, Any], record: Mapping[str, Any], row: Example) -
         row: The same as it is trained on.
     """
     own = as_object(raw.get("meta")) or {}
-    left = [key for key in row.meta if key not in own]
+    left = [key for key in row.meta if key not in own and not _is_empty(raw.get(key))]
     said = _said(row) if left else set[str]()
     left = [key for key in left if not _repeats(raw.get(key), said)]
     inside = [f"{key}{OF_TURNS}" for key in sorted(_keys_of_turns(record))]
     return (*left, *inside, *_keys_of_listed(raw))
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a column of a row is there and holds nothing."""
+    return not value.strip() if isinstance(value, str) else value in ([], {})
 
 
 def _said(row: Example) -> set[str]:

@@ -310,3 +310,12 @@ def test_responses_of_one_rating_are_refused(write: Write, desirable: bool) -> N
     records[1]["desirable"] = not desirable
     rows, _ = load_examples(DataConfig(train=write("b.jsonl", records)), UNPAIRED, seed=0)
     check_trainable(rows, UNPAIRED, "a.jsonl")
+
+
+def test_both_answers_of_a_row_are_one_row(told: Any) -> None:
+    row = {"prompt": QUESTION, "chosen": f"{QUESTION} a</s>", "rejected": f"{QUESTION} b</s>"}
+    lines = told([row, {"prompt": "p", "chosen": "c", "rejected": "r"}])
+    assert [line.partition(";")[0] for line in lines] == [
+        "answers that repeat their prompt: 1 of 2 rows",
+        "special tokens written in answers: 1 of 2 rows",
+    ]

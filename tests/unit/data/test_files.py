@@ -53,6 +53,12 @@ def test_json(tmp_path: Path) -> None:
             list(read_rows(path))
 
 
+def test_json_lines_of_one_column(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"messages": [{"a": 1}]}\n{"messages": [{"a": 2}]}\n')
+    assert values(path) == [{"messages": [{"a": 1}]}, {"messages": [{"a": 2}]}]
+
+
 @pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t")])
 def test_csv(tmp_path: Path, name: str, delimiter: str) -> None:
     path = tmp_path / name

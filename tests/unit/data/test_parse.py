@@ -170,6 +170,7 @@ def test_extra_roles_follow_the_rated_candidates() -> None:
         (PAIR | {"rejected": []}, "rejected is empty"),
         (PAIR | {"rejected": [{"role": "user"}]}, "rejected must hold messages with a text"),
         (PAIR | {"rejected": [USER]}, "a response must start with an assistant turn"),
+        (PAIR | {"rejected": [ANSWER, USER]}, "a response must end with an assistant turn"),
         (PAIR | {"rejected": [ANSWER | {"name": {1}}]}, "a message of rejected holds what JSON"),
         (PAIR | {"tools": "look_up"}, "tools must be a list of objects, or the JSON text of one"),
         (PAIR | {"tools": ["look_up"]}, "tools must be a list of objects, or the JSON text of one"),

@@ -159,3 +159,24 @@ def test_prompts_that_are_not_utf8(tmp_path: Path) -> None:
         read_prompts(path)
     path.write_bytes("\ufefffine \r\n\r\na\u2028b\n".encode())
     assert [row.prompt for row in read_prompts(path)] == ["fine ", "a\u2028b"]
+
+
+@pytest.mark.parametrize("beside", [{"question": ""}, {"input": " ", "source": "web"}])
+def test_shared_words_are_no_prompt_where_the_column_for_it_is_empty(
+    beside: dict[str, Any],
+) -> None:
+    name = next(iter(beside))
+    with pytest.raises(DataError, match=f"there is no prompt: `{name}` is empty"):
+        to_record({**beside, **ALIKE})
+
+
+@pytest.mark.parametrize("text", ["What is it?", "Name the capital."])
+def test_a_short_sentence_could_ask(text: str) -> None:
+    with pytest.raises(DataError, match="`task` could be it"):
+        to_record({"task": text, **ALIKE})
+    assert to_record({"task": "open qa", **ALIKE})["prompt"] == "The capital is"
+
+
+def test_an_instruction_beside_the_prompt_of_a_pair_is_kept() -> None:
+    row = {"prompt": "Q", "instruction": "Answer briefly", "chosen": "a", "rejected": "b"}
+    assert to_record(row) == row

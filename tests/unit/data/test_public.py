@@ -69,6 +69,54 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         PAIR,
     ),
+    "arena-55k, as stored": (
+        {
+            "prompt": '["Q", "more"]',
+            "response_a": '["bad", "worse"]',
+            "response_b": '["good", "better"]',
+            "winner_model_a": 0,
+            "winner_model_b": 1,
+            "winner_tie": 0,
+        },
+        {
+            "prompt": [USER],
+            "chosen": [
+                GOOD,
+                {"role": "user", "content": "more"},
+                {"role": "assistant", "content": "better"},
+            ],
+            "rejected": [
+                BAD,
+                {"role": "user", "content": "more"},
+                {"role": "assistant", "content": "worse"},
+            ],
+        },
+    ),
+    "arena-140k": (
+        {"conversation_a": [USER, GOOD], "conversation_b": [USER, BAD], "winner": "both_bad"},
+        CHAT | {"tie": True},
+    ),
+    "ultrafeedback of distilabel": (
+        {
+            "instruction": "Q",
+            "generations": ["good", "bad"],
+            "ratings": [5, 2],
+            "rationales": ["so", "no"],
+        },
+        LIST | {"scores": [5, 2], "meta": {"rationales": ["so", "no"]}},
+    ),
+    "kto of axolotl": (
+        {"system": "S", "instruction": "Q", "completion": "good", "label": True},
+        {
+            "prompt": [{"role": "system", "content": "S"}, USER],
+            "response": "good",
+            "desirable": True,
+        },
+    ),
+    "input and output": (
+        {"input": [USER], "output": "good"},
+        {"prompt": [USER], "response": "good"},
+    ),
     "arena-55k": (
         {
             "prompt": "Q",
@@ -176,3 +224,11 @@ def test_rejected_media_alone_are_the_same_answer_about_something_else() -> None
 def test_a_public_file_that_says_something_else(raw: dict[str, Any], expected: str) -> None:
     with pytest.raises(DataError, match=expected):
         to_record(raw)
+
+
+def test_arena_with_an_answer_too_few() -> None:
+    row = {"prompt": '["Q", "more"]', "response_a": '["a", null]', "response_b": '["b"]'}
+    with pytest.raises(DataError, match="a turn of response_a is null"):
+        to_record({**row, "winner": "a"})
+    with pytest.raises(DataError, match="response_b must hold an answer to every turn of prompt"):
+        to_record({**row, "response_a": '["a", "b"]', "winner": "a"})

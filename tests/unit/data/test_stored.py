@@ -187,3 +187,14 @@ def test_json_lines_in_a_file_named_json(tmp_path: Path) -> None:
     good, bad = read_records(path)
     assert (good.place, good.value) == (f"{path}:1", rows[0])
     assert bad.place == f"{path}:2"
+
+
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_lists_as_text(write: Any) -> None:
+    answers = [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]
+    row = {"prompt": "Q", "answers": write(answers)}
+    assert to_record(row)["responses"] == ["a", "b"]
+    row = {"prompt": "Q", "responses": write(["a", "b"]), "scores": write([1, 2.5])}
+    assert to_record(row) == {"prompt": "Q", "responses": ["a", "b"], "scores": [1, 2.5]}
+    exchanges = write([{"human": "Q", "assistant": "a"}])
+    assert to_record({"conversation": exchanges})["response"] == "a"

@@ -134,3 +134,10 @@ def test_half_of_a_surrogate_pair_is_a_problem_of_its_line(write: Write) -> None
     good, bad = read_records(write("a.jsonl", [line.replace("\\ud8000", "\\ud83d\\ude00"), line]))
     assert good.id == "\U0001f600"
     assert "half of a surrogate pair" in str(bad.problems[0])
+
+
+def test_what_is_there_and_empty_is_not_named(
+    write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [row | {"context": " ", "steps_of": [], "other": {}} for row in pairs(3)]
+    assert told(write("a.jsonl", rows), caplog)[:2] == ([], [])
