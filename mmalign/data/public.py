@@ -7,7 +7,7 @@ Code-Preference-Pairs                 instruction, accepted, rejected
 SHP                                   history, human_ref_A, human_ref_B, labels
 Preference-Collection                 orig_instruction, orig_response_A and _B, orig_preference
 OpenAI's preference format            input, preferred_output, non_preferred_output
-arena-human-preference-55k            prompt, response_a, response_b: JSON lists of turns; winner_model_a
+arena-human-preference-55k            prompt, response_a, response_b as JSON lists; winner_model_a
 """
 
 from __future__ import annotations
