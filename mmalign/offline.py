@@ -294,6 +294,6 @@ def show_rows(config: RunConfig, count: int) -> None:
 
     objective = configs.check(config)
     config = adapter_class(config.modality).begun(config)
-    rows, _ = load_usable(config, objective.needs)
-    shown = adapter_class(config.modality).show_rows(config, rows[:count])
+    rows, _ = load_usable(config, objective.needs, first=count)
+    shown = adapter_class(config.modality).show_rows(config, rows)
     Console(highlight=False).print(shown)

@@ -285,7 +285,7 @@ def load_usable(
 ) -> tuple[list[Example], list[Example]]:
     """Train and evaluation rows of a run; what is to be known of them is logged.
 
-    Of the rows to train on only the `first`, where that is given.
+    Of either part only the `first`, where that is given.
     """
     found = survey_rows(config, needs, first=first)
     say(found.notes)

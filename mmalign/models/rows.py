@@ -54,7 +54,7 @@ def survey_rows(config: RunConfig, needs: Needs, *, first: int | None = None) ->
     Args:
         config: The run's configuration.
         needs: Of its objective.
-        first: How many of the rows to train on are wanted; None: all.
+        first: How many rows of either part are wanted; None: all.
 
     Raises:
         DataError: There are problems, or no row is left.
@@ -81,7 +81,7 @@ def find_rows(config: RunConfig, needs: Needs, *, first: int | None = None) -> S
     from mmalign.models.adapter import adapter_class
 
     train, held_out = _read(config, needs)
-    return adapter_class(config.modality).survey(config, needs, (train[:first], held_out))
+    return adapter_class(config.modality).survey(config, needs, (train[:first], held_out[:first]))
 
 
 def _read(config: RunConfig, needs: Needs) -> tuple[list[Example], list[Example]]:
