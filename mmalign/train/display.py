@@ -31,6 +31,7 @@ _HELD_OUT = (
     ("eval_log_ratio_margin", "log-ratio margin", "+.2f"),
 )
 _SECONDS_BETWEEN_LINES = 5.0
+_WIDTH_FOR_A_BAR = 120  # columns of a terminal that hold the numbers beside a bar
 
 
 class Display:
@@ -58,17 +59,21 @@ class Display:
                 TimeElapsedColumn,
                 TimeRemainingColumn,
             )
+            from rich.table import Column
 
+            # Only the numbers wrap where a line is too long: rich would drop step and time left.
+            whole = Column(no_wrap=True)
+            console = Console(stderr=True)
             columns = (
                 TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=20),
-                TimeElapsedColumn(),
+                MofNCompleteColumn(table_column=whole),
+                *([BarColumn(bar_width=20)] if console.width >= _WIDTH_FOR_A_BAR else []),
+                TimeElapsedColumn(table_column=whole),
                 TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[values]}"),
+                TimeRemainingColumn(table_column=whole),
+                TextColumn("{task.fields[values]}", table_column=Column()),
             )
-            bar = Progress(*columns, console=Console(stderr=True))
+            bar = Progress(*columns, console=console)
             self._bar = self._stack.enter_context(bar)
             self._task = bar.add_task(
                 "train", total=self._num_steps, completed=self._start, values=""
@@ -86,7 +91,7 @@ class Display:
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
         elif self._is_main:
             print(text, file=sys.stderr, flush=True)
 

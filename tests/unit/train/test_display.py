@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -40,3 +41,18 @@ def test_a_terminal_gets_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "accuracy 1.00" in told
     assert "left" in told
     assert "held out at step 5: loss" in told, "lines appear above the bar"
+
+
+def test_a_narrow_terminal_keeps_the_step_and_the_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    train(toy_config(tmp_path, "train.num_steps=5"))
+    told = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    assert re.search(r"step 5/5 \d:\d\d:\d\d left \d:\d\d:\d\d loss ", told)
+    assert "accuracy 1.00" in told
+    lines = [line for line in told.splitlines() if line.startswith("held out at step 5")]
+    assert "log-ratio margin" in lines[0], "the terminal wraps it, and a copy is one line"
