@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from mmalign.data.fields import DEEPEST, as_list, as_object, is_deep, show
 from mmalign.data.folders import folder_rows
+from mmalign.data.layout import HIGHER, LOWER
 from mmalign.data.row import HELD_OUT, Row, Wanted
 from mmalign.data.stored import Unreadable, literal
 from mmalign.data.tables import hub_rows, parquet_rows, saved_rows, shard_rows
@@ -32,16 +33,21 @@ _SPLIT = re.compile(r'"split"\s*:\s*"([^"\\]*)"')  # in a text its quotes would 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
 # fmt: off
 _NOT_TEXT = frozenset((
-    "weight", "p_chosen", "agreement", "votes_chosen", "votes_rejected", "votes_tie", "votes_a",
-    "votes_b", "tie", "desirable", "label", "kto_tag", "better_response_id", "responses", "scores",
+    "weight", "p_chosen", "agreement", "votes_chosen", "votes_rejected", "votes_a", "votes_b",
+    "tie", "desirable", "label", "kto_tag", "better_response_id", "responses", "scores",
     "completions", "generations", "answers", "rating", "labels", "ranks", "ratings", "online",
     "spans", "spans_chosen", "spans_rejected", "steps",
     "steps_chosen", "steps_rejected", "cut", "chosen_cut", "rejected_cut", "meta", "history",
     "label_0", "label_1", "has_label", "images", "image_paths", "human_preference", "rank",
-    "score_0", "score_1", "score_chosen", "score_rejected", "overall_preference",
-    "preference_strength", "winner_model_a", "winner_model_b", "winner_tie",
+    "overall_preference", "preference_strength", "winner_model_a", "winner_model_b", "winner_tie",
+    "label_chosen", "label_rejected", "votes_0", "votes_1", "votes_2", "votes_tie",
 ))
 # fmt: on
+_STEM = "|".join((*HIGHER, *LOWER))
+_NUMBER = re.compile(
+    rf"(?:{_STEM})[_-](?:chosen|rejected|[abAB0-9])|(?:chosen|rejected)[_-](?:{_STEM})"
+)
+"""A number of a response: score_chosen, rejected-rating, score_A."""
 
 
 def read_rows(
@@ -242,7 +248,7 @@ def _csv_row(place: str, cells: dict[Any, Any]) -> Row:
 
 def _csv_value(column: str, cell: str) -> Any:
     """Numbers, flags and lists are read, in the columns that hold such."""
-    if column not in _NOT_TEXT:
+    if column not in _NOT_TEXT and not _NUMBER.fullmatch(column):
         return cell
     with suppress(_NotJson):
         return _parse(cell)

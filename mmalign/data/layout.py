@@ -69,8 +69,9 @@ def side_of(winner: Any, names: tuple[str, str]) -> int | None:
     first = int(names[0].endswith("_1"))
     sides = {"a": 0, "model_a": 0, names[0]: 0, "b": 1, "model_b": 1, names[1]: 1}
     sides |= {str(first): 0, str(first + 1): 1}
+    named = str(winner).lower()
     # The arenas write "tie", "tie (bothbad)" and "both_bad".
-    return -1 if str(winner).startswith(("tie", "both")) else sides.get(str(winner))
+    return -1 if named.startswith(("tie", "both")) else sides.get(named)
 
 
 def ends_of(names: tuple[str, str]) -> tuple[tuple[str, str], ...]:

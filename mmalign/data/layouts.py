@@ -123,8 +123,11 @@ def read_single(row: Columns) -> Columns:
 
 def _rating(row: Columns) -> Columns:
     """`desirable` from the names it has elsewhere."""
-    rating = row.pop("desirable", row.pop("label", row.pop("kto_tag", None)))
-    return {} if rating is None else {"desirable": rating}
+    given = {name: row.pop(name) for name in ("desirable", "label", "kto_tag") if name in row}
+    for name, rating in given.items():
+        if not isinstance(rating, bool) and number(rating) not in (0.0, 1.0):
+            raise DataError(f"{name} must be true or false, but is {show(rating)}")
+    return {"desirable": next(iter(given.values()))} if given else {}
 
 
 def read_alpaca(row: Columns) -> Columns:

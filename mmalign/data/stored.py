@@ -41,7 +41,8 @@ _LISTED = (
 )
 """Columns that hold a list, whatever is in it."""
 
-_ROLE = re.compile(r"""(["'])(?:role|from)\1\s*:\s*(["'])([\w ]+)\2""")
+_ROLE = re.compile(r"""(["'])(?:role|from)\1\s*:\s*(["']?)([\w ]+)\2""")  # some quote keys only
+_OF_CLASSES = re.compile(r"""\s*\[?(?:OrderedDict|\w*Message)\(.*\brole\b""", re.DOTALL)
 _BEGIN = re.compile(r"\s*(?:array\()?\[?\s*\{")
 _BEGIN_PYTHON = re.compile(r"\s*(?:array\(|\[|\{)")
 _SAID = re.compile(r"""(["'])(?:content|value|tool_calls)\1\s*:""")
@@ -93,6 +94,13 @@ def _read(value: Any, column: str) -> Any:
 
 def _conversation(text: str, column: str) -> Any:
     """The messages that a text holds, or the text where it is one."""
+    if text.startswith(('"[', '"{')):  # JSON text written as JSON once more
+        with suppress(ValueError, RecursionError):
+            inner = json.loads(text)
+            again = _conversation(inner, column) if isinstance(inner, str) else inner
+            return text if isinstance(again, str) else again
+    if _OF_CLASSES.match(text):
+        raise _not_read(column, "it holds objects of Python and no plain ones")
     if not _looks_spoken(text):
         return text
     try:
@@ -101,11 +109,15 @@ def _conversation(text: str, column: str) -> Any:
         role = _ROLE.search(text)
         if role is None or role[3].lower() not in KNOWN_ROLES:
             return text
-        raise DataError(
-            f"{column} looks like a conversation written as text, and cannot be read: {error}. "
-            "Write it as a list of messages, or as the JSON text of one"
-        ) from error
+        raise _not_read(column, str(error)) from error
     return value if _is_spoken(value) else text
+
+
+def _not_read(column: str, why: str) -> DataError:
+    return DataError(
+        f"{column} looks like a conversation written as text, and cannot be read: {why}. "
+        "Write it as a list of messages, or as the JSON text of one"
+    )
 
 
 def _looks_spoken(text: str) -> bool:
@@ -164,6 +176,8 @@ def _with_commas(text: str) -> str:
     ended = False  # whether a value has just ended
     last = ""
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.ERRORTOKEN:  # a quote that nothing closes on its line
+            raise SyntaxError(f"{token.string!r} stands alone")
         word = token.string
         if token.type in _SPACE or (token.type == tokenize.NAME and word in ("array", "object")):
             last = word or last

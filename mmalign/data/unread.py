@@ -47,6 +47,7 @@ _OF_LISTED = ("score", "overall_score", "rating", "rank", "pm_score")
 _READ = (
     *(*KIND_KEYS, *OPTIONAL, *MEDIA_KEYS, *SPOKEN, *STRUCTURED, "system", "label", "labels"),
     *("winner", "kto_tag", "ratings", "ranks", "votes_a", "votes_b", "better_response_id"),
+    *("label_0", "label_1"),
 )
 OF_TURNS = " of messages"
 """What follows the name of a key that messages have."""

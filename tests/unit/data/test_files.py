@@ -209,3 +209,12 @@ def test_rows_of_splits_that_are_not_wanted_need_not_be_read(tmp_path: Path) -> 
     # A line that names both, or none, is left to the caller.
     assert [row.place.rpartition(":")[2] for row in read] == ["2", "3", "4", "5"]
     assert len(list(read_rows(path, wanted=lambda split: True))) == 6
+
+
+def test_numbers_of_responses_in_csv(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(
+        "chosen_score,rejected-rating,label_chosen,score_A,rank_0,score\n1,2.5,0.5,3,4,5\n"
+    )
+    (row,) = values(path)
+    assert list(row.values()) == [1, 2.5, 0.5, 3, 4, "5"]

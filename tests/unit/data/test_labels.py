@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from picture_files import save
 
 from mmalign.config import DataConfig
-from mmalign.data import Example, load_examples, parse_record
+from mmalign.data import Example, load_examples, parse_record, to_record
 from mmalign.data.fit import fit
 from mmalign.data.labels import in_order, prefers_rejected
 from mmalign.data.records import convert_file, read_records
@@ -212,3 +212,18 @@ def test_odd_labels_are_problems_or_an_order(labels: dict[str, Any]) -> None:
     assert row.labels[0] >= row.labels[1]
     assert set(responses(row)) == {"good 0", "bad 0"}
     assert fit([row], PAIR, ties="soft")
+
+
+@pytest.mark.parametrize(("winner", "chosen"), [("B", "b"), ("Model_A", "a"), ("Tie", "a")])
+def test_capitals_of_a_winner(winner: str, chosen: str) -> None:
+    record = to_record({"prompt": "p", "response_a": "a", "response_b": "b", "winner": winner})
+    assert record["chosen"] == chosen
+    assert record.get("tie") == (True if winner == "Tie" else None)
+
+
+def test_a_rating_is_named_by_its_column() -> None:
+    row = {"prompt": "p", "completion": "c"}
+    with pytest.raises(DataError, match="label must be true or false, but is -1"):
+        to_record(row | {"label": -1})
+    with pytest.raises(DataError, match="kto_tag must be true or false, but is 'no'"):
+        to_record({"instruction": "p", "output": "c", "kto_tag": "no"})

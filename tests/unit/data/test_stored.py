@@ -198,3 +198,28 @@ def test_lists_as_text(write: Any) -> None:
     assert to_record(row) == {"prompt": "Q", "responses": ["a", "b"], "scores": [1, 2.5]}
     exchanges = write([{"human": "Q", "assistant": "a"}])
     assert to_record({"conversation": exchanges})["response"] == "a"
+
+
+def test_json_text_written_twice() -> None:
+    row = {"prompt": "Q", "chosen": json.dumps(json.dumps(GOOD[1:])), "rejected": '"[no]"'}
+    record = to_record(row)
+    assert (record["chosen"], record["rejected"]) == ("it's", '"[no]"')
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[{'role': assistant, 'content': hello there}]",
+        "[{'content': 'x\ny', 'role': 'assistant'}]",
+        "[OrderedDict([('role', 'assistant'), ('content', 'x')])]",
+        "[ChatCompletionMessage(content='x', role='assistant')]",
+    ],
+)
+def test_conversations_that_others_write_are_refused(text: str) -> None:
+    with pytest.raises(DataError, match="chosen looks like a conversation written as text"):
+        to_record({"prompt": "Q", "chosen": text, "rejected": "b"})
+
+
+def test_code_about_roles_is_text() -> None:
+    code = '[{"role": role, "content": text} for role, text in turns]'
+    assert to_record({"prompt": "Q", "chosen": code, "rejected": "b"})["chosen"] == code
