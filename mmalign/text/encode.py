@@ -141,7 +141,8 @@ class Encoder:
 
         `prompts_cut`, `responses_cut`, `boundary_moved` (prompt tokens merged with a response),
         `prompts_empty`, `without_mismatch`, `without_template` (conversations as transcripts),
-        `thoughts_closed` (opened by the prompt, none in the answer), `thoughts_after_closed`.
+        `thoughts_closed` (opened by the prompt, none in the answer), `thoughts_after_closed`,
+        `thoughts_left_out` (of earlier turns of an answer, by the chat template).
         Loader workers keep their own counts; `text.survey` counts all rows of a run.
         """
         return self.notes.counts

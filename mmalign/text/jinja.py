@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 CLOCK = "strftime_now"  # the function with which templates write today's date
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 _OURS = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message", CLOCK})
-_NO_KEYWORDS = _OURS | {"chat_template", "tokenize", "padding", "truncation", "max_length"}
+_NO_KEYWORDS = _OURS | {  # parameters of apply_chat_template
+    "conversation", "chat_template", "tokenize", "padding", "truncation", "max_length",
+    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+    "processor_kwargs",
+}  # fmt: skip
 
 
 class JinjaTemplate:

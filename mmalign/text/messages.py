@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mmalign.text.jinja import JinjaTemplate
 
 _WORD = re.compile(r"\w+")
+_SWITCH = re.compile(r"/(?:no_?)?think\b")  # in a text, for the template alone
 _SAYING = ("tool_calls", "tool_plan", "function_call", *thoughts.REASONING)
 """Keys that hold a part of what a turn says; ids, names and the like may go unread."""
 
@@ -73,6 +74,14 @@ def call_names(turn: Message) -> list[str]:
     return found
 
 
+def said_at(body: str, words: str, turn: Message) -> int:
+    """Where a turn's words begin in a body, or its first call; the body's end where none does."""
+    for text in (words, *call_names(turn)[:1]):
+        if text and text in body:
+            return body.find(text)
+    return len(body)
+
+
 def with_text_arguments(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The messages with the arguments of their calls as JSON text, which some templates expect."""
     return [
@@ -125,7 +134,7 @@ def require_told(turns: Iterable[Message], rendered: str, where: str) -> None:
             continue
         if turn.role == "assistant":
             text = thoughts.split(text, None)[1].strip()
-        words = _WORD.findall(text)
+        words = _WORD.findall(_SWITCH.sub("", text))
         known = set(_WORD.findall(rendered))
         if 4 * sum(word in known for word in words) < 3 * len(words):
             raise DataError(

@@ -79,6 +79,8 @@ class ChatTemplate:
         found: list[Response] = []
         for candidate in candidates:
             answer = answer_turns(candidate, where)
+            while answer[-1].role != "assistant":  # nothing follows that would be trained
+                answer = answer[:-1]
             if turns and turns[-1].role == "assistant":
                 answer = (_joined(turns[-1], answer[0]), *answer[1:])
             if len(answer) == 1:

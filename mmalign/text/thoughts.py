@@ -8,6 +8,10 @@ from dataclasses import dataclass
 PAIRS = {
     "<think>": "</think>",
     "<thinking>": "</thinking>",
+    "<thought>": "</thought>",
+    "<longcat_think>": "</longcat_think>",
+    "<|begin_of_thought|>": "<|end_of_thought|>",
+    "◁think▷": "◁/think▷",
     "<seed:think>": "</seed:think>",
     "<mm:think>": "</mm:think>",
     "<|START_THINKING|>": "<|END_THINKING|>",
@@ -91,6 +95,17 @@ def split(text: str, opened: Opener | None) -> tuple[str | None, str]:
     return None, text
 
 
+def is_unfinished(text: str) -> bool:
+    """Whether an answer's text opens a thought and never closes it: it was cut, or ran on."""
+    start = text.lstrip()
+    return any(start.startswith(tag) and close not in start for tag, close in PAIRS.items())
+
+
+def begins_empty(body: str) -> bool:
+    """Whether a template put an empty thought in front of an answer."""
+    return _EMPTY.match(body.lstrip()) is not None
+
+
 def as_generated(text: str, opened: Opener) -> str:
     """What of an answer's text, thought and all, follows a context that opens the thought."""
     start = text.lstrip()
@@ -109,7 +124,7 @@ def written(thought: str, words: str, opened: Opener) -> str:
     """A thought given beside the answer, as what follows a context that opens it."""
     if "\n" not in opened.space:
         return f"{thought}{opened.close}{words}"
-    return f"{thought.strip(chr(10))}\n{opened.close}\n\n{words}"
+    return f"{thought.strip(chr(10))}\n{opened.close}\n\n{words.lstrip(chr(10))}"
 
 
 def filled(body: str, thought: str) -> str | None:

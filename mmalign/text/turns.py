@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from mmalign.errors import DataError
 from mmalign.text import messages, thoughts
+from mmalign.text.frame import shared
 from mmalign.text.response import Response
+from mmalign.text.whole import Thought
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,11 +20,12 @@ if TYPE_CHECKING:
 
 
 class Conversation:
-    """A prompt and an answer of several turns, rendered whole.
+    """A prompt and an answer of several turns as one text.
 
-    A turn's place is found by rendering what comes before it, as inference does. Where the whole
-    conversation has that in another way (thoughts of earlier turns are left out), the turn is
-    found by its words: what the whole has is what is scored.
+    It is what inference sends before the last turn, and that turn as an answer of its own. An
+    earlier turn's place is found by rendering what comes before it. Where the whole has that in
+    another way (thoughts of earlier turns are left out), the turn is found by its words: what the
+    whole has is what is scored.
     """
 
     def __init__(
@@ -44,24 +47,24 @@ class Conversation:
             row: Tools and keywords.
             where: The row, for errors.
         """
-        last = max(i for i, turn in enumerate(answer) if turn.role == "assistant")
         self.chat, self.row, self.where = chat, row, where
-        self.prompt, self.answer = tuple(prompt), tuple(answer[: last + 1])
+        self.prompt, self.answer = tuple(prompt), tuple(answer)
         self.frame = chat.frame(row)
-        self.full = chat.render([*self.prompt, *self.answer], row, where, ask=False)
+        before, turn = [*self.prompt, *self.answer[:-1]], self.answer[-1]
+        asked = chat.render(before, row, where, ask=True)
+        body, end, self.with_eos = chat.answered(before, turn, asked, row, where)
+        body = Thought(chat, before, turn, asked, row, where).body(body)
+        self.full, self.end = asked + body + end, end
         rest = chat.rest(self.full, context, prompt, answer[0], row, where)
         messages.require_told(chat.told(self.answer), rest, where)
         self.start = len(self.full) - len(rest)  # of the answer in the whole
+        self.last = (len(asked), len(self.full))
         self.opened = thoughts.opener(context)
+        self._require_thoughts(rest)
 
     def response(self, *, last: bool) -> Response:
         """What follows the context, of which the assistant's turns are scored, or the last one."""
-        ranges = self._marked() if self.chat.template.marks_generation else None
-        ranges = ranges or self._grown()
-        body, end, with_eos = self.chat.split(
-            self.full[self.start :], self.frame, calls="tool_calls" in self.answer[-1].extra
-        )
-        ranges[-1] = (ranges[-1][0], self.start + len(body) + len(end))
+        body = self.full[self.start : len(self.full) - len(self.end)]
         opened, shift = self.opened, -self.start
         if opened is not None and body.startswith(opened.tag):
             shift -= len(body) - len(thoughts.as_generated(body, opened))
@@ -70,14 +73,38 @@ class Conversation:
             closing = self.frame.closing or opened.empty
             shift += len(closing)
             body = closing + body
+        ranges = [self.last] if last else self._ranges()
         scored = [(max(a + shift, 0), b + shift) for a, b in ranges]
-        scored[0] = (0, scored[0][1])
-        shown = scored[-1:] if last else scored
-        return Response(self.answer[-1].content, body, end, None, with_eos, tuple(shown))
+        if not last:  # what closes an opened thought is the first turn's
+            scored[0] = (0, scored[0][1])
+        return Response(self.answer[-1].content, body, self.end, None, self.with_eos, tuple(scored))
+
+    def _ranges(self) -> list[Range]:
+        marked = self._marked() if self.chat.template.marks_generation else None
+        return [*(marked or self._grown())[:-1], self.last]
+
+    def _require_thoughts(self, rest: str) -> None:
+        """Say it where thoughts of earlier turns are left out, as they are at inference.
+
+        Raises:
+            DataError: The template knows no thoughts at all.
+        """
+        for turn in self.answer[:-1]:
+            key = messages.thought_key(turn)
+            thought = messages.thought_of(turn) or thoughts.split(turn.content, self.opened)[0]
+            if turn.role != "assistant" or not thought or thoughts.holds(rest, thought):
+                continue
+            if key and not self.chat.template.words.intersection(thoughts.REASONING):
+                raise messages.unread(key, self.where)
+            self.chat.notes.count(
+                "thoughts_left_out", self.where,
+                "the chat template leaves thoughts of earlier turns out of an answer of several, "
+                "as it does when the model is asked for the next turn; they are not trained. A row "
+                "that ends in the turn trains its thought",
+            )  # fmt: skip
 
     def _words_at(self, body: str) -> int:
-        words = self._words(self.answer[0])
-        return body.find(words) if words in body else len(body)
+        return messages.said_at(body, self._words(self.answer[0]), self.answer[0])
 
     def _grown(self) -> list[Range]:
         """The ranges of the assistant's turns in the whole, by rendering what comes before each."""
@@ -108,22 +135,32 @@ class Conversation:
         body, end, _ = self.chat.split(own, self.frame, calls="tool_calls" in turn.extra)
         stop = len(body)
         if stop < first or not self.full.startswith(body):
-            stop = self._found(turn, first) + len(self._words(turn))
+            own = body[min(first, shared(body, self.full)) :]
+            said = own[messages.said_at(own, self._words(turn), turn) :]
+            place = self.full.find(said, first) if said else -1
+            if place < 0:
+                said, place = self._words(turn), self._found(turn, first)
+                if not said:
+                    raise self._rewritten(turn)
+            stop = place + len(said)
         for text in (end, self.frame.between):
             if text and self.full.startswith(text, stop):
                 return stop + len(text)
         return stop
 
     def _found(self, turn: Message, cursor: int) -> int:
-        words = self._words(turn)
-        place = self.full.find(words, cursor) if words else -1
-        if place < 0:
-            raise DataError(
-                f"{self.where}: the chat template rewrites the assistant's turn "
-                f"{turn.content[:60]!r} within the conversation, so its tokens cannot be told from "
-                "those of other turns; set text.train_on: last, or change the row"
-            )
+        rest = self.full[cursor:]
+        place = cursor + messages.said_at(rest, self._words(turn), turn)
+        if place == len(self.full):
+            raise self._rewritten(turn)
         return place
+
+    def _rewritten(self, turn: Message) -> DataError:
+        return DataError(
+            f"{self.where}: the chat template rewrites the assistant's turn {turn.content[:60]!r} "
+            "within the conversation, so its tokens cannot be told from those of other turns; set "
+            "text.train_on: last, or change the row"
+        )
 
     def _words(self, turn: Message) -> str:
         return thoughts.split(turn.content, self.opened)[1].strip()
@@ -137,7 +174,7 @@ class Conversation:
         text, spans = self.chat.template.generated(given, self.row, self.where)
         spans = [(max(first, self.start), stop) for first, stop in spans if stop > self.start]
         turns = [turn for turn in self.answer if turn.role == "assistant"]
-        if text != self.full or len(spans) != len(turns):
+        if not text.startswith(self.full) or len(spans) != len(turns):
             return None
         found: list[Range] = []
         for (first, stop), turn in zip(spans, turns, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmalign.data.example import Message
 from mmalign.errors import DataError
@@ -41,6 +41,11 @@ class Thought:
         thought, words = messages.thought_of(self.answer), self.answer.content
         if thought is None:
             thought, words = thoughts.split(words, opened)
+        if thought is None and thoughts.is_unfinished(words):
+            if opened is None and thoughts.begins_empty(rendered):
+                return words
+            if opened is not None and not thoughts.other_tag(words, opened):
+                return thoughts.as_generated(words, opened)
         if thought is None or not thought.strip():
             body = self._closed(rendered, words, opened)
         else:
@@ -58,8 +63,7 @@ class Thought:
             closed = thoughts.is_closed(self.context)
             return thoughts.without_close(rendered) if closed else rendered
         body = thoughts.as_generated(rendered, opened)
-        own = words.strip()
-        if opened.close in (body[: body.find(own)] if own in body else body):
+        if opened.close in body[: messages.said_at(body, words.strip(), self.answer)]:
             return body
         closing = self.chat.frame(self.row).closing
         if closing is None:
@@ -76,7 +80,8 @@ class Thought:
             return rendered if opened is None else thoughts.as_generated(rendered, opened)
         given = messages.thought_of(self.answer) is not None
         if not given and self.chat.template.words.intersection(thoughts.REASONING):
-            further = {**json.loads(self.answer.extra or "{}"), thoughts.REASONING[0]: thought}
+            further: dict[str, Any] = json.loads(self.answer.extra or "{}")
+            further[thoughts.REASONING[0]] = thought.strip("\n")
             apart = Message("assistant", words.lstrip(), json.dumps(further))
             body, _, _ = self.chat.answered(self.before, apart, self.context, self.row, self.where)
             if thoughts.follows(body, thought, words, opened):
@@ -84,7 +89,9 @@ class Thought:
         if opened is not None:
             calls = bool(messages.call_names(self.answer))
             if given or calls or thoughts.other_tag(self.answer.content, opened):
-                return thoughts.written(thought, rendered if calls else words, opened)
+                # A call is written as the template does it, behind what it closes the thought with.
+                after = thoughts.split(rendered, opened)[1] if calls else words
+                return thoughts.written(thought, after, opened)
             return thoughts.as_generated(self.answer.content, opened)
         if (body := thoughts.filled(rendered, thought)) is not None:
             return body
