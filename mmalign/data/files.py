@@ -24,6 +24,7 @@ from mmalign.data.layout import HIGHER, LOWER
 from mmalign.data.row import HELD_OUT, Row, Wanted
 from mmalign.data.stored import Unreadable, literal
 from mmalign.data.tables import hub_rows, parquet_rows, saved_rows, shard_rows
+from mmalign.data.turns import are_messages
 from mmalign.errors import DataError
 
 __all__ = ["HELD_OUT", "LONGEST_LINE", "Row", "read_rows"]
@@ -208,8 +209,10 @@ def _has_json_lines(handle: IO[bytes]) -> bool:
         record = as_object(_parse(line.decode("utf-8-sig", errors="surrogateescape"))) or {}
     except _NotJson:
         return False
-    # One object with one list may be the records under some name.
-    return bool(record) and as_list(record.get("data")) is None and (more or len(record) > 1)
+    if not record or as_list(record.get("data")) is not None:
+        return False
+    # One object with one list is a conversation, or else the records under some name.
+    return more or len(record) > 1 or are_messages(next(iter(record.values())))
 
 
 def _prompts(file: Path, handle: IO[bytes]) -> Iterator[Row]:

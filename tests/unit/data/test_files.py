@@ -57,6 +57,9 @@ def test_json_lines_of_one_column(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('{"messages": [{"a": 1}]}\n{"messages": [{"a": 2}]}\n')
     assert values(path) == [{"messages": [{"a": 1}]}, {"messages": [{"a": 2}]}]
+    alone = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+    path.write_text(json.dumps(alone))
+    assert values(path) == [alone]
 
 
 @pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t")])
