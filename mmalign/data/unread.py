@@ -26,7 +26,8 @@ _BOOKKEEPING = _OPINIONS | frozenset(
         "id ids uid idx index uuid hash at source sources origin dataset datasets subset category "
         "categories domain topic task type tag tags language lang license url version date "
         "timestamp created updated annotator annotators annotations model models generator score "
-        "scores rating ratings reward rewards rank ranks difficulty length tokens count metadata"
+        "scores rating ratings reward rewards rank ranks difficulty length tokens count metadata "
+        "ratio difference utc tstamp severity level sha 256"
     )
 )
 """Last words of names that say where a row comes from, or what somebody thought of it.

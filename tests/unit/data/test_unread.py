@@ -141,3 +141,10 @@ def test_what_is_there_and_empty_is_not_named(
 ) -> None:
     rows = [row | {"context": " ", "steps_of": [], "other": {}} for row in pairs(3)]
     assert told(write("a.jsonl", rows), caplog)[:2] == ([], [])
+
+
+@pytest.mark.parametrize(
+    "name", ["score_ratio", "seconds_difference", "created_at_utc_A", "response_0_sha256", "level"]
+)
+def test_measures_of_public_files_are_bookkeeping(name: str) -> None:
+    assert is_bookkeeping(name)
