@@ -102,6 +102,7 @@ def no_collection() -> Generator[None]:
         yield
     finally:
         if was_enabled:
+            gc.freeze()  # nor later on
             gc.enable()
 
 
