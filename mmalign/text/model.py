@@ -20,19 +20,27 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
     """The model of a folder or hub name.
 
     Raises:
-        ConfigError: when it cannot be loaded as a causal language model.
+        ConfigError: when it cannot be loaded as a causal language model, or lacks weights.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             path,
             revision=revision,
             trust_remote_code=config.trust_remote_code,
             dtype=getattr(torch, config.dtype),
             attn_implementation=attention.wanted(config),
             quantization_config=quantization(config),
+            ignore_mismatched_sizes=True,  # told with names below
+            output_loading_info=True,
         )
+    except SafetensorError as error:
+        raise ConfigError(
+            f"model.path {path!r}: its weights cannot be read as safetensors: {error}; "
+            "copy the model again"
+        ) from error
     except (OSError, ValueError, ImportError) as error:
         kind = _kind_with_media(path, config, revision)
         if kind:
@@ -44,6 +52,25 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
             f"model.path {path!r}: cannot be loaded with model.attention {config.attention} and "
             f"dtype {config.dtype}: {error}"
         ) from error
+    _require_whole(path, model, found)
+    return model
+
+
+def _require_whole(path: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """transformers fills with noise what the files lack or hold in another shape, and goes on."""
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    lacking = sorted(own.intersection(found["missing_keys"]))
+    if lacking:
+        raise ConfigError(
+            f"model.path {path!r}: {len(lacking)} weights of {type(model).__name__} are not in its "
+            f"files, e.g. {lacking[0]}; copy the model again, or name one of this class"
+        )
+    if found["mismatched_keys"]:
+        name, there, wanted = min(found["mismatched_keys"])
+        raise ConfigError(
+            f"model.path {path!r}: {len(found['mismatched_keys'])} weights have another shape than "
+            f"its config.json says, e.g. {name}: {list(there)}, not {list(wanted)}"
+        )
 
 
 def _class_of(path: str, config: ModelConfig, revision: str | None) -> type[PreTrainedModel] | None:

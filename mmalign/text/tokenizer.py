@@ -35,6 +35,11 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError, ImportError) as error:  # ImportError: it asks for protobuf then
         raise ConfigError(f"model.path {model.path!r}: cannot read a tokenizer: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:  # JSON, but of something else
+        raise ConfigError(
+            f"model.path {model.path!r}: its tokenizer files are not those of a tokenizer "
+            f"({type(error).__name__}: {error}); copy the model again"
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = pad_id(tokenizer)  # generation pads too; no token is added
     return tokenizer
