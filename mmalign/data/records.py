@@ -141,10 +141,11 @@ class ProblemList:
 def _sentence(group: list[tuple[Record, Problem]], show: int) -> str:
     record, problem = group[0]
     name = f" (id {record.id!r})" if record.id != record.place else ""
-    text = printable(f"{record.place}{name}: {problem}.")
+    told = str(problem).removeprefix(f"{record.place}: ").removesuffix(".")  # of a whole file
+    text = printable(f"{record.place}{name}: {told}.")
     if len(group) == 1:
         return text
-    text += f" {len(group) - 1} more have the same problem"
+    text += f" {len(group) - 1} more {'has' if len(group) == 2 else 'have'} the same problem"
     if not show:
         return text + "."
     places = ", ".join(other.place.rpartition(":")[2] for other, _ in group[1 : show + 1])

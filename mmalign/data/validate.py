@@ -67,7 +67,7 @@ class Report:
         lines += _length_table(self.lengths) + self.pictures.lines() + self.media.lines()
         lines += [f"  {line}" for line in self.warnings.unread.notes()]
         found = self.problems
-        where = f" in {found.num_records} of {self.num_records} records"
+        where = f" in {found.num_records} of {self.num_records} records" if self.num_records else ""
         for title, told, of in (
             ("problems", found.lines(show), where),
             ("warnings", self.warnings.lines(show), ""),

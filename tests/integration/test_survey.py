@@ -89,7 +89,7 @@ def test_row_beyond_the_positions_stops_the_run_before_a_model_is_loaded(
     place = rf"{tmp_path}/rows.jsonl:31 \(id 'r30'\): rows must have at most 256 tokens"
     with pytest.raises(DataError, match=place) as error:
         train(config, dry_run=True)
-    assert "1 more have the same problem: 32" in str(error.value)
+    assert "1 more has the same problem: 32" in str(error.value)
     assert "2 rows cannot be used" in str(error.value)
 
 

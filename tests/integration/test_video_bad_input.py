@@ -293,7 +293,7 @@ def test_data_check_counts_and_decodes_media(data: Path) -> None:
     assert result.exit_code == 1
     assert "problems in 2 of 4 records" in result.output
     assert f"{file}:1 (id 'row-0'): what is shown must be decodable, but" in result.output
-    assert "broken.mp4: the file is empty. 1 more have the same problem: 3." in result.output
+    assert "broken.mp4: the file is empty. 1 more has the same problem: 3." in result.output
 
 
 # -- Ctrl-C -------------------------------------------------------------------------------------

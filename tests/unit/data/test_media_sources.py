@@ -84,7 +84,7 @@ def test_a_missing_file_is_a_problem_with_its_line(clips: Path, write: Write) ->
     (line,) = report.problems.lines()
     assert "a.jsonl:2: video must name a media file that is there" in line
     assert "c77.mp4" in line
-    assert "1 more have the same problem: 4" in line
+    assert "1 more has the same problem: 4" in line
 
 
 def test_a_report_counts_what_is_shown(clips: Path, write: Write) -> None:

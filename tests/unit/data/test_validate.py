@@ -198,3 +198,12 @@ def test_real_files_have_no_problems(shared_data: Path, name: str) -> None:
     report = check_files([shared_data / "text" / f"{name}.jsonl"])
     assert report.exit_code == 0
     assert not any("evaluation" in line for line in report.warnings.lines())
+
+
+def test_a_file_that_cannot_be_read_is_named_once(tmp_path: Path) -> None:
+    (tmp_path / "random.parquet").write_bytes(b"\x00\x01" * 50)
+    for name in ("random.parquet", "absent.jsonl"):
+        told = check_files([tmp_path / name]).text()
+        assert told.count(f"{tmp_path / name}: ") == 2, "its heading and its problem"
+        assert "\nproblems:\n" in told
+        assert ".." not in told
