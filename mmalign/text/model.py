@@ -62,8 +62,8 @@ def _require_whole(path: str, model: PreTrainedModel, found: dict[str, Any]) -> 
     lacking = sorted(own.intersection(found["missing_keys"]))
     if lacking:
         raise ConfigError(
-            f"model.path {path!r}: {len(lacking)} weights of {type(model).__name__} are not in its "
-            f"files, e.g. {lacking[0]}; copy the model again, or name one of this class"
+            f"model.path {path!r}: {len(lacking)} of {len(own)} weights of {type(model).__name__} "
+            f"are not in its files, e.g. {lacking[0]}; copy the model again"
         )
     if found["mismatched_keys"]:
         name, there, wanted = min(found["mismatched_keys"])
