@@ -45,7 +45,9 @@ def test_a_weight_that_is_not_there(folder: Path) -> None:
     name = next(name for name in tensors if name.endswith("up_proj.weight"))
     del tensors[name]
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    with pytest.raises(ConfigError, match=rf"1 of \d+ weights of LlamaForCausalLM are not in .* {name};"):
+    with pytest.raises(
+        ConfigError, match=rf"1 of \d+ weights of LlamaForCausalLM are not in .* {name};"
+    ):
         load(folder)
 
 
