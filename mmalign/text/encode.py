@@ -161,6 +161,24 @@ class Encoder:
             ids |= set(tokens[-1:]) & self._tokenize.ends
         return frozenset(ids)
 
+    @cached_property
+    def _end_id(self) -> int | None:
+        """What ends an answer after which no end is written."""
+        own, stops = self._tokenize.eos_id, sorted(self._ends.stops)
+        if own is not None:
+            return own
+        if len(stops) == 1:
+            name: Any = self.tokenizer.convert_ids_to_tokens(stops[0])
+            self.notes.say(
+                f"the tokenizer has no end token; the model's, {name}, is scored after answers"
+            )
+            return stops[0]
+        self.notes.say(
+            "neither tokenizer nor chat template has an end token, so none is trained after an "
+            "answer; set eos_token in the tokenizer's files"
+        )
+        return None
+
     @property
     def frame_ids(self) -> frozenset[int]:
         """Tokens that stand around every prompt, or end every answer."""
@@ -310,8 +328,8 @@ class Encoder:
             return self._ids(context + response.body)
         text = context + response.body + response.end
         ids, offsets = self._ids(text)
-        eos = self._tokenize.eos_id
-        if not response.with_eos or eos is None or ids[-1:] == [eos]:
+        eos = self._end_id if response.with_eos else None
+        if eos is None or ids[-1:] == [eos]:
             return ids, offsets
         return [*ids, eos], [*offsets, (len(text), len(text))]
 

@@ -67,7 +67,7 @@ def _stops(model: PreTrainedModel) -> set[int]:
     if model.generation_config is not None:
         found.append(model.generation_config.eos_token_id)
     lists = [ids if isinstance(ids, list) else [ids] for ids in found if ids is not None]
-    return {int(token) for ids in lists for token in ids}
+    return {token for ids in lists for token in ids if type(token) is int and token >= 0}
 
 
 def num_embedded(model: PreTrainedModel) -> int:

@@ -6,6 +6,7 @@ import datetime
 import json
 import re
 from functools import cached_property, lru_cache
+from string import ascii_letters
 from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import ConfigError, DataError
@@ -192,18 +193,21 @@ def template_file(path: Path) -> str:
 def dated(source: str, date: datetime.date) -> str:
     """The template with the date that it asks for written into it.
 
-    Its own function of that name, put in front, hides the one of transformers; formats are the
-    texts with a % in the source.
+    Its own function of that name, put in front, hides the one of transformers. It puts the value
+    of each directive (%d, %-d) into the format.
     """
     if CLOCK not in _looked_at(source)[0]:
         return source
     midnight = datetime.datetime.combine(date, datetime.time())
-    formats = {text: midnight.strftime(text) for text in _looked_at(source)[1] if "%" in text}
-    known = json.dumps(formats, ensure_ascii=False)
+    names = [f"%{flag}{letter}" for flag in ("", *"-_0^#") for letter in ascii_letters]
+    # What is no directive comes back as it is.
+    values = {name: value for name in names if (value := midnight.strftime(name)) != name}
+    known = json.dumps({"%%": "\0", **values, "\0": "%"}, ensure_ascii=False)
     return (
-        f"{{%- macro {CLOCK}(format) -%}}{{%- set dates = {known} -%}}"
-        "{{- dates[format] if format in dates else raise_exception('the format of the date is "
-        "not written as one text') -}}{%- endmacro %}\n" + source
+        f"{{%- macro {CLOCK}(format) -%}}{{%- set said = namespace(text=format) -%}}"
+        f"{{%- for name, value in {known}.items() -%}}"
+        "{%- set said.text = said.text.replace(name, value) -%}{%- endfor -%}"
+        "{{- said.text -}}{%- endmacro %}\n" + source
     )
 
 

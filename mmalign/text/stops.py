@@ -33,7 +33,7 @@ def stop_ids(model: ModelConfig) -> frozenset[int]:
         inner: Any = settings.get("text_config") or {}
         found = settings.get("eos_token_id", inner.get("eos_token_id"))
     ids = cast("list[Any]", found if isinstance(found, list) else [found])
-    return frozenset(token for token in ids if isinstance(token, int))
+    return frozenset(token for token in ids if type(token) is int and token >= 0)  # -1: none
 
 
 def base_path(path: str) -> str:

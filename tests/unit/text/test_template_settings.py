@@ -200,6 +200,36 @@ def test_the_date_of_a_cache_or_a_run_is_used_on_later_days(tmp_path: Path) -> N
     assert dates.settle(run_config(**given)).text.date == config.text.date
 
 
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        ("'%B %-d, %Y'", "February 3, 2024"),
+        ("'%d' ~ '/' ~ '%m'", "03/02"),
+        ("format='%%d is %d'", "%d is 03"),
+        ("''", ""),
+        ("'today'", "today"),
+    ],
+)
+def test_any_format_of_the_date_is_written(call: str, text: str) -> None:
+    encoder = encoder_of(f"[{{{{ strftime_now({call}) }}}}]" + CHATML, date="2024-02-03")
+    context = str(encoder.tokenizer.decode(encoder.encode_prompt("Why?")))
+    assert context.startswith(f"[{text}]<|im_start|>")
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.content }}{% endfor %}"])
+def test_a_tokenizer_without_an_end_token(template: str | None, tmp_path: Path) -> None:
+    def ending(stops: object) -> tuple[str, list[str]]:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+        tokenizer = make_tokenizer()
+        tokenizer.eos_token, tokenizer.chat_template = None, template
+        encoder = Encoder(tokenizer, run_config(model={"path": str(tmp_path)}))
+        return said(encoder, pair("Blue.")), [note.partition(",")[0] for note in encoder.notes.said]
+
+    assert ending(2) == ("Blue.</s>", ["the tokenizer has no end token; the model's"])
+    none = ["neither tokenizer nor chat template has an end token"]
+    assert ending(-1) == ending(None) == ending([2, 3]) == ("Blue.", none)
+
+
 def test_a_template_without_a_date_leaves_the_config_as_it_is(tmp_path: Path) -> None:
     make_family("llama3", make_tokenizer()).save_pretrained(tmp_path)
     config = run_config(model={"path": str(tmp_path)})
