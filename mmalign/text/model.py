@@ -26,7 +26,8 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
     from transformers import AutoModelForCausalLM
 
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loader: Any = AutoModelForCausalLM
+        model, found = loader.from_pretrained(
             path,
             revision=revision,
             trust_remote_code=config.trust_remote_code,

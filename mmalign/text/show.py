@@ -30,7 +30,8 @@ def show(encoder: Encoder, examples: Iterable[Example]) -> Group:
                 shown = item.prompt
                 blocks.append(Text(str(encoder.tokenizer.decode(shown)), CONTEXT))
             name = candidate.role or f"label {label:g}"
-            head = f"[{name}] {len(item.prompt)} + {len(item.response)} tokens: "
+            scored = f", {sum(item.mask)} of them scored" if item.scored else ""
+            head = f"[{name}] {len(item.prompt)} + {len(item.response)} tokens{scored}: "
             blocks.append(Text(head, "bold") + response(encoder.tokenizer, encoder.end_ids, item))
     return Group(*blocks, *counted(encoder))
 
@@ -49,10 +50,12 @@ def counted(encoder: Encoder) -> list[Text]:
 
 
 def response(tokenizer: Any, ends: frozenset[int], item: EncodedCandidate) -> Text:
-    """The scored tokens of a candidate, in colours."""
+    """The tokens of a candidate, the scored ones in colours."""
     styles = [
-        END if token in ends else SPAN if span else STEPS[(step - 1) % 2] if step else SCORED
-        for token, span, step in zip(item.response, item.spans, item.steps, strict=True)
+        _style(scored, token in ends, span, step)
+        for scored, token, span, step in zip(
+            item.mask, item.response, item.spans, item.steps, strict=True
+        )
     ]
     text = Text()
     start = 0
@@ -62,3 +65,9 @@ def response(tokenizer: Any, ends: frozenset[int], item: EncodedCandidate) -> Te
         text.append(tokenizer.decode(item.response[start:stop]), style)
         start = stop
     return text
+
+
+def _style(scored: bool, is_end: bool, span: int, step: int) -> str:
+    if not scored:  # a turn that is not the assistant's, or not trained on
+        return CONTEXT
+    return END if is_end else SPAN if span else STEPS[(step - 1) % 2] if step else SCORED
