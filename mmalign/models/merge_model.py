@@ -51,7 +51,7 @@ def as_files_of(base: Path, added: Path, into: Path) -> Path:
     model: Any = _load(base)
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if (added / ADAPTER_CONFIG).is_file():
-        model = _with_adapter(model, added)
+        model = _with_adapter(model, added, tied=tied)
     else:
         _take_over(model, _load(added), added)
     if tied:
@@ -100,7 +100,9 @@ def _widest(folder: Path) -> Any:
     return torch.float32
 
 
-def _with_adapter(model: nn.Module, folder: Path) -> Any:
+def _with_adapter(model: nn.Module, folder: Path, *, tied: bool) -> Any:
+    from peft.tuners.lora import LoraLayer
+
     settings = read_json(folder / ADAPTER_CONFIG)
     kind = settings.get("peft_type")
     if kind == "LORA":
@@ -108,6 +110,9 @@ def _with_adapter(model: nn.Module, folder: Path) -> Any:
     policy: Any = load_adapter(model, folder, trainable=False)
     if not hasattr(policy.base_model, "merge_and_unload"):
         raise CheckpointError(f"{folder} is a {kind} adapter, which is no change of the weights")
+    ends = (policy.get_input_embeddings(), policy.get_output_embeddings())
+    if tied and any(isinstance(layer, LoraLayer) for layer in ends):  # peft would change both
+        raise _untied(folder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a tied weight is changed is refused below
@@ -137,7 +142,11 @@ def _refuse_untied(model: Any, added: Path) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or head is None or torch.equal(embedding.weight, head.weight):
         return
-    raise CheckpointError(
+    raise _untied(added)
+
+
+def _untied(added: Path) -> CheckpointError:
+    return CheckpointError(
         f"{added}: changes one of the embedding and the output head, which share one weight in the "
         "base (tie_word_embeddings); merged, it would change both"
     )

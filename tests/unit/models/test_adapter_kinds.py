@@ -148,6 +148,13 @@ def test_tied_embedding(settings: dict[str, Any], tmp_path: Path) -> None:
         merge_checkpoints(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "out")
 
 
+def test_lora_on_a_tied_head_is_not_merged(tmp_path: Path) -> None:
+    """peft adds its delta to the weight that the embedding shares."""
+    saved(tmp_path, tied=True, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(CheckpointError, match="changes one of the embedding and the output head"):
+        merge_checkpoints(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "out")
+
+
 def edit(folder: Path, **settings: Any) -> None:
     file = folder / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings), encoding="utf-8")
