@@ -105,6 +105,10 @@ class Fields:
         """Whether the key is there and not null."""
         return key in self._values
 
+    def has_any(self, keys: frozenset[str]) -> bool:
+        """Whether one of the keys is there and not null."""
+        return not keys.isdisjoint(self._values)
+
     def get(self, key: str) -> Any:
         """The raw value, or None; the key counts as read."""
         self._read.add(key)

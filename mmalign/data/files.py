@@ -154,16 +154,20 @@ class _NotJson(Exception):
     pass
 
 
-def _parse(text: str) -> Any:
-    def refuse(constant: str) -> Any:
-        raise _NotJson(f"{constant} is not a number that JSON can hold")
+def _refuse(constant: str) -> Any:
+    raise _NotJson(f"{constant} is not a number that JSON can hold")
 
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse)  # one for all lines: making it takes time
+
+
+def _parse(text: str) -> Any:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise _NotJson(f"not UTF-8 at character {error.start}; save the file as UTF-8") from error
     try:
-        value = json.loads(text, parse_constant=refuse)
+        value = _DECODER.decode(text)
         if "\\ud" in text or "\\uD" in text:  # an escape may be half of a pair
             json.dumps(value, ensure_ascii=False).encode()
         if text.count("[") + text.count("{") > DEEPEST and is_deep(value):

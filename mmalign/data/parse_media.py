@@ -26,6 +26,10 @@ KINDS = ("video", "image", "audio")
 SIDES = ("", "_chosen", "_rejected", "_corrupted")
 MEDIA_KEYS = tuple(f"{kind}{s}{side}" for kind in KINDS for s in ("", "s") for side in SIDES)
 WHOLE_KEYS = ("start", "end", "span", "frames")
+_NAMES = {
+    side: frozenset(f"{kind}{s}{side}" for kind in KINDS for s in ("", "s")) for side in SIDES
+}
+_OF_ROW = _NAMES[""] | set(WHOLE_KEYS)
 _PARTS = {
     "video": ("start", "end", "span", "frames"),
     "image": (),
@@ -39,7 +43,7 @@ _SOUNDS = (".mp3", ".wav", ".flac", ".ogg", ".m4a", ".aac", ".opus")
 
 def has_media(fields: Fields, side: str = "") -> bool:
     """Whether the record names media for a side, or for the row."""
-    return any(f"{kind}{s}{side}" in fields for kind in KINDS for s in ("", "s"))
+    return fields.has_any(_NAMES[side])
 
 
 def read_media(fields: Fields, root: PictureRoot | None) -> Media:
@@ -49,7 +53,7 @@ def read_media(fields: Fields, root: PictureRoot | None) -> Media:
         fields: The record.
         root: Where paths start and what they may not leave.
     """
-    return _with_span(fields, _read(fields, root, ""))
+    return _with_span(fields, _read(fields, root, "")) if fields.has_any(_OF_ROW) else Media()
 
 
 def read_side(fields: Fields, root: PictureRoot | None, side: str, row: Media) -> Media | None:

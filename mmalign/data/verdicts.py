@@ -88,6 +88,8 @@ def _two_winners(raw: Mapping[str, Any], won: int) -> dict[str, str]:
     names = _compared(frozenset(key for key, value in raw.items() if value is not None))
     if names is None:
         return {}
+    if names[1].endswith("rejected") and not any(k == "winner" or "label_" in k for k in raw):
+        return {}  # by far the most rows
     sides: dict[str, int | None] = {}  # what is followed comes first
     shares: dict[str, int | None] = {}
     for ends in dict.fromkeys((*ends_of(names), ("0", "1"))):
