@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EncodedCandidate", "Encoder", "load_tokenizer"]
 
-VERSION = 3  # raise it when the same settings give other tokens: caches depend on it
+VERSION = 4  # raise it when the same settings give other tokens: caches depend on it
 
 
 @dataclass(frozen=True, slots=True)
