@@ -6,6 +6,7 @@ paths are relative to the current directory, like any path given to a command.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -184,7 +185,7 @@ def schema() -> dict[str, Any]:
 def deciding(config: RunConfig) -> dict[str, Any]:
     """All that decides the trained numbers, not what is only reported or a matter of speed."""
     reporting = {"log_every", "eval_every", "eval_batch_size", "save_every", "sample_every"}
-    return config.model_dump(
+    settings = config.model_dump(
         mode="json",
         exclude={
             "output": True,
@@ -201,6 +202,11 @@ def deciding(config: RunConfig) -> dict[str, Any]:
             | (set() if config.diffusion.estimator.generated else {"sampling"}),
         },
     )
+    template = config.text.chat_template
+    if isinstance(template, Path) and template.is_file():  # what it says decides, not its place
+        digest = hashlib.sha256(template.read_bytes()).hexdigest()
+        settings["text"]["chat_template"] = f"sha256 {digest}"
+    return settings
 
 
 def check(config: RunConfig, *, where: str = "config") -> Objective:

@@ -116,6 +116,7 @@ class Asked:
 
     prompt: Prompt
     template: Template
+    place: str = field(default="", compare=False, repr=False)  # file and line, for messages
 
 
 @dataclass(frozen=True, slots=True)

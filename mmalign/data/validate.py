@@ -102,11 +102,14 @@ def check_files(
     book = _Book(report)
     for number, (item, name) in enumerate(zip(given, names, strict=True)):
         split = None if isinstance(item, str | Path) else item.split
+        before = report.num_records
         try:
             for record in track(_records(item, layout, pictures), f"reading {name}"):
                 by_split = split is None and record.split.lower() in HELD_OUT
                 held_out = number >= len(paths) or by_split
                 book.add(record, EVAL if held_out else record.split or "train", name)
+            if report.num_records == before:
+                raise DataError(f"{name}: holds no records")
         except DataError as error:
             report.problems.add(Record(name, name, "", None), Problem(str(error)))
     book.close(decode)

@@ -226,7 +226,8 @@ class Adapter(nn.Module, ABC):
                 f"{example.id}: shows {files}, which only a model of modality video looks at. "
                 "Take it out, or use a config with modality: video"
             )
-        return Asked(example.prompt, example.template) if example.template else example.prompt
+        row = example.template
+        return Asked(example.prompt, row, example.place or example.id) if row else example.prompt
 
     def sample(self, prompts: Sequence[Any], **options: Any) -> list[Any]:
         """Generate one response a prompt with the policy, for reports and `mmalign sample`.

@@ -211,6 +211,7 @@ class Encoder:
 
     def encode_prompt(self, prompt: Prompt | Asked, *, where: str = "prompt") -> list[int]:
         """The context to generate an answer from: the one that training scores answers in."""
+        where = prompt.place or where if isinstance(prompt, Asked) else where
         ids, _ = self._ids(self.render.context(prompt, where))
         return self._known(self._cut_prompt(self._started(ids, where), where), where)
 

@@ -1,8 +1,8 @@
 """Steps on bfloat16 weights that are not rounded away.
 
 A bfloat16 weight has 8 significant bits: a step below 1/512 of it is rounded to nothing, and steps
-of preference training are hundreds of times smaller. So the optimiser works on float32 tensors, state
-included, and what it gives is either kept beside the weights or rounded at random.
+of preference training are hundreds of times smaller. So the optimiser works on float32 tensors,
+state included, and what it gives is either kept beside the weights or rounded at random.
 """
 
 from __future__ import annotations

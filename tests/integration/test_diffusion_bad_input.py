@@ -335,7 +335,8 @@ def test_pictures_that_cannot_be_used(sd15_dir: Path, data: Data, tmp_path: Path
     checked = run("data", "check", file)
     assert checked.exit_code == 1
     assert "problems in 3 of 7 records" in checked.output
-    assert "80 x 32 and 32 x 32: not trained on" in checked.output
+    assert "differ in aspect ratio by more than 2 to 1: not trained on" in checked.output
+    assert "80 x 32 and 32 x 32" in checked.output
     cached = run("cache", write_config(tmp_path, sd15_dir, file))
     assert cached.exit_code == 0, cached.output
     assert "latents: 6 written" in cached.output

@@ -283,3 +283,17 @@ def test_the_schema_describes_what_load_accepts() -> None:
     assert set(schema["required"]) == {"model", "data", "objective", "output"}
     train = schema["$defs"]["DataConfig"]["properties"]["train"]
     assert {"type": "string"} in train["anyOf"], "an editor must not mark `train: a.jsonl` as wrong"
+
+
+def test_what_a_template_file_says_decides_and_not_where_it_lies(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.jinja", tmp_path / "other.jinja"
+    one.write_text("{{ messages }}")
+    other.write_text("{{ messages }}")
+
+    def of(file: Path) -> dict[str, object]:
+        return configs.deciding(load(tmp_path, SMALLEST, f"text.chat_template={file}"))
+
+    first = of(one)
+    assert of(other) == first
+    other.write_text("{{ messages }}!")
+    assert of(other) != first

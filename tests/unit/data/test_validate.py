@@ -207,3 +207,8 @@ def test_a_file_that_cannot_be_read_is_named_once(tmp_path: Path) -> None:
         assert told.count(f"{tmp_path / name}: ") == 2, "its heading and its problem"
         assert "\nproblems:\n" in told
         assert ".." not in told
+
+
+def test_a_file_without_records_is_a_problem(write: Write) -> None:
+    path = write("a.jsonl", [])
+    assert check_files([path]).problems.lines() == [f"{path}: holds no records."]

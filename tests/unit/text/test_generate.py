@@ -18,6 +18,7 @@ from mmalign.errors import DataError
 from mmalign.models.drawing import answer_seeds
 from mmalign.text.adapter import TextAdapter
 from mmalign.text.decoding import Draw, complete
+from mmalign.text.encode import Encoder
 from mmalign.text.generate import generate, written
 from mmalign.text.model import causal_model
 from mmalign.text.padding import left_padded
@@ -418,3 +419,15 @@ def test_a_file_of_prompts_is_answered_row_by_row(folder: Path, tmp_path: Path) 
     assert len(set(texts)) == 4, "with tools it is another question, asked again another draw"
     assert answered(1, rows) == answered(3, rows) == texts
     assert answered(2, rows[1:]) == [*texts[1:3], texts[0]]
+
+
+def test_a_prompt_that_the_template_refuses_is_named_by_its_line(tmp_path: Path) -> None:
+    from mmalign.data.prompts import read_prompts
+    from mmalign.text.adapter import TextAdapter
+
+    file = tmp_path / "asked.jsonl"
+    tool = {"type": "function", "function": {"name": "sky", "parameters": {}}}
+    file.write_text("\n".join(map(json.dumps, [{"prompt": "A"}, {"prompt": "B", "tools": [tool]}])))
+    asked = TextAdapter.question(read_prompts(file)[1])
+    with pytest.raises(DataError, match=r"asked\.jsonl:2: .*`tools`"):
+        Encoder(make_tokenizer(CHATML), run_config()).encode_prompt(asked)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mmalign.text import attention
 from mmalign.text.attention import CannotPackError, Segments
-from mmalign.text.head import Heads
 from mmalign.text.body import run_body, scored_states
+from mmalign.text.head import Heads
 from mmalign.text.prefix import arrange
 
 PROMPTS = [[5, 6, 7], [8, 9]]
