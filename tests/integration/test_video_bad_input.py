@@ -146,12 +146,14 @@ def test_models_of_another_kind(
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(video_models(KIND) / name, bare)
+    used = with_media(data, "used", {"chosen": "<extra-99>"})
+    said = refused("train", write_config(tmp_path / "runs", wider, used))
+    assert re.search("row-0.*<extra-99>.*the model embeds", said), said
     for path, message in {
         tiny_llama_dir: "for a model of text alone set modality: text",
         sd15_dir: "is a pipeline of diffusers; set modality: diffusion",
         tmp_path / "nowhere": "nowhere': no such folder, and cannot read a processor",
         foreign: "cannot encode what its processor made .*must belong together",
-        wider: "the tokenizer has .* but the model embeds",
         bare: "bare': cannot read a processor: .*preprocessor_config.json",
     }.items():
         said = refused("train", write_config(tmp_path / "runs", path, data))
@@ -269,7 +271,7 @@ def test_questions_that_cannot_be_asked(
             {"prompt": "?", "audio": "clip0.mp4"},
             "heard.jsonl:1: Qwen2_5_VL.*has audio",
         ),
-        ("none", {"question": "?"}, "has no `prompt`"),
+        ("none", {"note": "?"}, "has no `prompt`"),
     ):
         file = write_rows(data.with_name(f"ask-{name}.jsonl"), [record])
         said = refused("sample", config, "--base", "--prompts", file)
