@@ -91,7 +91,7 @@ def require_right(
     with refusing(model, f"its backward pass (attention {attention_of(model)})"):
         with torch.enable_grad():
             total = score_rows(model, heads, arrange(few, "plain"))[0].sum()
-        if total.requires_grad:  # no gradient is left behind
+        if total.requires_grad and trained:  # no gradient is left behind
             torch.autograd.grad(total, trained[:1], allow_unused=True)
 
 
