@@ -113,12 +113,33 @@ def _with_adapter(model: nn.Module, folder: Path, *, tied: bool) -> Any:
     ends = (policy.get_input_embeddings(), policy.get_output_embeddings())
     if tied and any(isinstance(layer, LoraLayer) for layer in ends):  # peft would change both
         raise _untied(folder)
+    _refuse_shared(policy, folder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a tied weight is changed is refused below
             return policy.merge_and_unload()
     except LIBRARY_ERRORS as error:
         raise CheckpointError(f"{folder}: peft cannot merge it: {one_line(error)}") from error
+
+
+def _refuse_shared(policy: nn.Module, folder: Path) -> None:
+    """Refuse adapters on layers that are one weight in the base (Zamba 2): they would add up."""
+    from peft.tuners.lora import LoraLayer
+
+    names: dict[int, list[str]] = {}
+    for name, layer in policy.named_modules():
+        weight: Any = None
+        if isinstance(layer, LoraLayer):
+            weight = getattr(layer.get_base_layer(), "weight", None)
+        if weight is not None:
+            names.setdefault(weight.data_ptr(), []).append(name.removeprefix("base_model.model."))
+    shared = [found for found in names.values() if len(found) > 1]
+    if shared:
+        raise CheckpointError(
+            f"{folder}: changes layers that share one weight in the base ({len(shared)} weights, "
+            f"e.g. of {shared[0][0]} and {shared[0][1]}), each in its own way; merged, the changes "
+            "would add up. Use the adapter as it is"
+        )
 
 
 def _take_over(model: Any, other: Any, added: Path) -> None:

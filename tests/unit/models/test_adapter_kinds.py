@@ -277,3 +277,21 @@ def test_adapter_in_place_of_a_model_is_refused_with_the_ways_to_use_it(
         prepare()
     way = f"model.path: org/base and model.adapter: {folder}"
     assert (way in str(error.value)) == (key == "model")
+
+
+def test_layers_that_share_a_weight_are_not_merged(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "zamba2", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4,
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"], num_mem_blocks=1,
+        num_attention_heads=4, num_key_value_heads=4, mamba_d_state=8, n_mamba_heads=2,
+        mamba_ngroups=1, adapter_rank=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(str(tmp_path / "lora"))
+    with pytest.raises(CheckpointError, match="layers that share one weight in the base"):
+        merge_checkpoints(tmp_path / "base", [(tmp_path / "lora", 1.0)], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
