@@ -146,25 +146,34 @@ def arrange(inputs: Mapping[str, Tensor], layout: Layout, *, prompts: bool = Fal
         return torch.where(mask, tensor(starts).view(*mask.shape[:2], 1) + steps, 0)
 
     packed = layout == "packed"
-    real, prompt_mask = inputs["response_mask"], None
-    mask = real & inputs["response_scored"] if "response_scored" in inputs else real
-    if prompts:
-        prompt_mask = inputs["prompt_mask"].clone()
-        prompt_mask[..., 0] = False
+    prompt_mask = scored_prompts(inputs) if prompts else None
     return Rows(
         input_ids=tensor(ids).view(1 if packed else -1, len(ids) if packed else width),
         position_ids=tensor(positions)[None] if packed else None,
         segments=Segments(tuple(segments)) if packed else None,
         states=tensor(states),
         targets=tensor(targets),
-        slots=slots([places[pair] for pair in pairs], real, 0),
-        mask=mask,
+        slots=slots([places[pair] for pair in pairs], inputs["response_mask"], 0),
+        mask=scored_responses(inputs),
         prompt_slots=None
         if prompt_mask is None
         else slots([prompt_places[prompt] for prompt, _ in pairs], prompt_mask, 1),
         prompt_mask=prompt_mask,
         pieces=tuple(pieces),
     )
+
+
+def scored_responses(inputs: Mapping[str, Tensor]) -> Tensor:  # [B, K, L]
+    """Which response tokens of a batch are scored; its `inputs` are those of `arrange`."""
+    real = inputs["response_mask"]
+    return real & inputs["response_scored"] if "response_scored" in inputs else real
+
+
+def scored_prompts(inputs: Mapping[str, Tensor]) -> Tensor:  # [B, K, P]
+    """Which prompt tokens of a batch can be scored: all but the first, which nothing predicts."""
+    mask = inputs["prompt_mask"].clone()
+    mask[..., 0] = False
+    return mask
 
 
 def _prompts(inputs: Mapping[str, Tensor]) -> list[Prompt]:

@@ -27,7 +27,7 @@ from mmalign.text.head import Heads
 from mmalign.text.layout import check_length, why_plain
 from mmalign.text.model import causal_model, no_dropout, recompute_layers
 from mmalign.text.passes import Scored, run_model, score, scoring_models
-from mmalign.text.prefix import Layout, Rows, arrange
+from mmalign.text.prefix import Layout, Rows, arrange, scored_prompts, scored_responses
 from mmalign.text.trained import load_trained
 from mmalign.text.trial import few_rows, require_right
 from mmalign.text.weights import PositionWeights, require_single
@@ -204,11 +204,10 @@ class TokenAdapter(Adapter):
 
     def positions(self, batch: Batch, needs: Needs) -> Tensor:  # [B, K, 2]
         """The tokens that are scored."""
-        rows = arrange(batch.inputs, "plain", prompts=needs.prompt)
-        response = rows.mask.sum(-1)
+        response = scored_responses(batch.inputs).sum(-1)
         prompt = torch.zeros_like(response)
-        if rows.prompt_mask is not None:
-            prompt = rows.prompt_mask.sum(-1)
+        if needs.prompt:
+            prompt = scored_prompts(batch.inputs).sum(-1)
         return torch.stack([response, prompt], dim=-1)
 
     @property
