@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import make_model, make_tokenizer, run_config
+from tiny import CHATML, make_model, make_tokenizer, run_config
 
 from mmalign.core import Needs, presets
-from mmalign.data.example import Candidate, Example
+from mmalign.data.example import Candidate, Example, Message
 from mmalign.text.adapter import TextAdapter
 from mmalign.train.backward import step_positions
 
@@ -41,6 +41,24 @@ def test_the_count_is_that_of_what_is_scored(needs: Needs, shared_prefix: str) -
             total[:, 1] += logps.prompt_mask.sum((0, 2))
     assert found is not None
     torch.testing.assert_close(found.float(), total / 3)
+
+
+@pytest.mark.parametrize("shared_prefix", ["on", "off"])
+def test_turns_of_the_user_within_an_answer_are_not_counted(shared_prefix: str) -> None:
+    needs = Needs(candidates=2)
+    config = run_config(text={"shared_prefix": shared_prefix})
+    adapter = TextAdapter(config, needs, make_model("llama"), make_tokenizer(CHATML))
+    several = (
+        Message("assistant", "The air."), Message("user", "Why the air?"), Message("assistant", "It"),
+    )  # fmt: skip
+    row = Example("row", "Why is the sky blue?", (Candidate(several), Candidate("No.")), (1.0, 0.0))
+    batch = adapter.collate([row])
+    found = step_positions(adapter, [batch], needs)
+    with torch.no_grad():
+        scored = adapter(batch, needs).mask.sum((0, 2))
+    assert found is not None
+    assert found[:, 0].tolist() == scored.tolist()
+    assert int(scored[0]) < int(batch.inputs["response_mask"][0, 0].sum())
 
 
 def test_only_token_means_ask_for_it() -> None:
