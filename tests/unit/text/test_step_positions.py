@@ -49,8 +49,10 @@ def test_turns_of_the_user_within_an_answer_are_not_counted(shared_prefix: str) 
     config = run_config(text={"shared_prefix": shared_prefix})
     adapter = TextAdapter(config, needs, make_model("llama"), make_tokenizer(CHATML))
     several = (
-        Message("assistant", "The air."), Message("user", "Why the air?"), Message("assistant", "It"),
-    )  # fmt: skip
+        Message("assistant", "The air."),
+        Message("user", "Why the air?"),
+        Message("assistant", "It scatters."),
+    )
     row = Example("row", "Why is the sky blue?", (Candidate(several), Candidate("No.")), (1.0, 0.0))
     batch = adapter.collate([row])
     found = step_positions(adapter, [batch], needs)
