@@ -177,6 +177,8 @@ def template_file(path: Path) -> str:
     Raises:
         ConfigError: There is none, or it is no template.
     """
+    if not path.is_file():
+        raise ConfigError(f"text.chat_template {path}: cannot be read: there is no such file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
