@@ -29,13 +29,15 @@ class Surveyed:
 
     Attributes:
         parts: Rows to train on and rows held out, without those that have problems.
-        notes: A sentence for each thing that is to be known of the rows; "" of clean ones.
+        notes: A sentence for each thing that is to be known of the rows; none of clean ones.
         problems: Rows that cannot be used.
+        heard: What was logged while the rows were read, a sentence each.
     """
 
     parts: list[list[Example]]
     notes: tuple[str, ...] = ()
     problems: ProblemList = field(default_factory=ProblemList)
+    heard: tuple[str, ...] = ()
 
     @property
     def train(self) -> list[Example]:
@@ -80,8 +82,11 @@ def find_rows(config: RunConfig, needs: Needs, *, first: int | None = None) -> S
     """The same with the problems handed back."""
     from mmalign.models.adapter import adapter_class
 
-    train, held_out = _read(config, needs)
-    return adapter_class(config.modality).survey(config, needs, (train[:first], held_out[:first]))
+    with logged(log.name) as heard:
+        train, held_out = _read(config, needs)
+    parts = (train[:first], held_out[:first])
+    found = adapter_class(config.modality).survey(config, needs, parts)
+    return replace(found, heard=tuple(heard))
 
 
 def _read(config: RunConfig, needs: Needs) -> tuple[list[Example], list[Example]]:

@@ -142,6 +142,10 @@ def _facts(run: Run) -> dict[str, str]:
     weights = (get("objective") or {}).get("mix") or {}
     options = ", ".join(f"{k} {_plain(v)}" for k, v in (keywords | weights).items())
     lora = (get("model") or {}).get("lora")
+    # A `split` column wins over the share, and a note that begins with the setting says so.
+    told = [str(note) for note in counts.get("notes") or ()]
+    unused = any(note.startswith("data.eval_fraction") for note in told)
+    share = 0 if unused else data.get("eval_fraction")
     facts: dict[str, Any] = {
         "Model": (get("model") or {}).get("path"),
         "Objective": f"{objective(run)} ({options})" if options else objective(run),
@@ -149,8 +153,7 @@ def _facts(run: Run) -> dict[str, str]:
         "Reference": reference.get("kind"),
         "Training data": _with_count(_sources(data.get("train")), counts.get("train_rows")),
         "Held-out data": _with_count(
-            _sources(data.get("eval"))
-            or (f"{data['eval_fraction']:.0%} of the prompts" if data.get("eval_fraction") else ""),
+            _sources(data.get("eval")) or (f"{share:.0%} of the prompts" if share else ""),
             counts.get("eval_rows"),
         ),
         "Rows a step": (train.get("batch_size") or 1) * (train.get("accumulate") or 1),

@@ -109,7 +109,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
         eval_rows=eval_rows,
         order=order,
         num_steps=order.num_steps(train),
-        notes=rows.notes,
+        notes=(*rows.heard, *rows.notes),
     )
 
 

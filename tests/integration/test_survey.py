@@ -108,6 +108,20 @@ def test_bad_rows_drop_leaves_out_what_the_survey_finds(
     assert "1 row cannot be used and is left out" in page
 
 
+def test_the_page_tells_what_reading_the_rows_told(
+    model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [pair(i) for i in range(4)] + [pair(4, split="test")]
+    data = write(tmp_path / "rows.jsonl", rows)
+    result = train(settings(model_dir, data, data={"eval_fraction": 0.5}))
+    said = "data.eval_fraction 0.5 is not used: the `split` column already holds out 1 rows"
+    assert caplog.messages.count(said) == 1
+    page = write_report([result.run_dir], tmp_path / "page.html").read_text()
+    assert "is not used: the `split` column" in page
+    assert "split of the training data (1 rows)" in page
+    assert "50% of the prompts" not in page
+
+
 def test_all_rows_with_problems_leave_nothing_to_train_on(model_dir: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", [pair(0, chosen=LONG)])
     with pytest.raises(DataError, match=r"no row is left to train on: .*rows.jsonl:1"):
