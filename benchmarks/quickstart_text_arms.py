@@ -41,7 +41,7 @@ def main() -> None:
 
     model = chat_model.fetch()
     rows = [json.loads(line) for line in text.DATA.read_text(encoding="utf-8").splitlines()]
-    keywords = {row["id"]: row["keyword"] for row in rows}
+    keywords = {row["id"]: row["meta"]["keyword"] for row in rows}
     scored = text.config(model.path, text.PREFERENCE, options.output / "unused", options.seed)
     table: list[dict[str, Any]] = []
     for name, (objective, train, length) in ARMS.items():

@@ -73,7 +73,7 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
         f"Model: {model.source}\nTraining on pairs, then the control without them ...", flush=True
     )
 
-    keywords = {row["id"]: row["keyword"] for row in rows}
+    keywords = {row["id"]: row["meta"]["keyword"] for row in rows}
     preference = config(model.path, PREFERENCE, output / "preference", seed, fast)
     before, after = train_arm(preference, keywords)
     lap("preference")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mmalign.data.records import read_records
 from mmalign.errors import ConfigError
 from mmalign.quickstart import chat_model, text
 from mmalign.quickstart.answers import measure, summary
@@ -79,6 +80,7 @@ def test_settings_are_one_pass_over_the_shipped_pairs() -> None:
     assert splits.count("train") == 84 == 21 * config.train.batch_size
     assert splits.count("eval") == 24 == config.sample.num_prompts
     assert config.data.max_response_length == 40
+    assert not [row.place for row in read_records(text.DATA) if row.unread]
 
 
 @pytest.mark.parametrize(
