@@ -138,13 +138,15 @@ def write_pairs(
         for number, (more, less) in enumerate(
             zip(ranked[-kept:], random.permutation(ranked[:kept]), strict=True)
         ):
+            measured: dict[str, float] = {}
             row: dict[str, Any] = {"id": f"{name}-{number}", "prompt": prompt(digit)}
             for side, index in (("chosen", more), ("rejected", less)):
                 levels = np.rint(shown.pixels[index] * 255).astype(np.uint8)
                 file = f"{name}-{number}-{side}.png"
                 Image.fromarray(levels).save(folder / file)
-                row |= {f"image_{side}": file, f"ink_{side}": round(float(amount[index]), 4)}
-            rows.append(row)
+                row[f"image_{side}"] = file
+                measured[f"ink_{side}"] = round(float(amount[index]), 4)
+            rows.append(row | {"meta": measured})
             gaps.append(float(amount[more] - amount[less]))
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / PAIRS).write_text(text, encoding="utf-8")

@@ -62,7 +62,8 @@ def test_demo_trains_with_the_ordinary_loop_from_an_ordinary_config(demo: Path) 
         json.loads(line)
         for line in (demo / "pairs" / "train" / "pairs.jsonl").read_text().splitlines()
     ]
-    assert all(row["ink_chosen"] >= row["ink_rejected"] for row in rows)
+    ink = [row["meta"] for row in rows]
+    assert all(row["ink_chosen"] >= row["ink_rejected"] for row in ink)
     assert {row["prompt"] for row in rows} == {prompt(digit) for digit in range(10)}, "no styles"
 
 
