@@ -70,9 +70,14 @@ def waiting(what: str) -> Generator[None]:
         _stop(shown)
 
 
+def is_main_process() -> bool:
+    """Whether this is the process that reports and writes, where several train one model."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _is_watched() -> bool:
     """Whether somebody looks on, and this is the process that reports."""
-    return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    return sys.stderr.isatty() and is_main_process()
 
 
 def _start(what: str, total: int | None) -> Progress:

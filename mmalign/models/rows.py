@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mmalign.data.kept import KeptRows, no_collection
+from mmalign.data.progress import is_main_process
 from mmalign.data.records import ProblemList
 from mmalign.data.sources import load_examples
 from mmalign.errors import DataError
@@ -98,7 +98,7 @@ def _read(config: RunConfig, needs: Needs) -> tuple[list[Example], list[Example]
         return known
     with no_collection(), logged(log.name) as lines:
         parts = load_examples(config.data, needs, seed=seed)
-    if os.environ.get("RANK", "0") == "0":  # of several processes one writes, and logs
+    if is_main_process():
         kept.put(parts, lines)
     return parts
 

@@ -11,6 +11,8 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+from mmalign.data.progress import is_main_process
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -51,7 +53,7 @@ class CheckJournal:
             **settings.model_dump(mode="json", include=_DECIDING),
             "av": av.__version__,
         }
-        self._follows = os.environ.get("RANK", "0") != "0"
+        self._follows = not is_main_process()
         self._known: dict[str, Verdict] = {}
         if path is not None and path.is_file():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
