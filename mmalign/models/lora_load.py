@@ -34,7 +34,6 @@ LIBRARY_ERRORS = (
     KeyError,
     AttributeError,
     RuntimeError,
-    NotImplementedError,
     re.error,
     SafetensorError,
 )
