@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -11,7 +12,7 @@ from typing import Annotated
 import typer
 
 from mmalign import __version__, cli_bench, cli_compare, cli_data
-from mmalign.cli_parts import Config, Overrides, argument, group, option
+from mmalign.cli_parts import Config, Messages, Overrides, argument, group, option, say
 from mmalign.errors import ConfigError
 
 EXIT_STATUS = (
@@ -37,7 +38,7 @@ Checkpoint = Annotated[
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"mmalign {__version__}")
+        say(f"mmalign {__version__}")
         raise typer.Exit
 
 
@@ -52,6 +53,8 @@ def _root(
     warnings.filterwarnings("ignore", category=FutureWarning)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(Messages())
 
 
 @app.command(epilog=EXIT_STATUS, short_help="Train the model described by CONFIG.")
@@ -88,7 +91,7 @@ def train(
         from mmalign.report import write_report
 
         page = write_report([result.run_dir], result.run_dir / "report.html")
-        typer.echo(f"weights: {result.final_dir}\nreport:  {page}")
+        say(f"weights: {result.final_dir}\nreport:  {page}")
 
 
 @app.command("eval", short_help="Score held-out rows under trained weights.")
@@ -103,14 +106,21 @@ def evaluate(
     out: Annotated[
         Path | None, option("--out", metavar="FILE", text="also write the numbers as JSON")
     ] = None,
+    own_loss: Annotated[
+        bool,
+        option(
+            "--own-loss",
+            text="CONFIG is that of a run folder with a loss of its own: import that code",
+        ),
+    ] = False,
 ) -> None:
     """Score held-out rows: loss, ranking and reward accuracy, log-ratios, KL, with intervals."""
     from mmalign import config as configs
     from mmalign.offline import evaluate_checkpoint, table
 
     run = configs.load(config, overrides or ())
-    result = evaluate_checkpoint(run, checkpoint, data=data, out=out)
-    typer.echo(table(result))
+    result = evaluate_checkpoint(run, checkpoint, data=data, out=out, own_loss=own_loss)
+    say(table(result))
 
 
 @app.command(short_help="Complete prompts, or paint them, with a trained model.")
@@ -179,7 +189,7 @@ def sample(
         records = sample_pictures(
             settings, texts, checkpoint, out, base=base, seeds=seeds, columns=grid
         )
-        typer.echo(f"{len(records)} pictures: {out}")
+        say(f"{len(records)} pictures: {out}")
         return
     if seeds is not None or grid is not None:
         raise ConfigError(
@@ -190,7 +200,7 @@ def sample(
         for row, text in zip(asked, texts, strict=True):
             question = last_asked(row.prompt)
             files = ", ".join(Path(str(file)).name for file in row.media.files())
-            typer.echo(f"> {question}{f'  [{files}]' if files else ''}\n{text}\n")
+            say(f"> {question}{f'  [{files}]' if files else ''}\n{text}\n")
 
 
 @app.command(short_help="Write to disk what training would compute again in every epoch.")
@@ -213,7 +223,7 @@ def cache(
     run = configs.load(config, overrides or ())
     said = plan_cache(run) if plan else write_cache(run)
     if _is_main_process():
-        typer.echo(said)
+        say(said)
 
 
 @app.command(short_help="List every objective, or explain one.")
@@ -223,7 +233,7 @@ def objectives(
     """List every objective; with NAME, its formula, keywords, needs, paper and configs."""
     from mmalign import objectives_page
 
-    typer.echo(objectives_page.listing() if name is None else objectives_page.page(name))
+    say(objectives_page.listing() if name is None else objectives_page.page(name))
 
 
 cli_compare.register(app)
@@ -235,8 +245,21 @@ def merge(
     out: Annotated[Path, option("--out", metavar="DIR", text="folder to make")],
     add: Annotated[
         list[str] | None,
-        option("--add", metavar="DIR=COEF", text="add COEF times what DIR changes; repeat it"),
+        option(
+            "--add",
+            metavar="DIR[=COEF]",
+            text="add COEF times what DIR changes, of a run what its final/ does; by default 1 "
+            "time; repeat it",
+        ),
     ] = None,
+    text_encoders: Annotated[
+        str,
+        typer.Option(
+            "--text-encoders",
+            metavar="NAME",
+            help="LoRA files of pictures that change text encoders too: stop, apply or ignore",
+        ),
+    ] = "stop",
 ) -> None:
     """Merge checkpoints or adapters by weight arithmetic: BASE + sum of COEF * (DIR - BASE).
 
@@ -244,7 +267,8 @@ def merge(
     """
     from mmalign.models.merge import merge_checkpoints
 
-    typer.echo(merge_checkpoints(base, [_weighted(item) for item in add or ()], out))
+    added = [_weighted(item) for item in add or ()]
+    say(merge_checkpoints(base, added, out, text_encoders=text_encoders))
 
 
 @app.command(short_help="Write one HTML page about runs.")
@@ -252,13 +276,17 @@ def report(
     runs: Annotated[list[Path], argument("RUN_DIR", "folders that `mmalign train` wrote")],
     out: Annotated[
         Path | None,
-        option("--out", metavar="FILE", text="the page; by default report.html in the first run"),
+        option(
+            "--out",
+            metavar="FILE",
+            text="the page; by default report.html in the run, of several a new file beside them",
+        ),
     ] = None,
 ) -> None:
     """Write one HTML page about a run, or about several side by side; it needs no network."""
-    from mmalign.report import write_report
+    from mmalign.report import place_of, write_report
 
-    typer.echo(write_report(runs, out or runs[0] / "report.html"))
+    say(write_report(runs, out or place_of(runs)))
 
 
 @app.command(short_help="Print the JSON schema of a config.")
@@ -268,7 +296,7 @@ def schema() -> None:
 
     from mmalign import config as configs
 
-    typer.echo(json.dumps(configs.schema(), indent=2))
+    say(json.dumps(configs.schema(), indent=2))
 
 
 @quickstart_app.callback()
@@ -334,7 +362,9 @@ def quickstart_video(
 
 
 def _weighted(item: str) -> tuple[str, float]:
-    folder, _, coefficient = item.rpartition("=")
+    folder, mark, coefficient = item.rpartition("=")
+    if not mark or Path(item).exists():
+        return item, 1.0
     try:
         if not folder:
             raise ValueError

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mmalign.cli_compare import shown
-from mmalign.cli_parts import Config, Overrides, argument, group, option
+from mmalign.cli_parts import Config, Overrides, argument, group, option, say
 from mmalign.errors import ConfigError
 
 app = group("Numbers on video benchmarks, from files of questions and answers.")
@@ -44,7 +44,7 @@ def bench_list() -> None:
     """List the benchmarks with their files, metrics and ways to read an answer."""
     from mmalign.benchmark.show import listing
 
-    typer.echo(listing())
+    say(listing())
 
 
 @app.command("score", short_help="Score a file of answers.")
@@ -72,10 +72,10 @@ def bench_score(
 
     kind = find(benchmark, similarity)
     found = score(kind, read_files(kind, files, questions or ()), legacy=legacy, seed=seed)
-    typer.echo(json.dumps(found.summary(), indent=2) if as_json else score_text(found))
+    say(json.dumps(found.summary(), indent=2) if as_json else score_text(found))
     if out is not None:
         summary, rows = found.write(out)
-        typer.echo(f"summary: {summary}\nrows:    {rows}", err=as_json)
+        say(f"summary: {summary}\nrows:    {rows}", err=as_json)
 
 
 @app.command("compare", short_help="Compare two runs on the same questions.")
@@ -100,7 +100,7 @@ def bench_compare(
     runs = [read_files(kind, [path], questions or ()) for path in (a, b)]
     found = compare(kind, runs[0], runs[1], legacy=legacy, seed=seed)
     as_text = comparison_text(found, (str(a), str(b)))
-    typer.echo(json.dumps(found.summary(), indent=2) if as_json else as_text)
+    say(json.dumps(found.summary(), indent=2) if as_json else as_text)
 
 
 @app.command("convert", short_help="Write a benchmark's own files as common JSONL.")
@@ -117,7 +117,7 @@ def bench_convert(
     rows = read_files(kind, files, questions or ())
     write_predictions(out, rows)
     missing = sum(row.prediction is None for row in rows)
-    typer.echo(f"{out}: {len(rows)} questions written, {missing} without an answer")
+    say(f"{out}: {len(rows)} questions written, {missing} without an answer")
 
 
 @app.command("predict", short_help="Answer a benchmark's questions with a model.")
@@ -179,6 +179,6 @@ def bench_predict(
                 settings, name, asked, media, out, weights, batch=batch, progress=progress
             )
     except KeyboardInterrupt:
-        typer.echo(f"stopped; the answers are in {out}.partial: run it again to go on", err=True)
+        say(f"stopped; the answers are in {out}.partial: run it again to go on", err=True)
         raise typer.Exit(130) from None
-    typer.echo(found.text())
+    say(found.text())

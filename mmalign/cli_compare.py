@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmalign.cli_parts import argument, option
+from mmalign.cli_parts import argument, option, say
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -82,9 +82,9 @@ def compare(
             batch_size=batch_size,
             progress=progress,
         )
-    typer.echo(found.text())
+    say(found.text())
     if out is not None:
-        typer.echo(f"summary: {out}\nrows:    {found.write(out)}")
+        say(f"summary: {out}\nrows:    {found.write(out)}")
 
 
 def parse_scorers(asked: list[str], dtype: str) -> dict[str, str | None]:

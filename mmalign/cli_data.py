@@ -17,7 +17,7 @@ from mmalign.cli_compare import (
     parse_scorers,
     shown,
 )
-from mmalign.cli_parts import Config, Overrides, argument, group, option
+from mmalign.cli_parts import Config, Overrides, argument, group, option, say
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,14 +65,14 @@ def data_check(
     faults = _faults if decode else None
     if config is not None:
         text, code = _check_config(config, files or (), evaluation or (), layout, show, faults)
-        typer.echo(text)
+        say(text)
         raise typer.Exit(code)
     if not files:
         raise ConfigError("data check: name files, or a config with --config")
     from mmalign.data.validate import check_files
 
     found = check_files(files, eval_paths=evaluation or (), layout=layout, decode=faults)
-    typer.echo(found.text(show))
+    say(found.text(show))
     raise typer.Exit(found.exit_code)
 
 
@@ -133,7 +133,7 @@ def data_convert(
     from mmalign.data.records import convert_file
 
     written, left_out = convert_file(source, out, layout=layout, split=split, drop_bad=drop_bad)
-    typer.echo(f"{out}: {written} records written, {left_out} left out")
+    say(f"{out}: {written} records written, {left_out} left out")
 
 
 @app.command("score", short_help="Score the pictures of pairs or lists, and label by the scores.")
@@ -189,9 +189,9 @@ def data_score(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        typer.echo(f"stopped; the scores are in {out}.partial: run it again to go on", err=True)
+        say(f"stopped; the scores are in {out}.partial: run it again to go on", err=True)
         raise typer.Exit(130) from None
-    typer.echo(result.text())
+    say(result.text())
 
 
 def _faults(rows: Sequence[Example]) -> list[list[str]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mmalign.cli_compare import shown
-from mmalign.cli_parts import argument, group, option
+from mmalign.cli_parts import argument, group, option, say
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -214,6 +214,6 @@ def _make(source: Source, out: Path, answers: Answers, recipe: Recipe) -> None:
         with shown("make") as progress:
             result = make(source, out, answers, recipe, progress=progress)
     except KeyboardInterrupt:
-        typer.echo(f"stopped; the answers are in {out}.partial: run it again to go on", err=True)
+        say(f"stopped; the answers are in {out}.partial: run it again to go on", err=True)
         raise typer.Exit(130) from None
-    typer.echo(result.text())
+    say(result.text())

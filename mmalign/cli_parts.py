@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import logging
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from mmalign import safe
 from mmalign.errors import MmalignError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Messages(logging.Formatter):
+    """What is logged, written so that a terminal may show it: it quotes files of strangers."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text."""
+        return safe.message(super().format(record))
+
+
+def say(text: object, *, err: bool = False) -> None:
+    """Print a text, in which what would move the terminal is written out."""
+    typer.echo(safe.escaped(str(text)), err=err)
+
+
+class Shown:
+    """What rich prints in colours, its texts escaped as `say` does."""
+
+    def __init__(self, inner: Any) -> None:
+        """`inner` is anything that a rich console prints."""
+        self._inner = inner
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        """Its pieces, which the console asks for."""
+        from rich.segment import Segment
+
+        for piece in console.render(self._inner, options):
+            is_text = not piece.control
+            yield Segment(safe.escaped(piece.text), piece.style) if is_text else piece
 
 
 class Commands(TyperGroup):
@@ -18,10 +52,13 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except MmalignError as error:
-            typer.echo(f"{type(error).__name__}: {error}", err=True)
+            say(f"{type(error).__name__}: {error}", err=True)
             raise typer.Exit(error.exit_code) from error
         except OSError as error:  # a full disk, a folder without permission: the machine's state
-            typer.echo(f"{type(error).__name__}: {error}", err=True)
+            say(f"{type(error).__name__}: {safe.message(str(error))}", err=True)
+            raise typer.Exit(1) from error
+        except MemoryError as error:
+            say(f"MemoryError: there is not enough memory here {error}".rstrip(), err=True)
             raise typer.Exit(1) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast, get_args
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast, get_args
 import yaml
 from pydantic import BaseModel
 
+from mmalign import safe
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +22,14 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 Keys = tuple[str | int, ...]
+
+MOST_BYTES = 2**19
+MOST_VALUES = 20_000
+"""Values of a config, counted as often as its aliases repeat them."""
+DEEPEST = 32
+"""How deep its lists and sections may lie in each other."""
+MOST_PROBLEMS = 20
+"""Problems of a config that are told one by one."""
 
 # YAML 1.1 reads `1e-6` as text, `no` and `on` as booleans, `1:30` as 90 and dates as objects. Only
 # these plain forms are kept, so a value means what it looks like.
@@ -89,14 +99,68 @@ _WORDING = {
 }
 
 
+def _refuse_tag(loader: Any, node: Any) -> Any:
+    raise ValueError(f"line {node.start_mark.line + 1} has the tag {node.tag}")
+
+
+_MADE = (*_PLAIN, "str", "seq", "map")
+_ZERO = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # a zero byte as JSON writes it
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML with the plain rules above; a key given twice is an error, keys are text."""
+    """YAML with the plain rules above; a key given twice is an error, keys are text.
+
+    Configs come from strangers too: a few lines of aliases can stand for more values than any
+    memory holds, so all is counted before anything is made of it.
+    """
 
     yaml_implicit_resolvers: ClassVar[Any] = {}
+    yaml_constructors: ClassVar[Any] = {
+        tag: make if not tag or tag.rpartition(":")[2] in _MADE else _refuse_tag
+        for tag, make in yaml.SafeLoader.yaml_constructors.items()
+    }
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._count = 0
+        self._sizes: dict[int, tuple[int, int]] = {}  # values and depth of each finished node
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()  # pyright: ignore[reportUnknownMemberType]
+        count, self._depth = self._count, self._depth + 1
+        self._require(self._depth <= DEEPEST, event)
+        node: Any = super().compose_node(parent, index)
+        if isinstance(event, yaml.AliasEvent):
+            if id(node) not in self._sizes:
+                raise self._refused("an alias stands for what it lies in", event)
+            size, depth = self._sizes[id(node)]
+            self._require(self._depth + depth - 1 <= DEEPEST, event)
+            self._count += size
+        else:
+            self._count += 1
+            self._sizes[id(node)] = self._count - count, self._height(node)
+        self._depth -= 1
+        if self._count > MOST_VALUES:
+            raise self._refused(f"more than {MOST_VALUES:,} values, aliases unfolded", event)
+        return node
+
+    def _height(self, node: Any) -> int:
+        """How many lists and sections lie in each other, the node's own counted."""
+        if isinstance(node, yaml.ScalarNode):
+            return 1
+        inner: list[Any] = [part for item in node.value for part in _as_tuple(item)]
+        return 1 + max((self._sizes[id(part)][1] for part in inner), default=0)
+
+    def _require(self, is_flat: bool, event: Any) -> None:
+        if not is_flat:
+            raise self._refused(f"nested more than {DEEPEST} deep", event)
+
+    def _refused(self, problem: str, event: Any) -> yaml.MarkedYAMLError:
+        return yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             name = str(key.value)
             if name in seen and name != "<<":
                 raise yaml.constructor.ConstructorError(
@@ -104,6 +168,11 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(name)
         return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
+
+
+def _as_tuple(item: Any) -> tuple[Any, ...]:
+    """The nodes of a member: itself, or key and value."""
+    return item if isinstance(item, tuple) else (item,)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -124,14 +193,19 @@ def parse(text: str, where: str) -> Any:
         ConfigError: A syntax error, with its line, or a value that is not plain.
     """
     try:
-        value = yaml.load(text, _Loader)
-        return json.loads(json.dumps(value))  # also separates what YAML anchors share
+        plain = json.dumps(yaml.load(text, _Loader), ensure_ascii=False)
+        if _ZERO.search(plain):
+            raise ConfigError(f"{where}: holds a zero byte, which no path and no text may have")
+        plain.encode()
+        return json.loads(plain)  # also separates what YAML anchors share
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f":{mark.line + 1}"
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"{where}{line}: not valid YAML: {problem}") from error
-    except (TypeError, ValueError) as error:
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where}: holds half of a surrogate pair, which is no text") from error
+    except (TypeError, ValueError, LookupError) as error:
         raise ConfigError(
             f"{where}: only text, numbers, true, false, null, lists and sections can stand in a "
             f"config ({error})"
@@ -149,16 +223,18 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file is missing, no file, empty, not text, or not YAML sections.
     """
-    if not path.exists():
+    if not os.path.exists(path):  # False, and no error, for a name that cannot be one
         folder = path.parent
-        near = [p.name for p in folder.glob("*.y*ml")] if folder.is_dir() else []
+        near = [p.name for p in folder.glob("*.y*ml")] if os.path.isdir(folder) else []
         close = difflib.get_close_matches(path.name, near, n=1)
         hint = f". Did you mean '{folder / close[0]}'?" if close else ""
         raise ConfigError(f"{path}: there is no such config file{hint}")
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder; give the YAML file itself")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = safe.read_bytes(path, MOST_BYTES).decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text, so it is no YAML config") from error
     value = parse(text, str(path))
@@ -179,6 +255,8 @@ def override(raw: dict[str, Any], item: str) -> Keys:
     where = f"override '{item}'"
     if not equals or not name or not all(name.split(".")):
         raise ConfigError(f"{where}: write it as KEY=VALUE, e.g. train.lr=1e-6")
+    if name.count(".") >= DEEPEST:
+        raise ConfigError(f"{where}: the key has more than {DEEPEST} parts")
     value = parse(text, where)
     keys: list[str | int] = []
     node: Any = raw
@@ -218,12 +296,14 @@ def explain(
     for detail in error.errors():
         found.setdefault(_location(detail["loc"], raw, detail["type"]), []).append(detail)
     lines: list[str] = []
-    for keys, details in found.items():
+    for keys, details in list(found.items())[:MOST_PROBLEMS]:
         source = "command line" if any(keys[: len(k)] == k for k in set_by) else where
         lines.append(f"{source}: {_problem(keys, details, model)}")
-    if len(lines) == 1:
+    if len(found) == 1:
         return ConfigError(lines[0])
-    return ConfigError(f"{len(lines)} problems\n  " + "\n  ".join(lines))
+    if len(found) > len(lines):
+        lines.append(f"and {len(found) - len(lines):,} more")
+    return ConfigError(f"{len(found)} problems\n  " + "\n  ".join(lines))
 
 
 def _location(loc: Keys, raw: Any, kind: str) -> Keys:

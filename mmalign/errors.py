@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from mmalign import safe
+
 
 class MmalignError(Exception):
     """Base of every error that is the input's fault; the CLI prints it without a traceback."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The message, with what it quotes of files written so that a terminal may show it."""
+        return safe.message(super().__str__())
 
 
 class ConfigError(MmalignError):

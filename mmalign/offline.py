@@ -21,8 +21,17 @@ if TYPE_CHECKING:
     from mmalign.models.adapter import Adapter
 
 
+_OF_RUN = ("env.json", "metrics.jsonl", "final", "checkpoint-*")
+"""What lies beside the config in a run folder."""
+
+
 def evaluate_checkpoint(
-    config: RunConfig, checkpoint: Path | None, *, data: str | None = None, out: Path | None = None
+    config: RunConfig,
+    checkpoint: Path | None,
+    *,
+    data: str | None = None,
+    out: Path | None = None,
+    own_loss: bool = False,
 ) -> Evaluation:
     """Score held-out rows under trained weights.
 
@@ -31,6 +40,7 @@ def evaluate_checkpoint(
         checkpoint: A `checkpoint-N` or `final` folder; None for the newest of `config.output`.
         data: A file of rows to score instead of the config's held-out ones.
         out: Also write metrics and intervals here, as JSON.
+        own_loss: Import a loss of one's own from a run folder, whose code may be a stranger's.
 
     Raises:
         ConfigError, DataError, CheckpointError: What is missing or does not fit.
@@ -41,6 +51,8 @@ def evaluate_checkpoint(
     from mmalign.train.holdout import reward_beta
     from mmalign.train.order import held_out
 
+    if not own_loss:
+        _refuse_own_loss(config)
     objective = configs.check(config)
     config = adapter_class(config.modality).begun(config)
     folder = trained_folder(config, checkpoint)
@@ -65,6 +77,17 @@ def evaluate_checkpoint(
         record = {"checkpoint": str(folder), "rows": len(rows), "metrics": result.metrics}
         _write(out, json.dumps({**record, "intervals": result.intervals}, indent=2) + "\n")
     return result
+
+
+def _refuse_own_loss(config: RunConfig) -> None:
+    """A run folder may be a stranger's, and the loss of its own that it holds is code."""
+    own, folder = config.objective.own, config.objective.folder
+    if own and folder is not None and any(next(folder.glob(name), None) for name in _OF_RUN):
+        raise ConfigError(
+            f"{folder}: this run has a loss of its own, {own[0]}, which is code that its folder "
+            "holds and that is not imported from there; give the config that you trained with, or "
+            "add --own-loss where you trust the folder"
+        )
 
 
 def table(result: Evaluation) -> str:
@@ -144,8 +167,12 @@ def trained_adapter(config: RunConfig, checkpoint: Path | None, *, base: bool = 
 
     if base and checkpoint is not None:
         raise ConfigError("sample: --base is the untrained model, so it has no --checkpoint")
-    # Without a reference; learned position weights are built because checkpoints hold them.
-    needs = Needs(weight=configs.check(config).needs.weight)
+    # Without a reference; learned position weights are built because checkpoints hold them. A loss
+    # of one's own is not asked: it would have to be imported, and the run may be a stranger's.
+    if config.objective.own:
+        needs = Needs(weight=config.text.masks is not None)
+    else:
+        needs = Needs(weight=configs.check(config).needs.weight)
     config = adapter_class(config.modality).begun(config)
     folder = None if base else trained_folder(config, checkpoint)
     torch.manual_seed(config.train.seed)
@@ -187,16 +214,18 @@ def restore(adapter: Adapter, folder: Path, objective: Objective | None = None) 
         objective: Its running state is restored too, where the folder holds one.
 
     Raises:
-        CheckpointError: The folder holds no weights of this model.
+        CheckpointError: The folder holds no weights of this model, or they are damaged.
     """
     from mmalign.train import checkpoint
+    from mmalign.train.sums import read_about
 
     if (folder / "sharded").is_dir():
         raise CheckpointError(
             f"{folder}: is a checkpoint in parts; only `mmalign train --resume` can read it. Use "
             "the final/ folder of the run"
         )
-    if (folder / "weights.safetensors").is_file():
+    if (folder / "run.json").is_file() or (folder / "weights.safetensors").is_file():
+        read_about(folder, only=("weights.safetensors", "state.safetensors"))
         checkpoint.load_weights(folder, adapter)
         if objective is not None:
             checkpoint.load_state(folder, adapter, objective)
@@ -290,10 +319,11 @@ def show_rows(config: RunConfig, count: int) -> None:
     """Print the first training rows as the model will see them."""
     from rich.console import Console
 
+    from mmalign.cli_parts import Shown
     from mmalign.models.adapter import adapter_class, load_usable
 
     objective = configs.check(config)
     config = adapter_class(config.modality).begun(config)
     rows, _ = load_usable(config, objective.needs, first=count)
     shown = adapter_class(config.modality).show_rows(config, rows)
-    Console(highlight=False).print(shown)
+    Console(highlight=False).print(Shown(shown))

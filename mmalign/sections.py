@@ -17,8 +17,16 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 
+COUNT = 2**31 - 1
+"""The largest number of steps, rows or seeds: what every library below takes."""
+LARGEST_RATE = 1e5
+"""Of learning; what is merely far from published values is warned of elsewhere."""
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Section(BaseModel):
-    """Frozen; an unknown key is an error."""
+    """Frozen; an unknown key is an error. Every number has bounds: what libraries can take."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -42,8 +50,8 @@ def only_read_by(section: Section, choice: str, readers: dict[str, tuple[str, ..
 class LoraSpec(Section):
     """Low-rank adapters on the policy."""
 
-    rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32, gt=0)
+    rank: int = Field(default=16, ge=1, le=16_384)
+    alpha: float = Field(default=32, ge=1e-4, le=1e6)
     dropout: float = Field(
         default=0.0, ge=0, lt=1, description="keep 0: with it policy and reference differ"
     )
@@ -63,6 +71,11 @@ class ModelConfig(Section):
     adapter: str | None = Field(
         default=None, description="an existing peft adapter to continue from"
     )
+    adapter_text_encoders: Literal["stop", "ignore"] = Field(
+        default="stop",
+        description="diffusion: what an adapter that changes text encoders too does; ignore: they "
+        "stay as they are, with a count",
+    )
     dtype: Literal["float64", "float32", "bfloat16"] = "float32"
     lora: LoraSpec | None = None
     quantization: Literal["4bit", "8bit"] | None = None
@@ -72,11 +85,17 @@ class ModelConfig(Section):
     )
     trust_remote_code: bool = False
 
+    @model_validator(mode="after")
+    def _reads_the_adapter(self) -> Self:
+        if self.adapter_text_encoders != "stop" and self.adapter is None:
+            raise ValueError("`adapter_text_encoders` is only read with `adapter`, which is unset")
+        return self
+
 
 class MixturePart(Section):
     """One member of a reference mixture: sum of weight times log-probability."""
 
-    weight: float
+    weight: float = Field(ge=-1000, le=1000)
     path: str | None = Field(
         default=None, description="folder or hub name; none means the policy's start"
     )
@@ -92,7 +111,9 @@ class ReferenceConfig(Section):
     decay: float = Field(
         default=0.999, ge=0, le=1, description="ema: share of the old one kept at a refresh"
     )
-    every: int = Field(default=1, ge=1, description="ema: optimiser steps between refreshes")
+    every: int = Field(
+        default=1, ge=1, le=COUNT, description="ema: optimiser steps between refreshes"
+    )
     mixture: list[MixturePart] = []
     cache: Path | None = Field(
         default=None, description="cached: folder; default: cache/ beside the output"
@@ -123,7 +144,10 @@ class DataSource(Section):
     name: str | None = Field(default=None, description="configuration of a hub dataset")
     split: str | None = Field(default=None, description="hub split, or value of a `split` column")
     weight: float = Field(
-        default=1.0, gt=0, description="times an epoch uses each of its rows; 0.5 is a seeded half"
+        default=1.0,
+        ge=1e-6,
+        le=1000,
+        description="times an epoch uses each of its rows; 0.5 is a seeded half",
     )
     layout: str | None = Field(
         default=None, description="record layout; found by itself when left out"
@@ -164,13 +188,16 @@ class DataConfig(Section):
     max_samples: int | None = Field(
         default=None,
         ge=1,
+        le=COUNT,
         description="train on the first rows alone, and read no more; sources take turns",
     )
     max_eval_samples: int | None = Field(
-        default=None, ge=1, description="evaluate on the first rows alone"
+        default=None, ge=1, le=COUNT, description="evaluate on the first rows alone"
     )
-    max_prompt_length: int = Field(default=512, ge=1, description="tokens")
-    max_response_length: int = Field(default=512, ge=1, description="tokens, end token included")
+    max_prompt_length: int = Field(default=512, ge=1, le=2**24, description="tokens")
+    max_response_length: int = Field(
+        default=512, ge=1, le=2**24, description="tokens, end token included"
+    )
     truncate_prompt: Literal["keep_end", "keep_start"] = "keep_end"
     ties: Literal["drop", "half", "soft"] = Field(
         default="drop", description="half: both orders, weight 1/2; soft: labels (1/2, 1/2)"
@@ -182,7 +209,7 @@ class DataConfig(Section):
     bad_rows: Literal["stop", "drop"] = Field(
         default="stop", description="drop: leave out, and count, records that have problems"
     )
-    num_workers: int = Field(default=0, ge=0)
+    num_workers: int = Field(default=0, ge=0, le=256)
 
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> Self:
@@ -238,20 +265,20 @@ class ObjectiveConfig(BaseModel):
 class TrainConfig(Section):
     """The loop."""
 
-    num_steps: int | None = Field(default=None, ge=1, description="overrides num_epochs")
-    num_epochs: float = Field(default=1.0, gt=0)
-    batch_size: int = Field(default=4, ge=1, description="rows a device and micro-batch")
-    accumulate: int = Field(default=1, ge=1)
-    eval_batch_size: int | None = Field(default=None, ge=1)
-    lr: float = Field(default=1e-6, gt=0)
+    num_steps: int | None = Field(default=None, ge=1, le=COUNT, description="overrides num_epochs")
+    num_epochs: float = Field(default=1.0, ge=1e-6, le=1e6)
+    batch_size: int = Field(default=4, ge=1, le=16_384, description="rows a device and micro-batch")
+    accumulate: int = Field(default=1, ge=1, le=65_536)
+    eval_batch_size: int | None = Field(default=None, ge=1, le=16_384)
+    lr: float = Field(default=1e-6, gt=0, le=LARGEST_RATE)
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "sgd"] = "adamw"
-    weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(default=0.0, ge=0, le=1000)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = Field(
-        default=0.0, ge=0, description="steps if at least 1, else a share of all steps"
+        default=0.0, ge=0, le=COUNT, description="steps if at least 1, else a share of all steps"
     )
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, ge=1e-12, le=1e12)
     mixed_precision: Literal["no", "bf16"] = "no"
     bf16_weights: Literal["stochastic", "master", "nearest"] = Field(
         default="stochastic",
@@ -261,32 +288,48 @@ class TrainConfig(Section):
     )
     backward: Literal["joint", "per_candidate"] = "joint"
     seed: int = Field(default=0, ge=0, lt=2**31)
-    log_every: int = Field(default=1, ge=1)
+    log_every: int = Field(default=1, ge=1, le=COUNT)
     eval_every: int | None = Field(
-        default=None, ge=1, description="steps; the end is always evaluated"
+        default=None, ge=1, le=COUNT, description="steps; the end is always evaluated"
     )
-    save_every: int | None = Field(default=None, ge=1, description="steps; the end is always saved")
-    sample_every: int | None = Field(default=None, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
+    save_every: int | None = Field(
+        default=None, ge=1, le=COUNT, description="steps; the end is always saved"
+    )
+    sample_every: int | None = Field(default=None, ge=1, le=COUNT)
+    keep_checkpoints: int = Field(default=2, ge=1, le=COUNT)
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     num_threads: int | None = Field(
-        default=None, ge=1, description="CPU threads; 1 is best for tiny models"
+        default=None, ge=1, le=1024, description="CPU threads; 1 is best for tiny models"
     )
     check_reference: bool = Field(
         default=True, description="stop if policy and reference differ before step 1"
+    )
+    check_settings: bool = Field(
+        default=True, description="warn of rates, betas and warm-ups far from any published"
     )
 
 
 class SampleConfig(Section):
     """Completions or pictures made during training and shown in the report."""
 
-    num_prompts: int = Field(default=4, ge=0, description="taken from the eval rows")
+    num_prompts: int = Field(default=4, ge=0, le=65_536, description="taken from the eval rows")
     prompts: list[str] = Field(
         default=[], description="diffusion: prompts to show in place of those of the eval rows"
     )
-    max_new_tokens: int = Field(default=64, ge=1)
-    temperature: float = Field(default=0.0, ge=0, description="0 is greedy")
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int = Field(default=64, ge=1, le=2**20)
+    temperature: float = Field(
+        default=0.0, ge=0, le=100, description="0 is greedy; else at least 0.001"
+    )
+    top_p: float = Field(default=1.0, ge=1e-6, le=1)
+
+    @model_validator(mode="after")
+    def _temperature_divides(self) -> Self:
+        if 0 < self.temperature < 1e-3:
+            raise ValueError(
+                f"temperature must be 0, which is greedy, or at least 0.001 (found "
+                f"{self.temperature:g})"
+            )
+        return self
 
 
 class MaskConfig(Section):
@@ -304,10 +347,15 @@ class MaskConfig(Section):
         description="spans, diff: rows without any are left out and counted, or count whole",
     )
     min_match: int = Field(
-        default=3, ge=1, description="diff: tokens in a row that count as the same"
+        default=3, ge=1, le=COUNT, description="diff: tokens in a row that count as the same"
     )
-    lr: float | None = Field(default=None, description="learned: the head's own learning rate")
-    weight_decay: float = Field(default=0.01, ge=0)
+    lr: float | None = Field(
+        default=None,
+        gt=0,
+        le=LARGEST_RATE,
+        description="learned: the head's own learning rate",
+    )
+    weight_decay: float = Field(default=0.01, ge=0, le=1000)
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
@@ -319,7 +367,7 @@ class TextConfig(Section):
         description="prompt once, then each response; exact; off where a model cannot do it",
     )
     block_size: int = Field(
-        default=1024, ge=1, description="response positions with logits at one time"
+        default=1024, ge=1, le=COUNT, description="response positions with logits at one time"
     )
     chat_template: bool | Path = Field(
         default=True,

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from mmalign.sections import Section, default_of, only_read_by
 
+MOST_SIDE = 8192  # pixels
 NUM_STEPS = {"ddim_inversion": 10, "renoise": 5, "truncated": 25}
 """Steps of an estimator's grid over the whole schedule, as published for SD 1.5."""
 
@@ -20,8 +21,8 @@ class TimestepSpec(Section):
         default="uniform",
         description="refiner: the last fifth; turbo: four levels; logit_normal: SD3's",
     )
-    mean: float = Field(default=0.0, description="logit_normal: of the logit")
-    std: float = Field(default=1.0, gt=0, description="logit_normal: of the logit")
+    mean: float = Field(default=0.0, ge=-50, le=50, description="logit_normal: of the logit")
+    std: float = Field(default=1.0, ge=1e-6, le=50, description="logit_normal: of the logit")
     low: float = Field(
         default=0.0, ge=0, lt=1, description="uniform: least noise drawn, as a share"
     )
@@ -33,7 +34,9 @@ class TimestepSpec(Section):
         description="factor of the error: epsilon and sample turn it into the error of the noise "
         "or of the clean picture, whatever the network predicts",
     )
-    gamma: float = Field(default=5.0, gt=0, description="min_snr: the largest ratio that counts")
+    gamma: float = Field(
+        default=5.0, ge=1e-6, le=1e6, description="min_snr: the largest ratio that counts"
+    )
 
     @model_validator(mode="after")
     def _only_what_the_kind_reads(self) -> Self:
@@ -55,7 +58,10 @@ class EstimatorSpec(Section):
     )
     shared: bool = Field(default=True, description="forward: all pictures of a row get one noise")
     num_steps: int | None = Field(
-        default=None, ge=1, description="levels of the whole schedule: 10, 5 and 25 by default"
+        default=None,
+        ge=1,
+        le=1000,
+        description="levels of the whole schedule: 10, 5 and 25 by default",
     )
     semantics: Literal["landing", "legacy", "modern"] = Field(
         default="landing",
@@ -63,24 +69,30 @@ class EstimatorSpec(Section):
         "released code",
     )
     eta: float = Field(
-        default=0.0, ge=0, description="ddim_inversion: added noise; 0.1 in the release"
+        default=0.0, ge=0, le=1, description="ddim_inversion: added noise; 0.1 in the release"
     )
     network: Literal["policy", "reference"] = Field(
         default="policy", description="inversions: who inverts"
     )
     guidance: float = Field(
         default=-1.0,
+        ge=-1000,
+        le=1000,
         description="truncated: factor w of (conditional - empty) added to conditional; -1 SD 1.5, "
         "-5 SDXL",
     )
-    num_moves: int = Field(default=5, ge=0, description="truncated: steps before the estimate")
+    num_moves: int = Field(
+        default=5, ge=0, le=1000, description="truncated: steps before the estimate"
+    )
     teacher_decay: float = Field(
         default=0.999, ge=0, le=1, description="truncated: share of the old teacher kept a step"
     )
     distance: Literal["pseudo_huber", "mse"] = Field(
         default="pseudo_huber", description="truncated: distance of the two estimates"
     )
-    huber_c: float = Field(default=1e-3, gt=0, description="truncated: where it turns linear")
+    huber_c: float = Field(
+        default=1e-3, ge=1e-9, le=1e6, description="truncated: where it turns linear"
+    )
     generated: bool = Field(
         default=False,
         description="truncated: clean pictures are generated from the prompts; no data of pictures",
@@ -110,8 +122,10 @@ class EstimatorSpec(Section):
 class PictureSampleSpec(Section):
     """How pictures are generated: during training, by `mmalign sample`, and for reports."""
 
-    num_steps: int = Field(default=25, ge=1)
-    guidance: float = Field(default=7.5, description="above 1: away from the empty prompt")
+    num_steps: int = Field(default=25, ge=1, le=1000)
+    guidance: float = Field(
+        default=7.5, ge=-1000, le=1000, description="above 1: away from the empty prompt"
+    )
     rescale: float = Field(
         default=0.0, ge=0, le=1, description="share of the guided prediction's spread taken back"
     )
@@ -119,18 +133,27 @@ class PictureSampleSpec(Section):
         default="auto", description="auto: dpmpp, and euler for flow models"
     )
     clip_sample: bool = Field(default=False, description="ddim: estimates kept in [-1, 1]")
-    seed: int = Field(default=0, ge=0, description="of the first picture; the next has the next")
-    height: int | None = Field(default=None, ge=1, description="pixels; default: the resolution")
-    width: int | None = Field(default=None, ge=1, description="pixels; default: the resolution")
+    seed: int = Field(
+        default=0, ge=0, lt=2**31, description="of the first picture; the next has the next"
+    )
+    height: int | None = Field(
+        default=None, ge=1, le=MOST_SIDE, description="pixels; default: the resolution"
+    )
+    width: int | None = Field(
+        default=None, ge=1, le=MOST_SIDE, description="pixels; default: the resolution"
+    )
     negative: Path | None = Field(
         default=None,
         description="a second model for the empty prompt: final folder of a run, LoRA, or U-Net",
     )
     negative_keeps: float = Field(
-        default=0.0, description="share of the trained change that the negative model has too"
+        default=0.0,
+        ge=-1000,
+        le=1000,
+        description="share of the trained change that the negative model has too",
     )
     negative_weight: float = Field(
-        default=1.0, description="factor of the negative model's own change"
+        default=1.0, ge=-1000, le=1000, description="factor of the negative model's own change"
     )
 
     @model_validator(mode="after")
@@ -139,6 +162,16 @@ class PictureSampleSpec(Section):
             if self.negative is None and getattr(self, name) != default_of(self, name):
                 raise ValueError(f"`{name}` is only read with `negative`, which is not set")
         return self
+
+
+class ExportSpec(Section):
+    """How the files of `final/` are written."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        default=None,
+        description="of the weights; default: as they were trained. What would lose its digits "
+        "(alpha, a DoRA's magnitudes) stays float32",
+    )
 
 
 class DiffusionConfig(Section):
@@ -150,11 +183,13 @@ class DiffusionConfig(Section):
     zero_terminal_snr: bool = Field(
         default=False, description="rescale the noise table so that it ends in pure noise"
     )
-    resolution: int = Field(default=512, ge=1, description="pixels a side")
+    resolution: int = Field(default=512, ge=1, le=MOST_SIDE, description="pixels a side")
     buckets: bool = Field(
         default=False, description="keep aspect ratios, at the same area; one shape a row"
     )
-    bucket_multiple: int = Field(default=64, ge=1, description="buckets: sides are multiples of it")
+    bucket_multiple: int = Field(
+        default=64, ge=1, le=1024, description="buckets: sides are multiples of it"
+    )
     crop: Literal["center", "random"] = "center"
     shared_crop: bool = Field(default=True, description="one place for all pictures of a row")
     flip: bool = Field(default=False, description="mirror half of the rows, left and right")
@@ -167,12 +202,13 @@ class DiffusionConfig(Section):
     time_ids: Literal["measured", "constant"] = Field(
         default="measured", description="SDXL: true size and crop, or (R, R, 0, 0, R, R)"
     )
-    noise_offset: float = Field(default=0.0, ge=0, description="noise shared by all pixels")
+    noise_offset: float = Field(default=0.0, ge=0, le=10, description="noise shared by all pixels")
     timesteps: TimestepSpec = TimestepSpec()
     estimator: EstimatorSpec = EstimatorSpec()
     logp_scale: float = Field(
         default=0.5,
-        gt=0,
+        ge=1e-9,
+        le=1e9,
         description="log-probability a unit of error; matters beside beta for divergences other "
         "than reverse KL",
     )
@@ -180,7 +216,7 @@ class DiffusionConfig(Section):
         default="mean", description="of squared errors over a picture's elements"
     )
     eval_draws: int = Field(
-        default=4, ge=1, description="timesteps at which every held-out row is scored"
+        default=4, ge=1, le=1000, description="timesteps at which every held-out row is scored"
     )
     vae_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     cache: Literal["auto", "on", "off"] = Field(
@@ -189,7 +225,10 @@ class DiffusionConfig(Section):
     )
     cache_folder: Path | None = Field(default=None, description="default: cache/ beside the output")
     num_draws: int = Field(
-        default=16, ge=1, description="reference.kind cached: stored timesteps and noises a row"
+        default=16,
+        ge=1,
+        le=65_536,
+        description="reference.kind cached: stored timesteps and noises a row",
     )
     sampling: PictureSampleSpec = PictureSampleSpec()
 

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from mmalign.sections import Section
+from mmalign.sections import LARGEST_RATE, Section
 
 Operation = Literal[
     "shuffle", "reverse", "clip_crop", "shift", "drop_frames", "repeat_frame", "freeze",
@@ -35,7 +35,7 @@ class CorruptionSpec(Section):
 class SelectionSpec(Section):
     """PaMi-VDPO: which of several augmented clips a row is trained on."""
 
-    num_candidates: int = Field(default=4, ge=1, description="augmented clips a row")
+    num_candidates: int = Field(default=4, ge=1, le=64, description="augmented clips a row")
     mode: Literal["hard", "soft", "mean"] = "hard"
     tau_close: float = Field(
         default=0.5, ge=-1, le=1, description="least cosine of mean features with the row's clip"
@@ -43,9 +43,12 @@ class SelectionSpec(Section):
     tau_start: float | None = Field(
         default=None, ge=-1, le=1, description="tau_close at step 0, moved linearly; e.g. 0.9"
     )
-    temperature: float = Field(default=0.05, gt=0, description="soft: of the far scores")
+    temperature: float = Field(default=0.05, ge=1e-6, le=1e6, description="soft: of the far scores")
     noise_floor: float = Field(
-        default=0.0, ge=0, description="far score, in nats, below which a row counts less; 0: never"
+        default=0.0,
+        ge=0,
+        le=1e6,
+        description="far score, in nats, below which a row counts less; 0: never",
     )
 
     @model_validator(mode="after")
@@ -59,14 +62,18 @@ class SelectionSpec(Section):
 class ClueSpec(Section):
     """CAT's clue aggregator: tokens made from question, picture and sound, put before the media."""
 
-    num_queries: int = Field(default=32, ge=1)
-    width: int = Field(default=768, ge=8, description="of the query transformer")
-    num_layers: int = Field(default=4, ge=1)
-    cross_every: int = Field(default=2, ge=1, description="layers between two cross-attentions")
-    num_heads: int = Field(default=4, ge=1)
+    num_queries: int = Field(default=32, ge=1, le=4096)
+    width: int = Field(default=768, ge=8, le=16_384, description="of the query transformer")
+    num_layers: int = Field(default=4, ge=1, le=128)
+    cross_every: int = Field(
+        default=2, ge=1, le=128, description="layers between two cross-attentions"
+    )
+    num_heads: int = Field(default=4, ge=1, le=1024)
     use_global: bool = Field(default=True, description="one mean token a modality besides")
     residual: bool = Field(default=False, description="False: no residual connection, as released")
-    lr: float | None = Field(default=None, gt=0, description="its own learning rate")
+    lr: float | None = Field(
+        default=None, gt=0, le=LARGEST_RATE, description="its own learning rate"
+    )
     path: str | None = Field(default=None, description="a trained aggregator to start from")
 
 
@@ -74,35 +81,70 @@ class VideoConfig(Section):
     """Settings of the video adapter."""
 
     num_frames: int | None = Field(
-        default=16, ge=1, description="spread evenly over the clip; null to choose by fps"
+        default=16,
+        ge=1,
+        le=16_384,
+        description="spread evenly over the clip; null to choose by fps",
     )
-    fps: float | None = Field(default=None, gt=0, description="frames a second instead")
-    max_frames: int = Field(default=64, ge=1, description="with fps: at most, then spread evenly")
+    fps: float | None = Field(default=None, ge=1e-4, le=1000, description="frames a second instead")
+    max_frames: int = Field(
+        default=64, ge=1, le=16_384, description="with fps: at most, then spread evenly"
+    )
+    min_frames: int = Field(
+        default=1,
+        ge=1,
+        le=16_384,
+        description="with fps: at least, then spread evenly, as far as there are so many",
+    )
     frame_pixels: int | None = Field(
         default=None,
         ge=256,
-        description="area a frame is brought to by a processor that resizes freely; null: its own",
+        le=2**26,
+        description="most pixels a frame, whatever a processor that resizes freely means by its "
+        "size; null: the processor's own",
+    )
+    image_pixels: int | None = Field(
+        default=None,
+        ge=256,
+        le=2**26,
+        description="most pixels of a picture that a prompt shows, likewise",
+    )
+    cap_pixels_per_frame: bool | None = Field(
+        default=None,
+        description="video processors of Qwen2-VL to Qwen3-VL: keep a clip within "
+        "max_video_tokens, as qwen-vl-utils does; null: as the model's files say, else False",
     )
     sound: Literal["auto", "off"] = Field(
         default="auto",
         description="auto: a model that hears gets a clip's own sound, unless the row has an audio",
     )
     bad_media: Literal["drop", "stop"] = Field(
-        default="drop", description="rows whose media cannot be decoded; drop names and counts them"
+        default="drop",
+        description="rows whose media are missing, broken, or too long or too short for the model; "
+        "drop names and counts them",
     )
-    no_sound: Literal["drop", "stop", "mute"] = Field(
-        default="stop",
-        description="clips without a sound track, for a model that hears; mute: "
-        "the clip is shown without sound",
+    no_sound: Literal["drop", "stop", "mute"] | None = Field(
+        default=None,
+        description="clips without a sound track, for a model that hears; null: as bad_media says; "
+        "mute: the clip is shown without sound",
     )
-    max_seconds: float = Field(default=3600.0, gt=0, description="longest clip that is decoded")
-    max_side: int = Field(default=8192, ge=16, description="largest side of a frame, in pixels")
-    decode_timeout: float = Field(default=60.0, gt=0, description="seconds a clip may take")
+    max_seconds: float = Field(
+        default=3600.0, gt=0, le=1e6, description="longest clip that is decoded"
+    )
+    max_side: int = Field(
+        default=8192, ge=16, le=16_384, description="largest side of a frame, in pixels"
+    )
+    decode_timeout: float = Field(
+        default=60.0, gt=0, le=86_400, description="seconds a clip may take"
+    )
     frame_cache: int = Field(
-        default=512, ge=0, description="MiB of decoded clips kept in memory; 0: none"
+        default=512, ge=0, le=2**24, description="MiB of decoded clips kept in memory; 0: none"
     )
     feature_cache: int = Field(
-        default=1024, ge=0, description="MiB of encoded clips kept, where the tower is frozen"
+        default=1024,
+        ge=0,
+        le=2**24,
+        description="MiB of encoded clips kept, where the tower is frozen",
     )
     train: list[Literal["language", "tower", "projector"]] = Field(
         default=["language"], description="what LoRA or full training may change; [] with clues"
@@ -117,5 +159,15 @@ class VideoConfig(Section):
             raise ValueError(
                 "give exactly one of video.num_frames and video.fps (video: {num_frames: null, "
                 "fps: 1})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _least_and_most_frames(self) -> Self:
+        if self.fps is None and "min_frames" in self.model_fields_set:
+            raise ValueError("video.min_frames is only read where video.fps is set; remove it")
+        if self.min_frames > self.max_frames:
+            raise ValueError(
+                f"video.min_frames is {self.min_frames}, more than max_frames ({self.max_frames})"
             )
         return self

@@ -43,9 +43,14 @@ _DTYPES = {
 }  # fmt: skip
 
 
+_SIZES = {name: np.dtype(kind).itemsize for name, kind in _DTYPES.items()}
+_MOST_HEADER = 100_000_000  # bytes, as the library that writes it has it
+
 _Layout = tuple[tuple[str, str, tuple[int, ...]], ...]  # name, dtype and shape of each tensor
 
 _OWN_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")  # of a shard; other files are not ours
+
+_PARTIAL = re.compile(r"\.[0-9a-f]{32}\.\d+\.part")  # one that is being written
 
 _PLACE = struct.Struct("<QI")  # offset in the shard, checksum
 
@@ -193,7 +198,6 @@ class TensorCache:
             return
         from safetensors.numpy import save
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {
             f"{k}/{n}": array for k, entry in self._pending.items() for n, array in entry.items()
         }
@@ -203,6 +207,7 @@ class TensorCache:
         partial = self.folder / f".{name}.{os.getpid()}.part"
         self._files.close(shard)  # a damaged one of the same entries
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as stream:
                 stream.write(save(tensors, metadata=sums))
                 stream.flush()
@@ -214,6 +219,12 @@ class TensorCache:
         self._pending, self._pending_bytes = {}, 0
         self._read_header(shard)
 
+    def sweep(self) -> None:
+        """Remove unfinished shards, for who alone writes here: whoever began them was killed."""
+        for partial in self.folder.glob(".*.part"):
+            if _PARTIAL.fullmatch(partial.name):
+                partial.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Close the files that are open for reading; the next `get` opens its own again."""
         self._files.clear()
@@ -224,16 +235,21 @@ class TensorCache:
             with shard.open("rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
                 size = os.fstat(stream.fileno()).st_size
-                header = json.loads(stream.read(min(length, size)))
+                if length > _MOST_HEADER:
+                    raise ValueError("its header is too long")
+                header = json.loads(stream.read(length))
             sums = header.pop("__metadata__")
             entries: dict[str, list[tuple[str, str, tuple[int, ...], bytes]]] = {}
             for name, entry in header.items():
                 key, _, array = name.partition("/")
                 place = _PLACE.pack(8 + length + entry["data_offsets"][0], int(sums[name]))
-                found = (array, _DTYPES[entry["dtype"]], tuple(entry["shape"]), place)
+                found = (array, _DTYPES[entry["dtype"]], _shape(entry), place)
                 entries.setdefault(key, []).append(found)
             whole = max(entry["data_offsets"][1] for entry in header.values()) + 8 + length <= size
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        except (
+            *(OSError, ValueError, KeyError, TypeError, AttributeError, struct.error),
+            RecursionError,
+        ) as error:
             self._damaged(shard, str(error))
             return
         if not whole:
@@ -279,6 +295,19 @@ class TensorCache:
         if self.bad_shards.count(shard) > 1:  # said already
             return
         log.warning("%s cannot be used (%s); its entries are made anew", shard, reason)
+
+
+def _shape(entry: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of a header's entry, which must need the bytes that it says it has.
+
+    Raises:
+        ValueError: It does not: a damaged header may ask for more than any memory holds.
+    """
+    shape = tuple(map(int, entry["shape"]))
+    start, end = entry["data_offsets"]
+    if min(shape, default=1) < 0 or math.prod(shape) * _SIZES[entry["dtype"]] != end - start:
+        raise ValueError("a tensor's shape does not fit its bytes")
+    return shape
 
 
 def content_of(example: Example) -> dict[str, Any]:

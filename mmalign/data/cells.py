@@ -24,6 +24,10 @@ MOST_KEPT = 256 * 2**20
 """Bytes of decoded column pieces kept for the next cells; the newest piece is always kept."""
 
 
+LIMITS = {"thrift_string_size_limit": 2**26, "thrift_container_size_limit": 2**20}
+"""Of what describes a parquet file, which a damaged one says is endless."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Piece:
     """A row group (or all) of one column: rows `start` to `stop` of the file."""
@@ -69,22 +73,28 @@ class _Pieces:
                 del self._kept[key]
 
 
+def damage() -> tuple[type[Exception], ...]:
+    """What reading a damaged table raises: anything but a failure of our own."""
+    arrow: Any = import_module("pyarrow")
+    values = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+    return (arrow.ArrowException, OSError, MemoryError, NotImplementedError, *values)
+
+
 def _holds(piece: _Piece, row: int) -> bool:
     return piece.start <= row < piece.stop
 
 
 def _read(picture: Picture) -> _Piece:
-    arrow: Any = import_module("pyarrow")
     try:
         read = _from_parquet if picture.path.suffix == ".parquet" else _from_arrow
         return read(picture)
-    except (arrow.ArrowException, OSError, KeyError) as error:
+    except damage() as error:
         raise DataError(f"{picture}: cannot be read: {error}") from error
 
 
 def _from_parquet(picture: Picture) -> _Piece:
     parquet: Any = import_module("pyarrow.parquet")
-    with parquet.ParquetFile(picture.path) as file:
+    with parquet.ParquetFile(picture.path, **LIMITS) as file:
         groups = range(file.metadata.num_row_groups)
         ends = list(accumulate(file.metadata.row_group(i).num_rows for i in groups))
         group = bisect_right(ends, picture.row)
@@ -117,7 +127,7 @@ def cell_bytes(picture: Picture) -> bytes:
     """
     try:
         value = _PIECES.cell(picture)
-    except OSError as error:
+    except damage() as error:
         raise DataError(f"{picture}: cannot be read: {error}") from error
     parts = as_object(value)
     data = value if parts is None else parts.get("bytes")
@@ -162,8 +172,11 @@ def row_places(paths: Sequence[Path], num_rows: int) -> Iterator[tuple[Path, int
     arrow: Any = import_module("pyarrow")
     sizes: list[int] = []
     for path in paths:
-        with arrow.memory_map(str(path)) as source:
-            sizes.append(arrow.ipc.open_stream(source).read_all().num_rows)
+        try:
+            with arrow.memory_map(str(path)) as source:
+                sizes.append(arrow.ipc.open_stream(source).read_all().num_rows)
+        except damage() as error:
+            raise DataError(f"{path}: cannot be read: {error}") from error
     if sum(sizes) != num_rows:
         raise DataError(
             "its pictures cannot be read in place, as it is a selection of the rows that its files "

@@ -5,11 +5,12 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import Any
 
-from mmalign.data.fields import as_list, as_object, printable, show
+from mmalign.data.fields import as_list, as_object, show
 from mmalign.data.parse_media import MEDIA_KEYS, WHOLE_KEYS
 from mmalign.data.turns import Columns, Turns, are_messages, prompt_of, turns
 from mmalign.data.unread import is_bookkeeping, is_opinion
 from mmalign.errors import DataError
+from mmalign.safe import printable
 
 ASKING = (
     *("question", "query", "problem", "input", "user", "user_input", "user_prompt", "user_message"),

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from mmalign.data.columns import turns_or_text, with_system
-from mmalign.data.fields import as_object, printable
+from mmalign.data.fields import as_object
 from mmalign.data.layout import Layout
 from mmalign.data.layouts import LAYOUTS
 from mmalign.data.message_media import shown_in_messages
@@ -19,6 +19,7 @@ from mmalign.data.stored import read_back
 from mmalign.data.tools import as_tools
 from mmalign.data.unread import meant
 from mmalign.errors import DataError
+from mmalign.safe import printable
 
 _BOXES = ("<bbox>", "<ref-object>")
 """What ms-swift puts in the place of entries of `objects`."""

@@ -10,7 +10,9 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
+
+_LONGEST_SHOWN = 1000  # characters of a text, more than any message asks for
 
 DEEPEST = 64
 """How deep a record may be nested: deeper ones would exhaust the stack on their way."""
@@ -54,8 +56,31 @@ def as_list(value: Any) -> list[Any] | None:
 
 def show(value: Any, limit: int = 40) -> str:
     """A short form of a value for a message."""
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}... ({type(value).__name__})"
+    text = ""
+    for piece in _pieces(value):
+        text += piece
+        if len(text) > limit:
+            return f"{text[:limit]}... ({type(value).__name__})"
+    return text
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    """The `repr` of a value, of which no more is made than is asked for: it may be megabytes."""
+    items, parts = as_list(value), as_object(value)
+    if isinstance(value, str | bytes):
+        yield repr(value[:_LONGEST_SHOWN])
+    elif parts is not None:
+        for i, (name, member) in enumerate(parts.items()):
+            yield f"{', ' if i else '{'}{name[:_LONGEST_SHOWN]!r}: "
+            yield from _pieces(member)
+        yield "}" if parts else "{}"
+    elif items is not None and isinstance(value, list):
+        for i, member in enumerate(items):
+            yield ", " if i else "["
+            yield from _pieces(member)
+        yield "]" if items else "[]"
+    else:
+        yield repr(value)
 
 
 def is_deep(value: Any) -> bool:
@@ -67,15 +92,6 @@ def is_deep(value: Any) -> bool:
         if not level:
             return False
     return True
-
-
-def printable(text: str) -> str:
-    """A text from a file, as a message may show it: what would move a terminal is escaped."""
-    return (
-        text
-        if text.isprintable()
-        else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    )
 
 
 def number(value: Any) -> float | None:

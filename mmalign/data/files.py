@@ -1,35 +1,39 @@
 """Rows of a file or a Hugging Face dataset, each with its place; what cannot be read is a problem.
 
-JSONL, JSON, CSV and parquet files, prompts as lines of text, `.gz` of all but parquet, folders of
-pictures, of parquet files or of `datasets.save_to_disk`, and names of hub datasets.
+JSONL, JSON, CSV and parquet files, prompts as lines of text, `.gz`, `.bz2`, `.xz` and `.zst` of all
+but parquet, folders of pictures, of parquet files or of `datasets.save_to_disk`, and names of hub
+datasets.
 """
 
 from __future__ import annotations
 
 import csv
-import gzip
 import io
-import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from mmalign.data.fields import DEEPEST, as_list, as_object, is_deep, show
+from mmalign.data.fields import as_list, as_object, show
 from mmalign.data.folders import folder_rows
+from mmalign.data.json_text import LONGEST, JsonText, NotJsonError, parse
 from mmalign.data.layout import HIGHER, LOWER
 from mmalign.data.row import HELD_OUT, Row, Wanted
 from mmalign.data.stored import Unreadable, literal
 from mmalign.data.tables import hub_rows, parquet_rows, saved_rows, shard_rows
 from mmalign.data.turns import are_messages
+from mmalign.data.unfold import ERRORS, FOLDED, open_data
 from mmalign.errors import DataError
 
 __all__ = ["HELD_OUT", "LONGEST_LINE", "Row", "read_rows"]
 
-LONGEST_LINE = 64 * 2**20  # bytes
+LONGEST_LINE = LONGEST
+Reader = Callable[[Path, IO[bytes]], Iterator[Row]]
+_MOST_COLUMNS = 10_000
 _SPLIT = re.compile(r'"split"\s*:\s*"([^"\\]*)"')  # in a text its quotes would be escaped
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
 # fmt: off
@@ -71,19 +75,19 @@ def read_rows(
         DataError: when nothing can be read at all; a bad row is a Row with a problem.
     """
     file = Path(path)
-    if file.is_dir():
+    if os.path.isdir(file):
         of_files = folder_rows(file, read_rows) or shard_rows(file, split, wanted)
         return of_files or saved_rows(file, split, wanted)
-    if file.is_file():
+    if os.path.exists(file):
         return _file_rows(file, wanted)
-    if file.suffix in (*_SUFFIXES, ".gz") or str(path).startswith((".", "/", "~")):
+    if file.suffix in (*_SUFFIXES, *FOLDED) or str(path).startswith((".", "/", "~")):
         raise DataError(f"{path}: there is no such file{_nearest_file(file)}")
     return hub_rows(str(path), name, split, wanted)
 
 
 def _nearest_file(file: Path) -> str:
     folder = file.parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return f", and no folder {folder}"
     near = get_close_matches(file.name, [p.name for p in folder.iterdir()], 1)
     return f". Did you mean {folder / near[0]}?" if near else ""
@@ -91,38 +95,38 @@ def _nearest_file(file: Path) -> str:
 
 def _file_rows(file: Path, wanted: Wanted | None) -> Iterator[Row]:
     suffixes = [suffix.lower() for suffix in file.suffixes]
-    zipped = bool(suffixes) and suffixes[-1] == ".gz"
-    kind = suffixes[-2 if zipped else -1] if len(suffixes) > zipped else ""
-    if kind == ".parquet" and not zipped:
+    folded = bool(suffixes) and suffixes[-1] in FOLDED
+    kind = suffixes[-2 if folded else -1] if len(suffixes) > folded else ""
+    if kind == ".parquet" and not folded:
         return parquet_rows(file)
     lines = partial(_jsonl, wanted=wanted)
-    readers = {".jsonl": lines, ".ndjson": lines, ".json": _json, ".txt": _prompts}
-    readers |= {".csv": _csv, ".tsv": _csv}
+    readers: dict[str, Reader] = {".jsonl": lines, ".ndjson": lines, ".txt": _prompts}
+    readers |= {".json": partial(_json, wanted=wanted), ".csv": _csv, ".tsv": _csv}
     if kind not in readers:
         raise DataError(
             f"{file}: the name ends in {file.suffix or 'nothing'}; it must end in one of "
-            f"{', '.join(_SUFFIXES)}, or .gz after a text format"
+            f"{', '.join(_SUFFIXES)}, or {', '.join(FOLDED)} after a text format"
         )
-    return _opened(file, zipped, readers[kind])
+    return _opened(file, readers[kind])
 
 
-def _opened(file: Path, zipped: bool, read: Any) -> Iterator[Row]:
+def _opened(file: Path, read: Reader) -> Iterator[Row]:
+    place = str(file)
     try:
-        with gzip.open(file, "rb") if zipped else file.open("rb") as handle:
-            yield from read(file, handle)
-    except (OSError, EOFError) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from error
+        with open_data(file) as handle:
+            for row in read(file, handle):
+                place = f"{row.place}: what follows"
+                yield row
+    except ERRORS as error:
+        raise DataError(f"{place} cannot be read: {error}") from error
 
 
 def _jsonl(file: Path, handle: IO[bytes], wanted: Wanted | None = None) -> Iterator[Row]:
     line, number = handle.readline(LONGEST_LINE), 1
     while line:
         place = f"{file}:{number}"
-        if len(line) == LONGEST_LINE:
-            raise DataError(
-                f"{place}: the line is longer than {LONGEST_LINE // 2**20} MiB; a JSONL file has "
-                "one record a line, and one big array belongs in a file named .json"
-            )
+        more = "a JSONL file has one record a line, and one big array belongs in a .json file"
+        _require_short(place, line, more)
         text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
         following = handle.readline(LONGEST_LINE)
         if text.strip() and not (wanted and _is_of_others(text, wanted)):
@@ -141,8 +145,8 @@ def _is_of_others(line: str, wanted: Wanted) -> bool:
 
 def _json_row(place: str, text: str) -> Row:
     try:
-        value = _parse(text)
-    except _NotJson as error:
+        value = parse(text)
+    except NotJsonError as error:
         return Row(place, None, str(error))
     record = as_object(value)
     if record is None:
@@ -150,56 +154,48 @@ def _json_row(place: str, text: str) -> Row:
     return Row(place, record)
 
 
-class _NotJson(Exception):
-    pass
-
-
-def _refuse(constant: str) -> Any:
-    raise _NotJson(f"{constant} is not a number that JSON can hold")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse)  # one for all lines: making it takes time
-
-
-def _parse(text: str) -> Any:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _NotJson(f"not UTF-8 at character {error.start}; save the file as UTF-8") from error
-    try:
-        value = _DECODER.decode(text)
-        if "\\ud" in text or "\\uD" in text:  # an escape may be half of a pair
-            json.dumps(value, ensure_ascii=False).encode()
-        if text.count("[") + text.count("{") > DEEPEST and is_deep(value):
-            raise _NotJson("nested too deeply")
-        return value
-    except UnicodeEncodeError as error:
-        raise _NotJson(f"holds half of a surrogate pair, {error.object[error.start]!a}") from error
-    except RecursionError as error:
-        raise _NotJson("nested too deeply") from error
-    except ValueError as error:  # JSONDecodeError, and whole numbers of thousands of digits
-        raise _NotJson(f"not JSON: {error}") from error
-
-
-def _json(file: Path, handle: IO[bytes]) -> Iterator[Row]:
-    if _has_json_lines(handle):
-        yield from _jsonl(file, handle)
+def _json(file: Path, handle: IO[bytes], wanted: Wanted | None = None) -> Iterator[Row]:
+    with open_data(file) as first:
+        is_lines = _has_json_lines(first)
+    if is_lines:
+        yield from _jsonl(file, handle, wanted)
         return
+    number = 0
     try:
-        value = _parse(handle.read().decode("utf-8-sig", errors="surrogateescape"))
-    except _NotJson as error:
-        raise DataError(f"{file}: {error}") from error
-    wrapped = as_object(value) or {}
-    records = as_list(value) if not wrapped else as_list(wrapped.get("data"))
-    if records is None:
+        for number, item in enumerate(_array(file, JsonText(handle)), start=1):
+            record = as_object(item)
+            problem = "" if record else f"a record must be a JSON object, but is {show(item)}"
+            yield Row(f"{file}:{number}", record, problem)
+    except NotJsonError as error:
+        place = f"{file}: after record {number}: " if number else f"{file}: "
+        raise DataError(f"{place}{error}") from error
+
+
+def _array(file: Path, text: JsonText) -> Iterator[Any]:
+    """The members of the array that the file is, or that it has under `data`."""
+    opening = text.peek()
+    found, has_data = "", opening == "["
+    if opening == "[":
+        yield from text.records()
+    elif opening == "{":
+        names: list[str] = []
+        for name in text.names():
+            names.append(name)
+            if name == "data" and text.peek() == "[":
+                has_data = True
+                yield from text.records()
+            else:
+                text.value()
+        found = show(sorted(names))
+    else:
+        found = show(text.value())
+    if text.peek():
+        raise NotJsonError("not JSON: more follows after its end")
+    if not has_data:
         raise DataError(
             f"{file}: must be an array of records, or an object with that array under `data`; "
-            f"found {show(sorted(wrapped)) if wrapped else show(value)}"
+            f"found {found}"
         )
-    for i, item in enumerate(records, start=1):
-        place, record = f"{file}:{i}", as_object(item)
-        problem = "" if record else f"a record must be a JSON object, but is {show(item)}"
-        yield Row(place, record, problem)
 
 
 def _has_json_lines(handle: IO[bytes]) -> bool:
@@ -208,10 +204,9 @@ def _has_json_lines(handle: IO[bytes]) -> bool:
     while line and not line.strip():
         line = handle.readline(LONGEST_LINE)
     more = bool(handle.readline(LONGEST_LINE).strip())
-    handle.seek(0)
     try:
-        record = as_object(_parse(line.decode("utf-8-sig", errors="surrogateescape"))) or {}
-    except _NotJson:
+        record = as_object(parse(line.decode("utf-8-sig", errors="surrogateescape"))) or {}
+    except NotJsonError:
         return False
     if not record or as_list(record.get("data")) is not None:
         return False
@@ -221,28 +216,64 @@ def _has_json_lines(handle: IO[bytes]) -> bool:
 
 def _prompts(file: Path, handle: IO[bytes]) -> Iterator[Row]:
     """Prompts, one a line."""
-    for number, line in enumerate(handle, start=1):
+    number = 0
+    while line := handle.readline(LONGEST_LINE):
+        number += 1
+        place = f"{file}:{number}"
+        _require_short(place, line, "a text file has one prompt a line")
         try:
             prompt = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
-            yield Row(f"{file}:{number}", None, f"not UTF-8 ({error}); save the file as UTF-8")
+            yield Row(place, None, f"not UTF-8 ({error}); save the file as UTF-8")
             continue
         if prompt:
-            yield Row(f"{file}:{number}", {"prompt": prompt})
+            yield Row(place, {"prompt": prompt})
 
 
-def _csv(file: Path, handle: IO[bytes]) -> Iterator[Row]:
+def _require_short(place: str, line: bytes, instead: str) -> None:
+    if len(line) == LONGEST_LINE:
+        raise DataError(f"{place}: the line is longer than {LONGEST_LINE // 2**20} MiB; {instead}")
+
+
+class _Lines:
+    """The lines of a table as text, of which no record may have too many."""
+
+    def __init__(self, file: Path, handle: IO[bytes]) -> None:
+        self._file = file
+        self._text = io.TextIOWrapper(
+            handle, encoding="utf-8-sig", errors="surrogateescape", newline=""
+        )
+        self._number = self._length = 0
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self._text.readline(LONGEST_LINE):
+            self._number += 1
+            self._length += len(line)
+            if self._length >= LONGEST_LINE:
+                raise DataError(
+                    f"{self._file}:{self._number}: a record is longer than "
+                    f"{LONGEST_LINE // 2**20} MiB; is a quote missing?"
+                )
+            yield line
+
+    def end_record(self) -> None:
+        """Begin to count anew."""
+        self._length = 0
+
+
+def _csv(file: Path, handle: IO[bytes], wanted: Wanted | None = None) -> Iterator[Row]:
     csv.field_size_limit(LONGEST_LINE)
-    text = io.TextIOWrapper(handle, encoding="utf-8-sig", newline="")
     delimiter = "\t" if ".tsv" in file.suffixes else ","
-    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+    lines = _Lines(file, handle)
+    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
+        if len(reader.fieldnames or ()) > _MOST_COLUMNS:
+            raise DataError(f"{file}:1: names more than {_MOST_COLUMNS:,} columns")
         for cells in reader:
             yield _csv_row(f"{file}:{reader.line_num}", cells)
+            lines.end_record()
     except csv.Error as error:
         raise DataError(f"{file}:{reader.line_num}: {error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 ({error}); save the file as UTF-8") from error
 
 
 def _csv_row(place: str, cells: dict[Any, Any]) -> Row:
@@ -250,6 +281,10 @@ def _csv_row(place: str, cells: dict[Any, Any]) -> Row:
         return Row(place, None, "has more cells than the header has names")
     if None in cells.values():
         return Row(place, None, "has fewer cells than the header has names")
+    try:
+        "".join([*cells.keys(), *cells.values()]).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}: not UTF-8; save the file as UTF-8") from error
     return Row(place, {key: _csv_value(key, cell) for key, cell in cells.items()})
 
 
@@ -257,8 +292,8 @@ def _csv_value(column: str, cell: str) -> Any:
     """Numbers, flags and lists are read, in the columns that hold such."""
     if column not in _NOT_TEXT and not _NUMBER.fullmatch(column):
         return cell
-    with suppress(_NotJson):
-        return _parse(cell)
+    with suppress(NotJsonError):
+        return parse(cell)
     with suppress(Unreadable):
         return literal(cell)
     return {"true": True, "false": False, "": None}.get(cell.strip().lower(), cell)

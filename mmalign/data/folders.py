@@ -5,27 +5,48 @@
 
 The caption of NAME stands in metadata.jsonl or captions.jsonl (`file_name`, and `prompt`,
 `caption` or `text`; other keys go along), in captions.txt (NAME, a tab, the caption), or in
-NAME.txt beside a picture. Where both pictures of a pair have one, each keeps its own.
+NAME.txt or NAME.caption beside a picture. Where both pictures of a pair have one, each keeps its
+own. Files and folders whose names begin with a dot are of the system's and passed over.
 """
 
 from __future__ import annotations
 
+import codecs
+import io
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from mmalign.data.guard import Fence, as_text
 from mmalign.data.picture_layouts import CAPTIONS
 from mmalign.data.row import Row
 from mmalign.errors import DataError
+from mmalign.safe import open_file
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif"),
+    *(".bmp", ".tif", ".tiff", ".gif"),
+)
+UNREAD = (
+    *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".tga", ".psd", ".exr"),
+    *(".ppm", ".pgm", ".pnm", ".qoi", ".dng", ".cr2", ".nef", ".arw"),
+)
+"""Pictures of other formats: named as such, since a row without them would be lost unseen."""
+CAPTION_FILES = (".txt", ".caption")
 SIDES = ("chosen", "rejected")
 _TABLES = ("metadata.jsonl", "captions.jsonl", "captions.txt")
 _NAMES = ("file_name", "file", "image", "name", "stem")
+_LONGEST_CAPTION = 2**20  # bytes
+_LARGEST_TABLE = 2**26
 _NO_CAPTION = "has no caption: give NAME.txt beside a picture, metadata.jsonl or captions.txt"
+_NAMED = 4
+
+log = logging.getLogger("mmalign.data")
 
 Names = dict[str, list[str]]  # name without suffix -> files of that name
 
@@ -46,27 +67,50 @@ def folder_rows(folder: Path, read: Callable[[Path], Iterator[Row]]) -> Iterator
     if len(there) == 1:
         other = SIDES[there[0] == "chosen"]
         raise DataError(f"{folder}: has {there[0]}/, but no {other}/ beside it")
-    files = {side: _pictures(folder / side) for side in there or [""]}
+    files = {side: _files(folder / side, SUFFIXES + UNREAD) for side in there or [""]}
     if not any(files.values()):
         if there:
             raise DataError(f"{folder}: chosen/ and rejected/ hold no pictures")
         return None
+    _name_lonely_captions(folder, files)
     return _rows(folder, files, _Captions(folder, read))
 
 
-def _pictures(folder: Path) -> Names:
-    """The picture files below a folder, by their path from it without suffix."""
+def _files(folder: Path, suffixes: tuple[str, ...]) -> Names:
+    """The files with some suffixes below a folder, by their path from it without suffix."""
     found: Names = defaultdict(list)
     for parent, folders, files in os.walk(folder):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         inside = os.path.relpath(parent, folder)
         for file in sorted(files):
             name, suffix = os.path.splitext(file)
-            if suffix.lower() in SUFFIXES:
+            if suffix.lower() in suffixes and not file.startswith("."):
                 found[os.path.normpath(os.path.join(inside, name))].append(
                     os.path.normpath(os.path.join(inside, file))
                 )
     return dict(found)
+
+
+def _name_lonely_captions(folder: Path, files: dict[str, Names]) -> None:
+    """Say which caption files have no picture: one may be missing, or of an unknown format."""
+    lonely: list[str] = []
+    for side, pictures in files.items():
+        captions = _files(folder / side, CAPTION_FILES if side else (".caption",))
+        lonely += [
+            os.path.join(side, file)
+            for name in captions
+            if name not in pictures
+            for file in captions[name]
+        ]
+    if lonely:
+        more = ", ..." if len(lonely) > _NAMED else ""
+        log.warning(
+            "%s: caption files without a picture beside them: %d (%s%s)",
+            folder,
+            len(lonely),
+            ", ".join(lonely[:_NAMED]),
+            more,
+        )
 
 
 def _rows(folder: Path, files: dict[str, Names], captions: _Captions) -> Iterator[Row]:
@@ -74,10 +118,13 @@ def _rows(folder: Path, files: dict[str, Names], captions: _Captions) -> Iterato
     names = sorted({name for found in files.values() for name in found})
     for name in names:
         place = f"{folder}:{name}"
+        unread = _unread(files, name)
         counts = {side: len(files[side].get(name, ())) for side in files}
         missing = next((side for side in files if counts[side] == 0), None)
         several = next((side for side in files if counts[side] > 1), None)
-        if missing is not None:
+        if unread:
+            yield Row(place, None, f"{unread} is of a format that is not read: convert it to png")
+        elif missing is not None:
             yield Row(place, None, f"has no picture of the same name in {missing}/")
         elif several is not None:
             where = f" in {several}/" if several else ""
@@ -87,6 +134,21 @@ def _rows(folder: Path, files: dict[str, Names], captions: _Captions) -> Iterato
             yield captions.row(place, name, paths)
     for name in captions.left(names):
         yield Row(f"{folder}:{name}", None, "has a caption, but no picture")
+
+
+def _unread(files: dict[str, Names], name: str) -> str:
+    """A picture of another format with no other of its name; "" where all can be read."""
+    for side, found in files.items():
+        there = found.get(name, [])
+        read = [file for file in there if _suffix(file) in SUFFIXES]
+        if there and not read:
+            return os.path.join(side, there[0])
+        found |= {name: read} if there else {}
+    return ""
+
+
+def _suffix(file: str) -> str:
+    return os.path.splitext(file)[1].lower()
 
 
 @dataclass(slots=True)
@@ -99,13 +161,15 @@ class _Captions:
         default_factory=dict[str, "dict[str, dict[str, Any]]"]
     )
     problems: list[Row] = field(default_factory=list[Row])
+    fence: Fence = field(init=False)
 
     def __post_init__(self) -> None:
+        self.fence = Fence(self.folder)
         tables = [name for name in _TABLES if (self.folder / name).is_file()]
         if len(tables) > 1:
             raise DataError(f"{self.folder}: has {' and '.join(tables)}; keep one of them")
         if tables:
-            table = self.folder / tables[0]
+            table = self.fence.require(self.folder / tables[0])
             for row in self.read(table) if table.suffix == ".jsonl" else _lines(table):
                 self._take(row)
 
@@ -120,7 +184,8 @@ class _Captions:
         side, _, inside = name.partition(os.sep)
         side, name = (side, inside) if side in SIDES and inside else ("", name)
         stem, suffix = os.path.splitext(name)
-        self.said.setdefault(stem if suffix.lower() in SUFFIXES else name, {})[side] = record
+        is_file = suffix.lower() in SUFFIXES + UNREAD
+        self.said.setdefault(stem if is_file else name, {})[side] = record
 
     def row(self, place: str, name: str, paths: dict[str, str]) -> Row:
         """The row of one picture or pair."""
@@ -131,7 +196,7 @@ class _Captions:
         value |= {keys[side]: path for side, path in paths.items()}
         try:
             own = {side: self._caption(said, side, path) for side, path in paths.items()}
-        except (OSError, UnicodeDecodeError) as error:
+        except DataError as error:
             return Row(place, None, f"has a caption that cannot be read: {error}")
         given = {caption for caption in own.values() if caption}
         if all(f"prompt_{side}" in value for side in own):
@@ -148,8 +213,14 @@ class _Captions:
             texts = [record[key] for key in CAPTIONS if isinstance(record.get(key), str)]
             if texts and texts[0].strip():
                 return texts[0]
-        beside = (self.folder / path).with_suffix(".txt")
-        return beside.read_text(encoding="utf-8").strip() if beside.is_file() else ""
+        texts = {
+            file.name: self.fence.read_text(file, _LONGEST_CAPTION).strip()
+            for file in ((self.folder / path).with_suffix(end) for end in CAPTION_FILES)
+            if file.exists()
+        }
+        if len(set(texts.values())) > 1:
+            raise DataError(f"{' and '.join(texts)} differ; keep one of them")
+        return next(iter(texts.values()), "")
 
     def left(self, names: list[str]) -> list[str]:
         """Names with a caption and without a picture."""
@@ -159,10 +230,28 @@ class _Captions:
 def _lines(table: Path) -> Iterator[Row]:
     """The lines of captions.txt: a name, a tab, the caption."""
     try:
-        lines = table.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{table}: cannot be read as UTF-8: {error}") from error
-    for number, line in enumerate(lines, start=1):
+        with open_file(table) as handle:
+            start = handle.read(2)
+            handle.seek(0)
+            if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # as Windows' editors write
+                text = as_text(handle.read(_LARGEST_TABLE))
+                yield from _captions(table, io.BytesIO(text.encode()))
+            else:
+                yield from _captions(table, handle)
+    except UnicodeError as error:
+        raise DataError(f"{table}: not UTF-16, as its first bytes say: {error}") from error
+    except OSError as error:
+        raise DataError(f"{table}: cannot be read: {error.strerror or error}") from error
+
+
+def _captions(table: Path, handle: BinaryIO) -> Iterator[Row]:
+    for number, data in enumerate(iter(partial(handle.readline, _LONGEST_CAPTION), b""), start=1):
+        try:
+            line = data.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            problem = f"not UTF-8 ({error}), or too long; save the file as UTF-8"
+            yield Row(f"{table}:{number}", None, problem)
+            continue
         name, tab, caption = line.partition("\t")
         if not line.strip():
             continue

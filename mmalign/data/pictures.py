@@ -6,23 +6,29 @@ import io
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from mmalign.data.cells import cell_bytes
 from mmalign.data.example import Picture
 from mmalign.data.fields import Problem, show
+from mmalign.data.guard import Fence
+from mmalign.data.room import MOST, Room, bytes_a_pixel
 from mmalign.errors import DataError
+from mmalign.safe import open_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
     from PIL.Image import Image
 
 Result = TypeVar("Result")
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-"""Raster formats that are decoded, told by their content and never by their name."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+"""Raster formats that are decoded, told by their content and never by their name; AVIF where
+Pillow has it, as from 11.3 on."""
 
 _ADDRESSES = ("http://", "https://", "s3://", "gs://", "hf://", "data:")
 
@@ -31,7 +37,13 @@ MOST_PIXELS = 100_000_000
 WIDEST = 2.0
 """Largest ratio between the aspect ratios of a row's pictures; wider rows are not trained on."""
 
+LARGEST_FACTOR = 2.0
+"""Pictures that are enlarged by more are blurred; they are named."""
+LARGEST_CUT = 0.5
+"""Pictures that lose a larger share of their area to the crop may lose their motif; named too."""
+
 _PART = 32  # pictures that a thread takes at a time
+_STRIP = 2**20  # pixels that are converted at a time
 
 
 class PictureRoot:
@@ -42,7 +54,8 @@ class PictureRoot:
 
     def __init__(self, folder: Path | None) -> None:
         """Paths start from `folder`; None where there is none, as for a hub dataset."""
-        self.folder = None if folder is None else os.path.realpath(folder)
+        self._fence = None if folder is None else Fence(folder)
+        self.folder = None if self._fence is None else self._fence.folder
         self._real_parents: dict[str, str] = {}
 
     def find(self, text: str, *, what: str = "picture file") -> Picture | Problem:
@@ -74,7 +87,7 @@ class PictureRoot:
         return Problem(f"must name a {what} that is there", found)
 
     def _holds(self, path: str) -> bool:
-        return path.startswith((self.folder or "").rstrip(os.sep) + os.sep)
+        return self._fence is not None and self._fence.holds(path)
 
 
 def picture_bytes(picture: Picture) -> bytes:
@@ -87,7 +100,7 @@ def picture_bytes(picture: Picture) -> bytes:
         data = cell_bytes(picture)
     else:
         try:
-            with picture.path.open("rb") as stream:
+            with open_file(picture.path) as stream:
                 data = stream.read(MOST_BYTES + 1)
         except OSError as error:
             raise DataError(f"{picture}: cannot be read: {error}") from error
@@ -107,28 +120,65 @@ def open_picture(picture: Picture | Path) -> Image:
     Raises:
         DataError: It cannot be read, is of no known format, is cut off, or is too large.
     """
-    picture = picture if isinstance(picture, Picture) else Picture(picture)
+    with _decoded(picture if isinstance(picture, Picture) else Picture(picture)) as image:
+        return image
+
+
+@contextmanager
+def _decoded(picture: Picture) -> Generator[Image]:
+    """The picture, while its memory is counted with what other threads decode."""
     data = picture_bytes(picture)
+    with ExitStack() as stack:
+        try:
+            image = _decode(picture, data, stack)
+        except DataError:
+            raise
+        except Exception as error:  # decoders raise nearly anything on broken bytes
+            raise DataError(f"{picture}: cannot be decoded: {error}") from error
+        yield image
+
+
+def _decode(picture: Picture, data: bytes, stack: ExitStack) -> Image:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MOST_PIXELS:
-                limit = f"{MOST_PIXELS // 10**6} million"
-                raise DataError(
-                    f"{picture}: is {width} x {height}; at most {limit} pixels are read"
-                )
-            image.load()
-            return _rgb(_upright(image))
-    except DataError:
-        raise
+        image = stack.enter_context(Image.open(io.BytesIO(data), formats=_formats()))
+        width, height = image.size
+        # A PNG may bring its orientation after its pixels, which must not be decoded yet.
+        known = image.format != "PNG" or "exif" in image.info
+        each = bytes_a_pixel(image, turned=known and _is_turned(image))
+        most = min(MOST_PIXELS, MOST // each)
+        if width * height > most:
+            raise DataError(
+                f"{picture}: is {width} x {height}; at most {most / 1e6:.0f} million pixels are "
+                "read of a picture of this kind"
+            )
+        stack.enter_context(_ROOM.take(width * height * each))
+        image.load()
     except UnidentifiedImageError as error:
-        raise DataError(f"{picture}: is not a picture of {', '.join(FORMATS)}") from error
+        raise DataError(f"{picture}: is not a picture of {', '.join(_formats())}") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{picture}: is too large: {error}") from error
-    except Exception as error:  # decoders raise nearly anything on broken bytes
-        raise DataError(f"{picture}: cannot be decoded: {error}") from error
+    return _rgb(_upright(image) if _is_turned(image) else image)
+
+
+_ROOM = Room()
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """The formats that the Pillow at hand decodes."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _is_turned(image: Image) -> bool:
+    try:
+        return image.getexif().get(0x0112, 1) != 1  # orientation
+    except Exception:  # broken metadata beside good pixels, which are common, turn nothing
+        return False
 
 
 def _upright(image: Image) -> Image:
@@ -136,26 +186,42 @@ def _upright(image: Image) -> Image:
 
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # broken metadata beside good pixels, which are common, turn nothing
+    except Exception:
         return image
 
 
 def _rgb(image: Image) -> Image:
+    from PIL import Image
+
+    if image.mode == "F":
+        raise ValueError("it has floating-point samples, whose range is unknown")
+    is_deep = image.mode == "I" or image.mode.startswith("I;16")  # convert() would clip
+    if not is_deep and not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    width, height = image.size
+    whole = Image.new("RGB", image.size)
+    rows = max(1, _STRIP // width)
+    for top in range(0, height, rows):  # strip by strip, as each step makes a copy
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        whole.paste(_from_16_bits(strip) if is_deep else _on_white(strip), (0, top))
+    return whole
+
+
+def _from_16_bits(image: Image) -> Image:
     import numpy as np
     from PIL import Image
 
-    if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits a sample; convert() would clip
-        samples = np.asarray(image).astype(np.int64)
-        if samples.min() < 0 or samples.max() > 65535:
-            raise ValueError("it has 32-bit samples, whose range is unknown")
-        return Image.fromarray((samples // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("it has floating-point samples, whose range is unknown")
-    if image.has_transparency_data:
-        seen = image.convert("RGBA")
-        white = Image.new("RGBA", seen.size, "white")
-        return Image.alpha_composite(white, seen).convert("RGB")
-    return image.convert("RGB")
+    samples = np.asarray(image).astype(np.int64)
+    if samples.min() < 0 or samples.max() > 65535:
+        raise ValueError("it has 32-bit samples, whose range is unknown")
+    return Image.fromarray((samples // 257).astype(np.uint8)).convert("RGB")
+
+
+def _on_white(image: Image) -> Image:
+    from PIL import Image
+
+    seen = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
 
 
 def decode_all(
@@ -181,9 +247,24 @@ def decode_all(
 
 def _attempt(picture: Picture, use: Callable[[Image], Result]) -> Result | DataError:
     try:
-        return use(open_picture(picture))
+        with _decoded(picture) as image:
+            return use(image)
     except DataError as error:
         return error
+
+
+def same_bytes(one: Picture, other: Picture) -> bool:
+    """Whether two references lead to the same bytes; those in tables are not compared."""
+    if one == other:
+        return True
+    if one.row >= 0 or other.row >= 0:
+        return False
+    try:
+        if one.path.stat().st_size != other.path.stat().st_size:
+            return False
+        return picture_bytes(one) == picture_bytes(other)
+    except (OSError, DataError):  # told where it is decoded
+        return False
 
 
 def is_odd(sizes: Sequence[tuple[int, int]]) -> bool:

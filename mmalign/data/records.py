@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.data.convert import to_record
-from mmalign.data.fields import Problem, printable
+from mmalign.data.fields import Problem
 from mmalign.data.files import read_rows
 from mmalign.data.labels import in_order, prefers_rejected
 from mmalign.data.parse import read_record
@@ -18,6 +18,7 @@ from mmalign.data.picture_layouts import ALONE
 from mmalign.data.pictures import PictureRoot
 from mmalign.data.unread import unread_of
 from mmalign.errors import DataError
+from mmalign.safe import printable
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping

@@ -14,42 +14,60 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.data.arrow_rows import batch_records, plain
-from mmalign.data.cells import picture_columns, row_places
+from mmalign.data.cells import LIMITS, damage, picture_columns, row_places
 from mmalign.data.example import Picture
+from mmalign.data.guard import Fence
 from mmalign.data.picture_layouts import LISTS
 from mmalign.data.row import HELD_OUT, Row, Wanted
+from mmalign.data.saved import require_saved
 from mmalign.errors import DataError
+from mmalign.safe import open_file
 
+_BATCH_BYTES = 32 * 2**20
 _SHARD = re.compile(r"(\w+)-\d+-of-\d+")
 
 
 def parquet_rows(file: Path) -> Iterator[Row]:
     """The rows of a parquet file."""
-    arrow: Any = import_module("pyarrow")
-    parquet: Any = import_module("pyarrow.parquet")
+    place = str(file)
     try:
-        with parquet.ParquetFile(file) as table:
-            schema = table.schema_arrow
-            pictures, lists = picture_columns(schema)
-            _refuse_lists(str(file), lists)
-            pictures = [name for name in pictures if not _is_empty(table.metadata, name)]
-            others = [name for name in schema.names if name not in pictures]
-            records: Iterator[dict[str, Any] | str] = (
-                record
-                for batch in table.iter_batches(batch_size=1024, columns=others)
-                for record in batch_records(batch)
-            )
-            if not others:
-                records = repeat({}, table.metadata.num_rows)
-            for i, record in enumerate(records):
-                place = f"{file}:{i + 1}"
-                if isinstance(record, str):
-                    yield Row(place, None, record)
-                    continue
-                cells = {name: Picture(file, i, name) for name in pictures}
-                yield Row(place, {**record, **cells})
-    except (arrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file}: cannot be read as parquet: {error}") from error
+        open_file(file).close()  # not a pipe: the library would wait for it
+        for row in _table_rows(file):
+            place = f"{row.place}: what follows"
+            yield row
+    except damage() as error:
+        raise DataError(f"{place} cannot be read as parquet: {error}") from error
+
+
+def _table_rows(file: Path) -> Iterator[Row]:
+    parquet: Any = import_module("pyarrow.parquet")
+    with parquet.ParquetFile(file, **LIMITS) as table:
+        schema = table.schema_arrow
+        pictures, lists = picture_columns(schema)
+        _refuse_lists(str(file), lists)
+        pictures = [name for name in pictures if not _is_empty(table.metadata, name)]
+        others = [name for name in schema.names if name not in pictures]
+        records: Iterator[dict[str, Any] | str] = (
+            record
+            for batch in table.iter_batches(batch_size=_batch_size(table), columns=others)
+            for record in batch_records(batch)
+        )
+        if not others:
+            records = repeat({}, table.metadata.num_rows)
+        for i, record in enumerate(records):
+            place = f"{file}:{i + 1}"
+            if isinstance(record, str):
+                yield Row(place, None, record)
+                continue
+            cells = {name: Picture(file, i, name) for name in pictures}
+            yield Row(place, {**record, **cells})
+
+
+def _batch_size(table: Any) -> int:
+    """Rows at a time: few where the file says that they are long."""
+    meta = table.metadata
+    size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+    return max(1, min(1024, _BATCH_BYTES * max(meta.num_rows, 1) // max(size, 1)))
 
 
 def shard_rows(
@@ -62,6 +80,8 @@ def shard_rows(
     files = sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
     if not files:
         return None
+    fence = Fence(folder)
+    files = [fence.require(file) for file in files]
     parts: dict[str, list[Path]] = {}
     for file in files:
         named = _SHARD.match(file.name)
@@ -117,9 +137,10 @@ def _refuse_lists(path: str, columns: list[str]) -> None:
 def saved_rows(folder: Path, split: str | None, wanted: Wanted | None = None) -> Iterator[Row]:
     """The rows of a folder of `datasets.save_to_disk`."""
     datasets: Any = import_module("datasets")
+    require_saved(folder)
     try:
         data = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError) as error:
+    except damage() as error:
         raise DataError(
             f"{folder}: a folder must be one of datasets.save_to_disk, of parquet files, or of "
             f"pictures ({error})"
@@ -134,7 +155,7 @@ def hub_rows(
     datasets: Any = import_module("datasets")
     try:
         data = datasets.load_dataset(path, name, split=split)
-    except (OSError, ValueError) as error:
+    except damage() as error:
         raise DataError(
             f"{path}: neither a file or folder here nor a hub dataset that can be loaded: {error}"
         ) from error
@@ -164,14 +185,24 @@ def _records(where: str, data: Any) -> Iterator[Mapping[str, Any]]:
     pictures, lists = picture_columns(data.features.arrow_schema)
     _refuse_lists(where, lists)
     if not pictures:
-        yield from map(plain, data)
+        yield from _read_through(where, data)
         return
     # A selection or an order of rows, made after loading, is not in the files.
     rows = -1 if getattr(data, "_indices", None) is not None else len(data)
     try:
         places = row_places([Path(entry["filename"]) for entry in data.cache_files], rows)
         others = data.remove_columns(pictures)
-        for record, (file, i) in zip(others, places, strict=True):
-            yield {**plain(record), **{name: Picture(file, i, name) for name in pictures}}
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
+    for record, (file, i) in zip(_read_through(where, others), places, strict=True):
+        yield {**record, **{name: Picture(file, i, name) for name in pictures}}
+
+
+def _read_through(where: str, data: Any) -> Iterator[Mapping[str, Any]]:
+    """The rows of a Dataset, in plain values."""
+    number = 0
+    try:
+        for number, record in enumerate(data, start=1):
+            yield plain(record)
+    except damage() as error:
+        raise DataError(f"{where}: cannot be read after row {number}: {error}") from error

@@ -8,12 +8,13 @@ from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
-from mmalign.data.fields import TURN_KEYS, as_list, as_object, printable
+from mmalign.data.fields import TURN_KEYS, as_list, as_object
 from mmalign.data.parse import KIND_KEYS, OPTIONAL
 from mmalign.data.parse_media import MEDIA_KEYS
 from mmalign.data.stored import SPOKEN, STRUCTURED
 from mmalign.data.turns import are_messages, turns
 from mmalign.data.words import listed
+from mmalign.safe import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -11,13 +11,14 @@ import numpy as np
 
 from mmalign.data.doubts import Doubts
 from mmalign.data.example import Example, Picture, as_text
-from mmalign.data.fields import Problem, printable
+from mmalign.data.fields import Problem
 from mmalign.data.files import HELD_OUT
 from mmalign.data.progress import track
 from mmalign.data.records import ProblemList, Record, read_records
 from mmalign.data.validate_media import MediaBook
 from mmalign.data.validate_pictures import PictureBook
 from mmalign.errors import DataError
+from mmalign.safe import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -84,6 +85,7 @@ def check_files(
     layout: str | None = None,
     pictures: Path | None = None,
     decode: Decode | None = None,
+    sizes: bool = True,
 ) -> Report:
     """Read every record of the files and report every problem with its line.
 
@@ -95,6 +97,7 @@ def check_files(
         layout: The layout of all of them; None to recognise it.
         pictures: The folder that picture paths start from; None: that of each file.
         decode: What is wrong with the media of rows; None: they are only counted.
+        sizes: Judge the sizes of pictures; false where a config does, which knows what they become.
     """
     given = (*paths, *eval_paths)
     names = [str(item if isinstance(item, str | Path) else item.path) for item in given]
@@ -112,7 +115,7 @@ def check_files(
                 raise DataError(f"{name}: holds no records")
         except DataError as error:
             report.problems.add(Record(name, name, "", None), Problem(str(error)))
-    book.close(decode)
+    book.close(decode, sizes=sizes)
     return report
 
 
@@ -152,9 +155,10 @@ class _Book:
         if row.kind == "list":
             self.lists.append((record, row.num_rated))
 
-    def close(self, decode: Decode | None) -> None:
+    def close(self, decode: Decode | None, *, sizes: bool) -> None:
         """Compare what needed all records, and look into pictures and media."""
-        self.report.pictures.close(self.report.problems, self.report.warnings)
+        found = self.report
+        found.pictures.close(found.problems, found.warnings, alone=sizes)
         self.report.media.close(self.report.problems, decode)
         if self.report.warnings.all_weights_are_zero:
             nowhere = Record(self.report.names, self.report.names, "", None)

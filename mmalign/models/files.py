@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -73,7 +76,14 @@ def _indexed(index: Path) -> list[Path]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{index}: has no weight_map; copy the checkpoint again")
-    files = [index.parent / str(name) for name in sorted(set(places.values()))]
+    names = {str(name) for name in places.values()}
+    outside = next((n for n in names if Path(n).is_absolute() or ".." in Path(n).parts), None)
+    if outside is not None:
+        raise CheckpointError(
+            f"{index}: names {outside!r}, and only files beside it are read; copy the checkpoint "
+            "again"
+        )
+    files = [index.parent / name for name in sorted(names)]
     lacking = [file.name for file in files if not file.is_file()]
     if lacking:
         raise CheckpointError(
@@ -120,6 +130,31 @@ def opened(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read as safetensors: {error}") from error
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, whole or not at all, that others may read as the umask says."""
+    from safetensors.torch import save_file
+
+    unfinished = file.with_name(f".{file.name}.tmp")
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(ready, unfinished, metadata=None if metadata is None else dict(metadata))
+    usual_mode(unfinished)
+    unfinished.replace(file)
+
+
+def usual_mode(path: Path) -> None:
+    """Give a file, or all files below a folder, the mode of any new file.
+
+    safetensors writes under a temporary name that its owner alone may read, and keeps that.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~mask)
 
 
 def fingerprint(path: str | Path, revision: str | None = None) -> str:

@@ -16,12 +16,13 @@ import pytest
 import mmalign
 
 ROOT = Path(mmalign.__file__).resolve().parent
-BELOW = {"errors", "core", "data", "models", "config", "configfile"}
+BELOW = {"safe", "errors", "core", "data", "models", "config", "configfile"}
 ALLOWED: dict[str, set[str]] = {
-    "errors": set(),
+    "safe": set(),
+    "errors": {"safe"},
     "core": {"errors"},
-    "data": {"errors"},
-    "configfile": {"errors"},
+    "data": {"safe", "errors"},
+    "configfile": {"safe", "errors"},
     "sections": set(),
     "sections_diffusion": {"sections"},
     "sections_video": {"sections"},
@@ -31,8 +32,9 @@ ALLOWED: dict[str, set[str]] = {
     "diffusion": BELOW | {"evaluate"},  # intervals of win rates
     "video": BELOW | {"text"},
     "evaluate": BELOW,
-    "benchmark": {"errors", "data", "evaluate"},
-    "train": BELOW | {"evaluate"},
+    "benchmark": {"safe", "errors", "data", "evaluate"},
+    "preflight": {"errors", "core", "data", "config"},
+    "train": BELOW | {"evaluate", "preflight"},
 }
 """What a part of the package may import when it loads; parts not listed may import everything."""
 

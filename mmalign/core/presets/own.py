@@ -1,20 +1,31 @@
-"""A loss of one's own: `module:function`, found beside the config that names it."""
+"""A loss of one's own: `module:function`, found beside the config that names it.
+
+Importing runs code. What lies beside a config came with it; anything else a config may name only
+where the function is marked by `@mmalign.objective`, which is read before anything is imported.
+"""
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
+import importlib.util
 import sys
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.core.objective import Objective
-from mmalign.errors import ConfigError
+from mmalign.errors import ConfigError, MmalignError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from types import ModuleType
+
+
+MARK = "__mmalign_objective__"
+"""The attribute that `@mmalign.objective` sets."""
 
 
 def is_own(name: str) -> bool:
@@ -46,11 +57,19 @@ def imported(name: str, folder: Path | None) -> Callable[..., Objective]:
         folder: Of the config; None where there is none.
 
     Raises:
-        ConfigError: No such module or function, a module that cannot be imported, or (when it is
-            called) a function that returns no Objective.
+        ConfigError: No such module or function, one that a config may not name, a module that
+            cannot be imported, or (when it is called) a function that fails or returns no
+            Objective.
     """
     module_name, function_name = _parts(name)
     found = source(name, folder)
+    must_be_marked = folder is not None and (found is None or found[0] != folder.absolute())
+    if must_be_marked and not _is_marked(module_name, function_name, found):
+        raise ConfigError(
+            f"objective.name is {name!r}, but {module_name!r} does not lie beside the config, and "
+            f"holds no function {function_name!r} marked by @mmalign.objective: put the module "
+            "beside the config, or mark the function"
+        )
     try:
         module = _load(module_name, None if found is None else found[0])
     except (ImportError, SyntaxError) as error:
@@ -61,6 +80,11 @@ def imported(name: str, folder: Path | None) -> Callable[..., Objective]:
         raise ConfigError(
             f"objective.name is {name!r}, but {module_name!r} cannot be imported: {error}{sought}"
         ) from error
+    except Exception as error:  # the user's code, which may raise anything
+        raise ConfigError(
+            f"objective.name is {name!r}, but {module_name!r} fails when it is imported: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     function: Any = getattr(module, function_name, None)
     if not callable(function):
         raise ConfigError(
@@ -69,7 +93,14 @@ def imported(name: str, folder: Path | None) -> Callable[..., Objective]:
         )
 
     def checked(**keywords: Any) -> Objective:
-        objective = function(**keywords)
+        try:
+            objective = function(**keywords)
+        except MmalignError:
+            raise
+        except Exception as error:  # the user's code again
+            raise ConfigError(
+                f"objective.name is {name!r}, which fails: {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(objective, Objective):
             raise ConfigError(
                 f"objective.name is {name!r}, but it returned {objective!r}, not an Objective"
@@ -87,6 +118,39 @@ def _parts(name: str) -> tuple[str, str]:
             "my_losses:cautious_dpo for a function in my_losses.py beside the config"
         )
     return module_name, function_name
+
+
+def _is_marked(module_name: str, function_name: str, found: tuple[Path, Path] | None) -> bool:
+    """Whether a function is decorated by `objective`, told from its source without importing it."""
+    known = sys.modules.get(module_name)
+    if known is not None and found is None:
+        return getattr(getattr(known, function_name, None), MARK, False) is True
+    file = found[0] / found[1] if found else _installed(module_name)
+    if file is None or file.suffix != ".py":
+        return False
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return False
+    return any(
+        isinstance(node, ast.FunctionDef)
+        and node.name == function_name
+        and any(ast.unparse(one).rpartition(".")[2] == "objective" for one in node.decorator_list)
+        for node in tree.body
+    )
+
+
+def _installed(module_name: str) -> Path | None:
+    """The file of an installed module; `find_spec` of a whole name would import its packages."""
+    top, *below = module_name.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+        for part in below:
+            places = None if spec is None else spec.submodule_search_locations
+            spec = PathFinder.find_spec(part, list(places)) if places else None
+    except (ImportError, ValueError):
+        return None
+    return None if spec is None or not spec.origin else Path(spec.origin)
 
 
 @functools.cache
