@@ -34,6 +34,7 @@ from mmalign.sections import (
 from mmalign.sections_diffusion import (
     DiffusionConfig,
     EstimatorSpec,
+    ExportSpec,
     PictureSampleSpec,
     TimestepSpec,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "DataSource",
     "DiffusionConfig",
     "EstimatorSpec",
+    "ExportSpec",
     "LoraSpec",
     "MaskConfig",
     "MixturePart",
@@ -78,6 +80,8 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "text": _TOKENS,
     "diffusion": ("diffusion",),
     "video": ("video",),
+    "export": ("diffusion",),
+    "model.adapter_text_encoders": ("diffusion",),
     "data.max_prompt_length": _TOKENS,
     "data.max_response_length": _TOKENS,
     "data.truncate_prompt": _TOKENS,
@@ -105,6 +109,7 @@ class RunConfig(Section):
     text: TextConfig = TextConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     video: VideoConfig = VideoConfig()
+    export: ExportSpec = ExportSpec()
     output: Path = Field(description="folder of the run; relative to the current directory")
 
     @model_validator(mode="after")
@@ -190,16 +195,25 @@ def deciding(config: RunConfig) -> dict[str, Any]:
         exclude={
             "output": True,
             "sample": True,
+            "export": True,
             "train": {
                 *reporting,
                 "keep_checkpoints",
                 "trackers",
                 "num_threads",
                 "check_reference",
+                "check_settings",
             },
-            "data": {"num_workers", "eval", "max_eval_samples"},
+            "data": {
+                **dict.fromkeys(("num_workers", "eval", "max_eval_samples"), True),
+                "train": {"__all__": {"path", "pictures"}},
+            },
             "diffusion": {"eval_draws", "cache_folder"}
             | (set() if config.diffusion.estimator.generated else {"sampling"}),
+            # Of files counts what they hold (`train/inputs.py`), and not where they lie.
+            "model": {"path", "revision", "adapter"},
+            "reference": {"path": True, "cache": True, "mixture": {"__all__": {"path"}}},
+            "video": {"clues": {"path"}},
         },
     )
     template = config.text.chat_template

@@ -38,9 +38,31 @@ def ranked(chosen: Floats, rejected: Floats) -> NDArray[np.bool_]:
     return chosen >= rejected
 
 
-def rewarded(chosen_log_ratio: Floats, rejected_log_ratio: Floats) -> NDArray[np.bool_]:
-    """Whether the implicit reward orders a pair rightly; a tie is wrong, as in training logs."""
-    return chosen_log_ratio > rejected_log_ratio
+def rewarded(chosen_log_ratio: Floats, rejected_log_ratio: Floats) -> Floats:
+    """1 where the implicit reward orders a pair rightly, 1/2 for a tie, as in training logs."""
+    tied = chosen_log_ratio == rejected_log_ratio
+    return np.where(tied, 0.5, chosen_log_ratio > rejected_log_ratio)
+
+
+TIED = "reward_accuracy"
+"""What says nothing before the first step, where every log-ratio is 0."""
+_ROUNDING = 1e-5  # of a score, between two ways to compute it
+
+
+def is_tied(evaluation: Mapping[str, Any]) -> bool:
+    """Whether an evaluation is of a policy that still is its reference: all pairs are ties.
+
+    Args:
+        evaluation: A record of eval.jsonl.
+    """
+    if evaluation.get("step") != 0 or TIED not in evaluation:
+        return False
+    rows = evaluation.get("rows") or ()
+    told = [row for row in rows if isinstance(row, dict) and {"logps", "ref_logps"} <= row.keys()]
+    if not told:
+        return evaluation[TIED] == 0.5
+    pairs = [pair for row in told for pair in zip(row["logps"], row["ref_logps"], strict=False)]
+    return all(abs(own - ref) <= _ROUNDING * max(1.0, abs(ref)) for own, ref in pairs)
 
 
 def difficulty(ref_chosen: Floats, ref_rejected: Floats) -> Floats:  # [N], [N] -> [N]

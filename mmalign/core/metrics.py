@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 def preference_metrics(
     c: CandidateLogps, score: Score, shares: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Rewards, margins, strict accuracy, ties and log-probabilities of the candidates in `c`.
+    """Rewards, margins, accuracy, ties and log-probabilities of the candidates in `c`.
+
+    A tie counts half in the accuracy; TRL counts it as wrong.
 
     The chosen candidate is the one with the highest label, the rejected one that with the lowest;
     in a tie the earlier and the later. With one candidate a row (unpaired data) the two are groups
@@ -57,8 +59,10 @@ def preference_metrics(
             metrics[f"{name}/rejected"] = rejected.mean()
             if name == "rewards":
                 metrics["rewards/margins"] = (chosen - rejected).mean()
-                metrics["rewards/accuracies"] = (chosen > rejected).to(value.dtype).mean()
-                metrics["rewards/ties"] = (chosen == rejected).to(value.dtype).mean()
+                won, tied = chosen > rejected, chosen == rejected
+                metrics["rewards/ties"] = tied.to(value.dtype).mean()
+                accuracy = won.to(value.dtype).mean() + 0.5 * metrics["rewards/ties"]
+                metrics["rewards/accuracies"] = accuracy
     if c.kl is not None:
         metrics["kl"] = over_positions(c.kl, c.mask).mean()
     return metrics

@@ -123,4 +123,6 @@ def _make_room(copy: Path, file: Path) -> bool:
 
 
 def _suffix(data: bytes) -> str:
+    if data[4:12] in (b"ftypavif", b"ftypavis"):
+        return ".avif"
     return next((suffix for start, suffix in _STARTS.items() if data.startswith(start)), ".bin")

@@ -1,14 +1,16 @@
-"""The pictures of checked files: which cannot be decoded, and their sizes."""
+"""The pictures of checked files: which cannot be decoded, their sizes, and what is doubtful."""
 
 from __future__ import annotations
 
+import hashlib
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mmalign.data.example import Example, Picture
 from mmalign.data.fields import Problem
-from mmalign.data.pictures import decode_all, is_odd
+from mmalign.data.pictures import LARGEST_CUT, LARGEST_FACTOR, decode_all, is_odd
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
@@ -18,6 +20,11 @@ if TYPE_CHECKING:
     from mmalign.data.records import ProblemList, Record
 
 Size = tuple[int, int]  # width, height
+
+USUAL = 512
+"""Pixels a side that pictures are brought to where no config says another number."""
+
+_STRIP = 2**20  # pixels
 
 
 class PictureBook:
@@ -39,25 +46,40 @@ class PictureBook:
         if parts:
             self.rows.append((record, parts))
 
-    def close(self, problems: ProblemList, doubts: Doubts) -> None:
-        """Decode all pictures, in threads, and add what is wrong with them."""
-        found = decode_all((picture for _, parts in self.rows for _, picture in parts), _size)
+    def close(self, problems: ProblemList, doubts: Doubts, *, alone: bool = True) -> None:
+        """Decode all pictures, in threads, and add what is wrong with them.
+
+        Args:
+            problems: Pictures that cannot be decoded go there.
+            doubts: Rows that teach nothing, or other than they seem to, go there.
+            alone: Judge sizes as well: no config does, which knows how large pictures must be.
+        """
+        found = decode_all((picture for _, parts in self.rows for _, picture in parts), _look)
         self.num_decoded = sum(not isinstance(result, DataError) for result in found.values())
+        whole: list[tuple[Record, list[Size]]] = []
         for record, parts in self.rows:
             sizes: list[Size] = []
+            digests: list[bytes] = []
             for name, picture in parts:
                 result = found[picture]
                 if isinstance(result, DataError):
                     problems.add(record, Problem("a picture must be decodable", str(result)))
                 else:
-                    sizes.append(result)
-                    self.sizes.setdefault(name, []).append(result)
-            if len(sizes) == len(parts) and is_odd(sizes):
+                    sizes.append(result[0])
+                    digests.append(result[1])
+                    self.sizes.setdefault(name, []).append(result[0])
+            if len(sizes) < len(parts):
+                continue
+            if is_odd(sizes):
                 what = (
                     "rows whose pictures differ in aspect ratio by more than 2 to 1: not trained on"
                 )
-                shown = " and ".join(f"{width} x {height}" for width, height in sizes)
-                doubts.note(record, what, shown)
+                doubts.note(record, what, " and ".join(map(_shown, sizes)))
+            elif any(one == other for one, other in combinations(digests, 2)):
+                doubts.note(record, "rows that show one picture twice, pixel by pixel")
+            whole.append((record, sizes))
+        if alone:
+            _judge_sizes(whole, doubts)
 
     def lines(self) -> list[str]:
         """How many pictures there are, and a table of their sizes."""
@@ -83,5 +105,35 @@ class PictureBook:
         return lines
 
 
-def _size(picture: Image) -> Size:
-    return picture.size
+def _judge_sizes(rows: list[tuple[Record, list[Size]]], doubts: Doubts) -> None:
+    """Note pictures that a square crop cuts, or that training would have to enlarge, by much.
+
+    How large pictures must be is not known: the small ones are those that are small for the usual
+    size and beside the others of the file.
+    """
+    sides = [min(size) for _, sizes in rows for size in sizes]
+    least = min(USUAL, float(np.median(sides))) / LARGEST_FACTOR if sides else 0.0
+    for record, sizes in rows:
+        if is_odd(sizes):
+            continue
+        small = min(sizes, key=min)
+        if min(small) < least:
+            what = f"rows with pictures that would be enlarged more than {LARGEST_FACTOR:g} times"
+            doubts.note(record, what, f"{_shown(small)}, where most have {2 * least:g} a side")
+        long = max(sizes, key=lambda size: max(size) / min(size))
+        if 1 - min(long) / max(long) > LARGEST_CUT:
+            what = "rows with pictures that a square crop cuts by more than half"
+            doubts.note(record, what, f"{_shown(long)}; diffusion.buckets keeps more")
+
+
+def _shown(size: Size) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def _look(picture: Image) -> tuple[Size, bytes]:
+    """Size, and a digest of the pixels, taken in strips: a large picture lies in memory once."""
+    digest, (width, height) = hashlib.blake2b(repr(picture.size).encode()), picture.size
+    step = max(1, _STRIP // width)
+    for top in range(0, height, step):
+        digest.update(picture.crop((0, top, width, min(height, top + step))).tobytes())
+    return picture.size, digest.digest()

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mmalign.config import RunConfig, SampleConfig
     from mmalign.data.example import Example
     from mmalign.diffusion.models import Components
-    from mmalign.models.adapter import Batch
+    from mmalign.models.adapter import Batch, Saved
 
 ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0"),
@@ -215,9 +215,9 @@ class DiffusionAdapter(Adapter):
         else:
             self.reference.load_state(state)
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path) -> Saved:
         """Write the LoRA or the whole denoiser, in the layouts of diffusers and of kohya."""
-        export.save_trained(self.policy, self.components, directory, self.config)
+        return export.save_trained(self.policy, self.components, directory, self.config)
 
     def restore(self, directory: Path) -> nn.Module:
         """Load what `save` wrote."""
@@ -283,4 +283,5 @@ def _trainable(denoiser: nn.Module, config: RunConfig) -> nn.Module:
             "and targets. Remove model.lora to go on training it, or merge it into the base first "
             f"(mmalign merge {config.model.path} --add {config.model.adapter}=1 --out DIR)"
         )
-    return export.continue_lora(denoiser, Path(config.model.adapter))
+    encoders = config.model.adapter_text_encoders
+    return export.continue_lora(denoiser, Path(config.model.adapter), encoders=encoders)

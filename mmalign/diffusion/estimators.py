@@ -114,7 +114,8 @@ class DDIMInversion(Estimator):
         level 0, the network is called at sources. The path ends where the loss assumes it does.
     legacy: moves of S, network called at sources, the first of them negative; ends at the first
         level 1 + kS not below t, or at the last one.
-    modern: destinations 1, 1 + S, ... below t, network called there; ends below t.
+    modern: destinations 1, 1 + S, ... below t, network called there; ends below t. A velocity or a
+        clean picture is turned into noise at the source, as diffusers' DDIMInverseScheduler does.
 
     Args:
         num_steps: Steps over the whole schedule; about num_steps * t / T + 1 network calls for a
@@ -171,13 +172,28 @@ class DDIMInversion(Estimator):
     def _moved(
         self, x: Tensor, move: _Move, predict: Predict, process: NoiseProcess, rows: Tensor | None
     ) -> Tensor:
+        found = self._seen(x, move, predict, process, rows)
+        return ddim_move(x, self._noise(found, x, move, process), move.source, move.goal, process)
+
+    def _seen(
+        self, x: Tensor, move: _Move, predict: Predict, process: NoiseProcess, rows: Tensor | None
+    ) -> Tensor:
+        """The noise that the network sees; modern: its prediction, whatever that is of."""
         noise = full_precision(predict(x, move.call, rows)).to(x.dtype)
-        return ddim_move(x, noise, move.source, move.goal, process)
+        return process.prediction_from(noise, x, move.call) if self._is_modern else noise
+
+    def _noise(self, found: Tensor, x: Tensor, move: _Move, process: NoiseProcess) -> Tensor:
+        """What `_seen` found as noise; modern: at the level that the pictures are at."""
+        return process.eps_from(found, x, move.source) if self._is_modern else found
+
+    @property
+    def _is_modern(self) -> bool:
+        return self.semantics == "modern"
 
     def _moves(self, t: Tensor, process: NoiseProcess) -> Iterator[tuple[_Move, Tensor]]:
         """Moves of all pictures, and [N] on the CPU which of them still move."""
         grid = process.grid(self.num_steps)
-        landing, modern = self.semantics == "landing", self.semantics == "modern"
+        landing, modern = self.semantics == "landing", self._is_modern
         if process.prediction == "flow" and not landing:
             raise ConfigError(
                 f"estimator.semantics is {self.semantics!r}, which reproduces released code for "
@@ -222,10 +238,12 @@ class ReNoise(DDIMInversion):
     def _moved(
         self, x: Tensor, move: _Move, predict: Predict, process: NoiseProcess, rows: Tensor | None
     ) -> Tensor:
-        first = full_precision(predict(x, move.call, rows)).to(x.dtype)
-        ahead = ddim_move(x, first, move.source, move.goal, process)
-        second = full_precision(predict(ahead, move.call, rows)).to(x.dtype)
-        return ddim_move(x, 0.5 * (first + second), move.source, move.goal, process)
+        first = self._seen(x, move, predict, process, rows)
+        noise = self._noise(first, x, move, process)
+        ahead = ddim_move(x, noise, move.source, move.goal, process)
+        second = self._seen(ahead, move, predict, process, rows)
+        noise = self._noise(0.5 * (first + second), x, move, process)
+        return ddim_move(x, noise, move.source, move.goal, process)
 
 
 def build_estimator(settings: DiffusionConfig) -> Estimator:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 
-from mmalign.diffusion.kohya import kohya_metadata, kohya_tensors, readable
-from mmalign.diffusion.process import process_from
+from mmalign.diffusion.lora_export import COMFYUI_LORA, KOHYA_LORA, lora_of, part_of, times
+from mmalign.diffusion.lora_export import write_lora as _write_lora
 from mmalign.errors import CheckpointError
+from mmalign.models.adapter import Saved
 from mmalign.models.adapter_settings import start_of
-from mmalign.models.files import denoiser_folder, read_tensors, weight_files
+from mmalign.models.files import denoiser_folder, read_tensors, save_tensors, weight_files
 from mmalign.models.lora import TRAINED
-from mmalign.models.lora_files import DIFFUSERS_LORA, LoraWeights, is_lora, read_lora
+from mmalign.models.lora_files import LoraWeights, is_lora, read_lora
 from mmalign.models.lora_starts import without_start
 
 if TYPE_CHECKING:
@@ -24,38 +23,40 @@ if TYPE_CHECKING:
 
     from mmalign.config import RunConfig
     from mmalign.diffusion.models import Components
+    from mmalign.models.lora_files import Encoders
 
-KOHYA_LORA = "mmalign_kohya.safetensors"
-"""The same LoRA as `pytorch_lora_weights.safetensors`, with the names of kohya and ComfyUI."""
-
-log = logging.getLogger(__name__)
+__all__ = ["COMFYUI_LORA", "KOHYA_LORA", "continue_lora", "load_trained", "lora_of", "save_trained"]
 
 
 def save_trained(
     policy: nn.Module, components: Components, folder: Path, config: RunConfig
-) -> list[Path]:
+) -> Saved:
     """Write what was trained, in the layouts of the programs that will use it.
 
     A LoRA: `pytorch_lora_weights.safetensors` for diffusers, whose factor B is multiplied by the
-    scale alpha / rank, so that it acts alike where a program does not know the scale; and for SD
-    and SDXL `mmalign_kohya.safetensors`, with alpha beside. Whole weights: a folder unet/ or
-    transformer/.
+    scale alpha / rank, so that it acts alike where a program does not know the scale; and
+    `mmalign_kohya.safetensors`, with alpha beside, or `mmalign_comfyui.safetensors` where kohya's
+    own reader would lose a part. Whole weights: a folder unet/ or transformer/.
 
     Returns:
-        What was written.
+        What was written with who reads it, and what could not be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not isinstance(policy, PeftModel):
-        target = folder / _part(components.family)
-        policy.save_pretrained(str(target))  # pyright: ignore[reportCallIssue]
-        return [target]
-    files = [_save_diffusers(policy, components.family, folder / DIFFUSERS_LORA)]
-    problem = _save_kohya(policy, components, folder / KOHYA_LORA, config)
-    if problem:
-        log.info("%s is not written: %s", KOHYA_LORA, problem)
-    else:
-        files.append(folder / KOHYA_LORA)
-    return files
+    if isinstance(policy, PeftModel):
+        readers, notes = _write_lora(policy, components, folder, config)
+        return Saved(readers, tuple(notes))
+    part = part_of(components.family)
+    policy.save_pretrained(str(folder / part))  # pyright: ignore[reportCallIssue]
+    if config.export.dtype is not None:
+        _recast(folder / part, getattr(torch, config.export.dtype))
+    kind = components.denoiser_config["_class_name"]
+    return Saved({f"{part}/": f"diffusers (`{kind}.from_pretrained`), mmalign"})
+
+
+def _recast(folder: Path, dtype: torch.dtype) -> None:
+    for file in weight_files(folder):
+        tensors, metadata = read_tensors(file)
+        save_tensors({name: tensor.to(dtype) for name, tensor in tensors.items()}, file, metadata)
 
 
 def load_trained(policy: nn.Module, folder: Path) -> nn.Module:
@@ -90,18 +91,21 @@ def load_trained(policy: nn.Module, folder: Path) -> nn.Module:
     return policy
 
 
-def continue_lora(denoiser: nn.Module, path: Path, *, dropout: float = 0.0) -> PeftModel:
+def continue_lora(
+    denoiser: nn.Module, path: Path, *, dropout: float = 0.0, encoders: Encoders = "stop"
+) -> PeftModel:
     """The denoiser with a LoRA from a file, to go on training it.
 
     Args:
         denoiser: The base; its own parameters are frozen.
         path: File or folder in the layout of diffusers, kohya or peft.
         dropout: Of the LoRA's input.
+        encoders: What happens to changes of text encoders in the file.
 
     Raises:
         CheckpointError: The file is of another model, or of a kind that is not known here.
     """
-    lora = without_start(_read_for(denoiser, path), lambda name: _weight(denoiser, name))
+    lora = without_start(_read_for(denoiser, path, encoders), lambda name: _weight(denoiser, name))
     ranks = {module: len(parts["A"]) for module, parts in lora.parts.items()}
     rank = max(ranks.values(), key=list(ranks.values()).count)
     alphas = {module: lora.scale(module) * ranks[module] for module in ranks}
@@ -123,78 +127,6 @@ def continue_lora(denoiser: nn.Module, path: Path, *, dropout: float = 0.0) -> P
 def _weight(denoiser: nn.Module, name: str) -> Tensor:
     layer: Any = denoiser.get_submodule(name)
     return layer.weight.detach()
-
-
-def lora_of(policy: PeftModel) -> LoraWeights:
-    """The trained factors, by name of the layer in the base; alpha beside them."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, module in policy.get_base_model().named_modules():
-        layer: Any = module
-        if TRAINED not in getattr(layer, "lora_A", {}):
-            continue
-        down, up = layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight
-        alpha = torch.tensor(layer.scaling[TRAINED] * len(down), dtype=torch.float64)
-        own = {"A": down, "B": up, "alpha": alpha}
-        if TRAINED in (getattr(layer, "lora_magnitude_vector", None) or {}):
-            own["magnitude"] = layer.lora_magnitude_vector[TRAINED].weight
-        parts[name] = {part: tensor.detach() for part, tensor in own.items()}
-    return LoraWeights(Path("the policy"), {}, parts)
-
-
-def _save_diffusers(policy: PeftModel, family: str, file: Path) -> Path:
-    prefix, lora = _part(family), lora_of(policy)
-    tensors: dict[str, Tensor] = {}
-    for name, parts in lora.parts.items():
-        key, scale = f"{prefix}.{name}", lora.scale(name)
-        tensors[f"{key}.lora_A.weight"] = parts["A"]
-        tensors[f"{key}.lora_B.weight"] = _times(parts["B"], scale)
-        if "magnitude" in parts:
-            tensors[f"{key}.lora_magnitude_vector"] = parts["magnitude"]
-    _write(tensors, file, {"format": "pt", "mmalign": json.dumps(_record(policy))})
-    return file
-
-
-def _record(policy: PeftModel) -> dict[str, Any]:
-    """How the LoRA was trained, for people: the file itself says alpha = rank."""
-    spec: Any = policy.peft_config[TRAINED]
-    return {"rank": spec.r, "alpha": spec.lora_alpha, "scale_in_B": True}
-
-
-def _save_kohya(
-    policy: PeftModel, components: Components, file: Path, config: RunConfig
-) -> str | None:
-    """Write the file, or say why it cannot be written."""
-    family = components.family
-    if family == "sd3":
-        return "diffusers cannot read kohya's names of SD3; ComfyUI reads diffusers' file"
-    spec: Any = policy.peft_config[TRAINED]
-    if spec.use_dora:
-        return "programs read a DoRA in this layout in different ways"
-    denoiser: Any = policy.get_base_model()
-    layers = int(denoiser.config.layers_per_block)
-    parts = lora_of(policy).parts
-    tensors = kohya_tensors(parts, family, layers)
-    if not readable(tensors, list(parts), family, layers):
-        return "model.lora.targets names layers that diffusers does not find in such a file"
-    process = process_from(components.scheduler_config, config.diffusion.prediction)
-    metadata = kohya_metadata(
-        config,
-        family,
-        rank=spec.r,
-        alpha=spec.lora_alpha,
-        prediction=process.prediction,
-        text_width=denoiser.config.cross_attention_dim,
-    )
-    _write(tensors, file, metadata)
-    return None
-
-
-def _write(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
-
-    unfinished = file.with_name(f".{file.name}.tmp")
-    save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, unfinished, metadata=metadata)
-    unfinished.replace(file)
 
 
 def _load_factors(policy: PeftModel, lora: LoraWeights) -> None:
@@ -226,7 +158,7 @@ def _load_factors(policy: PeftModel, lora: LoraWeights) -> None:
             )
         key = f"base_model.model.{name}"
         state[f"{key}.lora_A.weight"] = parts["A"]
-        state[f"{key}.lora_B.weight"] = _times(parts["B"], lora.scale(name) / own.scale(name))
+        state[f"{key}.lora_B.weight"] = times(parts["B"], lora.scale(name) / own.scale(name))
         if "magnitude" in parts:
             state[f"{key}.lora_magnitude_vector"] = parts["magnitude"]
     set_peft_model_state_dict(policy, state, adapter_name=TRAINED)
@@ -247,20 +179,12 @@ def _load_whole(policy: nn.Module, folder: Path) -> None:
     policy.load_state_dict(state)
 
 
-def _read_for(denoiser: nn.Module, path: Path) -> LoraWeights:
+def _read_for(denoiser: nn.Module, path: Path, encoders: Encoders = "stop") -> LoraWeights:
     """The LoRA of a file, all of whose layers the denoiser has."""
     names = [name for name, _ in denoiser.named_modules() if ".lora_" not in name]
     known = {name.removesuffix(".base_layer") for name in names}
-    lora = read_lora(path, known)
+    lora = read_lora(path, known, encoders=encoders)
     for name, parts in lora.parts.items():
         if name not in known or not {"A", "B"} <= parts.keys():
             raise CheckpointError(f"{path}: {name} fits no layer of the config's model")
     return lora
-
-
-def _times(tensor: Tensor, factor: float) -> Tensor:
-    return (tensor.double() * factor).to(tensor.dtype)
-
-
-def _part(family: str) -> str:
-    return "transformer" if family == "sd3" else "unet"

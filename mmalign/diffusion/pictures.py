@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,15 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mmalign.data.example import Picture, as_text
-from mmalign.data.pictures import WIDEST, decode_all, is_odd, open_picture
+from mmalign.data.pictures import (
+    LARGEST_CUT,
+    LARGEST_FACTOR,
+    WIDEST,
+    decode_all,
+    is_odd,
+    open_picture,
+    same_bytes,
+)
 from mmalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -51,7 +59,7 @@ class Frame:
     """Where a prepared picture comes from: all that SDXL's time ids tell the network."""
 
     size: Size  # of the picture as it was, upright
-    crop: tuple[int, int]  # top, left, in the resized picture, before a flip
+    crop: tuple[int, int]  # top, left, in the resized picture, mirrored where it was
     target: Size  # of the prepared picture
 
 
@@ -146,7 +154,7 @@ def _prepare(
     )
     picture = picture.crop((left, top, left + target[1], top + target[0]))
     if flip:
-        picture = ImageOps.mirror(picture)
+        picture, left = ImageOps.mirror(picture), free[1] - left
     pixels = np.asarray(picture, dtype=np.float32).transpose(2, 0, 1) / np.float32(127.5) - 1
     return np.ascontiguousarray(pixels), Frame(size, (top, left), target)
 
@@ -188,9 +196,10 @@ def usable(
     kept: list[Example] = []
     broken: list[str] = []
     odd: list[str] = []
-    enlarged = 0
+    doubts = _Doubts()
     for row in examples:
-        results = [found[picture] for picture in row_pictures(row)]
+        own = row_pictures(row)
+        results = [found[picture] for picture in own]
         errors = [result for result in results if isinstance(result, DataError)]
         sizes = [result for result in results if not isinstance(result, DataError)]
         if errors:
@@ -199,20 +208,75 @@ def usable(
             odd.append(f"{row.id} ({' and '.join(f'{w} x {h}' for h, w in sizes)})")
         else:
             kept.append(row)
-            target = row_size(sizes, diffusion) if sizes else (0, 0)
-            enlarged += any(h < target[0] or w < target[1] for h, w in sizes)
+            if sizes:
+                doubts.add(row.id, own, sizes, row_size(sizes, diffusion))
     notes = [
         _sentence(broken, "with a picture that cannot be decoded are left out", "; "),
         _sentence(odd, "with aspect ratios more than 2 to 1 apart are left out", ", "),
+        *doubts.notes(),
     ]
-    if enlarged:
-        notes.append(f"{enlarged} rows have pictures smaller than they are trained at: enlarged.")
     notes = [note for note in notes if note]
     if examples and not kept:
         raise DataError(f"none of {len(examples)} rows can be used. {' '.join(notes)}")
     if notes:
         log.warning("of %d rows: %s", len(examples), " ".join(notes))
     return kept, notes
+
+
+@dataclass(slots=True)
+class _Doubts:
+    """Rows that can be trained on, and perhaps should not be."""
+
+    enlarged: int = 0
+    blurred: list[str] = field(default_factory=list[str])
+    cut: list[str] = field(default_factory=list[str])
+    same: list[str] = field(default_factory=list[str])
+
+    def add(
+        self, row: str, pictures: Sequence[Picture], sizes: Sequence[Size], target: Size
+    ) -> None:
+        """Take in one row.
+
+        Args:
+            row: Its id.
+            pictures: Of its candidates.
+            sizes: Of the pictures.
+            target: That they are brought to.
+        """
+        factor, size = max((_enlarged(size, target), size) for size in sizes)
+        self.enlarged += factor > 1
+        if factor > LARGEST_FACTOR:
+            self.blurred.append(f"{row} ({_shown(size)} to {_shown(target)})")
+        share, size = max((_cut_off(size, target), size) for size in sizes)
+        if share > LARGEST_CUT:
+            self.cut.append(f"{row} ({_shown(size)} to {_shown(target)})")
+        if len(pictures) > 1 and any(map(same_bytes, pictures, pictures[1:])):
+            self.same.append(row)
+
+    def notes(self) -> list[str]:
+        """A sentence for each doubt; "" where there is none."""
+        enlarged = f"{self.enlarged} rows have pictures smaller than they are trained at: enlarged."
+        return [
+            enlarged if self.enlarged else "",
+            _sentence(self.blurred, f"are enlarged more than {LARGEST_FACTOR:g} times", ", "),
+            _sentence(self.cut, "lose more than half of a picture to the crop", ", "),
+            _sentence(self.same, "show one same picture twice, so prefer nothing", ", "),
+        ]
+
+
+def _enlarged(size: Size, target: Size) -> float:
+    """By how much a picture is enlarged."""
+    return max(target[0] / size[0], target[1] / size[1])
+
+
+def _cut_off(size: Size, target: Size) -> float:
+    """The share of a picture's area that is cut off."""
+    factor = _enlarged(size, target)
+    return 1 - target[0] * target[1] / (size[0] * size[1] * factor**2)
+
+
+def _shown(size: Size) -> str:
+    return f"{size[1]} x {size[0]}"
 
 
 def _sentence(rows: Sequence[str], what: str, between: str) -> str:

@@ -114,6 +114,18 @@ class NoiseProcess(ABC):
             return x_t + alpha * pred
         return (x_t - alpha * pred) / sigma
 
+    def prediction_from(self, eps: Tensor, x_t: Tensor, t: Tensor) -> Tensor:  # [N, ...]
+        """The prediction that implies a noise: `eps_from` undone; `t` is not pure noise."""
+        alpha, sigma = self.level(t, x_t)
+        eps, x_t = full_precision(eps), full_precision(x_t)
+        if self.prediction == "epsilon":
+            return eps
+        if self.prediction == "v_prediction":
+            return (eps - sigma * x_t) / alpha
+        if self.prediction == "flow":
+            return (eps - x_t) / alpha
+        return (x_t - sigma * eps) / alpha
+
     def error_weight(self, t: Tensor, kind: Weighting, gamma: float = 5.0) -> Tensor:  # [N]
         """Factor of the squared error of the raw prediction, at each timestep.
 
@@ -267,6 +279,7 @@ def process_from(
     """
     name = str(scheduler_config.get("_class_name", ""))
     said = scheduler_config.get("prediction_type")
+    _refuse_others(name, scheduler_config)
     is_flow = (
         "FlowMatch" in name
         or said == "flow_prediction"
@@ -274,7 +287,7 @@ def process_from(
     )
     if is_flow:
         return _flow(scheduler_config, prediction, zero_terminal_snr)
-    if "EDM" in name or said not in (None, "epsilon", "v_prediction", "sample"):
+    if said not in (None, "epsilon", "v_prediction", "sample"):
         raise ConfigError(
             f"the model's scheduler {name or 'without a name'} has prediction_type {said!r}; known "
             "are noise tables (epsilon, v_prediction, sample) and flow matching"
@@ -290,6 +303,41 @@ def process_from(
         table = zero_terminal(table)
     kind: Any = (said or "epsilon") if prediction == "auto" else prediction
     return VPTable(table, kind)
+
+
+_OTHER_LEVELS = ("EDM", "CosineDPM", "Karras", "ScoreSde", "CMStochastic", "IPNDM", "Wuerstchen")
+"""Parts of the names of schedulers whose levels are no table of alphas_cumprod and no flow."""
+
+_SHIFTED = "CogVideoX"  # its schedulers divide the ratio of signal to noise, by 3 unless told
+
+
+def _refuse_others(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse levels that the table of betas, or the flow's shift, does not say.
+
+    Raises:
+        ConfigError: Names the class or the setting.
+    """
+    who = f"the model's scheduler {name or 'without a name'}"
+    known = "known are noise tables (DDPM, DDIM, Euler, ...) and flow matching with a fixed shift"
+    if any(part in name for part in _OTHER_LEVELS) or config.get("sigma_data") is not None:
+        kind = "EDM" if "EDM" in name or config.get("sigma_data") is not None else name
+        raise ConfigError(
+            f"{who} is of another noise process ({kind}): its levels are no table of betas and no "
+            f"flow; {known}"
+        )
+    snr = config.get("snr_shift_scale", 3.0 if _SHIFTED in name else 1.0)
+    values = {
+        "timestep_type": (config.get("timestep_type", "discrete"), "discrete"),
+        "snr_shift_scale": (snr, 1.0),
+        "shift_terminal": (config.get("shift_terminal") or None, None),
+        "invert_sigmas": (bool(config.get("invert_sigmas")), False),
+    }
+    for key, (found, plain) in values.items():
+        if found is not None and found != plain:
+            raise ConfigError(
+                f"{who} has {key} {found!r}, which changes its noise levels and is not built; "
+                f"{known}"
+            )
 
 
 def _flow(config: Mapping[str, Any], prediction: str, zero_terminal_snr: bool) -> RectifiedFlow:

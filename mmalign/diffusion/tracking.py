@@ -85,7 +85,9 @@ def by_timestep(rows: Sequence[Mapping[str, Any]], logp_scale: float) -> dict[st
         values = {f"errors/{side}_diff": -ratios[best] / logp_scale}
         if len(labels) > 1:
             values["errors/rejected_diff"] = -ratios[worst] / logp_scale
-            values["reward_accuracy"] = float(ratios[best] > ratios[worst])
+            values["reward_accuracy"] = (
+                0.5 if ratios[best] == ratios[worst] else float(ratios[best] > ratios[worst])
+            )
         bucket = min(int(row["noise_level"] * NUM_BUCKETS), NUM_BUCKETS - 1)
         width = 1000 // NUM_BUCKETS
         name = f"t{bucket * width:03d}-{(bucket + 1) * width - 1:03d}"

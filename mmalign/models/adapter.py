@@ -79,6 +79,19 @@ class Batch:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What `Adapter.save` wrote.
+
+    Attributes:
+        readers: File, by its name in the folder, to the programs that read it.
+        notes: A sentence for each file that could not be written.
+    """
+
+    readers: Mapping[str, str] = field(default_factory=dict[str, str])
+    notes: tuple[str, ...] = ()
+
+
 class Adapter(nn.Module, ABC):
     """A trainable policy, its reference, and the way to score candidates under both.
 
@@ -146,7 +159,7 @@ class Adapter(nn.Module, ABC):
         """Score every candidate under the policy and, if asked, the reference, and no more."""
 
     @abstractmethod
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path) -> Saved | None:
         """Write the trained weights in the layout of the model's own library."""
 
     @abstractmethod
@@ -163,6 +176,9 @@ class Adapter(nn.Module, ABC):
 
     def before_training(self, examples: Sequence[Example]) -> None:
         """Called once with the training rows, before the first step; e.g. to open a cache."""
+
+    def plan(self, num_steps: int) -> None:
+        """Told before the first step how many optimiser steps the run takes."""
 
     def after_step(self, step: int) -> None:
         """Called after every optimiser step: EMA, reference refresh."""

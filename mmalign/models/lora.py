@@ -17,6 +17,7 @@ from mmalign.models.adapter_settings import (
     read_settings,
     refuse_adapter_path,
 )
+from mmalign.models.dora import exact_start
 from mmalign.models.files import local_folder
 from mmalign.models.lora_load import TRAINED, load_adapter
 
@@ -125,6 +126,8 @@ def attach(
         policy: Any = get_peft_model(model, config)  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         raise ConfigError(f"model.lora: peft cannot adapt this model: {error}") from error
+    if spec.dora:
+        exact_start(policy)
     if pattern is None:
         _say_left_out(policy, spec, layers, reasons)
     return policy

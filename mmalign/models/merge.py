@@ -29,18 +29,20 @@ import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast, get_args
 
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models.files import (
+    ADAPTER_CONFIG,
     UnfitError,
     denoiser_folder,
     local_folder,
     opened,
+    usual_mode,
     weight_files,
 )
 from mmalign.models.lora_delta import Change, LoraDelta
-from mmalign.models.lora_files import is_lora, read_lora
+from mmalign.models.lora_files import Encoders, encoders_in, is_lora, read_lora
 from mmalign.models.merge_model import as_files_of, can_load
 
 if TYPE_CHECKING:
@@ -60,15 +62,21 @@ class Delta(Protocol):
 
 
 def merge_checkpoints(
-    base: str | Path, add: Sequence[tuple[str | Path, float]], out: str | Path
+    base: str | Path,
+    add: Sequence[tuple[str | Path, float]],
+    out: str | Path,
+    *,
+    text_encoders: str = "stop",
 ) -> Path:
     """Write base + sum of coef * delta as a full checkpoint, in the base's layout and dtype.
 
     Args:
         base: Full checkpoint with safetensors, or pipeline of diffusers: folder or hub name.
         add: Full checkpoints of the same model, or adapters on it in the layout of peft, diffusers
-            or kohya, each with a coefficient.
+            or kohya, or runs with a final/ of such, each with a coefficient.
         out: Folder to make; appears only when complete.
+        text_encoders: What LoRA files of pictures change beside the denoiser: "stop" refuses it,
+            "apply" changes the encoders too, "ignore" leaves them as they are, with a count.
 
     Returns:
         `out`.
@@ -84,6 +92,13 @@ def merge_checkpoints(
         raise ConfigError(f"merge: --out {target} exists; name a new folder")
     if is_lora(source):
         raise CheckpointError(f"merge: base {source} is an adapter; name the full model it is for")
+    if text_encoders not in get_args(Encoders):
+        raise ConfigError(
+            f"merge: --text-encoders is {text_encoders!r}; it must be one of "
+            f"{', '.join(get_args(Encoders))}"
+        )
+    encoders = cast("Encoders", text_encoders)
+    add = [(_trained(path), coef) for path, coef in add]
     weights = denoiser_folder(source)
     partial = target.with_name(f"{target.name}.part-{os.getpid()}")
     partial.mkdir(parents=True)
@@ -92,7 +107,7 @@ def merge_checkpoints(
             names = [n for handle in _open(weights, files) for n in handle.keys()]  # noqa: SIM118
             scratch = Path(files.enter_context(TemporaryDirectory(dir=partial, prefix=".scratch")))
             deltas = [
-                (_delta(path, names, files, weights, scratch / str(i)), coef)
+                (_delta(path, names, files, weights, scratch / str(i), encoders), coef)
                 for i, (path, coef) in enumerate(add)
             ]
             into = partial / weights.relative_to(source)
@@ -102,25 +117,49 @@ def merge_checkpoints(
         _copy_settings(weights, into)
         if weights != source:
             _copy_pipeline(source, partial, without=weights.name)
+        if encoders == "apply":
+            _merge_encoders(source, partial, add)
         record = {"base": str(base), "add": [[str(path), coef] for path, coef in add]}
         (partial / "merge.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        usual_mode(partial)
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
+def _trained(added: str | Path) -> str | Path:
+    """What is named, or the trained weights of the run that is named.
+
+    Raises:
+        CheckpointError: The run has not come to its end.
+    """
+    folder = Path(added)
+    if not (folder / "config.yaml").is_file() or (folder / ADAPTER_CONFIG).is_file():
+        return added
+    if (folder / "final").is_dir():
+        return folder / "final"
+    raise CheckpointError(
+        f"{added}: is a run without final/, which is written at its end; go on with `mmalign train "
+        f"{folder / 'config.yaml'} --resume`"
+    )
+
+
 def _delta(
-    added: str | Path, names: Sequence[str], files: ExitStack, base: Path, scratch: Path
+    added: str | Path,
+    names: Sequence[str],
+    files: ExitStack,
+    base: Path,
+    scratch: Path,
+    encoders: Encoders,
 ) -> Delta:
     """What a checkpoint changes, through the model where its names do not say it."""
     try:
-        return open_delta(added, names, files, base)
+        return open_delta(added, names, files, base, encoders)
     except UnfitError:
         if not can_load(base):
             raise
-        path = Path(added) if Path(added).is_file() else local_folder(added)
-        return _FullDelta(as_files_of(base, path, scratch), names, files, partial=True)
+        return _FullDelta(as_files_of(base, _local(added), scratch), names, files, partial=True)
 
 
 class _FullDelta:
@@ -153,7 +192,11 @@ class _FullDelta:
 
 
 def open_delta(
-    added: str | Path, base_names: Sequence[str], files: ExitStack, base: Path | None = None
+    added: str | Path,
+    base_names: Sequence[str],
+    files: ExitStack,
+    base: Path | None = None,
+    encoders: Encoders = "stop",
 ) -> Delta:
     """What a checkpoint or an adapter changes in a model with tensors of these names.
 
@@ -162,15 +205,43 @@ def open_delta(
         base_names: Tensors of the model that it is for.
         files: Keeps files open as long as the delta is read.
         base: Folder of that model.
+        encoders: What happens to changes of text encoders in it.
 
     Raises:
         CheckpointError: It is of another model, or of a kind that is not known here.
     """
-    path = Path(added) if Path(added).is_file() else local_folder(added)
+    path = _local(added)
     if not is_lora(path):
         return _FullDelta(denoiser_folder(path), base_names, files)
     modules = [n.removesuffix(".weight") for n in base_names if n.endswith(".weight")]
-    return LoraDelta(read_lora(path, modules), base_names, base)
+    return LoraDelta(read_lora(path, modules, encoders=encoders), base_names, base)
+
+
+def _merge_encoders(source: Path, target: Path, add: Sequence[tuple[str | Path, float]]) -> None:
+    """Change the text encoders of a copied pipeline as LoRA files beside their denoiser say."""
+    found: dict[str, list[tuple[Path, float]]] = {}
+    for added, coef in add:
+        path = _local(added)
+        for part in encoders_in(path) if is_lora(path) else ():
+            found.setdefault(part, []).append((path, coef))
+    for part, loras in found.items():
+        if not (source / part).is_dir():
+            raise CheckpointError(
+                f"{loras[0][0]}: changes {part}, which {source} does not have; it is for another "
+                "model, or name the whole pipeline as the base"
+            )
+        with ExitStack() as files:
+            names = [n for handle in _open(source / part, files) for n in handle.keys()]  # noqa: SIM118
+        modules = [n.removesuffix(".weight") for n in names if n.endswith(".weight")]
+        deltas = [
+            (LoraDelta(read_lora(path, modules, part=part), names), coef) for path, coef in loras
+        ]
+        for file in weight_files(source / part):
+            _merge_file(file, target / part / file.name, deltas)
+
+
+def _local(added: str | Path) -> Path:
+    return Path(added) if Path(added).is_file() else local_folder(added)
 
 
 def _open(folder: Path, files: ExitStack) -> list[Any]:

@@ -82,11 +82,11 @@ def find_rows(config: RunConfig, needs: Needs, *, first: int | None = None) -> S
     """The same with the problems handed back."""
     from mmalign.models.adapter import adapter_class
 
-    with logged(log.name) as heard:
+    with logged("mmalign") as heard:  # while they are read, and while they are looked at
         train, held_out = _read(config, needs)
-    parts = (train[:first], held_out[:first])
-    found = adapter_class(config.modality).survey(config, needs, parts)
-    return replace(found, heard=tuple(heard))
+        parts = (train[:first], held_out[:first])
+        found = adapter_class(config.modality).survey(config, needs, parts)
+    return replace(found, heard=tuple(dict.fromkeys(heard)))
 
 
 def _read(config: RunConfig, needs: Needs) -> tuple[list[Example], list[Example]]:

@@ -15,9 +15,28 @@ from mmalign.report.run import read_run
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Section", "write_report"]
+__all__ = ["Section", "place_of", "write_report"]
 
 _HERE = Path(__file__).parent
+_NAMED = 3  # runs in the name of a page
+
+
+def place_of(run_dirs: Sequence[str | Path]) -> Path:
+    """Where a page goes that nobody named: in its run; of several runs to a new file beside them.
+
+    The page of one run is written anew each time; one of several takes nobody's place.
+    """
+    folders = [Path(folder) for folder in run_dirs]
+    if len(folders) == 1:
+        return folders[0] / "report.html"
+    names = [folder.resolve().name for folder in folders]
+    more = f"-and-{len(names) - _NAMED}-more" if len(names) > _NAMED else ""
+    stem = "report-" + "-".join(names[:_NAMED]) + more
+    parent = folders[0].resolve().parent
+    found, number = parent / f"{stem}.html", 2
+    while found.exists():
+        found, number = parent / f"{stem}-{number}.html", number + 1
+    return found
 
 
 def write_report(

@@ -120,7 +120,11 @@ def _before_and_after(run: Run, metrics: Sequence[_Metric]) -> Markup:
         header = ["", f"at step {last.get('step')}"]
         rows = [[_name(m), _cell(last, m)] for m in metrics if _has(last, m)]
         return blocks.table(header, rows, _caption(run))
+    from mmalign.evaluate import TIED, is_tied
+
     changes = _changes(first, last, metrics)
+    if is_tied(first):  # by construction, and no result that a gain could be counted from
+        changes.pop(TIED, None)
     before = "before" if first.get("step") == 0 else f"at step {first.get('step')}"
     header = ["", before, f"after {last.get('step'):,} steps", "change"]
     rows = [
@@ -190,6 +194,11 @@ def _name(metric: _Metric) -> Markup:
 def _cell(record: Record, metric: _Metric) -> Markup | str:
     if not _has(record, metric):
         return blocks.MISSING
+    if metric.key == "reward_accuracy" and record.get("step") == 0:
+        from mmalign.evaluate import is_tied
+
+        if is_tied(record):
+            return "all tied"
     interval: Any = (record.get("intervals") or {}).get(metric.key)
     return _shown(record[metric.key], interval, metric)
 

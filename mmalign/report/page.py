@@ -27,7 +27,7 @@ _TERMS = {
     "Implicit reward": "What the objective compares; for DPO, beta times the log-ratio.",
     "Margin": "Implicit reward of the chosen answer minus that of the rejected one.",
     "Reward accuracy": "The share of pairs whose chosen answer gained more than the rejected one. "
-    "Before training every pair is a tie, which counts as wrong.",
+    "Before training every pair is a tie, which counts half and says nothing.",
     "Ranking accuracy": "The share of pairs in which the model itself finds the chosen answer at "
     "least as likely as the rejected one. It says what the model would do, and moves far less than "
     "reward accuracy: training can widen a gap without turning its sign.",

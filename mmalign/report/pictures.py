@@ -29,8 +29,8 @@ TERMS = {
     "Margin": "What the objective compares: for Diffusion-DPO beta / 2 times how much more the "
     "error fell on the preferred picture than on the rejected one.",
     "Implicit accuracy": "The share of pairs whose preferred picture gained more than the rejected "
-    "one. Before training every pair is a tie, which counts as wrong. A model that breaks all "
-    "pictures, the rejected ones faster, has an accuracy of 100 % too.",
+    "one. Before training every pair is a tie, which counts half and says nothing. A model that "
+    "breaks all pictures, the rejected ones faster, has an accuracy of 100 % too.",
     "Noise level": "The drawn timestep, in thousandths of the schedule: 0 is a clean picture, 1000 "
     "pure noise. Early levels decide fine detail, late ones the layout.",
     "Interval": "Made again and again in this way from other held-out rows, 95 % of the intervals "

@@ -74,6 +74,8 @@ def _coin(run: Run) -> Remark | None:
     interval = (run.evals[-1].get("intervals") or {}).get("reward_accuracy") if run.evals else None
     if accuracy is None or interval is None or not interval[0] <= 0.5 <= interval[1]:
         return None
+    if run.evals[-1].get("step") == 0:  # nothing was trained yet
+        return None
     return Remark(
         f"Held out, reward accuracy is {accuracy:.0%} ({interval[0]:.0%} to {interval[1]:.0%}), "
         "which a coin would reach: these rows show no effect of the training."

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.config import dump
+from mmalign.evaluate import TIED, is_tied
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from mmalign.config import RunConfig
+    from mmalign.models.adapter import Saved
 
 _SHOWN = {
     "loss": "loss",
@@ -37,7 +39,7 @@ _TEMPLATE = """\
 
 `{model}`, trained with the preference objective `{objective}` for {steps:,} steps by
 mmalign {version}.
-
+{files}
 ## Held-out numbers
 
 {numbers}
@@ -46,7 +48,7 @@ mmalign {version}.
 
 {train_rows:,} training rows (content hash `{train_hash}`),
 {eval_rows:,} held-out rows (`{eval_hash}`).
-
+{found}
 ## Configuration
 
 ```yaml
@@ -61,6 +63,7 @@ def model_card(
     environment: Mapping[str, Any],
     evaluations: Sequence[Mapping[str, Any]],
     step: int,
+    saved: Saved | None = None,
 ) -> str:
     """The text of README.md.
 
@@ -69,6 +72,7 @@ def model_card(
         environment: What env.json holds.
         evaluations: The records of eval.jsonl, in order of the step.
         step: Optimiser steps done.
+        saved: The files beside it.
     """
     objective = config.objective.name or " + ".join(config.objective.mix or {})
     versions = {"mmalign": environment["mmalign"], **environment["packages"]}
@@ -79,7 +83,9 @@ def model_card(
         objective=objective,
         steps=step,
         version=environment["mmalign"],
+        files=_files(saved),
         numbers=_numbers(evaluations),
+        found=_found(environment["data"].get("notes") or ()),
         config=dump(config),
         versions=", ".join(f"{name} {value}" for name, value in versions.items() if value),
         **environment["data"],
@@ -98,12 +104,30 @@ def _is_local(config: RunConfig) -> bool:
     return Path(config.model.path).exists()
 
 
+def _files(saved: Saved | None) -> str:
+    """Which program reads which file, and what is missing."""
+    if saved is None or not saved.readers:
+        return ""
+    rows = [f"| `{file}` | {readers} |" for file, readers in saved.readers.items()]
+    table = "\n".join(["| file | read by |", "| --- | --- |", *rows])
+    notes = "".join(f"\n{note}.\n" for note in saved.notes)
+    return f"\n## Files\n\n{table}\n{notes}"
+
+
+def _found(notes: Sequence[str]) -> str:
+    """What was found in the rows before the first step: what was cut, what was left out."""
+    lines = [f"\n- {' '.join(note.split())}" for note in notes]
+    return "".join([*lines, "\n"] if lines else lines)
+
+
 def _numbers(evaluations: Sequence[Mapping[str, Any]]) -> str:
     if not evaluations:
         return "None: the run had no held-out rows."
     first, last = evaluations[0], evaluations[-1]
+    tied = is_tied(first)
     rows = [
-        f"| {label} | {_number(first, key)} | {_number(last, key)} |"
+        f"| {label} | {'all tied' if tied and key == TIED else _number(first, key)} "
+        f"| {_number(last, key)} |"
         for key, label in _SHOWN.items()
         if last.get(key) is not None
     ]

@@ -6,7 +6,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import CheckpointError
-from mmalign.models.adapter import build_adapter
+from mmalign.models.adapter import Saved, build_adapter
 from mmalign.train.card import model_card
 from mmalign.train.checkpoint import publish
 from mmalign.train.metrics import read_json
@@ -32,11 +32,13 @@ def save_final(run: Run, environment: Mapping[str, Any]) -> Path:
     if run.accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        adapter.save(temporary)
+        saved = adapter.save(temporary) or Saved()
         evaluations = read_json(output / "eval.jsonl")
-        card = model_card(run.config, environment, evaluations, run.position.step)
+        card = model_card(run.config, environment, evaluations, run.position.step, saved)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         publish(temporary, target)
+        for note in saved.notes:
+            run.accelerator.print(note)
     run.accelerator.wait_for_everyone()
     return target
 

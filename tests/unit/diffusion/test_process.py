@@ -171,7 +171,7 @@ FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
         (SD, {"prediction": "v_prediction"}, r"is 'v_prediction', but .* says 'epsilon'"),
         (SD, {"prediction": "flow"}, r"is 'flow', but the model's scheduler says 'epsilon'"),
         (SD | {"prediction_type": "score"}, {}, r"has prediction_type 'score'; known are"),
-        (SD | {"_class_name": "EDMEulerScheduler"}, {}, r"scheduler EDMEulerScheduler has"),
+        (SD | {"_class_name": "EDMEulerScheduler"}, {}, r"scheduler EDMEulerScheduler is of another noise process"),
         (SD | {"beta_schedule": "sigmoid"}, {}, r"beta_schedule 'sigmoid'; known are"),
         (FLOW, {"prediction": "epsilon"}, r"is 'epsilon', but .* one of flow\s*matching"),
         (FLOW, {"zero_terminal_snr": True}, r"zero_terminal_snr is true, but a flow"),
