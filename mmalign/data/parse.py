@@ -21,12 +21,13 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from mmalign.data.example import Candidate, Example, ExampleKind, Media, Template
-from mmalign.data.fields import Fields, Problem, as_object, printable
+from mmalign.data.fields import Fields, Problem, as_object
 from mmalign.data.labels import in_order, read_labels
 from mmalign.data.parse_media import MEDIA_KEYS, WHOLE_KEYS, check_marks, read_media
 from mmalign.data.parse_pictures import PICTURE_KEYS, read_pictures
 from mmalign.data.parse_texts import read_extra, read_prompt, read_texts
 from mmalign.errors import DataError
+from mmalign.safe import printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,6 +67,8 @@ OPTIONAL = {
     "audio": "what the prompt plays: a sound's path, or {path, start, end}; `audios`: several",
     "start": "seconds, where the one clip begins; `end` where it ends, or `span` for both",
     "frames": "numbers of the clip's frames, chosen before",
+    "fps": "frames a second to show of the record's clips, in place of the config's",
+    "max_pixels": "most pixels a frame of the record's clips, in place of video.frame_pixels",
     "video_rejected": "pair: the clip of rejected where it is another; likewise image_ and audio_",
     "video_corrupted": "a corrupted clip, for losses that compare answers under one",
     "rejected_irrelevant": "pair: a response to another clip (VistaDPO)",
