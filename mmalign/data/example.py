@@ -63,6 +63,9 @@ class Clip:
     start: float = 0.0  # seconds
     end: float | None = None  # seconds; None: the file's end
     frames: tuple[int, ...] = ()  # frame numbers of the file, chosen before; (): by the config
+    # Of this clip alone; None: as the config says. Seeds of answers follow from what is printed.
+    fps: float | None = field(default=None, repr=False)  # frames a second
+    max_pixels: int | None = field(default=None, repr=False)  # a frame
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ _TYPES = {
     "audio": "audio", "audio_url": "audio", "input_audio": "audio",
 }  # fmt: skip
 _KINDS = ("video", "image", "audio")
-_BESIDE = {"start": "start", "end": "end", "frames": "frames"} | {
+_BESIDE = {key: key for key in ("start", "end", "frames", "fps", "max_pixels")} | {
     "video_start": "start",
     "video_end": "end",
 }

@@ -1,9 +1,10 @@
 """What a record's prompt shows and plays: video, image, audio, for the row or for one side.
 
 A medium is a path from the data file's folder, or an object with `path` (or the kind's own name),
-`start` and `end` or `span` in seconds, and for clips `frames`, numbers chosen before. A single clip
-may have `start`, `end`, `span` and `frames` beside it in the record; `start` and `end` then hold
-for the one sound beside it too. A kind that a side does not name is that of the row.
+`start` and `end` or `span` in seconds, and for clips `frames`, numbers chosen before, or `fps` and
+`max_pixels` (of a frame). A single clip may have `start`, `end`, `span` and `frames` beside it in
+the record; `start` and `end` then hold for the one sound beside it too. `fps` and `max_pixels` in
+the record hold for all its clips. A kind that a side does not name is that of the row.
 """
 
 from __future__ import annotations
@@ -25,13 +26,16 @@ Medium = TypeVar("Medium", Clip, Picture, Sound)
 KINDS = ("video", "image", "audio")
 SIDES = ("", "_chosen", "_rejected", "_corrupted")
 MEDIA_KEYS = tuple(f"{kind}{s}{side}" for kind in KINDS for s in ("", "s") for side in SIDES)
-WHOLE_KEYS = ("start", "end", "span", "frames")
+_PART_KEYS = ("start", "end", "span", "frames")
+_READING_KEYS = ("fps", "max_pixels")
+WHOLE_KEYS = (*_PART_KEYS, *_READING_KEYS)
+"""What a record may say of its media beside them."""
 _NAMES = {
     side: frozenset(f"{kind}{s}{side}" for kind in KINDS for s in ("", "s")) for side in SIDES
 }
-_OF_ROW = _NAMES[""] | set(WHOLE_KEYS)
+_OF_ROW = _NAMES[""] | set(_PART_KEYS)
 _PARTS = {
-    "video": ("start", "end", "span", "frames"),
+    "video": WHOLE_KEYS,
     "image": (),
     "audio": ("start", "end", "span"),
 }
@@ -88,7 +92,12 @@ def check_marks(fields: Fields, prompt: Prompt | None, media: Media) -> None:
 
 def _read(fields: Fields, root: PictureRoot | None, side: str) -> Media:
     videos = _several(fields, "video", side, root, _clip)
+    beside = {key: fields.get(key) for key in _READING_KEYS if videos and key in fields}
+    if beside:
+        videos = [_read_as(fields, "the record", clip, beside) for clip in videos]
     images = _several(fields, "image", side, root, _picture)
+    if images and "max_pixels" in fields:
+        fields.fail("max_pixels is of clips; how large pictures are shown is video.image_pixels")
     sounds = _several(fields, "audio", side, root, _sound)
     # A file of sound alone under `video` is a sound: some layouts have one column for both.
     heard = [Sound(c.path, c.start, c.end) for c in videos if _is_sound(c.path)]
@@ -120,7 +129,9 @@ def _clip(fields: Fields, name: str, value: Any, root: PictureRoot | None) -> Cl
     path, parts = _file(fields, name, value, "video", root)
     span = _span(fields, name, parts)
     frames = _frames(fields, name, parts.get("frames"))
-    return None if path is None or span is None else Clip(path, *span, frames)
+    if path is None or span is None:
+        return None
+    return _read_as(fields, name, Clip(path, *span, frames), parts)
 
 
 def _sound(fields: Fields, name: str, value: Any, root: PictureRoot | None) -> Sound | None:
@@ -206,11 +217,29 @@ def _frames(fields: Fields, name: str, value: Any) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def _read_as(fields: Fields, name: str, clip: Clip, said: dict[str, Any]) -> Clip:
+    """The clip with the rate and the size at which it is to be read; what it says itself stays."""
+    fps, area = said.get("fps"), said.get("max_pixels")
+    rate = None if fps is None else number(fps)
+    if fps is not None and (rate is None or not 1e-4 <= rate <= 1000):
+        fields.fail(f"{name}: fps must be frames a second, 0.0001 to 1000", f"is {show(fps)}")
+        rate = None
+    if area is not None and (type(area) is not int or not 256 <= area <= 2**26):
+        what = f"{name}: max_pixels must be a whole number of pixels of a frame, at least 256"
+        fields.fail(what, f"is {show(area)}")
+        area = None
+    return replace(
+        clip,
+        fps=rate if clip.fps is None else clip.fps,
+        max_pixels=area if clip.max_pixels is None else clip.max_pixels,
+    )
+
+
 def _with_span(fields: Fields, media: Media) -> Media:
     """A part of the one clip, or of the one sound, given beside it in the record."""
-    if not media or not any(key in fields for key in WHOLE_KEYS):
+    if not media or not any(key in fields for key in _PART_KEYS):
         return media
-    given = {key: fields.get(key) for key in WHOLE_KEYS if key in fields}
+    given = {key: fields.get(key) for key in _PART_KEYS if key in fields}
     span = _span(fields, "the record", given)
     frames = _frames(fields, "the record", given.get("frames"))
     one, kinds = (*media.videos, *media.sounds), (len(media.videos), len(media.sounds))

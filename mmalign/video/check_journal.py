@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from mmalign.data.progress import is_main_process
+from mmalign.video.seen import Seen
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from mmalign.data.example import Clip, Picture, Sound
 
 FILE = "media_checks.jsonl"
-_DECIDING = {"num_frames", "fps", "max_frames", "max_seconds", "max_side", "decode_timeout",
-             "no_sound"}  # fmt: skip
+VERSION = 2  # raise it when the same file gets another verdict
+_DECIDING = {"num_frames", "fps", "max_frames", "min_frames", "max_seconds", "max_side",
+             "decode_timeout", "no_sound"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +33,12 @@ class Verdict:
     Attributes:
         fault: What is wrong, naming the file; "" for one that is whole.
         silent: Nothing but that no sound is there.
+        seen: Sizes, times and lengths of one that is whole.
     """
 
     fault: str = ""
     silent: bool = False
+    seen: Seen | None = None
 
 
 class CheckJournal:
@@ -44,19 +48,26 @@ class CheckJournal:
     it, take over its verdicts, so that all leave out the same rows.
     """
 
-    def __init__(self, path: Path | None, settings: VideoConfig) -> None:
-        """Read what is there; None for neither reading nor writing anything."""
+    def __init__(
+        self, path: Path | None, settings: VideoConfig, longest: float | None = None
+    ) -> None:
+        """Read what is there; None for neither reading nor writing anything.
+
+        `longest` is the window of a model that hears, in seconds.
+        """
         import av
 
         self.path = path
         self._settings = {
             **settings.model_dump(mode="json", include=_DECIDING),
             "av": av.__version__,
+            "longest": longest,
+            "version": VERSION,
         }
         self._follows = not is_main_process()
         self._known: dict[str, Verdict] = {}
         if path is not None and path.is_file():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 self._take(line)
 
     def __enter__(self) -> Self:
@@ -84,7 +95,11 @@ class CheckJournal:
         key = self._key(reference, heard)
         if self._handle is None or not key:
             return
-        said = {"fault": verdict.fault, "silent": verdict.silent} if verdict.fault else {}
+        said: dict[str, Any] = {}
+        if verdict.fault:
+            said = {"fault": verdict.fault, "silent": verdict.silent}
+        elif verdict.seen is not None:
+            said = {"seen": verdict.seen.to_json()}
         line = json.dumps({"of": json.loads(key), **said}, ensure_ascii=False)
         self._handle.write(line.encode() + b"\n")
         self._handle.flush()
@@ -93,7 +108,8 @@ class CheckJournal:
         try:
             entry = json.loads(line)
             key = json.dumps(entry["of"], sort_keys=True)
-            verdict = Verdict(str(entry.get("fault", "")), bool(entry.get("silent", False)))
+            seen = Seen.from_json(entry["seen"]) if "seen" in entry else None
+            verdict = Verdict(str(entry.get("fault", "")), bool(entry.get("silent", False)), seen)
         except (ValueError, KeyError, TypeError, AttributeError):
             return  # cut off or damaged: its file is decoded again
         self._known[key] = verdict

@@ -16,10 +16,11 @@ from mmalign.data.pictures import open_picture
 from mmalign.errors import DataError
 from mmalign.video.check_journal import CheckJournal, Verdict
 from mmalign.video.media import read_frames
+from mmalign.video.seen import Glimpse, Seen
 from mmalign.video.sound import has_sound, read_sound, sound_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from mmalign.config import VideoConfig
@@ -45,6 +46,7 @@ class MediaReport:
         broken: What is wrong with each file that cannot be decoded, by its name; the texts name it.
         silent: The same for files of clips that are to be heard and have no sound track.
         faults: What is wrong, by the use that leads there.
+        seen: Sizes, times and lengths of what is whole, by its use.
     """
 
     num_files: int
@@ -52,10 +54,11 @@ class MediaReport:
     broken: dict[str, str] = field(default_factory=dict[str, str])
     silent: dict[str, str] = field(default_factory=dict[str, str])
     faults: dict[Use, str] = field(default_factory=dict[Use, str])
+    seen: dict[Use, Seen] = field(default_factory=dict[Use, Seen])
 
     def of(self, row: Example, *, hears: bool) -> list[str]:
         """What is wrong with the media of a row; `hears` as the report was made."""
-        found = (self.faults.get(use) for use in _uses(row, hears))
+        found = (self.faults.get(use) for use in uses_of(row, hears=hears))
         return list(dict.fromkeys(text for text in found if text))
 
 
@@ -65,6 +68,7 @@ def usable_rows(
     *,
     hears: bool,
     journal: Path | None = None,
+    longest: float | None = None,
 ) -> list[list[Example]]:
     """The rows whose media can be decoded, in order; logs what is left out, each file once.
 
@@ -73,32 +77,86 @@ def usable_rows(
         settings: The `video` section, with the policies.
         hears: Whether the model hears.
         journal: See `check_media`.
+        longest: Seconds that the window of a model that hears has; None: no limit.
 
     Raises:
-        DataError: A file cannot be used and the policy for it is `stop`.
+        DataError: A file cannot be used and the policy for it is `stop`, or no row is left.
     """
     examples = [row for part in parts for row in part]
-    report = check_media(examples, settings, hears=hears, journal=journal)
+    report = check_media(examples, settings, hears=hears, journal=journal, longest=longest)
+    return keep_usable(parts, report, settings, hears=hears)
+
+
+def keep_usable(
+    parts: Sequence[Sequence[Example]],
+    report: MediaReport,
+    settings: VideoConfig,
+    *,
+    hears: bool,
+) -> list[list[Example]]:
+    """The same for media that were looked at."""
     stops = _stopping(report, settings)
     if stops:
-        named = "\n".join(f"  {text}" for text in stops[:_NAMED])
-        more = f"\n  and {len(stops) - _NAMED} more" if len(stops) > _NAMED else ""
         raise DataError(
-            f"{len(stops)} of {report.num_files} media files cannot be used:\n{named}{more}\n"
+            f"{len(stops)} of {report.num_files} media files cannot be used:\n{_named(stops)}\n"
             "Take their rows out, or set video.bad_media to drop, or video.no_sound to drop or mute"
         )
-    for text in (*report.broken.values(), *report.silent.values()):
-        log.warning("%s", text)
     hears = hears and settings.sound == "auto"
-    kept = [[row for row in part if not report.of(row, hears=hears)] for part in parts]
-    num_lost = len(examples) - sum(map(len, kept))
-    if num_lost:
-        num_bad = len(report.broken.keys() | report.silent.keys())
-        log.warning(
-            "%d of %d rows are left out for the %d of %d media files named above",
-            num_lost, len(examples), num_bad, report.num_files,
-        )  # fmt: skip
+    bad = {id(row) for part in parts for row in part if report.of(row, hears=hears)}
+    faults = [*report.broken.values(), *report.silent.values()]
+    return _without(parts, bad, faults, f"{len(faults):,} of {report.num_files:,} media files")
+
+
+def leave_out(
+    parts: list[list[Example]], faults: Mapping[int, str], settings: VideoConfig
+) -> list[list[Example]]:
+    """The rows whose media the model takes, as `bad_media` says; others are named by their files.
+
+    Args:
+        parts: Rows to train on, rows held out.
+        faults: By id() of a row, what is wrong, naming files.
+        settings: The `video` section.
+
+    Raises:
+        DataError: There are such rows and the policy is `stop`, or no row is left.
+    """
+    texts = list(dict.fromkeys(faults.values()))
+    if texts and settings.bad_media == "stop":
+        raise DataError(
+            f"{len(faults):,} of {sum(map(len, parts)):,} rows show or play what the model cannot "
+            f"take:\n{_named(texts)}\nTake them out, or set video.bad_media to drop"
+        )
+    count = f"{len(texts):,} thing{'s' * (len(texts) != 1)}"
+    return _without(parts, set(faults), texts, f"{count} that the model cannot take,")
+
+
+def _without(
+    parts: Sequence[Sequence[Example]], bad: set[int], faults: Sequence[str], what: str
+) -> list[list[Example]]:
+    """The rows but those whose id() is among `bad`; what is wrong is logged, each once."""
+    kept = [[row for row in part if id(row) not in bad] for part in parts]
+    num_rows, num_kept = sum(map(len, parts)), sum(map(len, kept))
+    if num_kept == num_rows:
+        return kept
+    lost = f"{num_rows - num_kept:,} of {num_rows:,} rows"
+    if parts[0] and not kept[0]:
+        raise DataError(
+            f"no row is left to train on: {lost} cannot be shown or played:\n{_named(faults)}"
+        )
+    for text in faults[:_NAMED]:
+        log.warning("%s", text)
+    if len(faults) > _NAMED:
+        log.warning("and %d more of the kind", len(faults) - _NAMED)
+    log.warning("%s are left out for the %s named above", lost, what)
     return kept
+
+
+def _named(faults: Sequence[str]) -> str:
+    """The first of them, a line each, and how many more there are."""
+    lines = [f"  {text}" for text in faults[:_NAMED]]
+    if len(faults) > _NAMED:
+        lines.append(f"  and {len(faults) - _NAMED} more")
+    return "\n".join(lines)
 
 
 def check_media(
@@ -107,6 +165,7 @@ def check_media(
     *,
     hears: bool,
     journal: Path | None = None,
+    longest: float | None = None,
 ) -> MediaReport:
     """Decode everything that rows refer to, each reference once, in a few threads.
 
@@ -115,16 +174,17 @@ def check_media(
         settings: The `video` section. With `no_sound: mute` a clip without a track is no fault.
         hears: Whether the model hears, so that clips need their sound.
         journal: A file with what is known, written to; what it says is whole is not decoded.
+        longest: Seconds that the window of a model that hears has; None: no limit.
     """
     hears = hears and settings.sound == "auto"
-    uses = {use for row in examples for use in _uses(row, hears)}
+    uses = {use for row in examples for use in uses_of(row, hears=hears)}
     if not uses:
         return MediaReport(num_files=0)
     order = sorted(uses, key=str)  # the parts of a file follow each other
-    with CheckJournal(journal, settings) as book:
+    with CheckJournal(journal, settings, longest) as book:
         verdicts = {use: book.find(*use) for use in order}
         todo = [use for use in order if verdicts[use] is None]
-        for use, verdict in _decoded(todo, settings):
+        for use, verdict in _decoded(todo, settings, longest):
             book.add(*use, verdict)
             verdicts[use] = verdict
     bad = {use: verdict for use, verdict in verdicts.items() if verdict and verdict.fault}
@@ -132,6 +192,7 @@ def check_media(
         num_files=len({reference.path for reference, _ in uses}),
         num_decoded=len(todo),
         faults={use: verdict.fault for use, verdict in bad.items()},
+        seen={use: verdict.seen for use, verdict in verdicts.items() if verdict and verdict.seen},
     )
     for (reference, _), verdict in bad.items():
         named = report.silent if verdict.silent else report.broken
@@ -141,7 +202,9 @@ def check_media(
     return report
 
 
-def _decoded(uses: Sequence[Use], settings: VideoConfig) -> Iterator[tuple[Use, Verdict]]:
+def _decoded(
+    uses: Sequence[Use], settings: VideoConfig, longest: float | None
+) -> Iterator[tuple[Use, Verdict]]:
     """The verdict on each use, in order, with a bar on a terminal."""
     from rich.console import Console
     from rich.progress import track
@@ -150,7 +213,7 @@ def _decoded(uses: Sequence[Use], settings: VideoConfig) -> Iterator[tuple[Use, 
     hidden = not console.is_terminal or not uses
     pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
     try:
-        results = pool.map(lambda use: _verdict(use[0], use[1], settings), uses)
+        results = pool.map(lambda use: _verdict(*use, settings, longest), uses)
         shown = track(results, "media", total=len(uses), console=console, disable=hidden)
         yield from zip(uses, shown, strict=True)
     finally:
@@ -158,29 +221,33 @@ def _decoded(uses: Sequence[Use], settings: VideoConfig) -> Iterator[tuple[Use, 
 
 
 def _stopping(report: MediaReport, settings: VideoConfig) -> list[str]:
+    """What is wrong with the files for which the policy is to stop."""
     broken = report.broken if settings.bad_media == "stop" else {}
-    silent = report.silent if settings.no_sound == "stop" else {}
+    silent = report.silent if (settings.no_sound or settings.bad_media) == "stop" else {}
     return [*broken.values(), *silent.values()]
 
 
-def _verdict(reference: Reference, heard: bool, settings: VideoConfig) -> Verdict:
+def _verdict(
+    reference: Reference, heard: bool, settings: VideoConfig, longest: float | None
+) -> Verdict:
     try:
         if isinstance(reference, Picture):
-            open_picture(reference)
-        elif isinstance(reference, Sound):
-            read_sound(reference, settings)
-        else:
-            read_frames(reference, settings)
-            if heard and not has_sound(reference.path):
-                if settings.no_sound == "mute":
-                    return Verdict()
-                what = f"{reference.path}: has no sound track, and the model hears"
-                return Verdict(what, silent=True)
-            if heard:
-                sound_of(reference, settings)
+            image = open_picture(reference)
+            return Verdict(seen=Seen(size=(image.height, image.width)))
+        if isinstance(reference, Sound):
+            wave = read_sound(reference, settings, longest)
+            return Verdict(seen=Seen(seconds=wave.seconds))
+        frames = read_frames(reference, settings, Glimpse())
+        if not heard:
+            return Verdict(seen=Seen.of_clip(frames, None))
+        if not has_sound(reference.path):
+            if settings.no_sound == "mute":
+                return Verdict(seen=Seen.of_clip(frames, None))
+            what = f"{reference.path}: has no sound track, and the model hears"
+            return Verdict(what, silent=True)
+        return Verdict(seen=Seen.of_clip(frames, sound_of(reference, settings, longest)))
     except DataError as error:
         return Verdict(str(error))
-    return Verdict()
 
 
 def _name(reference: Reference) -> object:
@@ -188,7 +255,7 @@ def _name(reference: Reference) -> object:
     return reference if isinstance(reference, Picture) else reference.path
 
 
-def _uses(row: Example, hears: bool) -> Iterator[Use]:
+def uses_of(row: Example, *, hears: bool) -> Iterator[Use]:
     """What a row refers to; a clip is heard by a model that hears, unless a track is given."""
     for media in (row.media, *(candidate.media for candidate in row.candidates)):
         if media is None:

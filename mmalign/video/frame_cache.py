@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mmalign.config import VideoConfig
     from mmalign.data.example import Clip
     from mmalign.video.frames import Frames
+    from mmalign.video.media import Scale
 
 
 class FrameCache:
@@ -27,9 +28,9 @@ class FrameCache:
         num_bytes: Pixels held now.
     """
 
-    def __init__(self, settings: VideoConfig) -> None:
-        """Hold nothing yet; `settings.frame_cache` MiB at most."""
-        self.settings = settings
+    def __init__(self, settings: VideoConfig, scale: Scale | None = None) -> None:
+        """Hold nothing yet; `settings.frame_cache` MiB at most, of frames as `scale` wants them."""
+        self.settings, self.scale = settings, scale
         self.budget = settings.frame_cache * 2**20
         self.hits = self.misses = self.num_bytes = 0
         self._kept: OrderedDict[Hashable, Frames] = OrderedDict()
@@ -54,7 +55,7 @@ class FrameCache:
                 return found
             self.misses += 1
         # Two threads that miss the same clip both decode it, to the same pixels.
-        frames = read_frames(clip, self.settings)
+        frames = read_frames(clip, self.settings, self.scale)
         frames.pixels.flags.writeable = False
         self._keep(key, frames)
         return frames
@@ -77,5 +78,5 @@ class FrameCache:
             info = clip.path.stat()
         except OSError as error:
             raise DataError(f"{clip.path}: cannot be read: {error.strerror or error}") from error
-        asked = clip.start, clip.end, clip.frames
+        asked = clip.start, clip.end, clip.frames, clip.fps, clip.max_pixels
         return clip.path, info.st_size, info.st_mtime_ns, asked

@@ -24,6 +24,11 @@ class Frames:
         source_fps: Average frames a second of the file.
         num_source: Frames of the file (by its header or its end).
         duration: Seconds of the file.
+        span: Number of the first frame of the clip's part of the file, and how many that has;
+            None: the whole file.
+        area: Most pixels a frame, of this clip alone; None: as the config says.
+        size: Height and width of the file's frames, before they were made smaller; None: as here.
+        rate: Frames a second by the file's header; None: `source_fps`.
     """
 
     pixels: Array
@@ -32,6 +37,10 @@ class Frames:
     source_fps: float
     num_source: int
     duration: float
+    span: tuple[int, int] | None = None
+    area: int | None = None
+    size: tuple[int, int] | None = None
+    rate: float | None = None
 
     @property
     def fps(self) -> float:

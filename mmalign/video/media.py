@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from mmalign.errors import DataError
 from mmalign.video.container import Deadline, open_media
 from mmalign.video.decode import decoded, decoded_stretches, packets_of, stretches
+from mmalign.video.display import shown_size, turn_of
 from mmalign.video.frames import Frames
 from mmalign.video.other_decoder import pixels_by_torchcodec
 from mmalign.video.timeline import Timeline, pictures_of, timeline
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
+    from fractions import Fraction
 
     from av.video.frame import VideoFrame
 
@@ -31,6 +32,20 @@ MOST_HELD = 2 * 2**30
 _NEAR = 3  # frames: a frame that cannot be decoded shows one of as many before it
 
 
+class Scale(Protocol):
+    """What frames are brought to as they are decoded, so that none is held larger than needed."""
+
+    def decoded(
+        self, count: int, height: int, width: int, area: int | None
+    ) -> tuple[int, int]:  # height, width
+        """The size of each of `count` frames; `area`: most pixels that the clip asks for."""
+        ...
+
+    def shrink(self, image: Array, size: tuple[int, int]) -> Array:
+        """A frame [H, W, 3] uint8 at that size."""
+        ...
+
+
 def choose(clip: Clip, settings: VideoConfig) -> tuple[int, ...]:
     """The frame numbers of a clip, the same in every run; a clip that has some keeps them.
 
@@ -38,7 +53,8 @@ def choose(clip: Clip, settings: VideoConfig) -> tuple[int, ...]:
     shown in [start, end), evenly spaced, both ends included; for one, the middle. A span with fewer
     frames repeats the nearest, so that the count is always the one asked for. `fps` asks for those
     nearest to the moments 1 / fps seconds apart, from the first on, each once; if they are more
-    than `max_frames`, for `max_frames` evenly spaced ones. Ties go to the earlier frame.
+    than `max_frames` or fewer than `min_frames`, for so many evenly spaced ones. Ties go to the
+    earlier frame. A clip's own `fps` comes first.
 
     Raises:
         DataError: The file has no such frames, or cannot be read.
@@ -46,16 +62,18 @@ def choose(clip: Clip, settings: VideoConfig) -> tuple[int, ...]:
     return _chosen(timeline(clip.path, settings), clip, settings)
 
 
-def read_frames(clip: Clip, settings: VideoConfig) -> Frames:
-    """The chosen frames of a clip, upright; the same numbers give the same pixels, bit by bit.
+def read_frames(clip: Clip, settings: VideoConfig, scale: Scale | None = None) -> Frames:
+    """The chosen frames of a clip as a player shows them; the same numbers give the same pixels.
 
-    Only the stretches of the file that the chosen frames need are decoded, and nothing is held but
-    the chosen frames. A frame that is damaged shows the nearest whole one of the three before it.
+    Frames are turned, mirrored and widened as the file says. Only the stretches of the file that
+    the chosen frames need are decoded, and nothing is held but the chosen frames, at the size that
+    `scale` asks for. A frame that is damaged shows the nearest whole one of the three before it.
     Frames of another size than the first are brought to its size.
 
     Args:
         clip: What to decode.
         settings: The `video` section.
+        scale: Of the model's processor; None: frames stay as large as they are.
 
     Raises:
         DataError: The file cannot be read, is cut off before a chosen frame, is too long, too large
@@ -64,16 +82,25 @@ def read_frames(clip: Clip, settings: VideoConfig) -> Frames:
     deadline = Deadline(clip.path, settings.decode_timeout)
     line = timeline(clip.path, settings)
     numbers = _chosen(line, clip, settings)
-    pixels = pixels_by_torchcodec(clip.path, line, numbers, deadline, MOST_HELD)
-    if pixels is None:
-        pixels = pixels_by_pyav(clip.path, line, numbers, deadline, settings.max_side)
+    stack = Stack(clip, numbers, settings.max_side, scale)
+    if not pixels_by_torchcodec(stack, line, numbers, deadline):
+        pixels_by_pyav(stack, line, deadline)
+    assert stack.pixels is not None
+    first, last = 0, len(line) - 1
+    if clip.start or clip.end is not None:
+        first, last = span_numbers(line, clip, settings)
+        first, last = min(first, *numbers), max(last, *numbers)
     return Frames(
-        pixels=pixels,
+        pixels=stack.pixels,
         indices=numbers,
         times=tuple(line.seconds(number) for number in numbers),
         source_fps=line.fps,
         num_source=len(line),
         duration=line.duration,
+        span=(first, last - first + 1),
+        area=clip.max_pixels,
+        size=stack.size,
+        rate=line.told_fps,
     )
 
 
@@ -114,16 +141,19 @@ def _chosen(line: Timeline, clip: Clip, settings: VideoConfig) -> tuple[int, ...
             )
         return clip.frames
     first, last = span_numbers(line, clip, settings)
-    ticks, count = line.ticks, settings.num_frames
+    ticks = line.ticks
+    count = settings.num_frames if clip.fps is None else None
     if count is None:
-        assert settings.fps is not None  # the config asks for one of the two
-        step = 1 / (settings.fps * float(line.unit))  # ticks
+        fps = settings.fps if clip.fps is None else clip.fps
+        assert fps is not None  # the config asks for one of the two
+        step = 1 / (fps * float(line.unit))  # ticks
         length = ticks[last] - ticks[first]
         count = int(length / step + 1e-6) + 1
-        if count <= settings.max_frames:
+        least = min(settings.min_frames, last - first + 1)
+        if least <= count <= settings.max_frames:
             moments = (ticks[first] + round(i * step) for i in range(count))
             return tuple(dict.fromkeys(_nearest(ticks, moments, 1, first, last)))
-        count = settings.max_frames
+        count = min(max(count, least), settings.max_frames)
     if count == 1:
         return ((first + last) // 2,)
     # Moments in units of a tick's (count - 1)th part, which are whole numbers.
@@ -149,92 +179,117 @@ def _nearest(
         yield before if closer else after
 
 
-def pixels_by_pyav(
-    path: Path, line: Timeline, numbers: Sequence[int], deadline: Deadline, max_side: int
-) -> Array:
-    """Frames of a file by number, [T, H, W, 3] uint8.
+def pixels_by_pyav(stack: Stack, line: Timeline, deadline: Deadline) -> None:
+    """Fill a stack with its frames.
 
     If the stretches that hold them do not give each, all is decoded from the start.
 
     Args:
-        path: The file.
+        stack: Of the file's frames by number.
         line: Its timeline.
-        numbers: In any order; may repeat.
         deadline: Checked at each packet and each read.
-        max_side: Largest side of a frame, in pixels.
 
     Raises:
         DataError: The file cannot be read, or a frame not be decoded.
     """
-    stack = _Stack(path, numbers)
     if not line.packets:
-        _decode(stack, line, deadline, max_side, [])
+        _decode(stack, line, deadline, [])
     else:
         spans = ((line.starts[number], line.packets[number]) for number in stack.rows)
-        _decode(stack, line, deadline, max_side, stretches(spans))
+        _decode(stack, line, deadline, stretches(spans))
         if stack.rows:
             whole = [(0, max(line.packets[number] for number in stack.rows))]
-            _decode(stack, line, deadline, max_side, whole)
+            _decode(stack, line, deadline, whole)
     if stack.rows or stack.pixels is None:
         raise DataError(
-            f"{path}: frame {min(stack.rows)} of {len(line)} cannot be decoded, nor the {_NEAR} "
-            "before it"
+            f"{stack.path}: frame {min(stack.rows)} of {len(line)} cannot be decoded, nor the "
+            f"{_NEAR} before it"
         )
-    return stack.pixels
 
 
-class _Stack:
-    """Pixels of chosen frames, filled in any order."""
+class Stack:
+    """Pixels of chosen frames, filled in any order.
 
-    def __init__(self, path: Path, numbers: Sequence[int]) -> None:
-        self.path = path
-        self.pixels: Array | None = None  # [T, H, W, 3]
-        self.rows: dict[int, list[int]] = {}  # number of a missing frame -> its places in the stack
+    Attributes:
+        pixels: [T, H, W, 3] uint8, once a frame is there.
+        rows: Number of a frame that is missing to its places in the stack.
+        size: Height and width of the file's frames as a player shows them.
+    """
+
+    def __init__(
+        self, clip: Clip, numbers: Sequence[int], max_side: int, scale: Scale | None = None
+    ) -> None:
+        self.path, self.max_side = clip.path, max_side
+        self.pixels: Array | None = None
+        self.size = (0, 0)
+        self.rows: dict[int, list[int]] = {}
         for row, number in enumerate(numbers):
             self.rows.setdefault(number, []).append(row)
         self._num_rows = len(numbers)
+        self._area, self._scale = clip.max_pixels, scale
 
-    def put(self, number: int, frame: VideoFrame) -> None:
-        """Write a frame to its places; its number is missing no longer."""
-        turns = round(frame.rotation / 90) % 4
+    def put(self, number: int, frame: VideoFrame, ratio: Fraction | None) -> None:
+        """Write a frame to its places; its number is missing no longer.
+
+        `ratio` is the width of a stored pixel to its height.
+        """
+        turn = turn_of(frame)
         if self.pixels is None:
-            size = (frame.height, frame.width) if turns % 2 == 0 else (frame.width, frame.height)
-            shape = (self._num_rows, *size, 3)
-            if np.prod(shape, dtype=np.int64) > MOST_HELD:
-                raise DataError(
-                    f"{self.path}: {shape[0]} frames of {shape[2]} x {shape[1]} are more than "
-                    f"{MOST_HELD // 2**30} GiB; choose fewer, or make the video smaller"
-                )
-            self.pixels = np.empty(shape, np.uint8)
-        height, width = self.pixels.shape[1:3] if turns % 2 == 0 else self.pixels.shape[2:0:-1]
-        image = frame.to_ndarray(format="rgb24", height=height, width=width)
-        self.pixels[self.rows.pop(number)] = np.rot90(image, turns)
+            size = shown_size(frame.height, frame.width, ratio, self.max_side)
+            self._begin(size[::-1] if turn.axes else size)
+        height, width = self.size[::-1] if turn.axes else self.size
+        image = turn(frame.to_ndarray(format="rgb24", height=height, width=width))
+        self.put_image(number, image)
+
+    def put_image(self, number: int, image: Array) -> None:
+        """The same for a frame [H, W, 3] as it is shown."""
+        if self.pixels is None:
+            self._begin(image.shape[:2])
+        assert self.pixels is not None
+        size = self.pixels.shape[1:3]
+        if image.shape[:2] != size and self._scale is not None:
+            image = self._scale.shrink(image, size)
+        self.pixels[self.rows.pop(number)] = image
+
+    def _begin(self, size: tuple[int, ...]) -> None:
+        height, width = self.size = (size[0], size[1])
+        if self._scale is not None:
+            try:
+                height, width = self._scale.decoded(self._num_rows, height, width, self._area)
+            except DataError as error:
+                raise DataError(f"{self.path}: {error}") from error
+        if self._num_rows * height * width * 3 > MOST_HELD:
+            raise DataError(
+                f"{self.path}: {self._num_rows} frames of {width} x {height} are more than "
+                f"{MOST_HELD // 2**30} GiB; choose fewer, or make the video smaller"
+            )
+        self.pixels = np.empty((self._num_rows, height, width, 3), np.uint8)
 
 
 def _decode(
-    stack: _Stack,
-    line: Timeline,
-    deadline: Deadline,
-    max_side: int,
-    ranges: Sequence[tuple[int, int]],
+    stack: Stack, line: Timeline, deadline: Deadline, ranges: Sequence[tuple[int, int]]
 ) -> None:
     """Put the missing frames into a stack, as far as some ranges of packets, or all, give them."""
     with open_media(stack.path, deadline) as container:
-        stream = pictures_of(container, stack.path, max_side)
+        stream = pictures_of(container, stack.path, stack.max_side)
         packets = packets_of(container, deadline, stream)
+        ratio = stream.sample_aspect_ratio
         if ranges:
-            _take(decoded_stretches(stream, packets, ranges), stack, line)
+            _take(decoded_stretches(stream, packets, ranges), stack, line, ratio)
         else:
-            _take(decoded(stream, packets), stack, None)
+            _take(decoded(stream, packets), stack, None, ratio)
 
 
-def _take(frames: Iterable[VideoFrame], stack: _Stack, line: Timeline | None) -> None:
+def _take(
+    frames: Iterable[VideoFrame], stack: Stack, line: Timeline | None, ratio: Fraction | None
+) -> None:
     """Put the missing ones of decoded frames into a stack, or those shown shortly before them.
 
     Args:
         frames: In the order in which they are shown.
         stack: What is missing.
         line: When each frame is shown; None: they are all there are, and are counted.
+        ratio: Width of a stored pixel to its height.
     """
     wanted = sorted(stack.rows, reverse=True)
     held: tuple[int, VideoFrame] | None = None  # the last one before those wanted
@@ -245,12 +300,12 @@ def _take(frames: Iterable[VideoFrame], stack: _Stack, line: Timeline | None) ->
         while wanted and wanted[-1] <= number:
             target = wanted.pop()
             if target == number:
-                stack.put(target, frame)
+                stack.put(target, frame, ratio)
             elif held is not None and target - held[0] <= _NEAR:
-                stack.put(target, held[1])
+                stack.put(target, held[1], ratio)
         if not wanted:
             return
         held = number, frame
     for target in wanted:
         if held is not None and target - held[0] <= _NEAR:
-            stack.put(target, held[1])
+            stack.put(target, held[1], ratio)

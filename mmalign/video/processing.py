@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from mmalign.errors import ConfigError, DataError
 from mmalign.text.tokenizer import pad_id
 from mmalign.video.frames import SOUND_RATE
 from mmalign.video.prompt import KINDS
+from mmalign.video.sizes import Sizes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from mmalign.config import RunConfig
     from mmalign.video.frames import Array, Frames, Wave
 
-_SCALE = 1000  # "frames a second" of the times handed to a processor: milliseconds
 _SECONDS_KEPT = 30.0  # of a sound, by feature extractors of the Whisper family
 
 
@@ -89,6 +90,8 @@ class Processor:
         self.tokenizer = processor.tokenizer
         ids = self.tokenizer.convert_tokens_to_ids
         self.token_ids = {kind: int(ids(token)) for kind, token in self.tokens.items()}
+        self.sizes = Sizes(getattr(processor, "video_processor", None), self.video)
+        self.image_sizes = Sizes(getattr(processor, "image_processor", None), self.video, "images")
 
     @property
     def hears(self) -> bool:
@@ -101,6 +104,13 @@ class Processor:
         from transformers.processing_utils import OmniModalProcessorMixin
 
         return isinstance(self.inner, OmniModalProcessorMixin)
+
+    @property
+    def longest_sound(self) -> float | None:
+        """Seconds of a sound that the model's feature extractor keeps; None: all of it."""
+        if not self.hears or getattr(self.inner, "audio_kwargs", {}).get("truncation") is False:
+            return None
+        return float(getattr(self.inner.feature_extractor, "chunk_length", _SECONDS_KEPT))
 
     def identity(self) -> str:
         """Hash of all settings of the processor that decide its tensors."""
@@ -115,8 +125,54 @@ class Processor:
         Raises:
             DataError: The processor refuses them, or what it wrote does not match them.
         """
+        return self._processed(shown, where, planned=False)
+
+    def plan(self, shown: Shown, where: str) -> Processed | None:
+        """The same of media of which only sizes, times and lengths are known: without pixels.
+
+        None where a processor looks at the pixels to tell how many tokens they take.
+
+        Raises:
+            DataError: The processor refuses them.
+        """
+        try:
+            return self._processed(shown, where, planned=True)
+        except DataError as error:
+            cause = error.__cause__
+            if isinstance(cause, NotImplementedError) or "meta" in str(cause):
+                return None
+            raise
+
+    def _processed(self, shown: Shown, where: str, *, planned: bool) -> Processed:
+        parts = self._apart(shown, where)
+        done = [self._part(part, where, planned=planned) for part in parts]
+        tensors = done[0].tensors if len(done) == 1 else _joined([part.tensors for part in done])
+        texts = {
+            kind: tuple(text for part in done for text in part.replacements[kind])
+            for kind in self.tokens
+        }
+        return Processed(tensors, texts)
+
+    def _apart(self, shown: Shown, where: str) -> list[Shown]:
+        """What is given to the processor at once: it takes one size and one rate for all clips."""
+        asked = [
+            (clip[0].fps if self.plays else 0.0, self._size_of(clip[0], where))
+            for clip in shown.clips
+        ]
+        if all(options == asked[0] for options in asked):
+            return [shown]
+        several = zip(shown.clips, shown.starts, strict=True)
+        alone = [Shown(clips=[clip], starts=[start]) for clip, start in several]
+        rest = Shown(images=shown.images, sounds=shown.sounds)
+        return [*alone, rest] if shown.images or shown.sounds else alone
+
+    def _part(self, shown: Shown, where: str, *, planned: bool) -> Processed:
         text = self._placeholders(shown, where)
-        output = self._run(text, shown, where)
+        options = self._options(text, shown, where)
+        if shown.clips:
+            make = _without_pixels if planned else _writable
+            options["videos"] = [make(frames.pixels) for frames, _ in shown.clips]
+        output = self._call(options, where)
         found: dict[str, list[str]] = {kind: [] for kind in self.tokens}
         for item in output.pop("text_replacement_offsets")[0]:
             found[item["type"]].append(item["replacement"])
@@ -127,10 +183,56 @@ class Processor:
                     f"{where}: {len(items)} of kind {kind} were given to the processor, which "
                     f"placed {len(found.get(kind, []))}"
                 )
-        tensors = {_NAMES.get(k, k): torch.as_tensor(v) for k, v in output.items() if v is not None}
-        if any(track is not None for _, track in shown.clips):
-            tensors["audio_in_video"] = torch.ones(1, dtype=torch.bool)
+        tensors = _tensors(output, shown)
+        self._check_grids(shown, tensors, where)
         return Processed(tensors, {kind: tuple(texts) for kind, texts in found.items()})
+
+    def _check_grids(self, shown: Shown, tensors: Mapping[str, Tensor], where: str) -> None:
+        """Refuse frames of another size than was asked for, or larger than they may be."""
+        grids, patch = tensors.get("video_grid_thw"), self._video_part("patch_size")
+        if grids is None or not isinstance(patch, int):
+            return
+        for (frames, _), (_, rows, columns) in zip(shown.clips, grids.tolist(), strict=True):
+            count, height, width = frames.pixels.shape[:3]
+            size = rows * patch, columns * patch
+            area = self.video.frame_pixels if frames.area is None else frames.area
+            wanted = self.sizes.size(count, height, width, frames.area)
+            if size != wanted or (area is not None and size[0] * size[1] > area):
+                most = "" if area is None else f", at most {area:,} pixels"
+                raise ConfigError(
+                    f"{where}: {type(self.inner).__name__} made frames of {size[1]} x {size[0]}, "
+                    f"not of {wanted[1]} x {wanted[0]}{most}; set video.frame_pixels to null"
+                )
+
+    def _video_part(self, name: str) -> Any:
+        return getattr(getattr(self.inner, "video_processor", None), name, None)
+
+    def whole(self, text: str, shown: Shown, where: str) -> dict[str, Tensor]:
+        """What the processor itself makes of a whole prompt: ids, pixels, grids, times, kinds.
+
+        Args:
+            text: The prompt, with a placeholder for each medium.
+            shown: Its media.
+            where: The row, for messages.
+
+        Raises:
+            DataError: The processor refuses them.
+        """
+        bos = self.tokenizer.bos_token
+        # As the library itself calls a processor with a chat template's text.
+        special = {"add_special_tokens": not (bos and text.startswith(bos))}
+        if len(self._apart(shown, where)) > 1:  # for which it has no call
+            processed = self(shown, where)
+            ids = self.tokenizer(self.expand(text, processed), return_tensors="pt", **special)
+            kinds = self.token_types(ids["input_ids"])
+            return {**processed.tensors, **kinds, **ids}
+        options = self._options(text, shown, where)
+        options["text_kwargs"] = special
+        if shown.clips:
+            options["videos"] = [_writable(frames.pixels) for frames, _ in shown.clips]
+        output = self._call(options, where)
+        output.pop("text_replacement_offsets")
+        return _tensors(output, shown)
 
     def expand(self, text: str, processed: Processed) -> str:
         """A prompt's text with every placeholder replaced, as the processor itself does it."""
@@ -143,15 +245,24 @@ class Processor:
         )
         return texts[0]
 
-    def token_types(self, ids: Tensor) -> Tensor | None:
-        """Kind of each token, 0 for text, where the model counts positions by it."""
+    def token_types(self, ids: Tensor) -> dict[str, Tensor]:  # of the shape of ids
+        """Kinds of tokens as the processor tells them, by the names models take them under.
+
+        Args:
+            ids: [P], or [N, P]; media expanded.
+        """
         if not getattr(self.inner, "return_mm_token_type_ids", False):
-            return None
-        types = torch.zeros_like(ids)
-        for number, kind in enumerate(("image", "video", "audio"), 1):
-            if kind in self.token_ids:
-                types[ids == self.token_ids[kind]] = number
-        return types
+            return {}
+        names: list[str] = self.inner.model_input_names
+        usual = "mm_token_type_ids" if "mm_token_type_ids" in names else "token_type_ids"
+        tellers = {usual: self.inner.create_mm_token_type_ids}
+        if "moe_mm_token_type_ids" in names:  # Ernie: what opens and ends a medium belongs to it
+            tellers["moe_mm_token_type_ids"] = self.inner.create_moe_mm_token_type_ids
+        rows = ids.reshape(-1, ids.shape[-1]).tolist()
+        return {
+            name: torch.tensor(tell(rows), dtype=ids.dtype, device=ids.device).view(ids.shape)
+            for name, tell in tellers.items()
+        }
 
     def _placeholders(self, shown: Shown, where: str) -> str:
         counts = {"video": len(shown.clips), "image": len(shown.images), "audio": len(shown.sounds)}
@@ -164,7 +275,7 @@ class Processor:
             )
         return "".join(self.tokens[kind] * count for kind, count in counts.items() if count)
 
-    def _run(self, text: str, shown: Shown, where: str) -> dict[str, Any]:
+    def _options(self, text: str, shown: Shown, where: str) -> dict[str, Any]:
         options: dict[str, Any] = {
             "text": [text],
             "return_tensors": "pt",
@@ -173,10 +284,10 @@ class Processor:
         }
         if shown.images:
             options["images"] = list(shown.images)
+            options["images_kwargs"] = self._image_options(shown, where)
         sounds = [wave.samples for wave in shown.sounds]
         if shown.clips:
-            options["videos"] = [_writable(frames.pixels) for frames, _ in shown.clips]
-            options["videos_kwargs"] = self._video_options(shown)
+            options["videos_kwargs"] = self._video_options(shown, where)
             tracks = [wave for _, wave in shown.clips]
             if any(track is not None for track in tracks):
                 played = [(i, t.samples) for i, t in enumerate(tracks) if t is not None]
@@ -184,15 +295,11 @@ class Processor:
                 options["audio_from_video_indices"] = [i for i, _ in played] + [None] * len(sounds)
                 sounds = [samples for _, samples in played] + sounds
         if sounds:
-            longest = max(len(samples) for samples in sounds) / SOUND_RATE
-            limit = getattr(self.inner.feature_extractor, "chunk_length", _SECONDS_KEPT)
-            if longest > limit + 0.1:
-                raise DataError(
-                    f"{where}: a sound of {longest:.1f} s, but the model's feature extractor keeps "
-                    f"{limit:g} s and would drop the rest; give start and end"
-                )
             options["audio"] = sounds
             options["audio_kwargs"] = {"sampling_rate": SOUND_RATE}
+        return options
+
+    def _call(self, options: dict[str, Any], where: str) -> dict[str, Any]:
         try:
             return dict(self.inner(**options))
         except (ValueError, TypeError, RuntimeError, IndexError) as error:
@@ -200,35 +307,43 @@ class Processor:
                 f"{where}: {type(self.inner).__name__} cannot take the media: {error}"
             ) from error
 
-    def _video_options(self, shown: Shown) -> dict[str, Any]:
-        options: dict[str, Any] = {
+    def _video_options(self, shown: Shown, where: str = "") -> dict[str, Any]:
+        return {
             "do_sample_frames": False,  # the frames were chosen, and must stay the same ones
-            "video_metadata": [
-                _metadata(frames, start)
-                for (frames, _), start in zip(shown.clips, shown.starts, strict=True)
-            ],
-            # One rate for all clips of a prompt: processors that place sound by it take only one.
-            "fps": shown.clips[0][0].fps,
+            "video_metadata": [_metadata(frames) for frames, _ in shown.clips],
+            "fps": shown.clips[0][0].fps,  # read where sound is laid between the frames
+            **self._size_of(shown.clips[0][0], where),
         }
-        own: Any = self.inner.video_processor
-        size = dict(own.size or {})
-        if self.video.frame_pixels is not None:
-            if "longest_edge" not in size:
-                raise ConfigError(
-                    "video.frame_pixels is set, but the model's video processor brings every frame "
-                    f"to one size ({size}); remove it"
-                )
-            # Areas of all frames together, in the processors that resize freely.
-            total = self.video.frame_pixels * max(len(f.indices) for f, _ in shown.clips)
-            least = min(int(size["shortest_edge"]), total)
-            options["size"] = {"shortest_edge": least, "longest_edge": total}
-        elif "longest_edge" in size and "shortest_edge" in size:
-            options["size"] = size  # a processor may have other defaults than its video part
-        return options
+
+    def _image_options(self, shown: Shown, where: str) -> dict[str, Any]:
+        """One size for all pictures, within which each of them keeps to its area."""
+        if self.video.image_pixels is None:
+            return {}
+        asked = [_asked(self.image_sizes, 1, i.height, i.width, None, where) for i in shown.images]
+        return min(asked, key=lambda options: options["size"]["longest_edge"])
+
+    def _size_of(self, frames: Frames, where: str) -> dict[str, Any]:
+        count, height, width = frames.pixels.shape[:3]
+        return _asked(self.sizes, count, height, width, frames.area, where)
+
+
+def _asked(sizes: Sizes, count: int, height: int, width: int, area: int | None, where: str) -> Any:
+    try:
+        return sizes.options(count, height, width, area)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 _NAMES = {"pixel_values_images": "pixel_values"}  # Video-LLaVA's processor, and its model
 _PARTS = ("image_processor", "video_processor", "feature_extractor")
+
+
+def _tensors(output: Mapping[str, Any], shown: Shown) -> dict[str, Tensor]:
+    """What a processor gave, by the names that models know; whether clips are heard beside it."""
+    tensors = {_NAMES.get(k, k): torch.as_tensor(v) for k, v in output.items() if v is not None}
+    if any(track is not None for _, track in shown.clips):
+        tensors["audio_in_video"] = torch.ones(1, dtype=torch.bool)
+    return tensors
 
 
 def _writable(pixels: Array) -> Array:
@@ -236,16 +351,46 @@ def _writable(pixels: Array) -> Array:
     return pixels if pixels.flags.writeable else pixels.copy()
 
 
-def _metadata(frames: Frames, start: float) -> dict[str, Any]:
-    """Times for a processor, as frames of a film of 1,000 a second, exact at any frame rate."""
+def _without_pixels(pixels: Array) -> Tensor:
+    """Frames of which only the shape is known."""
+    return torch.empty(pixels.shape, dtype=torch.uint8, device="meta")
+
+
+def _metadata(frames: Frames) -> dict[str, Any]:
+    """Times as a processor counts them: numbers of frames in the clip's part, and a rate."""
+    first, count = (0, frames.num_source) if frames.span is None else frames.span
+    rate = frames.rate or frames.source_fps
     return {
-        "fps": _SCALE,
-        "frames_indices": [round((time - start) * _SCALE) for time in frames.times],
-        "total_num_frames": max(1, round(len(frames.times) * _SCALE / frames.fps)),
-        "duration": frames.duration,
+        "fps": rate,
+        "frames_indices": [number - first for number in frames.indices],
+        "total_num_frames": count,
+        "duration": count / rate,
         "height": int(frames.pixels.shape[1]),
         "width": int(frames.pixels.shape[2]),
     }
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of media that were processed apart, as if they had been together.
+
+    Sounds are padded to the longest; their masks say how far each goes.
+    """
+    joined: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        tensors = [part[name] for part in parts if name in part]
+        of_text = name in ("input_ids", "attention_mask") or name.endswith("token_type_ids")
+        if name == "audio_in_video":
+            joined[name] = tensors[0]
+        elif of_text:
+            joined[name] = torch.cat(tensors, 1)
+        else:
+            most = max(tensor.shape[-1] for tensor in tensors) if tensors[0].dim() > 1 else 0
+            pads = [(0, most - t.shape[-1]) if most else (0, 0) for t in tensors]
+            tensors = [
+                F.pad(t, pad) if any(pad) else t for t, pad in zip(tensors, pads, strict=True)
+            ]
+            joined[name] = torch.cat(tensors)
+    return joined
 
 
 def load_processor(config: RunConfig) -> Any:

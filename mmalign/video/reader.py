@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from mmalign.video.model import Encoded
 
 _NOTES = 1000  # kept
+_VERSION = 2  # raise it when the same media are shown otherwise
+_DECIDING = {"num_frames", "fps", "max_frames", "min_frames", "frame_pixels", "image_pixels",
+             "cap_pixels_per_frame", "sound"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +65,16 @@ class MediaReader:
         self.processor = processor
         self.video = config.video
         self.features = features
-        self.frames = FrameCache(config.video)
+        self.frames = FrameCache(config.video, processor.sizes)
         self.notes: dict[str, Mapping[str, Any]] = {}
-        self._settings = config.video.model_dump(
-            mode="json", include={"num_frames", "fps", "max_frames", "frame_pixels", "sound"}
-        )
+        self._settings = config.video.model_dump(mode="json", include=_DECIDING)
         self._identity = processor.identity()
+        self.longest = processor.longest_sound
         self._small: dict[str, Processed] = {}  # of media whose features are kept
 
     def key(self, media: Media) -> str:
         """The media's identity: files, parts, alteration, and how they are read."""
-        parts = [plain(media), self._settings, self._identity]
+        parts = [_VERSION, plain(media), self._settings, self._identity]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def prepare(self, media: Media, where: str, *, pixels: bool = False) -> Prepared:
@@ -104,7 +106,7 @@ class MediaReader:
         heard = self.hears_clip(media)
         clips = [self._clip(clip, heard=heard) for clip in media.videos]
         images = [open_picture(picture) for picture in media.images]
-        sounds = [read_sound(sound, self.video) for sound in media.sounds]
+        sounds = [read_sound(sound, self.video, self.longest) for sound in media.sounds]
         if media.change is not None:
             self._alter(media, clips, images, sounds)
         return Shown(
@@ -125,7 +127,7 @@ class MediaReader:
             return frames, None
         if self.video.no_sound == "mute" and not has_sound(clip.path):
             return frames, None
-        return frames, sound_of(clip, self.video)
+        return frames, sound_of(clip, self.video, self.longest)
 
     def _alter(
         self,

@@ -32,15 +32,20 @@ def usable_parts(config: RunConfig, parts: Sequence[Sequence[Example]]) -> list[
     processor = load_processor(config)
     wrapped = Processor(processor, config)
     heard = wrapped.plays and config.video.sound == "auto"
-    taken = _taken(parts, wrapped)
-    usable = usable_rows(taken, config.video, hears=heard, journal=cache_folder(config) / FILE)
+    usable = usable_rows(
+        taken(parts, wrapped),
+        config.video,
+        hears=heard,
+        journal=cache_folder(config) / FILE,
+        longest=wrapped.longest_sound,
+    )
     # What differs between two answers is found without anything shown: nothing is decoded.
     words = config.text.model_copy(update={"chat_template": False, "system_prompt": None})
     encoder = Encoder(processor.tokenizer, config.model_copy(update={"text": words}))
     return [with_spans(config.text.masks, rows, encoder.encode_example) for rows in usable]
 
 
-def _taken(parts: Sequence[Sequence[Example]], processor: Processor) -> list[list[Example]]:
+def taken(parts: Sequence[Sequence[Example]], processor: Processor) -> list[list[Example]]:
     """The rows with nothing but media of kinds that the model takes; others are counted.
 
     Raises:

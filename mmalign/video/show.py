@@ -19,7 +19,7 @@ from mmalign.video.encode import VideoEncoder
 from mmalign.video.features import FeatureStore
 from mmalign.video.processing import Processor, load_processor
 from mmalign.video.reader import MediaReader
-from mmalign.video.showing import describe
+from mmalign.video.showing import described
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +40,7 @@ def show_rows(config: RunConfig, examples: Sequence[Example]) -> Group:
     count = None
     if config.video.clues is not None:
         processor.tokenizer.add_tokens([CLUE_TOKEN], special_tokens=True)
-        count = _clue_count(config.video.clues)
+        count = clue_count(config.video.clues)
     reader = MediaReader(processor, config, FeatureStore(0))
     encoder = VideoEncoder(processor, config, reader, lambda ids, prepared: None, count)
     roles = presets.from_config(config.objective).needs.roles
@@ -63,7 +63,7 @@ def _row(encoder: VideoEncoder, row: Example) -> Iterator[Text]:
         media = row.media if candidate.media is None else candidate.media
         if seen != (media, item.prompt):
             seen = (media, item.prompt)
-            yield from _media(encoder, media)
+            yield from _media(encoder, media, row.id)
             yield _context(encoder, item.prompt)
         name = candidate.role or f"label {label:g}"
         head = f"[{name}] {len(item.prompt):,} + {len(item.response)} tokens: "
@@ -71,22 +71,25 @@ def _row(encoder: VideoEncoder, row: Example) -> Iterator[Text]:
         yield Text(head, "bold") + response(encoder.tokenizer, encoder.end_ids, item)
 
 
-def _media(encoder: VideoEncoder, media: Media) -> Iterator[Text]:
+def _media(encoder: VideoEncoder, media: Media, where: str) -> Iterator[Text]:
     """A line for each medium, and one for what was done to them or left out."""
     reader, video = encoder.reader, encoder.reader.video
-    for about in describe(media, reader.show(media)):
+    for about in described(encoder, media, reader.show(media), where):
         line = f"{about['kind']} {about['file']}: "
+        tokens = f"{about['tokens']:,} tokens"
         if about["kind"] == "audio":
-            yield Text(f"{line}{about['seconds']:.2f} s", _MEDIA)
+            yield Text(f"{line}{about['seconds']:.2f} s, {tokens}", _MEDIA)
             continue
         size = f"{about['width']} x {about['height']}"
+        if "shown" in about:
+            size += " shown as {} x {}".format(*about["shown"])
         if about["kind"] == "image":
-            yield Text(line + size, _MEDIA)
+            yield Text(f"{line}{size}, {tokens}", _MEDIA)
             continue
         times: list[float] = about["times"]
         heard = "with its sound" if about["heard"] else "without sound"
         number = f"{len(times)} frame{'' if len(times) == 1 else 's'}"
-        yield Text(f"{line}{number} of {size} at {_seconds(times)}, {heard}", _MEDIA)
+        yield Text(f"{line}{number} of {size} at {_seconds(times)}, {heard}, {tokens}", _MEDIA)
         rate = (len(times) - 1) / (times[-1] - times[0]) if times[-1] > times[0] else None
         if video.fps and rate and len(times) == video.max_frames and rate < 0.95 * video.fps:
             yield Text(
@@ -124,7 +127,7 @@ def _context(encoder: VideoEncoder, ids: Sequence[int]) -> Text:
     return Text("".join(parts), CONTEXT)
 
 
-def _clue_count(spec: ClueSpec) -> Callable[[bool, bool], int]:
+def clue_count(spec: ClueSpec) -> Callable[[bool, bool], int]:
     """Clue tokens of a prompt; widths do not matter to their number."""
     if spec.path is not None:
         return ClueAggregator.load(spec.path).num_clue_tokens

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmalign.data.example import as_text
 from mmalign.video import strips
+from mmalign.video.costs import costs
 from mmalign.video.prompt import MARK
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from mmalign.data.example import Asked, Candidate, Example, Media, Picture, Prompt
     from mmalign.text.encode import EncodedCandidate
     from mmalign.video.adapter import VideoAdapter
+    from mmalign.video.encode import VideoEncoder
     from mmalign.video.generate import Question
     from mmalign.video.processing import Shown
 
@@ -57,7 +59,8 @@ def write_samples(
             image = strips.sheet(shown)
             if image is not None and not (folder / file).exists():
                 strips.write(image, folder / file)
-            record |= {"media": describe(question.media, shown), "frames": file}
+            about = described(adapter.encoder, question.media, shown, row)
+            record |= {"media": about, "frames": file}
         if question.row is not None:
             record["answers"] = _answers(adapter, question.row)
             found = _alterations(adapter, question.row, folder, number)
@@ -81,7 +84,7 @@ def describe(media: Media, shown: Shown) -> list[dict[str, Any]]:
     from where it starts."""
     found: list[dict[str, Any]] = []
     for clip, (frames, wave), start in zip(media.videos, shown.clips, shown.starts, strict=True):
-        height, width = frames.pixels.shape[1:3]
+        height, width = frames.size or frames.pixels.shape[1:3]
         times = [round(time - start, 3) for time in frames.times]
         about = {"times": times, "width": width, "height": height, "heard": wave is not None}
         found.append({"kind": "video", "file": clip.path.name, **about})
@@ -92,6 +95,18 @@ def describe(media: Media, shown: Shown) -> list[dict[str, Any]]:
         seconds = round(wave.seconds, 3)
         found.append({"kind": "audio", "file": sound.path.name, "seconds": seconds})
     return found
+
+
+def described(
+    encoder: VideoEncoder, media: Media, shown: Shown, where: str
+) -> list[dict[str, Any]]:
+    """The same with what each medium becomes in the processor; see `costs`."""
+    return [
+        about | more
+        for about, more in zip(
+            describe(media, shown), costs(encoder, media, shown, where), strict=True
+        )
+    ]
 
 
 def _name(picture: Picture) -> str:

@@ -31,6 +31,9 @@ _JUMP = 0.05  # seconds between two blocks from which on they are not heard as f
 _COUNTED = ("mov", "matroska", "flac", "wav")
 """Formats whose header gives a length that was counted; others guess it from the bit rate."""
 
+_RATES = range(1_000, 768_001)  # samples a second; others are in no use, and blow a sound up
+_SLACK = 0.1  # seconds by which a sound may be longer than a model's window
+
 
 def has_sound(path: Path) -> bool:
     """Whether a file has a sound track that can be decoded.
@@ -42,44 +45,63 @@ def has_sound(path: Path) -> bool:
         return sound_stream(container) is not None
 
 
-def sound_of(clip: Clip, settings: VideoConfig) -> Wave:
+def sound_of(clip: Clip, settings: VideoConfig, longest: float | None = None) -> Wave:
     """A clip's own sound, exactly as long as its span of the pictures; silence where none is.
 
+    Args:
+        clip: Whose sound.
+        settings: The `video` section.
+        longest: Seconds that the model's window has; None: no limit.
+
     Raises:
-        DataError: There is no sound track, or the file cannot be read or ends before the span.
+        DataError: There is no sound track, the file cannot be read or ends before the span, or the
+            span is too long.
     """
     line = timeline(clip.path, settings)
     if not clip.frames:
         span_numbers(line, clip, settings)
     end = min(inf if clip.end is None else clip.end, line.duration)
-    found = _read(Sound(clip.path, clip.start, end), settings)
+    _check_length(clip.path, end - clip.start, settings, longest)
+    found = _read(Sound(clip.path, clip.start, end), settings, longest)
     samples = np.zeros(max(round((end - clip.start) * SOUND_RATE), 1), np.float32)
     samples[: len(found)] = found[: len(samples)]
     return Wave(samples)
 
 
-def read_sound(sound: Sound, settings: VideoConfig) -> Wave:
+def read_sound(sound: Sound, settings: VideoConfig, longest: float | None = None) -> Wave:
     """The span of a track. Second 0 is where the pictures start; of a file without any, the sound.
+
+    What is too long by the file's header is refused before it is decoded.
+
+    Args:
+        sound: The track and the part of it.
+        settings: The `video` section.
+        longest: Seconds that the model's window has; None: no limit.
 
     Raises:
         DataError: There is no sound track, nothing in the span, or the file cannot be read; or the
-            span is longer than `max_seconds`.
+            span is longer than `max_seconds` or the window.
     """
-    samples = _read(sound, settings)
+    samples = _read(sound, settings, longest)
     if not len(samples):
         raise DataError(f"{sound.path}: has no sound after {sound.start:g} seconds")
     return Wave(samples)
 
 
-def _read(sound: Sound, settings: VideoConfig) -> Array:
+def _read(sound: Sound, settings: VideoConfig, longest: float | None) -> Array:
     """[S] float32, up to where the sound ends."""
     path, end = sound.path, inf if sound.end is None else sound.end
     deadline = Deadline(path, settings.decode_timeout)
-    span = _Span(min(end - sound.start, settings.max_seconds))
+    most = min(settings.max_seconds, inf if longest is None else longest + _SLACK)
+    span = _Span(min(end - sound.start, most))
     with open_media(path, deadline) as container:
         stream = sound_stream(container)
         if stream is None:
             raise DataError(f"{path}: has no sound track")
+        _check_rate(path, stream.codec_context.sample_rate)
+        claimed = _claimed(container, stream)
+        if claimed:
+            _check_length(path, min(end, claimed) - sound.start, settings, longest)
         zero = _zero(container)
         blocks = _blocks(container, stream, deadline, -inf if zero is None else zero + sound.start)
         heard = False
@@ -90,18 +112,37 @@ def _read(sound: Sound, settings: VideoConfig) -> Array:
         if not heard and not sound.start:
             raise DataError(f"{path}: no sound of it can be decoded")
         there = sound.start + len(span) / SOUND_RATE
-        claimed = _claimed(container, stream)
         if not span.full and there < 0.95 * min(claimed, end) - 0.5:
             raise DataError(
                 f"{path}: is cut off: its header claims {claimed:.2f} seconds of sound, "
                 f"{there:.2f} are there"
             )
-    if span.full and end - sound.start > settings.max_seconds:
+    if span.full and end - sound.start > most:
+        _check_length(path, inf, settings, longest)
+    return span.samples()
+
+
+def _check_length(path: Path, seconds: float, settings: VideoConfig, longest: float | None) -> None:
+    """Refuse a sound that is longer than the config or the model allows; inf: longer than both."""
+    if longest is not None and seconds > longest + _SLACK and longest < settings.max_seconds:
+        length = f"more than {longest:g} s" if seconds == inf else f"{seconds:.1f} s"
+        raise DataError(
+            f"{path}: a sound of {length}, but the model's feature extractor keeps {longest:g} s "
+            "and would drop the rest; give start and end"
+        )
+    if seconds > settings.max_seconds:
         raise DataError(
             f"{path}: the sound lasts more than {settings.max_seconds:g} seconds, which is "
             "video.max_seconds"
         )
-    return span.samples()
+
+
+def _check_rate(path: Path, rate: int) -> None:
+    if rate not in _RATES:
+        raise DataError(
+            f"{path}: its sound has {rate:,} samples a second by its header; between "
+            f"{_RATES[0]:,} and {_RATES[-1]:,} are read"
+        )
 
 
 def _zero(container: InputContainer) -> float | None:
@@ -138,6 +179,7 @@ def _blocks(
     kind: object = None  # of the blocks that the resampler takes
     position, expected = 0.0, 0.0  # times of what comes out, and of what goes in next
     for frame in decoded(stream, from_start()):
+        _check_rate(deadline.path, frame.sample_rate)
         now = (frame.format.name, frame.layout.name, frame.sample_rate)
         time = expected if frame.time is None else frame.time
         if resampler is None or now != kind or abs(time - expected) > _JUMP:
@@ -165,7 +207,7 @@ class _Span:
 
     def __init__(self, seconds: float) -> None:
         self._most = inf if seconds == inf else round(seconds * SOUND_RATE)
-        self._parts: list[tuple[int, Array]] = []
+        self._samples = np.zeros(SOUND_RATE, np.float32)  # more room is made where it is needed
         self._length = 0
 
     def __len__(self) -> int:
@@ -188,13 +230,20 @@ class _Span:
             samples = samples[: max(int(self._most) - at, 0)]
             self._length = int(self._most)
         if len(samples):
-            self._parts.append((at, samples))
+            self._make_room(at + len(samples))
+            self._samples[at : at + len(samples)] = samples
             self._length = max(self._length, at + len(samples))
         return not self.full
 
     def samples(self) -> Array:
         """[S] float32 in [-1, 1]."""
-        joined = np.zeros(self._length, np.float32)
-        for at, part in self._parts:
-            joined[at : at + len(part)] = part
-        return np.clip(np.nan_to_num(joined, copy=False), -1.0, 1.0)
+        self._make_room(self._length)
+        joined = np.nan_to_num(self._samples[: self._length], copy=False)
+        return np.clip(joined, -1.0, 1.0, out=joined)
+
+    def _make_room(self, length: int) -> None:
+        if length > len(self._samples):
+            room = int(min(max(length, 2 * len(self._samples)), max(self._most, length)))
+            larger = np.zeros(room, np.float32)
+            larger[: len(self._samples)] = self._samples
+            self._samples = larger

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mmalign.config import VideoConfig
 
 _SLACK = 2  # frames, and then a twentieth: what a header may claim too much
+_NEAR = 0.02  # of a rate, by which a header may be off
 _FALLBACK_RATE = Fraction(25)  # frames a second, of streams that know no time at all
 _UNTIMED = ("avi", "h264", "hevc", "m4v", "mpegvideo")
 """Formats without times, or whose times are wrong where frames are not stored as shown."""
@@ -53,6 +54,7 @@ class Timeline:
             carry no times, and the frames had to be decoded to be counted.
         starts: Place of the packet to start decoding from, for each frame.
         claimed: Seconds that the header claims where the file ends earlier; None where it is whole.
+        rate: Frames a second by the header; None: it says nothing.
     """
 
     ticks: Sequence[int]
@@ -62,6 +64,7 @@ class Timeline:
     packets: Sequence[int] = field(default=(), repr=False)
     starts: Sequence[int] = field(default=(), repr=False)
     claimed: float | None = None
+    rate: Fraction | None = None
 
     def __len__(self) -> int:
         """Frames."""
@@ -91,6 +94,12 @@ class Timeline:
             return float((len(self) - 1) / span)
         shown = (self.end - self.ticks[0]) * self.unit
         return float(1 / shown) if shown > 0 else float(_FALLBACK_RATE)
+
+    @property
+    def told_fps(self) -> float:
+        """Frames a second by the header, by which other readers count; where it is about right."""
+        counted, told = self.fps, float(self.rate or 0)
+        return told if abs(told - counted) < _NEAR * counted else counted
 
 
 def timeline(path: Path, settings: VideoConfig) -> Timeline:
@@ -187,7 +196,7 @@ def _from_packets(
         return None
     if end <= ticks[-1] or claimed is not None:
         end = ticks[-1] + max((ticks[-1] - ticks[0]) // max(len(ticks) - 1, 1), 1)
-    return Timeline(ticks, zero, end, unit, places, starts, claimed)
+    return Timeline(ticks, zero, end, unit, places, starts, claimed, stream.average_rate)
 
 
 def _claimed(
@@ -233,6 +242,6 @@ def _from_frames(
         ticks = array("q", range(len(shown)))
         unit = 1 / (stream.average_rate or stream.guessed_rate or _FALLBACK_RATE)
     step = max((ticks[-1] - ticks[0]) // max(len(ticks) - 1, 1), 1)
-    line = Timeline(ticks, ticks[0], ticks[-1] + step, unit)
+    line = Timeline(ticks, ticks[0], ticks[-1] + step, unit, rate=stream.average_rate)
     claimed = float((stream.duration or 0) * (stream.time_base or 0))
     return replace(line, claimed=claimed) if line.duration < 0.95 * claimed - 0.5 else line

@@ -1,0 +1,218 @@
+"""How large frames and pictures become, whatever a processor means by its sizes.
+
+Some processors count the area of one frame, some that of all frames of a clip together, some allow
+a budget of tokens besides. None of that is repeated here: the processor is run on pixels without
+memory (torch's meta device), and the size to which it brings them is noted.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmalign.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from mmalign.config import VideoConfig
+    from mmalign.video.frames import Array
+
+    Size = tuple[int, int]  # height, width
+
+_EDGES = ("shortest_edge", "longest_edge")  # areas, in the processors that resize freely
+_FLOOR = 1.05  # a capped processor lets a frame have so much more than its least area
+_TYPICAL = (720, 1280)  # to see beforehand whether a setting can be kept to
+
+
+class Sizes:
+    """What a model's processor does to the size of a clip's frames, or of a picture.
+
+    A picture counts as one frame. `area` is the most pixels a frame; None: as the config says, or
+    the processor itself.
+    """
+
+    def __init__(
+        self, own: Any, settings: VideoConfig, kind: Literal["videos", "images"] = "videos"
+    ) -> None:
+        """Look at the settings.
+
+        Args:
+            own: The processor's part for this kind; None where it has none.
+            settings: The `video` section.
+            kind: What it is given.
+
+        Raises:
+            ConfigError: A setting is of no use to this processor.
+        """
+        self._own, self._kind = own, kind
+        self._name = "frame_pixels" if kind == "videos" else "image_pixels"
+        self._area: int | None = getattr(settings, self._name)
+        self._patch: int = getattr(own, "temporal_patch_size", None) or 1
+        self._cap = self._capped(settings) if kind == "videos" else {}
+        self._asked = lru_cache(maxsize=4096)(self._ask)
+        self._chosen = lru_cache(maxsize=4096)(self._choose)
+        if self._area is not None and own is not None:
+            frames = settings.num_frames or settings.max_frames
+            self._check(self._area, max(frames, self._patch) if kind == "videos" else 1)
+
+    def options(self, count: int, height: int, width: int, area: int | None) -> dict[str, Any]:
+        """Keywords of the processor for `count` frames of a height and width.
+
+        Raises:
+            DataError: It takes no such clip, or cannot keep to the area.
+        """
+        area = self._area if area is None else area
+        if area is not None:
+            least, most = self._chosen(count, height, width, area)
+            return {"size": {"shortest_edge": least, "longest_edge": most}, **self._cap}
+        size = dict(self._own.size or {})
+        # A processor may have other defaults than its parts.
+        return {"size": size, **self._cap} if set(_EDGES) <= set(size) else dict(self._cap)
+
+    def size(self, count: int, height: int, width: int, area: int | None = None) -> Size:
+        """Height and width to which the processor brings frames."""
+        found = self._found(count, height, width, self.options(count, height, width, area))
+        return found[-1] if found else (height, width)
+
+    def only(self, count: int, height: int, width: int) -> Size | None:
+        """The size of what is brought to one size; None where it becomes several, or parts."""
+        found = self._found(count, height, width, self.options(count, height, width, None))
+        return (found or [(height, width)])[0] if len(found) < 2 else None
+
+    def decoded(self, count: int, height: int, width: int, area: int | None = None) -> Size:
+        """The size at which frames are kept: the processor's, where that is smaller and final."""
+        from transformers.image_processing_backends import TorchvisionBackend
+
+        found = self._found(count, height, width, self.options(count, height, width, area))
+        whole = (height, width)
+        if len(found) != 1 or not isinstance(self._own, TorchvisionBackend):
+            return whole
+        size = found[0]
+        smaller = size[0] * size[1] < height * width
+        return size if smaller and self.size(count, *size, area) == size else whole
+
+    def shrink(self, image: Array, size: Size) -> Array:  # [H, W, 3] uint8 -> [h, w, 3] uint8
+        """A frame as the processor itself resizes it; brought there once, it leaves it as it is."""
+        from transformers.image_processing_backends import TorchvisionBackend
+        from transformers.image_utils import SizeDict
+
+        frame = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
+        wanted = SizeDict(height=size[0], width=size[1])
+        small = TorchvisionBackend.resize(self._own, frame, wanted, resample=self._own.resample)
+        return small[0].permute(1, 2, 0).numpy()
+
+    def _capped(self, settings: VideoConfig) -> dict[str, bool]:
+        """The setting of processors that can cap a clip, said: left open, they warn."""
+        knows = getattr(getattr(self._own, "valid_kwargs", None), "__annotations__", {})
+        wanted = settings.cap_pixels_per_frame
+        if "cap_pixels_per_frame" in knows:
+            cap = self._own.cap_pixels_per_frame if wanted is None else wanted
+            return {"cap_pixels_per_frame": bool(cap)}
+        if wanted is not None:
+            raise ConfigError(
+                "video.cap_pixels_per_frame is set, but the model's video processor "
+                f"({type(self._own).__name__}) knows no such cap; remove it"
+            )
+        return {}
+
+    def _check(self, area: int, count: int) -> None:
+        """Refuse an area that nothing can be brought to."""
+        size = dict(self._own.size or {})
+        if not set(_EDGES) <= set(size):
+            kind, one = ("video", "frame") if self._kind == "videos" else ("image", "picture")
+            raise ConfigError(
+                f"video.{self._name} is set, but the model's {kind} processor brings every {one} "
+                f"to one size ({size}); remove it"
+            )
+        try:
+            self._chosen(count, *_TYPICAL, area)
+        except DataError as error:
+            raise ConfigError(f"video.{self._name} is {area}: {error}") from error
+
+    def _choose(self, count: int, height: int, width: int, area: int) -> tuple[int, int]:
+        """The processor's two edges under which a frame is largest within the area."""
+        own = dict(self._own.size or {})
+        if not set(_EDGES) <= set(own):
+            raise DataError(
+                f"{type(self._own).__name__} brings every frame to one size ({own}) and to no "
+                "max_pixels; leave it out"
+            )
+        padded = -(-count // self._patch) * self._patch
+        best, kept, least_seen = 0, None, (height, width)
+        frames = sorted({1, count, padded, max(padded - self._patch, 1)})
+        for number, share in product(frames, (1, 4, area)):
+            most = area * number
+            least = min(int(own["shortest_edge"]), most)
+            if self._cap.get("cap_pixels_per_frame"):
+                least = min(least, int(area / _FLOOR))
+            edges = max(least // share, 1), most
+            options = {"size": dict(zip(_EDGES, edges, strict=True)), **self._cap}
+            seen = (self._found(count, height, width, options) or [(height, width)])[-1]
+            if seen[0] * seen[1] < least_seen[0] * least_seen[1]:
+                least_seen = seen
+            if best < seen[0] * seen[1] <= area:
+                best, kept = seen[0] * seen[1], edges
+        if kept is None:
+            raise DataError(
+                f"{type(self._own).__name__} brings {self._described(count, height, width)} to no "
+                f"size of at most {area:,} pixels; the least is {least_seen[1]} x {least_seen[0]}"
+            )
+        return kept
+
+    def _described(self, count: int, height: int, width: int) -> str:
+        if self._kind == "images":
+            return f"a picture of {width} x {height}"
+        return f"a clip of {count} frame{'s' * (count != 1)} of {width} x {height}"
+
+    def _found(self, count: int, height: int, width: int, options: dict[str, Any]) -> list[Size]:
+        flat = tuple(
+            (k, tuple(v.items()) if isinstance(v, dict) else v) for k, v in options.items()
+        )
+        found = self._asked(count, height, width, flat)
+        if isinstance(found, str):
+            raise DataError(found)
+        return list(found)
+
+    def _ask(
+        self, count: int, height: int, width: int, options: tuple[tuple[str, Any], ...]
+    ) -> tuple[Size, ...] | str:
+        """The sizes to which frames are brought one after another; a text: why they are refused."""
+        given = {k: dict(v) if isinstance(v, tuple) else v for k, v in options}
+        with _Resizing() as seen:
+            try:
+                self._own(**self._pixels(count, height, width), **given)
+            except ValueError as error:
+                described = self._described(count, height, width)
+                return f"{type(self._own).__name__} does not take {described} ({error})"
+            except (RuntimeError, NotImplementedError, TypeError, AttributeError):
+                pass  # what comes after the resizing needs pixels
+        return tuple(seen.sizes)
+
+    def _pixels(self, count: int, height: int, width: int) -> dict[str, Any]:
+        shape = (count, 3, height, width) if self._kind == "videos" else (3, height, width)
+        empty = torch.empty(shape, dtype=torch.uint8, device="meta")
+        if self._kind == "images":
+            return {"images": [empty]}
+        about = {"fps": 1.0, "total_num_frames": count, "duration": float(count)}
+        about["frames_indices"] = list(range(count))
+        return {"videos": [empty], "do_sample_frames": False, "video_metadata": [about]}
+
+
+class _Resizing(TorchDispatchMode):
+    """Notes to which sizes pictures are resized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation as it is."""
+        result = func(*args, **(kwargs or {}))
+        if "upsample" in str(func):
+            height, width = result.shape[-2:]
+            self.sizes.append((height, width))
+        return result

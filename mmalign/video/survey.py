@@ -1,0 +1,188 @@
+"""The rows of a run with media, all looked at before a model is loaded: files, sizes, tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from mmalign.errors import DataError
+from mmalign.models.rows import Surveyed
+from mmalign.text.cached import cache_folder
+from mmalign.text.limits import Limits, model_limits
+from mmalign.text.rows import FOLDER
+from mmalign.text.span_masks import with_spans
+from mmalign.text.survey import survey, too_long
+from mmalign.text.survey_cache import SurveyCache
+from mmalign.text.survey_lines import lines, problems, require_lesson
+from mmalign.video.check_journal import FILE
+from mmalign.video.checks import check_media, keep_usable, leave_out, uses_of
+from mmalign.video.clue_hook import CLUE_TOKEN
+from mmalign.video.costs import token_counts
+from mmalign.video.encode import VideoEncoder
+from mmalign.video.features import FeatureStore
+from mmalign.video.planned import PlannedReader
+from mmalign.video.processing import Processor, load_processor
+from mmalign.video.reader import MediaReader
+from mmalign.video.rows import taken
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from mmalign.config import RunConfig
+    from mmalign.data.example import Example, Media
+    from mmalign.text.encode import EncodedCandidate
+    from mmalign.text.survey import Found
+    from mmalign.video.checks import MediaReport
+
+
+class CountingEncoder(VideoEncoder):
+    """An encoder of rows one after another, which forgets what each of them showed."""
+
+    def encode_example(self, example: Example) -> tuple[EncodedCandidate, ...]:
+        """As ever."""
+        self._contexts, self._prepared, self._operations = {}, {}, {}
+        return super().encode_example(example)
+
+
+def survey_parts(config: RunConfig, parts: Sequence[Sequence[Example]]) -> Surveyed:
+    """What training would meet in these rows, and those without problems.
+
+    Args:
+        config: The run's configuration.
+        parts: Rows to train on, rows held out; files of both are looked at and named once.
+
+    Raises:
+        DataError: A file cannot be used and `video.bad_media` is stop; no row is left; all pairs
+            are the same on both sides; none has a span.
+        ConfigError: Processor, tokenizer or template cannot do what the config asks.
+    """
+    processor = Processor(load_processor(config), config)
+    hears = processor.plays and config.video.sound == "auto"
+    possible = taken(parts, processor)
+    report = look_at(config, processor, possible)
+    kept = keep_usable(possible, report, config.video, hears=hears)
+    encoder = counting_encoder(config, processor, report)
+    kept = _fitting(kept, encoder)
+    rows = list({id(row): row for part in kept for row in part}.values())
+    limits = Limits(positions=model_limits(config).positions)
+    found = _found(config, encoder, rows, limits, report)
+    kept = _within(kept, rows, found, limits, encoder)
+    bad = {id(rows[number]) for number, *_ in found.problems}
+    kept = [[row for row in part if id(row) not in bad] for part in kept]
+    numbers = {id(row): number for number, row in enumerate(rows)}
+    require_lesson(found, [numbers[id(row)] for row in kept[0]], rows)
+    told = lines(found, rows, config.data)
+    learned = [with_spans(config.text.masks, part, encoder.encode_example) for part in kept]
+    return Surveyed(learned, tuple(told), problems(found, rows))
+
+
+def look_at(
+    config: RunConfig, processor: Processor, parts: Sequence[Sequence[Example]]
+) -> MediaReport:
+    """What is known of the media of rows; what no run found whole before is decoded."""
+    return check_media(
+        [row for part in parts for row in part],
+        config.video,
+        hears=processor.plays and config.video.sound == "auto",
+        journal=cache_folder(config) / FILE,
+        longest=processor.longest_sound,
+    )
+
+
+def counting_encoder(
+    config: RunConfig, processor: Processor, report: MediaReport
+) -> CountingEncoder:
+    """An encoder that needs no pixels of what a report has seen."""
+    count = None
+    if config.video.clues is not None:
+        from mmalign.video.show import clue_count
+
+        processor.tokenizer.add_tokens([CLUE_TOKEN], special_tokens=True)
+        count = clue_count(config.video.clues)
+    reader = PlannedReader(MediaReader(processor, config, FeatureStore(0)), report.seen)
+    encoder = CountingEncoder(processor, config, reader, lambda ids, prepared: None, count)
+    encoder.notes.quiet = True
+    return encoder
+
+
+def shown_by(row: Example) -> Iterable[Media]:
+    """What the prompts of a row and of its candidates show, each once."""
+    media = (row.media, *(c.media for c in row.candidates if c.media is not None))
+    return dict.fromkeys(item for item in media if item)
+
+
+def _fitting(parts: list[list[Example]], encoder: CountingEncoder) -> list[list[Example]]:
+    """The rows whose media the processor takes."""
+    faults: dict[int, str] = {}
+    for row in {id(row): row for part in parts for row in part}.values():
+        for media in shown_by(row):
+            try:
+                encoder.reader.prepare(media, row.id)
+            except DataError as error:
+                text = str(error).removeprefix(f"{row.id}: ")
+                faults[id(row)] = f"{_files(media)}: {text}"
+                break
+    return leave_out(parts, faults, encoder.reader.video)
+
+
+def _within(
+    parts: list[list[Example]],
+    rows: Sequence[Example],
+    found: Found,
+    limits: Limits,
+    encoder: CountingEncoder,
+) -> list[list[Example]]:
+    """The rows with media that are not beyond the model's positions; others stay problems."""
+    if limits.positions is None:
+        return parts
+    what = too_long(limits.positions)
+    beyond = [item for item in found.problems if item[1] == what and any(shown_by(rows[item[0]]))]
+    found.problems = [item for item in found.problems if item not in beyond]
+    faults: dict[int, str] = {}
+    for number, _, value in beyond:
+        row = rows[number]
+        counts = {media: media_tokens(encoder, media, row.id) for media in shown_by(row)}
+        media, count = max(counts.items(), key=lambda item: item[1])
+        faults[id(row)] = (
+            f"{_files(media)}: takes {count:,} tokens, with which a row is beyond the model's "
+            f"{limits.positions:,} positions ({value}); lower video.num_frames, max_frames or "
+            "frame_pixels"
+        )
+    return leave_out(parts, faults, encoder.reader.video)
+
+
+def media_tokens(encoder: VideoEncoder, media: Media, where: str) -> int:
+    """Tokens that the media take of a prompt, with those around and between them."""
+    processed = encoder.reader.prepare(media, where).processed
+    return sum(map(sum, token_counts(encoder, processed).values()))
+
+
+def _files(media: Media) -> str:
+    return ", ".join(dict.fromkeys(map(str, media.files())))
+
+
+def _found(
+    config: RunConfig,
+    encoder: CountingEncoder,
+    rows: Sequence[Example],
+    limits: Limits,
+    report: MediaReport,
+) -> Found:
+    """What a survey finds, or found when it looked at the same rows, files and settings."""
+    cache = SurveyCache(cache_folder(config) / FOLDER, encoder, limits)
+    digest = hashlib.sha256(cache.file(rows).name.encode())
+    hears = encoder.processor.plays and config.video.sound == "auto"
+    for row in rows:
+        uses = uses_of(row, hears=hears)
+        known = [(*use, report.seen.get(use), _area(use[0])) for use in uses]
+        digest.update(repr(known).encode())
+    file = cache.folder / f"{digest.hexdigest()[:40]}.json"
+    known = cache.get(file)
+    if known is None:
+        known = survey(encoder, rows, limits)
+        cache.put(file, known)
+    return known
+
+
+def _area(reference: object) -> int | None:
+    return getattr(reference, "max_pixels", None)
