@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mmalign import configfile
+from mmalign.data.run_lines import left_out, read_lines
 from mmalign.errors import ConfigError
 
 Record = dict[str, Any]
@@ -107,18 +108,7 @@ def _read_object(path: Path, problems: list[str]) -> Record:
 
 def _read_lines(path: Path, problems: list[str]) -> list[Record]:
     """The records of a JSONL file; a run killed while writing leaves its last line torn."""
-    if not path.is_file():
-        return []
-    records: list[Record] = []
-    torn = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            value = json.loads(line) if line.strip() else None
-        except ValueError:
-            torn += 1
-            continue
-        if isinstance(value, dict):
-            records.append(cast("Record", value))
-    if torn:
-        problems.append(f"{path.name}: {torn} unreadable line{'s' if torn > 1 else ''} left out")
+    records, odd = read_lines(path)
+    if odd:
+        problems.append(left_out(path, odd))
     return records

@@ -1,7 +1,7 @@
 """Checkpoints that are either whole or not there, and a resume that changes no bit.
 
     checkpoint-40/
-        run.json              step, rows and tokens seen, config, data hash, size of every file
+        run.json              step, rows and tokens seen, what the run is made of, sums of all files
         weights.safetensors   trainable parameters by name
         optimizer.pt          the optimiser's state
         state.safetensors     buffers of the objective (BCO's shift) and of the adapter (EMA)
@@ -14,7 +14,6 @@ moment the machine dies at, a folder with this name is complete.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -22,12 +21,16 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 
 from mmalign.errors import CheckpointError
-from mmalign.models.files import read_tensors
+from mmalign.models.files import read_tensors, usual_mode
+from mmalign.train.files import sweep
+from mmalign.train.inputs import changed_files, differences
 from mmalign.train.metrics import flatten, keep_until
 from mmalign.train.rng import rng_state, set_rng_state
+from mmalign.train.sums import read_about, write_about
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,31 +40,22 @@ if TYPE_CHECKING:
 
     from mmalign.core import Objective
     from mmalign.models.adapter import Adapter
+    from mmalign.train.inputs import Table
     from mmalign.train.run import Run
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+_ROWS = "data.train_hash"
+_NAMED = 8  # differences
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """All complete checkpoints of a run folder, oldest first."""
+    """All checkpoints of a run folder, oldest first."""
     found = [
         (int(match[1]), path)
         for path in run_dir.glob("checkpoint-*")
-        if (match := _NAME.fullmatch(path.name)) and _is_complete(path)
+        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
     ]
     return [path for _, path in sorted(found)]
-
-
-def _is_complete(path: Path) -> bool:
-    """Whether every file is there in its full size; false for a copy that was interrupted."""
-    try:
-        sizes = json.loads((path / "run.json").read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return all(
-        (path / name).is_file() and (path / name).stat().st_size == size
-        for name, size in sizes.items()
-    )
 
 
 def save(run: Run, identity: Mapping[str, Any]) -> Path:
@@ -91,13 +85,7 @@ def save(run: Run, identity: Mapping[str, Any]) -> Path:
             save_file(weights, temporary / "weights.safetensors")
             torch.save(run.optimizer.state_dict(), temporary / "optimizer.pt")
         save_file(_other_tensors(run), temporary / "state.safetensors")
-        files = {
-            path.relative_to(temporary).as_posix(): path.stat().st_size
-            for path in sorted(temporary.rglob("*"))
-            if path.is_file()
-        }
-        about = {"position": asdict(run.position), "identity": identity, "files": files}
-        (temporary / "run.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        write_about(temporary, {"position": asdict(run.position), "identity": identity})
         publish(temporary, target)
         for old in checkpoints(run_dir)[: -run.config.train.keep_checkpoints]:
             discard(old)
@@ -107,6 +95,7 @@ def save(run: Run, identity: Mapping[str, Any]) -> Path:
 
 def publish(temporary: Path, target: Path) -> None:
     """Flush a finished folder to the disk and give it its name in one step."""
+    usual_mode(temporary)
     for path in [*temporary.rglob("*"), temporary]:
         _flush(path)
     if target.exists():
@@ -131,41 +120,67 @@ def discard(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def resume(run: Run, identity: Mapping[str, Any]) -> Path | None:
-    """Continue from the newest complete checkpoint, or from the start where there is none yet.
+def resume(run: Run, identity: Mapping[str, Any], made_of: Table) -> Path | None:
+    """Continue from the newest checkpoint, or from the start where there is none yet.
+
+    Args:
+        run: As it was built; its weights, position and random streams are set.
+        identity: What it must have in common with the run that saved.
+        made_of: Its files, to name those that have changed.
 
     Raises:
-        CheckpointError: Config, data or number of processes changed; lists every difference.
+        CheckpointError: The checkpoint is damaged; or config, model, data, media or number of
+            processes changed: lists every difference.
     """
     run_dir = run.config.output
     found = checkpoints(run_dir)
     newest = found[-1] if found else None
     if newest is not None:
-        about = json.loads((newest / "run.json").read_text(encoding="utf-8"))
-        _require_same_run(newest, about["identity"], identity)
+        about = _looked_through(newest, run)
+        _require_same_run(newest, about["identity"], identity, made_of)
         load(newest, run)
         for name, value in about["position"].items():
             setattr(run.position, name, value)
     if run.accelerator.is_main_process:
-        for path in [*run_dir.glob(".*.tmp"), *run_dir.glob(".*.old")]:  # a killed run's leftovers
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        sweep(run_dir)
         for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
             keep_until(run_dir / name, run.position.step if newest else -1)
     run.accelerator.wait_for_everyone()
     return newest
 
 
-def _require_same_run(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    before, after = dict(flatten(then)), dict(flatten(now))
+def _looked_through(path: Path, run: Run) -> dict[str, Any]:
+    """What a checkpoint says of itself, once the main process has compared all of its sums."""
+    problem: CheckpointError | None = None
+    about: dict[str, Any] = {}
+    if run.accelerator.is_main_process:
+        try:
+            about = read_about(path)
+        except CheckpointError as error:
+            problem = error
+    problem, about = broadcast_object_list([problem, about])
+    if problem is not None:
+        raise problem
+    return about
+
+
+def _require_same_run(
+    path: Path, then: Mapping[str, Any], now: Mapping[str, Any], made_of: Table
+) -> None:
+    before, after = (dict(flatten({**said, "inputs": {}})) for said in (then, now))
     changes = [
         f"{key}: {before.get(key)!r} in the checkpoint, {after.get(key)!r} now"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
+    if before.get(_ROWS) != after.get(_ROWS):
+        changes += changed_files(path.parent, made_of, "data")
+    changes += differences(then.get("inputs", {}), now.get("inputs", {}), made_of, path.parent)
     if changes:
+        more = [f"and {len(changes) - _NAMED} more"] if len(changes) > _NAMED else []
         raise CheckpointError(
             f"{path}: cannot resume, because this run would not continue that one:\n  "
-            + "\n  ".join(changes)
+            + "\n  ".join([*changes[:_NAMED], *more])
             + "\nRestore these values, or start a new run in another output folder"
         )
 

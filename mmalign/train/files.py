@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +18,9 @@ import torch
 import mmalign
 from mmalign.config import dump
 from mmalign.core.presets import source
+from mmalign.data.lock import LOCK
 from mmalign.errors import CheckpointError, ConfigError
+from mmalign.train.inputs import TABLE, files_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,16 +32,30 @@ if TYPE_CHECKING:
 _PACKAGES = ("torch", "transformers", "diffusers", "peft", "accelerate", "datasets", "safetensors")
 
 
+_BEGINNING = ("env.json", TABLE)  # written before config.yaml, which makes a folder a run
+_LEFT = re.compile(
+    r"\.(checkpoint-\d+|final)\.(tmp|old)|\.(env\.json|inputs\.json|config\.yaml|report\.html|"
+    r"(metrics|eval|samples)\.jsonl)\.tmp"
+)
+
+
 def require_output(run_dir: Path, *, resume: bool) -> None:
-    """Refuse to mix two runs in one folder, or to resume where there is none."""
+    """Refuse to mix two runs in one folder, or to resume where there is none.
+
+    A run that ended before it had written its config.yaml can be begun again, by either way.
+    """
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"output {run_dir} is a file; give a folder")
     found = sorted(path.name for path in run_dir.iterdir()) if run_dir.exists() else []
-    if resume and "config.yaml" not in found:
+    found = [name for name in found if name != LOCK]
+    if resume and "config.yaml" in found:
+        return
+    foreign = [name for name in found if not _is_left_over(run_dir / name)]
+    if resume and (foreign or not found):
         raise CheckpointError(
             f"{run_dir}: there is no run to resume; check `output`, or start one without --resume"
         )
-    if found and not resume:
+    if foreign:
         some = ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
         raise ConfigError(
             f"output {run_dir} is not empty (it holds {some}). Continue that run with --resume, "
@@ -45,12 +63,41 @@ def require_output(run_dir: Path, *, resume: bool) -> None:
         )
 
 
+def _is_left_over(path: Path) -> bool:
+    """Whether a run that never began has left this file."""
+    if path.name not in _BEGINNING:
+        return _LEFT.fullmatch(path.name) is not None
+    try:
+        said: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(said, dict):
+        return False
+    return not said or "mmalign" in said or path.name == TABLE
+
+
+def sweep(run_dir: Path) -> None:
+    """Remove what a run that was killed has left half-written; nothing that is not its own."""
+    for path in run_dir.glob(".*"):
+        if _LEFT.fullmatch(path.name):
+            is_folder = path.is_dir() and not path.is_symlink()
+            shutil.rmtree(path, ignore_errors=True) if is_folder else path.unlink(missing_ok=True)
+
+
 def rows_hash(rows: Sequence[Example]) -> str:
-    """A hash of what the rows say, in their order; 16 hexadecimal digits."""
+    """A hash of what the rows say, in their order; 16 hexadecimal digits.
+
+    A file counts by its number among those that the rows show: the rows are the same where they lie
+    in another place. Ids count for nothing, since those that are made up name the file.
+    """
     digest = hashlib.sha256()
+    numbers: dict[Path, int] = {}
     for row in rows:
-        said = (row.id, row.prompt, row.template, row.candidates, row.labels, row.weight)
-        digest.update(repr(said).encode())
+        said = (row.kind, row.prompt, row.template, row.candidates, row.labels, row.weight)
+        text = repr((*said, row.media) if row.media else said)
+        for file in files_of(row):
+            text = text.replace(repr(file), f"file {numbers.setdefault(file, len(numbers))}")
+        digest.update(text.encode())
     return digest.hexdigest()[:16]
 
 
@@ -127,11 +174,12 @@ def own_losses(config: RunConfig) -> dict[str, str]:
     }
 
 
-def begin(run: Run, environment: Mapping[str, Any]) -> None:
-    """Open the run folder with config.yaml and env.json."""
+def begin(run: Run, environment: Mapping[str, Any], made_of: Mapping[str, Any]) -> None:
+    """Open the run folder with config.yaml, env.json and inputs.json."""
     if run.accelerator.is_main_process:
         output = run.config.output
         output.mkdir(parents=True, exist_ok=True)
+        write_text(output / TABLE, json.dumps(made_of, indent=1) + "\n")
         write_text(output / "env.json", json.dumps(environment, indent=2) + "\n")
         write_text(output / "config.yaml", dump(run.config))
         for name, text in own_losses(run.config).items():  # so that the folder stands alone

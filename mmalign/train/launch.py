@@ -19,6 +19,29 @@ if TYPE_CHECKING:
     from mmalign.models.adapter import Adapter
 
 
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def require_launcher() -> None:
+    """Refuse variables of a launcher of which some are missing, or none is there.
+
+    Raises:
+        ConfigError: With those that are set.
+    """
+    given = {name: os.environ[name] for name in _LAUNCHED if name in os.environ}
+    if not given.keys() & {"RANK", "LOCAL_RANK", "WORLD_SIZE"}:
+        return
+    lacking = [name for name in _LAUNCHED if name not in given]
+    odd = [name for name in _LAUNCHED[:3] if name in given and not given[name].isdecimal()]
+    if lacking or odd:
+        wrong = f"{odd[0]} must be a whole number" if odd else f"{', '.join(lacking)} are missing"
+        raise ConfigError(
+            f"the environment sets {', '.join(f'{k}={v}' for k, v in given.items())}, but no "
+            f"launcher did, since {wrong}. Unset what is there to train in one process, or start "
+            "several with `accelerate launch -m mmalign train CONFIG`"
+        )
+
+
 def build_accelerator(config: RunConfig) -> Accelerator:
     """accelerate, as this process was launched; precision and accumulation are the config's."""
     # It keeps one state a process and refuses another precision later on; a second run in the same

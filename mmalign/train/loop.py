@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -12,8 +13,10 @@ import torch
 from accelerate.utils import gather_object
 
 from mmalign import config as configs
+from mmalign.data.lock import only_writer
+from mmalign.data.progress import is_main_process
 from mmalign.models.adapter import adapter_class
-from mmalign.train import checkpoint, files
+from mmalign.train import checkpoint, files, inputs
 from mmalign.train.backward import backward_joint, backward_per_candidate, step_positions
 from mmalign.train.check import (
     Scored,
@@ -26,11 +29,14 @@ from mmalign.train.display import Display
 from mmalign.train.dryrun import describe_dry_run
 from mmalign.train.final import save_final
 from mmalign.train.holdout import HeldOut
+from mmalign.train.launch import require_launcher
 from mmalign.train.metrics import append_json, last_values, means, merge
 from mmalign.train.moved import Movement
 from mmalign.train.optim import lr_scale, set_lr
 from mmalign.train.run import Run, build_run, trackers
+from mmalign.train.sound import require_sound
 from mmalign.train.stop import StopRequest
+from mmalign.train.trouble import explained
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,34 +85,63 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> 
 
     Raises:
         ConfigError: What cannot train, or a policy that does not start as its reference.
-        CheckpointError: There is nothing to resume, or it belongs to another run.
-        NonFiniteLoss: A loss or a gradient became nan or infinite.
+        CheckpointError: There is nothing to resume, it is damaged, or belongs to another run; or
+            the disk refuses what is to be written.
+        NonFiniteLoss: A loss, a gradient or the weights became nan or infinite.
     """
     began = time.perf_counter()
+    require_launcher()
     objective = configs.check(config)
     config = adapter_class(config.modality).begun(config)
     require_sensible(config, objective.needs)
-    if not dry_run:
-        files.require_output(config.output, resume=resume)
-    run = build_run(config, objective)
-    settings, position, accelerator = config.train, run.position, run.accelerator
-    backward = _backward(config)
     if dry_run:
-        accelerator.print(check_start(run))
-        batch = next(run.batches()).to(accelerator.device)
-        loss, logps = backward(accelerator, run.model, objective, batch, None)
-        accelerator.print(describe_dry_run(run, batch, loss, logps))
+        _try_out(build_run(config, objective))
         return RunResult(0, time.perf_counter() - began, config.output)
+    alone = only_writer(config.output, "output") if is_main_process() else nullcontext()
+    with alone:
+        files.require_output(config.output, resume=resume)
+        run = build_run(config, objective)
+        with explained(run):
+            final_dir = _train(run, resume=resume)
+    return RunResult(
+        steps=run.position.step,
+        seconds=time.perf_counter() - began,
+        run_dir=config.output,
+        metrics=last_values(config.output / "metrics.jsonl"),
+        final_dir=final_dir,
+        stopped=final_dir is None,
+    )
 
+
+def _try_out(run: Run) -> None:
+    """One micro-batch forward and backward, and what came of it on the terminal."""
+    accelerator = run.accelerator
+    accelerator.print(check_start(run))
+    batch = next(run.batches()).to(accelerator.device)
+    loss, logps = _backward(run.config)(accelerator, run.model, run.objective, batch, None)
+    accelerator.print(describe_dry_run(run, batch, loss, logps))
+
+
+def _train(run: Run, *, resume: bool) -> Path | None:
+    """All steps that are left; the folder of the trained weights, None where it was stopped."""
+    config, position = run.config, run.position
+    settings, backward = config.train, _backward(config)
     environment = files.describe_environment(run)
-    identity = {"config": configs.deciding(config), **files.fixed_facts(environment)}
-    saved = checkpoint.resume(run, identity) if resume else None
-    start_note = check_start(run) if position.step == 0 else f"resuming after step {position.step}"
-    files.begin(run, environment)  # the first thing written: all that can be refused has been
+    made_of = inputs.look_once(run)
+    identity = {
+        "config": configs.deciding(config),
+        **files.fixed_facts(environment),
+        "inputs": inputs.identity(made_of),
+    }
+    saved = checkpoint.resume(run, identity, made_of) if resume else None
+    start_note = check_start(run) if saved is None else f"resuming after step {position.step}"
+    files.begin(run, environment, made_of)  # written first: all that can be refused has been
     held, movement = HeldOut(run), Movement(run)
 
     with trackers(run), Display(run) as display, StopRequest() as stop:
-        display.say(start_note)
+        display.say(start_note if saved is None else f"{start_note}, from {saved}")
+        if resume and saved is None:
+            display.say(f"{config.output} holds no checkpoint, so the run begins anew")
         if position.step == 0:
             _hold_out(run, held, display)
             held.sample(0)
@@ -133,16 +168,22 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> 
                 display.say(f"warning: {unmoved}")
 
             at_end = position.step == run.num_steps
+            evaluate, sample, save = (
+                at_end or _due(position.step, every)
+                for every in (settings.eval_every, settings.sample_every, settings.save_every)
+            )
             values: dict[str, float] = {}
             if at_end or position.step % settings.log_every == 0:
                 values = _training_values(run, lr)
                 _log(run, values)
             display.step(position.step, values)
-            if at_end or _due(position.step, settings.eval_every):
+            if evaluate or sample or save or wanted:
+                require_sound(run, saved)
+            if evaluate:
                 _hold_out(run, held, display)
-            if at_end or _due(position.step, settings.sample_every):
+            if sample:
                 held.sample(position.step)
-            if at_end or wanted or _due(position.step, settings.save_every):
+            if save or wanted:
                 saved = checkpoint.save(run, identity)
             if wanted and not at_end:
                 display.say(
@@ -151,16 +192,7 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> 
                 )
                 break
 
-    finished = position.step == run.num_steps
-    final_dir = save_final(run, environment) if finished else None
-    return RunResult(
-        steps=position.step,
-        seconds=time.perf_counter() - began,
-        run_dir=config.output,
-        metrics=last_values(config.output / "metrics.jsonl"),
-        final_dir=final_dir,
-        stopped=not finished,
-    )
+    return save_final(run, environment) if position.step == run.num_steps else None
 
 
 def _backward(config: RunConfig) -> Backward:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mmalign.data.run_lines import left_out, read_lines
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
 
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -31,8 +36,15 @@ def append_json(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     A value that is not finite becomes null: `NaN` is not JSON.
     """
     text = "".join(json.dumps(_plain(record), ensure_ascii=False) + "\n" for record in records)
+    data = text.encode()
     with path.open("ab", buffering=0) as file:
-        file.write(text.encode())
+        before = file.tell()
+        try:
+            while data:  # a full disk takes a part, and refuses when asked to take the rest
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def _plain(value: Any) -> Any:
@@ -46,21 +58,23 @@ def _plain(value: Any) -> Any:
 
 
 def read_json(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a file written by `append_json`; a torn last line is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]  # what ends without "\n" is torn
+    """The records of a file written by `append_json`; lines that hold none are left out."""
+    return read_lines(path)[0]
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drop the lines after `step`, which a run that resumes there will write again."""
+    """Drop the lines after `step`, which a run that resumes there will write again.
+
+    Those that hold no record go too, and are counted.
+    """
     if not path.exists():
         return
-    kept = [record for record in read_json(path) if record["step"] <= step]
+    records, odd = read_lines(path)
+    if odd:
+        log.warning("%s", left_out(path, odd))
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
-    append_json(temporary, kept)
+    append_json(temporary, [record for record in records if record["step"] <= step])
     os.replace(temporary, path)
 
 

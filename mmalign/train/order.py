@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from mmalign.errors import MmalignError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -122,7 +124,7 @@ def batches(
     num_workers: int,
 ) -> Iterator[Batch]:
     """Collated micro-batches of the steps `start` to `stop` on one process, on the CPU."""
-    return iter(
+    loader = iter(
         DataLoader(
             _Visited(rows),  # type: ignore[arg-type]  # all that a map-style dataset has to be
             batch_sampler=_MicroBatches(order, process, start, stop),  # type: ignore[arg-type]
@@ -133,11 +135,23 @@ def batches(
             generator=torch.Generator().manual_seed(order.seed),
         )
     )
+    return _raising(loader)
 
 
-def _collate(adapter: Adapter, visits: Sequence[tuple[Example, int]]) -> Batch:
+def _raising(loader: Iterator[Batch | MmalignError]) -> Iterator[Batch]:
+    for item in loader:
+        if isinstance(item, MmalignError):
+            raise item
+        yield item
+
+
+def _collate(adapter: Adapter, visits: Sequence[tuple[Example, int]]) -> Batch | MmalignError:
+    """The batch, or what is wrong with it: a worker that raised would add its own traceback."""
     rows, draws = zip(*visits, strict=True)
-    return adapter.collate(rows, draws)
+    try:
+        return adapter.collate(rows, draws)
+    except MmalignError as error:
+        return error
 
 
 def held_out(num_rows: int, batch_size: int) -> list[range]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,23 +65,74 @@ def test_a_crash_while_writing_leaves_the_last_one_as_it_was(
 
     assert ".checkpoint-2.tmp" in names(run)
     assert checkpoint.checkpoints(run.config.output) == [good]
-    assert checkpoint.resume(run, {}) == good
+    assert checkpoint.resume(run, {}, {}) == good
     assert run.position.step == 1
     assert names(run) == ["checkpoint-1"], "the next run sweeps up"
 
 
-def test_an_incomplete_folder_is_never_loaded(run: Run) -> None:
-    """As an interrupted copy leaves it: the name is right, a file is short or missing."""
+def flip(path: Path, place: float) -> None:
+    """Change one bit at a share of the file's length."""
+    data = bytearray(path.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 0x04
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    "name", ["weights.safetensors", "optimizer.pt", "state.safetensors", "process-0.pt"]
+)
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+def test_one_changed_bit_is_seen(run: Run, name: str, place: float) -> None:
+    saved = checkpoint.save(at(run, 2), {})
+    flip(saved / name, place)
+    with pytest.raises(CheckpointError, match=f"{name} holds other bytes than were saved"):
+        checkpoint.resume(run, {}, {})
+
+
+def test_what_is_cut_missing_or_of_another_step_is_said(run: Run) -> None:
+    """As an interrupted copy leaves it; the checkpoint before it is not taken in silence."""
     older, newer = checkpoint.save(at(run, 1), {}), checkpoint.save(at(run, 2), {})
-    weights = newer / "weights.safetensors"
-    whole = weights.read_bytes()
+    weights, about = newer / "weights.safetensors", newer / "run.json"
+    whole, told = weights.read_bytes(), about.read_text()
+
+    def refused(why: str) -> None:
+        with pytest.raises(CheckpointError, match=why) as caught:
+            checkpoint.resume(run, {}, {})
+        assert str(newer) in str(caught.value)
+        assert "delete this folder" in str(caught.value)
+
     weights.write_bytes(whole[:-1])
-    assert checkpoint.checkpoints(run.config.output) == [older]
+    refused(r"weights\.safetensors has [\d,]+ bytes of [\d,]+")
     weights.unlink()
-    assert checkpoint.checkpoints(run.config.output) == [older]
+    refused(r"weights\.safetensors is missing")
     weights.write_bytes(whole)
-    (newer / "run.json").write_text('{"files"', encoding="utf-8")
-    assert checkpoint.checkpoints(run.config.output) == [older]
+    about.write_text(told[: len(told) // 2])
+    refused(r"run\.json is damaged")
+    about.write_text(told.replace('"rows": 0', '"rows": 8'))
+    refused(r"run\.json says something else")
+    about.unlink()
+    refused(r"run\.json is missing")
+    about.write_text(told)
+    shutil.copytree(newer, newer.with_name("checkpoint-7"))
+    newer = newer.with_name("checkpoint-7")
+    refused(r"run\.json is of step 2")
+    shutil.rmtree(newer)
+    assert checkpoint.resume(run, {}, {}) == older.with_name("checkpoint-2")
+
+
+def test_only_its_own_names_are_swept_up(run: Run) -> None:
+    folder = run.config.output
+    for name in (".notes.tmp", ".git.old", ".checkpoint-best.tmp", ".checkpoint-3.tmp.keep"):
+        (folder / name).mkdir()
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    (outside / "mine").write_text("mine")
+    (folder / ".checkpoint-4.old").symlink_to(outside)
+    (folder / ".checkpoint-3.tmp").mkdir()
+    (folder / ".metrics.jsonl.tmp").write_text("")
+    checkpoint.resume(run, {}, {})
+    kept = [".checkpoint-3.tmp.keep", ".checkpoint-best.tmp", ".git.old", ".notes.tmp"]
+    assert names(run) == kept
+    assert (outside / "mine").read_text() == "mine"
 
 
 def test_everything_comes_back(run: Run) -> None:
@@ -100,7 +152,7 @@ def test_everything_comes_back(run: Run) -> None:
     run.averages.pop()
     optimizer.step()
     run.position.step = 0
-    assert checkpoint.resume(run, {"a": 1}) == saved
+    assert checkpoint.resume(run, {"a": 1}, {}) == saved
     assert torch.equal(weight, expected)
     assert all(torch.equal(v, moments[k]) for k, v in optimizer.state_dict()["state"][3].items())
     assert torch.equal(torch.rand(3), draws)
@@ -114,7 +166,7 @@ def test_another_run_is_refused_with_every_difference(run: Run) -> None:
     now = {"config": {"train": {"lr": 0.2, "seed": 0}}, "num_processes": 2}
     checkpoint.save(at(run, 1), then)
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.resume(run, now)
+        checkpoint.resume(run, now, {})
     text = str(caught.value)
     assert "config.train.lr: 0.1 in the checkpoint, 0.2 now" in text
     assert "num_processes: 1 in the checkpoint, 2 now" in text

@@ -1,0 +1,277 @@
+"""What a run is made of, known by content: model, tokenizer, data and media, wherever they lie."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import broadcast_object_list
+
+from mmalign.data.example import Picture
+from mmalign.errors import CheckpointError
+from mmalign.models.files import ADAPTER_CONFIG, read_json, weight_files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from mmalign.config import RunConfig
+    from mmalign.data.example import Example, Media
+    from mmalign.train.run import Run
+
+    Table = dict[str, dict[str, dict[str, Any]]]  # kind, name, then path, bytes, time and hash
+
+TABLE = "inputs.json"
+_KEYS = ("path", "bytes", "time", "hash")
+_WHOLE = 64 << 20  # bytes; a larger file of a model or of rows is hashed in parts
+_ALL_MEDIA = 256 << 20  # bytes read of all media together
+_LEAST = 64 << 10  # bytes read of each of them, however many there are
+_MODEL = ("config.json", ADAPTER_CONFIG, "model_index.json", "scheduler_config.json", "*.py")
+_TOKENIZER = (
+    "tokenizer*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+_PROCESSOR = ("*processor_config.json",)
+_ROWS = ("*.jsonl", "*.json", "*.parquet", "*.arrow", "*.csv", "*.tsv", "*.txt")
+
+log = logging.getLogger(__name__)
+
+
+def look_once(run: Run) -> Table:
+    """What the main process sees of the files of a run; all processes are told the same."""
+    table: Table = {}
+    if run.accelerator.is_main_process:
+        table = look(run.config, run.train_rows)
+    return broadcast_object_list([table])[0]
+
+
+def look(config: RunConfig, rows: Sequence[Example]) -> Table:
+    """Size, time of change and hash of every file that decides what a run learns.
+
+    Args:
+        config: Of the run.
+        rows: To train on; their media count, in the order in which they are shown.
+    """
+    table: Table = {}
+    for kind, path, revision in _models(config):
+        table |= _model(kind, path, revision)
+    for source in config.data.train:
+        path = Path(source.path)
+        found = [path] if path.is_file() else _matching(path, (*_ROWS, *(f"*/{r}" for r in _ROWS)))
+        table.setdefault("data", {}).update({str(file): _print(file, _WHOLE) for file in found})
+    media = list(dict.fromkeys(file for row in rows for file in files_of(row)))
+    whole = min(_WHOLE, max(_LEAST, _ALL_MEDIA // max(1, len(media))))
+    with ThreadPoolExecutor(8) as pool:  # most of it is waiting for the disk
+        prints = pool.map(lambda file: _print(file, whole), media)
+        table["media"] = {str(file): found for file, found in zip(media, prints, strict=True)}
+    return table
+
+
+def identity(table: Table) -> dict[str, Any]:
+    """What of it a resumed run must have in common: content, not place or time.
+
+    What the rows of data files say is compared instead of the files.
+    """
+    told: dict[str, Any] = {
+        kind: {name: _words(found) for name, found in files.items()}
+        for kind, files in table.items()
+        if kind not in ("data", "media")
+    }
+    media = [_words(found) for found in table["media"].values()]
+    if media:
+        told["media"] = f"{len(media)} files, {hashlib.sha256(repr(media).encode()).hexdigest()}"
+    return told
+
+
+def differences(
+    then: Mapping[str, Any], now: Mapping[str, Any], table: Table, run_dir: Path
+) -> list[str]:
+    """Which files are others than when the run began, as sentences without an end.
+
+    Args:
+        then: What `identity` said when a checkpoint was saved.
+        now: What it says of this run.
+        table: What `look` found now.
+        run_dir: Holds what it found when the run began, for the names of media.
+    """
+    found: list[str] = []
+    for kind in sorted(then.keys() | now.keys()):
+        before, after = then.get(kind), now.get(kind)
+        if before == after:
+            continue
+        if isinstance(before, dict) or isinstance(after, dict):
+            before, after = before or {}, after or {}
+            found += [
+                _difference(_path(table, kind, name), before.get(name), after.get(name))
+                for name in sorted(before.keys() | after.keys())
+                if before.get(name) != after.get(name)
+            ]
+        else:
+            others = changed_files(run_dir, table, kind)
+            found += others or [_difference(kind, before, after)]
+    return found
+
+
+def changed_files(run_dir: Path, table: Table, kind: str) -> list[str]:
+    """The same for rows and media, from the table in the run folder.
+
+    Files of rows are the same by name, media by their place in the rows.
+    """
+    then, now = _kept(run_dir).get(kind, {}), table.get(kind, {})
+    if kind == "media":
+        pairs = list(zip(then.values(), now.values(), strict=False))
+    else:
+        pairs = [(then[name], found) for name, found in now.items() if name in then]
+    states = [(found["path"], _words(before), _words(found)) for before, found in pairs]
+    return [_difference(*state) for state in states if state[1] != state[2]]
+
+
+def _difference(what: str, then: str | None, now: str | None) -> str:
+    return f"{what} was {then or 'not there'} when the run began, and is {now or 'not there'} now"
+
+
+def _path(table: Table, kind: str, name: str) -> str:
+    found = table.get(kind, {}).get(name)
+    return found["path"] if found else f"{name} ({kind})"
+
+
+def touched(run_dir: Path, table: Table) -> list[str]:
+    """Files too large to be hashed whole that were written again since then, the same as before."""
+    then = _kept(run_dir)
+    return [
+        found["path"]
+        for kind, files in table.items()
+        for name, found in files.items()
+        if found["bytes"] > _WHOLE and (before := then.get(kind, {}).get(name))
+        if (before["path"], _words(before)) == (found["path"], _words(found))
+        if before["time"] != found["time"]
+    ]
+
+
+def _kept(run_dir: Path) -> Table:
+    """What the run folder says of its files; empty where that cannot be read."""
+    try:
+        table: Any = json.loads((run_dir / TABLE).read_text(encoding="utf-8"))
+        return {
+            kind: {name: {key: found[key] for key in _KEYS} for name, found in files.items()}
+            for kind, files in table.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _models(config: RunConfig) -> Iterator[tuple[str, str | None, str | None]]:
+    """Kind, path and revision of every model that a config names."""
+    model, reference, clues = config.model, config.reference, config.video.clues
+    yield "model", model.path, model.revision
+    yield "adapter", model.adapter, None
+    yield "reference", reference.path, None
+    for number, part in enumerate(reference.mixture):
+        yield f"mixture {number + 1}", part.path, None
+    yield "clues", clues.path if clues else None, None
+
+
+def _model(kind: str, path: str | None, revision: str | None) -> Table:
+    """The files of a model, its tokenizer and its processor; without them, its name."""
+    if path is None:
+        return {}
+    folder = _folder(path, revision)
+    if folder is None:
+        return {kind: {path: {"path": path, "bytes": 0, "time": 0, "hash": path}}}
+    if folder.is_file():
+        return {kind: {"weights": _print(folder, _WHOLE)}}
+    parts = [folder]
+    if (folder / "model_index.json").is_file():
+        parts += sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    table: Table = {kind: {}}
+    for part in parts:
+        settings = _matching(part, _MODEL)
+        table[kind] |= _prints(folder, [*_weights(part), *settings])
+        for name, patterns in (("tokenizer", _TOKENIZER), ("processor", _PROCESSOR)):
+            if (found := _matching(part, patterns)) and kind in ("model", "base"):
+                table[name] = table.get(name, {}) | _prints(folder, found)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        if kind == "model" and isinstance(base, str) and base != path:
+            table = _model("base", base, None) | table
+    return table
+
+
+def _folder(path: str, revision: str | None) -> Path | None:
+    """Where a model lies on this machine; None where that cannot be told."""
+    if os.path.exists(path):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, revision=revision, local_files_only=True))
+    except (OSError, ValueError):  # the hub's errors are both
+        return None
+
+
+def _weights(folder: Path) -> list[Path]:
+    try:
+        return weight_files(folder)
+    except CheckpointError:
+        return []
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    return sorted(file for file in found if not file.name.startswith("."))
+
+
+def _prints(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    return {file.relative_to(folder).as_posix(): _print(file, _WHOLE) for file in files}
+
+
+def _print(file: Path, whole: int) -> dict[str, Any]:
+    """Path, size, time of change, and the hash of a file; of parts where it is above `whole`."""
+    try:
+        with file.open("rb", buffering=0) as stream:
+            info = os.fstat(stream.fileno())
+            digest = hashlib.sha256()
+            if info.st_size <= whole:
+                digest.update(stream.readall())
+            else:
+                count = max(4, min(64, whole >> 20))
+                size = whole // count
+                for number in range(count):
+                    stream.seek(number * (info.st_size - size) // (count - 1))
+                    digest.update(stream.read(size))
+    except OSError as error:
+        return {"path": str(file), "bytes": 0, "time": 0, "hash": error.strerror}
+    return {
+        "path": str(file),
+        "bytes": info.st_size,
+        "time": info.st_mtime_ns,
+        "hash": digest.hexdigest()[:16],
+    }
+
+
+def _words(found: Mapping[str, Any]) -> str:
+    return f"{found['bytes']} bytes, hash {found['hash']}"
+
+
+def files_of(row: Example) -> Iterator[Path]:
+    """Every file that a row and its candidates show, play or answer with, in order."""
+    yield from _shown(row.media)
+    for candidate in row.candidates:
+        if candidate.media is not None:
+            yield from _shown(candidate.media)
+        response = candidate.response
+        if isinstance(response, Picture):
+            yield response.path
+        elif isinstance(response, Path):
+            yield response
+
+
+def _shown(media: Media) -> Iterator[Path]:
+    for file in media.files():
+        yield file.path if isinstance(file, Picture) else file
+    if media.change is not None and media.change.donor is not None:
+        yield media.change.donor.path
