@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from mmalign.sections import LARGEST_RATE, Section
+from mmalign.sections import LARGEST_RATE, Section, default_of
 
 Operation = Literal[
     "shuffle", "reverse", "clip_crop", "shift", "drop_frames", "repeat_frame", "freeze",
@@ -164,7 +164,7 @@ class VideoConfig(Section):
 
     @model_validator(mode="after")
     def _least_and_most_frames(self) -> Self:
-        if self.fps is None and "min_frames" in self.model_fields_set:
+        if self.fps is None and self.min_frames != default_of(self, "min_frames"):
             raise ValueError("video.min_frames is only read where video.fps is set; remove it")
         if self.min_frames > self.max_frames:
             raise ValueError(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _WITH_ANSWERS = "prompts with their responses that are also trained on"
 _PROMPTS = "prompts that are also trained on"
-_SHOWN = "clips, pictures or sounds that are also trained on"
+_SHOWN = "rows that show a clip, picture or sound that is also trained on"
 
 
 class Leakage:

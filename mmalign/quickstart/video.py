@@ -188,6 +188,7 @@ def config(
                 "eval_batch_size": 100,
                 "num_steps": sizes.steps,
                 "lr": 1e-3,
+                "check_settings": False,  # of a model far smaller than any that was published
                 "schedule": "cosine",
                 "warmup": max(1, sizes.steps // 20),
                 "eval_every": sizes.eval_every,

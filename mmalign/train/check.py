@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import gather_object
 
+from mmalign.core.divergence import ReverseKL
 from mmalign.core.links import Logistic
+from mmalign.core.score import Score
 from mmalign.core.terms import Preference
 from mmalign.errors import ConfigError, NonFiniteLoss
 from mmalign.train.rng import own_random_stream
@@ -25,19 +26,10 @@ if TYPE_CHECKING:
     from mmalign.models.adapter import Batch
     from mmalign.train.run import Run
 
-log = logging.getLogger(__name__)
-
 
 def require_sensible(config: RunConfig, needs: Needs) -> None:
-    """Refuse settings that would be ignored or give a wrong loss; name those that add noise."""
-    train, lora = config.train, config.model.lora
-    if lora is not None and lora.dropout and needs.reference:
-        log.warning(
-            "model.lora.dropout is %g: with it policy and reference differ while training, so "
-            "log-ratios hold its noise, and a fresh adapter hides that before the first step; "
-            "leave it at 0 unless you want it",
-            lora.dropout,
-        )
+    """Refuse settings that would be ignored or give a wrong loss."""
+    train = config.train
     if train.optimizer in ("adafactor", "sgd") and "betas" in train.model_fields_set:
         raise ConfigError(
             f"train.betas is {list(train.betas)}, but {train.optimizer} has no betas; "
@@ -85,17 +77,36 @@ def check_start(run: Run) -> str:
             run.model(batch, run.objective.needs)  # what an adapter cannot score, it refuses here
         return f"not checked that the policy starts as its reference: {reason}"
     tolerance = run.adapter.score_tolerance(run.config)
+    gap = CACHED_GAP if run.config.reference.kind == "cached" else LARGEST_GAP
     with own_random_stream(run.config.train.seed):
-        problem = unequal_start(run.model, run.objective, batch, tolerance)
+        problem = unequal_start(run.model, run.objective, batch, tolerance, gap)
     problems = [found for found in gather_object([problem]) if found is not None]
     if problems:
         raise ConfigError(problems[0])
     return "policy and reference agree before the first step"
 
 
+LARGEST_GAP = 1e-3
+"""How far from log 2 the loss of a pair may start."""
+CACHED_GAP = 0.05
+"""The same where reference scores were computed in other batches, which round otherwise."""
+
+_CAUSES = (
+    "Likely causes: dropout is on (model.lora.dropout, or the model's own config); the policy "
+    "continues from an adapter that the reference does not have; a DoRA whose magnitudes are not "
+    "the norms of the base's weights; model.dtype or train.mixed_precision in which the two are "
+    "computed differently; a cached reference was written by another model or in another dtype; "
+    "noise is drawn twice. If it is what you want, set train.check_reference: false"
+)
+
+
 @torch.no_grad()
 def unequal_start(
-    model: nn.Module, objective: Objective, batch: Batch, tolerance: float
+    model: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    tolerance: float,
+    gap: float = LARGEST_GAP,
 ) -> str | None:
     """What is wrong before step 1, when the policy should *be* the reference; None if nothing.
 
@@ -107,6 +118,7 @@ def unequal_start(
         objective: What is trained; its running statistics (BCO) are left as they were.
         batch: Some rows.
         tolerance: Largest mean log-ratio, in nats a position.
+        gap: Largest distance of a pair's loss from log 2, which is half the log-ratio times beta.
     """
     logps = model(batch, objective.needs)
     log_ratio = (logps.policy - logps.reference)[logps.mask].abs()
@@ -117,28 +129,41 @@ def unequal_start(
             f"{_listed(batch.ids)}; the model's weights or its dtype are at fault"
         )
     mean, largest = float(log_ratio.mean()), float(log_ratio.max())
-    if mean > tolerance:
-        return (
-            f"policy and reference differ before the first step: log-ratios are {mean:.3g} nats a "
-            f"position on average and {largest:.3g} at most, on rows {_listed(batch.ids)}. Likely "
-            "causes: dropout is on (model.lora.dropout, or the model's own config); the policy "
-            "continues from an adapter that the reference does not have; a cached reference was "
-            "written by another model; noise is drawn twice. If it is what you want, set "
-            "train.check_reference: false"
-        )
     was_training = objective.training
     loss = objective.eval()(logps)
+    rewards = _largest_reward(objective, logps)
     objective.train(was_training)
+    if mean > tolerance or rewards > gap:
+        times = f", times beta {rewards:.3g}" if rewards else ""
+        return (
+            f"policy and reference differ before the first step: log-ratios are {mean:.3g} nats a "
+            f"position on average and {largest:.3g} at most{times}, on rows {_listed(batch.ids)}. "
+            f"{_CAUSES}"
+        )
     expected = _expected_loss(objective)
     if expected is None or loss.rows is None:
         return None
-    gap = float((loss.rows - expected).abs().max())
-    if gap <= max(0.01, 100 * tolerance):
+    found = float((loss.rows - expected).abs().max())
+    if found <= max(1.0, abs(objective.coefs[0])) * gap:
         return None
     return (
-        f"policy and reference agree before the first step, but the loss of a pair is {gap:.3g} "
+        f"policy and reference agree before the first step, but the loss of a pair is {found:.3g} "
         "away from log 2: the objective does not see the log-ratios it should (weights, labels)"
     )
+
+
+def _largest_reward(objective: Objective, logps: CandidateLogps) -> float:
+    """The largest log-ratio times beta that a term compares; 0 where none is defined."""
+    found = 0.0
+    for term in objective.terms.values():
+        score = getattr(term, "score", None)
+        plain = isinstance(score, Score) and isinstance(score.transform, ReverseKL)
+        if not plain or score.reference_weight != 1.0:
+            continue
+        rewards = term.rewards(logps)
+        if rewards is not None:
+            found = max(found, float(rewards.abs().max()))
+    return found
 
 
 def _expected_loss(objective: Objective) -> float | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from accelerate.utils import set_seed
 
+from mmalign import preflight
 from mmalign.data.fit import check_trainable
 from mmalign.models.adapter import build_adapter
 from mmalign.models.rows import say, survey_rows
@@ -90,12 +91,16 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     check_trainable(train_rows, objective.needs, names)
     num_processes = accelerator.num_processes
     order = Order(len(train_rows), train.batch_size, train.accumulate, num_processes, train.seed)
+    num_steps = order.num_steps(train)
+    plan = preflight.Plan(config, objective.needs, num_steps, order.rows_per_step, train_rows)
+    say(doubts := preflight.doubts(plan))
 
     adapter = build_adapter(config, objective.needs)
     ready_for_sharding(accelerator, adapter, config)
     model, optimizer = accelerator.prepare(adapter, build_optimizer(adapter, train))
     model.train()
     objective.to(accelerator.device).train()
+    adapter.plan(num_steps)
     adapter.before_training([*train_rows, *eval_rows])
     set_seed(train.seed, device_specific=True)  # dropout and noise differ between processes
     return Run(
@@ -108,8 +113,8 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
         train_rows=train_rows,
         eval_rows=eval_rows,
         order=order,
-        num_steps=order.num_steps(train),
-        notes=(*rows.heard, *rows.notes),
+        num_steps=num_steps,
+        notes=(*rows.heard, *rows.notes, *doubts),
     )
 
 

@@ -58,7 +58,7 @@ def test_clips_of_evaluation_rows_that_are_trained_on_are_told(
     held_out = write("b.jsonl", [*rows(1, prompt="What colour?"), *rows(2)])
     (line,) = check_files([train], eval_paths=[held_out]).warnings.lines()
     assert line == (
-        "clips, pictures or sounds that are also trained on: 1 of 2 evaluation rows; "
+        "rows that show a clip, picture or sound that is also trained on: 1 of 2 evaluation rows; "
         f"the first is {held_out}:1"
     )
     load_examples(DataConfig(train=train, eval=held_out), PAIR, seed=0)

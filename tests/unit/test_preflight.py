@@ -1,0 +1,156 @@
+"""Settings far from all that was published are named with range and source; others are not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmalign import config as configs
+from mmalign.config import RunConfig
+from mmalign.core import presets
+from mmalign.data.example import Candidate, Example
+from mmalign.preflight import Plan, doubts
+from mmalign.preflight.published import DESIRABLE, LEARNING_RATES, STRENGTHS, Range
+
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+LORA = {"lora": {"rank": 8, "alpha": 16}}
+
+
+def said(
+    *,
+    modality: str = "text",
+    steps: int = 1000,
+    rows: int = 16,
+    examples: Any = (),
+    **sections: Any,
+) -> list[str]:
+    given: dict[str, Any] = {
+        "modality": modality,
+        "model": {"path": "none"},
+        "data": {"train": "none.jsonl"},
+        "objective": {"name": "diffusion_dpo" if modality == "diffusion" else "dpo"},
+        "train": {"lr": 1e-6},
+        "output": "none",
+    }
+    config = RunConfig.model_validate(
+        {
+            **given,
+            **{
+                key: {**given.get(key, {}), **value} if key in ("model", "train") else value
+                for key, value in sections.items()
+            },
+        }
+    )
+    needs = presets.from_config(config.objective).needs
+    return doubts(Plan(config, needs, steps, rows, examples))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_settings_are_in_no_doubt(path: Path) -> None:
+    config = configs.load(path)
+    train = config.train
+    steps = train.num_steps or 1000
+    needs = presets.from_config(config.objective).needs
+    rows = [_rated(True), _rated(False)] if needs.rows == "unpaired" else []
+    assert doubts(Plan(config, needs, steps, train.batch_size * train.accumulate, rows)) == []
+
+
+FAR: list[tuple[dict[str, Any], str]] = [
+    ({"train": {"lr": 1.0}}, r"train\.lr is 1, far above the highest .*all weights.*1e-05 \(SimPO"),
+    ({"train": {"lr": 1e-12}}, r"train\.lr is 1e-12, far below the lowest .*Raise it"),
+    ({"train": {"lr": 1e-2}, "model": LORA}, r"train\.lr is 0\.01, .* for a LoRA"),
+    ({"train": {"lr": 0.1}, "objective": {"name": "sft"}}, r"train\.lr is 0\.1, .*SmolLM2"),
+    ({"modality": "video", "train": {"lr": 1e-2}, "model": LORA}, r"train\.lr .*RRPO"),
+    ({"modality": "diffusion", "train": {"lr": 0.1}, "model": LORA}, r"train\.lr .*SPO"),
+    (
+        {"modality": "diffusion", "train": {"lr": 2e-5}, "rows": 2},
+        r"train\.lr is 2e-05 at 2 rows a step, 1e-05 a row: 800 times the highest.*scale_lr",
+    ),
+    ({"objective": {"name": "simpo", "beta": 0.1}}, r"objective\.beta is 0\.1, .*2 to 10 \(SimPO"),
+    ({"objective": {"name": "sigmoid", "beta": 5000}}, r"objective\.beta is 5000, .*for dpo"),
+    ({"objective": {"name": "ipo", "tau": 30}}, r"objective\.tau is 30"),
+    ({"objective": {"mix": {"dpo": {"beta": 50}, "sft": 0.1}}}, r"objective\.mix\.dpo\.beta is 50"),
+    (
+        {"modality": "diffusion", "objective": {"name": "diffusion_dpo", "beta": 0.1}},
+        r"objective\.beta is 0\.1, far below .*500 to 5000",
+    ),
+    (
+        {"modality": "diffusion", "objective": {"name": "dpo"}},
+        r"objective\.beta is 0\.1, far below",
+    ),
+    ({"train": {"warmup": 5000}}, r"train\.warmup is 5,000 steps, but the run has 1,000"),
+    ({"train": {"warmup": 0.9}}, r"train\.warmup takes 900 of 1,000 steps"),
+    ({"train": {"betas": [0.999, 0.9]}}, r"train\.betas is \[0\.999, 0\.9\].*wrong way round"),
+    ({"train": {"betas": [0.3, 0.5]}}, r"train\.betas is 0\.5, far below"),
+    ({"train": {"weight_decay": 10}}, r"train\.weight_decay is 10"),
+    ({"model": {"lora": {"rank": 2, "alpha": 512}}}, r"model\.lora\.alpha is 256 times its rank"),
+    ({"model": {"lora": {"dropout": 0.1}}, "train": {"lr": 1e-5}}, r"model\.lora\.dropout is 0\.1"),
+    ({"reference": {"kind": "ema", "decay": 0}}, r"the reference is the policy itself"),
+]
+
+
+@pytest.mark.parametrize(("sections", "sentence"), FAR, ids=[str(case[0]) for case in FAR])
+def test_one_sentence_names_what_is_far(sections: dict[str, Any], sentence: str) -> None:
+    (line,) = said(**sections)
+    assert re.search(sentence, line), line
+    assert (
+        said(**{**sections, "train": {**sections.get("train", {}), "check_settings": False}}) == []
+    )
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"train": {"lr": 1e-4}},  # a model of 260 thousand parameters
+        {"train": {"lr": 1e-2, "optimizer": "sgd"}},
+        {"train": {"lr": 1e-3}, "model": LORA},
+        {"train": {"warmup": 500}},
+        {"modality": "diffusion", "rows": 32, "train": {"lr": 1e-6}},
+        {"objective": {"name": "sft"}, "train": {"lr": 1e-3}},
+        {
+            "modality": "diffusion",
+            "objective": {"name": "f_dpo", "beta": 0.1},
+            "diffusion": {"logp_scale": 2500.0},
+        },
+        {
+            "modality": "diffusion",
+            "objective": {"name": "diffusion_dpo", "beta": 0.3},
+            "diffusion": {"reduction": "sum"},
+        },
+    ],
+    ids=str,
+)
+def test_what_others_may_choose_is_not_in_doubt(sections: dict[str, Any]) -> None:
+    assert said(**sections) == []
+
+
+def _rated(good: bool) -> Example:
+    return Example("id", "Why?", (Candidate("So."),), (float(good),), kind="unpaired")
+
+
+@pytest.mark.parametrize(("good", "bad", "told"), [(4, 3, False), (40, 1, True), (1, 40, True)])
+def test_ratings_that_are_nearly_all_of_one_kind(good: int, bad: int, told: bool) -> None:
+    rows = [_rated(True)] * good + [_rated(False)] * bad
+    found = said(objective={"name": "kto"}, examples=rows)
+    assert bool(found) is told
+    balanced = {"name": "kto", "undesirable_weight": good / bad}
+    assert said(objective=balanced, examples=rows) == []
+
+
+def test_the_tables_name_presets_keywords_and_ranges_that_exist() -> None:
+    import inspect
+
+    for name, keywords in STRENGTHS.items():
+        parameters = inspect.signature(presets.PRESETS[name]).parameters
+        for key, known in keywords.items():
+            assert key in parameters, (name, key)
+            assert not known.side(parameters[key].default), (name, key)
+    assert set(DESIRABLE) <= set(presets.PRESETS)
+    ranges: list[Range] = [*LEARNING_RATES.values(), *DESIRABLE.values()]
+    assert all(0 <= known.low <= known.high and known.source for known in ranges)
+    modalities = {kind[0] for kind in LEARNING_RATES}
+    assert len(LEARNING_RATES) == 4 * len(modalities)
