@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 
 COUNT = 2**31 - 1
 """The largest number of steps, rows or seeds: what every library below takes."""
-LARGEST_RATE = 1e5
+LARGEST_RATE = 1e38
 """Of learning; what is merely far from published values is warned of elsewhere."""
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
