@@ -182,7 +182,7 @@ def _path(fields: Fields, name: str, value: Any, root: PictureRoot | None) -> Pa
     if root is None:
         fields.fail(f"{name} is a path, and no folder is known that it starts from")
         return None
-    found = root.find(value, what="media file")
+    found = root.find(value, what="media file", absent=True)  # `video.bad_media` is the policy
     if not isinstance(found, Picture):
         fields.fail(f"{name} {found.what}", found.found)
         return None

@@ -58,10 +58,17 @@ class PictureRoot:
         self.folder = None if self._fence is None else self._fence.folder
         self._real_parents: dict[str, str] = {}
 
-    def find(self, text: str, *, what: str = "picture file") -> Picture | Problem:
+    def find(
+        self, text: str, *, what: str = "picture file", absent: bool = False
+    ) -> Picture | Problem:
         """The file that `text` names, or what it must be and is not.
 
         A path costs two looks at the file system; links are followed only where there are any.
+
+        Args:
+            text: The path.
+            what: The file in words.
+            absent: Whether a file that is not there is taken; who reads it says so.
         """
         found = f"the path is {show(text, 200)}"
         if text.startswith(_ADDRESSES):
@@ -81,7 +88,8 @@ class PictureRoot:
             if stat.S_ISREG(os.stat(path).st_mode):
                 return Picture(Path(path))
         except (FileNotFoundError, NotADirectoryError):
-            pass
+            if absent:
+                return Picture(Path(path))
         except (OSError, ValueError) as error:
             return Problem("must be a path that can be looked at", f"{found} ({error})")
         return Problem(f"must name a {what} that is there", found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mmalign.data.example import Picture
 from mmalign.data.fields import Problem
 from mmalign.data.pictures import decode_all
 from mmalign.errors import DataError
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
-    from mmalign.data.example import Example, Picture
+    from mmalign.data.example import Example
     from mmalign.data.records import ProblemList, Record
 
     Decode = Callable[[Sequence[Example]], Sequence[Sequence[str]]]
@@ -54,11 +55,23 @@ class MediaBook:
                 for text in texts:
                     problems.add(record, Problem("what is shown must be decodable", text))
             return
+        self._add_absent(problems)
         found = decode_all((picture for _, picture in self.pictures), _seen)
         for record, picture in self.pictures:
             result = found[picture]
             if isinstance(result, DataError):
                 problems.add(record, Problem("a picture must be decodable", str(result)))
+
+    def _add_absent(self, problems: ProblemList) -> None:
+        """Clips and sounds that are not there; pictures are opened anyway."""
+        kinds = ("clip", "sound")
+        absent = {file for kind in kinds for file in self.files[kind] if not _is_there(file)}
+        for record, row in self.rows if absent else ():
+            media = [row.media, *(c.media for c in row.candidates if c.media is not None)]
+            for file in dict.fromkeys(file for item in media for file in item.files()):
+                if file in absent:
+                    what = "what is shown or played must be a media file that is there"
+                    problems.add(record, Problem(what, f"there is no {file}"))
 
     def lines(self) -> list[str]:
         """How many media there are of each kind, and in how many files."""
@@ -72,6 +85,10 @@ class MediaBook:
     def _count(self, name: str, files: Sequence[Path | Picture]) -> None:
         self.counts[name] += len(files)
         self.files[name].update(files)
+
+
+def _is_there(file: Path | Picture) -> bool:
+    return isinstance(file, Picture) or file.is_file()
 
 
 def _times(count: int, name: str) -> str:

@@ -111,17 +111,16 @@ def _medium(about: Record) -> str:
     """One medium in words, e.g. "a.mp4: 8 frames of 640 x 360, 0.00 to 9.50 s, with sound"."""
     text = f"{about.get('file')}: "
     size = f"{about.get('width')} × {about.get('height')}"
-    tokens = f", {about['tokens']} tokens" if is_number(about.get("tokens")) else ""
-    if _is_pair(shown := about.get("shown")):
-        size += f" shown as {shown[0]} × {shown[1]}"
+    at = f" at {shown[0]} × {shown[1]}" if _is_pair(shown := about.get("shown")) else ""
+    cost = f", shown{at} in {about['tokens']} tokens" if is_number(about.get("tokens")) else ""
     if about.get("kind") == "image":
-        return f"{text}{size}{tokens}"
+        return f"{text}{size}{cost}"
     if about.get("kind") == "audio":
-        return f"{text}{about.get('seconds')} s of sound{tokens}"
+        return f"{text}{about.get('seconds')} s of sound{cost.replace(' shown', '')}"
     times = about.get("times") or [0.0]
     heard = ", with sound" if about.get("heard") else ""
     frames = f"{len(times)} frame{'' if len(times) == 1 else 's'}"
-    return f"{text}{frames} of {size}, {times[0]:.2f} to {times[-1]:.2f} s{heard}{tokens}"
+    return f"{text}{frames} of {size}, {times[0]:.2f} to {times[-1]:.2f} s{heard}{cost}"
 
 
 def _is_pair(value: Any) -> bool:

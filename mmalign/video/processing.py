@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from mmalign.errors import ConfigError, DataError
-from mmalign.text.tokenizer import pad_id
+from mmalign.text.calls import FAULTS
+from mmalign.text.tokenizer import leading, pad_id
 from mmalign.video.frames import SOUND_RATE
 from mmalign.video.prompt import KINDS
 from mmalign.video.sizes import Sizes
@@ -244,6 +245,14 @@ class Processor:
             list(by_kind.get("audio", ())),
         )
         return texts[0]
+
+    def leading(self) -> list[int] | None:
+        """Ids that it puts before a text by itself; None where it takes no text without media."""
+        try:
+            whole = self.inner(text=["a"])["input_ids"][0]
+        except FAULTS:
+            return None
+        return leading(self.tokenizer("a", add_special_tokens=False), {"input_ids": whole})
 
     def token_types(self, ids: Tensor) -> dict[str, Tensor]:  # of the shape of ids
         """Kinds of tokens as the processor tells them, by the names models take them under.

@@ -76,20 +76,19 @@ def _media(encoder: VideoEncoder, media: Media, where: str) -> Iterator[Text]:
     reader, video = encoder.reader, encoder.reader.video
     for about in described(encoder, media, reader.show(media), where):
         line = f"{about['kind']} {about['file']}: "
-        tokens = f"{about['tokens']:,} tokens"
+        at = " at {} x {}".format(*about["shown"]) if "shown" in about else ""
+        cost = f"shown{at} in {about['tokens']:,} tokens"
         if about["kind"] == "audio":
-            yield Text(f"{line}{about['seconds']:.2f} s, {tokens}", _MEDIA)
+            yield Text(f"{line}{about['seconds']:.2f} s, in {about['tokens']:,} tokens", _MEDIA)
             continue
         size = f"{about['width']} x {about['height']}"
-        if "shown" in about:
-            size += " shown as {} x {}".format(*about["shown"])
         if about["kind"] == "image":
-            yield Text(f"{line}{size}, {tokens}", _MEDIA)
+            yield Text(f"{line}{size}, {cost}", _MEDIA)
             continue
         times: list[float] = about["times"]
         heard = "with its sound" if about["heard"] else "without sound"
         number = f"{len(times)} frame{'' if len(times) == 1 else 's'}"
-        yield Text(f"{line}{number} of {size} at {_seconds(times)}, {heard}, {tokens}", _MEDIA)
+        yield Text(f"{line}{number} of {size} at {_seconds(times)}, {heard}, {cost}", _MEDIA)
         rate = (len(times) - 1) / (times[-1] - times[0]) if times[-1] > times[0] else None
         if video.fps and rate and len(times) == video.max_frames and rate < 0.95 * video.fps:
             yield Text(

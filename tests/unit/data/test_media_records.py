@@ -123,7 +123,6 @@ def test_an_irrelevant_answer_is_a_role(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("extra", "problem"),
     [
-        ({"video": "none.mp4"}, "video must name a media file that is there"),
         ({"video": "../a.mp4"}, "video must stay inside"),
         ({"video": "/etc/passwd"}, "video must stay inside"),
         ({"video": "https://host/a.mp4"}, "video must be a file here"),
@@ -148,7 +147,11 @@ def test_an_irrelevant_answer_is_a_role(folder: Path) -> None:
         ({"video": "a.mp4", "video_rejected": "a.mp4", "rejected": "A red disc."}, "equals"),
         ({"video": "a.mp4", "prompt_rejected": "<video><video>"}, "names it 2 times"),
         ({"videos": ["a.mp4", "b.mp4"], "prompt": "<video>?"}, "names it 1 times"),
-        ({"audio": "b.ogg"}, "audio must name a media file that is there"),
+        ({"video": "a.mp4", "fps": "fast"}, "the record: fps must be frames a second"),
+        ({"video": {"path": "a.mp4", "fps": 0}}, "video: fps must be frames a second"),
+        ({"video": "a.mp4", "max_pixels": 1e5}, "max_pixels must be a whole number"),
+        ({"image": "a.png", "max_pixels": 4096}, "pictures are shown is video.image_pixels"),
+        ({"image": {"path": "a.png", "max_pixels": 4096}}, "image has the key 'max_pixels'"),
         ({"vidoe_rejected": "a.mp4"}, "did you mean 'video_rejected'"),
     ],
 )
@@ -156,6 +159,24 @@ def test_what_is_wrong_with_a_medium(folder: Path, extra: dict[str, Any], proble
     example, problems = read(folder, PAIR | extra)
     assert example is None
     assert problem in problems[0]
+
+
+def test_rate_and_size_of_a_clip_stand_in_it_or_beside_all_of_them(folder: Path) -> None:
+    beside = {"videos": ["a.mp4", {"path": "b.mp4", "fps": 4}], "fps": 1, "max_pixels": 100352}
+    assert good(folder, PAIR | beside).media.videos == (
+        Clip(folder / "a.mp4", fps=1.0, max_pixels=100352),
+        Clip(folder / "b.mp4", fps=4.0, max_pixels=100352),
+    )
+    row = good(folder, PAIR | {"video": "a.mp4", "video_corrupted": "b.mp4", "fps": 2.5})
+    assert [clip.fps for media in (row.media, row.candidates[2].media) if media
+            for clip in media.videos] == [2.5, 2.5]  # fmt: skip
+    bare = good(folder, PAIR | {"fps": 29.97, "max_pixels": "large"})
+    assert bare.meta == {"fps": 29.97, "max_pixels": "large"}, "nothing of a row without clips"
+
+
+def test_a_file_that_is_not_there_is_for_those_who_read_it(folder: Path) -> None:
+    row = good(folder, PAIR | {"video": "none.mp4", "audio": "b.ogg"})
+    assert row.files() == (folder / "none.mp4", folder / "b.ogg")
 
 
 def test_a_link_that_leaves_the_folder_is_refused(folder: Path, tmp_path_factory: Any) -> None:

@@ -58,7 +58,7 @@ def test_clips_of_evaluation_rows_that_are_trained_on_are_told(
     held_out = write("b.jsonl", [*rows(1, prompt="What colour?"), *rows(2)])
     (line,) = check_files([train], eval_paths=[held_out]).warnings.lines()
     assert line == (
-        "rows that show a clip, picture or sound that is also trained on: 1 of 2 evaluation rows; "
+        "1 of 2 evaluation rows show a clip, picture or sound that is also trained on; "
         f"the first is {held_out}:1"
     )
     load_examples(DataConfig(train=train, eval=held_out), PAIR, seed=0)
@@ -82,7 +82,7 @@ def test_a_missing_file_is_a_problem_with_its_line(clips: Path, write: Write) ->
     report = check_files([write("a.jsonl", [*rows(0), *rows(77), *rows(1), *rows(78)])])
     assert report.exit_code == 1
     (line,) = report.problems.lines()
-    assert "a.jsonl:2: video must name a media file that is there" in line
+    assert "a.jsonl:2: what is shown or played must be a media file that is there" in line
     assert "c77.mp4" in line
     assert "1 more has the same problem: 4" in line
 

@@ -54,6 +54,11 @@ def pair(*parts: dict[str, Any], **columns: Any) -> dict[str, Any]:
             {"videos": [{"path": "a.mp4", "start": 1.0, "frames": [3]}]},
         ),
         (
+            pair(shown("a.mp4", fps=2.0, max_pixels=4096), WORDS),
+            "<video>What?",
+            {"videos": [{"path": "a.mp4", "fps": 2.0, "max_pixels": 4096}]},
+        ),
+        (
             pair({"type": "image_url", "image_url": {"url": "a.png"}}, WORDS),
             "<image>What?",
             {"images": ["a.png"]},
@@ -104,7 +109,7 @@ def test_conversations_about_two_clips_keep_both(names: tuple[str, str]) -> None
         (pair(shown(), WORDS), "part of type video without a path, and there is no column videos"),
         (pair(shown("a.mp4"), shown(), WORDS), "some parts of type video have a path"),
         (pair(shown("a.mp4"), WORDS, videos=["b.mp4"]), "videos and the parts .* differ"),
-        (pair(shown("a.mp4", fps=2.0), WORDS), "has 'fps', which is not read from messages"),
+        (pair(shown("a.mp4", nframes=2), WORDS), "has 'nframes', which is not read from messages"),
         (pair(shown("a.mp4", path="b.mp4"), WORDS), "must have one path"),
         (pair(shown(start=1), WORDS, videos=["a.mp4"]), "must have one path"),
         (pair(shown("a.mp4"), {"type": "file", "file": "x"}), "neither text, video, image nor"),

@@ -104,16 +104,19 @@ def test_clips_without_sound_by_policy(folder: Path, caplog: pytest.LogCaptureFi
         return [row.id for row in usable_rows([rows], config, hears=hears)[0]]
 
     with pytest.raises(DataError, match=r"mute.mp4: has no sound track, and the model hears"):
-        kept()
+        kept(no_sound="stop")
+    with pytest.raises(DataError, match=r"mute.mp4: has no sound track, and the model hears"):
+        kept(bad_media="stop")  # one policy, unless another one is given
     assert kept(no_sound="mute") == ["heard", "mute", "given"]
     assert kept(hears=False) == ["heard", "mute", "given"]
     assert kept(sound="off") == ["heard", "mute", "given"]
     assert not caplog.records
-    assert kept(no_sound="drop") == ["heard", "given"]
+    assert kept(bad_media="stop", no_sound="drop") == ["heard", "given"]
     assert caplog.messages[0] == f"{folder / 'mute.mp4'}: has no sound track, and the model hears"
     assert caplog.messages[1:] == [
         "1 of 3 rows are left out for the 1 of 2 media files named above"
     ]
+    assert kept() == ["heard", "given"]
 
 
 def test_a_report_for_checks_without_policies(rows: list[Example]) -> None:

@@ -156,6 +156,9 @@ def test_samples_hold_what_was_seen_and_where_the_answers_differ(
     assert record["response"] == adapter.sample([adapter.question(row)], max_new_tokens=3)[0]
     assert record["media"][0]["file"] == "clip0.mp4"
     assert len(record["media"][0]["times"]) == 8
+    assert [record["media"][0][key] for key in ("width", "height", "shown", "tokens")] == [
+        64, 64, [56, 56], 33,
+    ]  # fmt: skip
     assert "altered" not in record
     found = record["answers"]
     assert [(a["name"], a["text"]) for a in found] == list(
@@ -166,7 +169,7 @@ def test_samples_hold_what_was_seen_and_where_the_answers_differ(
     # The sheet is made once; its cells are the frames.
     sheet = tmp_path / record["frames"]
     frames = adapter.encoder.reader.show(row.media).clips[0][0]
-    cell = np.asarray(Image.open(sheet).convert("RGB"))[6:70, 6:70].astype(int)
+    cell = np.asarray(Image.open(sheet).convert("RGB"))[6:118:2, 6:118:2].astype(int)
     assert abs(cell - frames.pixels[0]).mean() < 8
     before = sheet.stat().st_mtime_ns
     assert adapter.write_samples(asked, tmp_path, 9, options) == [record]
@@ -225,6 +228,7 @@ def test_rows_are_shown_without_any_weights(
     lines = lines_of(config, pair(clips_dir / "clip0.mp4"), pair(clips_dir / "clip1.mp4", "b"))
     text = "\n".join(lines)
     assert "video clip0.mp4: 4 frames of 64 x 64 at 0.00 " in text
+    assert "without sound, shown at 56 x 56 in 17 tokens" in text
     assert "cut: 1.6 frames a second and not 4, since video.max_frames is 4" in text
     assert "<video> x 17 " in text
     assert text.count("altered: ") == 2
