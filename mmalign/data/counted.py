@@ -15,7 +15,14 @@ class Counted:
 
     def line(self, total: int, unit: str, show_places: int) -> str:
         """What, how many, and where the first is; then the places of a few more."""
-        text = f"{self.what}: {len(self.places)} of {total} {unit}; the first is {self.first}"
+        return f"{self.what}: {len(self.places)} of {total} {unit}{self._where(show_places)}"
+
+    def sentence(self, total: int, unit: str, show_places: int) -> str:
+        """The same with the count first, where `what` goes on from it."""
+        return f"{len(self.places)} of {total} {unit} {self.what}{self._where(show_places)}"
+
+    def _where(self, show_places: int) -> str:
+        text = f"; the first is {self.first}"
         more = [place.rpartition(":")[2] for place in self.places[1 : show_places + 1]]
         if more:
             rest = ", ..." if len(self.places) > show_places + 1 else ""

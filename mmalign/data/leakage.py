@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
     from mmalign.data.example import Example, Picture
 
-_WITH_ANSWERS = "prompts with their responses that are also trained on"
-_PROMPTS = "prompts that are also trained on"
-_SHOWN = "rows that show a clip, picture or sound that is also trained on"
+_WITH_ANSWERS = "have a prompt that is also trained on, with its responses"
+_PROMPTS = "have a prompt that is also trained on"
+_SHOWN = "show a clip, picture or sound that is also trained on"
 
 
 class Leakage:
@@ -55,7 +55,7 @@ class Leakage:
             if what:
                 groups.setdefault(what, Counted(what, identity)).places.append(identity)
         total = len(self._held_out)
-        return [group.line(total, "evaluation rows", show_places) for group in groups.values()]
+        return [group.sentence(total, "evaluation rows", show_places) for group in groups.values()]
 
 
 def asked(row: Example) -> str:

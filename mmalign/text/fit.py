@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MORE = 1.1
+"""Rows of a table over tokens of its tokenizer: spare ones are a few in a hundred."""
+
 
 def require_frame(encoder: Encoder, embedded: int, key: str) -> None:
     """Refuse a model without a token that stands in every row.
@@ -41,18 +44,26 @@ def require_frame(encoder: Encoder, embedded: int, key: str) -> None:
 
 
 def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Say it where the tokenizer seems to be another model's, by its end token or its size."""
+    """Say it where the tokenizer seems to be another model's, by its end token or its size.
+
+    Another end token alone says little of a tokenizer with a chat template that writes it: whoever
+    teaches a model to chat gives the tokenizer one. It is in doubt where what the model's config
+    names is no special token here, or where the sizes differ too.
+    """
     end: Any = tokenizer.eos_token_id
-    stops = _stops(model)
-    if end is not None and stops and end not in stops:
+    stops, embedded = _stops(model), num_embedded(model)
+    added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+    taught = str(tokenizer.eos_token) in str(getattr(tokenizer, "chat_template", None))
+    foreign = not taught or not stops <= special or embedded > MORE * len(tokenizer)
+    if end is not None and stops and end not in stops and foreign:
         log.warning(
             "the tokenizer ends a text in %s, but the model's config in %s; if the tokenizer is "
             "not this model's own, its tokens mean something else to the model",
             _named(tokenizer, int(end)),
             ", ".join(_named(tokenizer, stop) for stop in sorted(stops)),
         )
-    embedded = num_embedded(model)
-    if embedded > 2 * len(tokenizer):  # spare rows are a few in a hundred
+    if embedded > 2 * len(tokenizer):
         log.warning(
             "the tokenizer has %s tokens, but the model embeds %s; if the tokenizer is not this "
             "model's own, its tokens mean something else to the model",

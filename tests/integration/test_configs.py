@@ -36,7 +36,8 @@ def preset_names(config: RunConfig) -> list[str]:
 def record(number: int, name: str, needs: Needs, mask_kind: str) -> dict[str, Any]:
     """One row of the kind the objective reads, with every field it needs."""
     row: dict[str, Any] = {"id": f"row-{number}", "prompt": f"How many cats are {number}?"}
-    good, bad, third = "Some cats like the sun.", "No cat. Not one at all here.", "Cats play."
+    good, bad = f"Some of {number} cats like the sun.", f"No cat. Not one of {number} is here."
+    third = "Cats play."
     if needs.rows == "unpaired":
         return row | {"response": good if number % 2 else bad, "desirable": bool(number % 2)}
     if needs.rows == "list":

@@ -119,8 +119,11 @@ def test_leakage_is_warned_of(write: Write, caplog: pytest.LogCaptureFixture) ->
     shouted = [p | {"prompt": p["prompt"].upper() + "  "} for p in pairs(2)]
     shouted[0] |= {"chosen": "new", "rejected": "newer"}
     load(train=write("a.jsonl", pairs(3)), eval=write("b.jsonl", shouted))
-    ending = "that are also trained on: 1 of 2 evaluation rows; the first is"
-    assert caplog.messages == [f"prompts {ending} p0", f"prompts with their responses {ending} p1"]
+    told = "1 of 2 evaluation rows have a prompt that is also trained on"
+    assert caplog.messages == [
+        f"{told}; the first is p0",
+        f"{told}, with its responses; the first is p1",
+    ]
 
 
 # Amounts

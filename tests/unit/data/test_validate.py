@@ -83,8 +83,8 @@ def test_leakage_from_train_to_eval(write: Write) -> None:
         [write("a.jsonl", rows)], eval_paths=[write("b.jsonl", [same_prompt, rows[1]])]
     )
     assert [line.partition(";")[0] for line in report.warnings.lines()] == [
-        "prompts that are also trained on: 1 of 2 evaluation rows",
-        "prompts with their responses that are also trained on: 1 of 2 evaluation rows",
+        "1 of 2 evaluation rows have a prompt that is also trained on",
+        "1 of 2 evaluation rows have a prompt that is also trained on, with its responses",
     ]
     assert report.splits == {"train": 3, "eval": 2}
 

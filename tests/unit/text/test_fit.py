@@ -111,22 +111,24 @@ def test_a_reference_needs_the_tokens_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "ids", "named"),
+    ("template", "ids", "named", "rows"),
     [
-        (None, 2, ()),
-        (None, [7, 2], ()),
-        (CHATML, 4, ()),
-        (CHATML, [2, 4], ()),
-        (None, None, ()),
-        (None, 4, ("'</s>' (id 2)", "'<|im_end|>' (id 4)")),
-        (CHATML, [2, 1], ("'<|im_end|>' (id 4)", "'<s>' (id 1), '</s>' (id 2)")),
+        (None, 2, (), 320),
+        (None, [7, 2], (), 320),
+        (CHATML, 4, (), 320),
+        (CHATML, [2, 4], (), 320),
+        (None, None, (), 320),
+        (None, 4, ("'</s>' (id 2)", "'<|im_end|>' (id 4)"), 320),
+        (CHATML, [2, 1], (), 320),  # the template's own end, which the tokenizer was given for it
+        (CHATML, [2, 1], ("'<|im_end|>' (id 4)", "'<s>' (id 1), '</s>' (id 2)"), 400),
+        (CHATML, [2, 70], ("'<|im_end|>' (id 4)", "(id 70)"), 320),
     ],
 )
 def test_an_end_that_the_model_knows_nothing_of_is_named(
-    template: str | None, ids: Any, named: tuple[str, ...], caplog
+    template: str | None, ids: Any, named: tuple[str, ...], rows: int, caplog
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="mmalign"):
-        adapter(make_tokenizer(template), eos_token_id=ids)
+        adapter(make_tokenizer(template), rows, eos_token_id=ids)
     said = [record.message for record in caplog.records if "tokenizer" in record.message]
     assert len(said) == bool(named)
     assert all(name in said[0] for name in named)
