@@ -104,7 +104,9 @@ def keep_usable(
     hears = hears and settings.sound == "auto"
     bad = {id(row) for part in parts for row in part if report.of(row, hears=hears)}
     faults = [*report.broken.values(), *report.silent.values()]
-    return _without(parts, bad, faults, f"{len(faults):,} of {report.num_files:,} media files")
+    what = f"{len(faults):,} of {report.num_files:,} media files"
+    hint = "\nvideo.no_sound: mute shows clips without sound" if report.silent else ""
+    return _without(parts, bad, faults, what, hint)
 
 
 def leave_out(
@@ -131,7 +133,11 @@ def leave_out(
 
 
 def _without(
-    parts: Sequence[Sequence[Example]], bad: set[int], faults: Sequence[str], what: str
+    parts: Sequence[Sequence[Example]],
+    bad: set[int],
+    faults: Sequence[str],
+    what: str,
+    hint: str = "",
 ) -> list[list[Example]]:
     """The rows but those whose id() is among `bad`; what is wrong is logged, each once."""
     kept = [[row for row in part if id(row) not in bad] for part in parts]
@@ -141,7 +147,7 @@ def _without(
     lost = f"{num_rows - num_kept:,} of {num_rows:,} rows"
     if parts[0] and not kept[0]:
         raise DataError(
-            f"no row is left to train on: {lost} cannot be shown or played:\n{_named(faults)}"
+            f"no row is left to train on: {lost} cannot be shown or played:\n{_named(faults)}{hint}"
         )
     for text in faults[:_NAMED]:
         log.warning("%s", text)

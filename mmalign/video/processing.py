@@ -338,6 +338,7 @@ class Processor:
 
 def _asked(sizes: Sizes, count: int, height: int, width: int, area: int | None, where: str) -> Any:
     try:
+        sizes.size(count, height, width, area)  # says what it does not take
         return sizes.options(count, height, width, area)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import TYPE_CHECKING
 
 from mmalign.errors import DataError
@@ -135,14 +136,17 @@ def _within(
     """The rows with media that are not beyond the model's positions; others stay problems."""
     if limits.positions is None:
         return parts
-    what = too_long(limits.positions)
-    beyond = [item for item in found.problems if item[1] == what and any(shown_by(rows[item[0]]))]
-    found.problems = [item for item in found.problems if item not in beyond]
     faults: dict[int, str] = {}
-    for number, _, value in beyond:
+    for item in list(found.problems):
+        number, what, value = item
         row = rows[number]
         counts = {media: media_tokens(encoder, media, row.id) for media in shown_by(row)}
-        media, count = max(counts.items(), key=lambda item: item[1])
+        if what != too_long(limits.positions) or not counts:
+            continue
+        media, count = max(counts.items(), key=lambda pair: pair[1])
+        if int(re.sub(r"\D", "", value)) - count > limits.positions:
+            continue  # its words alone are too many
+        found.problems.remove(item)
         faults[id(row)] = (
             f"{_files(media)}: takes {count:,} tokens, with which a row is beyond the model's "
             f"{limits.positions:,} positions ({value}); lower video.num_frames, max_frames or "
