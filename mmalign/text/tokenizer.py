@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedTokenizerBase
 
     from mmalign.config import RunConfig
@@ -67,7 +69,7 @@ class TextTokenizer:
         self.eos_id: int | None = self.inner.eos_token_id
         self.pad_id = pad_id(tokenizer)
         self.has_offsets = bool(tokenizer.is_fast)
-        self.leading = _leading(tokenizer)
+        self.leading = leading(self.inner("a", add_special_tokens=False), self.inner("a"))
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.ends = frozenset(special | ({self.eos_id} if self.eos_id is not None else set()))
 
@@ -104,10 +106,10 @@ class TextTokenizer:
         return {"content": content, "special": special}
 
 
-def _leading(tokenizer: Any) -> list[int]:
-    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    full = list(tokenizer("a")["input_ids"])
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return full[:start]
+def leading(bare: Mapping[str, Any], full: Mapping[str, Any]) -> list[int]:
+    """The ids that stand before a text's own in `full`, and not in `bare`; both are encoded."""
+    own, whole = list(bare["input_ids"]), list(full["input_ids"])
+    for start in range(len(whole) - len(own) + 1):
+        if whole[start : start + len(own)] == own:
+            return whole[:start]
     return []

@@ -131,7 +131,7 @@ def _alone(
         rows = arrange(one, "plain")
         return score_rows(model, heads, rows)[0][0, 0][rows.mask[0, 0]]
     prompt, response = _ids(few, at)
-    logps = _own(model, torch.cat([prompt, response]), len(response))
+    logps = own_logps(model, torch.cat([prompt, response]), len(response))
     return logps.gather(-1, response[:, None]).squeeze(-1)
 
 
@@ -143,9 +143,16 @@ def _ids(few: Batch, at: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return prompt, response
 
 
-def _own(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:  # [count, V]
-    """The model's own log-probabilities at the positions that predict the last `count` ids."""
-    options: dict[str, Any] = {"use_cache": False}
+def own_logps(model: PreTrainedModel, ids: Tensor, count: int, **inputs: Any) -> Tensor:
+    """The model's own log-probabilities [count, V] at the positions that predict the last ids.
+
+    Args:
+        model: Without a wrapper.
+        ids: [S].
+        count: How many.
+        inputs: What its forward takes beside ids.
+    """
+    options: dict[str, Any] = {**inputs, "use_cache": False}
     if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
         options["logits_to_keep"] = count + 1
     logits = model(input_ids=ids[None], **options).logits[0, -count - 1 : -1]
@@ -158,8 +165,9 @@ def _seen_ahead(model: PreTrainedModel, few: Batch) -> float | None:
     prompt, response = _ids(few, _tried(few)[-1])
     ids, tail = torch.cat([prompt, response]), prompt[:4].flip(0)
     with in_mode(model, training=False):
-        short = _own(model, ids, len(response))
-        long = _own(model, torch.cat([ids, tail]), len(response) + len(tail))[: len(response)]
+        short = own_logps(model, ids, len(response))
+        long = own_logps(model, torch.cat([ids, tail]), len(response) + len(tail))
+        long = long[: len(response)]
     moved = float((short - long).gather(-1, response[:, None]).abs().max())
     return moved if moved > 0.01 else None
 

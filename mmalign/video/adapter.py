@@ -19,7 +19,7 @@ from mmalign.models import lora
 from mmalign.models.drawing import answer_seeds
 from mmalign.text.cached import cache_folder
 from mmalign.text.model import causal_model
-from mmalign.text.passes import run_model
+from mmalign.text.passes import run_model, scoring_models
 from mmalign.text.prefix import arrange
 from mmalign.text.token_adapter import TokenAdapter
 from mmalign.video import altered, pami
@@ -31,8 +31,8 @@ from mmalign.video.encode import VideoEncoder
 from mmalign.video.exclusions import problems
 from mmalign.video.features import FeatureStore
 from mmalign.video.generate import Question, generate
+from mmalign.video.handed import language_model
 from mmalign.video.model import (
-    language_model,
     load_model,
     lora_targets,
     media_ids,
@@ -45,6 +45,8 @@ from mmalign.video.rows import usable_parts
 from mmalign.video.select import tau_at
 from mmalign.video.show import show_rows
 from mmalign.video.showing import write_samples
+from mmalign.video.survey import survey_parts
+from mmalign.video.truth import first_shown, require_true
 from mmalign.video.write_cache import open_features, write_caches
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from mmalign.core import CandidateLogps, Needs
     from mmalign.data.example import Example
     from mmalign.models.adapter import Batch
+    from mmalign.models.rows import Surveyed
     from mmalign.text.passes import Scored
     from mmalign.text.prefix import Layout, Rows
     from mmalign.video.reader import Prepared
@@ -79,7 +82,8 @@ class VideoAdapter(TokenAdapter):
         """Make a loaded model trainable as `config` says; `tokenizer` is its whole processor."""
         super().__init__(config, needs, model, tokenizer)
         self._step = 0
-        self._num_steps = 1
+        self._num_steps: int | None = None  # of the run; unknown until it is planned
+        self._shown: Example | None = None  # of the run's rows, the first with media
         hears = self.encoder.processor.plays and config.video.sound == "auto"
         self._corruptor = Corruptor(config.video, hears)
         self._choice: pami.Chosen | None = None
@@ -111,12 +115,20 @@ class VideoAdapter(TokenAdapter):
         """The same for several lists of rows, whose files are each looked at and named once."""
         return usable_parts(config, parts)
 
+    @classmethod
+    def survey(
+        cls, config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]
+    ) -> Surveyed:
+        """Media looked at, and all rows encoded once without pixels."""
+        return survey_parts(config, parts)
+
     def collate(self, examples: Sequence[Example], draws: Sequence[int] | None = None) -> Batch:
         """Ids of all candidates, those under altered clips among them, and what they show."""
         rows = [
             self.altered(row, None if draws is None else draws[i]) for i, row in enumerate(examples)
         ]
         needs = replace(self.needs, roles=self._corruptor.roles(self.needs.roles))
+        self._shown = self._shown or first_shown(examples)
         return self._collate(rows, needs)
 
     def altered(self, example: Example, seed: int | None = None) -> Example:
@@ -150,7 +162,7 @@ class VideoAdapter(TokenAdapter):
 
     def tau(self) -> float:
         """The least cosine that an augmented clip needs at this step."""
-        return tau_at(self.config.video.selection, self._step, self._num_steps)
+        return tau_at(self.config.video.selection, self._step, self._num_steps or 1)
 
     def after_step(self, step: int) -> None:
         """Move an averaged reference; count steps for a gate that moves."""
@@ -158,16 +170,19 @@ class VideoAdapter(TokenAdapter):
         self._step = step
 
     def extra_state(self) -> dict[str, Tensor]:
-        """An averaged reference, and the step that a moving gate stands at."""
+        """An averaged reference, and where a moving gate stands: step, and steps of the run."""
         moves = self.config.video.selection.tau_start is not None
-        step = {"video_step": torch.tensor(self._step)} if moves else {}
-        return {**super().extra_state(), **step}
+        where = {"video_step": self._step, "video_num_steps": self._num_steps or 1}
+        steps = {name: torch.tensor(value) for name, value in where.items()} if moves else {}
+        return {**super().extra_state(), **steps}
 
     def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `extra_state` gave."""
         super().load_extra_state(state)
         if "video_step" in state:
             self._step = int(state["video_step"])
+        if "video_num_steps" in state and self._num_steps is None:
+            self._num_steps = int(state["video_num_steps"])
 
     def metrics(self, batch: Batch, logps: CandidateLogps) -> dict[str, Tensor]:
         """The operations on clips; of PaMi's choice, how close and how far its clips were."""
@@ -209,6 +224,13 @@ class VideoAdapter(TokenAdapter):
         """Store the features of all media, and the reference's scores where they are read."""
         return write_caches(config, needs, cls)
 
+    @classmethod
+    def plan_cache(cls, config: RunConfig, needs: Needs) -> str:
+        """What `write_cache` would write, how large it is, and how long it takes."""
+        from mmalign.video.cache_plan import plan_caches
+
+        return plan_caches(config, needs, cls)
+
     def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
         """The policy, learned position weights, and the clue aggregator."""
         groups = [group for group in super().parameter_groups(train) if group["params"]]
@@ -244,11 +266,12 @@ class VideoAdapter(TokenAdapter):
         """Know the other rows' clips, to take frames from; check a cache."""
         clips = dict.fromkeys(clip for row in examples for clip in row.media.videos)
         self._corruptor = replace(self._corruptor, donors=tuple(clips))
-        train = self.config.train
-        per_step = train.batch_size * train.accumulate
-        epochs = max(1, round(train.num_epochs * len(examples) / per_step))
-        self._num_steps = train.num_steps or epochs
+        self._shown = first_shown(examples)
         super().before_training(examples)
+
+    def plan(self, num_steps: int) -> None:
+        """Know how long the run is, for a gate that moves."""
+        self._num_steps = num_steps
 
     def _make_encoder(self, tokenizer: Any, model: PreTrainedModel) -> VideoEncoder:
         processor = Processor(tokenizer, self.config)
@@ -257,7 +280,6 @@ class VideoAdapter(TokenAdapter):
         self.features = FeatureStore(video.feature_cache if self.frozen else 0)
         if self.frozen and cache_folder(self.config).is_dir():
             self.features.disk = open_features(self.config)
-        self._media_ids = media_ids(model)
         reader = MediaReader(processor, self.config, self.features)
 
         spec = video.clues
@@ -266,10 +288,12 @@ class VideoAdapter(TokenAdapter):
         count = self.clues.count if self.clues else None
 
         def positions(ids: Tensor, prepared: Prepared) -> Tensor | None:
-            types = processor.token_types(ids)
+            types = processor.token_types(ids).get("mm_token_type_ids")
             return rope_positions(model, ids, prepared.processed.tensors, types)
 
-        return VideoEncoder(processor, self.config, reader, positions, count)
+        encoder = VideoEncoder(processor, self.config, reader, positions, count, media_ids(model))
+        encoder.kinds.read_by(model)  # refuses a model of prefixes before anything is encoded
+        return encoder
 
     def _make_trainable(self, model: PreTrainedModel) -> nn.Module:
         trained, spec = self.config.video.train, self.config.model.lora
@@ -287,12 +311,28 @@ class VideoAdapter(TokenAdapter):
     def _body(model: PreTrainedModel) -> PreTrainedModel:
         return language_model(model)
 
-    def _rows(self, batch: Batch, layout: Layout, *, prompts: bool = False) -> Rows:
+    def _rows(
+        self, batch: Batch, layout: Layout, *, prompts: bool = False, clued: bool = True
+    ) -> Rows:
         rows = place_positions(arrange(batch.inputs, layout, prompts=prompts), batch.inputs)
         contexts = self._contexts(batch)
-        clue_id = self.clues.clue_id if self.clues else None
-        fed = partial(feed, rows=rows, contexts=contexts, clue_id=clue_id, clues=self.clues)
+        clues = self.clues if clued else None
+        clue_id = clues.clue_id if clues else None
+        fed = partial(feed, rows=rows, contexts=contexts, clue_id=clue_id, clues=clues)
         return replace(rows, feed=fed)
+
+    def _choose_layout(self, batch: Batch) -> Layout:
+        layout = super()._choose_layout(batch)
+        if self._shown is not None:
+            tried: set[str] = set()
+            bare = partial(self._rows, clued=False)
+            for scoring in scoring_models(self.policy, self.reference):
+                model = causal_model(scoring)
+                kind = model.config.to_json_string()
+                if kind not in tried:  # a frozen copy is the same model
+                    tried.add(kind)
+                    require_true(model, self.heads, self.encoder, self._shown, bare, layout)
+        return layout
 
     def _run_reference(
         self, batch: Batch, rows: Rows, needs: Needs, *, layers: bool
@@ -301,4 +341,5 @@ class VideoAdapter(TokenAdapter):
             return super()._run_reference(batch, rows, needs, layers=layers)
 
     def _contexts(self, batch: Batch) -> Contexts:
-        return Contexts(batch.inputs, self._media_ids, self.frozen, self.features)
+        encoder = self.encoder
+        return Contexts(batch.inputs, encoder.shown_ids, self.frozen, self.features, encoder.kinds)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mmalign.errors import ConfigError
+from mmalign.text.attention import CannotPackError
 from mmalign.text.prefix import Fed
-from mmalign.video.model import Encoded, encode, language_model
+from mmalign.video.handed import deep_inputs, language_model
+from mmalign.video.model import Encoded, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
     from mmalign.text.prefix import Piece, Rows
     from mmalign.video.features import FeatureStore
+    from mmalign.video.handed import TokenKinds
 
     Clues = Callable[[PreTrainedModel, Encoded, Tensor], Tensor]
 
@@ -32,12 +36,14 @@ class Contexts:
         ids: Tokens that stand for features.
         frozen: Whether features are the same for policy and reference, so that they are made once.
         store: Keeps them for later batches, where they are frozen.
+        kinds: Of tokens, for models that read them.
     """
 
     inputs: Mapping[str, Tensor]
     ids: frozenset[int]
     frozen: bool
     store: FeatureStore
+    kinds: TokenKinds
     _made: dict[int, Encoded] = field(default_factory=dict)
 
     def media(self, model: PreTrainedModel, number: int) -> Encoded:
@@ -47,13 +53,12 @@ class Contexts:
         group = f"media/{number}/"
         given = {k.removeprefix(group): v for k, v in self.inputs.items() if k.startswith(group)}
         if "tokens" in given:
-            deep = [given[f"deep/{i}"] for i in range(sum(k.startswith("deep/") for k in given))]
-            made = Encoded(given["tokens"], tuple(deep))
+            made = Encoded.of(given)
         elif not self.frozen:
-            return encode(model, given, self.ids)
+            return encode(model, given, self.ids, self.kinds)
         else:
             with torch.no_grad():
-                made = encode(model, given, self.ids)
+                made = encode(model, given, self.ids, self.kinds)
             if "key" in given:
                 self.store.put(bytes(given["key"].tolist()).hex(), made)
         self._made[number] = made
@@ -66,15 +71,18 @@ class Contexts:
 
 def place_positions(rows: Rows, inputs: Mapping[str, Tensor]) -> Rows:
     """The rows with positions in time, height and width where a prompt has such."""
-    if not any(name.startswith("positions/") for name in inputs):
+    counted = [inputs[name] for name in inputs if name.startswith("positions/")]
+    if not counted:
         return rows
     ids = rows.input_ids
-    positions = torch.zeros(3, ids.numel(), dtype=torch.long, device=ids.device)
+    fractions = any(own.is_floating_point() for own in counted)
+    dtype = torch.float32 if fractions else torch.long
+    positions = torch.zeros(3, ids.numel(), dtype=dtype, device=ids.device)
     for piece in rows.pieces:
         own = inputs.get(f"positions/{piece.context}")
         if own is None:
             own = torch.arange(piece.length, device=ids.device).expand(3, -1)
-        own = own[:, : piece.length].to(ids.device)
+        own = own[:, : piece.length].to(ids.device, dtype)
         positions[:, piece.start : piece.start + piece.length] = own
         first = own.max() + 1  # after everything shown, whichever of its three counts is highest
         for start, count in piece.responses:
@@ -104,7 +112,7 @@ def feed(
     wanted = torch.tensor(sorted(contexts.ids), device=ids.device)
     places: list[Tensor] = []
     values: list[Tensor] = []
-    deep: list[tuple[Tensor, ...]] = []
+    deep: list[Encoded] = []
     made: dict[int, Encoded] = {}  # with a trained tower, by this model in this pass
     for piece in rows.pieces:
         number = contexts.shown(piece)
@@ -122,16 +130,35 @@ def feed(
             )
         places.append(seen)
         values.append(encoded.tokens)
-        deep.append(encoded.deep)
+        deep.append(encoded)
         if clues is not None:
             places.append((prompt == clue_id).nonzero().squeeze(-1) + piece.start)
             values.append(clues(model, encoded, prompt).to(flat.dtype))
-    if not places:
-        return Fed(body, {"inputs_embeds": embeddings})
-    flat = flat.index_copy(0, torch.cat(places), torch.cat(values))
-    inputs: dict[str, Any] = {"inputs_embeds": flat.view_as(embeddings)}
-    if any(deep):
-        # Layers add these where the mask is set, in the order of the rows.
-        inputs["visual_pos_masks"] = torch.isin(rows.input_ids, wanted)
-        inputs["deepstack_visual_embeds"] = [torch.cat(layer) for layer in zip(*deep, strict=True)]
-    return Fed(body, inputs)
+    inputs: dict[str, Any] = {"inputs_embeds": embeddings}
+    if places:
+        flat = flat.index_copy(0, torch.cat(places), torch.cat(values))
+        inputs["inputs_embeds"] = flat.view_as(embeddings)
+        inputs |= _deep(body, deep, torch.isin(rows.input_ids, wanted))
+    if not contexts.kinds.read_by(model):
+        return Fed(body, inputs)
+    return Fed(model.base_model, {**inputs, **_kinds(model, rows, contexts.kinds)})
+
+
+def _deep(body: PreTrainedModel, shown: list[Encoded], places: Tensor) -> dict[str, Any]:
+    """Features for deeper layers: layers add them where media stand, in the order of the rows."""
+    layers = {layer for encoded in shown for layer in encoded.deep}
+    if not layers:
+        return {}
+    joined = {
+        layer: torch.cat([x.deep.get(layer, torch.zeros_like(x.tokens)) for x in shown])
+        for layer in sorted(layers)
+    }
+    return deep_inputs(body, joined, places)
+
+
+def _kinds(model: PreTrainedModel, rows: Rows, kinds: TokenKinds) -> dict[str, Tensor]:
+    if rows.segments is not None:
+        raise CannotPackError(
+            f"{type(model).__name__} reads tokens by their kind, with masks or experts of its own"
+        )
+    return kinds.of(rows, inspect.signature(type(model.base_model).forward).parameters)

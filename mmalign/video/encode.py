@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 
 from mmalign.data.example import Asked, Media, Template
-from mmalign.errors import DataError
+from mmalign.errors import ConfigError, DataError
+from mmalign.text.calls import FAULTS
 from mmalign.text.encode import Encoder
 from mmalign.video import altered
 from mmalign.video.clue_hook import CLUE_TOKEN, insert_clues
+from mmalign.video.handed import TokenKinds
 from mmalign.video.prompt import MarkedText, MediaTemplate, place
 
 if TYPE_CHECKING:
@@ -40,9 +44,9 @@ class VideoEncoder(Encoder):
     Inputs of a batch beside those of a text batch, all of them `whole`:
         context_media: [C] long, the media that context c shows, counted from 1; 0 for none.
         context_operation: [C] long, how they are altered; see `mmalign.video.altered`.
-        positions/C: [3, P] long, of the tokens of a context's prompt, for models that count so.
+        positions/C: [3, P] of the tokens of a context's prompt, for models that count so.
         media/M/NAME: what the processor made of media M, where they must be encoded.
-        media/M/tokens, media/M/deep/I: [n, D], their features, where they are known.
+        media/M/tokens, media/M/deep/LAYER: [n, D], their features, where they are known.
         media/M/key: the media's identity, as bytes, where features are to be kept.
     """
 
@@ -53,6 +57,7 @@ class VideoEncoder(Encoder):
         reader: MediaReader,
         positions: Positions,
         num_clues: Callable[[bool, bool], int] | None = None,
+        shown_ids: frozenset[int] | None = None,
     ) -> None:
         """Check what `data`, `text` and `video` of the config ask.
 
@@ -62,11 +67,17 @@ class VideoEncoder(Encoder):
             reader: Decodes and processes media.
             positions: Positions of a prompt's ids [P] that shows something.
             num_clues: Clue tokens of a prompt that is seen, and heard; None for a model without.
+            shown_ids: Tokens in whose place features stand, where the model is there to ask; they
+                may be others than the text of a prompt has.
         """
-        self.processor = processor
+        self.processor, self.kinds = processor, TokenKinds(processor.token_types)
         super().__init__(processor.tokenizer, config)
+        own = processor.leading()
+        self._tokenize.leading = self._tokenize.leading if own is None else own
         self.reader, self.positions, self.num_clues = reader, positions, num_clues
-        self.shown_ids = self.media_ids = frozenset(processor.token_ids.values())
+        written = frozenset(processor.token_ids.values())
+        self.shown_ids = written if shown_ids is None else shown_ids
+        self.media_ids = self.shown_ids | written
         if num_clues is not None:
             self.media_ids |= {processor.tokenizer.convert_tokens_to_ids(CLUE_TOKEN)}
         self._contexts: dict[tuple[str, tuple[int, ...]], int] = {}
@@ -150,6 +161,12 @@ class VideoEncoder(Encoder):
         if not media:
             place(prompt, media, where)  # refuses marks of what is not there
             return prompt, partial(self._bare, where=where), ""
+        if media.videos and not self._writes_clips:
+            raise ConfigError(
+                f"model.path: {type(self.processor.inner).__name__} writes prompts with clips by a "
+                "template of its own and not by the model's chat template; give the one that is "
+                "meant as text.chat_template"
+            )
         key = self.reader.key(media)
         if key not in self._prepared:
             self._prepared[key] = self.reader.prepare(media, where)
@@ -172,6 +189,23 @@ class VideoEncoder(Encoder):
             return self.processor.expand(text, prepared.processed)
 
         return place(prompt, media, where), expand, key
+
+    @cached_property
+    def _writes_clips(self) -> bool:
+        """Whether the chat template in use is the one by which the processor writes clips."""
+        inner: Any = self.processor.inner
+        own = getattr(inner, "chat_template", None)
+        if not self.render.is_chat or isinstance(self.text.chat_template, Path):
+            return True
+        turns = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "a"}]}]
+        try:
+            texts = {
+                inner.apply_chat_template(turns, tokenize=False, chat_template=template)
+                for template in (None, own)
+            }
+        except (*FAULTS, TemplateError):  # rows say what it cannot write
+            return True
+        return len(texts) == 1
 
     def _bare(self, text: str, where: str) -> str:
         """The text of a prompt that shows nothing."""
@@ -213,8 +247,11 @@ class VideoEncoder(Encoder):
                 inputs[f"media/{number}/{name}"] = tensor
         return inputs
 
-    def _cut_prompt(self, ids: list[int], row: str) -> list[int]:
+    def cut_prompt(self, ids: list[int], row: str) -> list[int]:
         """Cut the words of a prompt to `data.max_prompt_length`; media are never cut into."""
+        return self._cut_prompt(ids, row)
+
+    def _cut_prompt(self, ids: list[int], row: str) -> list[int]:
         shown = [i for i, token in enumerate(ids) if token in self.media_ids]
         excess = len(ids) - len(shown) - self.data.max_prompt_length
         if not shown:
@@ -240,8 +277,7 @@ def media_tensors(prepared: Prepared) -> dict[str, Any]:
     """What a batch carries of the media of a prompt."""
     encoded = prepared.encoded
     if encoded is not None:
-        deep = {f"deep/{i}": tensor for i, tensor in enumerate(encoded.deep)}
-        return {"tokens": encoded.tokens, **deep}
+        return encoded.named()
     if not prepared.recurs:
         return dict(prepared.processed.tensors)
     key = torch.frombuffer(bytearray(bytes.fromhex(prepared.key)), dtype=torch.uint8)

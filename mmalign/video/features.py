@@ -65,7 +65,7 @@ class FeatureStore:
         """Put features on the disk."""
         assert self.disk is not None
         kept = encoded.detached()
-        tensors = {"tokens": kept.tokens, **{f"deep_{i}": t for i, t in enumerate(kept.deep)}}
+        tensors = {name.replace("/", "_"): tensor for name, tensor in kept.named().items()}
         self.disk.put(self.disk.key(key), {name: _bits(t).numpy() for name, t in tensors.items()})
 
     def _read(self, key: str) -> Encoded | None:
@@ -77,8 +77,7 @@ class FeatureStore:
         if arrays is None:
             return None
         tensors = {k: _tensor(torch.from_numpy(array.copy())) for k, array in arrays.items()}
-        deep = tuple(tensors[f"deep_{i}"] for i in range(len(tensors) - 1))
-        return Encoded(tensors["tokens"], deep)
+        return Encoded.of({name.replace("_", "/"): tensor for name, tensor in tensors.items()})
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -110,9 +110,9 @@ def _inputs(
     ids, mask = left_padded([ids for ids, _ in rows], encoder.pad_id)
     media = _together([tensors for _, tensors in rows])
     plays = media.pop("audio_in_video", None) is not None
-    types = encoder.processor.token_types(ids) if media else None
-    inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": types, **media}
-    cast: dict[str, Any] = {k: _cast(v, dtype) for k, v in inputs.items() if v is not None}
+    types = encoder.processor.token_types(ids) if media else {}
+    inputs = {"input_ids": ids, "attention_mask": mask, **types, **media}
+    cast: dict[str, Any] = {k: _cast(v, dtype) for k, v in inputs.items()}
     return {**cast, "use_audio_in_video": True} if plays else cast
 
 
@@ -125,8 +125,9 @@ def _context(
     ids, prepared = encoder.encode_question(question.prompt, question.media, where)
     if prepared is None:
         return ids, {}
-    left_out = ("input_ids", "attention_mask", "mm_token_type_ids")
-    return ids, {k: v for k, v in prepared.processed.tensors.items() if k not in left_out}
+    tensors = prepared.processed.tensors
+    given = {k: v for k, v in tensors.items() if not k.endswith("token_type_ids")}
+    return ids, {k: v for k, v in given.items() if k not in ("input_ids", "attention_mask")}
 
 
 @contextmanager
@@ -145,7 +146,8 @@ def _clued(
         prompt = torch.tensor(ids, device=model.device)
         shown = prompt[torch.isin(prompt, torch.tensor(list(encoder.shown_ids)).to(prompt.device))]
         moved = {k: v.to(model.device) for k, v in tensors.items()}
-        encoded = encode(model, {**moved, "input_ids": shown[None]}, encoder.shown_ids)
+        given = {**moved, "input_ids": shown[None]}
+        encoded = encode(model, given, encoder.shown_ids, encoder.kinds)
         made.append(clues(model, encoded, prompt))
     with clues.generating(model, torch.cat(made)):
         yield

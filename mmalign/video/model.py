@@ -9,27 +9,30 @@ from __future__ import annotations
 
 import inspect
 import re
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mmalign.errors import ConfigError
 from mmalign.text import attention
+from mmalign.text.calls import describe
+from mmalign.text.fit import num_embedded
 from mmalign.text.model import quantization
+from mmalign.video.handed import LANGUAGE, deep_features, handed, language_model, sees_ahead
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from mmalign.config import ModelConfig
+    from mmalign.video.handed import TokenKinds
 
-_PROJECTORS = ("multi_modal_projector", "visual.merger", "visual.deepstack_merger_list",
-               "image_newline", "audio_tower.proj")  # fmt: skip
-_TOWERS = ("visual", "vision_tower", "image_tower", "video_tower", "audio_tower")
+_PROJECTORS = ("visual.merger", "visual.deepstack_merger_list", "audio_tower.proj")
+_TOWERS = ("visual", "vision_tower", "image_tower", "video_tower", "audio_tower", "vision_model")
+_LANGUAGE = (*LANGUAGE, "lm_head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +40,33 @@ class Encoded:
     """The media of a prompt as the language model takes them, in the order of their tokens."""
 
     tokens: Tensor  # [n, D]
-    deep: tuple[Tensor, ...] = ()  # [n, D] each, added after the first layers (DeepStack)
+    deep: Mapping[int, Tensor] = field(default_factory=dict)  # [n, D] added at a layer (DeepStack)
 
     def detached(self) -> Encoded:
         """Without a graph, on the CPU, in memory of its own."""
-        kept = [tensor.detach().to("cpu", copy=True) for tensor in (self.tokens, *self.deep)]
-        return Encoded(kept[0], tuple(kept[1:]))
+        return self._each(lambda tensor: tensor.detach().to("cpu", copy=True))
 
     def to(self, like: Tensor) -> Encoded:
         """On the device and in the dtype of another tensor."""
-        moved = [t.to(like.device, like.dtype) for t in (self.tokens, *self.deep)]
-        return Encoded(moved[0], tuple(moved[1:]))
+        return self._each(lambda tensor: tensor.to(like.device, like.dtype))
 
     @property
     def nbytes(self) -> int:
         """Memory it takes."""
-        return sum(t.numel() * t.element_size() for t in (self.tokens, *self.deep))
+        return sum(t.numel() * t.element_size() for t in (self.tokens, *self.deep.values()))
+
+    def named(self) -> dict[str, Tensor]:
+        """All its tensors: `tokens`, and `deep/LAYER`."""
+        return {"tokens": self.tokens, **{f"deep/{i}": t for i, t in self.deep.items()}}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Encoded:
+        """The reverse of `named`."""
+        deep = {int(k.removeprefix("deep/")): t for k, t in tensors.items() if k != "tokens"}
+        return cls(tensors["tokens"], deep)
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> Encoded:
+        return Encoded(move(self.tokens), {layer: move(t) for layer, t in self.deep.items()})
 
 
 def load_model(path: str, config: ModelConfig, revision: str | None = None) -> PreTrainedModel:
@@ -78,33 +92,24 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
             f"model.path {path!r}: cannot be loaded as a model of text and media with "
-            f"model.attention {config.attention} and dtype {config.dtype}: {error}"
+            f"model.attention {config.attention} and dtype {config.dtype}: {describe(error)}"
         ) from error
     language_model(model)  # refuses a model without one
     return model
 
 
-def language_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The part that reads tokens, media already among them.
-
-    Raises:
-        ConfigError: The class keeps it elsewhere.
-    """
-    found = getattr(model.base_model, "language_model", None)
-    if found is None:
-        raise ConfigError(
-            f"model.path: {type(model).__name__} has no language model inside that could be fed "
-            "media; modality video takes e.g. Qwen2.5-VL, Qwen3-VL, LLaVA-OneVision, Qwen2.5-Omni"
-        )
-    return found
-
-
 def part_of(name: str) -> str:
-    """The part that a parameter or module belongs to: language, tower or projector."""
+    """The part that a parameter or module belongs to: language, tower or projector.
+
+    What is neither is a projector: it lies between the two, whatever its class calls it.
+    """
     parts = name.removeprefix("model.")
+    first = parts.split(".")[0]
+    if first in _LANGUAGE:
+        return "language"
     if any(parts == p or parts.startswith(f"{p}.") for p in _PROJECTORS):
         return "projector"
-    return "tower" if parts.split(".")[0] in _TOWERS else "language"
+    return "tower" if first in _TOWERS else "projector"
 
 
 def select_parts(model: nn.Module, trained: Sequence[str]) -> None:
@@ -152,53 +157,72 @@ def media_ids(model: PreTrainedModel) -> frozenset[int]:
     config: Any = model.config
     names = ("image_token", "video_token", "audio_token")
     ids = [getattr(config, f"{n}_{end}", None) for n in names for end in ("id", "index")]
+    ids += getattr(config, "visual_indicator_token_ids", None) or []  # Ovis 2: ends of a picture
     return frozenset(int(i) for i in ids if i is not None)
 
 
-def encode(model: PreTrainedModel, tensors: Mapping[str, Tensor], ids: frozenset[int]) -> Encoded:
+def encode(
+    model: PreTrainedModel, tensors: Mapping[str, Tensor], ids: frozenset[int], kinds: TokenKinds
+) -> Encoded:
     """Run the towers and projectors on the media of one prompt.
 
     Args:
         model: Without a peft wrapper around it; adapters inside take part.
         tensors: From the processor, `input_ids` [1, S] of the placeholders among them.
         ids: Tokens that stand for features.
+        kinds: Whether what follows from kinds of tokens is seen to elsewhere.
 
     Raises:
-        ConfigError: Another number of features than of tokens for them.
+        ConfigError: Another number of features than of tokens for them, or what a language model
+            is handed beside them is not carried on.
     """
     input_ids = tensors["input_ids"]
     known = inspect.signature(type(model.base_model).forward).parameters
-    given = {k: v for k, v in tensors.items() if k in known}
+    given = {k: v for k, v in tensors.items() if k in known and k != "attention_mask"}
     # Positions are made elsewhere, for whole prompts; given here, so that none are made twice.
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     floats = {
-        k: v.to(_tower_dtype(model)) if v.is_floating_point() and v.dim() > 1 else v
+        k: v.to(tower_dtype(model)) if v.is_floating_point() and v.dim() > 1 else v
         for k, v in given.items()
     }
     try:
-        with _recorded(language_model(model)) as seen:
-            model.base_model(**floats | {"position_ids": positions}, use_cache=False)
+        seen = handed(model, floats | {"position_ids": positions})
     except (ValueError, IndexError) as error:
         raise ConfigError(
             f"{type(model).__name__} cannot encode what its processor made of the media ({error}). "
             "Model and processor (config.json, preprocessor_config.json) must belong together"
         ) from error
+    if sees_ahead(seen.get("attention_mask")) and not kinds.read_by(model):
+        raise ConfigError(
+            f"model.path: {type(model).__name__} cannot be trained here: tokens of its media see "
+            "each other both ways, by a mask that would be lost"
+        )
     places = torch.isin(input_ids, torch.tensor(sorted(ids), device=input_ids.device))  # [1, S]
-    _require_seen(model, input_ids[places], seen["inputs_embeds"][places])
-    deep = seen.get("deepstack_visual_embeds") or ()
-    return Encoded(seen["inputs_embeds"][places], tuple(deep))
+    _require_seen(model, input_ids, places, seen["inputs_embeds"])
+    return Encoded(seen["inputs_embeds"][places], deep_features(seen, places))
 
 
 @torch.no_grad()
-def _require_seen(model: PreTrainedModel, ids: Tensor, features: Tensor) -> None:
-    """Refuse media that left no trace: a model may pass over a tensor that it does not know."""
-    for token in ids.unique():
-        own = model.get_input_embeddings()(token[None])
-        if bool((features[ids == token] == own.to(features.dtype)).all()):
+def _require_seen(model: PreTrainedModel, ids: Tensor, places: Tensor, features: Tensor) -> None:
+    """Refuse media that left no trace, and traces of media where no token of theirs stands.
+
+    A model may pass over a tensor that it does not know, or put features in places of its own.
+    """
+    known = ids.clamp(max=num_embedded(model) - 1)
+    own = model.get_input_embeddings()(known).to(features.dtype)
+    moved = (own != features).any(-1)  # [1, S]
+    for token in ids[places].unique():
+        if not bool(moved[ids == token].any()):
             raise ConfigError(
                 f"{type(model).__name__} did not look at all media: its token {int(token)} still "
                 "has its own embedding. Model and processor do not belong together"
             )
+    others = ids[moved & ~places]
+    if len(others):
+        raise ConfigError(
+            f"model.path: {type(model).__name__} cannot be trained here: it puts what it sees in "
+            f"the place of the token {int(others[0])} too, which its config does not name"
+        )
 
 
 def rope_positions(
@@ -231,30 +255,12 @@ def rope_positions(
     }
     known = inspect.signature(find).parameters
     positions, _ = find(**{k: v for k, v in options.items() if k in known})
-    return positions[:, 0].long()
+    return positions[:, 0]  # fractions of a position where a class counts time so
 
 
-def _tower_dtype(model: PreTrainedModel) -> torch.dtype:
+def tower_dtype(model: PreTrainedModel) -> torch.dtype:
     """What the pixels must be in: that of the first convolution or projection of a tower."""
     for name, parameter in model.named_parameters():
         if part_of(name) == "tower" and parameter.is_floating_point():
             return parameter.dtype
     return model.dtype
-
-
-@contextmanager
-def _recorded(module: nn.Module) -> Iterator[dict[str, Any]]:
-    """Calls of `module` are noted and give back their input."""
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-
-    seen: dict[str, Any] = {}
-
-    def record(*_: Any, **keywords: Any) -> Any:
-        seen.update(keywords)
-        return BaseModelOutputWithPast(last_hidden_state=keywords["inputs_embeds"])
-
-    vars(module)["forward"] = record  # on the instance: the class's own is behind it
-    try:
-        yield seen
-    finally:
-        del vars(module)["forward"]

@@ -1,0 +1,288 @@
+"""What a row shows is scored as the model's own forward scores it, or the model is refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny_video import KINDS, OMNI
+from tiny_vision import make_vision_model
+from video_rows import make_adapter, pair, run_config
+
+from mmalign.core import Needs
+from mmalign.data.example import Clip, Media, Picture
+from mmalign.errors import ConfigError
+from mmalign.models.adapter import build_adapter
+from mmalign.text.model import causal_model
+from mmalign.video import contexts, truth
+from mmalign.video.handed import handed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from mmalign.data.example import Example
+
+    Models = Callable[[str], Path]
+
+PLAIN: dict[str, Any] = {"model": {"dtype": "float32", "lora": None}}
+
+
+@pytest.fixture(scope="module")
+def vision_models(tmp_path_factory: pytest.TempPathFactory, video_models: Models) -> Models:
+    """Kind of `VISION_KINDS` to its folder; `video_models` skips where processors are too old."""
+    made: dict[str, Path] = {}
+
+    def folder(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = make_vision_model(kind, tmp_path_factory.mktemp(kind))
+        return made[kind]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Picture]:
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, level in (("a", 40), ("b", 200)):
+        Image.effect_noise((84, 60), level).convert("RGB").save(folder / f"{name}.png")
+    return [Picture(folder / f"{name}.png") for name in "ab"]
+
+
+def as_it_is(folder: Path) -> Any:
+    """The adapter of a model whose norms are left as they are, for the classes that start at 0."""
+    return build_adapter(run_config(folder, **PLAIN), Needs()).eval()
+
+
+def shown(what: str, number: int, clips: Path, pictures: list[Picture]) -> Media:
+    clip = Clip(clips / f"clip{number}.mp4")
+    media = {
+        "clip": Media((clip,)),
+        "picture": Media(images=(pictures[number],)),
+        "two pictures": Media(images=(pictures[number], pictures[1 - number])),
+        "both": Media((clip,), (pictures[number],)),
+    }
+    return media[what]
+
+
+def own_logps(adapter: Any, row: Example, answer: list[int]) -> tuple[list[int], Tensor]:
+    """The processor's own ids of the question; log-probabilities of the answer's tokens."""
+    processor, shown = adapter.encoder.processor, adapter.encoder.reader.show(row.media)
+    counts = {"video": len(shown.clips), "image": len(shown.images), "audio": len(shown.sounds)}
+    parts = [{"type": kind} for kind, count in counts.items() for _ in range(count)]
+    turns = [{"role": "user", "content": [*parts, {"type": "text", "text": row.prompt}]}]
+    text = processor.inner.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    inputs = dict(processor.whole(text, shown, row.id))
+    asked = inputs.pop("input_ids")
+    heard = {"use_audio_in_video": True} if inputs.pop("audio_in_video", None) is not None else {}
+    size = asked.shape[1]
+    for name, value in inputs.items():
+        if name == "attention_mask" or name.endswith("token_type_ids"):
+            text_kind = float(name == "attention_mask")
+            inputs[name] = torch.nn.functional.pad(value, (0, len(answer)), value=text_kind)
+    ids = torch.cat([asked, torch.tensor([answer])], 1)
+    with torch.no_grad():
+        logits = causal_model(adapter.policy)(input_ids=ids, **inputs, **heard).logits[0]
+    scores = logits[:-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    return asked[0].tolist(), scores[size - 1 :]
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("gemma3", "two pictures"),
+        ("glm4v", "clip"),
+        ("qwen3_omni", "clip"),
+        *(
+            pytest.param(kind, what, marks=pytest.mark.slow)
+            for kind, what in (
+                ("glm4v", "picture"),
+                ("granite4_vision", "picture"),
+                ("ovis2", "two pictures"),
+                ("qwen3_omni", "both"),
+            )
+        ),
+    ],
+)
+def test_a_class_with_its_own_way_to_its_language_model_is_followed(
+    kind: str, what: str, vision_models: Models, clips_dir: Path, pictures: list[Picture]
+) -> None:
+    adapter = as_it_is(vision_models(kind))
+    rows = [
+        pair(clips_dir / "clip0.mp4", f"row-{i}", media=shown(what, i, clips_dir, pictures))
+        for i in range(2)
+    ]
+    batch = adapter.collate(rows)
+    with torch.no_grad():
+        scored = adapter(batch, Needs()).policy
+    for b, row in enumerate(rows):
+        for k in range(2):
+            mask = batch.inputs["response_mask"][b, k]
+            answer = batch.inputs["response_ids"][b, k][mask].tolist()
+            prompt = batch.inputs["prompt_ids"][b, k][batch.inputs["prompt_mask"][b, k]].tolist()
+            ids, truth = own_logps(adapter, row, answer)
+            assert prompt == ids
+            torch.testing.assert_close(scored[b, k][mask], truth, rtol=0, atol=1e-5)
+    assert (scored[0] - scored[1]).abs().max() > 1e-2, "what is shown has an influence"
+
+
+@pytest.mark.slow
+def test_rows_beside_others_and_without_media_keep_their_scores(
+    vision_models: Models, clips_dir: Path, pictures: list[Picture]
+) -> None:
+    """Of models fed by kinds of tokens; answers are the same through features kept before."""
+    adapter = as_it_is(vision_models("gemma3"))
+    rows = [
+        pair(clips_dir, "shown", media=shown("picture", 0, clips_dir, pictures)),
+        pair(clips_dir, "longer", media=shown("two pictures", 1, clips_dir, pictures)),
+        pair(clips_dir, "words", media=Media()),
+    ]
+    with torch.no_grad():
+        together = adapter(adapter.collate(rows), Needs()).policy
+        for i, row in enumerate(rows):
+            alone = adapter(adapter.collate([row]), Needs()).policy[0]
+            torch.testing.assert_close(together[i, :, : alone.shape[1]], alone, rtol=0, atol=1e-5)
+
+
+def test_a_processor_with_a_template_of_its_own_for_clips_is_refused(
+    video_models: Models, clips_dir: Path, pictures: list[Picture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make_adapter(video_models("llava_onevision"), Needs(), moved=False, **PLAIN)
+    inner: Any = adapter.encoder.processor.inner
+    apply = type(inner).apply_chat_template
+
+    def own(self: Any, turns: Any, chat_template: Any = None, **more: Any) -> Any:
+        return apply(self, turns, chat_template or "{{ 'A clip: <video>' }}", **more)
+
+    monkeypatch.setattr(type(inner), "apply_chat_template", own)
+    row = pair(clips_dir, media=shown("picture", 0, clips_dir, pictures))
+    adapter.collate([row])
+    with pytest.raises(ConfigError, match=r"LlavaOnevisionProcessor .* a template of its own"):
+        adapter.collate([pair(clips_dir / "clip0.mp4")])
+
+
+def test_a_prompt_that_is_read_both_ways_is_refused(vision_models: Models) -> None:
+    with pytest.raises(ConfigError, match=r"PaliGemma.* reads the words of a prompt both ways"):
+        as_it_is(vision_models("paligemma"))
+
+
+def test_a_keyword_that_is_not_carried_on_is_refused_by_its_name(
+    vision_models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = causal_model(as_it_is(vision_models("glm4v")).policy)
+    inner: Any = model.base_model.language_model
+    ids = torch.arange(5)[None]
+    assert set(handed(model, {"input_ids": ids})) == {"inputs_embeds"}
+    body, own = type(model.base_model), type(model.base_model).forward
+
+    def forward(self: Any, **inputs: Any) -> Any:
+        language = self.language_model
+        call = type(language).__call__
+        gates = torch.ones(1, 5)
+
+        def told(module: Any, *given: Any, **keywords: Any) -> Any:
+            return call(module, *given, **keywords, expert_gates=gates, output_gates=gates)
+
+        monkeypatch.setattr(type(language), "__call__", told)
+        return own(self, **inputs)
+
+    monkeypatch.setattr(body, "forward", forward)
+    with pytest.raises(ConfigError, match=r"hands its language model expert_gates, which would"):
+        handed(model, {"input_ids": ids})
+    assert "forward" not in vars(inner), "the recorder is gone"
+
+
+def _nudged(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features are laid out in another order than the model's: nothing else would notice."""
+    made = contexts.encode
+
+    def turned(*arguments: Any) -> Any:
+        encoded = made(*arguments)
+        return type(encoded)(encoded.tokens.flip(0), encoded.deep)
+
+    monkeypatch.setattr(contexts, "encode", turned)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_way_to_features_is_refused_before_the_first_step(
+    dtype: str, video_models: Models, clips_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = {"dtype": dtype, "lora": None}
+    adapter = make_adapter(video_models("qwen2_5_vl"), Needs(), moved=False, model=model)
+    _nudged(adapter, monkeypatch)
+    rows = [pair(clips_dir / f"clip{i}.mp4", f"row-{i}") for i in range(2)]
+    said = rf"Qwen2_5_VLFor.*'row-0' is scored [\d.]+ nats away from its own forward.* in {dtype}"
+    with pytest.raises(ConfigError, match=said):
+        adapter(adapter.collate(rows), Needs())
+
+
+def test_the_first_row_of_a_run_that_shows_something_is_tried(
+    video_models: Models, clips_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    require = truth.require_true
+
+    def noted(*arguments: Any) -> None:
+        tried.append(arguments[3].id)
+        require(*arguments)
+
+    monkeypatch.setattr("mmalign.video.adapter.require_true", noted)
+    adapter = make_adapter(video_models("llava_onevision"), moved=False, **PLAIN)
+    words = pair(clips_dir, "words", media=Media())
+    rows = [words, *(pair(clips_dir / f"clip{i}.mp4", f"row-{i}") for i in range(2))]
+    adapter.before_training(rows)
+    for row in (words, rows[2]):
+        adapter(adapter.collate([row]), Needs(reference=True))
+    assert tried == ["row-0"], "once, for policy and frozen copy together"
+
+
+def test_another_prompt_than_the_processor_s_is_refused(
+    video_models: Models, clips_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make_adapter(video_models("qwen2_vl"), Needs(), moved=False, **PLAIN)
+    inner: Any = adapter.encoder.processor.inner
+    lay_out = type(inner).prepare_inputs_layout
+
+    def longer(self: Any, *given: Any, **more: Any) -> Any:
+        images, text, videos, audio = lay_out(self, *given, **more)
+        return images, [f"{part}\n" if "cat" in part else part for part in text], videos, audio
+
+    monkeypatch.setattr(type(inner), "prepare_inputs_layout", longer)
+    row = pair(clips_dir / "clip0.mp4")
+    adapter(adapter.collate([row]), Needs())  # ends in one token more: an answer may take that
+
+    def other(self: Any, *given: Any, **more: Any) -> Any:
+        images, text, videos, audio = lay_out(self, *given, **more)
+        return images, [part.replace("What", "Why") for part in text], videos, audio
+
+    monkeypatch.setattr(type(inner), "prepare_inputs_layout", other)
+    again = make_adapter(video_models("qwen2_vl"), Needs(), moved=False, **PLAIN)
+    with pytest.raises(ConfigError, match="Qwen2VLProcessor writes the prompt of row 'row'"):
+        again(again.collate([row]), Needs())
+
+
+def test_a_prompt_that_is_cut_is_tried_as_it_is_cut(video_models: Models, clips_dir: Path) -> None:
+    words = " ".join(f"word{i}" for i in range(60))
+    data = {"max_prompt_length": 40}
+    adapter = make_adapter(video_models("qwen2_5_vl"), Needs(), moved=False, data=data, **PLAIN)
+    scored = adapter(adapter.collate([pair(clips_dir / "clip0.mp4", prompt=words)]), Needs())
+    assert scored.policy.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_class_that_works_is_refused(
+    kind: str, dtype: str, video_models: Models, clips_dir: Path, pictures: list[Picture]
+) -> None:
+    model = {"dtype": dtype, "lora": None}
+    for what in ("clip", "two pictures"):
+        adapter = make_adapter(video_models(kind), Needs(), moved=False, model=model)
+        row = pair(clips_dir / "clip0.mp4", media=shown(what, 0, clips_dir, pictures))
+        assert adapter(adapter.collate([row]), Needs()).policy.isfinite().all()
+    if kind == OMNI:
+        assert adapter.encoder.processor.hears
