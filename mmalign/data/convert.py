@@ -21,6 +21,9 @@ from mmalign.data.unread import meant
 from mmalign.errors import DataError
 from mmalign.safe import printable
 
+MOST_COLUMNS = 10_000
+_LONGEST_NAME = 256
+_COMPARED = 100  # columns in which names of layouts are looked for
 _BOXES = ("<bbox>", "<ref-object>")
 """What ms-swift puts in the place of entries of `objects`."""
 
@@ -35,6 +38,7 @@ def to_record(raw: Mapping[str, Any], layout: str | None = None) -> dict[str, An
     Raises:
         DataError: when no layout fits, or several do, or the row breaks the one that fits.
     """
+    _require_few(raw)
     row = {key: value for key, value in raw.items() if value is not None}
     row = shown_in_messages(renamed(read_back(row)))
     if "tools" in row:
@@ -49,6 +53,18 @@ def to_record(raw: Mapping[str, Any], layout: str | None = None) -> dict[str, An
     if stray:
         row["meta"] = {**stray, **(as_object(row.get("meta")) or {})}
     return {**row, **record}
+
+
+def _require_few(raw: Mapping[str, Any]) -> None:
+    """Refuse columns that are no names: each is compared with all that is known."""
+    if len(raw) > MOST_COLUMNS:
+        raise DataError(f"has {len(raw):,} columns; at most {MOST_COLUMNS:,} are read")
+    longest = max(map(len, raw), default=0)
+    if longest > _LONGEST_NAME:
+        raise DataError(
+            f"has a column whose name is {longest:,} characters long, and at most {_LONGEST_NAME} "
+            "are a name; is the header missing?"
+        )
 
 
 def _whole(row: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
@@ -94,9 +110,10 @@ def _recognise(columns: frozenset[str]) -> tuple[str, str]:
     if fits:
         choices = ", ".join(fits)
         return "", f"the columns {_names(columns)} fit several layouts; set `layout`: {choices}"
-    near = sorted(own, key=lambda name: -_likeness(LAYOUTS[name], columns))[:3]
+    some = sorted(columns)[:_COMPARED]
+    near = sorted(own, key=lambda name: -_likeness(LAYOUTS[name], some))[:3]
     choices = "; ".join(f"{name} ({LAYOUTS[name].columns})" for name in near)
-    slips = {printable(name): meant(name) for name in sorted(columns) if meant(name)}
+    slips = {printable(name): meant(name) for name in some if meant(name)}
     hint = "".join(f" Did you mean {key} by {name}?" for name, key in slips.items())
     return "", f"no layout has the columns {_names(columns)}.{hint} The nearest are: {choices}"
 

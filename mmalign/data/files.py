@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from mmalign.data.convert import MOST_COLUMNS
 from mmalign.data.fields import as_list, as_object, show
 from mmalign.data.folders import folder_rows
 from mmalign.data.json_text import LONGEST, JsonText, NotJsonError, parse
@@ -33,7 +34,6 @@ __all__ = ["HELD_OUT", "LONGEST_LINE", "Row", "read_rows"]
 
 LONGEST_LINE = LONGEST
 Reader = Callable[[Path, IO[bytes]], Iterator[Row]]
-_MOST_COLUMNS = 10_000
 _SPLIT = re.compile(r'"split"\s*:\s*"([^"\\]*)"')  # in a text its quotes would be escaped
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
 # fmt: off
@@ -111,14 +111,15 @@ def _file_rows(file: Path, wanted: Wanted | None) -> Iterator[Row]:
 
 
 def _opened(file: Path, read: Reader) -> Iterator[Row]:
-    place = str(file)
+    place = f"{file}:"
     try:
         with open_data(file) as handle:
             for row in read(file, handle):
                 place = f"{row.place}: what follows"
                 yield row
     except ERRORS as error:
-        raise DataError(f"{place} cannot be read: {error}") from error
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{place} cannot be read: {why}") from error
 
 
 def _jsonl(file: Path, handle: IO[bytes], wanted: Wanted | None = None) -> Iterator[Row]:
@@ -267,8 +268,8 @@ def _csv(file: Path, handle: IO[bytes], wanted: Wanted | None = None) -> Iterato
     lines = _Lines(file, handle)
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
-        if len(reader.fieldnames or ()) > _MOST_COLUMNS:
-            raise DataError(f"{file}:1: names more than {_MOST_COLUMNS:,} columns")
+        if len(reader.fieldnames or ()) > MOST_COLUMNS:
+            raise DataError(f"{file}:1: names more than {MOST_COLUMNS:,} columns")
         for cells in reader:
             yield _csv_row(f"{file}:{reader.line_num}", cells)
             lines.end_record()

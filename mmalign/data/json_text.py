@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from typing import IO, TYPE_CHECKING, Any
 
 from mmalign.data.fields import DEEPEST, as_list, as_object, is_deep
@@ -21,7 +22,7 @@ MOST_PARTS = 200_000
 """Values of one record."""
 
 _CHUNK = 2**18
-_SPACE = " \t\n\r"
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class NotJsonError(Exception):
@@ -132,12 +133,10 @@ class JsonText:
     def peek(self) -> str:
         """The next character that is no space; "" at the end."""
         while True:
-            rest = self._text[self._at : self._at + 1]
-            while rest and rest in _SPACE:
-                self._at += 1
-                rest = self._text[self._at : self._at + 1]
-            if rest or self._has_ended:
-                return rest
+            space = _SPACE.match(self._text, self._at)
+            self._at = space.end() if space else self._at
+            if self._at < len(self._text) or self._has_ended:
+                return self._text[self._at : self._at + 1]
             self._read_on(_CHUNK)
 
     def take(self, mark: str) -> bool:

@@ -18,7 +18,7 @@ from mmalign.data.picture_layouts import ALONE
 from mmalign.data.pictures import PictureRoot
 from mmalign.data.unread import unread_of
 from mmalign.errors import DataError
-from mmalign.safe import printable
+from mmalign.safe import message, printable
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
@@ -143,7 +143,7 @@ def _sentence(group: list[tuple[Record, Problem]], show: int) -> str:
     record, problem = group[0]
     name = f" (id {record.id!r})" if record.id != record.place else ""
     told = str(problem).removeprefix(f"{record.place}: ").removesuffix(".")  # of a whole file
-    text = printable(f"{record.place}{name}: {told}.")
+    text = message(printable(f"{record.place}{name}: {told}."))
     if len(group) == 1:
         return text
     text += f" {len(group) - 1} more {'has' if len(group) == 2 else 'have'} the same problem"

@@ -29,7 +29,7 @@ _SHARD = re.compile(r"(\w+)-\d+-of-\d+")
 
 def parquet_rows(file: Path) -> Iterator[Row]:
     """The rows of a parquet file."""
-    place = str(file)
+    place = f"{file}:"
     try:
         open_file(file).close()  # not a pipe: the library would wait for it
         for row in _table_rows(file):

@@ -139,6 +139,9 @@ def _keys_of_listed(raw: Mapping[str, Any]) -> list[str]:
     return sorted(found)
 
 
+_MOST_TOLD = 30
+
+
 class Unread:
     """What nothing reads, counted by file."""
 
@@ -162,7 +165,8 @@ class Unread:
         for source, counts in self._rows.items():
             told = [_told(n, c) for n, c in counts.items() if _is_calm(n) == bookkeeping]
             if told:
-                lines.append(f"{source}: {what}: {', '.join(told)}")
+                more = f" and {len(told) - _MOST_TOLD:,} more" if len(told) > _MOST_TOLD else ""
+                lines.append(f"{source}: {what}: {', '.join(told[:_MOST_TOLD])}{more}")
         return lines
 
 
