@@ -82,7 +82,7 @@ class VideoAdapter(TokenAdapter):
         """Make a loaded model trainable as `config` says; `tokenizer` is its whole processor."""
         super().__init__(config, needs, model, tokenizer)
         self._step = 0
-        self._num_steps: int | None = None  # of the run; unknown until it is planned
+        self._num_steps = config.train.num_steps  # of the run; else unknown until it is planned
         self._shown: Example | None = None  # of the run's rows, the first with media
         hears = self.encoder.processor.plays and config.video.sound == "auto"
         self._corruptor = Corruptor(config.video, hears)

@@ -40,7 +40,7 @@ def first_shown(examples: Sequence[Example]) -> Example | None:
     """The first row that shows something, with its first answer; None where none does."""
     for row in examples:
         if row.media and row.candidates:
-            answer = replace(row.candidates[0], role=None, prompt=None, media=None)
+            answer = replace(row.candidates[0], role="", prompt=None, media=None)
             return replace(row, candidates=(answer,), labels=row.labels[:1])
     return None
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from video_rows import make_adapter, pair
+from video_runs import configured, row, write_rows
 
 from mmalign.config import VideoConfig
 from mmalign.core import presets
 from mmalign.data.example import Clip, Media, Picture, Sound
 from mmalign.errors import DataError
+from mmalign.train.run import build_run
 from mmalign.video.candidates import Corruptor
 
 if TYPE_CHECKING:
@@ -28,8 +31,8 @@ KIND = "llava_onevision"
 
 
 def plain(clip: Path, name: str = "row") -> Example:
-    row = pair(clip, name)
-    return replace(row, candidates=row.candidates[:1], labels=(1.0,), kind="plain")
+    one = pair(clip, name)
+    return replace(one, candidates=one.candidates[:1], labels=(1.0,), kind="plain")
 
 
 def test_a_row_gets_the_candidates_of_the_roles(clips_dir: Path) -> None:
@@ -168,6 +171,38 @@ def test_pami_gate_moves_with_the_steps(video_models: Models, clips_dir: Path) -
         seen.append(adapter.tau())
         adapter.after_step(step + 1)
     assert seen == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5])
+
+
+@pytest.mark.parametrize(("processes", "steps"), [(1, 4), (2, 2)])
+def test_pami_gate_counts_the_steps_that_a_run_takes(
+    processes: int, steps: int, video_models: Models, clips_dir: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Of training rows, over accumulation and processes; held-out rows take none."""
+    learned, kept = (
+        write_rows(tmp_path / name, [row(i, "plain") for i in range(count)])
+        for name, count in (("learned.jsonl", 6), ("kept.jsonl", 5))
+    )
+    pictures = {"pictures": str(clips_dir)}
+    config = configured(
+        tmp_path, video_models(KIND), {"path": str(learned), **pictures},
+        data={"eval": {"path": str(kept), **pictures}},
+        objective={"name": "pami_vdpo"},
+        video={"selection": {"tau_close": 0.5, "tau_start": 0.9}},
+        train={"num_steps": None, "num_epochs": 2, "batch_size": 1, "accumulate": 3},
+    )  # fmt: skip
+    monkeypatch.setattr(Accelerator, "num_processes", processes)
+    adapter: Any = build_run(config, presets.pami_vdpo()).adapter
+    taus = []
+    for step in range(steps):
+        taus.append(adapter.tau())
+        adapter.after_step(step + 1)
+    assert taus == pytest.approx([0.9 - 0.4 * i / (steps - 1) for i in range(steps)])
+    later = make_adapter(
+        video_models(KIND), presets.pami_vdpo().needs, video=config.video.model_dump()
+    )
+    later.load_extra_state(adapter.extra_state())
+    assert later.tau() == pytest.approx(0.5), "of a checkpoint that is evaluated"
 
 
 def test_spans_hold_under_a_corrupted_clip(video_models: Models, clips_dir: Path) -> None:
