@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from mmalign.models.kohya_names import layers_of, modules_by_name, sd_name, sdxl_name
+from mmalign.models.kohya_names import (
+    is_known,
+    kohya_reads,
+    layers_of,
+    places_by_name,
+    sd3_place,
+    sd_name,
+    sdxl_name,
+)
 
 SDXL = {
     "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": (
@@ -43,9 +51,34 @@ def test_sd_names_are_those_of_diffusers() -> None:
 
 def test_names_lead_back_to_layers() -> None:
     """Also in a U-Net with one residual block a level, whose blocks are numbered otherwise."""
-    known = modules_by_name([*SDXL, "down_blocks.0.resnets.0.conv1"])
+    known = places_by_name([*SDXL, "down_blocks.0.resnets.0.conv1"])
     for module, name in SDXL.items():
-        assert known[name] == known[sd_name(module)] == module
+        assert known[name].layers == known[sd_name(module)].layers == (module,)
     small = ["down_blocks.0.resnets.0.conv1", "down_blocks.1.attentions.0.proj_in"]
     assert layers_of(small) == 1
-    assert modules_by_name(small)["lora_unet_input_blocks_3_1_proj_in"] == small[1]
+    assert places_by_name(small)["lora_unet_input_blocks_3_1_proj_in"].layers == (small[1],)
+
+
+def test_layers_of_sd3_share_a_place() -> None:
+    """q, k and v are one layer there; the last context's modulation has its halves exchanged."""
+    block = "transformer_blocks.1."
+    whole = tuple(f"{block}attn.to_{part}" for part in "qkv")
+    places = {sd3_place(module, 3) for module in whole}
+    (place,) = places
+    assert (place.name, place.layers) == ("lora_unet_joint_blocks_1_x_block_attn_qkv", whole)
+    known = places_by_name([*whole, f"{block}ff_context.net.2", "proj_out"])
+    assert known[place.name] == place
+    assert known["lora_unet_joint_blocks_1_context_block_mlp_fc2"].layers == (
+        f"{block}ff_context.net.2",
+    )
+    swapped = [sd3_place(f"transformer_blocks.{i}.norm1_context.linear", 3).swapped for i in (1, 2)]
+    assert swapped == [False, True]
+    assert sd3_place("norm_out.linear", 3).swapped
+
+
+def test_what_kohya_passes_over() -> None:
+    outside = [module for module in SDXL if not kohya_reads(module, "sdxl")]
+    assert outside == ["time_embedding.linear_2", "add_embedding.linear_1", "conv_in", "conv_out"]
+    assert all(is_known(module, "sdxl") for module in SDXL)
+    assert not is_known("encoder_hid_proj", "sd")
+    assert not is_known("transformer_blocks.0.attn.norm_q", "sd3")
