@@ -36,12 +36,14 @@ def turn_of(frame: VideoFrame) -> Turn:
     Its first entries say where a place (x, y) of the picture is shown: x' = a x + c y and
     y' = b x + d y (ISO/IEC 14496-12, matrix of a track's header).
     """
-    from av.sidedata.sidedata import Type
+    from av.sidedata.sidedata import SideDataContainer, Type
 
-    found = [data for data in frame.side_data if data.type == Type.DISPLAYMATRIX]
-    if not found or len(bytes(found[0])) < 20:
+    # Made here: the frame's own would refer to the frame, and keep its pixels until a collection.
+    data = SideDataContainer(frame)  # pyright: ignore[reportCallIssue]
+    found = [bytes(item) for item in data if item.type == Type.DISPLAYMATRIX]
+    if not found or len(found[0]) < 20:
         return Turn()
-    a, b, _, c, d = np.frombuffer(bytes(found[0])[:20], np.int32).tolist()
+    a, b, _, c, d = np.frombuffer(found[0][:20], np.int32).tolist()
     if abs(b) + abs(c) > abs(a) + abs(d):
         return Turn(axes=True, down=b < 0, across=c < 0)
     return Turn(down=d < 0, across=a < 0)

@@ -100,7 +100,7 @@ class Sizes:
         from transformers.image_processing_backends import TorchvisionBackend
         from transformers.image_utils import SizeDict
 
-        frame = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
+        frame = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
         wanted = SizeDict(height=size[0], width=size[1])
         small = TorchvisionBackend.resize(self._own, frame, wanted, resample=self._own.resample)
         return small[0].permute(1, 2, 0).numpy()
