@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 LOCK = ".mmalign.lock"
 """Name of the file in a folder that is being written to; it says by whom."""
 
+_TRIES = 50  # to make a folder that somebody removes
 _EVERY = 0.2  # seconds between two looks at a lock that is waited for
 _TAKEN = (errno.EACCES, errno.EAGAIN)
 _held: set[str] = set()  # by this process: the system does not tell its own threads apart
@@ -88,13 +89,17 @@ def _locked(folder: Path, place: str, what: str, *, wait: bool) -> int:
 
 
 def _opened(folder: Path, what: str) -> int:
+    tries = 0
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:  # a run that was refused has just removed the folder
-            time.sleep(0.01)
         except OSError as error:
+            # A run that was refused may just have removed the folder; in /proc none can be made.
+            if isinstance(error, FileNotFoundError) and tries < _TRIES:
+                tries += 1
+                time.sleep(0.01)
+                continue
             raise ConfigError(
                 f"{what} {folder} cannot be written to: {error.strerror}. Choose another {what}, "
                 "or make it writable"
@@ -125,7 +130,7 @@ def _is_named(descriptor: int, file: Path) -> bool:
 def _sign(descriptor: int, where: str) -> None:
     """Write down who holds the lock, after saying who held it and never let go."""
     if before := _owner(descriptor):
-        log.warning("%s: taken over from %s, which ended without finishing", where, before)
+        log.warning("%s: taken over from %s which ended without finishing", where, before)
     mine = {
         "pid": os.getpid(),
         "host": socket.gethostname(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,8 +10,12 @@ from typing import Any, cast
 from mmalign import configfile
 from mmalign.data.run_lines import left_out, read_lines
 from mmalign.errors import ConfigError
+from mmalign.report import shapes
+from mmalign.report.shapes import is_number
+from mmalign.safe import read_bytes
 
 Record = dict[str, Any]
+_LARGEST = 64 * 2**20  # bytes of env.json
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,6 @@ class Run:
         return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def is_number(value: Any) -> bool:
-    """Whether `value` is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def read_run(folder: str | Path) -> Run:
     """Read a run folder.
 
@@ -84,13 +82,15 @@ def read_run(folder: str | Path) -> Run:
     config: Record = {}
     if (folder / "config.yaml").is_file():
         config = configfile.read(folder / "config.yaml")
+        config = shapes.fitting(shapes.CONFIG, config, "config.yaml", problems) or {}
+    env = _read_object(folder / "env.json", problems)
     return Run(
         folder=folder,
         config=config,
-        env=_read_object(folder / "env.json", problems),
-        metrics=_read_lines(folder / "metrics.jsonl", problems),
-        evals=_read_lines(folder / "eval.jsonl", problems),
-        samples=_read_lines(folder / "samples.jsonl", problems),
+        env=shapes.fitting(shapes.ENV, env, "env.json", problems) or {},
+        metrics=_read_lines(folder / "metrics.jsonl", shapes.METRICS, problems),
+        evals=_read_lines(folder / "eval.jsonl", shapes.EVAL, problems),
+        samples=_read_lines(folder / "samples.jsonl", shapes.SAMPLE, problems),
         problems=tuple(problems),
     )
 
@@ -99,16 +99,16 @@ def _read_object(path: Path, problems: list[str]) -> Record:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # JSONDecodeError and UnicodeDecodeError
+        value = json.loads(read_bytes(path, _LARGEST))
+    except (ValueError, OSError, RecursionError):  # JSONDecodeError and UnicodeDecodeError too
         problems.append(f"{path.name} is not readable JSON and was left out")
         return {}
     return cast("Record", value) if isinstance(value, dict) else {}
 
 
-def _read_lines(path: Path, problems: list[str]) -> list[Record]:
+def _read_lines(path: Path, shape: shapes.Shape, problems: list[str]) -> list[Record]:
     """The records of a JSONL file; a run killed while writing leaves its last line torn."""
     records, odd = read_lines(path)
     if odd:
         problems.append(left_out(path, odd))
-    return records
+    return shapes.fitting_lines(shape, records, path.name, problems)
