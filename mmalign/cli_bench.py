@@ -27,6 +27,15 @@ QuestionFiles = Annotated[
 Legacy = Annotated[
     bool, option("--legacy", text="read answers as the published code does, mistakes included")
 ]
+LegacyOf = Annotated[
+    str | None,
+    option(
+        "--legacy-of",
+        metavar="NAME",
+        text="--legacy, and whose code it follows, where there are several: tvbench and mvbench "
+        "have rrpo (its copies, as --legacy alone) and original",
+    ),
+]
 AsJson = Annotated[bool, option("--json", text="print JSON instead of a table")]
 SimilarityName = Annotated[
     str | None,
@@ -55,6 +64,7 @@ def bench_score(
     benchmark: Name,
     questions: QuestionFiles = None,
     legacy: Legacy = False,
+    legacy_of: LegacyOf = None,
     out: Annotated[
         Path | None,
         option("--out", metavar="DIR", text="write score.json, and rows.jsonl with every reading"),
@@ -70,8 +80,9 @@ def bench_score(
     from mmalign.benchmark import find, read_files, score
     from mmalign.benchmark.show import score_text
 
-    kind = find(benchmark, similarity)
-    found = score(kind, read_files(kind, files, questions or ()), legacy=legacy, seed=seed)
+    kind = find(benchmark, similarity, legacy_of)
+    rows = read_files(kind, files, questions or ())
+    found = score(kind, rows, legacy=legacy or legacy_of is not None, seed=seed)
     say(json.dumps(found.summary(), indent=2) if as_json else score_text(found))
     if out is not None:
         summary, rows = found.write(out)
@@ -85,6 +96,7 @@ def bench_compare(
     benchmark: Name,
     questions: QuestionFiles = None,
     legacy: Legacy = False,
+    legacy_of: LegacyOf = None,
     as_json: AsJson = False,
     similarity: SimilarityName = None,
     seed: Seed = 0,
@@ -96,9 +108,10 @@ def bench_compare(
     from mmalign.benchmark import compare, find, read_files
     from mmalign.benchmark.show import comparison_text
 
-    kind = find(benchmark, similarity)
+    kind = find(benchmark, similarity, legacy_of)
     runs = [read_files(kind, [path], questions or ()) for path in (a, b)]
-    found = compare(kind, runs[0], runs[1], legacy=legacy, seed=seed)
+    published = legacy or legacy_of is not None
+    found = compare(kind, runs[0], runs[1], legacy=published, seed=seed)
     as_text = comparison_text(found, (str(a), str(b)))
     say(json.dumps(found.summary(), indent=2) if as_json else as_text)
 

@@ -41,6 +41,7 @@ class Benchmark(ABC):
         source: Paper and code.
         unit: What is drawn as one piece: "pair" or "video".
         headline: The metric that is compared first.
+        codes: Whose code the legacy reading can follow, the default first; () where there is one.
         skips_missing: Whether the published code leaves out questions without an answer.
         plain: Metrics that are no shares.
     """
@@ -55,8 +56,12 @@ class Benchmark(ABC):
     source: ClassVar[str]
     unit: ClassVar[str] = "video"
     headline: ClassVar[str] = "accuracy"
+    codes: ClassVar[tuple[str, ...]] = ()
     skips_missing: ClassVar[bool] = False
     plain: ClassVar[frozenset[str]] = frozenset()
+
+    code = ""
+    """One of `codes`, where the legacy reading is not to follow the first."""
 
     @abstractmethod
     def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:

@@ -26,6 +26,18 @@ def first_letter(text: str) -> str | None:
     return found[0].upper() if found else None
 
 
+def first_word_fits(text: str, letter: str) -> bool:
+    """Whether TVBench's and MVBench's own code takes an answer for a letter.
+
+    Its first word, up to a blank, must be part of `(b)` but for full stops, or hold it: "b)" and
+    "(B)dog" are right, and so is an answer that is empty or begins with a blank.
+
+    Source: daniel-cores/tvbench, vqa_dataset.py; OpenGVLab/Ask-Anything, mvbench.ipynb; check_ans.
+    """
+    word, option = text.lower().split(" ")[0], f"({letter.lower()})"
+    return word.replace(".", "") in option or option in word
+
+
 def listed(question: str, options: Sequence[str], mark: str = "({}) {}") -> str:
     """A question with its lettered options, as MVBench asks it."""
     lines = [mark.format(LETTERS[i], option) for i, option in enumerate(options)]
@@ -49,7 +61,7 @@ def right_letter(answer: str, options: Sequence[str], where: str) -> str:
 class Choice(Benchmark):
     """Accuracy of letters."""
 
-    strict = "an anchored letter, or the one option whose text is said"
+    strict = "the letter given as the answer, or the one option whose text is said"
     legacy = "the first alphabetic character; questions without an answer are left out"
     skips_missing = True
 
@@ -57,6 +69,25 @@ class Choice(Benchmark):
         """Whether the letter that is read is the right one."""
         text = row.prediction or ""
         read = first_letter(text) if legacy else letter(text, row.options)
+        return Verdict(read, read == row.answer)
+
+
+class BothCodes(Choice):
+    """Choices that can be read as RRPO's copies do, or as the benchmark's own code does."""
+
+    codes = ("rrpo", "original")
+    legacy = (
+        "rrpo: the first alphabetic character; original: the first word is part of `(a)` or holds "
+        "it; questions without an answer are left out"
+    )
+
+    def judge(self, row: Prediction, legacy: bool) -> Verdict:
+        """Whether the letter that is read is the right one."""
+        if not legacy or self.code != "original":
+            return super().judge(row, legacy)
+        text = row.prediction or ""
+        letters = (row.answer, *LETTERS[: len(row.options)])
+        read = next((letter for letter in letters if first_word_fits(text, letter)), None)
         return Verdict(read, read == row.answer)
 
 

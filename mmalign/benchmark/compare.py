@@ -10,6 +10,7 @@ import numpy as np
 
 from mmalign.benchmark.base import Benchmark
 from mmalign.benchmark.records import Prediction, distinct, named
+from mmalign.benchmark.score import followed
 from mmalign.benchmark.tally import NUM_RESAMPLES, interval
 from mmalign.errors import DataError
 
@@ -45,6 +46,7 @@ class Comparison:
         differences: By metric.
         num_units: How many pairs or videos were drawn from.
         changed: Questions that only the second run has right, and only the first.
+        code: Whose published code was followed, where there are several.
     """
 
     benchmark: str
@@ -53,12 +55,14 @@ class Comparison:
     differences: dict[str, Difference]
     num_units: int
     changed: tuple[int, int]
+    code: str = ""
 
     def summary(self) -> dict[str, Any]:
         """As JSON."""
         return {
             "benchmark": self.benchmark,
             "reading": "legacy" if self.legacy else "strict",
+            **({"code": self.code} if self.code else {}),
             "headline": self.headline,
             "units": self.num_units,
             "only_b_right": self.changed[0],
@@ -129,6 +133,7 @@ def compare(
             sum(right and not right_a[key] for key, right in right_b.items()),
             sum(right and not right_b[key] for key, right in right_a.items()),
         ),
+        followed(benchmark, legacy),
     )
 
 

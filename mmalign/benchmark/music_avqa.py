@@ -8,20 +8,56 @@ import re
 from collections.abc import Iterator, Mapping
 
 from mmalign.benchmark.base import Benchmark, Verdict
-from mmalign.benchmark.parsers import mentioned, plain
+from mmalign.benchmark.parsers import concluded, mentioned, plain, yes_no
 from mmalign.benchmark.records import Prediction, Question
 from mmalign.benchmark.sources import Entry, Source
+from mmalign.benchmark.spoken import final
 from mmalign.errors import DataError
 
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-VOCABULARY = (
-    "yes", "no", *NUMBERS, "more than ten", "left", "middle", "right", "simultaneously", "indoor",
-    "outdoor", "accordion", "acoustic_guitar", "bagpipe", "banjo", "bassoon", "cello", "clarinet",
-    "congas", "drum", "electric_bass", "erhu", "flute", "guzheng", "piano", "pipa", "saxophone",
-    "suona", "trumpet", "tuba", "ukulele", "violin", "xylophone",
+NUMBERS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    "more than ten",
+)
+PLACES = ("left", "middle", "right", "simultaneously")
+SETTINGS = ("indoor", "outdoor")
+INSTRUMENTS = (
+    "accordion", "acoustic_guitar", "bagpipe", "banjo", "bassoon", "cello", "clarinet", "congas",
+    "drum", "electric_bass", "erhu", "flute", "guzheng", "piano", "pipa", "saxophone", "suona",
+    "trumpet", "tuba", "ukulele", "violin", "xylophone",
 )  # fmt: skip
+VOCABULARY = ("yes", "no", *NUMBERS, *PLACES, *SETTINGS, *INSTRUMENTS)
 """All answers of the data set."""
 
+_SAME = {
+    "more than 10": "more than ten",
+    "over ten": "more than ten",
+    "single": "one",
+    "center": "middle",
+    "centre": "middle",
+    "central": "middle",
+    "leftmost": "left",
+    "rightmost": "right",
+    "at the same time": "simultaneously",
+    "at once": "simultaneously",
+    "together": "simultaneously",
+    "indoors": "indoor",
+    "inside": "indoor",
+    "outdoors": "outdoor",
+    "outside": "outdoor",
+    "sax": "saxophone",
+    "conga": "congas",
+    "bagpipes": "bagpipe",
+    "ukelele": "ukulele",
+}
+_SAME_WORDS = re.compile(rf"\b(?:{'|'.join(_SAME)})\b", re.IGNORECASE)
+_NONE = re.compile(r"(?:none|no [a-z]+(?: [a-z]+)?)\.?", re.IGNORECASE)
+_ABOVE_TEN = re.compile(
+    r"\b(?:eleven|twelve|dozens?|(?:thir|four|fif|six|seven|eigh|nine)teen"
+    r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty(?:[- ](?:one|two|three|four|five|six|seven"
+    r"|eight|nine))?)\b",
+    re.IGNORECASE,
+)
+_BOUND = re.compile(r"\b(?:or more|or so|at (?:least|most)|(?:more|less|fewer) than)\b|\d\+")
 _SLOT = re.compile(r"<[^<>]+>")
 _DIGITS = re.compile(r"\b(\d+)\b")
 
@@ -37,7 +73,10 @@ class MusicAVQA(Benchmark):
     )
     metric = "accuracy over all questions; by modality and kind besides"
     suffix = "\nAnswer the question using a single word or phrase. (ours)"
-    strict = "the one of the 42 answers that is said; digits are numbers"
+    strict = (
+        "the one of the 42 answers that is said, of those that fit the question: yes or no, "
+        "numbers (digits too), places, indoor or outdoor, instruments"
+    )
     legacy = "exact match after lower case and stripping, as of a classifier"
     source = "Li et al. 2022, MUSIC-AVQA (CVPR)"
 
@@ -64,9 +103,7 @@ class MusicAVQA(Benchmark):
         if legacy:
             read = text.lower().strip()
             return Verdict(read, read == answer.lower().strip())
-        words = list(dict.fromkeys((*VOCABULARY, answer.lower().strip())))
-        said = mentioned(_DIGITS.sub(_number, text), words)
-        read = words[said[0]] if len(said) == 1 else None
+        read = said_of_kind(text, answer.lower().strip())
         return Verdict(read, read is not None and plain(read) == plain(answer))
 
     def groups(self, row: Prediction) -> Mapping[str, str]:
@@ -75,9 +112,36 @@ class MusicAVQA(Benchmark):
         return {"modality": str(modality), "task": row.task}
 
 
+def said_of_kind(text: str, answer: str) -> str | None:
+    """The one answer that is said, among those that a question like this one has.
+
+    A counting question is answered by "two" in "There are two violins", not by the violin.
+
+    Args:
+        text: What the model said.
+        answer: What is right, which tells the kind of the question.
+    """
+    if answer in ("yes", "no"):
+        return yes_no(text)
+    groups = (NUMBERS, PLACES, SETTINGS, INSTRUMENTS)
+    words = next((group for group in groups if answer in group), (*VOCABULARY, answer))
+    text = _SAME_WORDS.sub(lambda found: _SAME[found[0].lower()], final(text))
+    if words is NUMBERS:
+        bounded = _BOUND.search(text.lower())
+        text = _ABOVE_TEN.sub("more than ten", _DIGITS.sub(_number, text))
+        if bounded and "more than ten" not in text.lower():
+            return None
+        text = "zero" if _NONE.fullmatch(text) else text
+    for part in (*concluded(text), text):
+        said = mentioned(part, words)
+        if said:
+            return words[said[0]] if len(said) == 1 else None
+    return None
+
+
 def _number(found: re.Match[str]) -> str:
     value = int(found[1]) if len(found[1]) < 4 else 11
-    return NUMBERS[value] if value < len(NUMBERS) else "more than ten"
+    return NUMBERS[min(value, 11)]
 
 
 def _listed(entry: Entry, key: str) -> list[str]:
@@ -86,10 +150,10 @@ def _listed(entry: Entry, key: str) -> list[str]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             try:
                 value = ast.literal_eval(value)
-            except (ValueError, SyntaxError) as error:
+            except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
                 raise DataError(f"{entry.where}: {key!r} is no list: {value!r}") from error
     if not isinstance(value, list):
         raise DataError(f"{entry.where}: {key!r} must be a list; found {value!r}")

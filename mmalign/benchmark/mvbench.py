@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmalign.benchmark.choice import TaskFiles
+from mmalign.benchmark.choice import BothCodes, TaskFiles
 
 FOLDERS = {
     "action_sequence": "star/Charades_v1_480",
@@ -29,7 +29,7 @@ FOLDERS = {
 """Where the clips of a task lie; those of episodic_reasoning are folders of frames, 3 a second."""
 
 
-class MVBench(TaskFiles):
+class MVBench(BothCodes, TaskFiles):
     """Accuracy per task; the average is over all questions."""
 
     name = "mvbench"

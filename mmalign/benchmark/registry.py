@@ -31,22 +31,27 @@ BENCHMARKS: dict[str, type[Benchmark]] = {
 }  # fmt: skip
 
 
-def find(name: str, similarity: str | None = None) -> Benchmark:
+def find(name: str, similarity: str | None = None, code: str | None = None) -> Benchmark:
     """A benchmark by name.
 
     Args:
         name: A key of `BENCHMARKS`.
         similarity: Of `vidhalluc-sth` alone: `my_package.module:function` of two texts.
+        code: Whose code the legacy reading follows, one of the benchmark's `codes`.
 
     Raises:
-        ConfigError: There is none of that name, or it compares no texts.
+        ConfigError: There is none of that name, it compares no texts, or has no such code.
     """
     if name not in BENCHMARKS:
         near = get_close_matches(name, BENCHMARKS, 1)
         meant = f"Did you mean {near[0]!r}?" if near else "`mmalign bench list` lists them"
         raise ConfigError(f"--benchmark {name}: there is no such benchmark. {meant}")
-    if similarity is None:
-        return BENCHMARKS[name]()
-    if name != VidHallucSTH.name:
+    kind = BENCHMARKS[name]
+    if code is not None and code not in kind.codes:
+        known = f"must be one of {', '.join(kind.codes)}" if kind.codes else "it has one code alone"
+        raise ConfigError(f"--legacy-of {code}: {known} for {name}")
+    if similarity is not None and name != VidHallucSTH.name:
         raise ConfigError(f"--similarity: only {VidHallucSTH.name} compares descriptions")
-    return VidHallucSTH(named_similarity(similarity), similarity)
+    found = kind() if similarity is None else VidHallucSTH(named_similarity(similarity), similarity)
+    found.code = code or ""
+    return found

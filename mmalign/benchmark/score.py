@@ -28,6 +28,7 @@ class Score:
             not understood), `left_out` (by the published code).
         notes: What a reader has to know.
         rows: One a question: id, task, answer, prediction, what was read, whether it is right.
+        code: Whose published code was followed, where there are several.
     """
 
     benchmark: str
@@ -39,12 +40,14 @@ class Score:
     counts: dict[str, int]
     notes: list[str] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    code: str = ""
 
     def summary(self) -> dict[str, Any]:
         """All but the rows, as JSON."""
         return {
             "benchmark": self.benchmark,
             "reading": "legacy" if self.legacy else "strict",
+            **({"code": self.code} if self.code else {}),
             "headline": self.headline,
             "metrics": {
                 name: {
@@ -123,4 +126,10 @@ def score(
             }
             for row, verdict in judged
         ],
+        code=followed(benchmark, legacy),
     )
+
+
+def followed(benchmark: Benchmark, legacy: bool) -> str:
+    """Whose code a legacy reading follows; "" where there is one alone, or none is followed."""
+    return (benchmark.code or next(iter(benchmark.codes), "")) if legacy else ""

@@ -37,6 +37,10 @@ def score_text(found: Score) -> str:
         lines.append(f"{counts['missing']} questions have no answer: {wrong}")
     if counts["unmatched"]:
         lines.append(f"{counts['unmatched']} answers were not understood: {_examples(found)}")
+        rated = sum(row["read"] is None and row["right"] for row in found.rows)
+        if not found.legacy:
+            more = f", but for {rated} that a judge rated 1" if rated else ""
+            lines.append(f"what is not understood counts as wrong{more}")
     if counts["left_out"] > (counts["missing"] if found.legacy else 0):
         lines.append(f"{counts['left_out']} questions are left out, as the published code does")
     return "\n".join([*lines, *found.notes])
@@ -92,7 +96,8 @@ def _wrapped(parts: dict[str, str]) -> Iterable[str]:
 
 
 def _head(kind: type[Benchmark], found: Score | Comparison) -> str:
-    reading = "legacy: read as the published code does" if found.legacy else "strict"
+    whose = f"{found.code}'s" if found.code else "the published"
+    reading = f"legacy: read as {whose} code does" if found.legacy else "strict"
     return f"{kind.title} ({reading}); to report: {found.headline}"
 
 

@@ -12,6 +12,8 @@ from mmalign.data.fields import number, show
 from mmalign.data.files import read_rows
 from mmalign.errors import DataError
 
+MAX_OPTIONS = 26
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -38,10 +40,12 @@ class Entry:
         return found
 
     def texts(self, key: str) -> list[str]:
-        """A list of texts."""
+        """A list of texts, at most one a letter."""
         value = self.value.get(key)
         if not isinstance(value, list) or not value:
             raise DataError(f"{self.where}: {key!r} must be a list of texts; found {show(value)}")
+        if len(value) > MAX_OPTIONS:
+            raise DataError(f"{self.where}: {key!r} holds {len(value)}, of {MAX_OPTIONS} at most")
         return [str(item) for item in value]
 
     def seconds(self, key: str) -> float | None:

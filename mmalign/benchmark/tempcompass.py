@@ -15,6 +15,7 @@ from mmalign.benchmark.base import Benchmark, Verdict
 from mmalign.benchmark.parsers import LETTERS, letter, yes_no
 from mmalign.benchmark.records import Prediction, Question
 from mmalign.benchmark.sources import Entry, Source, entry
+from mmalign.benchmark.spoken import final
 from mmalign.benchmark.tally import Floats, Sheet, Sums, share
 from mmalign.errors import DataError
 
@@ -101,7 +102,7 @@ class MultiChoice(TempCompass):
     name = "tempcompass-multi-choice"
     title = "TempCompass, multiple choice"
     suffix = "\nPlease directly give the best option:"
-    strict = "an anchored letter, or the one option whose text is said"
+    strict = "the letter given as the answer, or the one option whose text is said"
     legacy = "the whole answer, a letter alone, or `A.` or `A)` in front; `(A)` is not matched"
 
     def match(self, text: str, row: Prediction, legacy: bool) -> tuple[str, bool] | None:
@@ -120,7 +121,7 @@ class YesNo(TempCompass):
     name = "tempcompass-yes-no"
     title = "TempCompass, yes or no"
     suffix = "\nPlease answer yes or no:"
-    strict = "the first yes or no"
+    strict = "the yes or no that is meant; contradictions are none"
     legacy = "whether the answer begins with yes or no, so that `Nothing` is no"
 
     def match(self, text: str, row: Prediction, legacy: bool) -> tuple[str, bool] | None:
@@ -149,7 +150,8 @@ class CaptionMatching(TempCompass):
         right = _LINE.match(row.answer)
         if not right or right[1] not in marks:
             raise DataError(f"{row.id}: the answer {row.answer!r} is none of the options")
-        bare = _INDEX.sub("", text, count=1) if _INDEX.match(text) else text
+        said = final(text)
+        bare = _INDEX.sub("", said, count=1) if _INDEX.match(said) else said
         given = re.match(r"[\W_]*(\d)(?:$|[.:)])", bare)
         read = given[1] if given and given[1] in marks else None
         if read is None:

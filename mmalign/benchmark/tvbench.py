@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from mmalign.benchmark.choice import TaskFiles
+from mmalign.benchmark.choice import BothCodes, TaskFiles
 
 
-class TVBench(TaskFiles):
+class TVBench(BothCodes, TaskFiles):
     """Accuracy per task; the average is over all questions."""
 
     name = "tvbench"

@@ -24,6 +24,7 @@ CATEGORIES = {
 """Question files, whose clips lie in a folder of that name, and the categories they are."""
 
 SIDES = ("basic", "hallucination")
+_YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 _BIAS = ("yes_diff", "no_diff", "fp_ratio")
 
 
@@ -46,7 +47,7 @@ class VideoHallucer(Benchmark):
     )
     metric = "share of pairs with both answers right, mean over categories; bias towards yes and no"
     suffix = "\nAnswer the question using 'yes' or 'no'."
-    strict = "the first yes or no"
+    strict = "the yes or no that is meant; contradictions are none"
     legacy = "the right word anywhere, so that an answer with both words is right on either side"
     source = "Wang et al. 2024, arXiv:2406.16338; pritamqu/RRPO, eval/videohallucer"
     unit = "pair"
@@ -78,8 +79,11 @@ class VideoHallucer(Benchmark):
     def judge(self, row: Prediction, legacy: bool) -> Verdict:
         """Whether the answer is the right one of yes and no."""
         text = row.prediction or ""
+        if legacy:
+            first = _YES_NO.search(text)
+            return Verdict(first[1].lower() if first else None, says(row.answer, text))
         read = yes_no(text)
-        return Verdict(read, says(row.answer, text) if legacy else read == row.answer)
+        return Verdict(read, read == row.answer)
 
     def tally(self, rows: Sequence[Prediction], legacy: bool) -> tuple[Sheet, list[Verdict]]:
         """Count pairs; the half of a pair that is not there at all is wrong too."""

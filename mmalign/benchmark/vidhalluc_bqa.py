@@ -22,7 +22,7 @@ class VidHallucBQA(Benchmark):
     layout = '{key: [{q, a: {clip: "Yes" or "No"}}]}; answers in a file of the same shape'
     metric = "share of questions answered rightly for every clip"
     suffix = " Only answer with a single word 'Yes' or 'No'."
-    strict = "the first yes or no"
+    strict = "the yes or no that is meant; contradictions are none"
     legacy = (
         "all text before the first full stop and comma must be yes or no; questions without any "
         "answer are left out"

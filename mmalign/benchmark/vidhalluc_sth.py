@@ -13,6 +13,7 @@ from mmalign.benchmark.parsers import yes_no
 from mmalign.benchmark.records import Prediction, Question
 from mmalign.benchmark.similarity import Similarity, word_cosine
 from mmalign.benchmark.sources import Source, entry
+from mmalign.benchmark.spoken import final
 from mmalign.benchmark.tally import Floats, Sheet, Sums, share
 
 LOW = 0.3
@@ -21,9 +22,9 @@ LOW = 0.3
 LOW_OF_SCRIPT = 0.5
 """The same as the published script calls it."""
 
-_CHANGE = re.compile(r"scene\s+change\s*:\s*(yes|no)\b", re.IGNORECASE)
-_ROUTE = re.compile(r"\bfrom\s+(.+?)\s+to\s+(.+?)\s*(?:\.|\n|$)", re.IGNORECASE)
-_PUBLISHED_ROUTE = re.compile(r"from (.+?) to (.+?)\.", re.IGNORECASE)
+_CHANGE = re.compile(r"\bscene change ?: ?([^,;\n]*)", re.IGNORECASE)
+_FROM = re.compile(r"\bfrom (?=.)", re.IGNORECASE)
+_PUBLISHED_ROUTE = re.compile(r"from (?>(.+?) to )(.+?)\.", re.IGNORECASE)
 _CELLS = ("tp", "fn", "fp", "tn")
 
 
@@ -38,6 +39,21 @@ def scaled(similarity: float, low: float) -> float:
     return (sigmoid(similarity) - sigmoid(low)) / (sigmoid(1) - sigmoid(low))
 
 
+def route(text: str) -> tuple[str, ...]:
+    """The places of "from ... to ...", the first in a line that has both; () where there is none.
+
+    Args:
+        text: Without layout.
+    """
+    for line in text.split("\n"):
+        start = _FROM.search(line)
+        first, _, rest = line[start.end() :].partition(" to ") if start else ("", "", "")
+        second = rest.partition(".")[0].strip()
+        if first.strip() and second:
+            return first.strip(), second
+    return ()
+
+
 class VidHallucSTH(Benchmark):
     """0.6 ((MCC + 1) / 2)^2 + 0.4 description, over videos with and without a change of scene."""
 
@@ -47,8 +63,8 @@ class VidHallucSTH(Benchmark):
     metric = "0.6 ((MCC + 1)/2)^2 + 0.4 similarity of the places where a change is seen rightly"
     suffix = "the prompt is the same for every video"
     strict = (
-        f"`Scene change: yes|no`, else the first yes or no; none is wrong; similarity up to {LOW} "
-        "counts nothing"
+        f"`Scene change: yes|no`, else the yes or no that is meant; similarity up to {LOW} counts "
+        "nothing"
     )
     legacy = (
         f"similarity up to {LOW_OF_SCRIPT} counts nothing; places must end in a full stop; what is "
@@ -97,8 +113,9 @@ class VidHallucSTH(Benchmark):
             said = text.split(", Locations: ", 1)[0].split(": ", 1)[-1].split(",")[0].strip()
             read = "yes" if said.lower() == "yes" else "no"
         else:
-            found = _CHANGE.search(text)
-            read = found[1].lower() if found else yes_no(text)
+            said = final(text)
+            found = _CHANGE.search(said)
+            read = yes_no(found[1] if found else said)
         return Verdict(read, read == row.answer)
 
     def tally(self, rows: Sequence[Prediction], legacy: bool) -> tuple[Sheet, list[Verdict]]:
@@ -120,16 +137,15 @@ class VidHallucSTH(Benchmark):
         said, right = row.prediction or "", str(row.meta.get("locations") or "")
         if legacy:
             places = said.partition(", Locations: ")[2].strip()
-            routes = [_PUBLISHED_ROUTE.match(places), _PUBLISHED_ROUTE.match(right)]
+            found = [_PUBLISHED_ROUTE.match(places), _PUBLISHED_ROUTE.match(right)]
+            a, b = (match.groups() if match else () for match in found)
         else:
-            routes = [_ROUTE.search(said), _ROUTE.search(right)]
-        a, b = routes
-        if a is None or b is None:
+            a, b = route(final(said)), route(final(right))
+        if not a or not b:
             return 0.0
         low = LOW_OF_SCRIPT if legacy else LOW
         return sum(
-            scaled(self.similarity(x.strip(), y.strip()), low)
-            for x, y in zip(a.groups(), b.groups(), strict=True)
+            scaled(self.similarity(x.strip(), y.strip()), low) for x, y in zip(a, b, strict=True)
         )
 
     def metrics(self, sums: Sums) -> dict[str, Floats]:

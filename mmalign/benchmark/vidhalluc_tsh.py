@@ -6,39 +6,13 @@ import re
 from collections.abc import Iterator
 
 from mmalign.benchmark.base import Benchmark, Verdict
+from mmalign.benchmark.orders import order
 from mmalign.benchmark.records import Prediction, Question
 from mmalign.benchmark.sources import Source, entry
 
-_ALONE = re.compile(r"\W*(AB|BA|A|B)\W*", re.IGNORECASE)
-_FRONT = re.compile(r"[\s\"'*(\[]*(AB|BA)\b")
-_RELATION = re.compile(
-    r"action ([ab])\b(?:(?!action [ab]\b)[^.\n])*?\b(before|then|followed by|after)\b"
-    r"(?:(?!action [ab]\b)[^.\n])*?action ([ab])\b"
-)
-_UNTOLD = re.compile(r"\b(before|after|not? clear|unclear)\b")
-_MENTION = re.compile(r"action ([ab])\b")
+__all__ = ["VidHallucTSH", "order", "published_order"]
+
 _PUBLISHED_MENTION = r"(action [ab]|[ab][\.\)])"
-
-
-def order(text: str) -> str | None:
-    """AB, BA, or the one action that was seen.
-
-    Read are the letters alone or in front; "Action A happens before Action B" and the like; both
-    actions named once each, in that order; one action named alone.
-    """
-    found = _ALONE.fullmatch(text) or _FRONT.match(text)
-    if found:
-        return found[1].upper()
-    low = text.lower()
-    told = _RELATION.search(low)
-    if told and told[1] != told[3]:
-        first, second = (told[3], told[1]) if told[2] == "after" else (told[1], told[3])
-        return (first + second).upper()
-    if _UNTOLD.search(low):
-        return None
-    named = _MENTION.findall(low)
-    once = "".join(named).upper()
-    return once if once in ("AB", "BA") or (len(set(named)) == 1 and len(once) == 1) else None
 
 
 def published_order(text: str) -> str | None:

@@ -190,13 +190,19 @@ def test_tempcompass_multi_choice_by_hand(tmp_path: Path) -> None:
 
 
 def test_tempcompass_yes_no_by_hand(tmp_path: Path) -> None:
-    """`Nothing moves` is no in legacy, strictly nothing; `It is: yes` is read strictly alone."""
+    """`Nothing moves` denies, and begins with no; `It is: yes` is read strictly alone.
+
+    `Yes and no` is strictly nothing and begins with yes.
+    """
     data = tempcompass(
-        ("yes", "Yes, it does"), ("no", "Nothing moves"), ("yes", "It is: yes"), ("no", "yes")
+        ("yes", "Yes, it does"),
+        ("no", "Nothing moves"),
+        ("yes", "It is: yes"),
+        ("no", "Yes and no"),
     )
     file = write(tmp_path / "yes_no.json", data)
-    assert both("tempcompass-yes-no", file, "accuracy") == (2 / 4, 2 / 4)
-    assert both("tempcompass-yes-no", file, "dimension/action") == (0.5, 1)
+    assert both("tempcompass-yes-no", file, "accuracy") == (3 / 4, 2 / 4)
+    assert both("tempcompass-yes-no", file, "dimension/action") == (1, 1)
     assert both("tempcompass-yes-no", file, "match_rate") == (3 / 4, 3 / 4)
 
 

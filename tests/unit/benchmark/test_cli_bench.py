@@ -27,7 +27,7 @@ def test_list_names_every_benchmark_in_80_columns() -> None:
 
 
 def test_score_prints_a_table_and_writes_what_was_read(tmp_path: Path) -> None:
-    pairs = [*VIDEOHALLUCER, videohallucer_pair("temporal", "Certainly, I would think so.", None)]
+    pairs = [*VIDEOHALLUCER, videohallucer_pair("temporal", "I could not tell, I am afraid.", None)]
     file = write(tmp_path / "raw.json", pairs)
     code, out, _ = run("score", file, "--benchmark", "videohallucer", "--out", tmp_path / "o")
     assert code == 0
@@ -35,7 +35,8 @@ def test_score_prints_a_table_and_writes_what_was_read(tmp_path: Path) -> None:
     assert "VideoHallucer (strict)" in out
     assert "10 questions; 95 % by resampling 5 pairs" in out
     assert "1 questions have no answer: counted as wrong" in out
-    assert "1 answers were not understood: 'Certainly, I would think so.'" in out
+    assert "2 answers were not understood: 'Yes and no.', 'I could not tell, I am afraid.'" in out
+    assert "what is not understood counts as wrong" in out
     (line,) = [line for line in out.split("\n") if line.startswith("accuracy ")][:1]
     assert line.split()[:2] == ["accuracy", "16.7%"]  # (1/3 + 0/2) / 2
     summary = json.loads((tmp_path / "o" / "score.json").read_text())

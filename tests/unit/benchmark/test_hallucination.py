@@ -14,19 +14,19 @@ from mmalign.benchmark.vidhalluc_sth import VidHallucSTH, scaled
 
 
 def test_videohallucer_by_hand(tmp_path: Path) -> None:
-    """obj_rel: pairs 1 of 3, basic 2 of 3, made up 2 of 3. temporal: the first words are yes, yes:
+    """obj_rel: pairs 1 of 3, basic 2 of 3, made up 2 of 3. temporal: "Yes or no: yes." is a yes,
 
-    basic right, made up wrong. Answers: yes 5 (2 + 1 + 0 + 2), no 3; 4 of each are right.
-    Wrong: pair 2 made up (yes), pair 3 basic (no), pair 4 made up (yes): 2 of 3 say yes.
+    "Yes and no." is nothing: basic right, made up wrong. Answers: yes 4 (1 + 2 + 0 + 1), no 3; 4 of
+    each are right. Wrong: pair 2 made up (yes), pair 3 basic (no), pair 4 made up: 1 of 3 says yes.
     """
     found = scored("videohallucer", write(tmp_path / "raw.json", VIDEOHALLUCER))
     expected = {
         "accuracy": (1 / 3 + 0) / 2,
         "basic": (2 / 3 + 1) / 2,
         "hallucination": (2 / 3 + 0) / 2,
-        "yes_diff": (5 - 4) / 8,
+        "yes_diff": (4 - 4) / 8,
         "no_diff": (3 - 4) / 8,
-        "fp_ratio": 2 / 3,
+        "fp_ratio": 1 / 3,
         "accuracy/obj_rel": 1 / 3,
         "accuracy/temporal": 0,
     }
