@@ -31,7 +31,8 @@ Checkpoint = Annotated[
     option(
         "--checkpoint",
         metavar="DIR",
-        text="trained weights: a checkpoint-N or final folder; by default the newest of `output`",
+        text="trained weights: a checkpoint-N or final folder, or its name in `output`; by "
+        "default the newest of `output`",
     ),
 ]
 

@@ -183,7 +183,7 @@ def trained_adapter(config: RunConfig, checkpoint: Path | None, *, base: bool = 
 
 
 def trained_folder(config: RunConfig, checkpoint: Path | None) -> Path:
-    """The folder of trained weights that is meant.
+    """The folder of trained weights that is meant: a path, or a name within `config.output`.
 
     Raises:
         CheckpointError: There is none.
@@ -191,9 +191,12 @@ def trained_folder(config: RunConfig, checkpoint: Path | None) -> Path:
     from mmalign.train.checkpoint import checkpoints
 
     if checkpoint is not None:
-        if not checkpoint.is_dir():
-            raise CheckpointError(f"--checkpoint {checkpoint}: there is no such folder")
-        return checkpoint
+        for folder in (checkpoint, config.output / checkpoint):
+            if folder.is_dir():
+                return folder
+        raise CheckpointError(
+            f"--checkpoint {checkpoint}: there is no such folder, here or in {config.output}"
+        )
     found = checkpoints(config.output)  # the end of a run is one of them, with all of its state
     if found:
         return found[-1]
