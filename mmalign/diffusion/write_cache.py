@@ -14,11 +14,13 @@ import os
 import sys
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from mmalign.data.lock import only_writer
 from mmalign.diffusion import latents
 from mmalign.diffusion.cache_plan import (
     banks_errors,
@@ -68,10 +70,17 @@ def write_cache(config: RunConfig, needs: Needs) -> str:
         ConfigError: Nothing can be cached, or the disk is too small.
         DataError: A file cannot be used.
     """
-    from mmalign.models.adapter import load_usable
-
     check_cacheable(config, needs)
     place = Processes.launched()
+    folder = cache_folder(config)
+    with only_writer(folder, "cache", wait=True) if place.is_main else nullcontext():
+        place.wait()  # until the main process has the lock for all of them
+        return _write(config, needs, place)
+
+
+def _write(config: RunConfig, needs: Needs, place: Processes) -> str:
+    from mmalign.models.adapter import load_usable
+
     if place.is_main:
         sweep(cache_folder(config))
     if config.diffusion.cache != "off":

@@ -79,6 +79,10 @@ def write_report(
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f".{out.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(out)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(out)
+    except OSError:  # a full disk
+        unfinished.unlink(missing_ok=True)
+        raise
     return out

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mmalign.data.lock import only_writer
 from mmalign.errors import ConfigError
 from mmalign.models.adapter import load_usable
 from mmalign.text import dates
-from mmalign.text.cached import ReferenceCache, check_cacheable
+from mmalign.text.cached import ReferenceCache, cache_folder, check_cacheable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,12 +36,6 @@ def write_reference(
     Raises:
         ConfigError: A reference that no cache can hold.
     """
-    from accelerate import Accelerator
-    from rich.console import Console
-    from rich.progress import track
-
-    from mmalign.config import ReferenceConfig
-
     reference = config.reference
     if not needs.reference:
         raise ConfigError("cache: the objective reads no reference, so there is nothing to store")
@@ -50,6 +45,19 @@ def write_reference(
             f"reference.{'path' if reference.path else 'kind'} asks for another"
         )
     check_cacheable(config, needs)
+    with only_writer(cache_folder(config), "cache", wait=True):
+        return _write(config, needs, build)
+
+
+def _write(
+    config: RunConfig, needs: Needs, build: Callable[[RunConfig, Needs], TokenAdapter]
+) -> str:
+    from accelerate import Accelerator
+    from rich.console import Console
+    from rich.progress import track
+
+    from mmalign.config import ReferenceConfig
+
     config = dates.settle(config, for_cache=True)
     dates.keep(config)
     rows = [row for part in load_usable(config, needs) for row in part]
@@ -57,6 +65,7 @@ def write_reference(
     live = config.model_copy(update={"reference": ReferenceConfig()})
     adapter = build(live, needs).to(device).eval()
     cache = ReferenceCache(config, adapter.encoder, needs)
+    cache.store.sweep()
     absent = set(cache.store.missing(map(cache.key, rows), read=True))
     cache.store.repair()
     todo = [row for row in rows if cache.key(row) in absent]

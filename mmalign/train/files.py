@@ -18,6 +18,7 @@ import torch
 import mmalign
 from mmalign.config import dump
 from mmalign.core.presets import source
+from mmalign.data.example import Picture
 from mmalign.data.lock import LOCK
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.train.inputs import TABLE, files_of
@@ -88,13 +89,17 @@ def rows_hash(rows: Sequence[Example]) -> str:
     """A hash of what the rows say, in their order; 16 hexadecimal digits.
 
     A file counts by its number among those that the rows show: the rows are the same where they lie
-    in another place. Ids count for nothing, since those that are made up name the file.
+    in another place. Noise is drawn by the names of pictures and of their folders, so these count.
+    Ids count for nothing, since those that are made up name the file.
     """
     digest = hashlib.sha256()
     numbers: dict[Path, int] = {}
     for row in rows:
         said = (row.kind, row.prompt, row.template, row.candidates, row.labels, row.weight)
         text = repr((*said, row.media) if row.media else said)
+        for picture in (c.response for c in row.candidates if isinstance(c.response, Picture)):
+            path = picture.path
+            text = text.replace(repr(path), f"{path.parent.name}/{path.name}")
         for file in files_of(row):
             text = text.replace(repr(file), f"file {numbers.setdefault(file, len(numbers))}")
         digest.update(text.encode())

@@ -46,11 +46,15 @@ def explained(run: Run) -> Iterator[None]:
             raise
         if run.accelerator.is_main_process:
             sweep(folder)
-        found = checkpoints(folder)
-        kept = f"from {found[-1]}" if found else "from the start, since none was saved yet"
-        again = f"mmalign train {folder / 'config.yaml'} --resume"
-        message = f"step {run.position.step + 1}: {what} Then go on {kept}, with: {again}"
-        raise kind(message) from error
+        raise kind(f"after step {run.position.step}: {what} {_how_to_go_on(folder)}") from error
+
+
+def _how_to_go_on(folder: Path) -> str:
+    if not (folder / "config.yaml").is_file():
+        return "Then start again: nothing was saved yet"
+    found = checkpoints(folder)
+    kept = f"from {found[-1]}" if found else "from the start, since no checkpoint was saved yet"
+    return f"Then go on {kept}, with: mmalign train {folder / 'config.yaml'} --resume"
 
 
 def _refusal(error: Exception, folder: Path) -> str | None:
