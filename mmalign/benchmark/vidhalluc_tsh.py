@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 
 from mmalign.benchmark.base import Benchmark, Verdict
 from mmalign.benchmark.orders import order
@@ -33,13 +34,38 @@ def published_order(text: str) -> str | None:
         return named[0].upper() if named else None
     word = next((word for word in ("before", "then", "after") if word in low), None)
     if word:
-        told = re.search(
-            rf"{_PUBLISHED_MENTION}[^{word}]+{word}[^action]*?{_PUBLISHED_MENTION}", low
-        )
+        told = _published_search(low, word)
         if told:
-            first, second = told[1][-1], told[2][-1]
+            first, second = told
             return (second + first if word == "after" else first + second).upper()
     return "".join(mention[-1] for mention in re.findall(_PUBLISHED_MENTION, low)).upper()
+
+
+def _published_search(low: str, word: str) -> tuple[str, str] | None:
+    """Last characters of the two mentions that the published pattern finds, in linear time.
+
+    The pattern is MENTION[^word]+word[^action]*?MENTION, searched from the left.
+    """
+    mentions = list(re.finditer(rf"(?={_PUBLISHED_MENTION})", low))
+    starts = [mention.start() for mention in mentions]
+    stops = [match.start() for match in re.finditer(f"[{word}]", low)]
+    barred = [match.start() for match in re.finditer("[action]", low)]
+    for mention in mentions:
+        end = mention.end(1)
+        stop = _next(stops, end)
+        if stop is None or stop == end or not low.startswith(word, stop):
+            continue
+        after = stop + len(word)
+        place = bisect_left(starts, after)
+        last = _next(barred, after)
+        if place < len(starts) and (last is None or starts[place] <= last):
+            return mention[1][-1], mentions[place][1][-1]
+    return None
+
+
+def _next(places: Sequence[int], start: int) -> int | None:
+    at = bisect_left(places, start)
+    return places[at] if at < len(places) else None
 
 
 class VidHallucTSH(Benchmark):

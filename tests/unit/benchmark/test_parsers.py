@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
+import re
+
 import pytest
 
 from mmalign.benchmark.choice import first_letter
 from mmalign.benchmark.parsers import letter, letters, mentioned
 from mmalign.benchmark.videomme import published_letter
 from mmalign.benchmark.vidhalluc_mcq import published_letters
-from mmalign.benchmark.vidhalluc_tsh import order, published_order
+from mmalign.benchmark.vidhalluc_tsh import _published_search, order, published_order
 
 OPTIONS = ("a cat", "a dog", "two cats", "none")
 
@@ -87,6 +90,21 @@ def test_published_letters_take_articles_for_letters_and_miss_letters_without_a_
     assert published_letters("A person, so C", OPTIONS) == {"A", "C"}
     assert published_letters("AC", OPTIONS) == frozenset()
     assert published_letters("two cats and a dog", OPTIONS) == {"B"}  # the first of A, B, C, D
+
+
+def test_the_published_pattern_of_orders_is_searched_as_its_regular_expression_does() -> None:
+    draw = random.Random(0)
+    parts = ("action a", "action b", "a.", "b)", "b", " ", "x", "then", "before", "after", "t", "e")
+    found = 0
+    for _ in range(3000):
+        text = "".join(draw.choices(parts, k=draw.randint(2, 9)))
+        for word in ("before", "then", "after"):
+            one = r"(action [ab]|[ab][\.\)])"
+            told = re.search(rf"{one}[^{word}]+{word}[^action]*?{one}", text)
+            expected = (told[1][-1], told[2][-1]) if told else None
+            assert _published_search(text, word) == expected
+            found += told is not None
+    assert found > 50
 
 
 @pytest.mark.parametrize(
