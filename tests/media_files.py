@@ -96,6 +96,41 @@ def write_numbered(
     return path
 
 
+def write_pictures(
+    path: Path,
+    images: Sequence[np.ndarray[Any, Any]],
+    *,
+    rate: int = 10,
+    matrix: Sequence[int] | None = None,
+    ratio: Fraction | None = None,
+) -> Path:
+    """Write a clip of given pictures, [H, W, 3] uint8.
+
+    Args:
+        path: The file; its ending says the container.
+        images: All of one size, both sides even.
+        rate: Frames a second.
+        matrix: How they are displayed, in the layout of ISO/IEC 14496-12.
+        ratio: Width of a pixel to its height.
+    """
+    import av
+
+    with av.open(path, "w") as container:
+        video: Any = container.add_stream("mpeg4", rate=rate)
+        video.height, video.width = images[0].shape[:2]
+        video.pix_fmt, video.bit_rate = "yuv420p", 2_000_000
+        if ratio is not None:
+            video.codec_context.sample_aspect_ratio = ratio
+        if matrix is not None:
+            video.set_display_matrix(matrix)
+        for number, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, rate)
+            container.mux(video.encode(frame))
+        container.mux(video.encode())
+    return path
+
+
 def beeping(beeps: Sequence[float], seconds: float, rate: int) -> np.ndarray[Any, Any]:
     """[S] float32: 1 kHz at half amplitude for `BEEP` seconds from each of the times on."""
     wave = np.zeros(round(seconds * rate), np.float32)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from mmalign.data.example import Candidate, Change, as_text
 from mmalign.errors import DataError
 from mmalign.video.augment import NEEDS_DONOR, rng_for
+from mmalign.video.media import choose
 from mmalign.video.operations import allowed, draw
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class Corruptor:
 
     def _operations(self, example: Example, own: Media, role: str) -> list[str]:
         spec = self.video.corruption
-        frames = (self.video.num_frames or 2) if own.videos else 1
+        frames = self._num_frames(own.videos[0]) if own.videos else 1
         heard = bool(own.sounds) or (self.hears and bool(own.videos))
         if not own.videos and not own.images:
             return list(_SOUNDS)
@@ -131,6 +132,14 @@ class Corruptor:
             num_frames=frames,
             donor=donor,
         )
+
+    def _num_frames(self, clip: Clip) -> int:
+        """Frames that are shown of a clip; chosen by rate, a short one may have one alone."""
+        if clip.frames:
+            return len(clip.frames)
+        if self.video.num_frames is not None and clip.fps is None:
+            return self.video.num_frames
+        return len(choose(clip, self.video))
 
     def _altered(self, own: Media, operation: str, rng: np.random.Generator) -> Media:
         donor = None

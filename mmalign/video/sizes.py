@@ -8,7 +8,6 @@ memory (torch's meta device), and the size to which it brings them is noted.
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -144,18 +143,19 @@ class Sizes:
         padded = -(-count // self._patch) * self._patch
         best, kept, least_seen = 0, None, (height, width)
         frames = sorted({1, count, padded, max(padded - self._patch, 1)})
-        for number, share in product(frames, (1, 4, area)):
-            most = area * number
+        for most in (area * number for number in frames):
             least = min(int(own["shortest_edge"]), most)
             if self._cap.get("cap_pixels_per_frame"):
                 least = min(least, int(area / _FLOOR))
-            edges = max(least // share, 1), most
-            options = {"size": dict(zip(_EDGES, edges, strict=True)), **self._cap}
-            seen = (self._found(count, height, width, options) or [(height, width)])[-1]
-            if seen[0] * seen[1] < least_seen[0] * least_seen[1]:
-                least_seen = seen
-            if best < seen[0] * seen[1] <= area:
-                best, kept = seen[0] * seen[1], edges
+            for edge in dict.fromkeys((least, least // 4, 1)):  # a frame is made larger, too
+                edges = max(edge, 1), most
+                options = {"size": dict(zip(_EDGES, edges, strict=True)), **self._cap}
+                seen = (self._found(count, height, width, options) or [(height, width)])[-1]
+                least_seen = min(least_seen, seen, key=lambda size: size[0] * size[1])
+                if seen[0] * seen[1] <= area:
+                    if seen[0] * seen[1] > best:
+                        best, kept = seen[0] * seen[1], edges
+                    break
         if kept is None:
             raise DataError(
                 f"{type(self._own).__name__} brings {self._described(count, height, width)} to no "

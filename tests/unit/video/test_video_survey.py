@@ -1,0 +1,157 @@
+"""What no model can take is known before one is loaded: files, frames, sounds, positions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from PIL import Image
+from tiny_video import OMNI, write_clip
+from video_runs import configured, row, write_rows
+
+from mmalign.config import check
+from mmalign.errors import ConfigError, DataError
+from mmalign.models.rows import survey_rows
+from mmalign.offline import plan_cache, write_cache
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from mmalign.models.rows import Surveyed
+
+    Models = Callable[[str], Path]
+
+QWEN, QWEN3 = "qwen2_5_vl", "qwen3_vl"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, clips_dir: Path) -> Path:
+    """Four clips; one of a single frame, one of 35 seconds, one without sound, one broken."""
+    folder = tmp_path_factory.mktemp("rows")
+    for path in clips_dir.glob("*.mp4"):
+        shutil.copy(path, folder)
+    write_clip(folder / "still.mp4", frames=1)
+    write_clip(folder / "long.mp4", frames=35, fps=1)
+    Image.new("RGB", (640, 480)).save(folder / "wide.png")
+    (folder / "broken.mp4").write_bytes(b"")
+    return folder
+
+
+@pytest.fixture
+def survey(video_models: Models, data: Path, tmp_path: Path) -> Callable[..., Surveyed]:
+    def of(kind: str, *changes: dict[str, Any], count: int = 3, **sections: Any) -> Surveyed:
+        rows = [row(i) for i in range(count)]
+        for record, change in zip(rows, changes, strict=False):
+            record |= change
+        file = write_rows(data / f"{abs(hash(json.dumps(rows)))}.jsonl", rows)
+        config = configured(tmp_path, video_models(kind), file, **sections)
+        return survey_rows(config, check(config).needs)
+
+    return of
+
+
+def kept(found: Surveyed) -> list[str]:
+    return [row.id for row in found.train]
+
+
+def test_good_rows_say_nothing(
+    survey: Callable[..., Surveyed], caplog: pytest.LogCaptureFixture
+) -> None:
+    for kind in (QWEN, OMNI, "llava_onevision"):
+        found = survey(kind)
+        assert kept(found) == ["row-0", "row-1", "row-2"]
+        assert not found.notes
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("kind", "clip", "fault"),
+    [
+        (QWEN, "gone.mp4", "gone.mp4: cannot be read: No such file"),
+        (QWEN, "broken.mp4", "broken.mp4: the file is empty"),
+        (OMNI, "mute.mp4", "mute.mp4: has no sound track, and the model hears"),
+        (OMNI, "long.mp4", "long.mp4: a sound of 35.0 s, but .* keeps 30 s"),
+        (QWEN3, "still.mp4", "still.mp4: Qwen3VLVideoProcessor does not take a clip of 1 frame"),
+    ],
+)  # fmt: skip
+def test_one_policy_for_all_that_cannot_be_shown(
+    kind: str,
+    clip: str,
+    fault: str,
+    survey: Callable[..., Surveyed],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    by_rate = {"num_frames": None, "fps": 2, "max_frames": 4}
+    found = survey(kind, {"video": clip}, {"video": clip}, video=by_rate)
+    assert kept(found) == ["row-2"]
+    named = [message for message in caplog.messages if clip in message]
+    assert len(named) == 1, "each file once"
+    assert caplog.messages[-1].startswith("2 of 3 rows are left out for the 1 ")
+    with pytest.raises(DataError, match=fault):
+        survey(kind, {"video": clip}, video={**by_rate, "bad_media": "stop"})
+    with pytest.raises(DataError, match=rf"no row is left to train on: 3 of 3 rows(.|\n)*{fault}"):
+        survey(kind, *[{"video": clip}] * 3, video=by_rate)
+
+
+def test_a_frame_alone_is_padded_where_the_processor_pads(
+    survey: Callable[..., Surveyed], caplog: pytest.LogCaptureFixture
+) -> None:
+    for kind in (QWEN, "llava_onevision"):
+        assert len(kept(survey(kind, {"video": "still.mp4"}, video={"num_frames": 1}))) == 3
+    assert not caplog.messages
+
+
+def test_rows_beyond_the_positions_are_named_by_what_takes_them(
+    survey: Callable[..., Surveyed], caplog: pytest.LogCaptureFixture
+) -> None:
+    many = {"video": None, "videos": ["clip0.mp4"] * 80}
+    assert kept(survey(QWEN, many, video={"num_frames": 16})) == ["row-1", "row-2"]
+    assert (
+        "clip0.mp4: takes 2,560 tokens, with which a row is beyond the model's 2,048"
+        in (caplog.messages[0])
+    )
+    words = {"prompt": "What is it? " * 600}
+    with pytest.raises(DataError, match=r"row-0.*at most 2,048 tokens.*data.bad_rows"):
+        survey(QWEN, words, data={"max_prompt_length": 9000})
+
+
+def test_a_row_has_its_own_rate_and_size(survey: Callable[..., Surveyed]) -> None:
+    found = survey(QWEN, {"fps": 1.0, "max_pixels": 3136})
+    assert [clip.fps for row in found.train for clip in row.media.videos] == [1.0, None, None]
+    with pytest.raises(DataError, match=r"no row is left(.|\n)*clip0.mp4: .*to no max_pixels"):
+        survey("llava_onevision", {"max_pixels": 3136}, count=1)
+
+
+def test_pictures_have_an_area_too(
+    survey: Callable[..., Surveyed], video_models: Models, data: Path, tmp_path: Path
+) -> None:
+    shown = {"video": None, "image": "wide.png"}
+    large, small = (
+        survey(QWEN, shown, count=1, video={"image_pixels": area}, data={"max_prompt_length": 40})
+        for area in (100_352, 12_544)
+    )
+    assert kept(large) == kept(small) == ["row-0"]
+    with pytest.raises(ConfigError, match=r"video\.image_pixels is set, but"):
+        survey("llava_onevision", shown, count=1, video={"image_pixels": 4096})
+
+
+def test_a_cache_is_as_large_as_was_planned(
+    video_models: Models, data: Path, tmp_path: Path
+) -> None:
+    file = write_rows(data / "cached.jsonl", [row(i) for i in range(4)])
+    config = configured(tmp_path, video_models(QWEN3), file, reference={"kind": "cached"})
+    planned = plan_cache(config).splitlines()
+    assert planned[0].startswith("features of media: 4 of 4 to write, ")
+    assert planned[1].startswith("rows of the reference: 4 of 4 to write, ")
+    write_cache(config)
+    written = sum(file.stat().st_size for file in (tmp_path / "cache").glob("*.safetensors"))
+    told = float(planned[-1].split(" KiB")[0]) * 1024
+    assert 0.9 * written < told < 1.15 * written
+    again = plan_cache(config).splitlines()
+    assert [line.split(" to write")[0] for line in again[:2]] == [
+        "features of media: 0 of 4",
+        "rows of the reference: 0 of 4",
+    ]
