@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -118,7 +119,7 @@ class RunConfig(Section):
             raise ValueError(
                 "model.quantization needs model.lora: quantised weights are not trainable"
             )
-        if self.model.revision is not None and Path(self.model.path).is_dir():
+        if self.model.revision is not None and os.path.isdir(self.model.path):
             raise ValueError(
                 f"model.revision names a version on the hub, but model.path {self.model.path} is a "
                 "folder; remove model.revision"
@@ -217,7 +218,7 @@ def deciding(config: RunConfig) -> dict[str, Any]:
         },
     )
     template = config.text.chat_template
-    if isinstance(template, Path) and template.is_file():  # what it says decides, not its place
+    if isinstance(template, Path) and os.path.isfile(template):  # what it says, not its place
         digest = hashlib.sha256(template.read_bytes()).hexdigest()
         settings["text"]["chat_template"] = f"sha256 {digest}"
     return settings

@@ -25,6 +25,7 @@ import numpy as np
 
 from mmalign.data.open_files import OpenFiles
 from mmalign.errors import DataError
+from mmalign.safe import open_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -232,7 +233,7 @@ class TensorCache:
     def _read_header(self, shard: Path) -> None:
         """Index a shard from its header: 8 bytes of length, JSON, then the tensors' bytes."""
         try:
-            with shard.open("rb") as stream:
+            with open_file(shard) as stream:
                 length = int.from_bytes(stream.read(8), "little")
                 size = os.fstat(stream.fileno()).st_size
                 if length > _MOST_HEADER:

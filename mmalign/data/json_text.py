@@ -10,7 +10,7 @@ import json
 import re
 from typing import IO, TYPE_CHECKING, Any
 
-from mmalign.data.fields import DEEPEST, as_list, as_object, is_deep
+from mmalign.data.fields import DEEPEST, is_deep
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,11 +84,17 @@ def _require_utf8(text: str) -> None:
 
 def _num_parts(value: Any) -> int:
     """Values in lists and objects, themselves counted."""
-    count, level = 0, [value]
+    count = 0
+    level: list[Any] = [value]
     while level and count <= MOST_PARTS:
         count += len(level)
-        level = [m for v in level for m in (as_object(v) or {}).values() or as_list(v) or ()]
+        inner: list[Any] = [v.values() if isinstance(v, dict) else v for v in level if _holds(v)]
+        level = [member for members in inner for member in members]
     return count
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, list | dict)
 
 
 class JsonText:

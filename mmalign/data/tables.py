@@ -202,7 +202,8 @@ def _read_through(where: str, data: Any) -> Iterator[Mapping[str, Any]]:
     """The rows of a Dataset, in plain values."""
     number = 0
     try:
-        for number, record in enumerate(data, start=1):
+        for record in data:
+            number += 1
             yield plain(record)
     except damage() as error:
         raise DataError(f"{where}: cannot be read after row {number}: {error}") from error

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
+from mmalign.data.example import Picture
+from mmalign.data.guard import Fence
+from mmalign.data.pictures import open_picture, picture_bytes
+from mmalign.errors import DataError
 from mmalign.report import blocks
 from mmalign.report.blocks import Section
 from mmalign.report.run import is_number
@@ -95,7 +100,10 @@ def with_error_intervals(run: Run) -> Run:
 
 def picture(file: Path, caption: str) -> Markup:
     """A picture file as part of the page, made smaller where it would be too large for one."""
-    kind, data = _bounded(file)
+    try:
+        kind, data = _bounded(file)
+    except DataError as error:
+        return Markup('<p class="remark">{}</p>').format(f"{caption}: {error}")
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     image = Markup('<img class="sheet" src="{}" alt="{}">').format(source, caption)
     return blocks.figure(image, caption)
@@ -107,10 +115,12 @@ def _figure(step: int, file: Path) -> Markup:
 
 def _sheets_of(run: Run) -> list[tuple[int, Path]]:
     """Step and file of every sheet, in order."""
+    fence = Fence(run.folder)
     found = [
         (int(match[1]), file)
         for file in run.folder.glob("samples/step-*/sheet.png")
-        if (match := re.fullmatch(r"step-(\d+)", file.parent.name))
+        if (match := re.fullmatch(r"step-(\d{1,15})", file.parent.name))
+        and fence.holds(os.path.realpath(file))  # a link in a stranger's run leads anywhere
     ]
     return sorted(found)
 
@@ -124,13 +134,10 @@ def _spread(items: Sequence[tuple[int, Path]]) -> list[tuple[int, Path]]:
 
 def _bounded(file: Path) -> tuple[str, bytes]:
     """Kind and bytes of a picture of at most `_MAX_BYTES`: as it is, else a smaller JPEG."""
-    data = file.read_bytes()
+    data = picture_bytes(Picture(file))
     if len(data) <= _MAX_BYTES:
         return file.suffix.removeprefix("."), data
-    from PIL import Image
-
-    with Image.open(file) as opened:
-        image = opened.convert("RGB")
+    image = open_picture(file)
     for width in _WIDTHS:
         out = io.BytesIO()
         smaller = image.copy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 from functools import cached_property, lru_cache
 from string import ascii_letters
@@ -177,7 +178,7 @@ def template_file(path: Path) -> str:
     Raises:
         ConfigError: There is none, or it is no template.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"text.chat_template {path}: cannot be read: there is no such file")
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -42,7 +42,7 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
             f"model.path {path!r}: its weights cannot be read as safetensors: {error}; "
             "copy the model again"
         ) from error
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, MemoryError) as error:
         kind = _kind_with_media(path, config, revision)
         if kind:
             raise ConfigError(

@@ -7,6 +7,8 @@ import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
 
+from mmalign.safe import escaped
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from types import TracebackType
@@ -90,6 +92,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
+        text = escaped(text)
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
         elif self._is_main:

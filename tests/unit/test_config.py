@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -297,3 +299,96 @@ def test_what_a_template_file_says_decides_and_not_where_it_lies(tmp_path: Path)
     assert of(other) == first
     other.write_text("{{ messages }}!")
     assert of(other) != first
+
+
+ALIASES = "\n".join(
+    ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+)
+MERGED = "\n".join(
+    ["m0: &m0 {x: 1, y: 2}"] + [f"m{i}: &m{i} {{<<: [*m{i - 1}, *m{i - 1}]}}" for i in range(1, 30)]
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: " + "[" * 500 + "]" * 500, "nested more than 32 deep"),
+        ("a: " + "{b: " * 500 + "1" + "}" * 500, "nested more than 32 deep"),
+        ("a0: &a0 [1]\n" + "\n".join(f"a{i}: &a{i} [*a{i - 1}]" for i in range(1, 90)), "32 deep"),
+        (ALIASES, "more than 20,000 values, aliases unfolded"),
+        (MERGED, "more than 20,000 values, aliases unfolded"),
+        ("a: &a [*a]", "an alias stands for what it lies in"),
+        ("a: [" + "1," * 60_000 + "1]", "more than 20,000 values"),
+        ("a: '" + "x" * 600_000 + "'", "has more than 512 KiB"),
+        ('model: {path: "a\\0b"}', "holds a zero byte"),
+        ('model: {path: "\\ud800"}', "holds half of a surrogate pair"),
+        ("a: !!bool x", "only text, numbers"),
+        ("a: !!int ''", "only text, numbers"),
+        ("a: !!timestamp x", "only text, numbers"),
+        ("a: !!map x", "not valid YAML"),
+    ],
+)
+def test_a_config_of_a_stranger_is_bounded(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=said):
+        configfile.read(path)
+
+
+def test_aliases_of_a_usual_size_stay() -> None:
+    text = "a: &a {lr: 1}\nb: *a\nc: {<<: *a, d: [*a, *a]}"
+    one = {"lr": 1}
+    assert configfile.parse(text, "x") == {"a": one, "b": one, "c": {**one, "d": [one, one]}}
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        ("a=" + "[" * 600, "nested more than 32 deep"),
+        (".".join("a" * 3000) + "=1", "the key has more than 32 parts"),
+    ],
+)
+def test_an_override_is_bounded(item: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        configfile.override({}, item)
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_config_is_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.yaml")
+    for path, said in (
+        (tmp_path / "run.yaml", "is a pipe and no file"),
+        (Path("/dev/zero"), "is a device and no file"),
+        (tmp_path / ("a" * 300 + ".yaml"), "there is no such config file"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            configfile.read(path)
+
+
+def test_many_problems_are_counted(tmp_path: Path) -> None:
+    text = message(tmp_path, SMALLEST + "train: {" + ", ".join(f"k{i}: 1" for i in range(50)) + "}")
+    assert text.splitlines()[0] == "50 problems"
+    assert text.endswith("and 30 more")
+    assert len(text) < 2000
+
+
+def test_every_number_has_two_ends() -> None:
+    """What lies outside would end in a library, with its words."""
+    open_ended: list[str] = []
+
+    def look(schema: dict[str, Any], where: str) -> None:
+        for part in schema.get("anyOf", []):
+            look(part, where)
+        if schema.get("type") in ("integer", "number"):
+            low = {"minimum", "exclusiveMinimum"} & set(schema)
+            high = {"maximum", "exclusiveMaximum"} & set(schema)
+            if not (low and high):
+                open_ended.append(where)
+
+    for name, section in configs.schema()["$defs"].items():
+        if name != "ObjectiveConfig":  # its keywords are the preset's
+            for key, field in section.get("properties", {}).items():
+                look(field, f"{name}.{key}")
+    assert not open_ended

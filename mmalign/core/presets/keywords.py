@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from mmalign.core.objective import Objective
 
+_LARGEST = 1e12  # beyond, products of it overflow 32 bits
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -61,6 +62,11 @@ def check_type(key: str, value: object, annotation: Any) -> None:
         text = isinstance(value, str) and _NUMBER.fullmatch(value)
         hint = " (YAML reads a number such as 1e-6 as text; write 1.0e-6)" if text else ""
         raise ConfigError(f"objective.{key} is {value!r}; it must be {_describe(annotation)}{hint}")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and not -_LARGEST <= value <= _LARGEST:
+        raise ConfigError(
+            f"objective.{key} is {value!r}; it must be between {-_LARGEST:g} and {_LARGEST:g}"
+        )
 
 
 def _fits(value: object, annotation: Any) -> bool:

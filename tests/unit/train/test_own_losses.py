@@ -11,6 +11,7 @@ from toy_adapter import toy_config
 
 from mmalign import config as configs
 from mmalign.core import presets
+from mmalign.core.presets import own
 from mmalign.core.terms import Preference
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.train.loop import train
@@ -27,6 +28,9 @@ class Doubled:  # a dataclass looks its module up while it is made
 def doubled(beta: float = 0.1):
     return presets.dpo(Doubled().factor * beta)
 """
+
+
+MARKED = LOSS.replace("def doubled", "import mmalign\n\n@mmalign.objective\ndef doubled")
 
 
 def write(folder: Path, text: str = LOSS, name: str = "my_losses.py") -> None:
@@ -50,7 +54,7 @@ def test_it_is_found_beside_the_config_and_in_the_current_directory(
     beside.mkdir()
     current.mkdir()
     monkeypatch.chdir(current)
-    write(current, LOSS.replace("2.0", "3.0"))
+    write(current, MARKED.replace("2.0", "3.0"))
     config = toy_config(beside, OWN)
     assert beta_of(config) == pytest.approx(0.6)
     write(beside)
@@ -89,7 +93,9 @@ def test_a_module_of_that_name_elsewhere_is_left_alone(tmp_path: Path) -> None:
         (":f", "':f'; a loss of your own is written as module:function"),
         ("my_losses:", "'my_losses:'; a loss of your own is written as"),
         ("a/b:f", "'a/b:f'; a loss of your own is written as"),
-        ("no_such:f", "there is no no_such.py beside the config or in the current directory"),
+        ("no_such:f", "does not lie beside the config, and holds no function 'f' marked by"),
+        ("raises:f", "'raises' fails when it is imported: RuntimeError: at once"),
+        ("calls:f", "'calls:f', which fails: ZeroDivisionError"),
         ("my_losses:missing", "'my_losses' has no such function \\(read from .*my_losses.py\\)"),
         ("broken:f", "'broken' cannot be imported: .*invalid syntax"),
         ("lacks:f", "'lacks' cannot be imported: No module named 'surely_not_there'"),
@@ -100,6 +106,8 @@ def test_what_cannot_be_used_is_said_in_one_sentence(tmp_path: Path, name: str, 
     write(tmp_path)
     write(tmp_path, "def f(:\n", "broken.py")
     write(tmp_path, "import surely_not_there\n", "lacks.py")
+    write(tmp_path, "raise RuntimeError('at once')\n", "raises.py")
+    write(tmp_path, "def f():\n    return 1 / 0\n", "calls.py")
     write(tmp_path, "def f():\n    return 3\n", "other.py")
     with pytest.raises(ConfigError, match=said):
         configs.check(toy_config(tmp_path, f'objective={{name: "{name}"}}'))
@@ -130,6 +138,67 @@ def test_the_run_folder_keeps_it_and_stands_alone(tmp_path: Path) -> None:
     changed = changed.model_copy(update={"output": config.output})
     with pytest.raises(CheckpointError, match=r"losses.my_losses.py: '\w+' in the checkpoint"):
         train(changed, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_marked"),
+    [
+        (MARKED, True),
+        (LOSS, False),
+        (MARKED.replace("import mmalign\n", "from mmalign import objective\n").replace(
+            "@mmalign.objective", "@objective"), True),
+        ("import mmalign\n@mmalign.objective\ndef other(): ...\n" + LOSS, False),
+        ("def broken(:\n", False),
+    ],
+)  # fmt: skip
+def test_elsewhere_a_function_is_named_only_if_it_is_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, is_marked: bool
+) -> None:
+    """Told before anything is imported: importing alone would run the module."""
+    installed = tmp_path / "site"
+    write(
+        installed, "from pathlib import Path\nPath(__file__ + '.ran').touch()\n", "pack/__init__.py"
+    )
+    write(installed, text, "pack/losses.py")
+    monkeypatch.syspath_prepend(installed)
+    for name in ("pack", "pack.losses"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    own._load.cache_clear()
+    (tmp_path / "configs").mkdir()
+    config = toy_config(tmp_path / "configs", 'objective={name: "pack.losses:doubled", beta: 0.2}')
+    if is_marked:
+        assert beta_of(config) == pytest.approx(0.4)
+        return
+    with pytest.raises(ConfigError, match=r"marked by @mmalign\.objective: put the module"):
+        configs.check(config)
+    assert not (installed / "pack" / "__init__.py.ran").exists()
+
+
+@pytest.mark.parametrize("name", ["os:system", "antigravity:geohash", "json.tool:main", "sys:exit"])
+def test_a_config_runs_nothing_of_the_library(tmp_path: Path, name: str) -> None:
+    before = set(sys.modules)
+    with pytest.raises(ConfigError, match="does not lie beside the config"):
+        configs.check(toy_config(tmp_path, f'objective={{name: "{name}"}}'))
+    assert "antigravity" not in set(sys.modules) - before
+
+
+def test_a_stranger_s_run_is_sampled_and_reported_without_its_code(tmp_path: Path) -> None:
+    from mmalign.offline import evaluate_checkpoint, trained_adapter
+    from mmalign.report import write_report
+
+    write(tmp_path)
+    run = train(toy_config(tmp_path, OWN, "train.num_steps=1")).run_dir
+    ran = tmp_path / "ran"
+    write(run, f"{LOSS}\nfrom pathlib import Path\nPath({str(ran)!r}).touch()\n")
+    own._load.cache_clear()
+    config = configs.load(run / "config.yaml")
+    with pytest.raises(ConfigError, match="--own-loss"):
+        evaluate_checkpoint(config, None)
+    trained_adapter(config, None)
+    write_report([run], tmp_path / "report.html")
+    assert not ran.exists()
+    assert evaluate_checkpoint(config, None, own_loss=True).metrics["loss"] > 0
+    assert ran.exists()
 
 
 def test_presets_by_name_need_no_folder() -> None:
