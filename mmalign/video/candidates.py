@@ -21,6 +21,7 @@ from mmalign.errors import DataError
 from mmalign.video.augment import NEEDS_DONOR, rng_for
 from mmalign.video.media import choose
 from mmalign.video.operations import allowed, draw
+from mmalign.video.sound import has_sound
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,7 +116,7 @@ class Corruptor:
     def _operations(self, example: Example, own: Media, role: str) -> list[str]:
         spec = self.video.corruption
         frames = self._num_frames(own.videos[0]) if own.videos else 1
-        heard = bool(own.sounds) or (self.hears and bool(own.videos))
+        heard = bool(own.sounds) or (self.hears and any(map(self._plays, own.videos[:1])))
         if not own.videos and not own.images:
             return list(_SOUNDS)
         donor = any(clip not in own.videos for clip in self.donors)
@@ -133,6 +134,10 @@ class Corruptor:
             donor=donor,
         )
 
+    def _plays(self, clip: Clip) -> bool:
+        """Whether a clip has sound; one without is only left among rows under `no_sound: mute`."""
+        return self.video.no_sound != "mute" or has_sound(clip.path)
+
     def _num_frames(self, clip: Clip) -> int:
         """Frames that are shown of a clip; chosen by rate, a short one may have one alone."""
         if clip.frames:
@@ -145,5 +150,7 @@ class Corruptor:
         donor = None
         if operation in NEEDS_DONOR:
             others = [clip for clip in self.donors if clip not in own.videos]
+            heard = [clip for clip in others if operation == "swap_audio" and self._plays(clip)]
+            others = heard or others
             donor = others[int(rng.integers(len(others)))]
         return replace(own, change=Change(operation, int(rng.integers(2**62)), donor))

@@ -12,6 +12,7 @@ import PIL.Image
 
 from mmalign.data.cache import plain
 from mmalign.data.pictures import open_picture
+from mmalign.errors import DataError
 from mmalign.video.augment import augment
 from mmalign.video.frame_cache import FrameCache
 from mmalign.video.frames import Frames
@@ -73,8 +74,17 @@ class MediaReader:
         self._small: dict[str, Processed] = {}  # of media whose features are kept
 
     def key(self, media: Media) -> str:
-        """The media's identity: files, parts, alteration, and how they are read."""
-        parts = [_VERSION, plain(media), self._settings, self._identity]
+        """The media's identity: files, parts, alteration, and how they are read.
+
+        Raises:
+            DataError: A file is not there.
+        """
+        try:
+            files = plain(media)
+        except OSError as error:
+            what = f"{error.filename}: cannot be read: {error.strerror}"
+            raise DataError(what) from error
+        parts = [_VERSION, files, self._settings, self._identity]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def prepare(self, media: Media, where: str, *, pixels: bool = False) -> Prepared:

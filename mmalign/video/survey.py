@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mmalign.errors import DataError
+from mmalign.errors import ConfigError, DataError
 from mmalign.models.rows import Surveyed
 from mmalign.text.cached import cache_folder
 from mmalign.text.limits import Limits, model_limits
@@ -15,6 +16,8 @@ from mmalign.text.span_masks import with_spans
 from mmalign.text.survey import survey, too_long
 from mmalign.text.survey_cache import SurveyCache
 from mmalign.text.survey_lines import lines, problems, require_lesson
+from mmalign.video.augment import seed_for
+from mmalign.video.candidates import Corruptor
 from mmalign.video.check_journal import FILE
 from mmalign.video.checks import check_media, keep_usable, leave_out, uses_of
 from mmalign.video.clue_hook import CLUE_TOKEN
@@ -27,13 +30,15 @@ from mmalign.video.reader import MediaReader
 from mmalign.video.rows import taken
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from mmalign.config import RunConfig
-    from mmalign.data.example import Example, Media
+    from mmalign.core import Needs
+    from mmalign.data.example import Clip, Example, Media
     from mmalign.text.encode import EncodedCandidate
     from mmalign.text.survey import Found
-    from mmalign.video.checks import MediaReport
+    from mmalign.video.checks import MediaReport, Use
+    from mmalign.video.seen import Seen
 
 
 class CountingEncoder(VideoEncoder):
@@ -45,11 +50,23 @@ class CountingEncoder(VideoEncoder):
         return super().encode_example(example)
 
 
-def survey_parts(config: RunConfig, parts: Sequence[Sequence[Example]]) -> Surveyed:
+@dataclass(frozen=True, slots=True)
+class CountingCorruptor(Corruptor):
+    """A corruptor that knows the frames of clips by what was seen of them."""
+
+    seen: Mapping[Use, Seen] = field(default_factory=dict["Use", "Seen"])
+
+    def _num_frames(self, clip: Clip) -> int:
+        known = self.seen.get((clip, self.hears)) or self.seen.get((clip, not self.hears))
+        return Corruptor._num_frames(self, clip) if known is None else len(known.indices)
+
+
+def survey_parts(config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]) -> Surveyed:
     """What training would meet in these rows, and those without problems.
 
     Args:
         config: The run's configuration.
+        needs: Of its objective.
         parts: Rows to train on, rows held out; files of both are looked at and named once.
 
     Raises:
@@ -64,9 +81,14 @@ def survey_parts(config: RunConfig, parts: Sequence[Sequence[Example]]) -> Surve
     kept = keep_usable(possible, report, config.video, hears=hears)
     encoder = counting_encoder(config, processor, report)
     kept = _fitting(kept, encoder)
+    donors = tuple(dict.fromkeys(clip for row in kept[0] for clip in row.media.videos))
+    alter = CountingCorruptor(config.video, hears, donors, report.seen)
+    kept, bare = _alterable(kept, alter, needs.roles)
     rows = list({id(row): row for part in kept for row in part}.values())
     limits = Limits(positions=model_limits(config).positions)
     found = _found(config, encoder, rows, limits, report)
+    found.problems += [(number, bare[id(row)], "") for number, row in enumerate(rows)
+                       if id(row) in bare]  # fmt: skip
     kept = _within(kept, rows, found, limits, encoder)
     bad = {id(rows[number]) for number, *_ in found.problems}
     kept = [[row for row in part if id(row) not in bad] for part in kept]
@@ -124,6 +146,22 @@ def _fitting(parts: list[list[Example]], encoder: CountingEncoder) -> list[list[
                 faults[id(row)] = f"{_files(media)}: {text}"
                 break
     return leave_out(parts, faults, encoder.reader.video)
+
+
+def _alterable(
+    parts: list[list[Example]], alter: Corruptor, roles: Sequence[str]
+) -> tuple[list[list[Example]], dict[int, str]]:
+    """The rows whose media can be altered as the objective asks, and by id() what others lack."""
+    faults: dict[int, str] = {}
+    bare: dict[int, str] = {}
+    for row in {id(row): row for part in parts for row in part}.values():
+        try:
+            alter(row, roles, seed_for(0, row.id, 0, 0))
+        except DataError as error:
+            bare[id(row)] = str(error).removeprefix(f"{row.id}: ")
+        except ConfigError as error:
+            faults[id(row)] = f"{_files(row.media)}: {error}"
+    return leave_out(parts, faults, alter.video), bare
 
 
 def _within(

@@ -207,7 +207,8 @@ def test_media_that_stop_a_run(video_models: Models, data: Path, tmp_path: Path)
     assert "set video.bad_media to drop" in text
 
     mute = with_media(data, "mute", {"video": "mute.mp4"})
-    text = said(OMNI, mute)
+    assert said(OMNI, mute, bad_media="stop") == said(OMNI, mute, no_sound="stop")
+    text = said(OMNI, mute, no_sound="stop")
     assert f"{folder / 'mute.mp4'}: has no sound track, and the model hears" in text
     assert "video.no_sound to drop or mute" in text
 
@@ -241,12 +242,12 @@ def test_records_that_do_not_name_media_rightly(
     text = with_media(data, "token", {"prompt": "A <|video_pad|> token"})
     config = write_config(runs, video_models(KIND), text)
     said = refused("train", config, "--dry-run")
-    assert "row-0: the prompt's text has <|video_pad|> 2 times, but 1 of kind video are" in said
+    assert "row-0'): the prompt's text has <|video_pad|> 2 times, but 1 of kind video are" in said
     said = refused("train", config, f"data.train={with_media(data, 'mark', NOTHING)}")
-    assert "row-0: the prompt names <video> 1 times, but the row has 0" in said
+    assert "row-0'): the prompt names <video> 1 times, but the row has 0" in said
     file = with_media(data, "bare", NOTHING | {"prompt": "A <|video_pad|> token"})
     said = refused("train", config, f"data.train={file}")
-    assert "row-0: the prompt's text writes the model's own <|video_pad|>, but nothing is" in said
+    assert "row-0'): the prompt's text writes the model's own <|video_pad|>, but nothing is" in said
 
 
 def test_rows_that_show_nothing_cannot_be_altered(
@@ -255,7 +256,7 @@ def test_rows_that_show_nothing_cannot_be_altered(
     file = with_media(data, "words", {"video": None})
     config = write_config(tmp_path, video_models(KIND), file, objective={"name": "mdpo"})
     said = refused("train", config)
-    assert "row-0: the objective compares answers under altered media, but the row shows" in said
+    assert "row-0'): the objective compares answers under altered media, but the row shows" in said
 
 
 def test_questions_that_cannot_be_asked(
