@@ -120,7 +120,7 @@ class VideoAdapter(TokenAdapter):
         cls, config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]
     ) -> Surveyed:
         """Media looked at, and all rows encoded once without pixels."""
-        return survey_parts(config, parts)
+        return survey_parts(config, needs, parts)
 
     def collate(self, examples: Sequence[Example], draws: Sequence[int] | None = None) -> Batch:
         """Ids of all candidates, those under altered clips among them, and what they show."""

@@ -89,7 +89,8 @@ def _write_features(config: RunConfig, needs: Needs, make: type[VideoAdapter]) -
         for key, media in track(todo, "features", console=console, disable=not console.is_terminal):
             prepared = reader.prepare(media, str(media.videos or media.images or media.sounds))
             tensors = {k: v.to(device) for k, v in media_tensors(prepared).items()}
-            encoded = encode(causal_model(adapter.policy), tensors, adapter.encoder.shown_ids)
+            inner, encoder = causal_model(adapter.policy), adapter.encoder
+            encoded = encode(inner, tensors, encoder.shown_ids, encoder.kinds)
             adapter.features.write(key, encoded)
     return (
         f"{store.folder}: features of {len(todo)} media written, {len(keys) - len(todo)} were "
