@@ -85,8 +85,8 @@ def bench_score(
     found = score(kind, rows, legacy=legacy or legacy_of is not None, seed=seed)
     say(json.dumps(found.summary(), indent=2) if as_json else score_text(found))
     if out is not None:
-        summary, rows = found.write(out)
-        say(f"summary: {summary}\nrows:    {rows}", err=as_json)
+        summary, readings = found.write(out)
+        say(f"summary: {summary}\nrows:    {readings}", err=as_json)
 
 
 @app.command("compare", short_help="Compare two runs on the same questions.")

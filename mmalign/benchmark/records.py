@@ -114,7 +114,12 @@ def common(source: Source, benchmark: str) -> list[Prediction]:
 def write_predictions(path: Path, rows: Iterable[Prediction]) -> None:
     """Write the common file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(row.record(), ensure_ascii=False) + "\n" for row in rows)
+    write_lines(path, (row.record() for row in rows))
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSON object a line."""
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     path.write_text("".join(lines), encoding="utf-8")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.benchmark.base import Benchmark
-from mmalign.benchmark.records import Prediction
+from mmalign.benchmark.records import Prediction, write_lines
 from mmalign.benchmark.tally import NUM_RESAMPLES, interval
 
 
@@ -66,8 +66,7 @@ class Score:
         folder.mkdir(parents=True, exist_ok=True)
         summary, rows = folder / "score.json", folder / "rows.jsonl"
         summary.write_text(json.dumps(self.summary(), indent=2) + "\n", encoding="utf-8")
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-        rows.write_text("".join(lines), encoding="utf-8")
+        write_lines(rows, self.rows)
         return summary, rows
 
 

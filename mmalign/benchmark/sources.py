@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmalign.data.fields import number, show
+from mmalign.data.fields import is_deep, number, show
 from mmalign.data.files import read_rows
+from mmalign.data.unfold import open_data
 from mmalign.errors import DataError
 
 MAX_OPTIONS = 26
@@ -103,9 +104,23 @@ def load(path: Path) -> Source:
             raise DataError(f"{bad[0].place}: {bad[0].problem}{more}")
         return _filled(path, [row.value for row in rows])
     try:
-        return _filled(path, json.loads(path.read_text(encoding="utf-8-sig")))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        with open_data(path) as handle:
+            text = handle.read().decode("utf-8-sig")
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # an escape may be half of a pair
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise DataError(f"{path}: holds half of a surrogate pair, {half!a}") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: not JSON: nested too deeply") from error
+    except ValueError as error:
         raise DataError(f"{path}: not JSON: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    if is_deep(value):
+        raise DataError(f"{path}: nested too deeply")
+    return _filled(path, value)
 
 
 def _no_suffix(path: Path) -> list[Any]:

@@ -90,6 +90,8 @@ def test_convert_writes_the_common_format(tmp_path: Path) -> None:
     [
         ("a.json", "{", ("videohallucer",), "a.json: not JSON: "),
         ("a.json", "[]", ("videohallucer",), "a.json: holds no questions"),
+        ("a.json", '[{"category": "a\\ud800"}]', ("videohallucer",), "half of a surrogate pair"),
+        ("a.json", "[" * 100_000, ("videohallucer",), "a.json: not JSON: nested too deeply"),
         ("a.jsonl", '{"id": 1', ("videohallucer",), "a.jsonl:1: the last line is cut off"),
         ("a.txt.zip", "", ("videohallucer",), "the name ends in .zip"),
         ("a.json", '{"k": 1}', ("videohallucer",), "must hold a list; found an object with ['k']"),
