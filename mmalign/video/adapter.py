@@ -83,7 +83,7 @@ class VideoAdapter(TokenAdapter):
         super().__init__(config, needs, model, tokenizer)
         self._step = 0
         self._num_steps = config.train.num_steps  # of the run; else unknown until it is planned
-        self._shown: Example | None = None  # of the run's rows, the first with media
+        self._shown: tuple[Example, ...] = ()  # of the run's rows, the first with media
         hears = self.encoder.processor.plays and config.video.sound == "auto"
         self._corruptor = Corruptor(config.video, hears)
         self._choice: pami.Chosen | None = None
@@ -323,15 +323,15 @@ class VideoAdapter(TokenAdapter):
 
     def _choose_layout(self, batch: Batch) -> Layout:
         layout = super()._choose_layout(batch)
-        if self._shown is not None:
-            tried: set[str] = set()
-            bare = partial(self._rows, clued=False)
-            for scoring in scoring_models(self.policy, self.reference):
-                model = causal_model(scoring)
-                kind = model.config.to_json_string()
-                if kind not in tried:  # a frozen copy is the same model
-                    tried.add(kind)
-                    require_true(model, self.heads, self.encoder, self._shown, bare, layout)
+        tried: set[str] = set()
+        bare = partial(self._rows, clued=False)
+        for scoring in scoring_models(self.policy, self.reference):
+            model = causal_model(scoring)
+            kind = model.config.to_json_string()
+            if kind not in tried:  # a frozen copy is the same model
+                tried.add(kind)
+                for row in self._shown:
+                    require_true(model, self.heads, self.encoder, row, bare, layout)
         return layout
 
     def _run_reference(

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmalign.errors import ConfigError
+from mmalign.errors import ConfigError, MmalignError
 from mmalign.text import attention
-from mmalign.text.calls import describe
+from mmalign.text.calls import FAULTS, describe, refusing
 from mmalign.text.fit import num_embedded
 from mmalign.text.model import quantization
 from mmalign.video.handed import LANGUAGE, deep_features, handed, language_model, sees_ahead
@@ -187,10 +187,13 @@ def encode(
     }
     try:
         seen = handed(model, floats | {"position_ids": positions})
-    except (ValueError, IndexError) as error:
+    except (MmalignError, torch.OutOfMemoryError):
+        raise
+    except FAULTS as error:
         raise ConfigError(
-            f"{type(model).__name__} cannot encode what its processor made of the media ({error}). "
-            "Model and processor (config.json, preprocessor_config.json) must belong together"
+            f"{type(model).__name__} cannot encode what its processor made of the media "
+            f"({describe(error)}). Model and processor (config.json, preprocessor_config.json) "
+            "must belong together"
         ) from error
     if sees_ahead(seen.get("attention_mask")) and not kinds.read_by(model):
         raise ConfigError(
@@ -254,7 +257,8 @@ def rope_positions(
         **{name: tensors.get(name) for name in grids},
     }
     known = inspect.signature(find).parameters
-    positions, _ = find(**{k: v for k, v in options.items() if k in known})
+    with refusing(model, "counting the positions of a prompt"):
+        positions, _ = find(**{k: v for k, v in options.items() if k in known})
     return positions[:, 0]  # fractions of a position where a class counts time so
 
 

@@ -82,7 +82,7 @@ class Processor:
                 f"transformers 5.24 or later (found {type(processor).__name__} of {__version__})"
             )
         tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in KINDS}
-        self.tokens: dict[str, str] = {kind: token for kind, token in tokens.items() if token}
+        self.tokens = {kind: str(token) for kind, token in tokens.items() if token}
         if not self.tokens:
             raise ConfigError(
                 f"model.path {config.model.path!r}: {type(processor).__name__} takes neither "
@@ -175,6 +175,11 @@ class Processor:
             options["videos"] = [make(frames.pixels) for frames, _ in shown.clips]
         output = self._call(options, where)
         found: dict[str, list[str]] = {kind: [] for kind in self.tokens}
+        if "text_replacement_offsets" not in output:
+            raise ConfigError(
+                f"model.path: {type(self.inner).__name__} does not tell what it writes in the "
+                "place of media, and without that prompts cannot be written here"
+            )
         for item in output.pop("text_replacement_offsets")[0]:
             found[item["type"]].append(item["replacement"])
         counts = {"video": shown.clips, "image": shown.images, "audio": shown.sounds}
@@ -263,7 +268,8 @@ class Processor:
         if not getattr(self.inner, "return_mm_token_type_ids", False):
             return {}
         names: list[str] = self.inner.model_input_names
-        usual = "mm_token_type_ids" if "mm_token_type_ids" in names else "token_type_ids"
+        renamed = "token_type_ids" in names and "mm_token_type_ids" not in names  # Gemma 3
+        usual = "token_type_ids" if renamed else "mm_token_type_ids"
         tellers = {usual: self.inner.create_mm_token_type_ids}
         if "moe_mm_token_type_ids" in names:  # Ernie: what opens and ends a medium belongs to it
             tellers["moe_mm_token_type_ids"] = self.inner.create_moe_mm_token_type_ids

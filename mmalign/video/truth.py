@@ -1,4 +1,4 @@
-"""Whether what a row shows is scored as its model does: tried once, before the first step.
+"""Whether what rows show is scored as their model does: tried once, before the first step.
 
 The truth is the model's own forward pass on its processor's own output for the whole prompt: ids,
 pixels, grids, times and kinds of tokens. None of what is done here for speed takes part in it:
@@ -22,7 +22,7 @@ from mmalign.video.model import tower_dtype
 from mmalign.video.prompt import place
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -36,13 +36,15 @@ if TYPE_CHECKING:
 _NATS, _NATS_HALF = 1e-3, 0.05
 
 
-def first_shown(examples: Sequence[Example]) -> Example | None:
-    """The first row that shows something, with its first answer; None where none does."""
+def first_shown(examples: Iterable[Example]) -> tuple[Example, ...]:
+    """The first row of each mix of clips, pictures and sounds, with its first answer alone."""
+    found: dict[tuple[bool, ...], Example] = {}
     for row in examples:
-        if row.media and row.candidates:
+        shown = tuple(map(bool, (row.media.videos, row.media.images, row.media.sounds)))
+        if any(shown) and row.candidates and shown not in found:
             answer = replace(row.candidates[0], role="", prompt=None, media=None)
-            return replace(row, candidates=(answer,), labels=row.labels[:1])
-    return None
+            found[shown] = replace(row, candidates=(answer,), labels=row.labels[:1])
+    return tuple(found.values())
 
 
 @torch.no_grad()

@@ -220,8 +220,8 @@ def test_a_wrong_way_to_features_is_refused_before_the_first_step(
         adapter(adapter.collate(rows), Needs())
 
 
-def test_the_first_row_of_a_run_that_shows_something_is_tried(
-    video_models: Models, clips_dir: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_first_rows_of_a_run_that_show_something_are_tried(
+    video_models: Models, clips_dir: Path, pictures: list[Picture], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[str] = []
     require = truth.require_true
@@ -234,10 +234,14 @@ def test_the_first_row_of_a_run_that_shows_something_is_tried(
     adapter = make_adapter(video_models("llava_onevision"), moved=False, **PLAIN)
     words = pair(clips_dir, "words", media=Media())
     rows = [words, *(pair(clips_dir / f"clip{i}.mp4", f"row-{i}") for i in range(2))]
+    rows += [
+        pair(clips_dir, f"picture-{i}", media=shown("picture", i, clips_dir, pictures))
+        for i in range(2)
+    ]
     adapter.before_training(rows)
     for row in (words, rows[2]):
         adapter(adapter.collate([row]), Needs(reference=True))
-    assert tried == ["row-0"], "once, for policy and frozen copy together"
+    assert tried == ["row-0", "picture-0"], "once, for policy and frozen copy together"
 
 
 def test_another_prompt_than_the_processor_s_is_refused(
