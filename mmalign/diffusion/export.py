@@ -13,6 +13,7 @@ from mmalign.diffusion.lora_export import write_lora as _write_lora
 from mmalign.errors import CheckpointError
 from mmalign.models.adapter import Saved
 from mmalign.models.adapter_settings import start_of
+from mmalign.models.dora import wide_norms
 from mmalign.models.files import denoiser_folder, read_tensors, save_tensors, weight_files
 from mmalign.models.lora import TRAINED
 from mmalign.models.lora_files import LoraWeights, is_lora, read_lora
@@ -120,6 +121,7 @@ def continue_lora(
         use_dora=any("magnitude" in parts for parts in lora.parts.values()),
     )
     policy: Any = get_peft_model(denoiser, config)  # pyright: ignore[reportArgumentType]
+    wide_norms(policy)
     _load_factors(policy, lora)
     return policy
 

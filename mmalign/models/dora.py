@@ -7,6 +7,7 @@ Source: Liu et al. 2024, arXiv:2402.09353; peft's `lora_magnitude_vector`.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from mmalign.models.lora_load import TRAINED
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 @torch.no_grad()
@@ -27,6 +28,7 @@ def exact_start(policy: PeftModel) -> None:
     """
     from peft.utils.integrations import dequantize_module_weight
 
+    wide_norms(policy)
     for module in policy.modules():
         layers: Any = getattr(module, "lora_magnitude_vector", None) or {}
         if TRAINED not in layers:
@@ -37,6 +39,31 @@ def exact_start(policy: PeftModel) -> None:
         # peft's own function: its axes and its order of summing, and so the same last bit.
         norm = layer.get_weight_norm(wide, torch.zeros((), device=wide.device), 0.0)
         layer.weight.copy_(norm.to(layer.weight.device).view_as(layer.weight))
+
+
+def wide_norms(policy: nn.Module) -> None:
+    """Make the convolutions of all adapters divide by norms that are computed in full precision.
+
+    peft casts the weight of a linear layer for it, but not that of a convolution, whose norm is
+    bfloat16's under autocast.
+    """
+    from peft.tuners.lora.dora import DoraConv1dLayer, DoraConv2dLayer, DoraConv3dLayer
+
+    for module in policy.modules():
+        if type(module) in (DoraConv1dLayer, DoraConv2dLayer, DoraConv3dLayer):
+            module.__class__ = _wide(type(module))
+
+
+@cache
+def _wide(kind: Any) -> Any:
+    def get_weight_norm(
+        self: Any, weight: Tensor, lora_weight: Tensor, scaling: float, **options: Any
+    ) -> Tensor:
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        with torch.autocast(weight.device.type, enabled=False):
+            return kind.get_weight_norm(self, wide, lora_weight, scaling, **options)
+
+    return type(kind.__name__, (kind,), {"get_weight_norm": get_weight_norm})
 
 
 def comfyui_scale(

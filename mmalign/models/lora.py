@@ -17,7 +17,7 @@ from mmalign.models.adapter_settings import (
     read_settings,
     refuse_adapter_path,
 )
-from mmalign.models.dora import exact_start
+from mmalign.models.dora import exact_start, wide_norms
 from mmalign.models.files import local_folder
 from mmalign.models.lora_load import TRAINED, load_adapter
 
@@ -189,6 +189,7 @@ def copy_adapter(policy: PeftModel) -> None:
     config.lora_dropout = 0.0  # a reference scores without noise
     policy.add_adapter(REFERENCE, config)
     policy.set_adapter(TRAINED)
+    wide_norms(policy)
     for _, trained, reference in adapter_pairs(policy):
         reference.data = trained.detach().clone()
         reference.requires_grad_(False)

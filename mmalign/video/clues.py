@@ -171,13 +171,12 @@ class ClueAggregator(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write weights and sizes into a folder."""
-        from safetensors.torch import save_file
+        from mmalign.models.files import save_tensors
 
         Path(folder).mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.settings, indent=2) + "\n"
         (Path(folder) / SETTINGS).write_text(text, encoding="utf-8")
-        state = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        save_file(state, Path(folder) / WEIGHTS)
+        save_tensors(self.state_dict(), Path(folder) / WEIGHTS)
 
     @classmethod
     def load(cls, folder: str | Path) -> ClueAggregator:

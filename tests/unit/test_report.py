@@ -14,7 +14,7 @@ import pytest
 
 from mmalign.errors import ConfigError
 from mmalign.evaluate import Tally, summarise
-from mmalign.report import Section, blocks, write_report
+from mmalign.report import Section, blocks, place_of, write_report
 from mmalign.report.figures import colour, svg
 from mmalign.report.heldout import held_out
 from mmalign.report.remarks import remarks
@@ -203,6 +203,31 @@ def test_several_runs_share_a_page(tmp_path: Path) -> None:
     assert "two, step 30" in page.text
     assert "var(--series-2)" in raw
     assert page.text.count("one, two: Training reward accuracy is 100 %") == 1
+
+
+def test_a_page_of_several_runs_takes_nobodys_place(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in ("one", "two")]
+    own = write_report(runs[:1], place_of(runs[:1]))
+    assert own == runs[0] / "report.html"
+    before = own.read_text()
+    first = write_report(runs, place_of(runs))
+    second = write_report(runs, place_of(runs))
+    assert [page.name for page in (first, second)] == [
+        "report-one-two.html",
+        "report-one-two-2.html",
+    ]
+    assert own.read_text() == before
+
+
+def test_a_tied_start_is_no_number_to_gain_from(tmp_path: Path) -> None:
+    """Every log-ratio is 0 before the first step, so that an accuracy says nothing then."""
+    run = read_run(make_run(tmp_path / "run"))
+    section = held_out([run])
+    assert section is not None
+    text = Page(str(section.html)).text
+    (told,) = re.findall(r"Reward accuracy pairs whose .*? one (.*?) Loss", text)
+    assert told.startswith("all tied 100 %")
+    assert "points" not in told
 
 
 @pytest.mark.parametrize(

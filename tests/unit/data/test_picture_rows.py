@@ -125,6 +125,31 @@ def test_check_names_pictures_that_cannot_be_used(pics: Path, write: Write) -> N
     ]
 
 
+def test_check_names_pictures_that_teach_other_than_they_seem(tmp_path: Path) -> None:
+    """Small beside the others, mostly cut away, or one picture twice, in whatever format."""
+    folder = tmp_path / "pairs"
+    sizes = {"fine": (24, 24), "tiny": (2, 3), "long": (24, 60), "twice": (24, 24)}
+    for name, (height, width) in sizes.items():
+        for i, side in enumerate(("chosen", "rejected")):
+            save(folder / side / f"{name}.png", i, height=height, width=width)
+    save(folder / "chosen" / "twice.png", 5).rename(folder / "chosen" / "twice.bmp")
+    picture(5).save(folder / "rejected" / "twice.png")
+    picture(5).save(folder / "chosen" / "twice.bmp")
+    said = "".join(f"{name}\ta cat\n" for name in sizes)
+    (folder / "captions.txt").write_text(said, encoding="utf-8")
+    lines = check_files([folder]).warnings.lines()
+    assert [line.partition(": ")[0] for line in lines] == [
+        "rows that show one picture twice, pixel by pixel",
+        "rows with pictures that a square crop cuts by more than half",
+        "rows with pictures that would be enlarged more than 2 times",
+    ]
+    assert all(f": 1 of 4 rows; the first is {folder}:" in line for line in lines)
+    assert "long" in lines[1]
+    assert "60 x 24; diffusion.buckets keeps more" in lines[1]
+    assert "3 x 2, where most have 24 a side" in lines[2]
+    assert len(check_files([folder], sizes=False).warnings.lines()) == 1
+
+
 def test_convert_names_pictures_from_the_new_file(pics: Path, write: Write) -> None:
     path = write("a.jsonl", [{"caption": "p", "win": "a.png", "lose": "b.png", "label_x": 1}])
     assert convert_file(path, pics / "b.jsonl") == (1, 0)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from data_rows import PAIR
-from picture_files import examples, names, pickapic, picture, problems, save
+from picture_files import encoded, examples, names, pickapic, picture, problems, save
 
 from mmalign.config import DataConfig
-from mmalign.data import Picture, load_examples
+from mmalign.data import Picture, check_files, convert_file, load_examples
 from mmalign.data.pictures import open_picture
 from mmalign.data.records import read_records
 from mmalign.errors import DataError
@@ -218,3 +218,77 @@ def test_a_folder_of_single_pictures(tmp_path: Path) -> None:
         "\n".join(map(json.dumps, said)), encoding="utf-8"
     )
     assert [row.labels for row in examples(tmp_path / "pics")] == [(1,), (0,), (0,)]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("ending", ["txt", "caption"])
+def test_captions_as_windows_and_kohya_write_them(
+    tmp_path: Path, encoding: str, ending: str
+) -> None:
+    """A byte order mark is no part of a caption."""
+    save(tmp_path / "pics" / "a.png")
+    (tmp_path / "pics" / f"a.{ending}").write_text("a cat\r\n", encoding=encoding)
+    assert [row.prompt for row in examples(tmp_path / "pics")] == ["a cat"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_table_of_captions_with_a_mark(tmp_path: Path, encoding: str) -> None:
+    save(tmp_path / "pics" / "a.png")
+    (tmp_path / "pics" / "captions.txt").write_text("a.png\tan ä\n", encoding=encoding)
+    assert [row.prompt for row in examples(tmp_path / "pics")] == ["an ä"]
+
+
+def test_two_captions_that_differ(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save(tmp_path / "pics" / f"{name}.png")
+        (tmp_path / "pics" / f"{name}.txt").write_text("a cat", encoding="utf-8")
+    (tmp_path / "pics" / "a.caption").write_text("a cat", encoding="utf-8")
+    (tmp_path / "pics" / "b.caption").write_text("a dog", encoding="utf-8")
+    one, two = read_records(tmp_path / "pics")
+    assert one.example is not None
+    assert problems([two]) == [
+        "has a caption that cannot be read: b.txt and b.caption differ; keep one of them"
+    ]
+
+
+def test_every_format_has_its_endings(tmp_path: Path) -> None:
+    """AVIF, and JPEG under the names that Windows and cameras give it."""
+    from PIL import features
+
+    kinds = {"jfif": "JPEG", "JPE": "JPEG", "webp": "WEBP"}
+    if features.check("avif"):
+        kinds["avif"] = "AVIF"
+    for side in ("chosen", "rejected"):
+        (tmp_path / "pairs" / side).mkdir(parents=True)
+        for i, (ending, kind) in enumerate(kinds.items()):
+            file = tmp_path / "pairs" / side / f"{i}.{ending}"
+            file.write_bytes(encoded(picture(i + 9 * (side == "chosen")), kind))
+            file.with_suffix(".txt").write_text("a cat", encoding="utf-8")
+    assert len(examples(tmp_path / "pairs")) == len(kinds)
+    report = check_files([tmp_path / "pairs"]).text()
+    assert f"{2 * len(kinds)} files decoded" in report
+    assert "no problems" in report
+    convert_file(tmp_path / "pairs", tmp_path / "elsewhere" / "out.jsonl")
+    assert len(examples(tmp_path / "elsewhere" / "out.jsonl")) == len(kinds)
+
+
+def test_what_the_system_leaves_in_folders_is_passed_over(tmp_path: Path) -> None:
+    folder = paired(tmp_path / "pairs")
+    (folder / "captions.txt").write_text("a\tx\nb\tx\nsub/c\tx\nd.1\tx\n", encoding="utf-8")
+    for name in ("._a.png", ".ipynb_checkpoints/a.png", "__MACOSX/._b.png"):
+        save(folder / "chosen" / name)
+    assert [row.id for row in examples(folder)] == ["a", "b", "d.1", "sub/c"]
+
+
+def test_pictures_that_are_not_read_and_captions_without_one_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = paired(tmp_path / "pairs")
+    (folder / "captions.txt").write_text("a\tx\nb\tx\nsub/c\tx\nd.1\tx\n", encoding="utf-8")
+    (folder / "chosen" / "h.heic").write_bytes(b"not read")
+    (folder / "chosen" / "a.heic").write_bytes(b"beside one that is")
+    (folder / "rejected" / "gone.txt").write_text("a cat", encoding="utf-8")
+    found = list(read_records(folder))
+    assert problems(found) == ["chosen/h.heic is of a format that is not read: convert it to png"]
+    assert sum(record.example is not None for record in found) == 4
+    assert "caption files without a picture beside them: 1 (rejected/gone.txt)" in caplog.text

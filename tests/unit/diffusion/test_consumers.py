@@ -273,7 +273,7 @@ def test_stability_names_of_sd3_are_those_that_diffusers_converts(sd3_dir: Path)
 def test_halves_are_written_where_they_lose_nothing_that_matters(
     sdxl_dir: Path, tmp_path: Path
 ) -> None:
-    """Factors in float16; a DoRA's magnitudes keep their digits; modes are those of any new file."""
+    """Factors in float16; a DoRA's magnitudes keep their digits; modes are as the umask says."""
     spec = LoraSpec(rank=3, alpha=8, targets=["to_q"], dora=True)
     trained = Trained(sdxl_dir, tmp_path, spec, dtype="float16")
     file = load_file(tmp_path / COMFYUI_LORA)

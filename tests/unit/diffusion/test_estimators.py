@@ -12,7 +12,7 @@ from torch import Tensor
 from mmalign.config import DiffusionConfig, EstimatorSpec
 from mmalign.diffusion.draws import Draws
 from mmalign.diffusion.estimators import DDIMInversion, ForwardNoise, ReNoise, build_estimator
-from mmalign.diffusion.process import NoiseProcess, RectifiedFlow, VPTable
+from mmalign.diffusion.process import NoiseProcess, RectifiedFlow, VPTable, process_from
 from mmalign.diffusion.schedules import zero_terminal
 from mmalign.errors import ConfigError
 
@@ -143,6 +143,37 @@ def test_an_inversion_in_a_flow_is_eulers_method() -> None:
     point = DDIMInversion(5)(x0, t, Draws([0]), process, sees)
     torch.testing.assert_close(point.x_t, x)
     assert torch.isfinite(DDIMInversion(5, eta=0.1)(x0, t, Draws([0]), process, sees).x_t).all()
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_modern_is_the_inverse_scheduler_of_diffusers(prediction: Any) -> None:
+    """It calls the network at the goal, and reads a velocity at the level the picture is at."""
+    from diffusers import DDIMInverseScheduler
+
+    given = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = DDIMInverseScheduler(
+        **given,
+        prediction_type=prediction,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    scheduler.set_timesteps(10)
+    process = process_from({**given, "prediction_type": prediction})
+
+    def network(x: Tensor, t: Any) -> Tensor:
+        return torch.tanh(x.flip(-1)) * (0.3 + float(t) / 2000)
+
+    def seen(x: Tensor, t: Tensor, rows: Tensor | None = None, /) -> Tensor:
+        return process.eps_from(network(x, t[0]), x, t)
+
+    start = x = pictures(2)
+    for t in scheduler.timesteps:
+        if t < 951:
+            x = scheduler.step(network(x, t), int(t), x, return_dict=False)[0]
+    ends = torch.full((2,), 951)
+    found = DDIMInversion(10, "modern")(start, ends, Draws([1, 2]), process, seen)
+    torch.testing.assert_close(found.x_t, x, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("semantics", ["legacy", "modern"])

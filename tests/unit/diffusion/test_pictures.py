@@ -156,7 +156,8 @@ def test_flips_are_of_the_row_and_change_nothing_else() -> None:
         flipped = is_flipped(settings(flip=True), seed)
         count += flipped
         for (a, frame_a), (b, frame_b) in zip(straight, maybe, strict=True):
-            assert frame_a == frame_b
+            left = 24 - frame_a.crop[1] if flipped else frame_a.crop[1]  # 24 of 40 are free
+            assert frame_b == replace(frame_a, crop=(0, left))
             assert (b == (a[:, :, ::-1] if flipped else a)).all()
     assert 18 <= count <= 42
     assert not is_flipped(settings(flip=True), None)
@@ -219,6 +220,27 @@ def test_good_rows_are_not_talked_about(tmp_path: Path, caplog: pytest.LogCaptur
     assert usable(rows, settings(16)) == (rows, [])
     assert usable([], settings(16)) == ([], [])
     assert caplog.text == ""
+
+
+def test_doubtful_pictures_are_kept_and_named(tmp_path: Path) -> None:
+    good = [save(tmp_path / f"{i}.png", i) for i in range(2)]
+    tiny = save(tmp_path / "tiny.png", 2, height=7, width=8)
+    long = save(tmp_path / "long.png", 3, height=20, width=80)
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(good[0].read_bytes())
+    rows = [row("fine", *good), row("tiny", tiny, tiny), row("long", long), row("same", copy)]
+    rows[1] = row("tiny", tiny, good[0])
+    rows[3] = row("same", good[0], copy)
+    kept, notes = usable(rows, settings(16))
+    assert kept == rows
+    assert notes == [
+        "1 rows have pictures smaller than they are trained at: enlarged.",
+        "1 rows are enlarged more than 2 times: tiny (8 x 7 to 16 x 16).",
+        "1 rows lose more than half of a picture to the crop: long (80 x 20 to 16 x 16).",
+        "1 rows show one same picture twice, so prefer nothing: same.",
+    ]
+    wide = settings(16, buckets=True, bucket_multiple=8)
+    assert not any("to the crop" in note for note in usable(rows[:2], wide)[1])
 
 
 def test_nothing_left_and_texts_are_errors(tmp_path: Path) -> None:

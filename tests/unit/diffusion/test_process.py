@@ -171,7 +171,13 @@ FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
         (SD, {"prediction": "v_prediction"}, r"is 'v_prediction', but .* says 'epsilon'"),
         (SD, {"prediction": "flow"}, r"is 'flow', but the model's scheduler says 'epsilon'"),
         (SD | {"prediction_type": "score"}, {}, r"has prediction_type 'score'; known are"),
-        (SD | {"_class_name": "EDMEulerScheduler"}, {}, r"scheduler EDMEulerScheduler is of another noise process"),
+        (SD | {"_class_name": "EDMEulerScheduler"}, {}, r"EDMEulerScheduler is of another noise"),
+        (SD | {"sigma_data": 0.5, "_class_name": "Mine"}, {}, r"process \(EDM\): its levels"),
+        (SD | {"timestep_type": "continuous"}, {}, r"has timestep_type 'continuous'"),
+        (SD | {"snr_shift_scale": 3.0}, {}, r"has snr_shift_scale 3\.0"),
+        (SD | {"_class_name": "CogVideoXDPMScheduler"}, {}, r"has snr_shift_scale 3\.0"),
+        (FLOW | {"shift_terminal": 0.02}, {}, r"has shift_terminal 0\.02"),
+        (FLOW | {"invert_sigmas": True}, {}, r"has invert_sigmas True"),
         (SD | {"beta_schedule": "sigmoid"}, {}, r"beta_schedule 'sigmoid'; known are"),
         (FLOW, {"prediction": "epsilon"}, r"is 'epsilon', but .* one of flow\s*matching"),
         (FLOW, {"zero_terminal_snr": True}, r"zero_terminal_snr is true, but a flow"),
@@ -188,6 +194,10 @@ def test_a_prediction_fills_in_what_the_scheduler_leaves_out() -> None:
     assert process_from(silent).prediction == "epsilon"
     assert process_from(silent, "v_prediction").prediction == "v_prediction"
     assert process_from(FLOW, "flow").prediction == "flow"
+    plain = {"timestep_type": "discrete", "snr_shift_scale": 1.0}
+    assert torch.equal(process_from(SD | plain).table, process_from(SD).table)  # pyright: ignore
+    still = {"shift_terminal": None, "invert_sigmas": False}
+    assert process_from(FLOW | still).grid(4) == process_from(FLOW).grid(4)
 
 
 @pytest.mark.parametrize("num_steps", [0, 1001])

@@ -40,6 +40,22 @@ def shake(model: Any) -> Any:
     return model
 
 
+def test_a_run_is_added_by_its_final_weights(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base", a=torch.zeros(2))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("{}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"is a run without final/.*--resume"):
+        merge_checkpoints(base, [(run, 1.0)], tmp_path / "out")
+    checkpoint(run / "final", a=torch.ones(2))
+    out = merge_checkpoints(base, [(run, 0.5)], tmp_path / "out")
+    assert torch.equal(merged(out)["a"], torch.full((2,), 0.5))
+    assert json.loads((out / "merge.json").read_text())["add"] == [[str(run / "final"), 0.5]]
+    (tmp_path / "new").write_text("", encoding="utf-8")
+    modes = {file.stat().st_mode for file in out.iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode}
+
+
 def test_apo_extrapolation_equals_the_golden(tmp_path: Path) -> None:
     """new + alpha * (new - prev), which is the base `new` with `prev` added at -alpha."""
     cases = json.loads((GOLDEN / "seed_losses.json").read_text(encoding="utf-8"))["cases"]
