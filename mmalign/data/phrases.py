@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from difflib import SequenceMatcher
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from mmalign.data.blocks import opcodes
 from mmalign.data.words import BORDER, listed, polarity, words
 
 if TYPE_CHECKING:
@@ -53,9 +53,8 @@ def differing_phrases(chosen: str, rejected: str) -> tuple[tuple[Range, ...], tu
 
 def _replaced(left: Sequence[Word], right: Sequence[Word]) -> list[Block]:
     """Stretches of words in each other's place, in order, which do not overlap."""
-    matcher = SequenceMatcher(None, [w.text for w in left], [w.text for w in right], autojunk=False)
     found: list[Block] = []
-    for what, a, b, c, d in matcher.get_opcodes():
+    for what, a, b, c, d in opcodes([w.text for w in left], [w.text for w in right]):
         if what in ("insert", "delete") and any(w.is_negation for w in (*left[a:b], *right[c:d])):
             after = b < len(left) and d < len(right)
             before = a > 0 and c > 0

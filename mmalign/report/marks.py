@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
+
+from mmalign.data.blocks import opcodes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -32,11 +33,12 @@ def changed(before: str, after: str) -> tuple[Markup, Markup, str]:
     if before == after:
         return escape(before), escape(after), "unchanged"
     old, new = (re.findall(r"\s*\S+|\s+$", text) for text in (before, after))
-    match = SequenceMatcher(None, [w.strip() for w in old], [w.strip() for w in new], False)
-    if match.ratio() < _ALIKE:
+    told = list(opcodes([word.strip() for word in old], [word.strip() for word in new]))
+    equal = sum(k - i for what, i, k, _, _ in told if what == "equal")
+    if 2 * equal < _ALIKE * (len(old) + len(new)):
         return escape(before), escape(after), "other words throughout"
     sides: tuple[list[Markup], list[Markup]] = [], []
-    for kind, i, j, k, m in match.get_opcodes():
+    for kind, i, j, k, m in told:
         for side, words in zip(sides, ("".join(old[i:j]), "".join(new[k:m])), strict=True):
             side.append(escape(words) if kind == "equal" or not words.strip() else _mark(words))
     return Markup().join(sides[0]), Markup().join(sides[1]), ""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from difflib import SequenceMatcher
 from typing import TYPE_CHECKING
+
+from mmalign.data.blocks import matching_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,12 +35,10 @@ def diff_spans(
         minimum above 1 it finds fewer spans there. No token is junk for being frequent, which
         difflib assumes of responses above 200 tokens.
     """
-    matcher = SequenceMatcher(None, chosen_ids, rejected_ids, autojunk=False)
-    equal = [match for match in matcher.get_matching_blocks() if match.size >= min_match]
+    equal = matching_blocks(chosen_ids, rejected_ids, min_match)
     chosen, rejected = [False] * len(chosen_ids), [False] * len(rejected_ids)
     i = j = 0
-    ends = [(match.a, match.b, match.size) for match in equal]
-    for end_i, end_j, size in [*ends, (len(chosen_ids), len(rejected_ids), 0)]:
+    for end_i, end_j, size in [*equal, (len(chosen_ids), len(rejected_ids), 0)]:
         if end_i > i and end_j > j:
             chosen[i:end_i] = [True] * (end_i - i)
             rejected[j:end_j] = [True] * (end_j - j)
