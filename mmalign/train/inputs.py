@@ -181,7 +181,7 @@ def _model(kind: str, path: str | None, revision: str | None) -> Table:
         return {}
     folder = _folder(path, revision)
     if folder is None:
-        return {kind: {path: {"path": path, "bytes": 0, "time": 0, "hash": path}}}
+        return {kind: {"name": {"path": f"the {kind}", "bytes": -1, "time": 0, "hash": path}}}
     if folder.is_file():
         return {kind: {"weights": _print(folder, _WHOLE)}}
     parts = [folder]
@@ -244,7 +244,7 @@ def _print(file: Path, whole: int) -> dict[str, Any]:
                     stream.seek(number * (info.st_size - size) // (count - 1))
                     digest.update(stream.read(size))
     except OSError as error:
-        return {"path": str(file), "bytes": 0, "time": 0, "hash": error.strerror}
+        return {"path": str(file), "bytes": -1, "time": 0, "hash": error.strerror}
     return {
         "path": str(file),
         "bytes": info.st_size,
@@ -254,6 +254,8 @@ def _print(file: Path, whole: int) -> dict[str, Any]:
 
 
 def _words(found: Mapping[str, Any]) -> str:
+    if found["bytes"] < 0:  # nothing but a name is known of it
+        return str(found["hash"])
     return f"{found['bytes']} bytes, hash {found['hash']}"
 
 

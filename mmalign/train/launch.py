@@ -31,6 +31,8 @@ def require_launcher() -> None:
     given = {name: os.environ[name] for name in _LAUNCHED if name in os.environ}
     if not given.keys() & {"RANK", "LOCAL_RANK", "WORLD_SIZE"}:
         return
+    if given.get("WORLD_SIZE") == "1" and given.keys() >= {"RANK"} and "LOCAL_RANK" not in given:
+        return  # a cluster's, for one process alone: accelerate reads none of it
     lacking = [name for name in _LAUNCHED if name not in given]
     odd = [name for name in _LAUNCHED[:3] if name in given and not given[name].isdecimal()]
     if lacking or odd:

@@ -66,6 +66,26 @@ def test_a_finite_loss_with_a_broken_gradient_stops_too(
         train(toy_config(tmp_path))
 
 
+def test_a_last_step_that_ruins_the_weights_saves_nothing(tmp_path: Path) -> None:
+    """Its loss was good, and no further step would have told."""
+    config = toy_config(tmp_path, "train.num_steps=3", "train.save_every=1", "train.eval_every=1")
+
+    class Ruined(ToyAdapter):
+        def after_step(self, step: int) -> None:
+            if step == 3:
+                with torch.no_grad():
+                    self.policy.head.weight *= torch.inf
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("toy_adapter.ToyAdapter", Ruined)
+        with pytest.raises(NonFiniteLoss, match=r"step 3: \d+ of \d+ trained tensors") as caught:
+            train(config)
+    assert str(caught.value).endswith(f"Last good checkpoint: {config.output / 'checkpoint-2'}")
+    assert [path.name for path in checkpoints(config.output)] == ["checkpoint-1", "checkpoint-2"]
+    assert not (config.output / "final").exists()
+    assert [line["step"] for line in read_json(config.output / "eval.jsonl")] == [0, 1, 2]
+
+
 def test_the_process_exits_with_3(tmp_path: Path) -> None:
     toy_config(tmp_path, bad_row=row_of_step(2))
     command = [sys.executable, str(Path(__file__).with_name("run_toy.py"))]

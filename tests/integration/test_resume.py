@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from safetensors.torch import load_file
 from toy_adapter import toy_config
 
+from mmalign.data.lock import only_writer
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.train.checkpoint import checkpoints
 from mmalign.train.loop import train
@@ -197,6 +199,124 @@ def test_a_run_without_a_checkpoint_yet_starts_again(tmp_path: Path) -> None:
         first.metrics.pop(name), again.metrics.pop(name)
     assert again.metrics == first.metrics
     assert len(read_json(config.output / "eval.jsonl")) == 4  # steps 0, 5, 10, 12
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_killed_before_its_config_was_written_begins_anew(
+    tmp_path: Path, resume: bool
+) -> None:
+    """There is no moment after which neither a start nor a resume works."""
+    config = toy_config(tmp_path, "train.num_steps=2")
+    train(config)
+    told = (config.output / "env.json").read_text()
+    shutil.rmtree(config.output)
+    config.output.mkdir()
+    (config.output / "env.json").write_text(told)
+    (config.output / "inputs.json").write_text("{}")
+    (config.output / ".config.yaml.tmp").write_text("modality: te")
+    (config.output / ".mmalign.lock").write_text("")
+    assert train(config, resume=resume).steps == 2
+    assert not list(config.output.glob(".*"))
+
+
+def test_a_folder_of_somebody_elses_settings_is_not_begun_in(tmp_path: Path) -> None:
+    config = toy_config(tmp_path)
+    config.output.mkdir()
+    (config.output / "env.json").write_text('{"token": "mine"}')
+    with pytest.raises(ConfigError, match=r"holds env\.json"):
+        train(config)
+    with pytest.raises(CheckpointError, match="no run to resume"):
+        train(config, resume=True)
+    assert (config.output / "env.json").read_text() == '{"token": "mine"}'
+
+
+def test_a_folder_that_is_being_written_to_is_left_alone(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, "train.num_steps=2")
+    with only_writer(config.output, "output"):
+        for resume in (False, True):
+            with pytest.raises(ConfigError, match="is writing there"):
+                train(config, resume=resume)
+    train(config)
+
+
+def test_a_run_moves_with_its_rows_and_ends_in_the_same_bits(tmp_path: Path) -> None:
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    whole.mkdir()
+    moved.mkdir()
+    train(toy_config(whole, *SETTINGS))
+    config = toy_config(moved, *SETTINGS)
+    train(config)
+    for name in ("checkpoint-12", "final"):
+        shutil.rmtree(config.output / name)
+    there = tmp_path / "there"
+    shutil.move(moved, there)
+    (there / "pairs.jsonl").rename(there / "rows.jsonl")
+    settings = (*SETTINGS, f"data.train={there / 'rows.jsonl'}")
+    assert train(toy_config(there, *settings), resume=True).steps == 12
+    require_same_run(there / "run", whole / "run")
+
+
+def test_rows_that_changed_in_place_are_named(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, "train.num_steps=2")
+    train(config)
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text(rows.read_text().replace('"chosen": "', '"chosen": "a', 1))
+    with pytest.raises(CheckpointError, match=rf"{rows} was \d+ bytes"):
+        train(config, resume=True)
+
+
+def test_lines_that_are_no_records_are_left_out_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = toy_config(tmp_path, *SETTINGS)
+    train(config)
+    before = lines(config.output)
+    metrics = config.output / "metrics.jsonl"
+    metrics.write_bytes(b'{"step": [1]}\n[]\n' + metrics.read_bytes() + b'{"step": 12, "lo')
+    train(config, resume=True)
+    assert "metrics.jsonl: 3 unreadable lines left out" in caplog.text
+    assert lines(config.output) == before
+
+
+@pytest.mark.slow
+def test_a_killed_loader_worker_costs_a_sentence(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    train(toy_config(whole, *SETTINGS))
+    config = toy_config(killed, *SETTINGS, seconds=0.1)
+    process = start(killed, "data.num_workers=1")
+    wait_for_step(process, config.output, 4)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "DataError: after step" in told
+    assert "killed by signal: Killed" in told
+    assert "Traceback" not in told
+    train(config, resume=True)
+    require_same_run(config.output, whole / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [300, 2000, 6000])
+def test_a_disk_that_takes_no_more_costs_a_sentence(tmp_path: Path, limit: int) -> None:
+    """Files end at `limit` bytes: within env.json, within a checkpoint, within the metrics."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    train(toy_config(whole, *SETTINGS))
+    config = toy_config(cut, *SETTINGS)
+    command = [sys.executable, str(RUN_TOY), str(cut / "config.json"), *SETTINGS]
+    limits = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **limits)
+    assert done.returncode == 1
+    assert "CheckpointError: after step" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(config.output.glob(".*"))
+    train(config, resume=(config.output / "config.yaml").exists())
+    require_same_run(config.output, whole / "run")
 
 
 def test_a_finished_run_only_writes_its_end_again(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from toy_adapter import toy_config
 from mmalign.config import TrainConfig
 from mmalign.core import Needs
 from mmalign.data.sources import load_examples
+from mmalign.errors import DataError
 from mmalign.models.adapter import build_adapter
 from mmalign.train.order import Order, batches, held_out
 
@@ -78,6 +79,19 @@ def test_a_later_start_gives_the_same_batches_and_moves_no_random_stream(tmp_pat
     assert len(whole) == 12
     assert rest == whole[8:]
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_is_wrong_with_a_row_is_one_sentence_from_a_worker_too(num_workers: int) -> None:
+    class Refusing:
+        def collate(self, rows: object, draws: object) -> None:
+            raise DataError("row 3: has no picture")
+
+    order = Order(num_rows=4, batch_size=2, accumulate=1, num_processes=1, seed=0)
+    options = {"process": 0, "start": 0, "stop": 2, "num_workers": num_workers}
+    with pytest.raises(DataError) as caught:
+        next(batches([None] * 4, Refusing(), order, **options))  # type: ignore[arg-type, list-item]
+    assert str(caught.value) == "row 3: has no picture"
 
 
 def test_held_out_batches_cover_all_rows_and_never_hold_one_row_alone() -> None:
