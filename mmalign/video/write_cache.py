@@ -9,6 +9,7 @@ import torch
 from mmalign.config import ReferenceConfig
 from mmalign.core import Needs
 from mmalign.data.cache import TensorCache
+from mmalign.data.lock import only_writer
 from mmalign.errors import ConfigError
 from mmalign.models.adapter import load_usable
 from mmalign.models.files import fingerprint
@@ -54,7 +55,8 @@ def write_caches(config: RunConfig, needs: Needs, adapter: type[VideoAdapter]) -
     """
     said: list[str] = []
     if not {"tower", "projector"} & set(config.video.train):
-        said.append(_write_features(config, needs, adapter))
+        with only_writer(cache_folder(config), "cache", wait=True):
+            said.append(_write_features(config, needs, adapter))
     if config.reference.kind == "cached":
         said.append(write_reference(config, needs, adapter.build))
     if not said:
@@ -80,6 +82,7 @@ def _write_features(config: RunConfig, needs: Needs, make: type[VideoAdapter]) -
     adapter = make.build(live, Needs()).to(device).eval()
     reader, store = adapter.encoder.reader, open_features(config)
     adapter.features.disk = store
+    store.sweep()
     keys = {reader.key(media): media for media in shown}
     absent = set(store.missing(map(store.key, keys), read=True))
     store.repair()
