@@ -36,8 +36,8 @@ def costs(encoder: VideoEncoder, media: Media, shown: Shown, where: str) -> list
     counts = token_counts(encoder, encoder.reader.prepare(media, where).processed)
     found: list[dict[str, Any]] = []
     for (frames, _), tokens in zip(shown.clips, counts.get("video", ()), strict=True):
-        height, width = processor.sizes.size(*frames.pixels.shape[:3], frames.area)
-        found.append({"shown": [width, height], "tokens": tokens})
+        size = processor.sizes.size(*frames.pixels.shape[:3], frames.area)
+        found.append({"tokens": tokens} | ({"shown": [*size[::-1]]} if size else {}))
     for image, tokens in zip(shown.images, counts.get("image", ()), strict=True):
         size = processor.image_sizes.only(1, image.height, image.width)
         found.append({"tokens": tokens} | ({"shown": [*size[::-1]]} if size else {}))

@@ -58,16 +58,6 @@ class PlannedReader:
                 self._kept.popitem(last=False)
         return Prepared(key, found)
 
-    def sizes(self, media: Media, where: str) -> list[tuple[int, int]]:
-        """Height and width of each clip's frames after the processor, in order."""
-        sizes = self.reader.processor.sizes
-        heard = self.hears_clip(media)
-        shown = [self._clip(clip, heard=heard)[0] for clip in media.videos]
-        return [
-            sizes.size(len(frames.indices), *frames.pixels.shape[1:3], frames.area)
-            for frames in shown
-        ]
-
     def _processed(self, media: Media, where: str) -> Processed:
         try:
             shown = self._shown(media)

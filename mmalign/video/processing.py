@@ -203,11 +203,12 @@ class Processor:
             size = rows * patch, columns * patch
             area = self.video.frame_pixels if frames.area is None else frames.area
             wanted = self.sizes.size(count, height, width, frames.area)
-            if size != wanted or (area is not None and size[0] * size[1] > area):
+            if size != (wanted or size) or (area is not None and size[0] * size[1] > area):
                 most = "" if area is None else f", at most {area:,} pixels"
+                asked = "of another size" if wanted is None else f"of {wanted[1]} x {wanted[0]}"
                 raise ConfigError(
                     f"{where}: {type(self.inner).__name__} made frames of {size[1]} x {size[0]}, "
-                    f"not of {wanted[1]} x {wanted[0]}{most}; set video.frame_pixels to null"
+                    f"not {asked}{most}; set video.frame_pixels to null"
                 )
 
     def _video_part(self, name: str) -> Any:

@@ -7,7 +7,7 @@ memory (torch's meta device), and the size to which it brings them is noted.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _EDGES = ("shortest_edge", "longest_edge")  # areas, in the processors that resize freely
 _FLOOR = 1.05  # a capped processor lets a frame have so much more than its least area
+_TRIED = ((96, 128), (240, 320), (720, 1280))
 _TYPICAL = (720, 1280)  # to see beforehand whether a setting can be kept to
 
 
@@ -72,27 +73,58 @@ class Sizes:
         # A processor may have other defaults than its parts.
         return {"size": size, **self._cap} if set(_EDGES) <= set(size) else dict(self._cap)
 
-    def size(self, count: int, height: int, width: int, area: int | None = None) -> Size:
-        """Height and width to which the processor brings frames."""
-        found = self._found(count, height, width, self.options(count, height, width, area))
-        return found[-1] if found else (height, width)
+    def size(self, count: int, height: int, width: int, area: int | None = None) -> Size | None:
+        """Height and width to which the processor brings frames; None: it cannot be asked."""
+        return self._last(count, height, width, self.options(count, height, width, area))
 
     def only(self, count: int, height: int, width: int) -> Size | None:
         """The size of what is brought to one size; None where it becomes several, or parts."""
         found = self._found(count, height, width, self.options(count, height, width, None))
-        return (found or [(height, width)])[0] if len(found) < 2 else None
+        if found is None or len(found) > 1:
+            return None
+        return found[0] if found else (height, width)
 
     def decoded(self, count: int, height: int, width: int, area: int | None = None) -> Size:
-        """The size at which frames are kept: the processor's, where that is smaller and final."""
+        """The size at which frames are kept: the processor's, where that is smaller and final.
+
+        They stay as they are where its tensors would be others by a bit.
+        """
+        size = self._smaller(count, height, width, area)
+        return size if size is not None and self._is_exact else (height, width)
+
+    def _smaller(self, count: int, height: int, width: int, area: int | None) -> Size | None:
         from transformers.image_processing_backends import TorchvisionBackend
 
         found = self._found(count, height, width, self.options(count, height, width, area))
-        whole = (height, width)
-        if len(found) != 1 or not isinstance(self._own, TorchvisionBackend):
-            return whole
+        if found is None or len(found) != 1 or not isinstance(self._own, TorchvisionBackend):
+            return None
         size = found[0]
-        smaller = size[0] * size[1] < height * width
-        return size if smaller and self.size(count, *size, area) == size else whole
+        if size[0] * size[1] >= height * width or self.size(count, *size, area) != size:
+            return None
+        return size
+
+    @cached_property
+    def _is_exact(self) -> bool:
+        """Whether frames that were resized before come out the same, tried once on noise.
+
+        Some processors resize numbers with a fraction, which frames of 8 bits have lost.
+        """
+        for height, width in _TRIED:
+            size = self._smaller(2, height, width, None)
+            if size is None:
+                continue
+            noise = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
+            small = np.stack([self.shrink(image, size) for image in noise])
+            whole, scaled = (self._made(pixels) for pixels in (noise, small))
+            return all(torch.equal(whole[name], scaled[name]) for name in whole)
+        return True
+
+    def _made(self, pixels: Array) -> dict[str, torch.Tensor]:
+        """The tensors of the processor's part alone."""
+        given = self._pixels(*pixels.shape[:3])
+        given["videos"] = [torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()]
+        made = self._own(**given, **self.options(*pixels.shape[:3], None), return_tensors="pt")
+        return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
 
     def shrink(self, image: Array, size: Size) -> Array:  # [H, W, 3] uint8 -> [h, w, 3] uint8
         """A frame as the processor itself resizes it; brought there once, it leaves it as it is."""
@@ -150,7 +182,12 @@ class Sizes:
             for edge in dict.fromkeys((least, least // 4, 1)):  # a frame is made larger, too
                 edges = max(edge, 1), most
                 options = {"size": dict(zip(_EDGES, edges, strict=True)), **self._cap}
-                seen = (self._found(count, height, width, options) or [(height, width)])[-1]
+                seen = self._last(count, height, width, options)
+                if seen is None:
+                    raise DataError(
+                        f"{type(self._own).__name__} does not say to which size it brings "
+                        f"{self._described(count, height, width)}; leave the area to it"
+                    )
                 least_seen = min(least_seen, seen, key=lambda size: size[0] * size[1])
                 if seen[0] * seen[1] <= area:
                     if seen[0] * seen[1] > best:
@@ -168,19 +205,30 @@ class Sizes:
             return f"a picture of {width} x {height}"
         return f"a clip of {count} frame{'s' * (count != 1)} of {width} x {height}"
 
-    def _found(self, count: int, height: int, width: int, options: dict[str, Any]) -> list[Size]:
+    def _last(self, count: int, height: int, width: int, options: dict[str, Any]) -> Size | None:
+        found = self._found(count, height, width, options)
+        if found is None:
+            return None
+        return found[-1] if found else (height, width)
+
+    def _found(
+        self, count: int, height: int, width: int, options: dict[str, Any]
+    ) -> tuple[Size, ...] | None:
         flat = tuple(
             (k, tuple(v.items()) if isinstance(v, dict) else v) for k, v in options.items()
         )
         found = self._asked(count, height, width, flat)
         if isinstance(found, str):
             raise DataError(found)
-        return list(found)
+        return found
 
     def _ask(
         self, count: int, height: int, width: int, options: tuple[tuple[str, Any], ...]
-    ) -> tuple[Size, ...] | str:
-        """The sizes to which frames are brought one after another; a text: why they are refused."""
+    ) -> tuple[Size, ...] | str | None:
+        """The sizes to which frames are brought one after another; a text: why they are refused.
+
+        None where that cannot be seen without pixels.
+        """
         given = {k: dict(v) if isinstance(v, tuple) else v for k, v in options}
         with _Resizing() as seen:
             try:
@@ -189,7 +237,8 @@ class Sizes:
                 described = self._described(count, height, width)
                 return f"{type(self._own).__name__} does not take {described} ({error})"
             except (RuntimeError, NotImplementedError, TypeError, AttributeError):
-                pass  # what comes after the resizing needs pixels
+                if not seen.sizes:  # else what comes after the resizing needs pixels
+                    return None
         return tuple(seen.sizes)
 
     def _pixels(self, count: int, height: int, width: int) -> dict[str, Any]:
