@@ -141,7 +141,8 @@ def feed(
         inputs |= _deep(body, deep, torch.isin(rows.input_ids, wanted))
     if not contexts.kinds.read_by(model):
         return Fed(body, inputs)
-    return Fed(model.base_model, {**inputs, **_kinds(model, rows, contexts.kinds)})
+    outer: Any = model.base_model
+    return Fed(outer, {**inputs, **_kinds(model, rows, contexts.kinds)})
 
 
 def _deep(body: PreTrainedModel, shown: list[Encoded], places: Tensor) -> dict[str, Any]:

@@ -69,7 +69,9 @@ def shown(what: str, number: int, clips: Path, pictures: list[Picture]) -> Media
     return media[what]
 
 
-def own_logps(adapter: Any, row: Example, answer: list[int]) -> tuple[list[int], Tensor]:
+def own_logps(
+    adapter: Any, row: Example, answer: list[int], *, all_tokens: bool = False
+) -> tuple[list[int], Tensor]:
     """The processor's own ids of the question; log-probabilities of the answer's tokens."""
     processor, shown = adapter.encoder.processor, adapter.encoder.reader.show(row.media)
     counts = {"video": len(shown.clips), "image": len(shown.images), "audio": len(shown.sounds)}
@@ -87,8 +89,9 @@ def own_logps(adapter: Any, row: Example, answer: list[int]) -> tuple[list[int],
     ids = torch.cat([asked, torch.tensor([answer])], 1)
     with torch.no_grad():
         logits = causal_model(adapter.policy)(input_ids=ids, **inputs, **heard).logits[0]
-    scores = logits[:-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-    return asked[0].tolist(), scores[size - 1 :]
+    scores = logits[:-1].log_softmax(-1)[size - 1 :]  # [n, V]
+    picked = scores.gather(-1, ids[0, size:, None])[:, 0]
+    return asked[0].tolist(), scores if all_tokens else picked
 
 
 @pytest.mark.parametrize(
@@ -275,6 +278,21 @@ def test_a_prompt_that_is_cut_is_tried_as_it_is_cut(video_models: Models, clips_
     adapter = make_adapter(video_models("qwen2_5_vl"), Needs(), moved=False, data=data, **PLAIN)
     scored = adapter(adapter.collate([pair(clips_dir / "clip0.mp4", prompt=words)]), Needs())
     assert scored.policy.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "what"), [("gemma3", "picture"), ("glm4v", "clip")])
+def test_answers_are_those_of_the_model_on_its_processor_s_output(
+    kind: str, what: str, vision_models: Models, clips_dir: Path, pictures: list[Picture]
+) -> None:
+    adapter = as_it_is(vision_models(kind))
+    row = pair(clips_dir, media=shown(what, 0, clips_dir, pictures))
+    said = adapter.sample([adapter.question(row)], max_new_tokens=5)
+    tokens: list[int] = []
+    for _ in range(5):
+        _, scores = own_logps(adapter, row, [*tokens, 0], all_tokens=True)
+        tokens.append(int(scores[len(tokens)].argmax()))
+    assert said == [adapter.encoder.tokenizer.decode(tokens)]
 
 
 @pytest.mark.slow
