@@ -75,7 +75,8 @@ class PictureRoot:
             return Problem("must be a file here: download the pictures first", found)
         if self.folder is None:
             return Problem("must start from a folder: set `pictures` of the source", found)
-        parent, name = os.path.split(os.path.join(self.folder, text))
+        path = os.path.join(self.folder, text)
+        parent, name = os.path.split(path)
         try:
             if parent not in self._real_parents:
                 self._real_parents[parent] = os.path.realpath(parent)

@@ -30,9 +30,8 @@ def require_saved(folder: Path) -> None:
         state = _described(fence, part / "state.json")
         if not state:
             continue
-        files = [as_object(item) or {} for item in as_list(state.get("_data_files")) or ({},)]
-        for entry in files:
-            name = entry.get("filename")
+        for entry in as_list(state.get("_data_files")) or [None]:
+            name = (as_object(entry) or {}).get("filename")
             if not isinstance(name, str):
                 raise DataError(f"{part / 'state.json'}: names no files; save the dataset again")
             fence.require(part / name)

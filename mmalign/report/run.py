@@ -103,7 +103,10 @@ def _read_object(path: Path, problems: list[str]) -> Record:
     except (ValueError, OSError, RecursionError):  # JSONDecodeError and UnicodeDecodeError too
         problems.append(f"{path.name} is not readable JSON and was left out")
         return {}
-    return cast("Record", value) if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        problems.append(f"{path.name} holds no object and was left out")
+        return {}
+    return cast("Record", value)
 
 
 def _read_lines(path: Path, shape: shapes.Shape, problems: list[str]) -> list[Record]:

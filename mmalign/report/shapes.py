@@ -32,6 +32,13 @@ def _number(value: Any, odd: list[str]) -> float:
     return value
 
 
+def _real(value: Any, odd: list[str]) -> float:
+    """A number of a row, which may be no finite one."""
+    if not is_number(value) and not isinstance(value, float):
+        raise OddError
+    return value
+
+
 def _count(value: Any, odd: list[str]) -> int:
     if type(value) is not int or not 0 <= value <= _LARGEST:
         raise OddError
@@ -137,9 +144,11 @@ def _rows(value: Any, odd: list[str]) -> list[dict[str, Any]]:
         raise OddError
     for row in rows:
         for name, size in sizes.items():
-            _exactly(size, _number)(row.get(name), odd)
-        if not sizes or sizes["labels"] < 1 or ("loss" in first and not is_number(row.get("loss"))):
+            _exactly(size, _real)(row.get(name), odd)
+        if sizes["labels"] < 1:
             raise OddError
+        if "loss" in first:
+            _real(row.get("loss"), odd)
         _text(row.get("row", ""), odd)
         _scalar(row.get("id"), odd)
     return rows

@@ -303,6 +303,46 @@ def test_a_run_with_only_a_config_gets_a_page(tmp_path: Path) -> None:
     assert "stopped before its first log line" in text
 
 
+@pytest.mark.parametrize(
+    ("file", "value", "said"),
+    [
+        ("config.yaml", "objective: [a]\nmodel: {path: m}\n", "config.yaml: 1 odd value"),
+        ("config.yaml", "model: {path: [1], lora: {}}\ntrain: {batch_size: {a: 1}}\n", "odd value"),
+        ("env.json", '{"data": {"train_rows": "many", "eval_rows": [1], "notes": [3]}}', "3 odd"),
+        ("env.json", "[1]", "env.json"),
+        ("metrics.jsonl", '{"step": 1, "loss": {"a": 1}}\n{"step": [2]}\n', "metrics.jsonl: 1"),
+        ("eval.jsonl", '{"step": 0, "loss": 1, "intervals": [], "rows": 3}\n', "intervals, rows"),
+        ("eval.jsonl", '{"step": 2, "loss": 1, "intervals": {"loss": 3}}\n', "1 odd value"),
+        (
+            "eval.jsonl",
+            '{"step": 1, "rows": [{"labels": [1, 0], "logps": [1, 2], "lengths": [1]}]}\n',
+            "left out: rows",
+        ),
+        ("samples.jsonl", '{"step": 2, "prompt": [3], "response": 1}\n{"step": "a"}\n', "odd"),
+        ("samples.jsonl", '{"step": 1, "prompt": {"a": 1}, "answers": {"b": 2}}\n', "answers"),
+    ],
+)
+def test_what_a_run_holds_of_another_type_is_left_out_and_counted(
+    tmp_path: Path, file: str, value: str, said: str
+) -> None:
+    run = make_run(tmp_path / "run", steps=2)
+    (run / file).write_text(value)
+    found = read_run(run)
+    assert said in " ".join(found.problems)
+    text = write_report([run], tmp_path / "page.html").read_text()
+    assert "left out" in Page(text).text
+
+
+def test_a_sheet_elsewhere_is_not_shown(tmp_path: Path) -> None:
+    """A run folder of a stranger must not put other files of this machine on a page."""
+    run = make_run(tmp_path / "run", steps=2)
+    (tmp_path / "secret.png").write_bytes(b"SECRET")
+    (run / "samples" / "step-2").mkdir(parents=True)
+    (run / "samples" / "step-2" / "sheet.png").symlink_to(tmp_path / "secret.png")
+    text = write_report([run], tmp_path / "page.html").read_text()
+    assert "U0VDUkVU" not in text  # SECRET in base64
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such folder"):
         write_report([tmp_path / "absent"], tmp_path / "page.html")

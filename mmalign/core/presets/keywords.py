@@ -62,8 +62,7 @@ def check_type(key: str, value: object, annotation: Any) -> None:
         text = isinstance(value, str) and _NUMBER.fullmatch(value)
         hint = " (YAML reads a number such as 1e-6 as text; write 1.0e-6)" if text else ""
         raise ConfigError(f"objective.{key} is {value!r}; it must be {_describe(annotation)}{hint}")
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and not -_LARGEST <= value <= _LARGEST:
+    if isinstance(value, int | float) and not -_LARGEST <= value <= _LARGEST:
         raise ConfigError(
             f"objective.{key} is {value!r}; it must be between {-_LARGEST:g} and {_LARGEST:g}"
         )

@@ -15,7 +15,7 @@ import pytest
 from picture_files import encoded, pickapic, picture, save
 from PIL import Image
 
-from mmalign.data import pictures
+from mmalign.data import pictures, room
 from mmalign.data.cells import MOST_KEPT
 from mmalign.data.example import Picture
 from mmalign.data.fields import Problem
@@ -293,3 +293,63 @@ def test_all_are_decoded_once(tmp_path: Path) -> None:
     found = decode_all([good, bad, good, bad], use)
     assert (found[good], seen) == (24, [24])
     assert isinstance(found[bad], DataError)
+
+
+# What it takes
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
+def test_strips_make_the_same_picture(
+    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(3)
+    source = Image.fromarray(rng.integers(0, 255, (13, 9, 4), dtype=np.uint8))
+    if mode == "I;16":
+        source = Image.fromarray(rng.integers(0, 65535, (13, 9), dtype=np.uint16))
+    options = {"transparency": 3} if mode == "P" else {}
+    data = encoded(source.convert(mode) if mode != "I;16" else source, "PNG", **options)
+    whole = opened(tmp_path / "a.png", data)
+    monkeypatch.setattr(pictures, "_STRIP", 20)
+    assert (opened(tmp_path / "a.png", data) == whole).all()
+
+
+def test_a_picture_that_takes_too_much_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transparency and a turn need a second copy; so fewer pixels are read of such."""
+    monkeypatch.setattr(pictures, "MOST", 24 * 24 * 5)
+    plain = picture(0, 24, 24)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    opened(tmp_path / "a.png", encoded(plain, "PNG"))
+    for data in (
+        encoded(plain.convert("RGBA"), "PNG"),
+        encoded(plain, "JPEG", exif=turned),
+        encoded(plain, "JPEG", progressive=True),
+    ):
+        with pytest.raises(DataError, match="is 24 x 24; at most 0 million pixels are read of a"):
+            opened(tmp_path / "a.png", data)
+
+
+def test_pictures_in_flight_share_their_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "MOST", 2 * 24 * 24 * 4)
+    files = [Picture(save(tmp_path / f"{i}.png", i)) for i in range(200)]
+    lock, now, most = threading.Lock(), 0, 0
+
+    def use(image: Image.Image) -> int:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        image.resize((12, 12))
+        with lock:
+            now -= 1
+        return image.width
+
+    assert set(decode_all(files, use).values()) == {24}
+    assert most <= 2
+    large = room.Room()
+    with large.take(10 * room.MOST):  # alone, even what is larger than all need not wait
+        pass
