@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import tiny_video
 import torch
-from tiny_video import OMNI
+from tiny_video import OMNI, write_clip
 from tiny_video_text import make_media_tokenizer
 from video_rows import run_config
 
 from mmalign.config import VideoConfig
+from mmalign.data.example import Clip
 from mmalign.errors import ConfigError, DataError
 from mmalign.video.frames import Frames, Wave
+from mmalign.video.media import read_frames
 from mmalign.video.processing import Processor, Shown
 from mmalign.video.sizes import Sizes
 
@@ -124,6 +127,26 @@ def test_times_and_pixels_are_the_processors_own(kind: str, count: int, tmp_path
     planned = processor.plan(Shown([(whole, None)], [0.0]), "row")
     assert planned is not None
     assert planned.replacements == found.replacements == scaled.replacements
+
+
+def test_frames_are_held_at_the_size_of_the_processor(tmp_path: Path) -> None:
+    clip = Clip(write_clip(tmp_path / "wide.mp4", frames=6, size=(640, 360)))
+    sizes, settings = Sizes(own("of a frame"), VideoConfig()), VideoConfig(num_frames=4)
+    whole, held = read_frames(clip, settings), read_frames(clip, settings, sizes)
+    capped = read_frames(replace(clip, max_pixels=12_544), settings, sizes)
+    assert whole.pixels.shape[1:3] == whole.size == held.size == capped.size == (360, 640)
+    assert held.pixels.shape[1:3] == (360, 640), "within its bounds a frame is not made larger"
+    size = sizes.size(4, 360, 640, 12_544)
+    assert capped.pixels.shape[1:3] == size
+    assert np.array_equal(capped.pixels, [sizes.shrink(image, size) for image in whole.pixels])
+
+
+def test_frames_stay_whole_where_the_tensors_would_be_others(tmp_path: Path) -> None:
+    from transformers import Molmo2VideoProcessor
+
+    size = {"height": 56, "width": 56}
+    fractions = Molmo2VideoProcessor(size=size, patch_size=14, do_sample_frames=False)
+    assert Sizes(fractions, VideoConfig()).decoded(4, 240, 320) == (240, 320)
 
 
 def frames_like(frames: Frames, pixels: np.ndarray[Any, Any]) -> Frames:
