@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 _LETTER = r"[^\W_][\u0300-\u036f]*"  # with the accents behind it
@@ -206,12 +207,20 @@ def content(text: str) -> list[str]:
     return found
 
 
-def alike(one: str, other: str) -> bool:
-    """Whether two stems are not held against each other: equal, or in a line of `ALIKE`."""
-    return one == other or any(one in group and other in group for group in _GROUPS)
+def alike_to(others: Iterable[str]) -> Callable[[str], bool]:
+    """Tells of a stem whether one of `others` is not held against it.
+
+    That is one which is equal, or stands in a line of `ALIKE` with it.
+    """
+    known = frozenset(others)
+    groups = frozenset(group for word in known for group in _GROUPS.get(word, ()))
+    return lambda word: word in known or not groups.isdisjoint(_GROUPS.get(word, ()))
 
 
-_GROUPS = [frozenset(map(stem, line.split())) for line in ALIKE]
+_GROUPS: dict[str, list[int]] = {}  # stem to the lines of ALIKE that have it
+for _number, _line in enumerate(ALIKE):
+    for _word in set(map(stem, _line.split())):
+        _GROUPS.setdefault(_word, []).append(_number)
 
 
 def likeness(one: str, other: str) -> float:
@@ -222,8 +231,7 @@ def likeness(one: str, other: str) -> float:
     left, right = set(content(one)), set(content(other))
     if not left or not right:
         return float([w.text for w in words(one)] == [w.text for w in words(other)])
-    common = sum(any(alike(a, b) for b in right) for a in left)
-    common += sum(any(alike(a, b) for a in left) for b in right)
+    common = sum(map(alike_to(right), left)) + sum(map(alike_to(left), right))
     return common / (len(left) + len(right))
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from mmalign.data.words import alike, content, likeness, words
+from mmalign.data.words import alike_to, content, likeness, words
 
 _REFUSAL = re.compile(
     r"\b(?:(?:can ?not|can't|cannot|unable to|impossible to|hard to|difficult to|not possible to)"
@@ -92,7 +92,7 @@ def vagueness(
         note([""], "says little", 0.3)
     for kind, clue in (clues or ({"true answer": truth} if truth else {})).items():
         named = _new(clue, question)
-        if named and not any(alike(a, b) for a in content(answer) for b in named):
+        if named and not any(map(alike_to(named), content(answer))):
             note([""], f"names nothing that the {kind} does", 0.3)
     return Vague(round(min(score, 1.0), 3), tuple(reasons))
 

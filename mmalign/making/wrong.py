@@ -22,7 +22,7 @@ from typing import Literal
 
 from mmalign.benchmark import parsers
 from mmalign.data.phrases import differing_phrases
-from mmalign.data.words import alike, content, kinds, likeness, polarity, stem, words
+from mmalign.data.words import alike_to, content, kinds, likeness, polarity, stem, words
 
 _LINE = re.compile(r"^\W*([A-Z])[).:]\s*(\S.*?)\s*$", re.MULTILINE)
 _IN_LINE = re.compile(r"\(([A-Z])\)\s*(\S.*?)[\s,;]*(?=\([A-Z]\)|\n|$)")
@@ -92,8 +92,9 @@ def _open(answer: str, truth: str, least_likeness: float) -> tuple[Outcome, str]
     if contradicts(answer, truth):
         return "wrong", "contradiction"
     said, true = content(answer), content(truth)
-    missing = [a for a in true if not any(alike(a, b) for b in said)]
-    extra = [a for a in said if not any(alike(a, b) for b in true)]
+    is_said, is_true = alike_to(said), alike_to(true)
+    missing = [word for word in true if not is_said(word)]
+    extra = [word for word in said if not is_true(word)]
     if not missing and true:
         return "right", "content"
     if extra and missing and likeness(answer, truth) < least_likeness:
