@@ -363,9 +363,9 @@ def quickstart_video(
 
 
 def _weighted(item: str) -> tuple[str, float]:
-    folder, mark, coefficient = item.rpartition("=")
-    if not mark or Path(item).exists():
+    if Path(item).exists():
         return item, 1.0
+    folder, _, coefficient = item.rpartition("=")
     try:
         if not folder:
             raise ValueError

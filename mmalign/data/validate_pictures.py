@@ -75,7 +75,9 @@ class PictureBook:
                     "rows whose pictures differ in aspect ratio by more than 2 to 1: not trained on"
                 )
                 doubts.note(record, what, " and ".join(map(_shown, sizes)))
-            elif any(one == other for one, other in combinations(digests, 2)):
+            elif _has_one_caption(record) and any(
+                one == other for one, other in combinations(digests, 2)
+            ):
                 doubts.note(record, "rows that show one picture twice, pixel by pixel")
             whole.append((record, sizes))
         if alone:
@@ -103,6 +105,12 @@ class PictureBook:
             ]
             lines.append(f"  {name:{width}}" + "    ".join(cells))
         return lines
+
+
+def _has_one_caption(record: Record) -> bool:
+    """Whether pictures alone tell the candidates of a row apart."""
+    row = record.example
+    return row is not None and all(candidate.prompt is None for candidate in row.candidates)
 
 
 def _judge_sizes(rows: list[tuple[Record, list[Size]]], doubts: Doubts) -> None:

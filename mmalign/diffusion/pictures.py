@@ -209,7 +209,7 @@ def usable(
         else:
             kept.append(row)
             if sizes:
-                doubts.add(row.id, own, sizes, row_size(sizes, diffusion))
+                doubts.add(row, own, sizes, row_size(sizes, diffusion))
     notes = [
         _sentence(broken, "with a picture that cannot be decoded are left out", "; "),
         _sentence(odd, "with aspect ratios more than 2 to 1 apart are left out", ", "),
@@ -233,12 +233,12 @@ class _Doubts:
     same: list[str] = field(default_factory=list[str])
 
     def add(
-        self, row: str, pictures: Sequence[Picture], sizes: Sequence[Size], target: Size
+        self, row: Example, pictures: Sequence[Picture], sizes: Sequence[Size], target: Size
     ) -> None:
         """Take in one row.
 
         Args:
-            row: Its id.
+            row: Its candidates may have captions of their own, and so be told apart.
             pictures: Of its candidates.
             sizes: Of the pictures.
             target: That they are brought to.
@@ -246,12 +246,13 @@ class _Doubts:
         factor, size = max((_enlarged(size, target), size) for size in sizes)
         self.enlarged += factor > 1
         if factor > LARGEST_FACTOR:
-            self.blurred.append(f"{row} ({_shown(size)} to {_shown(target)})")
+            self.blurred.append(f"{row.id} ({_shown(size)} to {_shown(target)})")
         share, size = max((_cut_off(size, target), size) for size in sizes)
         if share > LARGEST_CUT:
-            self.cut.append(f"{row} ({_shown(size)} to {_shown(target)})")
-        if len(pictures) > 1 and any(map(same_bytes, pictures, pictures[1:])):
-            self.same.append(row)
+            self.cut.append(f"{row.id} ({_shown(size)} to {_shown(target)})")
+        own_captions = any(candidate.prompt is not None for candidate in row.candidates)
+        if not own_captions and any(map(same_bytes, pictures, pictures[1:])):
+            self.same.append(row.id)
 
     def notes(self) -> list[str]:
         """A sentence for each doubt; "" where there is none."""

@@ -241,6 +241,7 @@ def _merge_encoders(source: Path, target: Path, add: Sequence[tuple[str | Path, 
 
 
 def _local(added: str | Path) -> Path:
+    added = _trained(added)
     return Path(added) if Path(added).is_file() else local_folder(added)
 
 

@@ -19,6 +19,7 @@ __all__ = ["Section", "place_of", "write_report"]
 
 _HERE = Path(__file__).parent
 _NAMED = 3  # runs in the name of a page
+_LONGEST = 60  # letters of each
 
 
 def place_of(run_dirs: Sequence[str | Path]) -> Path:
@@ -29,7 +30,7 @@ def place_of(run_dirs: Sequence[str | Path]) -> Path:
     folders = [Path(folder) for folder in run_dirs]
     if len(folders) == 1:
         return folders[0] / "report.html"
-    names = [folder.resolve().name for folder in folders]
+    names = [folder.resolve().name[:_LONGEST] for folder in folders]
     more = f"-and-{len(names) - _NAMED}-more" if len(names) > _NAMED else ""
     stem = "report-" + "-".join(names[:_NAMED]) + more
     parent = folders[0].resolve().parent

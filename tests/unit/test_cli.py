@@ -215,6 +215,8 @@ def test_merge_parses_folders_and_coefficients(tmp_path: Path, tiny_llama_dir: P
     result = Result("merge", tiny_llama_dir, "--add", f"{tiny_llama_dir}=0.5", "--out", out)
     assert (result.code, result.out) == (0, f"{out}\n")
     assert (out / "model.safetensors").is_file()
+    result = Result("merge", tiny_llama_dir, "--add", tiny_llama_dir, "--out", tmp_path / "one")
+    assert json.loads((tmp_path / "one" / "merge.json").read_text())["add"][0][1] == 1.0
     for item in ("folder", "=1", f"{tiny_llama_dir}=x"):
         wrong = Result("merge", tiny_llama_dir, "--add", item, "--out", tmp_path / "no")
         assert wrong.code == 1
