@@ -130,7 +130,7 @@ def _is_named(descriptor: int, file: Path) -> bool:
 def _sign(descriptor: int, where: str) -> None:
     """Write down who holds the lock, after saying who held it and never let go."""
     if before := _owner(descriptor):
-        log.warning("%s: taken over from %s which ended without finishing", where, before)
+        log.warning("%s: taken over from %s, which ended without finishing", where, before)
     mine = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
@@ -150,4 +150,4 @@ def _owner(descriptor: int) -> str:
         return ""
     if not (host + since).isprintable():
         return f"process {number}"
-    return f"process {number} on {host}, since {since},"
+    return f"process {number} on {host} (since {since})"

@@ -14,6 +14,7 @@ moment the machine dies at, a folder with this name is complete.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -27,7 +28,7 @@ from safetensors.torch import save_file
 from mmalign.errors import CheckpointError
 from mmalign.models.files import read_tensors, usual_mode
 from mmalign.train.files import sweep
-from mmalign.train.inputs import changed_files, differences
+from mmalign.train.inputs import changed_files, differences, touched
 from mmalign.train.metrics import flatten, keep_until
 from mmalign.train.rng import rng_state, set_rng_state
 from mmalign.train.sums import read_about, write_about
@@ -40,8 +41,10 @@ if TYPE_CHECKING:
 
     from mmalign.core import Objective
     from mmalign.models.adapter import Adapter
-    from mmalign.train.inputs import Table
+    from mmalign.train.prints import Table
     from mmalign.train.run import Run
+
+log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _ROWS = "data.train_hash"
@@ -142,6 +145,10 @@ def resume(run: Run, identity: Mapping[str, Any], made_of: Table) -> Path | None
         for name, value in about["position"].items():
             setattr(run.position, name, value)
     if run.accelerator.is_main_process:
+        for path in touched(run_dir, made_of):
+            log.warning(
+                "%s was written again since the run began, in what was looked at alike", path
+            )
         sweep(run_dir)
         for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
             keep_until(run_dir / name, run.position.step if newest else -1)

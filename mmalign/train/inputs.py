@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,32 +11,21 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import broadcast_object_list
 
 from mmalign.data.example import Picture
-from mmalign.errors import CheckpointError
-from mmalign.models.files import ADAPTER_CONFIG, read_json, weight_files
+from mmalign.train.prints import WHOLE, matching, model_files, print_of, words
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from mmalign.config import RunConfig
     from mmalign.data.example import Example, Media
+    from mmalign.train.prints import Table
     from mmalign.train.run import Run
-
-    Table = dict[str, dict[str, dict[str, Any]]]  # kind, name, then path, bytes, time and hash
 
 TABLE = "inputs.json"
 _KEYS = ("path", "bytes", "time", "hash")
-_WHOLE = 64 << 20  # bytes; a larger file of a model or of rows is hashed in parts
 _ALL_MEDIA = 256 << 20  # bytes read of all media together
 _LEAST = 64 << 10  # bytes read of each of them, however many there are
-_MODEL = ("config.json", ADAPTER_CONFIG, "model_index.json", "scheduler_config.json", "*.py")
-_TOKENIZER = (
-    "tokenizer*.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "additional_chat_templates/*.jinja",
-)  # fmt: skip
-_PROCESSOR = ("*processor_config.json",)
 _ROWS = ("*.jsonl", "*.json", "*.parquet", "*.arrow", "*.csv", "*.tsv", "*.txt")
-
-log = logging.getLogger(__name__)
 
 
 def look_once(run: Run) -> Table:
@@ -58,15 +45,15 @@ def look(config: RunConfig, rows: Sequence[Example]) -> Table:
     """
     table: Table = {}
     for kind, path, revision in _models(config):
-        table |= _model(kind, path, revision)
+        table |= model_files(kind, path, revision)
     for source in config.data.train:
         path = Path(source.path)
-        found = [path] if path.is_file() else _matching(path, (*_ROWS, *(f"*/{r}" for r in _ROWS)))
-        table.setdefault("data", {}).update({str(file): _print(file, _WHOLE) for file in found})
+        found = [path] if path.is_file() else matching(path, (*_ROWS, *(f"*/{r}" for r in _ROWS)))
+        table.setdefault("data", {}).update({str(file): print_of(file, WHOLE) for file in found})
     media = list(dict.fromkeys(file for row in rows for file in files_of(row)))
-    whole = min(_WHOLE, max(_LEAST, _ALL_MEDIA // max(1, len(media))))
+    whole = min(WHOLE, max(_LEAST, _ALL_MEDIA // max(1, len(media))))
     with ThreadPoolExecutor(8) as pool:  # most of it is waiting for the disk
-        prints = pool.map(lambda file: _print(file, whole), media)
+        prints = pool.map(lambda file: print_of(file, whole), media)
         table["media"] = {str(file): found for file, found in zip(media, prints, strict=True)}
     return table
 
@@ -77,11 +64,11 @@ def identity(table: Table) -> dict[str, Any]:
     What the rows of data files say is compared instead of the files.
     """
     told: dict[str, Any] = {
-        kind: {name: _words(found) for name, found in files.items()}
+        kind: {name: words(found) for name, found in files.items()}
         for kind, files in table.items()
         if kind not in ("data", "media")
     }
-    media = [_words(found) for found in table["media"].values()]
+    media = [words(found) for found in table["media"].values()]
     if media:
         told["media"] = f"{len(media)} files, {hashlib.sha256(repr(media).encode()).hexdigest()}"
     return told
@@ -126,7 +113,7 @@ def changed_files(run_dir: Path, table: Table, kind: str) -> list[str]:
         pairs = list(zip(then.values(), now.values(), strict=False))
     else:
         pairs = [(then[name], found) for name, found in now.items() if name in then]
-    states = [(found["path"], _words(before), _words(found)) for before, found in pairs]
+    states = [(found["path"], words(before), words(found)) for before, found in pairs]
     return [_difference(*state) for state in states if state[1] != state[2]]
 
 
@@ -146,8 +133,8 @@ def touched(run_dir: Path, table: Table) -> list[str]:
         found["path"]
         for kind, files in table.items()
         for name, found in files.items()
-        if found["bytes"] > _WHOLE and (before := then.get(kind, {}).get(name))
-        if (before["path"], _words(before)) == (found["path"], _words(found))
+        if found["bytes"] > WHOLE and (before := then.get(kind, {}).get(name))
+        if (before["path"], words(before)) == (found["path"], words(found))
         if before["time"] != found["time"]
     ]
 
@@ -173,90 +160,6 @@ def _models(config: RunConfig) -> Iterator[tuple[str, str | None, str | None]]:
     for number, part in enumerate(reference.mixture):
         yield f"mixture {number + 1}", part.path, None
     yield "clues", clues.path if clues else None, None
-
-
-def _model(kind: str, path: str | None, revision: str | None) -> Table:
-    """The files of a model, its tokenizer and its processor; without them, its name."""
-    if path is None:
-        return {}
-    folder = _folder(path, revision)
-    if folder is None:
-        return {kind: {"name": {"path": f"the {kind}", "bytes": -1, "time": 0, "hash": path}}}
-    if folder.is_file():
-        return {kind: {"weights": _print(folder, _WHOLE)}}
-    parts = [folder]
-    if (folder / "model_index.json").is_file():
-        parts += sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    table: Table = {kind: {}}
-    for part in parts:
-        settings = _matching(part, _MODEL)
-        table[kind] |= _prints(folder, [*_weights(part), *settings])
-        for name, patterns in (("tokenizer", _TOKENIZER), ("processor", _PROCESSOR)):
-            if (found := _matching(part, patterns)) and kind in ("model", "base"):
-                table[name] = table.get(name, {}) | _prints(folder, found)
-    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-        if kind == "model" and isinstance(base, str) and base != path:
-            table = _model("base", base, None) | table
-    return table
-
-
-def _folder(path: str, revision: str | None) -> Path | None:
-    """Where a model lies on this machine; None where that cannot be told."""
-    if os.path.exists(path):
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path, revision=revision, local_files_only=True))
-    except (OSError, ValueError):  # the hub's errors are both
-        return None
-
-
-def _weights(folder: Path) -> list[Path]:
-    try:
-        return weight_files(folder)
-    except CheckpointError:
-        return []
-
-
-def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
-    return sorted(file for file in found if not file.name.startswith("."))
-
-
-def _prints(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    return {file.relative_to(folder).as_posix(): _print(file, _WHOLE) for file in files}
-
-
-def _print(file: Path, whole: int) -> dict[str, Any]:
-    """Path, size, time of change, and the hash of a file; of parts where it is above `whole`."""
-    try:
-        with file.open("rb", buffering=0) as stream:
-            info = os.fstat(stream.fileno())
-            digest = hashlib.sha256()
-            if info.st_size <= whole:
-                digest.update(stream.readall())
-            else:
-                count = max(4, min(64, whole >> 20))
-                size = whole // count
-                for number in range(count):
-                    stream.seek(number * (info.st_size - size) // (count - 1))
-                    digest.update(stream.read(size))
-    except OSError as error:
-        return {"path": str(file), "bytes": -1, "time": 0, "hash": error.strerror}
-    return {
-        "path": str(file),
-        "bytes": info.st_size,
-        "time": info.st_mtime_ns,
-        "hash": digest.hexdigest()[:16],
-    }
-
-
-def _words(found: Mapping[str, Any]) -> str:
-    if found["bytes"] < 0:  # nothing but a name is known of it
-        return str(found["hash"])
-    return f"{found['bytes']} bytes, hash {found['hash']}"
 
 
 def files_of(row: Example) -> Iterator[Path]:

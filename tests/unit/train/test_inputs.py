@@ -12,7 +12,7 @@ from toy_adapter import toy_config
 
 from mmalign.config import RunConfig
 from mmalign.data.example import Candidate, Clip, Example, Media, Picture
-from mmalign.train import inputs
+from mmalign.train import inputs, prints
 from mmalign.train.files import rows_hash
 
 
@@ -81,7 +81,8 @@ def test_what_is_no_folder_is_known_by_its_name(tmp_path: Path) -> None:
 def test_a_large_file_is_looked_at_from_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "_WHOLE", 4096)
+    for module in (inputs, prints):
+        monkeypatch.setattr(module, "WHOLE", 4096)
     model = make_model(tmp_path / "m")
     weights = model / "model.safetensors"
     data = bytearray(os.urandom(40_000))
