@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 
 from mmalign.errors import ConfigError, DataError
 from mmalign.text.calls import FAULTS
 from mmalign.text.tokenizer import leading, pad_id
 from mmalign.video.frames import SOUND_RATE
+from mmalign.video.given import joined_tensors, metadata, tensors_of, without_pixels, writable
 from mmalign.video.prompt import KINDS
 from mmalign.video.sizes import Sizes
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmalign.config import RunConfig
-    from mmalign.video.frames import Array, Frames, Wave
+    from mmalign.video.frames import Frames, Wave
 
 _SECONDS_KEPT = 30.0  # of a sound, by feature extractors of the Whisper family
 
@@ -147,7 +147,9 @@ class Processor:
     def _processed(self, shown: Shown, where: str, *, planned: bool) -> Processed:
         parts = self._apart(shown, where)
         done = [self._part(part, where, planned=planned) for part in parts]
-        tensors = done[0].tensors if len(done) == 1 else _joined([part.tensors for part in done])
+        tensors = (
+            done[0].tensors if len(done) == 1 else joined_tensors([part.tensors for part in done])
+        )
         texts = {
             kind: tuple(text for part in done for text in part.replacements[kind])
             for kind in self.tokens
@@ -171,7 +173,7 @@ class Processor:
         text = self._placeholders(shown, where)
         options = self._options(text, shown, where)
         if shown.clips:
-            make = _without_pixels if planned else _writable
+            make = without_pixels if planned else writable
             options["videos"] = [make(frames.pixels) for frames, _ in shown.clips]
         output = self._call(options, where)
         found: dict[str, list[str]] = {kind: [] for kind in self.tokens}
@@ -189,7 +191,7 @@ class Processor:
                     f"{where}: {len(items)} of kind {kind} were given to the processor, which "
                     f"placed {len(found.get(kind, []))}"
                 )
-        tensors = _tensors(output, shown)
+        tensors = tensors_of(output, shown)
         self._check_grids(shown, tensors, where)
         return Processed(tensors, {kind: tuple(texts) for kind, texts in found.items()})
 
@@ -236,10 +238,10 @@ class Processor:
         options = self._options(text, shown, where)
         options["text_kwargs"] = special
         if shown.clips:
-            options["videos"] = [_writable(frames.pixels) for frames, _ in shown.clips]
+            options["videos"] = [writable(frames.pixels) for frames, _ in shown.clips]
         output = self._call(options, where)
         output.pop("text_replacement_offsets")
-        return _tensors(output, shown)
+        return tensors_of(output, shown)
 
     def expand(self, text: str, processed: Processed) -> str:
         """A prompt's text with every placeholder replaced, as the processor itself does it."""
@@ -326,7 +328,7 @@ class Processor:
     def _video_options(self, shown: Shown, where: str = "") -> dict[str, Any]:
         return {
             "do_sample_frames": False,  # the frames were chosen, and must stay the same ones
-            "video_metadata": [_metadata(frames) for frames, _ in shown.clips],
+            "video_metadata": [metadata(frames) for frames, _ in shown.clips],
             "fps": shown.clips[0][0].fps,  # read where sound is laid between the frames
             **self._size_of(shown.clips[0][0], where),
         }
@@ -351,63 +353,7 @@ def _asked(sizes: Sizes, count: int, height: int, width: int, area: int | None, 
         raise DataError(f"{where}: {error}") from error
 
 
-_NAMES = {"pixel_values_images": "pixel_values"}  # Video-LLaVA's processor, and its model
 _PARTS = ("image_processor", "video_processor", "feature_extractor")
-
-
-def _tensors(output: Mapping[str, Any], shown: Shown) -> dict[str, Tensor]:
-    """What a processor gave, by the names that models know; whether clips are heard beside it."""
-    tensors = {_NAMES.get(k, k): torch.as_tensor(v) for k, v in output.items() if v is not None}
-    if any(track is not None for _, track in shown.clips):
-        tensors["audio_in_video"] = torch.ones(1, dtype=torch.bool)
-    return tensors
-
-
-def _writable(pixels: Array) -> Array:
-    """Frames as torch takes them without a warning; kept ones are shared and locked."""
-    return pixels if pixels.flags.writeable else pixels.copy()
-
-
-def _without_pixels(pixels: Array) -> Tensor:
-    """Frames of which only the shape is known."""
-    return torch.empty(pixels.shape, dtype=torch.uint8, device="meta")
-
-
-def _metadata(frames: Frames) -> dict[str, Any]:
-    """Times as a processor counts them: numbers of frames in the clip's part, and a rate."""
-    first, count = (0, frames.num_source) if frames.span is None else frames.span
-    rate = frames.rate or frames.source_fps
-    return {
-        "fps": rate,
-        "frames_indices": [number - first for number in frames.indices],
-        "total_num_frames": count,
-        "duration": count / rate,
-        "height": int(frames.pixels.shape[1]),
-        "width": int(frames.pixels.shape[2]),
-    }
-
-
-def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of media that were processed apart, as if they had been together.
-
-    Sounds are padded to the longest; their masks say how far each goes.
-    """
-    joined: dict[str, Tensor] = {}
-    for name in dict.fromkeys(name for part in parts for name in part):
-        tensors = [part[name] for part in parts if name in part]
-        of_text = name in ("input_ids", "attention_mask") or name.endswith("token_type_ids")
-        if name == "audio_in_video":
-            joined[name] = tensors[0]
-        elif of_text:
-            joined[name] = torch.cat(tensors, 1)
-        else:
-            most = max(tensor.shape[-1] for tensor in tensors) if tensors[0].dim() > 1 else 0
-            pads = [(0, most - t.shape[-1]) if most else (0, 0) for t in tensors]
-            tensors = [
-                F.pad(t, pad) if any(pad) else t for t, pad in zip(tensors, pads, strict=True)
-            ]
-            joined[name] = torch.cat(tensors)
-    return joined
 
 
 def load_processor(config: RunConfig) -> Any:
