@@ -62,7 +62,7 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
         stages[stage], clock = round(time.perf_counter() - clock, 1), time.perf_counter()
 
     output = free_folder(output, "quickstart-text")
-    rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").split("\n") if line]
     if fast:
         model = stand_in.make(output / "model", [row["chosen"] for row in rows])
     else:
