@@ -133,6 +133,17 @@ def open_picture(picture: Picture | Path) -> Image:
         return image
 
 
+def num_pixels(picture: Picture) -> int:
+    """Pixels of a picture, from how it begins; 0 of one that cannot be read, as decoding tells."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(picture_bytes(picture)), formats=_formats()) as image:
+            return image.width * image.height
+    except Exception:  # as above, decoders raise nearly anything
+        return 0
+
+
 @contextmanager
 def _decoded(picture: Picture) -> Generator[Image]:
     """The picture, while its memory is counted with what other threads decode."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from mmalign.data.pictures import decode_all
+from mmalign.data.pictures import decode_all, num_pixels
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmalign.data.example import Picture
+
+MOST_HELD = 40_000_000
+"""Pixels of a batch; the next one is decoded meanwhile."""
 
 Key = TypeVar("Key")
 Scoring = Callable[..., "Tensor"]  # (pictures, prompts) -> [N]
@@ -72,18 +75,33 @@ def score_items(
         yield [(item, results[id(item)]) for item in part]
 
 
+def _parts(items: Iterable[Item[Key]], batch_size: int) -> Iterator[list[Item[Key]]]:
+    """Up to `batch_size` items, fewer where their pictures are large: all are held at once."""
+    part: list[Item[Key]] = []
+    held = 0
+    for item in items:
+        pixels = sum(map(num_pixels, item.pictures))
+        if part and (len(part) == batch_size or held + pixels > MOST_HELD):
+            yield part
+            part, held = [], 0
+        part.append(item)
+        held += pixels
+    if part:
+        yield part
+
+
 def _decoded(
     items: Iterable[Item[Key]], batch_size: int
 ) -> Iterator[tuple[Sequence[Item[Key]], Mapping[Picture, Image | DataError]]]:
     def decode(part: Sequence[Item[Key]]) -> Mapping[Picture, Image | DataError]:
         return decode_all((p for item in part for p in item.pictures), lambda image: image)
 
-    source = iter(items)
+    parts = _parts(items, batch_size)
     with ThreadPoolExecutor(1) as pool:
-        part = list(islice(source, batch_size))
+        part = next(parts, [])
         images = pool.submit(decode, part)
         while part:
-            following = list(islice(source, batch_size))
+            following = next(parts, [])
             ahead = pool.submit(decode, following)
             yield part, images.result()
             part, images = following, ahead

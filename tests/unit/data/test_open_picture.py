@@ -353,3 +353,10 @@ def test_pictures_in_flight_share_their_memory(
     large = room.Room()
     with large.take(10 * room.MOST):  # alone, even what is larger than all need not wait
         pass
+
+
+def test_pixels_are_told_without_decoding(tmp_path: Path) -> None:
+    assert pictures.num_pixels(Picture(save(tmp_path / "a.png"))) == 24 * 24
+    (tmp_path / "b.png").write_bytes(png_of(9_000, 9_000))
+    assert pictures.num_pixels(Picture(tmp_path / "b.png")) == 81_000_000
+    assert pictures.num_pixels(Picture(tmp_path / "none.png")) == 0
