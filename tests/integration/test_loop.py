@@ -63,7 +63,7 @@ def test_lists_of_more_than_two_are_trained_and_evaluated(tmp_path: Path) -> Non
     )
     result = train(config)
     before, *_, after = read_json(config.output / "eval.jsonl")
-    assert before["reward_accuracy"] == 0.0
+    assert before["reward_accuracy"] == 0.5  # all tied
     assert after["reward_accuracy"] > 0.8
     assert after["drift/chosen"] > after["drift/rejected"]
     assert len(after["rows"][0]["logps"]) == 4

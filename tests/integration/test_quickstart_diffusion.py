@@ -193,7 +193,7 @@ def test_latents_of_real_pictures_are_aligned_through_caches(
     steps = read_json(tmp_path / "align" / "metrics.jsonl")
     losses = [record["loss"] for record in steps if "loss" in record]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
-    assert aligned[0]["reward_accuracy"] == 0.0
+    assert aligned[0]["reward_accuracy"] == 0.5, "all tied"
     assert aligned[-1]["reward_accuracy"] > 0.8, "colour wins on pictures it never saw"
     assert aligned[-1]["loss"] < math.log(2)
 

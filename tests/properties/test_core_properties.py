@@ -237,7 +237,7 @@ def test_equal_policies_give_log_2_and_zero_margins(name: str) -> None:
     loss = presets.build(name)(c)
     torch.testing.assert_close(loss.value.item(), math.log(2.0), rtol=1e-12, atol=0.0)
     assert abs(loss.metrics["rewards/margins"].item()) < 1e-15
-    assert loss.metrics["rewards/accuracies"].item() == 0.0
+    assert loss.metrics["rewards/accuracies"].item() == 0.5
 
 
 @pytest.mark.parametrize(

@@ -76,9 +76,9 @@ def pairs(*margins: float) -> CandidateLogps:
     return sequences(policy, torch.zeros_like(policy))
 
 
-def test_metrics_have_trls_names_and_strict_accuracy() -> None:
+def test_metrics_have_trls_names_and_ties_count_half() -> None:
     metrics = presets.dpo(0.5)(pairs(2.0, 0.0, -4.0, 6.0)).metrics
-    assert metrics["rewards/accuracies"].item() == 0.5
+    assert metrics["rewards/accuracies"].item() == 0.625
     assert metrics["rewards/ties"].item() == 0.25
     assert metrics["rewards/margins"].item() == pytest.approx(0.5)
     assert metrics["rewards/chosen"].item() == pytest.approx(0.5)
