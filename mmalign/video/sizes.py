@@ -55,7 +55,12 @@ class Sizes:
         self._cap = self._capped(settings) if kind == "videos" else {}
         self._asked = lru_cache(maxsize=4096)(self._ask)
         self._chosen = lru_cache(maxsize=4096)(self._choose)
-        if self._area is not None and own is not None:
+        if self._area is not None and own is None:
+            shown = "clips" if kind == "videos" else "pictures"
+            raise ConfigError(
+                f"video.{self._name} is set, but the model's processor takes no {shown}; remove it"
+            )
+        if self._area is not None:
             frames = settings.num_frames or settings.max_frames
             self._check(self._area, max(frames, self._patch) if kind == "videos" else 1)
 
@@ -144,9 +149,10 @@ class Sizes:
             cap = self._own.cap_pixels_per_frame if wanted is None else wanted
             return {"cap_pixels_per_frame": bool(cap)}
         if wanted is not None:
+            name = "the model has none" if self._own is None else type(self._own).__name__
             raise ConfigError(
                 "video.cap_pixels_per_frame is set, but the model's video processor "
-                f"({type(self._own).__name__}) knows no such cap; remove it"
+                f"({name}) knows no such cap; remove it"
             )
         return {}
 

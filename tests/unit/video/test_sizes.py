@@ -82,6 +82,12 @@ def test_what_a_processor_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
         Sizes(fixed, VideoConfig(cap_pixels_per_frame=True))
     with pytest.raises(ConfigError, match="image processor brings every picture to one size"):
         processor_of("llava_onevision", tmp_path, image_pixels=4096)
+    for settings, message in (
+        (VideoConfig(frame_pixels=4096), "video.frame_pixels is set, .* takes no clips"),
+        (VideoConfig(cap_pixels_per_frame=True), "the model has none"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Sizes(None, settings)
     with pytest.raises(DataError, match="does not take a clip of 1 frame of 64 x 48"):
         Sizes(own("of a clip"), VideoConfig()).size(1, 48, 64)
     with pytest.raises(DataError, match=r"LlavaOnevisionVideoProcessor brings .* to no max_pixels"):
