@@ -6,7 +6,6 @@ does not grow with the length of texts.
 
 from __future__ import annotations
 
-import re
 from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,15 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmalign.data.counted import Counted
-from mmalign.data.example import Message, Picture, as_text, normalised
+from mmalign.data.example import as_text, normalised
 from mmalign.data.fields import show
 from mmalign.data.leakage import Leakage
 from mmalign.data.unread import Unread
 from mmalign.data.verdicts import contradictions
+from mmalign.data.written import bare, of_a_converter, role_before, special_mark
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from mmalign.data.example import Candidate, Example, Prompt
     from mmalign.data.records import Record
 
@@ -30,12 +28,7 @@ HEAVY = 100.0
 """A weight above this many times the median is named."""
 SHORTEST_REPEAT = 20  # characters of a prompt; an answer may well begin with a shorter one
 FEWEST_EQUAL = 5  # rows; fewer may have one same answer by chance
-
-_MARK = re.compile(
-    r"<\|[A-Za-z][\w ]{0,40}\|>|<｜[^<>｜]{1,40}｜>|</s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad)>"
-    r"|\[/?INST\]|<<SYS>>"
-)
-"""Special tokens of well-known tokenizers and templates, as text."""
+MOSTLY = 0.5  # of the rows, from which on a way of writing is no row's own
 
 
 class Doubts:
@@ -48,6 +41,7 @@ class Doubts:
         self.unread = Unread()
         self._groups: dict[str, Counted] = {}
         self._of_pairs: set[str] = set()
+        self._roles = Counted("answers that begin with a role, as in a transcript", "")
         self._turned: dict[str, dict[str, int]] = {}  # file -> what prefers rejected -> pairs
         self._pairs_of: dict[str, int] = {}  # file -> pairs
         self._first: dict[int, str] = {}  # hash of a row -> its place
@@ -94,6 +88,8 @@ class Doubts:
             of_pairs = what in self._of_pairs
             total, unit = (self.num_pairs, "pairs") if of_pairs else (self.num_rows, "rows")
             lines.append(group.line(total, unit, show_places))
+        if len(self._roles.places) >= max(FEWEST_EQUAL, MOSTLY * self.num_rows):
+            lines.append(self._roles.line(self.num_rows, "rows", show_places))
         lines += [*self._same_lines(), *self._weight_lines()]
         return lines + self.leakage.lines(show_places)
 
@@ -121,15 +117,19 @@ class Doubts:
 
     def _weight_lines(self) -> list[str]:
         weights = np.frombuffer(self._weights) if self._weights else np.zeros(0)
-        weights = weights[weights > 0]
-        usual = float(np.median(weights)) if weights.size else 0.0
-        heavy = int((weights > HEAVY * usual).sum())
+        positive = weights[weights > 0]
+        usual = float(np.median(positive)) if positive.size else 0.0
+        heavy, none = int((positive > HEAVY * usual).sum()), weights.size - positive.size
+        lines: list[str] = []
+        if none and positive.size:
+            lines.append(f"rows of weight 0, of which nothing is learned: {none} of {weights.size}")
         if not heavy:
-            return []
+            return lines
         weight, place = self._heaviest
         return [
+            *lines,
             f"weights above {HEAVY:g} times the median of {usual:g}: {heavy} of {self.num_rows} "
-            f"rows; the highest is {weight:g} at {place}"
+            f"rows; the highest is {weight:g} at {place}",
         ]
 
     def _read(self, record: Record, row: Example, held_out: bool) -> None:
@@ -148,16 +148,37 @@ class Doubts:
             if mark:
                 what = "special tokens written in answers"
                 self.note(record, what, f"{mark} in {name}")
+            for what, found in of_a_converter(candidate).items():
+                self.note(record, what, f"{found} in {name}")
+            if role := role_before(candidate):
+                self._roles.first = self._roles.first or f"{record.place}: {role}"
+                if self._roles.places[-1:] != [record.place]:
+                    self._roles.places.append(record.place)
             shown = None if candidate.prompt is None else normalised(candidate.prompt)
             answers.append((text, hash((text, shown, candidate.media))))
-        if row.kind == "pair" and answers[0][1] == answers[1][1]:
-            what = "chosen equal to rejected but for white space and case"
-            self.note(record, what, of_pairs=True)
+        if row.kind == "pair":
+            self._compare_sides(record, row, answers[0][1] == answers[1][1])
+        if not row.files():
+            same = self._same.setdefault("prompt", _Same(prompt[0], as_text(row.prompt)))
+            same.add(prompt[0], answers[0][0] if answers else "")
         if row.kind != "list":
             for name, candidate, (text, _) in zip(names, rated, answers, strict=True):
-                same = self._same.setdefault(name, _Same(text, as_text(candidate.response)))
-                same.add(text, prompt[0])
+                if text:  # what is trained on prompts alone has none
+                    same = self._same.setdefault(name, _Same(text, as_text(candidate.response)))
+                    same.add(text, prompt[0])
         self._compare(record, row, hash((prompt, held_out)), [key for _, key in answers])
+
+    def _compare_sides(self, record: Record, row: Example, equal: bool) -> None:
+        """Whether the two sides of a pair say the same."""
+        first, second = row.candidates[:2]
+        if equal:
+            what = "chosen equal to rejected but for white space and case"
+            self.note(record, what, of_pairs=True)
+        elif isinstance(first.response, str | tuple) and (words := bare(first.response)):
+            same = words == bare(second.response)
+            if same and (first.prompt, first.media) == (second.prompt, second.media):
+                what = "chosen equal to rejected but for punctuation and marks that are not seen"
+                self.note(record, what, of_pairs=True)
 
     def _compare(self, record: Record, row: Example, prompt: int, answers: list[int]) -> None:
         key, reverse = hash((prompt, *answers)), hash((prompt, *reversed(answers)))
@@ -171,7 +192,7 @@ class Doubts:
         if earlier is not None and earlier != record.place:
             self.note(record, "rows that repeat an earlier one", f"it repeats {earlier}")
         elif row.kind == "pair" and not row.is_tie and other not in (None, record.place):
-            what = "pairs that prefer the other response than an earlier one"
+            what = "pairs that contradict an earlier one, which prefers the other response"
             self.note(record, what, f"the other is {other}", of_pairs=True)
         self._first.setdefault(key, record.place)
 
@@ -185,7 +206,7 @@ class Doubts:
 
 @dataclass(slots=True)
 class _Same:
-    """Whether all rows have one same answer to different prompts."""
+    """Whether all rows have one same answer to different prompts, or one prompt for all answers."""
 
     text: str
     shown: str  # as it was written
@@ -211,20 +232,3 @@ def _said(candidate: Candidate, text: str) -> str:
     """The normalised words of a response without the role before them."""
     response = candidate.response
     return normalised(response[0].content) if isinstance(response, tuple) else text
-
-
-def special_mark(candidate: Candidate) -> str:
-    """The first special token that is written in a response; "" where there is none."""
-    for text in _words(candidate.response):
-        if "<" in text or "[" in text:
-            found = _MARK.search(text)
-            # Beside its opening tag it is HTML's way to strike text out.
-            if found and not (found[0] == "</s>" and "<s>" in text[1:]):
-                return found[0]
-    return ""
-
-
-def _words(response: str | Path | Picture | tuple[Message, ...]) -> list[str]:
-    if isinstance(response, str):
-        return [response]
-    return [turn.content for turn in response] if isinstance(response, tuple) else []

@@ -177,6 +177,11 @@ class Adapter(nn.Module, ABC):
     def before_training(self, examples: Sequence[Example]) -> None:
         """Called once with the training rows, before the first step; e.g. to open a cache."""
 
+    @property
+    def num_choices(self) -> int | None:
+        """Among how many a model that knows nothing guesses at a position; None: of no number."""
+        return None
+
     def plan(self, num_steps: int) -> None:
         """Told before the first step how many optimiser steps the run takes."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmalign.core.presets import ALIASES, PRESETS, diffusion
 from mmalign.preflight import published
+from mmalign.preflight.bases import other_base
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from mmalign.core import Needs
     from mmalign.data.example import Example
     from mmalign.preflight.published import Range
+
+
+FEW_STEPS = 100
+"""So many steps are a trial, whatever is repeated in them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +178,37 @@ def _reference(plan: Plan) -> Iterator[str]:
         )
 
 
+def _adapter(plan: Plan) -> Iterator[str]:
+    model = plan.config.model
+    if base := other_base(model):
+        yield (
+            f"model.adapter {model.adapter} was trained on {base}, whose weights are not those of "
+            f"model.path {model.path}: what it adds was learned for others. Give model.path: {base}"
+        )
+
+
+def _passes(plan: Plan) -> Iterator[str]:
+    """How often every row is seen; small sets of pictures are often seen a hundred times."""
+    if plan.config.modality == "diffusion" or not plan.rows:
+        return
+    epochs = plan.num_steps * plan.rows_per_step / len(plan.rows)
+    many = plan.num_steps > FEW_STEPS and published.EPOCHS.side(epochs) == "above"
+    if many:
+        yield (
+            f"{plan.num_steps:,} steps of {plan.rows_per_step:,} rows see each of the "
+            f"{len(plan.rows):,} rows {epochs:,.0f} times; published are {published.EPOCHS}. "
+            f"Lower train.num_steps or num_epochs; {_QUIET}"
+        )
+
+
+def _sides(plan: Plan) -> Iterator[str]:
+    if plan.config.data.swap and all(name != "diffusion_npo" for _, name, _ in plan.losses):
+        yield (
+            "data.swap is true: better and worse change places in every row, so the model learns "
+            f"to prefer the worse; it is meant for negative models (diffusion_npo); {_QUIET}"
+        )
+
+
 def _ratings(plan: Plan) -> Iterator[str]:
     """Single responses of which one kind is far the more."""
     for where, name, given in plan.losses:
@@ -199,6 +235,9 @@ _DOUBTS: tuple[Callable[[Plan], Iterator[str]], ...] = (
     _adam,
     _lora,
     _reference,
+    _adapter,
+    _passes,
+    _sides,
     _ratings,
 )
 _QUIET = "train.check_settings: false if it is meant"

@@ -60,6 +60,7 @@ _ERRORS = Range(500.0, 5000.0, "DCPO, Diffusion-DPO", slack=5.0)
 
 STRENGTHS: dict[str, dict[str, Range]] = {
     "ipo": {"tau": _NATS},
+    "cdpo": {"beta": _NATS, "flip": Range(0.0, 0.4, "note on noisy preferences", slack=1.0)},
     "rso": {"gamma": Range(0.05, 1.0, "RSO", slack=5.0)},
     "sigmoid_norm": {"beta": Range(2.0, 10.0, "Tulu 3", slack=5.0)},
     "simpo": {
@@ -94,6 +95,7 @@ OF_NATS: dict[str, Range] = {"beta": _NATS}
 OF_ERRORS: dict[str, Range] = {"beta": _ERRORS}
 """Constants of every other loss on errors of a picture, which are per unit of mean error."""
 
+EPOCHS = Range(1.0, 5.0, "DPO, KTO, TDPO, RRPO")
 WARM_UP = Range(0.0, 0.5, "InPO and SmPO; most papers have 0 to 0.25", slack=1.0)
 """Share of a run."""
 

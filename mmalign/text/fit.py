@@ -38,8 +38,8 @@ def require_frame(encoder: Encoder, embedded: int, key: str) -> None:
     if largest >= embedded:
         raise ConfigError(
             f"{key}: every row is written with {_named(encoder.tokenizer, largest)}, but the model "
-            f"embeds {embedded} tokens, 0 to {embedded - 1}; the tokenizer is another model's, or "
-            "got tokens that the model did not"
+            f"embeds {embedded} tokens, 0 to {embedded - 1}: the two do not belong together, or "
+            "the tokenizer got tokens that the model did not"
         )
 
 

@@ -9,16 +9,16 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mmalign.data.doubts import special_mark
 from mmalign.data.example import as_text
 from mmalign.data.progress import track
+from mmalign.data.written import special_mark, special_mark_of
 from mmalign.errors import ConfigError, DataError
 from mmalign.text.limits import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from mmalign.data.example import Candidate, Example
+    from mmalign.data.example import Candidate, Example, Prompt
     from mmalign.text.encode import EncodedCandidate, Encoder
 
 NAMED = 3  # first rows that are kept by number, of everything that is only counted
@@ -168,6 +168,8 @@ class _Chunks:
         special = sum(map(self._writes_special, row.candidates))
         if special:
             found.count("special_tokens", number, times=special)
+        if self.encoder.render.is_chat and any(map(self._is_rendered, _asked(row.prompt))):
+            found.count("prompts_rendered", number)
         if row.kind == "pair":
             found.pairs += 1
             first, second = encoded[:2]
@@ -178,6 +180,17 @@ class _Chunks:
         """Whether the answer's own words hold a special token; well-known ones are named before."""
         text = as_text(candidate.response)
         return self.encoder.writes_special(text) and not special_mark(candidate)
+
+    def _is_rendered(self, text: str) -> bool:
+        """Whether a prompt's own words hold the marks of a template."""
+        return self.encoder.writes_special(text) or bool(special_mark_of(text))
+
+
+def _asked(prompt: Prompt) -> list[str]:
+    """What the user says in a prompt."""
+    if isinstance(prompt, str):
+        return [prompt]
+    return [turn.content for turn in prompt if turn.role == "user"]
 
 
 def too_long(limit: int) -> str:

@@ -67,6 +67,8 @@ def lines(found: Found, rows: Sequence[Example], data: DataConfig) -> list[str]:
 
 _SENTENCES = {
     "prompts_empty": "the prompt is empty, so the answer follows the tokenizer's first token",
+    "prompts_rendered": "the prompt has special tokens written in its text, and the chat template "
+    "writes its own around it; give the words alone, or set text.chat_template: false",
     "without_template": "the prompt is a conversation, but no chat template is in use; it is "
     "written as a transcript of Human and Assistant",
 }

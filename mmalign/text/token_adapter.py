@@ -65,7 +65,8 @@ class TokenAdapter(Adapter):
         super().__init__()
         self.config, self.needs = config, needs
         self.encoder = self._make_encoder(tokenizer, model)
-        self.encoder.use_ids_below(num_embedded(model))
+        self._num_tokens = num_embedded(model)
+        self.encoder.use_ids_below(self._num_tokens)
         compare(model, self.encoder.tokenizer)
         no_dropout(model)
         always_as_in_training(model)
@@ -88,6 +89,11 @@ class TokenAdapter(Adapter):
         self._layout: Layout | None = None
         if self.weights is not None and self.weights.reads is not None:
             require_single(self.reference)
+
+    @property
+    def num_choices(self) -> int:
+        """Tokens that the model knows."""
+        return self._num_tokens
 
     @classmethod
     def build(cls, config: RunConfig, needs: Needs) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from mmalign.core import CandidateLogps, Loss, Needs, Objective
     from mmalign.models.adapter import Batch
     from mmalign.train.run import Run
+
+log = logging.getLogger(__name__)
 
 
 def require_sensible(config: RunConfig, needs: Needs) -> None:
@@ -72,14 +75,16 @@ def check_start(run: Run) -> str:
     visits = run.order.micro_batch(0, run.accelerator.process_index)
     batch = run.adapter.collate([run.train_rows[visit.row] for visit in visits])
     batch = batch.to(run.accelerator.device)
+    with own_random_stream(run.config.train.seed), torch.no_grad():
+        logps = run.model(batch, run.objective.needs)  # what an adapter cannot score, it refuses
+    if doubt := worse_than_guessing(logps, run.adapter.num_choices):
+        log.warning("%s", doubt)
     if reason is not None:
-        with own_random_stream(run.config.train.seed), torch.no_grad():
-            run.model(batch, run.objective.needs)  # what an adapter cannot score, it refuses here
         return f"not checked that the policy starts as its reference: {reason}"
     tolerance = run.adapter.score_tolerance(run.config)
     gap = CACHED_GAP if run.config.reference.kind == "cached" else LARGEST_GAP
     with own_random_stream(run.config.train.seed):
-        problem = unequal_start(run.model, run.objective, batch, tolerance, gap)
+        problem = unequal_start(run.model, run.objective, batch, tolerance, gap, logps)
     problems = [found for found in gather_object([problem]) if found is not None]
     if problems:
         raise ConfigError(problems[0])
@@ -100,6 +105,30 @@ _CAUSES = (
 )
 
 
+def worse_than_guessing(logps: CandidateLogps, num_choices: int | None) -> str:
+    """What is in doubt of a model that finds answers less likely than one that knows nothing.
+
+    Args:
+        logps: Of some rows, before the first step.
+        num_choices: Tokens that the model knows; None: positions are no choice among any.
+    """
+    best, mask = logps.policy[:, 0], logps.mask[:, 0]  # the others may be made to be unlikely
+    if num_choices is None or not bool(mask.any()):
+        return ""
+    mean, chance = float(best[mask].mean()), -math.log(num_choices)
+    if not mean < chance - FAR_FROM_CHANCE:
+        return ""
+    return (
+        f"answers have {mean:.1f} nats a token under the model before the first step, and guessing "
+        f"among its {num_choices:,} tokens would give {chance:.1f}: the tokenizer or the weights "
+        "seem to be another model's"
+    )
+
+
+FAR_FROM_CHANCE = 3.0
+"""Nats a token. Random weights lie up to one below chance; those of another tokenizer, ten."""
+
+
 @torch.no_grad()
 def unequal_start(
     model: nn.Module,
@@ -107,6 +136,7 @@ def unequal_start(
     batch: Batch,
     tolerance: float,
     gap: float = LARGEST_GAP,
+    known: CandidateLogps | None = None,
 ) -> str | None:
     """What is wrong before step 1, when the policy should *be* the reference; None if nothing.
 
@@ -119,8 +149,10 @@ def unequal_start(
         batch: Some rows.
         tolerance: Largest mean log-ratio, in nats a position.
         gap: Largest distance of a pair's loss from log 2, which is half the log-ratio times beta.
+        known: Their scores, where they are known.
     """
-    logps = model(batch, objective.needs)
+    logps: CandidateLogps = model(batch, objective.needs) if known is None else known
+    assert logps.reference is not None  # else nobody asks
     log_ratio = (logps.policy - logps.reference)[logps.mask].abs()
     if not bool(log_ratio.isfinite().all()):
         names = [name for name, value in logps.tensors() if not bool(value.isfinite().all())]
@@ -157,8 +189,9 @@ def _largest_reward(objective: Objective, logps: CandidateLogps) -> float:
     found = 0.0
     for term in objective.terms.values():
         score = getattr(term, "score", None)
-        plain = isinstance(score, Score) and isinstance(score.transform, ReverseKL)
-        if not plain or score.reference_weight != 1.0:
+        if not isinstance(score, Score) or score.reference_weight != 1.0:
+            continue
+        if not isinstance(score.transform, ReverseKL):  # of others 0 is not the start
             continue
         rewards = term.rewards(logps)
         if rewards is not None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seeded import GoodRun, Row
 
 if TYPE_CHECKING:
     import random
-    from pathlib import Path
 
 SUBJECTS = ("bread", "snow", "the moon", "rust", "a cat", "glass", "rain", "moss", "steel", "tea")
 GOOD = ("It is made of many small parts.", "Heat moves it slowly.", "Water is the cause of that.")
@@ -78,6 +78,11 @@ def modules_that_are_not_there(run: GoodRun) -> str:
 def reference_that_follows(run: GoodRun) -> str:
     run.config["reference"] = {"kind": "ema", "decay": 0.0}
     return r"the reference is the policy itself"
+
+
+def pairs_exchanged(run: GoodRun) -> str:
+    run.set("data.swap", value=True)
+    return r"learns to prefer the worse"
 
 
 # rows
@@ -148,6 +153,46 @@ def sides_equal_where_cut(run: GoodRun) -> str:
     return r"pairs have the same tokens on both sides"
 
 
+def sides_equal_but_for_marks(run: GoodRun) -> str:
+    for row in run.some():
+        same: str = row["chosen"]
+        row["rejected"] = run.rng.choice([same.rstrip("."), f"**{same}**", f"{same}\u200b"])
+    return r"chosen equal to rejected but for punctuation"
+
+
+def prompts_rendered_before(run: GoodRun) -> str:
+    form = run.rng.choice(["<|im_start|>user\n{}<|im_end|>\n", "[INST] {} [/INST]"])
+    for row in run.some():
+        row["prompt"] = form.format(row["prompt"])
+    return r"the chat template writes its own around it"
+
+
+def roles_in_answers(run: GoodRun) -> str:
+    role = run.rng.choice(["Assistant: ", "AI: ", "assistant:\n"])
+    for row in run.rows:
+        row["chosen"] = role + row["chosen"]
+    return r"answers that begin with a role"
+
+
+def empty_cells_as_answers(run: GoodRun) -> str:
+    for row in run.some():
+        row["rejected"] = run.rng.choice(["nan", "NaN", "null"])
+    return r"an empty cell of a table"
+
+
+def one_prompt_for_everything(run: GoodRun) -> str:
+    for row in run.rows:
+        row["prompt"] = "You are a helpful assistant."
+    return r"one same prompt in all 12 rows"
+
+
+def weights_mostly_zero(run: GoodRun) -> str:
+    some = run.some()
+    for row in some:
+        row["weight"] = 0
+    return rf"rows of weight 0, .* {len(some)} of 12"
+
+
 def judged_twice(run: GoodRun) -> str:
     for row in run.some():
         run.rows.append(
@@ -158,7 +203,7 @@ def judged_twice(run: GoodRun) -> str:
                 "rejected": row["chosen"],
             }
         )
-    return r"pairs that prefer the other response"
+    return r"pairs that contradict an earlier one"
 
 
 def rows_twice(run: GoodRun) -> str:
@@ -283,6 +328,35 @@ def tokenizer_changed_under_a_cache(run: GoodRun) -> str:
     return r"lacks ref_logps"
 
 
+def tokenizer_of_another_model(run: GoodRun) -> str:
+    """The same tokens under other numbers; trained first, since random weights do not care."""
+    model = _own_model(run)
+    del run.config["model"]["lora"]
+    run.config["objective"] = {"name": "sft"}
+    run.config["train"] |= {"num_steps": 60, "lr": 3e-2, "check_settings": False}
+    run.first = "train"
+
+    def then() -> None:
+        shutil.copy(run.folder / "run" / "final" / "model.safetensors", model)
+        shuffle_tokens(model / "tokenizer.json", run.rng)
+        run.config["output"] = "again"
+
+    run.then = then
+    return r"seem to be another model's"
+
+
+def adapter_of_another_base(run: GoodRun) -> str:
+    model, run.first = _own_model(run), "train"
+
+    def then() -> None:
+        other = shutil.copytree(model, run.folder / "other")
+        scale_a_tensor(Path(other) / "model.safetensors", run.rng)
+        run.config |= {"model": {"path": "other", "adapter": "run/final"}, "output": "again"}
+
+    run.then = then
+    return r"model\.adapter run/final was trained on model"
+
+
 def settings_changed_before_a_resume(run: GoodRun) -> str:
     key, value = run.rng.choice(
         [("train.lr", 2e-4), ("train.seed", 5), ("objective.beta", 0.2), ("train.num_steps", 3)]
@@ -328,6 +402,17 @@ def scale_a_tensor(file: Path, rng: random.Random) -> None:
     name = rng.choice([key for key, value in weights.items() if value.dim() > 1])
     weights[name] = weights[name] * 1.5
     save_file(weights, file, metadata={"format": "pt"})
+
+
+def shuffle_tokens(file: Path, rng: random.Random) -> None:
+    """A tokenizer with the same tokens under other numbers."""
+    said = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary: dict[str, int] = said["model"]["vocab"]
+    names = [name for name, number in vocabulary.items() if number > 4]
+    numbers = [vocabulary[name] for name in names]
+    rng.shuffle(numbers)
+    vocabulary |= dict(zip(names, numbers, strict=True))
+    file.write_text(json.dumps(said), encoding="utf-8")
 
 
 def drop_merges(file: Path) -> None:

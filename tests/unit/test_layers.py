@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "video": BELOW | {"text"},
     "evaluate": BELOW,
     "benchmark": {"safe", "errors", "data", "evaluate"},
-    "preflight": {"errors", "core", "data", "config"},
+    "preflight": {"errors", "core", "data", "models", "config"},
     "train": BELOW | {"evaluate", "preflight"},
 }
 """What a part of the package may import when it loads; parts not listed may import everything."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mmalign import config as configs
 from mmalign.config import RunConfig
@@ -54,7 +57,7 @@ def test_shipped_settings_are_in_no_doubt(path: Path) -> None:
     train = config.train
     steps = train.num_steps or 1000
     needs = presets.from_config(config.objective).needs
-    rows = [_rated(True), _rated(False)] if needs.rows == "unpaired" else []
+    rows = [_rated(True), _rated(False)] * steps if needs.rows == "unpaired" else []
     assert doubts(Plan(config, needs, steps, train.batch_size * train.accumulate, rows)) == []
 
 
@@ -89,6 +92,8 @@ FAR: list[tuple[dict[str, Any], str]] = [
     ({"model": {"lora": {"rank": 2, "alpha": 512}}}, r"model\.lora\.alpha is 256 times its rank"),
     ({"model": {"lora": {"dropout": 0.1}}, "train": {"lr": 1e-5}}, r"model\.lora\.dropout is 0\.1"),
     ({"reference": {"kind": "ema", "decay": 0}}, r"the reference is the policy itself"),
+    ({"objective": {"name": "cdpo", "flip": 0.5}}, r"objective\.flip is 0\.5, far above"),
+    ({"data": {"train": "none.jsonl", "swap": True}}, r"learns to prefer the worse"),
 ]
 
 
@@ -135,10 +140,42 @@ def _rated(good: bool) -> Example:
 @pytest.mark.parametrize(("good", "bad", "told"), [(4, 3, False), (40, 1, True), (1, 40, True)])
 def test_ratings_that_are_nearly_all_of_one_kind(good: int, bad: int, told: bool) -> None:
     rows = [_rated(True)] * good + [_rated(False)] * bad
-    found = said(objective={"name": "kto"}, examples=rows)
+    found = said(objective={"name": "kto"}, examples=rows, steps=50)
     assert bool(found) is told
     balanced = {"name": "kto", "undesirable_weight": good / bad}
-    assert said(objective=balanced, examples=rows) == []
+    assert said(objective=balanced, examples=rows, steps=50) == []
+
+
+def test_rows_that_are_seen_far_too_often() -> None:
+    rows = [Example("id", "Why?", (Candidate("So."), Candidate("No.")), (1.0, 0.0))] * 16
+    (line,) = said(examples=rows, steps=1000)
+    assert line.startswith("1,000 steps of 16 rows see each of the 16 rows 1,000 times; published")
+    assert said(examples=rows * 100, steps=1000) == []
+    assert said(examples=rows, steps=100) == []  # a trial
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_an_adapter_of_another_base(scale: float, tmp_path: Path) -> None:
+    for name, factor in (("base", 1.0), ("model", scale)):
+        (tmp_path / name).mkdir()
+        save_file({"w": factor * torch.ones(3)}, tmp_path / name / "model.safetensors")
+    (tmp_path / "adapter").mkdir()
+    settings = {"base_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    paths = {"path": str(tmp_path / "model"), "adapter": str(tmp_path / "adapter")}
+    found = said(model=paths, train={"lr": 1e-5})
+    assert len(found) == (scale != 1.0)
+    assert all(f"was trained on {tmp_path / 'base'}, whose weights" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("base", "told"), [("org/one", False), ("ORG/One", False), ("o/two", True)]
+)
+def test_an_adapter_of_another_name(base: str, told: bool, tmp_path: Path) -> None:
+    settings = {"base_model_name_or_path": base}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    paths = {"path": "org/one", "adapter": str(tmp_path)}
+    assert bool(said(model=paths, train={"lr": 1e-5})) is told
 
 
 def test_the_tables_name_presets_keywords_and_ranges_that_exist() -> None:

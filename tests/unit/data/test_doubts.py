@@ -103,7 +103,7 @@ def test_rows_that_repeat_or_contradict_earlier_ones(told: Any) -> None:
     one, two, three = pairs(3)
     flipped = one | {"id": "f", "chosen": one["rejected"], "rejected": one["chosen"]}
     assert told([one, two, flipped, two | {"id": "a"}, two | {"id": "b"}, three]) == [
-        "pairs that prefer the other response than an earlier one: 1 of 6 pairs; "
+        "pairs that contradict an earlier one, which prefers the other response: 1 of 6 pairs; "
         "the first is F:3 (id 'f'): the other is F:1",
         "rows that repeat an earlier one: 2 of 6 rows; the first is F:4 (id 'a'): it repeats F:2",
     ]

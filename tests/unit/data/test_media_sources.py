@@ -43,7 +43,7 @@ def test_the_same_words_about_another_clip_are_another_row(clips: Path, write: W
     swapped = {"chosen": "no", "rejected": "yes"}
     assert not check_files([write("a.jsonl", [*rows(0), *rows(1, **swapped)])]).warnings.lines()
     (line,) = check_files([write("a.jsonl", [*rows(0), *rows(0, **swapped)])]).warnings.lines()
-    assert "pairs that prefer the other response than an earlier one: 1 of 2 pairs" in line
+    assert "pairs that contradict an earlier one, which prefers the other response: 1 of 2" in line
 
 
 def test_a_part_of_the_clip_tells_rows_apart(clips: Path, write: Write) -> None:

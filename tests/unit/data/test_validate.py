@@ -69,7 +69,7 @@ def test_repeats_and_contradictions_are_warnings(write: Write) -> None:
     report = check_files([path])
     assert report.exit_code == 0
     assert report.warnings.lines() == [
-        "pairs that prefer the other response than an earlier one: 1 of 4 pairs; "
+        "pairs that contradict an earlier one, which prefers the other response: 1 of 4 pairs; "
         f"the first is {path}:3 (id 'f'): the other is {path}:1",
         "rows that repeat an earlier one: 1 of 4 rows; "
         f"the first is {path}:4 (id 'a'): it repeats {path}:2",

@@ -8,9 +8,15 @@ import torch
 from toy_adapter import toy_config
 
 from mmalign import config as configs
-from mmalign.core import Needs
+from mmalign.core import CandidateLogps, Needs
 from mmalign.errors import ConfigError
-from mmalign.train.check import Scored, check_start, describe_non_finite, require_sensible
+from mmalign.train.check import (
+    Scored,
+    check_start,
+    describe_non_finite,
+    require_sensible,
+    worse_than_guessing,
+)
 from mmalign.train.run import build_run
 
 
@@ -59,6 +65,17 @@ def test_where_they_may_differ_the_reason_is_told(
     tmp_path: Path, override: str, reason: str
 ) -> None:
     assert reason in start(tmp_path, override, shift=0.5)
+
+
+@pytest.mark.parametrize(("nats", "told"), [(-2.0, False), (-6.5, False), (-12.0, True)])
+def test_answers_that_a_model_finds_less_likely_than_a_guess(nats: float, told: bool) -> None:
+    policy, mask = torch.full((2, 2, 3), nats), torch.ones(2, 2, 3, dtype=torch.bool)
+    policy[:, 1] = -100.0  # a corrupted answer may be as unlikely as it likes
+    logps = CandidateLogps(policy=policy, mask=mask, labels=torch.ones(2, 2))
+    said = worse_than_guessing(logps, 512)
+    assert bool(said) is told
+    assert "guessing among its 512 tokens would give -6.2" in said or not told
+    assert worse_than_guessing(logps, None) == ""
 
 
 def test_the_check_leaves_the_random_stream_alone(tmp_path: Path) -> None:
