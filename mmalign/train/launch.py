@@ -15,6 +15,8 @@ from mmalign.errors import ConfigError
 from mmalign.train.bfloat16 import has_bfloat16
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mmalign.config import RunConfig, TrainConfig
     from mmalign.models.adapter import Adapter
 
@@ -80,6 +82,16 @@ def build_accelerator(config: RunConfig) -> Accelerator:
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether accelerate owns how parameters or optimiser state lie on the processes."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of what FSDP gathered for a pass without a backward, after which it keeps the root's.
+
+    Parameters are then this process's shards again.
+    """
+    for module in model.modules():
+        if callable(release := getattr(module, "reshard", None)):
+            release()
 
 
 def _configure_deepspeed(accelerator: Accelerator, train: TrainConfig) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmalign.train.bfloat16 import Bfloat16Optimizer
+from mmalign.train.launch import reshard
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,6 +26,7 @@ class Movement:
         """Keep a sample of them: every nth, all where there are few."""
         optimizer: Any = run.optimizer.optimizer
         self._optimizer = optimizer if isinstance(optimizer, Bfloat16Optimizer) else None
+        reshard(run.model)  # as they are after a step
         self._parameters = [p for p in run.adapter.parameters() if p.requires_grad]
         total = sum(p.numel() for p in self._parameters)
         self._every = max(1, total // _SAMPLED)

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import gather_object
 
 from mmalign.errors import NonFiniteLoss
+from mmalign.train.launch import reshard
 from mmalign.train.rng import own_random_stream
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def _broken_scores(run: Run) -> str | None:
     needs = replace(run.objective.needs, reference=False, kl=False)
     with own_random_stream(run.config.train.seed):
         logps = run.model(batch.to(run.accelerator.device), needs)
+        reshard(run.model)
     if bool(logps.policy[logps.mask].isfinite().all()):
         return None
     return "the weights are so large that the scores of the first step's rows are no longer finite"
