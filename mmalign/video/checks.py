@@ -219,7 +219,7 @@ def _decoded(
     hidden = not console.is_terminal or not uses
     pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
     try:
-        results = pool.map(lambda use: _verdict(*use, settings, longest), uses)
+        results = pool.map(lambda use: _verdict(use[0], use[1], settings, longest), uses)
         shown = track(results, "media", total=len(uses), console=console, disable=hidden)
         yield from zip(uses, shown, strict=True)
     finally:

@@ -36,7 +36,8 @@ def costs(encoder: VideoEncoder, media: Media, shown: Shown, where: str) -> list
     counts = token_counts(encoder, encoder.reader.prepare(media, where).processed)
     found: list[dict[str, Any]] = []
     for (frames, _), tokens in zip(shown.clips, counts.get("video", ()), strict=True):
-        size = processor.sizes.size(*frames.pixels.shape[:3], frames.area)
+        count, height, width = frames.pixels.shape[:3]
+        size = processor.sizes.size(count, height, width, frames.area)
         found.append({"tokens": tokens} | ({"shown": [*size[::-1]]} if size else {}))
     for image, tokens in zip(shown.images, counts.get("image", ()), strict=True):
         size = processor.image_sizes.only(1, image.height, image.width)

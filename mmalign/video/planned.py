@@ -6,43 +6,37 @@ from collections import OrderedDict
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mmalign.video.processing import Processed, Shown
-from mmalign.video.reader import Prepared
+from mmalign.video.features import FeatureStore
+from mmalign.video.processing import Processed, Processor, Shown
+from mmalign.video.reader import MediaReader, Prepared
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mmalign.config import VideoConfig
+    from mmalign.config import RunConfig
     from mmalign.data.example import Clip, Media, Picture, Sound
     from mmalign.video.checks import Use
     from mmalign.video.frames import Frames, Wave
-    from mmalign.video.reader import MediaReader
     from mmalign.video.seen import Seen
 
 _KEPT = 64  # media, whose texts rows that follow each other share
 
 
-class PlannedReader:
-    """Stands in for a `MediaReader` where tokens are counted and nothing is shown.
+class PlannedReader(MediaReader):
+    """A reader that counts tokens and shows nothing.
 
-    Attributes:
-        video: The config's section.
-        reader: For what it was not seen of, and for processors that look at pixels to count.
+    It decodes what was not seen before, and for processors that look at pixels to count.
     """
 
-    def __init__(self, reader: MediaReader, seen: Mapping[Use, Seen]) -> None:
+    def __init__(self, processor: Processor, config: RunConfig, seen: Mapping[Use, Seen]) -> None:
         """`seen` comes from `check_media`."""
-        self.reader, self.seen = reader, seen
-        self.video: VideoConfig = reader.video
+        super().__init__(processor, config, FeatureStore(0))
+        self.seen = seen
         self._kept: OrderedDict[str, Processed] = OrderedDict()
 
     def key(self, media: Media) -> str:
-        """As the reader's: altered media take as many tokens, and are counted as they were."""
-        return self.reader.key(replace(media, change=None))
-
-    def hears_clip(self, media: Media) -> bool:
-        """As the reader's."""
-        return self.reader.hears_clip(media)
+        """As ever: altered media take as many tokens, and are counted as they were."""
+        return super().key(replace(media, change=None))
 
     def prepare(self, media: Media, where: str, *, pixels: bool = False) -> Prepared:
         """The replacements of the media; of tensors, those that need no pixels.
@@ -53,23 +47,23 @@ class PlannedReader:
         key = self.key(media)
         found = self._kept.get(key)
         if found is None:
-            found = self._kept[key] = self._processed(replace(media, change=None), where)
+            found = self._kept[key] = self._planned(replace(media, change=None), where)
             if len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
         return Prepared(key, found)
 
-    def _processed(self, media: Media, where: str) -> Processed:
+    def _planned(self, media: Media, where: str) -> Processed:
         try:
-            shown = self._shown(media)
+            shown = self._known(media)
         except KeyError:  # it was decoded by nobody
-            return self.reader.prepare(media, where).processed
-        processed = self.reader.processor.plan(shown, where)
-        return self.reader.prepare(media, where).processed if processed is None else processed
+            return super().prepare(media, where).processed
+        processed = self.processor.plan(shown, where)
+        return super().prepare(media, where).processed if processed is None else processed
 
-    def _shown(self, media: Media) -> Shown:
+    def _known(self, media: Media) -> Shown:
         heard = self.hears_clip(media)
         return Shown(
-            clips=[self._clip(clip, heard=heard) for clip in media.videos],
+            clips=[self._seen_clip(clip, heard=heard) for clip in media.videos],
             starts=[clip.start for clip in media.videos],
             images=[self._of(picture).image() for picture in media.images],
             sounds=[wave for s in media.sounds if (wave := self._of(s).wave()) is not None],
@@ -78,6 +72,6 @@ class PlannedReader:
     def _of(self, reference: Picture | Sound) -> Seen:
         return self.seen[reference, False]
 
-    def _clip(self, clip: Clip, *, heard: bool) -> tuple[Frames, Wave | None]:
+    def _seen_clip(self, clip: Clip, *, heard: bool) -> tuple[Frames, Wave | None]:
         seen = self.seen[clip, heard]
         return seen.frames(clip), seen.wave()

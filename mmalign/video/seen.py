@@ -97,7 +97,7 @@ class Seen:
         """A black picture of the size."""
         from PIL import Image
 
-        return Image.new("RGB", self.size[::-1])
+        return Image.new("RGB", (self.size[1], self.size[0]))
 
     def wave(self) -> Wave | None:
         """Silence of the length; None where there is no sound."""

@@ -126,9 +126,10 @@ class Sizes:
 
     def _made(self, pixels: Array) -> dict[str, torch.Tensor]:
         """The tensors of the processor's part alone."""
-        given = self._pixels(*pixels.shape[:3])
+        count, height, width = pixels.shape[:3]
+        given = self._pixels(count, height, width)
         given["videos"] = [torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()]
-        made = self._own(**given, **self.options(*pixels.shape[:3], None), return_tensors="pt")
+        made = self._own(**given, **self.options(count, height, width, None), return_tensors="pt")
         return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
 
     def shrink(self, image: Array, size: Size) -> Array:  # [H, W, 3] uint8 -> [h, w, 3] uint8

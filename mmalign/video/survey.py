@@ -23,10 +23,8 @@ from mmalign.video.checks import check_media, keep_usable, leave_out, uses_of
 from mmalign.video.clue_hook import CLUE_TOKEN
 from mmalign.video.costs import token_counts
 from mmalign.video.encode import VideoEncoder
-from mmalign.video.features import FeatureStore
 from mmalign.video.planned import PlannedReader
 from mmalign.video.processing import Processor, load_processor
-from mmalign.video.reader import MediaReader
 from mmalign.video.rows import taken
 
 if TYPE_CHECKING:
@@ -122,7 +120,7 @@ def counting_encoder(
 
         processor.tokenizer.add_tokens([CLUE_TOKEN], special_tokens=True)
         count = clue_count(config.video.clues)
-    reader = PlannedReader(MediaReader(processor, config, FeatureStore(0)), report.seen)
+    reader = PlannedReader(processor, config, report.seen)
     encoder = CountingEncoder(processor, config, reader, lambda ids, prepared: None, count)
     encoder.notes.quiet = True
     return encoder
