@@ -64,7 +64,8 @@ def imported(name: str, folder: Path | None) -> Callable[..., Objective]:
     module_name, function_name = _parts(name)
     found = source(name, folder)
     must_be_marked = folder is not None and (found is None or found[0] != folder.absolute())
-    if must_be_marked and not _is_marked(module_name, function_name, found):
+    file = found[0] / found[1] if found else _installed(module_name)
+    if must_be_marked and file and not _is_marked(module_name, function_name, file):
         raise ConfigError(
             f"objective.name is {name!r}, but {module_name!r} does not lie beside the config, and "
             f"holds no function {function_name!r} marked by @mmalign.objective: put the module "
@@ -120,13 +121,12 @@ def _parts(name: str) -> tuple[str, str]:
     return module_name, function_name
 
 
-def _is_marked(module_name: str, function_name: str, found: tuple[Path, Path] | None) -> bool:
+def _is_marked(module_name: str, function_name: str, file: Path) -> bool:
     """Whether a function is decorated by `objective`, told from its source without importing it."""
     known = sys.modules.get(module_name)
-    if known is not None and found is None:
-        return getattr(getattr(known, function_name, None), MARK, False) is True
-    file = found[0] / found[1] if found else _installed(module_name)
-    if file is None or file.suffix != ".py":
+    if getattr(getattr(known, function_name, None), MARK, False) is True:
+        return True
+    if file.suffix != ".py":
         return False
     try:
         tree = ast.parse(file.read_bytes())
@@ -141,16 +141,21 @@ def _is_marked(module_name: str, function_name: str, found: tuple[Path, Path] | 
 
 
 def _installed(module_name: str) -> Path | None:
-    """The file of an installed module; `find_spec` of a whole name would import its packages."""
+    """The file of an installed module; None where not even its package is there.
+
+    `find_spec` of a whole name would import its packages.
+    """
     top, *below = module_name.split(".")
     try:
         spec = importlib.util.find_spec(top)
+        if spec is None:
+            return None
         for part in below:
             places = None if spec is None else spec.submodule_search_locations
             spec = PathFinder.find_spec(part, list(places)) if places else None
-    except (ImportError, ValueError):
-        return None
-    return None if spec is None or not spec.origin else Path(spec.origin)
+    except (ImportError, ValueError):  # a module without a specification, made in memory
+        return Path(module_name)
+    return Path((spec and spec.origin) or module_name)
 
 
 @functools.cache
