@@ -10,7 +10,6 @@ from mmalign.benchmark.options import denied_after, denied_before
 from mmalign.benchmark.spoken import spoken
 from mmalign.benchmark.tokens import Token, tokens, word_set
 
-_ALONE = re.compile(r"\W*(AB|BA|A|B)\W*", re.IGNORECASE)
 _RIGHT, _LEFT = re.compile(r"(?<![-=<])[-=]++>"), re.compile(r"<[-=]++(?!>)")
 _HYPHEN = re.compile(r"\b([AB])-(?=[AB]\b)")
 _PHRASES = {
@@ -117,12 +116,12 @@ def order(text: str) -> str | None:
 
 
 def _order(text: str) -> str | None:
-    alone = _ALONE.fullmatch(text)
-    if alone:
-        return alone[1].upper()
     text = _LEFT.sub(" \u2190 ", _RIGHT.sub(" \u2192 ", _HYPHEN.sub(r"\1, ", text)))
     text = _PHRASE.sub(lambda found: _PHRASES[found[0].lower()], text)
     found = tokens(text.replace("\u21d2", "\u2192"), CHINESE)
+    words = [token.text.upper() for token in found if token.word]
+    if len(words) == 1 and words[0] in ("AB", "BA", "A", "B"):
+        return words[0]
     ahead, behind = denied_before(found), denied_after(found)
     whole = {
         token.text

@@ -43,7 +43,7 @@ _LISTED = (
 
 _ROLE = re.compile(r"""(["'])(?:role|from)\1\s*:\s*(["']?)([\w ]+)\2""")  # some quote keys only
 _OF_CLASSES = re.compile(r"""\s*\[?(?:OrderedDict|\w*Message)\(.*\brole\b""", re.DOTALL)
-_BEGIN = re.compile(r"\s*(?:array\()?\[?\s*\{")
+_BEGIN = re.compile(r"\s*+(?:array\()?\[?\s*+\{")
 _BEGIN_PYTHON = re.compile(r"\s*(?:array\(|\[|\{)")
 _SAID = re.compile(r"""(["'])(?:content|value|tool_calls)\1\s*:""")
 _VALUES = (tokenize.STRING, tokenize.NUMBER, tokenize.NAME)

@@ -24,7 +24,7 @@ from mmalign.benchmark import parsers
 from mmalign.data.phrases import differing_phrases
 from mmalign.data.words import alike_to, content, kinds, likeness, polarity, stem, words
 
-_LINE = re.compile(r"^\W*([A-Z])[).:]\s*(\S.*?)\s*$", re.MULTILINE)
+_LINE = re.compile(r"^[^\w\n]*+([A-Z])[).:]\s*+(\S.*)$", re.MULTILINE)
 _IN_LINE = re.compile(r"\(([A-Z])\)\s*(\S.*?)[\s,;]*(?=\([A-Z]\)|\n|$)")
 
 Outcome = Literal["right", "wrong", "undecided"]
@@ -84,7 +84,7 @@ def options_of(question: str) -> list[str]:
         found = pattern.findall(question)
         letters = "".join(letter for letter, _ in found)
         if len(found) > 1 and parsers.LETTERS.startswith(letters):
-            return [text for _, text in found]
+            return [text.strip() for _, text in found]
     return []
 
 

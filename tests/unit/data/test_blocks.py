@@ -10,6 +10,7 @@ import pytest
 
 from mmalign.data import blocks
 from mmalign.data.phrases import differing_phrases
+from mmalign.data.stored import _BEGIN
 from mmalign.text.spans import diff_spans
 
 
@@ -55,6 +56,13 @@ def test_time_grows_little_more_than_the_length(least: int) -> None:
     ]
     tries = ([seconds(diff_spans, *pair, least) for pair in pairs] for _ in range(5))
     assert any(long < 30 * short for short, long in tries)
+
+
+def test_a_cell_of_blanks_is_passed_over_once() -> None:
+    start = time.process_time()
+    assert not _BEGIN.match(" " * 200_000 + "!")
+    assert _BEGIN.match(" \n array([ {")
+    assert time.process_time() - start < 1
 
 
 def test_what_repeats_or_is_rare_takes_no_longer() -> None:
