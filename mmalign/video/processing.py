@@ -198,15 +198,17 @@ class Processor:
     def _check_grids(self, shown: Shown, tensors: Mapping[str, Tensor], where: str) -> None:
         """Refuse frames of another size than was asked for, or larger than they may be."""
         grids, patch = tensors.get("video_grid_thw"), self._video_part("patch_size")
-        if grids is None or not isinstance(patch, int):
-            return
+        if grids is None or not isinstance(patch, int) or len(grids) != len(shown.clips):
+            return  # Kimi cuts a clip into pieces, each with a grid of its own
         for (frames, _), (_, rows, columns) in zip(shown.clips, grids.tolist(), strict=True):
             count, height, width = frames.pixels.shape[:3]
             size = rows * patch, columns * patch
             area = self.video.frame_pixels if frames.area is None else frames.area
             wanted = self.sizes.size(count, height, width, frames.area)
-            if size != (wanted or size) or (area is not None and size[0] * size[1] > area):
-                most = "" if area is None else f", at most {area:,} pixels"
+            if area is None:  # a processor's own size may be padded to whole patches (Kimi)
+                continue
+            if size != (wanted or size) or size[0] * size[1] > area:
+                most = f", at most {area:,} pixels"
                 asked = "of another size" if wanted is None else f"of {wanted[1]} x {wanted[0]}"
                 raise ConfigError(
                     f"{where}: {type(self.inner).__name__} made frames of {size[1]} x {size[0]}, "
