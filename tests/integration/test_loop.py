@@ -89,6 +89,7 @@ def test_the_run_folder(tmp_path: Path) -> None:
         "env.json",
         "eval.jsonl",
         "final",
+        "inputs.json",
         "metrics.jsonl",
         "samples.jsonl",
     ]
