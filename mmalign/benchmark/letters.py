@@ -97,7 +97,10 @@ CONCLUSION = word_set("so therefore thus hence consequently conclusion conclude"
 EXPLAINED = word_set("because since explanation explain reason reasoning rationale justification")
 _OPTION = word_set("option options choice choices letter")
 _GOOD = word_set("correct right best final accurate appropriate true answer")
-_HINT = word_set("is it's that's i'd i'll say think guess believe but be go maybe perhaps probably")
+_HINT = word_set(
+    "is it's that's i'd i'll say think guess believe but be go maybe perhaps probably certainly "
+    "definitely surely clearly"
+)
 _FILLERS = word_set(
     "the a my our your this that it to i we is are be was would should must could will can may "
     "might likely probably most definitely clearly actually indeed simply only single one "
@@ -114,6 +117,7 @@ _CLOSED = word_set(
 )
 """Words that never follow an article, so that an A before them is a letter."""
 
+_JOINING = word_set("and or then maybe perhaps possibly also option")
 _HYPOTHETICAL = word_set("whether if unless between")
 _BEFORE = "([{<\"'"
 _BEHIND = ")]}>\"'"
@@ -151,7 +155,7 @@ def listed(found: Sequence[Token], one: Given, other: Given) -> bool:
     if any(token.text == "." for token in between):
         after = found[other.at + 1].text if other.at + 1 < len(found) else "."
         return one.starts and not any(token.word for token in between) and after in ".),:]"
-    return all(token.word in ("and", "or") or token.text in ",;/&+|()[]\"'\n" for token in between)
+    return all(token.word in _JOINING or token.text in ",;/&+|()[]\"'\n" for token in between)
 
 
 def _is_letter(found: Sequence[Token], i: int) -> bool:

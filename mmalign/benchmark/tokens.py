@@ -37,6 +37,7 @@ no: non nein
 none: aucun aucune kein keine keinen ningún ninguna niemand personne nadie
 never: jamais nunca nie niemals
 nothing: rien nada nichts
+idea: ahnung idée
 know: sé sais weiß saber savoir wissen
 unsure: unsicher unklar seguro sûr sicher incertain
 determine: determinar déterminer bestimmen

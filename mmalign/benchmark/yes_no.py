@@ -95,7 +95,7 @@ _IDIOMS = word_set(
 )
 _SUBJECTS = word_set("he she it they there this that i the these those we you does do is are")
 _UNKNOWN = word_set(
-    "unsure uncertain unclear unknown undetermined undeterminable ambiguous indeterminate "
+    "above unsure uncertain unclear unknown undetermined undeterminable ambiguous indeterminate "
     "determine determined tell know knows whether if possible impossible able unable cannot "
     "can't couldn't enough sufficient insufficient information answerable matter sense "
     "applicable available provided accessible loaded access discernible inconclusive depends "
@@ -215,7 +215,8 @@ def _polarity(words: list[str]) -> tuple[str, bool]:
         return "", False
     if first in YES or first in NO:
         other = NO if first in YES else YES
-        known = behind not in other and (first in YES or behind not in _IDIOMS)
+        known = first in YES or behind not in _IDIOMS
+        known = known and behind not in other and (not rest or rest[-1] not in other)
         return (("yes" if first in YES else "no") if known else ""), alone
     if first in ("not", *_SURE, "stimmt") and (first == "not" or behind == "not"):
         told = [word for word in words[1:] if word not in _SOFTENED]

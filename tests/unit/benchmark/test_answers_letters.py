@@ -87,6 +87,8 @@ NONE = [
     "B.\nA.",
     "Both A and C are correct",
     "The answer could be A or B",
+    "The answer is B or maybe C",
+    "B then C",
     "I am not sure whether it is B",
     "All of the above",
     "N/A",

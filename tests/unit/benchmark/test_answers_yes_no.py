@@ -166,6 +166,9 @@ Oui ou non
 Ich weiß es nicht.
 Nicht sicher
 Ja oder nein
+Keine Ahnung
+yes yes no
+None of the above
 """
 
 
