@@ -70,11 +70,12 @@ def require_true(
         DataError: The row cannot be shown.
     """
     name = type(model).__name__
-    clues, encoder.num_clues = encoder.num_clues, None  # the class knows nothing of them
+    before = encoder.num_clues, encoder.uses_spans
+    encoder.num_clues, encoder.uses_spans = None, False  # the class knows nothing of them
     try:
         batch = encoder.collate([row], Needs()).to(model.device)
     finally:
-        encoder.num_clues = clues
+        encoder.num_clues, encoder.uses_spans = before
     prompt, response = (
         batch.inputs[f"{part}_ids"][0, 0][batch.inputs[f"{part}_mask"][0, 0]]
         for part in ("prompt", "response")
