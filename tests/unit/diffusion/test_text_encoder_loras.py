@@ -38,7 +38,7 @@ class Lora:
     """A LoRA on the U-Net and on the text encoders of a pipeline, and what those encode."""
 
     def __init__(self, folder: Path) -> None:
-        from diffusers import DiffusionPipeline
+        from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
         torch.manual_seed(0)
         pipe: Any = DiffusionPipeline.from_pretrained(folder)
