@@ -111,7 +111,7 @@ def _medium(about: Record) -> str:
     """One medium in words, e.g. "a.mp4: 8 frames of 640 x 360, 0.00 to 9.50 s, with sound"."""
     text = f"{about.get('file')}: "
     size = f"{about.get('width')} × {about.get('height')}"
-    shown = about.get("shown")
+    shown: Any = about.get("shown")
     at = " at {} × {}".format(*shown) if _is_pair(shown) else ""
     cost = f", shown{at} in {about['tokens']} tokens" if is_number(about.get("tokens")) else ""
     if about.get("kind") == "image":
