@@ -83,11 +83,11 @@ def check_clips(few: int, folder: Path) -> None:
 
 
 def test_a_few_changed_pictures(tmp_path: Path) -> None:
-    check_pictures(100, tmp_path)
+    check_pictures(60, tmp_path)
 
 
 def test_a_few_changed_clips(tmp_path: Path) -> None:
-    check_clips(30, tmp_path)
+    check_clips(15, tmp_path)
 
 
 @pytest.mark.slow

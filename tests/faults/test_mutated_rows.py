@@ -135,7 +135,7 @@ def _checked(file: Path) -> None:
 
 
 def test_a_few_changed_files(tmp_path: Path) -> None:
-    check(150, tmp_path)
+    check(60, tmp_path)
 
 
 @pytest.mark.slow
