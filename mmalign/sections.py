@@ -16,7 +16,6 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-
 COUNT = 2**31 - 1
 """The largest number of steps, rows or seeds: what every library below takes."""
 LARGEST_RATE = 1e38
