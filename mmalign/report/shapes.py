@@ -112,14 +112,20 @@ def _either(*shapes: Shape) -> Shape:
 
 
 def _keyed(
-    known: Mapping[str, Shape], *, must: tuple[str, ...] = (), others: Shape = _any
+    known: Mapping[str, Shape],
+    *,
+    must: tuple[str, ...] = (),
+    others: Shape = _any,
+    keep_null: bool = False,
 ) -> Shape:
-    """An object, without the members that are odd; null ones count as absent."""
+    """An object, without the members that are odd; null ones count as absent, or are kept."""
 
     def read(value: Any, odd: list[str]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, member in _object(value).items():
             if member is None:
+                if keep_null:
+                    found[name] = None
                 continue
             try:
                 found[name] = known.get(name, others)(member, odd)
@@ -181,8 +187,9 @@ ENV = _keyed(
 )
 """`env.json`."""
 
-METRICS = _keyed({"step": _count}, must=("step",))
-"""A line of `metrics.jsonl`; whether the others are numbers is asked for each curve."""
+METRICS = _keyed({"step": _count}, must=("step",), keep_null=True)
+"""A line of `metrics.jsonl`; whether the others are numbers is asked for each curve, and null is
+what was not finite."""
 
 EVAL = _keyed(
     {

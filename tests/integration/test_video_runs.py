@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import json
 import math
 import os
 import re
@@ -93,7 +94,7 @@ def test_a_run_learns_and_its_weights_work_without_this_package(
     assert "> Which cat?\n" in shown
     out = tmp_path / "answers.jsonl"
     run("sample", "--run", folder, "--prompts", prompts, "--out", out, "--base")
-    answers = read_json(out)
+    answers = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [len(answer.get("media", ())) for answer in answers] == [1, 1, 0]
     assert shown != "".join(
         f"> {answer['prompt']}\n{answer['response']}\n\n" for answer in answers
