@@ -122,7 +122,7 @@ class EstimatorSpec(Section):
 class PictureSampleSpec(Section):
     """How pictures are generated: during training, by `mmalign sample`, and for reports."""
 
-    num_steps: int = Field(default=25, ge=1, le=1000)
+    num_steps: int = Field(default=25, ge=1, le=10_000)
     guidance: float = Field(
         default=7.5, ge=-1000, le=1000, description="above 1: away from the empty prompt"
     )

@@ -20,6 +20,7 @@ _VOCABULARY = 512
 
 def make(folder: Path, texts: Sequence[str]) -> ChatModel:
     """Write a tiny Llama, and a tokenizer trained on `texts`, into `folder`."""
+    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -52,7 +53,9 @@ def make(folder: Path, texts: Sequence[str]) -> ChatModel:
         eos_token_id=1,
         pad_token_id=1,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     usual_mode(folder)
     return ChatModel(folder, "a tiny random model (smoke run)", is_dequantized=False)

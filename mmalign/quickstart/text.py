@@ -128,7 +128,7 @@ def config(
                 "batch_size": 4,
                 "eval_batch_size": 8,
                 "lr": 1e-4,
-                "warmup": 3,
+                "warmup": 1 if fast else 3,
                 "seed": seed,
                 # Half of the cores: with all of them, whatever else runs makes threads wait for
                 # each other, which on two cores costs far more than the second core gives.

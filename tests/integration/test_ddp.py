@@ -135,6 +135,8 @@ def test_processes_that_accelerate_does_not_see_are_refused(
     from accelerate.state import PartialState
 
     PartialState(cpu=True)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    for name, value in {**launched, "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="2 processes were launched, but accelerate sees one"):
         train(toy_config(tmp_path))

@@ -130,8 +130,12 @@ def test_final_weights_give_the_runs_log_probabilities_by_plain_libraries(
     model = PeftModel.from_pretrained(base, str(final)).eval()
     shown = adapter.encoder.reader.show(rows[0].media)
     frames, wave = shown.clips[0]
-    pixels, count = torch.from_numpy(frames.pixels.copy()), len(frames.times)
-    metadata = {"fps": frames.fps, "frames_indices": [*range(count)], "total_num_frames": count}
+    pixels = torch.from_numpy(frames.pixels.copy())
+    metadata = {
+        "fps": frames.rate or frames.source_fps,
+        "frames_indices": list(frames.indices),
+        "total_num_frames": frames.num_source,
+    }
     options: dict[str, Any] = {"videos": [pixels], "return_tensors": "pt"}
     options["videos_kwargs"] = {
         "do_sample_frames": False,

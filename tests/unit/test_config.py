@@ -270,11 +270,13 @@ def test_dump_is_read_back_equal(tmp_path: Path) -> None:
     assert yaml.safe_load(text)["train"]["mixed_precision"] == "no", "other YAML readers agree"
 
 
-def test_reporting_decides_nothing(tmp_path: Path) -> None:
+def test_reporting_and_places_decide_nothing(tmp_path: Path) -> None:
     first = configs.deciding(load(tmp_path, SMALLEST))
     same = load(tmp_path, SMALLEST, "output=elsewhere", "train.log_every=7", "sample.num_prompts=0")
     assert configs.deciding(same) == first
-    for item in ("objective.beta=0.2", "train.seed=1", "data.swap=true", "model.path=other"):
+    moved = load(tmp_path, SMALLEST, "model.path=other")  # its files decide: train.inputs
+    assert configs.deciding(moved) == first
+    for item in ("objective.beta=0.2", "train.seed=1", "data.swap=true"):
         assert configs.deciding(load(tmp_path, SMALLEST, item)) != first
 
 

@@ -143,7 +143,7 @@ def test_spans_and_changed_words_are_marked(tmp_path: Path) -> None:
     run = read_run(hand_made(tmp_path / "run", samples, {"kind": "spans"}))
     page = section(questions([run]))
     assert "It <mark>&lt;rises&gt;</mark> &amp; falls." in page
-    assert "<mark>It</mark> <mark>sleeps</mark><mark>.</mark>" in page
+    assert "It <mark>sleeps</mark><mark>.</mark>" in page  # one starts before the text: left out
     assert "The cat <mark>sleeps</mark> in the <mark>sun.</mark>" in page
     assert "The cat <mark>plays</mark> in the <mark>sun now.</mark>" in page
     assert "the spans that the loss weighs" in page
@@ -199,7 +199,9 @@ def test_a_page_stays_small(pami_run: Path, tmp_path: Path) -> None:
     assert page.count("Not shown, the page would grow too large") == 27
 
 
-@pytest.mark.parametrize("lacking", ["samples", "samples.jsonl", "metrics.jsonl"])
+@pytest.mark.parametrize("lacking", [
+    "samples", pytest.param("samples.jsonl", marks=pytest.mark.slow), "metrics.jsonl"
+])  # fmt: skip
 def test_an_interrupted_run_is_shown_as_far_as_it_got(
     lacking: str, pami_run: Path, tmp_path: Path
 ) -> None:

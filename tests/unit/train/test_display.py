@@ -22,7 +22,7 @@ def test_a_log_file_gets_a_line_now_and_then(
     train(toy_config(tmp_path, "train.num_steps=50"))
     told = capsys.readouterr().err
     lines = [line for line in told.splitlines() if line.startswith("step ")]
-    assert lines[0].startswith("step 1/50  loss 0.6931  margin +0.000  accuracy 0.00  rows/s ")
+    assert lines[0].startswith("step 1/50  loss 0.6931  margin +0.000  accuracy 0.50  rows/s ")
     assert lines[-1].startswith("step 50/50  loss ")
     assert lines[-1].endswith("left 0:00")
     assert len(lines) < 10, "not one a step"
