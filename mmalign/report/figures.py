@@ -71,6 +71,7 @@ def svg(
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     style: dict[Any, Any] = {
         "svg.fonttype": "none",  # real text: sharp, selectable, in the page's own font
@@ -95,10 +96,12 @@ def svg(
         "axes.formatter.useoffset": False,
     }
     with mpl.rc_context(style):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=size)
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         draw(axes)
+        # Not the figure's own engine, for which savefig would draw everything twice.
+        ConstrainedLayoutEngine().execute(figure)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     return _inline(out.getvalue(), alt)

@@ -6,6 +6,8 @@ import json
 import math
 import random
 import re
+from copy import deepcopy
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,11 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 def evaluation(step: int, chosen: float, rejected: float) -> dict[str, Any]:
     """48 rows whose log-ratios are about `chosen` and `rejected`; the base ranks 3 in 4 rightly."""
+    return {"step": step, **deepcopy(held_out_numbers(chosen, rejected))}
+
+
+@cache
+def held_out_numbers(chosen: float, rejected: float) -> dict[str, Any]:
     rows = []
     for index in range(48):
         noise = random.Random(index)
@@ -54,7 +61,7 @@ def evaluation(step: int, chosen: float, rejected: float) -> dict[str, Any]:
             }
         )
     found = summarise(Tally(rows), beta=0.1)
-    return {"step": step, **found.metrics, "intervals": found.intervals, "rows": found.rows}
+    return {**found.metrics, "intervals": found.intervals, "rows": found.rows}
 
 
 def make_run(
@@ -64,6 +71,7 @@ def make_run(
     chosen: float = 2.0,
     rejected: float = -3.0,
     final: bool = True,
+    evals: bool = True,
 ) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(CONFIG)
@@ -86,9 +94,10 @@ def make_run(
             for step in range(1, steps + 1)
         ],
     )
-    write_lines(
-        folder / "eval.jsonl", [evaluation(0, 0.0, 0.0), evaluation(steps, chosen, rejected)]
-    )
+    if evals:
+        write_lines(
+            folder / "eval.jsonl", [evaluation(0, 0.0, 0.0), evaluation(steps, chosen, rejected)]
+        )
     question = [{"role": "user", "content": "Why is <b>bread</b> soft?"}]
     write_lines(
         folder / "samples.jsonl",
@@ -100,6 +109,13 @@ def make_run(
     if final:
         (folder / "final").mkdir()
     return folder
+
+
+def bare_run(folder: Path) -> Path:
+    """A run whose page has one figure, for tests of something else: figures take its time."""
+    run = make_run(folder, steps=2, evals=False)
+    write_lines(run / "metrics.jsonl", [{"step": step, "loss": 0.7} for step in (1, 2)])
+    return run
 
 
 class Page(HTMLParser):
@@ -135,9 +151,14 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def test_a_page_is_one_file_and_says_what_happened(tmp_path: Path) -> None:
-    out = write_report([make_run(tmp_path / "run")], tmp_path / "page.html")
-    raw = out.read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def whole_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    return write_report([make_run(folder / "run")], folder / "page.html")
+
+
+def test_a_page_is_one_file_and_says_what_happened(whole_page: Path) -> None:
+    raw = whole_page.read_text(encoding="utf-8")
     page = Page(raw)
 
     assert all(link.startswith("#") for link in page.links), "loads nothing"
@@ -161,11 +182,11 @@ def test_a_page_is_one_file_and_says_what_happened(tmp_path: Path) -> None:
     ):
         assert words in page.text, words
     assert "<b>bread" not in raw, "what a model says is escaped"
-    assert list(tmp_path.glob(".*")) == [], "no temporary file is left"
+    assert list(whole_page.parent.glob(".*")) == [], "no temporary file is left"
 
 
-def test_figures_have_axes_text_and_a_description(tmp_path: Path) -> None:
-    raw = write_report([make_run(tmp_path / "run")], tmp_path / "page.html").read_text()
+def test_figures_have_axes_text_and_a_description(whole_page: Path) -> None:
+    raw = whole_page.read_text()
     drawings = re.findall(r"<svg.*?</svg>", raw, re.DOTALL)
     assert len(drawings) == 9
     for drawing in drawings:
@@ -206,7 +227,7 @@ def test_several_runs_share_a_page(tmp_path: Path) -> None:
 
 
 def test_a_page_of_several_runs_takes_nobodys_place(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / name) for name in ("one", "two")]
+    runs = [bare_run(tmp_path / name) for name in ("one", "two")]
     own = write_report(runs[:1], place_of(runs[:1]))
     assert own == runs[0] / "report.html"
     before = own.read_text()
@@ -325,7 +346,7 @@ def test_a_run_with_only_a_config_gets_a_page(tmp_path: Path) -> None:
 def test_what_a_run_holds_of_another_type_is_left_out_and_counted(
     tmp_path: Path, file: str, value: str, said: str
 ) -> None:
-    run = make_run(tmp_path / "run", steps=2)
+    run = bare_run(tmp_path / "run")
     (run / file).write_text(value)
     found = read_run(run)
     assert said in " ".join(found.problems)
@@ -335,7 +356,7 @@ def test_what_a_run_holds_of_another_type_is_left_out_and_counted(
 
 def test_a_sheet_elsewhere_is_not_shown(tmp_path: Path) -> None:
     """A run folder of a stranger must not put other files of this machine on a page."""
-    run = make_run(tmp_path / "run", steps=2)
+    run = bare_run(tmp_path / "run")
     (tmp_path / "secret.png").write_bytes(b"SECRET")
     (run / "samples" / "step-2").mkdir(parents=True)
     (run / "samples" / "step-2" / "sheet.png").symlink_to(tmp_path / "secret.png")
@@ -363,7 +384,7 @@ def test_own_sections_come_first_and_are_escaped(tmp_path: Path) -> None:
     )
     plain = Section("Plain", "a < b")
     out = write_report(
-        [make_run(tmp_path / "run")],
+        [bare_run(tmp_path / "run")],
         tmp_path / "page.html",
         title="T & T",
         sections=[section, plain],
@@ -434,7 +455,7 @@ def test_colours_can_be_read_in_light_and_dark() -> None:
 
 
 def test_long_curves_are_thinned_and_keep_their_ends(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run")
+    folder = bare_run(tmp_path / "run")
     write_lines(
         folder / "metrics.jsonl", [{"step": s, "loss": 1.0 + s % 2} for s in range(1, 20_001)]
     )

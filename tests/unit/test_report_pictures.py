@@ -112,9 +112,15 @@ def text_of(html: str) -> str:
     return " ".join(re.sub(r"<[^>]+>", " ", html).split())
 
 
-def test_a_page_shows_the_last_sheet_and_folds_the_earlier_ones(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
-    html = write_report([run], tmp_path / "page.html").read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def whole_page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("whole")
+    page = write_report([make_run(folder / "run")], folder / "page.html")
+    return page.read_text(encoding="utf-8")
+
+
+def test_a_page_shows_the_last_sheet_and_folds_the_earlier_ones(whole_page: str) -> None:
+    html = whole_page
     levels = [image.convert("RGB").getpixel((0, 0)) for image in shown(html)]
     assert levels == [(s, s, s) for s in (30, 0, 10, 20)]
     assert html.index("After 30 steps") < html.index("<details><summary>Earlier steps")
@@ -122,8 +128,8 @@ def test_a_page_shows_the_last_sheet_and_folds_the_earlier_ones(tmp_path: Path) 
     assert not re.search(r'(?:src|href)="(?!data:|#)', html), "loads nothing"
 
 
-def test_a_page_speaks_of_pictures(tmp_path: Path) -> None:
-    html = write_report([make_run(tmp_path / "run")], tmp_path / "page.html").read_text()
+def test_a_page_speaks_of_pictures(whole_page: str) -> None:
+    html = whole_page
     text = text_of(html[html.index("<main>") : html.index("Configuration</h2>")])
     for words in (
         "Pictures before and after",
