@@ -76,6 +76,11 @@ def module_of(path: Path) -> str:
     return ".".join(pieces[:-1] if pieces[-1] == "__init__" else pieces)
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def _walk(node: ast.AST, path: Path, when: str) -> Iterator[Import]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
@@ -86,14 +91,17 @@ def _walk(node: ast.AST, path: Path, when: str) -> Iterator[Import]:
             for alias in child.names:
                 name = f"{base}.{alias.name}"
                 yield Import(path, child.lineno, name if _is_module(name) else base, when)
-        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             yield from _walk(child, path, "later" if when == "loading" else when)
+        elif isinstance(child, ast.expr):
+            continue
         elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             yield from _walk(child, path, "types")
         else:
             yield from _walk(child, path, when)
 
 
+@cache
 def _is_module(name: str) -> bool:
     path = ROOT.parent.joinpath(*name.split("."))
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
@@ -103,7 +111,7 @@ def _is_module(name: str) -> bool:
 def imports() -> tuple[Import, ...]:
     found: list[Import] = []
     for path in sorted(ROOT.rglob("*.py")):
-        found += _walk(ast.parse(path.read_text(encoding="utf-8")), path, "loading")
+        found += _walk(tree(path), path, "loading")
     return tuple(found)
 
 
@@ -150,7 +158,7 @@ def test_lower_layers_never_name_a_modality_package(name: str) -> None:
     for path in (
         [ROOT / f"{name}.py"] if folder.with_suffix(".py").is_file() else folder.rglob("*.py")
     ):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq | ast.NotEq):
                 assert "modality" not in ast.unparse(node.left), f"{path}:{node.lineno}"
 
