@@ -113,6 +113,7 @@ def check(trial: Trial, kind: str, few: int) -> None:
         trial.check(stream("kill", kind, number), number)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_bit(tiny_llama_dir: Path, tmp_path: Path) -> None:
     trial = Trial(seeded_text.good_run(tmp_path, tiny_llama_dir, stream("kill")))
     trial.check(stream("kill", "text", 0), 0)

@@ -72,6 +72,7 @@ def test_two_processes_equal_one_with_the_double_batch(tmp_path: Path, backward:
     }
 
 
+@pytest.mark.slow
 def test_two_processes_count_the_tokens_of_a_step_together(tmp_path: Path) -> None:
     """Responses differ in length, so that each micro-batch alone has another mean."""
     one, two = tmp_path / "one", tmp_path / "two"

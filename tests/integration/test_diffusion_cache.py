@@ -67,6 +67,7 @@ def numbers(said: str) -> dict[str, tuple[int, int]]:
     return {name.strip(): (int(new), int(old)) for name, new, old in found}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 def test_killed_at_any_moment_it_goes_on_and_loses_nothing(sd15_dir: Path, tmp_path: Path) -> None:
     """Forked, so that the kills fall into the work and not into imports."""

@@ -117,12 +117,12 @@ def weights_after(folder: Path, *overrides: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "objective",
     [
-        "{name: dpo}",
+        pytest.param("{name: dpo}", marks=pytest.mark.slow),
         "{name: tdpo2}",
-        "{name: simpo}",
+        pytest.param("{name: simpo}", marks=pytest.mark.slow),
         "{name: sft}",  # a mean over the tokens of the whole step
         "{name: cpo, nll_reduce: batch_token}",
-        "{mix: {dpo: 1, sft: 0.5}}",
+        pytest.param("{mix: {dpo: 1, sft: 0.5}}", marks=pytest.mark.slow),
     ],
 )
 def test_accumulation_equals_a_larger_batch(tmp_path: Path, objective: str) -> None:

@@ -68,13 +68,15 @@ def config_of(folder: Path, start: Path, **sections: Any) -> RunConfig:
 @pytest.mark.parametrize(
     "sections",
     [
-        {},
-        {"objective": {"name": "f_dpo", "divergence": "js"}},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"objective": {"name": "f_dpo", "divergence": "js"}}, marks=pytest.mark.slow),
         {"objective": {"name": "tdpo2"}, "train": {"backward": "per_candidate"}},
         {"objective": {"name": "sparse_po"}, "text": {"masks": {"kind": "learned"}}},
-        {"objective": {"name": "simpo"}},
-        {"objective": {"name": "kto"}},
-        {"model": {"lora": None}, "reference": {"kind": "frozen-copy"}},
+        pytest.param({"objective": {"name": "simpo"}}, marks=pytest.mark.slow),
+        pytest.param({"objective": {"name": "kto"}}, marks=pytest.mark.slow),
+        pytest.param(
+            {"model": {"lora": None}, "reference": {"kind": "frozen-copy"}}, marks=pytest.mark.slow
+        ),
         {"model": {"lora": None}, "reference": {"kind": "ema", "decay": 0.9}},
     ],
     ids=["dpo", "js", "tdpo2", "sparse_po", "simpo", "kto", "full", "ema"],
@@ -147,6 +149,7 @@ def test_per_candidate_gives_the_same_gradient(
             assert float(gap) < 1e-6 * scale, parameter_name
 
 
+@pytest.mark.slow
 def test_a_killed_command_resumes_to_the_same_bits(tmp_path: Path, tiny_llama_dir: Path) -> None:
     """`mmalign train`, SIGKILL in the middle of an epoch, `mmalign train --resume`."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -302,6 +302,7 @@ def test_data_check_counts_and_decodes_media(data: Path) -> None:
 # -- Ctrl-C -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(
     video_models: Models, data: Path, tmp_path: Path
 ) -> None:
