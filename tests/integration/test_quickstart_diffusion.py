@@ -83,6 +83,7 @@ def test_demo_report_is_honest_and_self_contained(demo: Path) -> None:
     assert not re.search(r'(src|href)="(?!data:|#)', page), "nothing is fetched"
 
 
+@pytest.mark.slow
 def test_demo_is_the_same_for_a_seed(demo: Path, tmp_path: Path) -> None:
     again = diffusion.run(tmp_path / "again", seed=3, fast=True)
     first = json.loads((demo / "summary.json").read_text(encoding="utf-8"))
