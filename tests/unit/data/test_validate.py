@@ -144,12 +144,17 @@ TRANSCRIPT = st.lists(st.sampled_from(["\n\nHuman:", "\n\nAssistant:", " hi", "\
 RECORD = st.dictionaries(KEYS, JSON | MESSAGES | TRANSCRIPT | st.text(), max_size=6)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
-@given(records=st.lists(RECORD, min_size=1, max_size=3))
-def test_checking_never_raises_whatever_the_records(
-    tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, Any]]
-) -> None:
-    path = tmp_path_factory.mktemp("any") / "a.jsonl"
+@pytest.mark.parametrize("count", [60, pytest.param(400, marks=pytest.mark.slow)])
+def test_checking_never_raises_whatever_the_records(count: int, tmp_path: Path) -> None:
+    @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(records=st.lists(RECORD, min_size=1, max_size=3))
+    def each(records: list[dict[str, Any]]) -> None:
+        checked(tmp_path / "a.jsonl", records)
+
+    each()
+
+
+def checked(path: Path, records: list[dict[str, Any]]) -> None:
     path.write_text("\n".join(json.dumps(r) for r in records), encoding="utf-8")
     report = check_files([path])
     assert report.num_records == len(records)
@@ -158,11 +163,15 @@ def test_checking_never_raises_whatever_the_records(
     assert report.text(show=1)
 
 
-@settings(max_examples=300, deadline=None)
-@given(record=RECORD)
-def test_parsing_raw_records_never_raises(record: dict[str, Any]) -> None:
-    example, problems = read_record(record, where="f:1")
-    assert (example is None) == bool(problems)
+@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
+def test_parsing_raw_records_never_raises(count: int) -> None:
+    @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(record=RECORD)
+    def each(record: dict[str, Any]) -> None:
+        example, problems = read_record(record, where="f:1")
+        assert (example is None) == bool(problems)
+
+    each()
 
 
 def test_convert_writes_the_canonical_layout(write: Write, tmp_path: Path) -> None:

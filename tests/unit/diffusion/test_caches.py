@@ -68,7 +68,7 @@ def refuse(*_: Any, **__: Any) -> None:
     raise AssertionError("it was loaded, and is not needed")
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+@pytest.mark.parametrize("family", ["sdxl", pytest.param("sd3", marks=pytest.mark.slow)])
 def test_cached_latents_are_those_of_the_vae(
     family: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -96,7 +96,12 @@ def test_cached_latents_are_those_of_the_vae(
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [("sd15", "float64"), ("sdxl", "bfloat16"), ("sd3", "float32")]
+    ("family", "dtype"),
+    [
+        ("sd15", "float64"),
+        ("sdxl", "bfloat16"),
+        pytest.param("sd3", "float32", marks=pytest.mark.slow),
+    ],
 )
 def test_cached_prompts_are_those_of_the_encoders(
     family: str, dtype: str, request: pytest.FixtureRequest, tmp_path: Path
@@ -117,7 +122,7 @@ def test_cached_prompts_are_those_of_the_encoders(
         assert torch.equal(value, getattr(expected, name))
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3", "digits"])
+@pytest.mark.parametrize("family", [pytest.param("sdxl", marks=pytest.mark.slow), "sd3", "digits"])
 def test_training_from_caches_loads_no_vae_and_no_encoder(
     family: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,9 +152,9 @@ def test_training_from_caches_loads_no_vae_and_no_encoder(
     ("family", "options"),
     [
         ("sd15", {"flip": True}),
-        ("sdxl", {}),
+        pytest.param("sdxl", {}, marks=pytest.mark.slow),
         ("sd3", {"estimator": {"shared": False}}),
-        ("digits", {"flip": True}),
+        pytest.param("digits", {"flip": True}, marks=pytest.mark.slow),
     ],
 )
 def test_a_cached_reference_gives_log_2(
@@ -345,7 +350,7 @@ def test_processes_share_the_work(sd15_dir: Path, tmp_path: Path) -> None:
     assert found == expected
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+@pytest.mark.parametrize("family", ["sdxl", pytest.param("sd3", marks=pytest.mark.slow)])
 def test_a_plan_is_as_large_as_the_cache(
     family: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mmalign.data.example import Example
     from mmalign.models.adapter import Batch
 
-FAMILIES = ("sd15", "sdxl", "sd3")
+FAMILIES = ("sd15", pytest.param("sdxl", marks=pytest.mark.slow), "sd3")
 SIDE = 32
 
 
@@ -77,8 +77,15 @@ def pipeline(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(f"{request.param}_dir")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    ("dtype", "lora"),
+    [
+        pytest.param("bfloat16", True, id="lora-bfloat16"),
+        pytest.param("float32", False, id="full-float32"),
+        pytest.param("float32", True, id="lora-float32", marks=pytest.mark.slow),
+        pytest.param("bfloat16", False, id="full-bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_policy_equals_reference_gives_log_2(
     pipeline: Path, dtype: str, lora: bool, tmp_path: Path
 ) -> None:
@@ -162,7 +169,10 @@ def test_rows_of_different_shapes_share_a_batch(sd15_dir: Path, tmp_path: Path) 
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("estimator", ["forward", "apart", "ddim_inversion", "renoise"])
+@pytest.mark.parametrize(
+    "estimator",
+    ["forward", "apart", "ddim_inversion", pytest.param("renoise", marks=pytest.mark.slow)],
+)
 def test_per_candidate_gives_the_gradient_of_joint(
     sd15_dir: Path, tmp_path: Path, estimator: str
 ) -> None:
@@ -229,7 +239,8 @@ def test_kl_is_the_gap_of_the_predictions(sd15_dir: Path, tmp_path: Path) -> Non
 
 
 def test_divergences_and_links_of_the_core_apply(sd15_dir: Path, tmp_path: Path) -> None:
-    data = write_rows(tmp_path / "data")
+    data, lora = write_rows(tmp_path / "data"), {"lora": {"rank": 4}}
+    adapter, rows, _ = built(configured(sd15_dir, data, tmp_path, model=lora))
     for objective in (
         {"name": "f_dpo", "divergence": "js", "beta": 5000},
         {"name": "ipo"},
@@ -243,10 +254,7 @@ def test_divergences_and_links_of_the_core_apply(sd15_dir: Path, tmp_path: Path)
         {"name": "aot"},
         {"name": "exo"},
     ):
-        config = configured(
-            sd15_dir, data, tmp_path, objective=objective, model={"lora": {"rank": 4}}
-        )
-        adapter, rows, loss = built(config)
+        loss = check(configured(sd15_dir, data, tmp_path, objective=objective, model=lora))
         value = loss(adapter(adapter.collate(rows, [1, 2, 3, 4]), loss.needs)).value
         value.backward()
         assert bool(value.isfinite()), objective

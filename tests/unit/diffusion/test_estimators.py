@@ -201,7 +201,7 @@ def test_extremes_are_finite(estimator: DDIMInversion, kind: Any) -> None:
         assert torch.isfinite(point.target).all()
 
 
-@pytest.mark.parametrize("num_steps", [1, 999, 1000])
+@pytest.mark.parametrize("num_steps", [1, pytest.param(999, marks=pytest.mark.slow), 1000])
 @pytest.mark.parametrize("semantics", ["landing", "legacy", "modern"])
 def test_any_number_of_steps(num_steps: int, semantics: Any) -> None:
     estimator = DDIMInversion(num_steps, semantics, eta=0.1)

@@ -119,7 +119,7 @@ def close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture(params=["sd15_dir", "sdxl_dir", "sd3_dir"])
+@pytest.fixture(params=["sd15_dir", pytest.param("sdxl_dir", marks=pytest.mark.slow), "sd3_dir"])
 def trained(request: pytest.FixtureRequest) -> Trained:
     return Trained(request.getfixturevalue(request.param))
 

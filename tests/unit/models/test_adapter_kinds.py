@@ -50,6 +50,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "velora": {"velora_config": {}},
 }
 
+ALIKE = {
+    "gaussian", "orthogonal", "mica", "pissa and DoRA", "olora", "rsLoRA", "some layers",
+    "bias of LoRA", "biases of adapted layers", "embedding saved whole", "velora",
+}  # fmt: skip
+"""Kinds that differ from one of the others in their start or their place alone."""
+
+SEVERAL = [pytest.param(k, marks=pytest.mark.slow) if k in ALIKE else k for k in KINDS]
+
 
 def base_model(*, tied: bool = False) -> Any:
     """Qwen 2: its queries, keys and values have biases."""
@@ -94,7 +102,7 @@ def saved(folder: Path, *, tied: bool = False, **settings: Any) -> Tensor:
     return logits(policy)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SEVERAL)
 def test_loaded_trained_further_and_saved(kind: str, tmp_path: Path) -> None:
     expected = saved(tmp_path, **KINDS[kind])
     policy = lora.load(base_model(), tmp_path / "adapter").train()
@@ -113,7 +121,7 @@ def test_loaded_trained_further_and_saved(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(again), moved, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SEVERAL)
 def test_merged(kind: str, tmp_path: Path) -> None:
     expected = saved(tmp_path, **KINDS[kind])
     out = merge_checkpoints(tmp_path / "base", [(tmp_path / "adapter", 1.0)], tmp_path / "out")

@@ -130,7 +130,14 @@ def mixed_loss(logps: CandidateLogps) -> Tensor:
 
 @pytest.mark.parametrize("block_size", [5, 1024])
 @pytest.mark.parametrize("shared_prefix", ["on", "off"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2", "mistral"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "llama",
+        "gpt2",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("qwen2", "qwen3", "mistral")),
+    ],
+)
 def test_scores_loss_and_gradient_equal_whole_logits(kind, shared_prefix, block_size) -> None:
     adapter = build(kind, text={"shared_prefix": shared_prefix, "block_size": block_size})
     batch = adapter.collate(examples())

@@ -219,7 +219,14 @@ def test_a_draw_at_a_tiny_temperature_is_the_most_likely_token() -> None:
         assert torch.equal(draw(torch.empty(0), logits).argmax(-1), logits.argmax(-1))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "bart", "rwkv"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "llama",
+        "rwkv",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("gpt2", "qwen3", "bart")),
+    ],
+)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_an_answer_does_not_depend_on_the_others(kind: str, temperature: float) -> None:
     """The last two put padding where it counts: what is answered together must be alike."""

@@ -245,9 +245,9 @@ def test_a_run_whose_weights_do_not_move_says_so(
     [
         (*HALF, "train.bf16_weights=stochastic"),
         (*HALF, "train.bf16_weights=master"),
-        ("train.lr=1e-7", "train.num_steps=25"),
+        pytest.param(("train.lr=1e-7", "train.num_steps=25"), marks=pytest.mark.slow),
         ("train.lr=1e-7", "train.num_steps=25", "train.warmup=1000"),
-        (),
+        pytest.param((), marks=pytest.mark.slow),
     ],
 )
 def test_one_whose_weights_move_says_nothing(
