@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import json
+import logging
 import math
 import os
 import re
@@ -165,7 +165,11 @@ def test_final_weights_give_the_runs_log_probabilities_by_plain_libraries(
     assert ours.tolist() == pytest.approx(theirs, rel=1e-4)
 
 
-@pytest.mark.parametrize("parts", [["language"], []], ids=["with LoRA", "alone"])
+@pytest.mark.parametrize(
+    "parts",
+    [["language"], pytest.param([], marks=pytest.mark.slow)],
+    ids=["with LoRA", "alone"],
+)
 def test_final_clues_evaluate_as_the_run_did(
     parts: list[str], video_models: Models, data: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -195,7 +199,7 @@ PAMI: dict[str, Any] = {
     ("rows", "sections"),
     [
         pytest.param("train", {"objective": {"name": "mdpo"}}, marks=pytest.mark.slow),
-        ("plain", PAMI),
+        pytest.param("plain", PAMI, marks=pytest.mark.slow),
         ("train", {"video": {"clues": {"width": 64, "num_queries": 4, "num_layers": 2}}}),
     ],
     ids=["mdpo", "pami_vdpo", "clues"],
@@ -207,16 +211,16 @@ def test_a_resumed_run_ends_with_the_same_bits(
     data: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    steps = {"train": {"num_steps": 4, "save_every": 2, "lr": 1e-2}}
+    steps = {"train": {"num_steps": 2, "save_every": 1, "lr": 1e-2}}
     config = configured(tmp_path, video_models(KIND), data[rows], **steps, **sections)
     train(config)
     broken = config.model_copy(update={"output": tmp_path / "broken"})
     shutil.copytree(config.output, broken.output)
-    shutil.rmtree(broken.output / "checkpoint-4")
+    shutil.rmtree(broken.output / "checkpoint-2")
     shutil.rmtree(broken.output / "final")
     result = train(broken, resume=True)
-    assert result.steps == 4
-    for name in ("checkpoint-4/weights.safetensors", "final/adapter_model.safetensors"):
+    assert result.steps == 2
+    for name in ("checkpoint-2/weights.safetensors", "final/adapter_model.safetensors"):
         ours, theirs = load_file(broken.output / name), load_file(config.output / name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
@@ -265,6 +269,7 @@ def test_a_run_from_caches_never_runs_a_tower_and_is_the_live_one(
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_run(
     video_models: Models, data: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -286,18 +291,18 @@ def test_a_folder_with_broken_clips_trains_to_the_end(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """80 clips, 5 % of them broken, each in a way of its own; two questions about each."""
+    """40 clips, a tenth of them broken, each in a way of its own; two questions about each."""
     folder = tmp_path / "clips"
     folder.mkdir()
-    for number in range(80):
+    for number in range(40):
         shutil.copy(clips_dir / f"clip{number % 4}.mp4", folder / f"{number:02d}.mp4")
     cut(clips_dir / "clip0.mp4", folder / "11.mp4", 0.6)
     (folder / "23.mp4").write_bytes(b"")
     (folder / "37.mp4").write_text("this is a text and no clip\n" * 50)
-    write_sound_alone(folder / "52.mp4")
+    write_sound_alone(folder / "32.mp4")
     records = [
         row(i, "plain") | {"id": f"{clip:02d}-{i}", "video": f"{clip:02d}.mp4"}
-        for clip in range(80)
+        for clip in range(40)
         for i in range(2)
     ]
     data = write_rows(folder / "rows.jsonl", records)
@@ -311,17 +316,17 @@ def test_a_folder_with_broken_clips_trains_to_the_end(
         "11.mp4": "broken or cut off",
         "23.mp4": "the file is empty",
         "37.mp4": "of no format that is read",
-        "52.mp4": "has no video stream",
+        "32.mp4": "has no video stream",
     }.items():
         named = [message for message in caplog.messages if name in message]
         assert len(named) == 1, named
         assert fault in named[0]
     counted = [message for message in caplog.messages if "left out" in message]
-    assert counted == ["8 of 160 rows are left out for the 4 of 80 media files named above"]
+    assert counted == ["8 of 80 rows are left out for the 4 of 40 media files named above"]
     held_out = [line["id"] for line in read_json(result.run_dir / "eval.jsonl")[-1]["rows"]]
     assert held_out
-    assert not {name for name in held_out if name[:2] in ("11", "23", "37", "52")}
-    assert result.steps == -(-(152 - len(held_out)) // 16)
+    assert not {name for name in held_out if name[:2] in ("11", "23", "37", "32")}
+    assert result.steps == -(-(72 - len(held_out)) // 16)
 
 
 def write_sound_alone(path: Path) -> None:
