@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 from test_ddp import torchrun
 from toy_adapter import ToyAdapter, toy_config
+from typer.testing import CliRunner
 
+from mmalign.cli import app
 from mmalign.errors import NonFiniteLoss
 from mmalign.train.checkpoint import checkpoints
 from mmalign.train.loop import train
@@ -86,6 +88,15 @@ def test_a_last_step_that_ruins_the_weights_saves_nothing(tmp_path: Path) -> Non
     assert [line["step"] for line in read_json(config.output / "eval.jsonl")] == [0, 1, 2]
 
 
+def test_the_command_exits_with_3(tmp_path: Path) -> None:
+    toy_config(tmp_path, bad_row=row_of_step(2))
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "config.json")])
+    assert result.exit_code == 3
+    assert "NonFiniteLoss: step 2" in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.slow
 def test_the_process_exits_with_3(tmp_path: Path) -> None:
     toy_config(tmp_path, bad_row=row_of_step(2))
     command = [sys.executable, str(Path(__file__).with_name("run_toy.py"))]
@@ -97,6 +108,7 @@ def test_the_process_exits_with_3(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_all_processes_stop_when_one_sees_it(tmp_path: Path) -> None:
     bad = row_of_step(3, process=1, num_processes=2)
     toy_config(tmp_path, bad_row=bad)

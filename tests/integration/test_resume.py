@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from toy_adapter import toy_config
+from toy_adapter import TOY, toy_config
 
 from mmalign.data.lock import only_writer
 from mmalign.errors import CheckpointError, ConfigError
+from mmalign.models.adapter import ADAPTERS
 from mmalign.train.checkpoint import checkpoints
 from mmalign.train.loop import train
 from mmalign.train.metrics import read_json
@@ -65,6 +66,16 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a run with noise that nothing interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ADAPTERS, "text", TOY)
+        config = toy_config(tmp_path_factory.mktemp("noisy"), *SETTINGS, noise=0.1)
+        train(config)
+    return config.output
+
+
 def require_same_run(found: Path, expected: Path) -> None:
     for name in ("model.safetensors",):
         assert (found / "final" / name).read_bytes() == (expected / "final" / name).read_bytes()
@@ -78,15 +89,9 @@ def require_same_run(found: Path, expected: Path) -> None:
         assert read_json(found / name) == read_json(expected / name)
 
 
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
-    killed.mkdir()
-    knobs = {"noise": 0.1, "seconds": 0.05}
-    train(toy_config(whole, *SETTINGS, **knobs))
-    config = toy_config(killed, *SETTINGS, **knobs)
-
-    process = start(killed)
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path, noisy: Path) -> None:
+    config = toy_config(tmp_path, *SETTINGS, noise=0.1, seconds=0.05)
+    process = start(tmp_path)
     wait_for_step(process, config.output, 8)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -96,7 +101,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
 
     result = train(config, resume=True)
     assert result.steps == 12
-    require_same_run(config.output, whole / "run")
+    require_same_run(config.output, noisy)
     assert not list(config.output.glob(".*"))
 
 
@@ -147,15 +152,9 @@ def test_any_number_of_kills_at_any_moment(tmp_path: Path, seed: int) -> None:
     assert lines(config.output) == [pytest.approx(line, rel=1e-6) for line in lines(whole / "run")]
 
 
-def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path: Path) -> None:
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    whole.mkdir()
-    stopped.mkdir()
-    knobs = {"noise": 0.1, "seconds": 0.1}
-    train(toy_config(whole, *SETTINGS, **knobs))
-    config = toy_config(stopped, *SETTINGS, **knobs)
-
-    process = start(stopped, "train.save_every=1000")
+def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path: Path, noisy: Path) -> None:
+    config = toy_config(tmp_path, *SETTINGS, noise=0.1, seconds=0.1)
+    process = start(tmp_path, "train.save_every=1000")
     wait_for_step(process, config.output, 4)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
@@ -166,7 +165,7 @@ def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path: Path) -> None:
     assert read_json(config.output / "metrics.jsonl")[-1]["step"] < 12
 
     train(config, resume=True)
-    require_same_run(config.output, whole / "run")
+    require_same_run(config.output, noisy)
 
 
 def read_until(process: subprocess.Popen[str], *texts: str) -> None:
@@ -177,6 +176,7 @@ def read_until(process: subprocess.Popen[str], *texts: str) -> None:
             return
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_quits_at_once(tmp_path: Path) -> None:
     config = toy_config(tmp_path, seconds=60.0)
     process = start(tmp_path)
