@@ -98,6 +98,7 @@ def test_predictions_are_a_common_file_also_after_an_interruption(
     assert "is there already" in run(*command, "--out", parts, code=1)
 
 
+@pytest.mark.slow
 def test_a_drawn_prediction_is_the_same_in_every_batch(
     command: list[object], tmp_path: Path
 ) -> None:

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     Models = Callable[[str], Path]
 
 SMALL = {"num_queries": 3, "width": 32, "num_layers": 2, "cross_every": 2, "num_heads": 2}
-CLASSES = ("qwen2_5_vl", "llava_onevision", "qwen2_5_omni_thinker")
+CLASSES = (
+    "qwen2_5_vl",
+    pytest.param("llava_onevision", marks=pytest.mark.slow),
+    "qwen2_5_omni_thinker",
+)
 
 
 @pytest.mark.parametrize("shared", ["on", "off"])

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 KIND = "qwen2_5_vl"
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def scored(
     objective: Objective, folder: Path, clip: Path, *, moved: bool = True, **sections: Any
 ) -> tuple[Any, Any]:
@@ -31,7 +35,13 @@ def scored(
     return adapter, adapter(adapter.collate(rows), objective.needs)
 
 
-@pytest.mark.parametrize("divergence", sorted(DIVERGENCES))
+@pytest.mark.parametrize(
+    "divergence",
+    [
+        name if name in ("forward_kl", "js") else pytest.param(name, marks=pytest.mark.slow)
+        for name in sorted(DIVERGENCES)
+    ],
+)
 def test_every_divergence_starts_at_log_2_and_moves(
     divergence: str, video_models: Models, clips_dir: Path
 ) -> None:
@@ -49,19 +59,19 @@ def test_every_divergence_starts_at_log_2_and_moves(
 @pytest.mark.parametrize(
     ("name", "sections"),
     [
-        ("tdpo1", {}),
+        slow("tdpo1", {}),
         ("tdpo2", {}),
         ("sparse_po", {"text": {"masks": {"kind": "learned"}}}),
-        ("sparse_po", {"text": {"masks": {"kind": "activations"}}}),
+        slow("sparse_po", {"text": {"masks": {"kind": "activations"}}}),
         ("rrpo", {"text": {"masks": {"kind": "spans"}}}),
-        ("rrpo", {"text": {"masks": {"kind": "diff", "min_match": 1}}}),
-        ("tpo_temporal", {}),
+        slow("rrpo", {"text": {"masks": {"kind": "diff", "min_match": 1}}}),
+        slow("tpo_temporal", {}),
         ("adpo", {}),
-        ("wpo", {}),
-        ("ipo", {}),
-        ("nca", {}),
+        slow("wpo", {}),
+        slow("ipo", {}),
+        slow("nca", {}),
         ("simpo", {}),
-        ("orpo", {}),
+        slow("orpo", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else str(sorted(value)),
 )
