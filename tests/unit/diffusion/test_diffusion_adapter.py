@@ -178,7 +178,11 @@ def test_per_candidate_gives_the_gradient_of_joint(
 ) -> None:
     from accelerate import Accelerator
 
-    spec = {"kind": "forward", "shared": False} if estimator == "apart" else {"kind": estimator}
+    spec: dict[str, Any] = {"kind": estimator}
+    if estimator == "apart":
+        spec = {"kind": "forward", "shared": False}
+    elif estimator != "forward":
+        spec["num_steps"] = 3
     config = configured(
         sd15_dir,
         write_rows(tmp_path / "data"),
@@ -241,6 +245,7 @@ def test_kl_is_the_gap_of_the_predictions(sd15_dir: Path, tmp_path: Path) -> Non
 def test_divergences_and_links_of_the_core_apply(sd15_dir: Path, tmp_path: Path) -> None:
     data, lora = write_rows(tmp_path / "data"), {"lora": {"rank": 4}}
     adapter, rows, _ = built(configured(sd15_dir, data, tmp_path, model=lora))
+    batch = adapter.collate(rows, [1, 2, 3, 4])
     for objective in (
         {"name": "f_dpo", "divergence": "js", "beta": 5000},
         {"name": "ipo"},
@@ -255,7 +260,7 @@ def test_divergences_and_links_of_the_core_apply(sd15_dir: Path, tmp_path: Path)
         {"name": "exo"},
     ):
         loss = check(configured(sd15_dir, data, tmp_path, objective=objective, model=lora))
-        value = loss(adapter(adapter.collate(rows, [1, 2, 3, 4]), loss.needs)).value
+        value = loss(adapter(batch, loss.needs)).value
         value.backward()
         assert bool(value.isfinite()), objective
 
