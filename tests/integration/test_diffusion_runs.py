@@ -65,6 +65,7 @@ def last_weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoint-6" / "weights.safetensors")
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(digits_dir: Path, tmp_path: Path) -> None:
     path = write_config(tmp_path, digits_dir, diffusion={"resolution": 8})
     whole = configs.load(path, [f"output={tmp_path / 'whole'}"])
@@ -92,9 +93,10 @@ def test_a_killed_run_resumes_to_the_same_bits(digits_dir: Path, tmp_path: Path)
 
 
 def test_a_run_from_caches_never_loads_encoders(
-    sdxl_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sd15_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = configured(tmp_path, sdxl_dir, "diffusion.cache=on", "sample.num_prompts=0")
+    overrides = ("diffusion.cache=on", "sample.num_prompts=0", "train.num_steps=2")
+    config = configured(tmp_path, sd15_dir, *overrides)
     with pytest.raises(ConfigError, match="mmalign cache"):
         train(config)
     write_cache(config)
@@ -109,6 +111,7 @@ def test_a_run_from_caches_never_loads_encoders(
     assert result.final_dir is not None
 
 
+@pytest.mark.slow
 def test_cached_errors_are_the_live_ones(sd15_dir: Path, tmp_path: Path) -> None:
     config = configured(tmp_path, sd15_dir, "reference.kind=cached", "diffusion.num_draws=3")
     write_cache(config)
@@ -152,7 +155,8 @@ def test_exported_lora_gives_the_pictures_of_the_run(sd15_dir: Path, tmp_path: P
 
 
 def test_final_weights_evaluate_as_the_run_did(sd15_dir: Path, tmp_path: Path) -> None:
-    config = configured(tmp_path, sd15_dir, "train.lr=0.01")
+    overrides = ("train.lr=0.01", "train.num_steps=2", "sample.num_prompts=0")
+    config = configured(tmp_path, sd15_dir, *overrides)
     train(config)
     found = evaluate_checkpoint(config, config.output / "final").metrics
     logged = read_json(config.output / "eval.jsonl")[-1]
