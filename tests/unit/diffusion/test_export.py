@@ -36,14 +36,19 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 LORA = LoraSpec(rank=3, alpha=8, targets=ATTENTION)  # a scale that is no power of two
 
 
+@cache
+def components_of(folder: Path) -> Components:
+    """Of an untouched pipeline; who changes its denoiser copies it."""
+    return load_components(ModelConfig(path=str(folder)), DiffusionConfig(resolution=64))
+
+
 class Trained:
     """A pipeline whose denoiser has moved away from its base."""
 
     def __init__(self, folder: Path, spec: LoraSpec | None = LORA) -> None:
         self.folder, self.spec = folder, spec
         torch.manual_seed(0)
-        config = ModelConfig(path=str(folder))
-        self.components: Components = load_components(config, DiffusionConfig(resolution=64))
+        self.components = components_of(folder)
         self.policy = shaken(self.fresh())
 
     def fresh(self) -> nn.Module:
