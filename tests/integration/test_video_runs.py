@@ -199,7 +199,7 @@ PAMI: dict[str, Any] = {
     ("rows", "sections"),
     [
         pytest.param("train", {"objective": {"name": "mdpo"}}, marks=pytest.mark.slow),
-        pytest.param("plain", PAMI, marks=pytest.mark.slow),
+        ("plain", PAMI),
         ("train", {"video": {"clues": {"width": 64, "num_queries": 4, "num_layers": 2}}}),
     ],
     ids=["mdpo", "pami_vdpo", "clues"],
