@@ -333,8 +333,8 @@ ELSEWHERE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        ("sdxl", "pairs with a KL"),
-        ("sdxl", "a teacher"),
+        pytest.param("sdxl", "pairs with a KL", marks=pytest.mark.slow),
+        pytest.param("sdxl", "a teacher", marks=pytest.mark.slow),
         ("sd3", "a frozen copy, weighted"),
         ("sd3", "stored errors"),
         pytest.param("sdxl", "a frozen copy, weighted", marks=pytest.mark.slow),

@@ -101,7 +101,14 @@ def test_a_run_learns_and_its_weights_work_without_this_package(
     ), "trained weights answer in another way"
 
 
-@pytest.mark.parametrize("kind", [KIND, "llava_onevision", "qwen2_5_omni_thinker"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        KIND,
+        pytest.param("llava_onevision", marks=pytest.mark.slow),
+        "qwen2_5_omni_thinker",
+    ],
+)
 def test_final_weights_give_the_runs_log_probabilities_by_plain_libraries(
     kind: str, video_models: Models, clips_dir: Path, data: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -200,7 +207,11 @@ PAMI: dict[str, Any] = {
     [
         pytest.param("train", {"objective": {"name": "mdpo"}}, marks=pytest.mark.slow),
         ("plain", PAMI),
-        ("train", {"video": {"clues": {"width": 64, "num_queries": 4, "num_layers": 2}}}),
+        pytest.param(
+            "train",
+            {"video": {"clues": {"width": 64, "num_queries": 4, "num_layers": 2}}},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["mdpo", "pami_vdpo", "clues"],
 )

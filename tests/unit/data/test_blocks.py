@@ -46,6 +46,7 @@ def seconds(work: object, *given: object) -> float:
     return time.process_time() - start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("least", [1, 3])
 def test_time_grows_little_more_than_the_length(least: int) -> None:
     """8 times the words take about 8 to 12 times as long; difflib would take 64 times."""
@@ -65,6 +66,7 @@ def test_a_cell_of_blanks_is_passed_over_once() -> None:
     assert time.process_time() - start < 1
 
 
+@pytest.mark.slow
 def test_what_repeats_or_is_rare_takes_no_longer() -> None:
     rare = [[v for k in range(4000) for v in (0, 10 + k + side * 10_000)] for side in (0, 1)]
     for a, b in (([1] * 8000, [1] * 7999), ([1, 2] * 4000, [2, 1] * 4000), tuple(rare)):
