@@ -33,9 +33,7 @@ def check_rows(
         The report, with the lines that training prints, and the exit code: 1 when it would stop.
     """
     needs = configs.check(config).needs
-    report = check_files(
-        config.data.train, eval_paths=config.data.eval, decode=decode, sizes=False
-    )
+    report = check_files(config.data.train, eval_paths=config.data.eval, decode=decode, sizes=False)
     told = report.text(show)
     with waiting("loading libraries"):
         from mmalign.models.rows import find_rows, logged
