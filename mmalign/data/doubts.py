@@ -158,7 +158,7 @@ class Doubts:
             answers.append((text, hash((text, shown, candidate.media))))
         if row.kind == "pair":
             self._compare_sides(record, row, answers[0][1] == answers[1][1])
-        if not row.files():
+        if not row.files() and all(c.prompt is None for c in row.candidates):
             same = self._same.setdefault("prompt", _Same(prompt[0], as_text(row.prompt)))
             same.add(prompt[0], answers[0][0] if answers else "")
         if row.kind != "list":

@@ -319,3 +319,17 @@ def test_both_answers_of_a_row_are_one_row(told: Any) -> None:
         "answers that repeat their prompt: 1 of 2 rows",
         "special tokens written in answers: 1 of 2 rows",
     ]
+
+
+def test_answers_with_prompts_of_their_own_have_no_one_prompt(told: Any) -> None:
+    """DCPO's rows: the row's own prompt is empty, and each side has another one."""
+    own = [
+        {
+            "prompt_chosen": f"a cat {i}",
+            "prompt_rejected": f"a dog {i}",
+            "chosen": f"yes, number {i}",
+            "rejected": f"no {i}.",
+        }
+        for i in range(6)
+    ]
+    assert not [line for line in told(own) if "one same prompt" in line]
