@@ -16,7 +16,7 @@ from mmalign.errors import ConfigError, DataError
 from mmalign.models.rows import Surveyed, say, survey_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -114,6 +114,15 @@ class Adapter(nn.Module, ABC):
     def problems(cls, config: RunConfig) -> list[str]:
         """What `config` asks for and this adapter cannot do, as sentences; looks at no weights."""
         return []
+
+    @classmethod
+    def named_models(cls, config: RunConfig) -> Iterator[tuple[str, str | None, str | None]]:
+        """Kind, path and revision of every model whose files decide what a run learns."""
+        yield "model", config.model.path, config.model.revision
+        yield "adapter", config.model.adapter, None
+        yield "reference", config.reference.path, None
+        for number, part in enumerate(config.reference.mixture):
+            yield f"mixture {number + 1}", part.path, None
 
     @classmethod
     def usable(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import broadcast_object_list
 
 from mmalign.data.example import Picture
+from mmalign.models.adapter import adapter_class
 from mmalign.train.prints import WHOLE, matching, model_files, print_of, words
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def look(config: RunConfig, rows: Sequence[Example]) -> Table:
         rows: To train on; their media count, in the order in which they are shown.
     """
     table: Table = {}
-    for kind, path, revision in _models(config):
+    for kind, path, revision in adapter_class(config.modality).named_models(config):
         table |= model_files(kind, path, revision)
     for source in config.data.train:
         path = Path(source.path)
@@ -149,17 +150,6 @@ def _kept(run_dir: Path) -> Table:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-
-
-def _models(config: RunConfig) -> Iterator[tuple[str, str | None, str | None]]:
-    """Kind, path and revision of every model that a config names."""
-    model, reference, clues = config.model, config.reference, config.video.clues
-    yield "model", model.path, model.revision
-    yield "adapter", model.adapter, None
-    yield "reference", reference.path, None
-    for number, part in enumerate(reference.mixture):
-        yield f"mixture {number + 1}", part.path, None
-    yield "clues", clues.path if clues else None, None
 
 
 def files_of(row: Example) -> Iterator[Path]:

@@ -50,7 +50,7 @@ from mmalign.video.truth import first_shown, require_true
 from mmalign.video.write_cache import open_features, write_caches
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from rich.console import Group
@@ -102,6 +102,12 @@ class VideoAdapter(TokenAdapter):
     def problems(cls, config: RunConfig) -> list[str]:
         """Settings that exclude each other."""
         return problems(config)
+
+    @classmethod
+    def named_models(cls, config: RunConfig) -> Iterator[tuple[str, str | None, str | None]]:
+        """The model, what it starts from and is compared with, and the aggregator of clues."""
+        yield from super().named_models(config)
+        yield "clues", config.video.clues.path if config.video.clues else None, None
 
     @classmethod
     def usable(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:

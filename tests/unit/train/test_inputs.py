@@ -54,6 +54,18 @@ def test_a_model_is_its_files_and_not_its_place(tmp_path: Path) -> None:
     }
 
 
+def test_a_trained_aggregator_of_clues_counts_as_well(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    clues = tmp_path / "clues.safetensors"
+    video = {"clues": {"path": str(clues)}}
+    told: list[str] = []
+    for weights in ("first", "other"):
+        clues.write_text(weights)
+        raw = {**toy_config(tmp_path).model_dump(), "modality": "video", "video": video}
+        told.append(str(inputs.identity(inputs.look(RunConfig.model_validate(raw), []))["clues"]))
+    assert told[0] != told[1]
+
+
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "tokenizer.json", "chat_template.jinja", "config.json"]
 )
