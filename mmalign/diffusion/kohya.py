@@ -71,7 +71,7 @@ def _factors(lora: LoraWeights, place: Place) -> dict[str, Tensor]:
             column = columns.stop
     return {
         f"{place.name}.lora_down.weight": down,
-        f"{place.name}.lora_up.weight": _halves(up, place),
+        f"{place.name}.lora_up.weight": place.turned(up),
         f"{place.name}.alpha": torch.tensor(scale * len(down), dtype=torch.float32),
     }
 
@@ -87,11 +87,7 @@ def _dora_scale(
             continue
         product = parts["B"].double().flatten(1) @ parts["A"].double().flatten(1)
         found.append(comfyui_scale(weight, lora.scale(layer) * product, parts["magnitude"]))
-    return _halves(torch.cat(found), place).float()
-
-
-def _halves(rows: Tensor, place: Place) -> Tensor:
-    return rows.roll(len(rows) // 2, 0) if place.swapped else rows
+    return place.turned(torch.cat(found)).float()
 
 
 def kohya_metadata(

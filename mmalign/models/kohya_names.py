@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from torch import Tensor
+
 PREFIX = "lora_unet_"
 
 _IN_RESNET = {
@@ -83,6 +85,10 @@ class Place:
     name: str
     layers: tuple[str, ...]
     swapped: bool = False
+
+    def turned(self, outputs: Tensor) -> Tensor:
+        """Outputs in diffusers' order, [out, ...], in the file's, or back."""
+        return outputs.roll(len(outputs) // 2, 0) if self.swapped else outputs
 
 
 def sd_name(module: str) -> str:

@@ -212,15 +212,9 @@ def _kohya_parts(
         for index, module in enumerate(layers):
             rows = tensor
             if kind == "B":  # of layers that are one in the file, each has its own outputs
-                rows = tensor.tensor_split(len(layers))[index]
-                rows = swapped(rows) if known[layer].swapped else rows
+                rows = known[layer].turned(tensor.tensor_split(len(layers))[index])
             parts.setdefault(module, {})[kind] = rows
     return parts
-
-
-def swapped(rows: Tensor) -> Tensor:
-    """The halves of a layer's outputs exchanged."""
-    return rows.roll(len(rows) // 2, 0)
 
 
 def _key(name: str, part: str) -> str:
