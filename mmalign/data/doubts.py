@@ -18,7 +18,7 @@ from mmalign.data.fields import show
 from mmalign.data.leakage import Leakage
 from mmalign.data.unread import Unread
 from mmalign.data.verdicts import contradictions
-from mmalign.data.written import bare, of_a_converter, role_before, special_mark
+from mmalign.data.written import of_a_converter, role_before, same_words, special_mark
 
 if TYPE_CHECKING:
     from mmalign.data.example import Candidate, Example, Prompt
@@ -174,9 +174,9 @@ class Doubts:
         if equal:
             what = "chosen equal to rejected but for white space and case"
             self.note(record, what, of_pairs=True)
-        elif isinstance(first.response, str | tuple) and (words := bare(first.response)):
-            same = words == bare(second.response)
-            if same and (first.prompt, first.media) == (second.prompt, second.media):
+        elif isinstance(first.response, str | tuple):
+            alike = (first.prompt, first.media) == (second.prompt, second.media)
+            if alike and same_words(first.response, second.response):
                 what = "chosen equal to rejected but for punctuation and marks that are not seen"
                 self.note(record, what, of_pairs=True)
 

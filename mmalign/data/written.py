@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from operator import eq
 from typing import TYPE_CHECKING
 
 from mmalign.data.example import as_text, normalised
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mmalign.data.example import Candidate, Message, Picture
+
+    Response = str | Path | Picture | tuple[Message, ...]
 
 _MARK = re.compile(
     r"<\|[A-Za-z][\w ]{0,40}\|>|<｜[^<>｜]{1,40}｜>|</s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad)>"
@@ -57,16 +60,40 @@ def role_before(candidate: Candidate) -> str:
     return found[0].strip() if found else ""
 
 
-def bare(response: str | Path | Picture | tuple[Message, ...]) -> str:
+def bare(response: Response) -> str:
     """The normalised words without marks of punctuation or markup at a word's end, or unseen ones.
 
     Marks between two letters or digits stay, and signs that calculate or call: `3.5` is not `35`.
     """
-    text = "".join(c for c in as_text(response) if unicodedata.category(c) != "Cf")
-    return " ".join(_AT_AN_END.sub(" ", normalised(text)).split())
+    return _words_of(_seen(response))
 
 
-def _words(response: str | Path | Picture | tuple[Message, ...]) -> list[str]:
+def same_words(one: Response, other: Response) -> bool:
+    """Whether two responses have the same `bare` words, and any.
+
+    Letters are compared first: they tell nearly all pairs apart at once, and marks take far longer.
+    """
+    left, right = _seen(one), _seen(other)
+    if not all(map(eq, filter(str.isalnum, left), filter(str.isalnum, right))):
+        return False
+    words = _words_of(left)
+    return bool(words) and words == _words_of(right)
+
+
+def _seen(response: Response) -> str:
+    """The normalised text without characters that are not seen."""
+    text = as_text(response)
+    for character in set(text):  # far fewer than there are characters
+        if unicodedata.category(character) == "Cf":
+            text = text.replace(character, "")
+    return normalised(text)
+
+
+def _words_of(text: str) -> str:
+    return " ".join(_AT_AN_END.sub(" ", text).split())
+
+
+def _words(response: Response) -> list[str]:
     if isinstance(response, str):
         return [response]
     return [turn.content for turn in response] if isinstance(response, tuple) else []

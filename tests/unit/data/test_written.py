@@ -9,7 +9,7 @@ import pytest
 
 from mmalign.data.example import Candidate, Message
 from mmalign.data.validate import check_files
-from mmalign.data.written import bare, of_a_converter, role_before, special_mark
+from mmalign.data.written import bare, of_a_converter, role_before, same_words, special_mark
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,10 +31,13 @@ if TYPE_CHECKING:
         ("2*3", "23", False),
         ("See it", "Sea it", False),
         ("...", "!", True),
+        ("It rains. Snow", "it rains", False),
+        ("caf\u00e9", "cafe\u200b\u0301.", True),
     ],
 )
 def test_words_without_the_marks_around_them(one: str, other: str, same: bool) -> None:
     assert (bare(one) == bare(other)) is same
+    assert same_words(one, other) is same_words(other, one) is (same and bare(one) != "")
 
 
 @pytest.mark.parametrize(
