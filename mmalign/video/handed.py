@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmalign.errors import ConfigError
-from mmalign.text.calls import FAULTS, describe, in_mode
+from mmalign.text.calls import in_mode, refusing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -181,14 +181,9 @@ class TokenKinds:
             "inputs_embeds": embeddings,
             "position_ids": torch.arange(_TRIED, device=model.device)[None],
         }
-        try:
-            with in_mode(model, training=False):
-                return handed(model, {**inputs, **dict.fromkeys(asked, kinds)})
-        except FAULTS as error:
-            raise ConfigError(
-                f"model.path: {type(model).__name__} cannot be trained here: a pass over the kinds "
-                f"of some tokens raises {describe(error)}"
-            ) from error
+        what = "a pass over the kinds of some tokens"
+        with in_mode(model, training=False), refusing(model, what):
+            return handed(model, {**inputs, **dict.fromkeys(asked, kinds)})
 
 
 def sees_ahead(mask: Any) -> bool:
