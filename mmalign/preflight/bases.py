@@ -21,10 +21,12 @@ def other_base(model: ModelConfig) -> str:
     Two folders of this machine are other models where their weights differ; two hub names where
     the names do. Of a folder and a hub name nothing is known.
     """
-    file = Path(model.adapter or "") / ADAPTER_CONFIG
-    if model.adapter is None or not file.is_file():
+    if model.adapter is None:
         return ""
+    file = Path(model.adapter) / ADAPTER_CONFIG
     try:
+        if not file.is_file():
+            return ""
         base = read_json(file).get("base_model_name_or_path")
         if not isinstance(base, str) or not base or base == model.path:
             return ""

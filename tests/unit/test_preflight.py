@@ -178,6 +178,11 @@ def test_an_adapter_of_another_name(base: str, told: bool, tmp_path: Path) -> No
     assert bool(said(model=paths, train={"lr": 1e-5})) is told
 
 
+@pytest.mark.parametrize("name", ["nowhere", "a" * 5000, "a\0b"])
+def test_an_adapter_that_cannot_be_looked_at_is_left_to_who_loads_it(name: str) -> None:
+    assert said(model={"path": "org/one", "adapter": name}, train={"lr": 1e-5}) == []
+
+
 def test_the_tables_name_presets_keywords_and_ranges_that_exist() -> None:
     import inspect
 
