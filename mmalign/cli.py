@@ -75,7 +75,7 @@ def train(
     ] = False,
 ) -> None:
     """Train the model described by CONFIG and write everything to its `output` folder."""
-    from mmalign.data.progress import waiting
+    from mmalign.data.progress import is_main_process, waiting
 
     with waiting("loading libraries"):
         from mmalign import config as configs
@@ -88,7 +88,7 @@ def train(
     result = train_run(run, resume=resume, dry_run=dry_run)
     if result.stopped:
         raise typer.Exit(130)
-    if result.final_dir is not None and _is_main_process():
+    if result.final_dir is not None and is_main_process():
         from mmalign.report import write_report
 
         page = write_report([result.run_dir], result.run_dir / "report.html")
@@ -219,11 +219,12 @@ def cache(
     `reference.kind: cached` the reference's errors.
     """
     from mmalign import config as configs
+    from mmalign.data.progress import is_main_process
     from mmalign.offline import plan_cache, write_cache
 
     run = configs.load(config, overrides or ())
     said = plan_cache(run) if plan else write_cache(run)
-    if _is_main_process():
+    if is_main_process():
         say(said)
 
 
@@ -373,11 +374,6 @@ def _weighted(item: str) -> tuple[str, float]:
     except ValueError:
         message = f"--add {item}: write it as DIR=COEF, e.g. runs/dpo/final=1.0"
         raise ConfigError(message) from None
-
-
-def _is_main_process() -> bool:
-    """Whether this is the process that reports, where several train one model."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def main() -> None:
