@@ -1,4 +1,8 @@
-"""One writer a folder: a lock that the system takes back when its process ends, however it ends."""
+"""One writer a folder: a lock that the system takes back when its process ends, however it ends.
+
+filelock's lock is of the open file, so that the loader workers of a killed run would hold it on,
+and it does not say who has it.
+"""
 
 from __future__ import annotations
 
