@@ -70,6 +70,8 @@ class Sizes:
         Raises:
             DataError: It takes no such clip, or cannot keep to the area.
         """
+        if self._own is None:
+            return {}  # nothing is resized; the processor refuses such media by their kind
         area = self._area if area is None else area
         if area is not None:
             least, most = self._chosen(count, height, width, area)
@@ -243,8 +245,10 @@ class Sizes:
             except ValueError as error:
                 described = self._described(count, height, width)
                 return f"{type(self._own).__name__} does not take {described} ({error})"
-            except (RuntimeError, NotImplementedError, TypeError, AttributeError):
-                if not seen.sizes:  # else what comes after the resizing needs pixels
+            except (RuntimeError, TypeError, AttributeError):
+                # A copy or a value of what is not there, or code for PIL's pictures alone. If it
+                # comes after the resizing, the size is known.
+                if not seen.sizes:
                     return None
         return tuple(seen.sizes)
 

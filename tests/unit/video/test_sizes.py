@@ -94,6 +94,15 @@ def test_what_a_processor_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
         Sizes(fixed, VideoConfig()).size(4, 48, 64, 4096)
 
 
+def test_clips_are_refused_by_their_kind_where_nothing_resizes_them(tmp_path: Path) -> None:
+    inner = tiny_video._processor(QWEN, make_media_tokenizer(QWEN))
+    inner.video_processor = inner.video_token = None
+    pictures = Processor(inner, run_config(tmp_path))
+    assert pictures.sizes.decoded(2, 48, 64, 1024) == (48, 64)
+    with pytest.raises(DataError, match=r"row: .* takes image, but the row has video"):
+        pictures(Shown([(frames_of(2, 48, 64), None)], [0.0]), "row")
+
+
 def test_a_cap_is_asked_for(tmp_path: Path) -> None:
     uncapped, capped = (
         Sizes(own("of a clip"), VideoConfig(cap_pixels_per_frame=cap)).size(16, 720, 1280)
