@@ -252,7 +252,7 @@ def held_out_is_trained_on(run: GoodRun) -> str:
     some = run.some()
     run.held_out = [{**row, "prompt": f"  {row['prompt'].upper()}"} for row in some]
     run.held_out.append(pair(99, run.rng))
-    return rf"{len(some)} of {len(some) + 1} evaluation rows|also trained on"
+    return rf"{len(some)} of {len(some) + 1} evaluation rows have a prompt that is also trained on"
 
 
 def ratings_of_one_kind(run: GoodRun) -> str:
