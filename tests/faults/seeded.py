@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from harness import require_sentence
+from harness import numbers, require_sentence
 
 from mmalign import config as configs
 from mmalign.errors import MmalignError
@@ -108,6 +109,23 @@ def heard(run: GoodRun) -> tuple[list[str], str]:
     for line in lines:
         require_sentence(line)
     return lines, ""
+
+
+def require_told(fault: Callable[[GoodRun], str], run: GoodRun) -> None:
+    """A run with the fault says what the fault returns."""
+    wanted = fault(run)
+    warnings, error = heard(run)
+    assert any(re.search(wanted, line, re.DOTALL) for line in (*warnings, error)), (
+        f"in {run.folder} nothing says {wanted!r}; said was {[*warnings, error]}"
+    )
+
+
+def cases(folder: Path, few: int) -> Iterator[tuple[int, Path]]:
+    """The numbers of the cases to run, each with a new folder."""
+    for number in numbers(few):
+        inside = folder / str(number)
+        inside.mkdir()
+        yield number, inside
 
 
 @contextmanager

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 import pytest
 import seeded_text
-from harness import numbers, stream
-from seeded import faults_of, heard
+from harness import stream
+from seeded import cases, faults_of, heard, require_told
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,13 +18,7 @@ QUICK = sorted(stream("quick").sample(sorted(FAULTS), 3))
 
 
 def check(name: str, number: int, model: Path, folder: Path) -> None:
-    rng = stream(name, number)
-    run = seeded_text.good_run(folder, model, rng)
-    wanted = FAULTS[name](run)
-    warnings, error = heard(run)
-    assert any(re.search(wanted, line, re.DOTALL) for line in (*warnings, error)), (
-        f"{name}, case {number}: nothing says {wanted!r}; said was {[*warnings, error]}"
-    )
+    require_told(FAULTS[name], seeded_text.good_run(folder, model, stream(name, number)))
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -40,9 +33,7 @@ def test_a_good_run_says_nothing(tiny_llama_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(FAULTS))
 def test_every_fault_is_told(name: str, tiny_llama_dir: Path, tmp_path: Path) -> None:
-    for number in numbers(3):
-        folder = tmp_path / str(number)
-        folder.mkdir()
+    for number, folder in cases(tmp_path, 3):
         check(name, number, tiny_llama_dir, folder)
 
 
@@ -50,9 +41,7 @@ def test_every_fault_is_told(name: str, tiny_llama_dir: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("first", ["", "cache", "train"])
 def test_good_runs_say_nothing(first: str, tiny_llama_dir: Path, tmp_path: Path) -> None:
     """Neither with a cache or a resume, when nothing has changed in between."""
-    for number in numbers(3):
-        folder = tmp_path / str(number)
-        folder.mkdir()
+    for number, folder in cases(tmp_path, 3):
         run = seeded_text.good_run(folder, tiny_llama_dir, stream("good", first, number))
         run.first, run.resume = first, first == "train"
         if first == "cache":
