@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 
-from mmalign.diffusion.lora_export import COMFYUI_LORA, KOHYA_LORA, lora_of, part_of, times
-from mmalign.diffusion.lora_export import write_lora as _write_lora
+from mmalign.diffusion.lora_export import lora_of, part_of, times, write, write_lora
 from mmalign.errors import CheckpointError
 from mmalign.models.adapter import Saved
 from mmalign.models.adapter_settings import start_of
 from mmalign.models.dora import wide_norms
-from mmalign.models.files import denoiser_folder, read_tensors, save_tensors, weight_files
+from mmalign.models.files import denoiser_folder, read_tensors, weight_files
 from mmalign.models.lora import TRAINED
 from mmalign.models.lora_files import LoraWeights, is_lora, read_lora
 from mmalign.models.lora_starts import without_start
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from mmalign.config import RunConfig
     from mmalign.diffusion.models import Components
     from mmalign.models.lora_files import Encoders
-
-__all__ = ["COMFYUI_LORA", "KOHYA_LORA", "continue_lora", "load_trained", "lora_of", "save_trained"]
 
 
 def save_trained(
@@ -44,20 +41,16 @@ def save_trained(
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(policy, PeftModel):
-        readers, notes = _write_lora(policy, components, folder, config)
+        readers, notes = write_lora(policy, components, folder, config)
         return Saved(readers, tuple(notes))
     part = part_of(components.family)
     policy.save_pretrained(str(folder / part))  # pyright: ignore[reportCallIssue]
+    notes: list[str] = []
     if config.export.dtype is not None:
-        _recast(folder / part, getattr(torch, config.export.dtype))
+        for file in weight_files(folder / part):
+            write(read_tensors(file), file, getattr(torch, config.export.dtype), notes)
     kind = components.denoiser_config["_class_name"]
-    return Saved({f"{part}/": f"diffusers (`{kind}.from_pretrained`), mmalign"})
-
-
-def _recast(folder: Path, dtype: torch.dtype) -> None:
-    for file in weight_files(folder):
-        tensors, metadata = read_tensors(file)
-        save_tensors({name: tensor.to(dtype) for name, tensor in tensors.items()}, file, metadata)
+    return Saved({f"{part}/": f"diffusers (`{kind}.from_pretrained`), mmalign"}, tuple(notes))
 
 
 def load_trained(policy: nn.Module, folder: Path) -> nn.Module:

@@ -43,7 +43,7 @@ def write_lora(
     lora = lora_of(policy)
     dtype: torch.dtype | None = getattr(torch, config.export.dtype or "", None)
     notes: list[str] = []
-    _write(_for_diffusers(policy, lora, components), folder / DIFFUSERS_LORA, dtype, notes)
+    write(_for_diffusers(policy, lora, components), folder / DIFFUSERS_LORA, dtype, notes)
     readers = {DIFFUSERS_LORA: "diffusers (`pipeline.load_lora_weights`), mmalign"}
     unknown = [module for module in lora.parts if not is_known(module, components.family)]
     layers = _layers(components)
@@ -58,7 +58,7 @@ def write_lora(
         lora, components.family, layers, lambda module: _weight_of(policy, module)
     )
     metadata = _kohya_metadata(policy, components, config, for_kohya=not lacks)
-    _write((tensors, metadata), folder / name, dtype, notes)
+    write((tensors, metadata), folder / name, dtype, notes)
     readers[name] = "ComfyUI" if lacks else "ComfyUI, kohya's sd-scripts"
     if diffusers_reads(tensors, list(lora.parts), components.family, layers):
         readers[name] += ", diffusers"
@@ -79,6 +79,21 @@ def lora_of(policy: PeftModel) -> LoraWeights:
             own["magnitude"] = layer.lora_magnitude_vector[TRAINED].weight
         parts[name] = {part: tensor.detach() for part, tensor in own.items()}
     return LoraWeights(Path("the policy"), {}, parts)
+
+
+def write(
+    content: tuple[dict[str, Tensor], dict[str, str]],
+    file: Path,
+    dtype: torch.dtype | None,
+    notes: list[str],
+) -> None:
+    """Write tensors and header in a dtype; as they are, with a note, where it is too small."""
+    tensors, metadata = content
+    ready = {name: _cast(name, tensor, dtype) for name, tensor in tensors.items()}
+    if dtype and not all(bool(tensor.isfinite().all()) for tensor in ready.values()):
+        notes.append(f"{file.name} keeps its dtype: its numbers are too large for {dtype}")
+        ready = tensors
+    save_tensors(ready, file, metadata)
 
 
 def times(tensor: Tensor, factor: float) -> Tensor:
@@ -146,20 +161,6 @@ def _kohya_metadata(
         text_width=components.denoiser_config.get("cross_attention_dim"),
         for_kohya=for_kohya,
     )
-
-
-def _write(
-    content: tuple[dict[str, Tensor], dict[str, str]],
-    file: Path,
-    dtype: torch.dtype | None,
-    notes: list[str],
-) -> None:
-    tensors, metadata = content
-    ready = {name: _cast(name, tensor, dtype) for name, tensor in tensors.items()}
-    if not all(bool(tensor.isfinite().all()) for tensor in ready.values()):
-        notes.append(f"{file.name} is written in float32: its numbers are too large for {dtype}")
-        ready = tensors
-    save_tensors(ready, file, metadata)
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from peft import PeftModel
 
-from mmalign.diffusion.export import lora_of
+from mmalign.diffusion.lora_export import lora_of
 from mmalign.diffusion.models import load_denoiser
 from mmalign.models.lora_delta import Change, LoraDelta
 from mmalign.models.merge import combined, open_delta

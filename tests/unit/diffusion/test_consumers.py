@@ -17,7 +17,8 @@ from tiny import run_config
 from torch import Tensor, nn
 
 from mmalign.config import DiffusionConfig, LoraSpec, ModelConfig
-from mmalign.diffusion.export import COMFYUI_LORA, KOHYA_LORA, save_trained
+from mmalign.diffusion.export import save_trained
+from mmalign.diffusion.lora_export import COMFYUI_LORA, KOHYA_LORA
 from mmalign.diffusion.models import family_of, load_components
 from mmalign.models import lora
 
@@ -287,12 +288,21 @@ def test_halves_are_written_where_they_lose_nothing_that_matters(
     assert {f.stat().st_mode for f in tmp_path.iterdir()} == {mode}
 
 
-def test_whole_weights_in_halves(sd15_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("largest", "dtype"), [(1.0, torch.float16), (1e5, torch.float32)])
+def test_whole_weights_in_halves_unless_they_are_too_large(
+    sd15_dir: Path, tmp_path: Path, largest: float, dtype: torch.dtype
+) -> None:
     components = load_components(ModelConfig(path=str(sd15_dir)), DiffusionConfig(resolution=64))
+    denoiser: Any = components.denoiser
+    denoiser.conv_in.weight.data[0] = largest
     config = run_config(
         modality="diffusion", model={"path": str(sd15_dir)}, export={"dtype": "float16"}
     )
     saved = save_trained(components.denoiser, components, tmp_path, config)
     assert list(saved.readers) == ["unet/"]
     (file,) = (tmp_path / "unet").glob("*.safetensors")
-    assert {t.dtype for t in load_file(file).values()} == {torch.float16}
+    written = load_file(file)
+    assert {t.dtype for t in written.values()} == {dtype}
+    assert written["conv_in.weight"][0].eq(largest).all()
+    too_large = f"{file.name} keeps its dtype: its numbers are too large for torch.float16"
+    assert saved.notes == (() if dtype == torch.float16 else (too_large,))
