@@ -41,7 +41,7 @@ LEARNING_RATES: dict[tuple[str, bool, bool], Range] = {
     ("video", True, False): Range(5e-7, 2e-5, "VistaDPO, ADPO, RRPO; LoRA"),
     ("video", False, True): Range(1e-7, 1e-4, "LLaVA, Qwen-VL; supervised"),
     ("video", True, True): Range(1e-6, 2e-4, "LLaVA, CAT; supervised, LoRA"),
-    ("diffusion", False, False): Range(2e-8, 2.05e-5, "Diffusion-DPO, Diffusion-KTO, SmPO"),
+    ("diffusion", False, False): Range(8.2e-9, 2.05e-5, "Diffusion-DPO, Diffusion-KTO, SmPO"),
     ("diffusion", True, False): Range(5e-6, 5e-4, _DIFFUSION_LORA),
     ("diffusion", False, True): Range(1e-7, 1e-4, "Self-NPO, diffusers' text_to_image"),
     ("diffusion", True, True): Range(1e-6, 5e-4, "diffusers' text_to_image_lora"),
@@ -50,7 +50,7 @@ LEARNING_RATES: dict[tuple[str, bool, bool], Range] = {
 
 RATES_A_ROW: dict[tuple[str, bool, bool], Range] = {
     ("diffusion", False, False): Range(
-        1e-11, 1.25e-8, "Diffusion-DPO's --scale_lr, Diffusion-KTO", slack=40.0
+        4e-12, 1.25e-8, "Diffusion-DPO's --scale_lr, Diffusion-KTO", slack=40.0
     ),
 }
 """Learning rate over the rows of a step, where releases scale it so."""
@@ -106,8 +106,8 @@ LORA_SCALE = Range(0.25, 2.0, "ADPO, RRPO, QLoRA", slack=8.0)
 """alpha over rank."""
 
 DESIRABLE: dict[str, Range] = {
-    "kto": Range(0.75, 4 / 3, "KTO", slack=4.0),
-    "apo_zero_unpaired": Range(0.75, 4 / 3, "KTO", slack=4.0),
-    "diffusion_kto": Range(0.75, 4.0, "KTO, Diffusion-KTO", slack=4.0),
+    "kto": Range(1.0, 4 / 3, "KTO", slack=4.0),
+    "apo_zero_unpaired": Range(1.0, 4 / 3, "KTO", slack=4.0),
+    "diffusion_kto": Range(1.0, 4.0, "KTO, Diffusion-KTO", slack=4.0),
 }
 """Weights of desirable over those of undesirable rows."""
