@@ -84,8 +84,7 @@ class VideoAdapter(TokenAdapter):
         self._step = 0
         self._num_steps = config.train.num_steps  # of the run; else unknown until it is planned
         self._shown: tuple[Example, ...] = ()  # of the run's rows, the first with media
-        hears = self.encoder.processor.plays and config.video.sound == "auto"
-        self._corruptor = Corruptor(config.video, hears)
+        self._corruptor = Corruptor(config.video, self.encoder.processor.hears_clips)
         self._choice: pami.Chosen | None = None
 
     @classmethod

@@ -101,10 +101,15 @@ class Processor:
 
     @property
     def plays(self) -> bool:
-        """Whether a clip's own sound is played with its frames."""
+        """Whether a clip's own sound can be played with its frames."""
         from transformers.processing_utils import OmniModalProcessorMixin
 
         return isinstance(self.inner, OmniModalProcessorMixin)
+
+    @property
+    def hears_clips(self) -> bool:
+        """Whether a clip's own sound is played with its frames, and `video.sound` lets it."""
+        return self.plays and self.video.sound == "auto"
 
     @property
     def longest_sound(self) -> float | None:

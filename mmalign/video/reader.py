@@ -128,8 +128,7 @@ class MediaReader:
 
     def hears_clip(self, media: Media) -> bool:
         """Whether the clips of a prompt are heard: the model can, and no track is given instead."""
-        may = self.processor.plays and self.video.sound == "auto"
-        return may and bool(media.videos) and not media.sounds
+        return self.processor.hears_clips and bool(media.videos) and not media.sounds
 
     def _clip(self, clip: Clip, *, heard: bool) -> tuple[Frames, Wave | None]:
         frames = self.frames.get(clip)

@@ -31,11 +31,10 @@ def usable_parts(config: RunConfig, parts: Sequence[Sequence[Example]]) -> list[
     """
     processor = load_processor(config)
     wrapped = Processor(processor, config)
-    heard = wrapped.plays and config.video.sound == "auto"
     usable = usable_rows(
         taken(parts, wrapped),
         config.video,
-        hears=heard,
+        hears=wrapped.hears_clips,
         journal=cache_folder(config) / FILE,
         longest=wrapped.longest_sound,
     )

@@ -45,7 +45,7 @@ def show_rows(config: RunConfig, examples: Sequence[Example]) -> Group:
     encoder = VideoEncoder(processor, config, reader, lambda ids, prepared: None, count)
     roles = presets.from_config(config.objective).needs.roles
     clips = dict.fromkeys(clip for row in examples for clip in row.media.videos)
-    alter = Corruptor(config.video, processor.plays and config.video.sound == "auto", tuple(clips))
+    alter = Corruptor(config.video, processor.hears_clips, tuple(clips))
     blocks = [legend()]
     for row in examples:
         blocks += _row(encoder, alter(row, roles, seed_for(0, row.id, 0, 0)))

@@ -73,7 +73,7 @@ def survey_parts(config: RunConfig, needs: Needs, parts: Sequence[Sequence[Examp
         ConfigError: Processor, tokenizer or template cannot do what the config asks.
     """
     processor = Processor(load_processor(config), config)
-    hears = processor.plays and config.video.sound == "auto"
+    hears = processor.hears_clips
     possible = taken(parts, processor)
     report = look_at(config, processor, possible)
     kept = keep_usable(possible, report, config.video, hears=hears)
@@ -104,7 +104,7 @@ def look_at(
     return check_media(
         [row for part in parts for row in part],
         config.video,
-        hears=processor.plays and config.video.sound == "auto",
+        hears=processor.hears_clips,
         journal=cache_folder(config) / FILE,
         longest=processor.longest_sound,
     )
@@ -211,9 +211,8 @@ def _found(
     """What a survey finds, or found when it looked at the same rows, files and settings."""
     cache = SurveyCache(cache_folder(config) / FOLDER, encoder, limits)
     digest = hashlib.sha256(cache.file(rows).name.encode())
-    hears = encoder.processor.plays and config.video.sound == "auto"
     for row in rows:
-        uses = uses_of(row, hears=hears)
+        uses = uses_of(row, hears=encoder.processor.hears_clips)
         known = [(*use, report.seen.get(use), _area(use[0])) for use in uses]
         digest.update(repr(known).encode())
     file = cache.folder / f"{digest.hexdigest()[:40]}.json"
