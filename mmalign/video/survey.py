@@ -175,9 +175,11 @@ def _within(
     faults: dict[int, str] = {}
     for item in list(found.problems):
         number, what, value = item
+        if what != too_long(limits.positions):
+            continue
         row = rows[number]
         counts = {media: media_tokens(encoder, media, row.id) for media in shown_by(row)}
-        if what != too_long(limits.positions) or not counts:
+        if not counts:
             continue
         media, count = max(counts.items(), key=lambda pair: pair[1])
         if int(re.sub(r"\D", "", value)) - count > limits.positions:
