@@ -190,6 +190,9 @@ class Trained:
                 if parameter.requires_grad:
                     spread = 0.1 * parameter.abs().mean() if "magnitude" in name else 0.1
                     parameter.add_(torch.randn_like(parameter) * spread)
+        for name, module in self.policy.named_modules():
+            if name.endswith("to_v") and hasattr(module, "scaling"):  # a layer with its own alpha
+                module.scaling["default"] *= 1.5
         config = run_config(
             modality="diffusion", model={"path": str(folder)}, output="runs/sharp", export=export
         )
