@@ -32,18 +32,20 @@ SECONDS = 30.0
 
 
 def settings(model: type[BaseModel], above: str = "") -> Iterator[tuple[str, bool]]:
-    """Every number of a schema, and whether it must be whole."""
+    """Every number of a schema, of lists the first, and whether it must be whole."""
     for name, field in model.model_fields.items():
-        kinds, todo = set[Any](), [field.annotation]
+        at, kinds, todo = f"{above}{name}", set[Any](), [field.annotation]
         while todo:
             kind = todo.pop()
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from settings(kind, f"{above}{name}.")
+            if typing.get_origin(kind) in (list, tuple):
+                at += ".0"
+            elif isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from settings(kind, f"{at}.")
             elif kind in (int, float):
                 kinds.add(kind)
             todo += typing.get_args(kind)
         if kinds:
-            yield f"{above}{name}", float not in kinds
+            yield at, float not in kinds
 
 
 def cases(modality: str) -> list[str]:
@@ -78,14 +80,23 @@ def check(run: GoodRun, overrides: list[str]) -> None:
             require_sentence(text.splitlines()[-1], override)
 
 
+def run_on_text(folder: Path, model: Path) -> GoodRun:
+    """A good run that reads the numbers of sources, of momenta and of a moving average too."""
+    run = seeded_text.good_run(folder, model, stream("extremes"))
+    run.set("data.train", [{"path": "data.jsonl"}])
+    run.set("train.betas", [0.9, 0.999])
+    run.set("reference.kind", "ema")
+    return run
+
+
 def test_a_few_numbers_at_their_ends(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    run = seeded_text.good_run(tmp_path, tiny_llama_dir, stream("extremes"))
+    run = run_on_text(tmp_path, tiny_llama_dir)
     check(run, stream("extremes", "few").sample(cases("text"), 3))
 
 
 @pytest.mark.slow
 def test_numbers_of_all_runs_at_their_ends(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    run = seeded_text.good_run(tmp_path, tiny_llama_dir, stream("extremes"))
+    run = run_on_text(tmp_path, tiny_llama_dir)
     check(run, cases("text"))
 
 
