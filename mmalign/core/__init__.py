@@ -20,8 +20,9 @@ from mmalign.core.kahneman import Kahneman, KahnemanPair
 from mmalign.core.links import Link
 from mmalign.core.objective import Objective
 from mmalign.core.regularisers import KlGap, KlPenalty, LogRatio, Nll, OnlineKl, WeightL1
+from mmalign.core.reweight import Wpo, reweight
 from mmalign.core.score import Score
-from mmalign.core.terms import Preference, Term, Wpo
+from mmalign.core.terms import Preference, Term
 from mmalign.core.types import CandidateLogps, Loss, Needs
 
 __all__ = [
@@ -64,6 +65,7 @@ __all__ = [
     "register_divergence",
     "regularisers",
     "resolve_divergence",
+    "reweight",
     "several",
     "terms",
     "weights",

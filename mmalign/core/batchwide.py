@@ -17,9 +17,8 @@ from mmalign.core.links import nll
 from mmalign.core.metrics import preference_metrics
 from mmalign.core.numerics import full_precision, gather_rows, global_sum, require
 from mmalign.core.score import Score
-from mmalign.core.terms import Term, Wpo
+from mmalign.core.terms import Term
 from mmalign.core.types import CandidateLogps, Needs, Rows
-from mmalign.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -120,13 +119,6 @@ class Bco(Scored):
             metrics["delta"] = self.shift.mean.clone()
         return metrics
 
-    def modified(self, ld_alpha: float | None, wpo: Wpo | None) -> Bco:
-        """LD-DPO's weight on pairs; WPO is refused, since the shift mixes rows."""
-        refuse_wpo(self, wpo)
-        if self.kind == "unpaired":
-            raise ConfigError("ld_alpha is defined for pairs; this loss rates single responses")
-        return replace(self, score=replace(self.score, ld_alpha=ld_alpha))
-
 
 @dataclass(frozen=True)
 class Aot(Scored):
@@ -169,11 +161,6 @@ class Aot(Scored):
         loss = (1.0 - self.flip) * nll(gap) + self.flip * nll(-gap)
         return loss[order.argsort()][own]
 
-    def modified(self, ld_alpha: float | None, wpo: Wpo | None) -> Aot:
-        """LD-DPO's weight; WPO is refused, since sorting parts a row's sides."""
-        refuse_wpo(self, wpo)
-        return replace(self, score=replace(self.score, ld_alpha=ld_alpha))
-
 
 @dataclass(frozen=True)
 class AotUnpaired(Aot):
@@ -188,11 +175,3 @@ class AotUnpaired(Aot):
     def _sides(self, c: CandidateLogps) -> tuple[Tensor, Tensor]:  # [B], [B]
         score = self.score(c)
         return score[:, 0], score[:, 1]
-
-
-def refuse_wpo(term: Term, wpo: Wpo | None) -> None:
-    """Raise ConfigError when WPO's weight of a pair is asked for where rows are mixed."""
-    if wpo is not None:
-        raise ConfigError(
-            f"wpo weighs pairs, but {type(term).__name__} compares responses of different rows"
-        )

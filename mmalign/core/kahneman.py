@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from mmalign.core.batchwide import Scored, refuse_wpo
+from mmalign.core.batchwide import Scored
 from mmalign.core.links import nll
 from mmalign.core.numerics import global_mean, global_sum, require
-from mmalign.core.terms import Wpo
 from mmalign.core.types import CandidateLogps, Needs
-from mmalign.errors import ConfigError
 
 Baseline = Literal["mismatched", "batch", "class_means", "zero"]
 Utility = Literal["sigmoid", "loss_averse", "risk_seeking_1", "risk_seeking_3"]
@@ -82,12 +80,6 @@ class Kahneman(Scored):
         assert isinstance(self.score.beta, float | int)
         return super().report(c) | {"kl": self._z0(c) / self.score.beta}
 
-    def modified(self, ld_alpha: float | None, wpo: Wpo | None) -> Kahneman:
-        """Refused: the modifiers compare the two sides of a pair."""
-        raise ConfigError(
-            "ld_alpha and wpo are defined for pairs; this loss rates single responses"
-        )
-
     @torch.no_grad()
     def _z0(self, c: CandidateLogps) -> Tensor:  # []
         column = 1 if self.baseline == "mismatched" else 0
@@ -136,8 +128,3 @@ class KahnemanPair(Scored):
         if not self.detach:
             mean = mean + score.mean() - score.mean().detach()
         return mean.clamp(min=0.0)
-
-    def modified(self, ld_alpha: float | None, wpo: Wpo | None) -> KahnemanPair:
-        """LD-DPO's weight; WPO is refused, since sides of different rows meet."""
-        refuse_wpo(self, wpo)
-        return replace(self, score=replace(self.score, ld_alpha=ld_alpha))

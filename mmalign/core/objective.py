@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from mmalign.core.divergence import is_pointwise
-from mmalign.core.terms import Preference, Term, Wpo
+from mmalign.core.terms import Preference, Term
 from mmalign.core.types import CandidateLogps, Loss, Needs
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 
 class Objective(nn.Module):
@@ -24,22 +24,37 @@ class Objective(nn.Module):
     Args:
         terms: The summands; each brings its own coefficient.
         needs: What the objective asks for beyond its terms (roles of extra candidates).
+        names: Of the terms, for metrics; their own, numbered where they repeat, if left out.
+        coefs: Weights of the terms in place of their own.
 
     Raises:
         ConfigError: A term scores single responses under a divergence that does not define them.
         NeedsError: Terms that need different kinds of rows or extra candidates.
     """
 
-    def __init__(self, *terms: Term, needs: Needs | None = None) -> None:
+    def __init__(
+        self,
+        *terms: Term,
+        needs: Needs | None = None,
+        names: Sequence[str] | None = None,
+        coefs: Sequence[float] | None = None,
+    ) -> None:
         super().__init__()
         if not terms:
             raise ConfigError("an objective needs at least one term")
-        names: list[str] = []
         for term in terms:
             _refuse_undefined(term)
-            again = sum(other.name == term.name for other in terms[: len(names)])
-            names.append(f"{term.name}_{again + 1}" if again else term.name)
-        self._setup(dict(zip(names, terms, strict=True)), [t.coef for t in terms], needs or Needs())
+        self.terms = dict(zip(names or _numbered(terms), terms, strict=True))
+        self.coefs = tuple(coefs or [term.coef for term in terms])
+        states = {
+            name.replace("/", "_"): term.state
+            for name, term in self.terms.items()
+            if term.state is not None
+        }
+        self.states = nn.ModuleDict(states)
+        self.needs = needs or Needs()
+        for term in terms:
+            self.needs = self.needs | term.needs
 
     @classmethod
     def mix(cls, parts: Mapping[str, tuple[float, Objective]]) -> Objective:
@@ -52,34 +67,7 @@ class Objective(nn.Module):
                 terms[name if len(objective.terms) == 1 else f"{name}/{label}"] = term
             coefs += [weight * coef for coef in objective.coefs]
             needs = needs | objective.needs
-        return cls._of(terms, coefs, needs)
-
-    @classmethod
-    def _of(cls, terms: dict[str, Term], coefs: list[float], needs: Needs) -> Objective:
-        objective = cls.__new__(cls)
-        nn.Module.__init__(objective)
-        objective._setup(terms, coefs, needs)
-        return objective
-
-    def _setup(self, terms: dict[str, Term], coefs: list[float], needs: Needs) -> None:
-        self.terms = terms
-        self.coefs = tuple(coefs)
-        states = {n.replace("/", "_"): t.state for n, t in terms.items() if t.state is not None}
-        self.states = nn.ModuleDict(states)
-        for term in terms.values():
-            needs = needs | term.needs
-        self.needs = needs
-
-    def modified(self, ld_alpha: float | None = None, wpo: Wpo | None = None) -> Objective:
-        """The same objective under the modifiers LD-DPO and WPO, applied to its preference terms.
-
-        Raises:
-            ConfigError: No term reads a pair, or one that does has no such modified form.
-        """
-        terms = {name: term.modified(ld_alpha, wpo) for name, term in self.terms.items()}
-        if all(terms[name] is term for name, term in self.terms.items()):
-            raise ConfigError("ld_alpha and wpo act on pairs, but this objective does not read any")
-        return self._of(terms, list(self.coefs), self.needs)
+        return cls(*terms.values(), needs=needs, names=tuple(terms), coefs=coefs)
 
     def forward(self, c: CandidateLogps) -> Loss:
         """The loss of a batch.
@@ -111,6 +99,14 @@ class Objective(nn.Module):
         return "\n".join(
             f"{c:g} * {t}" for c, t in zip(self.coefs, self.terms.values(), strict=True)
         )
+
+
+def _numbered(terms: Sequence[Term]) -> list[str]:
+    names: list[str] = []
+    for index, term in enumerate(terms):
+        again = sum(other.name == term.name for other in terms[:index])
+        names.append(f"{term.name}_{again + 1}" if again else term.name)
+    return names
 
 
 def _mean(rows: Tensor, row_weight: Tensor | None) -> Tensor:  # [B] -> []

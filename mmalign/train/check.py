@@ -204,7 +204,7 @@ def _expected_loss(objective: Objective) -> float | None:
     if len(objective.terms) != 1:
         return None
     (term,) = objective.terms.values()
-    if not isinstance(term, Preference) or term.link != Logistic() or term.wpo is not None:
+    if type(term) is not Preference or term.link != Logistic():
         return None
     return objective.coefs[0] * math.log(2.0) if term.score.reference_weight == 1.0 else None
 

@@ -213,7 +213,7 @@ LOGISTIC = [
     n
     for n, build in PRESETS.items()
     if all(isinstance(t, Preference) and isinstance(t.link, Logistic) and not t.link.target_margin
-           and t.wpo is None for t in build().terms.values())
+           and type(t) is Preference for t in build().terms.values())
     and build().needs.reference and len(build().terms) == 1
 ]  # fmt: skip
 

@@ -23,7 +23,7 @@ from mmalign.core.presets import (
 )
 from mmalign.core.presets.keywords import check_keywords, check_type
 from mmalign.core.presets.own import imported, is_own
-from mmalign.core.terms import Wpo
+from mmalign.core.reweight import Wpo, reweight
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _build(
         return objective
     if ld_alpha is not None:
         check_type("ld_alpha", ld_alpha, float)
-    return objective.modified(ld_alpha, weight)
+    return reweight(objective, ld_alpha, weight)
 
 
 def build_mix(
@@ -238,7 +238,7 @@ def build_mix(
         ld, weighs = keywords.pop("ld_alpha", None), keywords.pop("wpo", False)
         objective = _build(name, folder, ld, weighs, keywords)
         if modifies and objective.needs.rows in ("pair", "plain"):
-            objective = objective.modified(ld_alpha, _wpo(wpo))
+            objective = reweight(objective, ld_alpha, _wpo(wpo))
             takers.append(name)
         parts[name] = (float(weight), objective)
     if modifies and not takers:

@@ -7,8 +7,10 @@ from typing import Literal
 from mmalign.core.divergence import ChiSquaredKL
 from mmalign.core.links import ClippedLogistic, Link, Logistic
 from mmalign.core.objective import Objective
+from mmalign.core.presets.pairwise import dpo
+from mmalign.core.reweight import Wpo, reweight
 from mmalign.core.score import Score
-from mmalign.core.terms import Preference, Wpo
+from mmalign.core.terms import Preference
 
 
 def chi_po(beta: float = 0.1, r_max: float | None = None) -> Objective:
@@ -50,7 +52,7 @@ def wpo(
     """
     if compat is not None:
         clamp_max = None
-    return Objective(Preference(Score(beta), Logistic(), wpo=Wpo(clamp_max)))
+    return reweight(dpo(beta), wpo=Wpo(clamp_max))
 
 
 def dpo_gamma(beta: float = 0.1, gamma: float = 1.0) -> Objective:

@@ -16,6 +16,7 @@ import torch
 from mmalign.core import Bco, CandidateLogps, ForwardKL, Objective, Preference, presets
 from mmalign.core.links import Bernoulli, Nca
 from mmalign.core.presets import ALIASES, PRESETS
+from mmalign.core.reweight import reweight
 from mmalign.core.score import Score
 from mmalign.errors import ConfigError, NeedsError
 
@@ -110,7 +111,7 @@ def test_unknown_preset_suggests_the_nearest() -> None:
         ("sft", {"wpo": True}, r"act on pairs, but this objective does not read any"),
         ("aot", {"wpo": True}, r"wpo weighs pairs, but Aot compares responses of different rows"),
         ("bco", {"wpo": True}, r"wpo weighs pairs, but Bco"),
-        ("bco", {"rows": "unpaired", "ld_alpha": 0.5}, r"ld_alpha is defined for pairs"),
+        ("bco", {"rows": "unpaired", "ld_alpha": 0.5}, r"defined for pairs; this loss rates single responses"),
         ("plackett_luce", {"ld_alpha": 0.5}, r"PlackettLuce does not read"),
         ("orpo", {"ld_alpha": 0.5}, r"ld_alpha is not defined on log-odds"),
         ("dpo", {"ld_alpha": 1.5}, r"objective.ld_alpha is 1.5; it must be in \[0, 1\]"),
@@ -305,7 +306,7 @@ def test_a_mix_takes_modifiers_on_its_pairs() -> None:
     c = batch()
     expected = 2.0 * presets.wpo()(c).value + 0.5 * presets.sft()(c).value
     torch.testing.assert_close(mixed(c).value, expected)
-    again = presets.build_mix({"dpo": 2.0, "sft": 0.5}).modified(ld_alpha=0.5)
+    again = reweight(presets.build_mix({"dpo": 2.0, "sft": 0.5}), ld_alpha=0.5)
     expected = 2.0 * presets.build("dpo", ld_alpha=0.5)(c).value + 0.5 * presets.sft()(c).value
     torch.testing.assert_close(again(c).value, expected)
 
