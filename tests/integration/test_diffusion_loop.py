@@ -121,7 +121,7 @@ RESUMED: dict[str, dict[str, Any]] = {
         pytest.param("ema", marks=pytest.mark.slow),
         "ema of a whole network",
         pytest.param("self_npo", marks=pytest.mark.slow),
-        "self_npo from prompts",
+        pytest.param("self_npo from prompts", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_goes_on_to_the_same_bits(
@@ -147,6 +147,7 @@ def test_a_run_goes_on_to_the_same_bits(
     assert {file.name: file.read_bytes() for file in last.glob("*.safetensors")} == whole
 
 
+@pytest.mark.slow
 def test_a_reference_that_inverts(sd15_dir: Path, data: Data, tmp_path: Path) -> None:
     """The first step's pictures are those that the policy itself would find; later ones are not."""
     runs: dict[str, list[float]] = {}
@@ -221,6 +222,7 @@ def test_exchanged_pairs_go_the_other_way(sd15_dir: Path, data: Data, tmp_path: 
     assert together < 0.0, "the first gradients are each other's negatives"
 
 
+@pytest.mark.slow
 def test_stored_errors_with_flips(sd15_dir: Path, data: Data, tmp_path: Path) -> None:
     """A bank's draws hold the flip and the posterior's noise: its errors are the live ones."""
     sections: dict[str, Any] = {"diffusion": {"flip": True, "num_draws": 3}}
@@ -249,6 +251,7 @@ def test_caches_change_nothing_but_rounding(sdxl_dir: Path, data: Data, tmp_path
     assert gap(stored, live) < 0.02 * moved
 
 
+@pytest.mark.slow
 def test_references_that_are_the_same_model(
     sd15_dir: Path, digits_dir: Path, data: Data, tmp_path: Path
 ) -> None:
@@ -292,6 +295,7 @@ def test_checkpoints_and_final_weights_evaluate_as_the_run_did(
     assert seen[1]["loss"] != seen[2]["loss"]
 
 
+@pytest.mark.slow
 def test_a_negative_model_is_used_for_sheets(digits_dir: Path, small: Data, tmp_path: Path) -> None:
     """And what is not needed from step to step is let go after them."""
     painted: dict[str, bytes] = {}

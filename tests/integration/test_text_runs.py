@@ -74,7 +74,10 @@ def config_of(folder: Path, start: Path, **sections: Any) -> RunConfig:
             {"objective": {"name": "tdpo2"}, "train": {"backward": "per_candidate"}},
             marks=pytest.mark.slow,
         ),
-        {"objective": {"name": "sparse_po"}, "text": {"masks": {"kind": "learned"}}},
+        pytest.param(
+            {"objective": {"name": "sparse_po"}, "text": {"masks": {"kind": "learned"}}},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"objective": {"name": "simpo"}}, marks=pytest.mark.slow),
         pytest.param({"objective": {"name": "kto"}}, marks=pytest.mark.slow),
         pytest.param(

@@ -106,7 +106,7 @@ def test_a_run_learns_and_its_weights_work_without_this_package(
     [
         KIND,
         pytest.param("llava_onevision", marks=pytest.mark.slow),
-        "qwen2_5_omni_thinker",
+        pytest.param("qwen2_5_omni_thinker", marks=pytest.mark.slow),
     ],
 )
 def test_final_weights_give_the_runs_log_probabilities_by_plain_libraries(
