@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from mmalign import __version__, cli_bench, cli_compare, cli_data
-from mmalign.cli_parts import Config, Messages, Overrides, argument, group, option, say
+from mmalign.cli_parts import Config, Message, Overrides, argument, group, option, say, warning_text
 from mmalign.errors import ConfigError
 
 EXIT_STATUS = (
@@ -54,8 +54,8 @@ def _root(
     warnings.filterwarnings("ignore", category=FutureWarning)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
-    if logging.lastResort is not None:
-        logging.lastResort.setFormatter(Messages())
+    logging.setLogRecordFactory(Message)
+    warnings.formatwarning = warning_text
 
 
 @app.command(epilog=EXIT_STATUS, short_help="Train the model described by CONFIG.")

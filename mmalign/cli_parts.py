@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,12 +16,24 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-class Messages(logging.Formatter):
-    """What is logged, written so that a terminal may show it: it quotes files of strangers."""
+class Message(logging.LogRecord):
+    """What is logged, by us or by a library, written so that a terminal may show it.
 
-    def format(self, record: logging.LogRecord) -> str:
-        """The record as text."""
-        return safe.message(super().format(record))
+    A library's own handler prints what it quotes from a stranger's file as it stands, e.g. names of
+    tensors, so it is the record that is escaped. Colours that it adds are left out.
+    """
+
+    def getMessage(self) -> str:
+        """The record's text."""
+        return safe.message(_COLOURS.sub("", super().getMessage()))
+
+
+_COLOURS = re.compile("\x1b\\[[0-9;]*m")
+
+
+def warning_text(message: Warning | str, category: type[Warning], *_: object, **__: object) -> str:
+    """A library's warning, as `warnings` prints it."""
+    return f"{category.__name__}: {safe.message(str(message))}\n"
 
 
 def say(text: object, *, err: bool = False) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +316,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> t
     train = {"num_steps": 8, "eval_every": 4, "lr": 1e-2}
     config = write_config(folder, tiny_llama_dir, train=train)
     return config, Result("train", config)
+
+
+def test_what_libraries_say_of_a_strangers_file_is_escaped() -> None:
+    """Their own handlers print it: transformers lists the tensors that a model has no use for."""
+    assert Result("objectives").code == 0
+    shown, name = io.StringIO(), "layer\x1b]0;title\x07\u202e"
+    library, handler = logging.getLogger("some.library"), logging.StreamHandler(shown)
+    library.addHandler(handler)
+    library.warning("\x1b[1mREPORT\x1b[0m of %s\n%s", "m", name)
+    library.removeHandler(handler)
+    assert shown.getvalue() == "REPORT of m\nlayer\\x1b]0;title\\x07\\u202e\n"
+    warned = warnings.formatwarning(name, UserWarning, "file.py", 3)
+    assert warned == "UserWarning: layer\\x1b]0;title\\x07\\u202e\n"
 
 
 def test_train_writes_a_run_and_its_report(trained: tuple[Path, Result]) -> None:
