@@ -26,6 +26,8 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    from mmalign.models.lora_load import one_line
+
     model = config.model
     if (Path(model.path) / "model_index.json").is_file():
         raise ConfigError(
@@ -36,7 +38,9 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:  # ImportError: it asks for protobuf then
-        raise ConfigError(f"model.path {model.path!r}: cannot read a tokenizer: {error}") from error
+        there = Path(model.path).exists()
+        what = "cannot read a tokenizer" if there else "is no folder here, and cannot be fetched"
+        raise ConfigError(f"model.path {model.path!r}: {what}: {one_line(error)}") from error
     except (KeyError, TypeError, AttributeError) as error:  # JSON, but of something else
         raise ConfigError(
             f"model.path {model.path!r}: its tokenizer files are not those of a tokenizer "
