@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from mmalign.data.fields import as_object
+from mmalign.data.pages import Pages
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def _from_parquet(picture: Picture) -> _Piece:
         group = bisect_right(ends, picture.row)
         if group == len(ends):
             raise DataError(f"{picture}: the file has {file.metadata.num_rows} rows only")
+        Pages(picture.path, file.metadata).require_whole(group, picture.column)
         table = file.read_row_group(group, columns=[picture.column], use_threads=False)
     start = ends[group] - table.num_rows
     return _Piece(start, ends[group], table.column(picture.column), table.nbytes)

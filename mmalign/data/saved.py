@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from mmalign.data.arrow_files import require_plain
 from mmalign.data.fields import as_list, as_object
 from mmalign.data.guard import Fence
 from mmalign.errors import DataError
@@ -16,10 +17,11 @@ _LONGEST = 64 * 2**20  # bytes; a state names every arrow file
 
 
 def require_saved(folder: Path) -> None:
-    """Refuse a saved dataset, or one of splits, that names files elsewhere or none.
+    """Refuse a saved dataset, or one of splits, that names no, damaged or other folders' files.
 
     Raises:
-        DataError: A link or a name leads out of the folder, or what describes it is damaged.
+        DataError: A link or a name leads out of the folder, what describes it is damaged, or a file
+            unfolds to far more than it holds.
     """
     fence = Fence(folder)
     splits = _described(fence, folder / "dataset_dict.json").get("splits")
@@ -34,7 +36,7 @@ def require_saved(folder: Path) -> None:
             name = (as_object(entry) or {}).get("filename")
             if not isinstance(name, str):
                 raise DataError(f"{part / 'state.json'}: names no files; save the dataset again")
-            fence.require(part / name)
+            require_plain(fence.require(part / name))
 
 
 def _described(fence: Fence, file: Path) -> dict[str, Any]:

@@ -13,10 +13,12 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+from mmalign.data.arrow_files import require_short, size_of
 from mmalign.data.arrow_rows import batch_records, plain
 from mmalign.data.cells import LIMITS, damage, picture_columns, row_places
 from mmalign.data.example import Picture
 from mmalign.data.guard import Fence
+from mmalign.data.pages import Pages
 from mmalign.data.picture_layouts import LISTS
 from mmalign.data.row import HELD_OUT, Row, Wanted
 from mmalign.data.saved import require_saved
@@ -47,13 +49,12 @@ def _table_rows(file: Path) -> Iterator[Row]:
         _refuse_lists(str(file), lists)
         pictures = [name for name in pictures if not _is_empty(table.metadata, name)]
         others = [name for name in schema.names if name not in pictures]
-        records: Iterator[dict[str, Any] | str] = (
-            record
-            for batch in table.iter_batches(batch_size=_batch_size(table), columns=others)
-            for record in batch_records(batch)
-        )
-        if not others:
-            records = repeat({}, table.metadata.num_rows)
+        pages = Pages(file, table.metadata)
+        if others:
+            records = _records_of(file, table, pages, others)
+        else:
+            pages.require_total(table.metadata.num_row_groups - 1, 8 * table.metadata.num_rows)
+            records = repeat(dict[str, Any](), table.metadata.num_rows)
         for i, record in enumerate(records):
             place = f"{file}:{i + 1}"
             if isinstance(record, str):
@@ -63,11 +64,19 @@ def _table_rows(file: Path) -> Iterator[Row]:
             yield Row(place, {**record, **cells})
 
 
-def _batch_size(table: Any) -> int:
-    """Rows at a time: few where the file says that they are long."""
-    meta = table.metadata
-    size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
-    return max(1, min(1024, _BATCH_BYTES * max(meta.num_rows, 1) // max(size, 1)))
+def _records_of(
+    file: Path, table: Any, pages: Pages, names: list[str]
+) -> Iterator[dict[str, Any] | str]:
+    """The rows of some columns, few at a time where they are long."""
+    total = number = 0
+    for group in range(table.metadata.num_row_groups):
+        rows = pages.rows_at_once(group, names, _BATCH_BYTES)
+        for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=names):
+            total += size_of(batch)
+            pages.require_total(group, total)
+            require_short(f"{file}:", batch, number + 1)
+            number += batch.num_rows
+            yield from batch_records(batch)
 
 
 def shard_rows(

@@ -33,6 +33,11 @@ _CHUNK = 2**17
 _XZ_MEMORY = 2**27  # what a decoder may take, which the file itself asks for
 
 
+def in_mib(size: int) -> str:
+    """A number of bytes, for messages."""
+    return f"{size:,} bytes" if size < 2**20 else f"{size / 2**20:,.1f} MiB"
+
+
 class _Xz:
     """The text of an xz file, whose decoder gets no more memory than `_XZ_MEMORY`."""
 
