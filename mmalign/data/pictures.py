@@ -129,7 +129,7 @@ def open_picture(picture: Picture | Path) -> Image:
     Raises:
         DataError: It cannot be read, is of no known format, is cut off, or is too large.
     """
-    with _decoded(picture if isinstance(picture, Picture) else Picture(picture)) as image:
+    with decoded(picture if isinstance(picture, Picture) else Picture(picture)) as image:
         return image
 
 
@@ -145,8 +145,8 @@ def num_pixels(picture: Picture) -> int:
 
 
 @contextmanager
-def _decoded(picture: Picture) -> Generator[Image]:
-    """The picture, while its memory is counted with what other threads decode."""
+def decoded(picture: Picture) -> Generator[Image]:
+    """As `open_picture`, while the memory is counted with what other threads decode."""
     data = picture_bytes(picture)
     with ExitStack() as stack:
         try:
@@ -267,7 +267,7 @@ def decode_all(
 
 def _attempt(picture: Picture, use: Callable[[Image], Result]) -> Result | DataError:
     try:
-        with _decoded(picture) as image:
+        with decoded(picture) as image:
             return use(image)
     except DataError as error:
         return error

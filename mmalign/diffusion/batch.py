@@ -10,7 +10,7 @@ import torch
 
 from mmalign.data.example import Picture, as_text
 from mmalign.diffusion.draws import Draws, seed_of
-from mmalign.diffusion.pictures import Frame, is_flipped, open_picture, prepare, row_pictures
+from mmalign.diffusion.pictures import Frame, is_flipped, prepare, row_pictures
 from mmalign.diffusion.timesteps import draw_timesteps
 from mmalign.errors import DataError
 from mmalign.models.adapter import Batch
@@ -209,13 +209,13 @@ class Collator:
                 mean, std, row_frames = self.latents.get(example, is_flipped(settings, seed))
                 row = {"mean": mean} if std is None else {"mean": mean, "std": std}
             else:
-                opened = [open_picture(picture) for picture in row_pictures(example)]
-                if not opened:
+                pictures = row_pictures(example)
+                if not pictures:
                     raise DataError(
                         f"row {example.id!r} is a prompt without a picture; only "
                         "diffusion.estimator: {kind: truncated, generated: true} learns from those"
                     )
-                done = prepare(opened, settings, seed)
+                done = prepare(pictures, settings, seed)
                 row_frames = [frame for _, frame in done]
                 row = {"pixels": torch.stack([torch.from_numpy(array) for array, _ in done])}
             loaded.append(row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
@@ -17,8 +18,8 @@ from mmalign.data.pictures import (
     LARGEST_FACTOR,
     WIDEST,
     decode_all,
+    decoded,
     is_odd,
-    open_picture,
     same_bytes,
 )
 from mmalign.errors import ConfigError, DataError
@@ -35,7 +36,6 @@ __all__ = [
     "Frame",
     "describe_row",
     "is_flipped",
-    "open_picture",
     "prepare",
     "row_pictures",
     "row_size",
@@ -49,6 +49,8 @@ Size = tuple[int, int]  # height, width, in pixels
 
 if TYPE_CHECKING:
     Look = Callable[[Iterable[Picture]], Mapping[Picture, Size | DataError]]
+
+_MOST_HELD = 2**25  # pixels of a row's pictures that are decoded at the same time
 
 NAMED = 8
 """Rows that a warning names; the others are counted."""
@@ -100,7 +102,7 @@ def row_size(sizes: Sequence[Size], diffusion: DiffusionConfig) -> Size:
 
 
 def prepare(
-    pictures: Sequence[Image.Image], diffusion: DiffusionConfig, draws_seed: int | None
+    pictures: Sequence[Picture | Image.Image], diffusion: DiffusionConfig, draws_seed: int | None
 ) -> list[tuple[NDArray[np.float32], Frame]]:
     """Resize, crop and flip the pictures of a row; a pure function of its arguments.
 
@@ -109,15 +111,25 @@ def prepare(
     to that shape, and mirrored or not, like all of the row. Random places are drawn as shares of
     the free range, so that a shared one means the same place in pictures of different sizes.
 
+    Files are decoded one after another and let go. Where the shape depends on the sizes of all,
+    those that are too large to be held until then are decoded twice.
+
     Args:
-        pictures: All candidates of the row, in RGB.
+        pictures: All candidates of the row: where they are, or in RGB.
         diffusion: Its `resolution`, `buckets`, `crop`, `shared_crop` and `flip`.
         draws_seed: Of what is random; None: the centre, and no flip.
 
     Returns:
         For each picture its pixels [3, H, W], float32 in [-1, 1], and its Frame.
+
+    Raises:
+        DataError: A file cannot be decoded.
     """
-    target = row_size([_size(picture) for picture in pictures], diffusion)
+    held: Sequence[Picture | Image.Image] = pictures
+    target = (diffusion.resolution, diffusion.resolution)
+    if diffusion.buckets:
+        sizes, held = _sizes(pictures)
+        target = row_size(sizes, diffusion)
     flip = is_flipped(diffusion, draws_seed)
     # Always drawn in the same order and number: switching one thing on changes no other.
     rng = None if draws_seed is None else np.random.default_rng([draws_seed, 1])
@@ -128,8 +140,33 @@ def prepare(
         places[:] = places[0]
     return [
         _prepare(picture, target, tuple(place), flip)
-        for picture, place in zip(pictures, places.tolist(), strict=True)
+        for picture, place in zip(held, places.tolist(), strict=True)
     ]
+
+
+def _sizes(
+    pictures: Sequence[Picture | Image.Image],
+) -> tuple[list[Size], list[Picture | Image.Image]]:
+    """The size of each, and each once more, decoded where that takes little memory."""
+    sizes: list[Size] = []
+    held: list[Picture | Image.Image] = []
+    free = _MOST_HELD
+    for picture in pictures:
+        size, kept = _seen(picture, free)
+        sizes.append(size)
+        held.append(kept)
+        free -= 0 if isinstance(kept, Picture) else size[0] * size[1]
+    return sizes, held
+
+
+def _seen(picture: Picture | Image.Image, free: int) -> tuple[Size, Picture | Image.Image]:
+    with _opened(picture) as image:
+        size = _size(image)
+        return size, image if size[0] * size[1] <= free else picture
+
+
+def _opened(picture: Picture | Image.Image) -> AbstractContextManager[Image.Image]:
+    return decoded(picture) if isinstance(picture, Picture) else nullcontext(picture)
 
 
 def is_flipped(diffusion: DiffusionConfig, draws_seed: int | None) -> bool:
@@ -140,12 +177,13 @@ def is_flipped(diffusion: DiffusionConfig, draws_seed: int | None) -> bool:
 
 
 def _prepare(
-    picture: Image.Image, target: Size, place: tuple[float, ...], flip: bool
+    source: Picture | Image.Image, target: Size, place: tuple[float, ...], flip: bool
 ) -> tuple[NDArray[np.float32], Frame]:
-    size = _size(picture)
-    scaled = _covering(size, target)
-    if scaled != size:
-        picture = picture.resize((scaled[1], scaled[0]), Image.Resampling.BILINEAR)
+    with _opened(source) as picture:
+        size = _size(picture)
+        scaled = _covering(size, target)
+        if scaled != size:
+            picture = picture.resize((scaled[1], scaled[0]), Image.Resampling.BILINEAR)
     free = [scaled[axis] - target[axis] for axis in (0, 1)]
     # Half of an odd range is rounded as torchvision's centre crop does; a share is in [0, 1).
     top, left = (
@@ -305,7 +343,7 @@ def row_pictures(row: Example) -> list[Picture]:
 
 def describe_row(row: Example, diffusion: DiffusionConfig) -> str:
     """A row for a terminal: its captions, and each picture with its label, size and crop."""
-    pictures = [open_picture(picture) for picture in row_pictures(row)]
+    pictures = row_pictures(row)
     frames = [frame for _, frame in prepare(pictures, diffusion, None)] if pictures else []
     lines = [f"row {row.id}, weight {row.weight:g}: {as_text(row.prompt) or '(own captions)'}"]
     if not frames:

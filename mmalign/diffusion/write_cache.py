@@ -33,7 +33,7 @@ from mmalign.diffusion.conditioning import PromptEncoder
 from mmalign.diffusion.error_bank import ErrorBank
 from mmalign.diffusion.latent_cache import LatentCache, has_latents
 from mmalign.diffusion.notes import PictureNotes, cache_folder, look
-from mmalign.diffusion.pictures import Frame, open_picture, prepare, row_pictures
+from mmalign.diffusion.pictures import Frame, prepare, row_pictures
 from mmalign.diffusion.prompt_cache import PromptCache
 from mmalign.diffusion.work import Processes, ahead, progress
 
@@ -150,8 +150,7 @@ def _write_latents(
 
     def load(task: tuple[Example, list[_Item]]) -> list[tuple[str, Pixels, Frame]]:
         example, items = task
-        opened = [open_picture(picture) for picture in row_pictures(example)]
-        done = prepare(opened, config.diffusion, None)
+        done = prepare(row_pictures(example), config.diffusion, None)
         found: list[tuple[str, Pixels, Frame]] = []
         for k, flip, key in items:
             pixels, frame = done[k]

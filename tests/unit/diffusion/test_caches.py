@@ -24,7 +24,7 @@ from mmalign.diffusion.adapter import DiffusionAdapter
 from mmalign.diffusion.caches import ErrorBank, LatentCache, PromptCache
 from mmalign.diffusion.conditioning import PromptEncoder
 from mmalign.diffusion.denoiser import Condition
-from mmalign.diffusion.pictures import open_picture, prepare, row_pictures
+from mmalign.diffusion.pictures import prepare, row_pictures
 from mmalign.diffusion.work import Processes, ahead, duration, progress
 from mmalign.errors import ConfigError
 from mmalign.models.adapter import build_adapter, load_usable
@@ -81,7 +81,7 @@ def test_cached_latents_are_those_of_the_vae(
     vae = latents.load_vae(str(pipeline), config.diffusion)
     shapes = set()
     for row in rows:
-        done = prepare([open_picture(p) for p in row_pictures(row)], config.diffusion, None)
+        done = prepare(row_pictures(row), config.diffusion, None)
         for flip in (False, True):
             mean, std, frames = cache.get(row, flip)
             pixels = torch.stack([torch.from_numpy(array) for array, _ in done])

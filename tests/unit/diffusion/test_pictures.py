@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ from PIL import Image
 
 from mmalign.config import DiffusionConfig
 from mmalign.data.example import Candidate, Example, Picture
+from mmalign.data.pictures import open_picture
+from mmalign.diffusion import pictures as prepared
 from mmalign.diffusion.pictures import (
     Frame,
     describe_row,
     is_flipped,
-    open_picture,
     prepare,
     row_size,
     target_size,
@@ -279,6 +282,56 @@ def test_a_row_is_described(tmp_path: Path) -> None:
     assert lines[2:4] == ["     40 x 32 to 16 x 16, placed at random", "     caption: x"]
     alone = Example("p", "a cat", (Candidate(""),), (1.0,), "plain")
     assert describe_row(alone, settings()).endswith("its picture is generated in training")
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+def test_files_of_a_row_are_prepared_as_their_pictures_are(tmp_path: Path, buckets: bool) -> None:
+    paths = [save(tmp_path / f"{i}.png", i, height=60 + i, width=40 + 30 * i) for i in range(3)]
+    shape = {"buckets": True, "bucket_multiple": 8} if buckets else {}
+    options = settings(16, crop="random", **shape)
+    for most in (0, 3000, 2**25):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prepared, "_MOST_HELD", most)
+            done = prepare([Picture(path) for path in paths], options, 3)
+        whole = prepare([open_picture(path) for path in paths], options, 3)
+        for (array, frame), (theirs, its_frame) in zip(done, whole, strict=True):
+            assert (array == theirs).all()
+            assert frame == its_frame
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"1\.png: is not a picture"):
+        prepare([Picture(path) for path in paths], options, 3)
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from mmalign.config import DiffusionConfig
+from mmalign.data.example import Picture
+from mmalign.diffusion.pictures import prepare
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+small, large = ([Picture(Path(name))] * 4 for name in sys.argv[1:3])
+options = DiffusionConfig(resolution=64, buckets=sys.argv[3] == "True")
+prepare(small, options, 1)
+before = peak()
+prepare(large, options, 1)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+def test_four_large_pictures_take_the_memory_of_one(tmp_path: Path, buckets: bool) -> None:
+    size = 7000, 6000  # of which one takes 160 MiB
+    Image.new("L", size).save(tmp_path / "large.png")
+    save(tmp_path / "small.png")
+    names = [str(tmp_path / name) for name in ("small.png", "large.png")]
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, *names, str(buckets)], capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert float(done.stdout) < 1.6 * 160, done.stdout
 
 
 def test_real_pictures_reach_the_network_whole(shared_data: Path, tmp_path: Path) -> None:
