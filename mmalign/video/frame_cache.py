@@ -40,13 +40,18 @@ class FrameCache:
         """Clips held."""
         return len(self._kept)
 
-    def get(self, clip: Clip) -> Frames:
+    def get(self, clip: Clip, *, bare: bool = False) -> Frames:
         """The chosen frames of a clip, decoded if they are not held.
+
+        Args:
+            clip: Which.
+            bare: Without times on them, and so whole where the processor draws them.
 
         Raises:
             DataError: The file cannot be decoded.
         """
-        key = self._key(clip)
+        scale = None if bare and self.scale is not None and self.scale.draws else self.scale
+        key = self._key(clip), scale is None
         with self._lock:
             found = self._kept.get(key)
             if found is not None:
@@ -55,7 +60,7 @@ class FrameCache:
                 return found
             self.misses += 1
         # Two threads that miss the same clip both decode it, to the same pixels.
-        frames = read_frames(clip, self.settings, self.scale)
+        frames = read_frames(clip, self.settings, scale)
         frames.pixels.flags.writeable = False
         self._keep(key, frames)
         return frames

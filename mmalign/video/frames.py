@@ -29,6 +29,7 @@ class Frames:
         area: Most pixels a frame, of this clip alone; None: as the config says.
         size: Height and width of the file's frames, before they were made smaller; None: as here.
         rate: Frames a second by the file's header; None: `source_fps`.
+        drawn: Whether the time of each is drawn on it, as the model's processor does it.
     """
 
     pixels: Array
@@ -41,6 +42,7 @@ class Frames:
     area: int | None = None
     size: tuple[int, int] | None = None
     rate: float | None = None
+    drawn: bool = False
 
     @property
     def fps(self) -> float:

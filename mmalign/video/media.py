@@ -35,14 +35,19 @@ _NEAR = 3  # frames: a frame that cannot be decoded shows one of as many before 
 class Scale(Protocol):
     """What frames are brought to as they are decoded, so that none is held larger than needed."""
 
+    @property
+    def draws(self) -> bool:
+        """Whether times are drawn on the frames that are made smaller."""
+        ...
+
     def decoded(
         self, count: int, height: int, width: int, area: int | None
     ) -> tuple[int, int]:  # height, width
         """The size of each of `count` frames; `area`: most pixels that the clip asks for."""
         ...
 
-    def shrink(self, image: Array, size: tuple[int, int]) -> Array:
-        """A frame [H, W, 3] uint8 at that size."""
+    def shrink(self, image: Array, size: tuple[int, int], second: float = 0.0) -> Array:
+        """A frame [H, W, 3] uint8 at that size; `second` is its time as a processor counts it."""
         ...
 
 
@@ -82,14 +87,14 @@ def read_frames(clip: Clip, settings: VideoConfig, scale: Scale | None = None) -
     deadline = Deadline(clip.path, settings.decode_timeout)
     line = timeline(clip.path, settings)
     numbers = _chosen(line, clip, settings)
-    stack = Stack(clip, numbers, settings.max_side, scale)
-    if not pixels_by_torchcodec(stack, line, numbers, deadline):
-        pixels_by_pyav(stack, line, deadline)
-    assert stack.pixels is not None
     first, last = 0, len(line) - 1
     if clip.start or clip.end is not None:
         first, last = span_numbers(line, clip, settings)
         first, last = min(first, *numbers), max(last, *numbers)
+    stack = Stack(clip, numbers, settings.max_side, scale, begin=first, rate=line.told_fps)
+    if not pixels_by_torchcodec(stack, line, numbers, deadline):
+        pixels_by_pyav(stack, line, deadline)
+    assert stack.pixels is not None
     return Frames(
         pixels=stack.pixels,
         indices=numbers,
@@ -101,6 +106,7 @@ def read_frames(clip: Clip, settings: VideoConfig, scale: Scale | None = None) -
         area=clip.max_pixels,
         size=stack.size,
         rate=line.told_fps,
+        drawn=stack.is_drawn,
     )
 
 
@@ -217,9 +223,18 @@ class Stack:
     """
 
     def __init__(
-        self, clip: Clip, numbers: Sequence[int], max_side: int, scale: Scale | None = None
+        self,
+        clip: Clip,
+        numbers: Sequence[int],
+        max_side: int,
+        scale: Scale | None = None,
+        *,
+        begin: int = 0,
+        rate: float = 1.0,
     ) -> None:
+        """Empty; `begin` is the frame from which processors count, at `rate` a second."""
         self.path, self.max_side = clip.path, max_side
+        self._begin_at, self._rate = begin, rate
         self.pixels: Array | None = None
         self.size = (0, 0)
         self.rows: dict[int, list[int]] = {}
@@ -248,8 +263,15 @@ class Stack:
         assert self.pixels is not None
         size = self.pixels.shape[1:3]
         if image.shape[:2] != size and self._scale is not None:
-            image = self._scale.shrink(image, size)
+            second = (number - self._begin_at) / self._rate
+            image = self._scale.shrink(image, size, second)
         self.pixels[self.rows.pop(number)] = image
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether times were drawn on the frames."""
+        is_smaller = self.pixels is not None and self.pixels.shape[1:3] != self.size
+        return is_smaller and self._scale is not None and self._scale.draws
 
     def _begin(self, size: tuple[int, ...]) -> None:
         height, width = self.size = (size[0], size[1])

@@ -166,8 +166,8 @@ class Processor:
     def _apart(self, shown: Shown, where: str) -> list[Shown]:
         """What is given to the processor at once: it takes one size and one rate for all clips."""
         asked = [
-            (clip[0].fps if self.plays else 0.0, self._size_of(clip[0], where))
-            for clip in shown.clips
+            (frames.fps if self.plays else 0.0, frames.drawn, self._size_of(frames, where))
+            for frames, _ in shown.clips
         ]
         if all(options == asked[0] for options in asked):
             return [shown]
@@ -181,6 +181,8 @@ class Processor:
         options = self._options(text, shown, where)
         if shown.clips:
             make = without_pixels if planned else writable
+            if planned and self.sizes.draws:  # which takes pixels, and changes no size
+                options["videos_kwargs"]["draw_on_frames"] = False
             options["videos"] = [make(frames.pixels) for frames, _ in shown.clips]
         output = self._call(options, where)
         found: dict[str, list[str]] = {kind: [] for kind in self.tokens}
@@ -339,6 +341,7 @@ class Processor:
             "do_sample_frames": False,  # the frames were chosen, and must stay the same ones
             "video_metadata": [metadata(frames) for frames, _ in shown.clips],
             "fps": shown.clips[0][0].fps,  # read where sound is laid between the frames
+            **({"draw_on_frames": False} if shown.clips[0][0].drawn else {}),
             **self._size_of(shown.clips[0][0], where),
         }
 

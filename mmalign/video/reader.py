@@ -114,7 +114,8 @@ class MediaReader:
     def show(self, media: Media) -> Shown:
         """The decoded media, altered where they are to be."""
         heard = self.hears_clip(media)
-        clips = [self._clip(clip, heard=heard) for clip in media.videos]
+        bare = media.change is not None  # what is altered after it was drawn would be another thing
+        clips = [self._clip(clip, heard=heard, bare=bare) for clip in media.videos]
         images = [open_picture(picture) for picture in media.images]
         sounds = [read_sound(sound, self.video, self.longest) for sound in media.sounds]
         if media.change is not None:
@@ -130,8 +131,8 @@ class MediaReader:
         """Whether the clips of a prompt are heard: the model can, and no track is given instead."""
         return self.processor.hears_clips and bool(media.videos) and not media.sounds
 
-    def _clip(self, clip: Clip, *, heard: bool) -> tuple[Frames, Wave | None]:
-        frames = self.frames.get(clip)
+    def _clip(self, clip: Clip, *, heard: bool, bare: bool) -> tuple[Frames, Wave | None]:
+        frames = self.frames.get(clip, bare=bare)
         if not heard:
             return frames, None
         if self.video.no_sound == "mute" and not has_sound(clip.path):
@@ -150,7 +151,7 @@ class MediaReader:
         assert change is not None
         frames, wave = clips[0] if clips else (_still(images), None)
         heard = wave is not None
-        donor = None if change.donor is None else self._clip(change.donor, heard=heard)
+        donor = None if change.donor is None else self._clip(change.donor, heard=heard, bare=True)
         own = wave if heard or not sounds else sounds[0]
         rng = np.random.default_rng(change.seed)
         altered = augment(frames, own, change.operation, rng, donor=donor)

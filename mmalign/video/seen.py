@@ -109,10 +109,12 @@ class Seen:
 class Glimpse:
     """A scale for frames that only have to be there: a pixel of each is kept."""
 
+    draws = False
+
     def decoded(self, count: int, height: int, width: int, area: int | None) -> tuple[int, int]:
         """One pixel."""
         return 1, 1
 
-    def shrink(self, image: Array, size: tuple[int, int]) -> Array:
+    def shrink(self, image: Array, size: tuple[int, int], second: float = 0.0) -> Array:
         """The first one."""
         return image[:1, :1]

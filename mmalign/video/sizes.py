@@ -8,7 +8,7 @@ memory (torch's meta device), and the size to which it brings them is noted.
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,20 @@ if TYPE_CHECKING:
 
 _EDGES = ("shortest_edge", "longest_edge")  # areas, in the processors that resize freely
 _FLOOR = 1.05  # a capped processor lets a frame have so much more than its least area
-_TRIED = ((96, 128), (240, 320), (720, 1280))
+_TRIED = ((96, 128), (240, 320), (720, 1280), (1440, 2560), (2160, 3840))
 _TYPICAL = (720, 1280)  # to see beforehand whether a setting can be kept to
+
+
+class _Way(NamedTuple):
+    """How a processor resizes frames of whole numbers, which it rounds afterwards."""
+
+    in_fractions: bool = False
+    antialias: bool = True
+
+
+_WAYS = (_Way(), _Way(in_fractions=True, antialias=False), _Way(antialias=False),
+         _Way(in_fractions=True))  # fmt: skip
+"""Those that are tried; the first is what the library does, the second Molmo2's."""
 
 
 class Sizes:
@@ -53,6 +65,9 @@ class Sizes:
         self._area: int | None = getattr(settings, self._name)
         self._patch: int = getattr(own, "temporal_patch_size", None) or 1
         self._cap = self._capped(settings) if kind == "videos" else {}
+        # Ernie's processor draws times on whole frames, in letters as large as these let them be.
+        can_draw = hasattr(own, "_render_image_with_timestamp")
+        self.draws = can_draw and bool(getattr(own, "draw_on_frames", False))
         self._asked = lru_cache(maxsize=4096)(self._ask)
         self._chosen = lru_cache(maxsize=4096)(self._choose)
         if self._area is not None and own is None:
@@ -92,56 +107,85 @@ class Sizes:
         return found[0] if found else (height, width)
 
     def decoded(self, count: int, height: int, width: int, area: int | None = None) -> Size:
-        """The size at which frames are kept: the processor's, where that is smaller and final.
+        """The size at which frames are kept: the processor's, where that is smaller and stays.
 
         They stay as they are where its tensors would be others by a bit.
         """
         size = self._smaller(count, height, width, area)
-        return size if size is not None and self._is_exact else (height, width)
+        return size if size is not None and self._way is not None else (height, width)
 
     def _smaller(self, count: int, height: int, width: int, area: int | None) -> Size | None:
         from transformers.image_processing_backends import TorchvisionBackend
 
         found = self._found(count, height, width, self.options(count, height, width, area))
-        if found is None or len(found) != 1 or not isinstance(self._own, TorchvisionBackend):
+        if not found or not isinstance(self._own, TorchvisionBackend):
             return None
-        size = found[0]
-        if size[0] * size[1] >= height * width or self.size(count, *size, area) != size:
+        size = found[0]  # the first of several, where each is made of the one before
+        if size[0] * size[1] >= height * width:
             return None
-        return size
+        again = self._found(count, *size, self.options(count, *size, area))
+        return size if again in (found, found[1:]) else None
 
     @cached_property
-    def _is_exact(self) -> bool:
-        """Whether frames that were resized before come out the same, tried once on noise.
+    def _way(self) -> _Way | None:
+        """How frames are resized beforehand so that they come out the same, tried once on noise.
 
-        Some processors resize numbers with a fraction, which frames of 8 bits have lost.
+        None where none does that: the processor does more to whole frames than to draw times on
+        them, or keeps fractions, which frames of 8 bits have lost.
         """
         for height, width in _TRIED:
             size = self._smaller(2, height, width, None)
             if size is None:
                 continue
             noise = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
-            small = np.stack([self.shrink(image, size) for image in noise])
-            whole, scaled = (self._made(pixels) for pixels in (noise, small))
-            return all(torch.equal(whole[name], scaled[name]) for name in whole)
-        return True
+            whole = self._made(noise)
+            for way in _WAYS:
+                parts = [self._resized(image, size, way, i) for i, image in enumerate(noise)]
+                scaled = self._made(np.stack(parts), drawn=self.draws)
+                if all(torch.equal(whole[name], scaled[name]) for name in whole):
+                    return way
+            break
+        return None
 
-    def _made(self, pixels: Array) -> dict[str, torch.Tensor]:
-        """The tensors of the processor's part alone."""
+    def _made(self, pixels: Array, *, drawn: bool = False) -> dict[str, torch.Tensor]:
+        """The tensors of the processor's part alone, of frames a second apart."""
         count, height, width = pixels.shape[:3]
         given = self._pixels(count, height, width)
+        if self.draws:
+            given["draw_on_frames"] = not drawn
         given["videos"] = [torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()]
         made = self._own(**given, **self.options(count, height, width, None), return_tensors="pt")
         return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
 
-    def shrink(self, image: Array, size: Size) -> Array:  # [H, W, 3] uint8 -> [h, w, 3] uint8
-        """A frame as the processor itself resizes it; brought there once, it leaves it as it is."""
+    def shrink(
+        self, image: Array, size: Size, second: float = 0.0
+    ) -> Array:  # [H, W, 3] uint8 -> [h, w, 3] uint8
+        """A frame as the processor itself resizes it; brought there once, it leaves it as it is.
+
+        Args:
+            image: As large as in the file.
+            size: From `decoded`.
+            second: Its time, which is drawn on it first where the processor draws times.
+        """
+        return self._resized(image, size, self._way or _WAYS[0], second)
+
+    def _resized(self, image: Array, size: Size, way: _Way, second: float) -> Array:
         from transformers.image_processing_backends import TorchvisionBackend
         from transformers.image_utils import SizeDict
 
         frame = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
-        wanted = SizeDict(height=size[0], width=size[1])
-        small = TorchvisionBackend.resize(self._own, frame, wanted, resample=self._own.resample)
+        if self.draws:
+            time = self._own._convert_timestamp(second)
+            frame = self._own._render_image_with_timestamp(frame[0], time)[None]
+        frame = frame.float() if way.in_fractions else frame
+        small = TorchvisionBackend.resize(
+            self._own,
+            frame,
+            SizeDict(height=size[0], width=size[1]),
+            resample=self._own.resample,
+            antialias=way.antialias,
+        )
+        small = small.round().clamp(0, 255).byte() if way.in_fractions else small
         return small[0].permute(1, 2, 0).numpy()
 
     def _capped(self, settings: VideoConfig) -> dict[str, bool]:
@@ -259,7 +303,8 @@ class Sizes:
             return {"images": [empty]}
         about = {"fps": 1.0, "total_num_frames": count, "duration": float(count)}
         about["frames_indices"] = list(range(count))
-        return {"videos": [empty], "do_sample_frames": False, "video_metadata": [about]}
+        given = {"videos": [empty], "do_sample_frames": False, "video_metadata": [about]}
+        return {**given, "draw_on_frames": False} if self.draws else given  # it takes pixels
 
 
 class _Resizing(TorchDispatchMode):

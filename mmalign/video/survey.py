@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mmalign.data.example import Clip
+from mmalign.data.unfold import in_mib
 from mmalign.errors import ConfigError, DataError
 from mmalign.models.rows import Surveyed
 from mmalign.text.cached import cache_folder
@@ -32,11 +34,14 @@ if TYPE_CHECKING:
 
     from mmalign.config import RunConfig
     from mmalign.core import Needs
-    from mmalign.data.example import Clip, Example, Media
+    from mmalign.data.example import Example, Media
     from mmalign.text.encode import EncodedCandidate
     from mmalign.text.survey import Found
     from mmalign.video.checks import MediaReport, Use
     from mmalign.video.seen import Seen
+
+
+_MUCH = 200 * 2**20  # bytes of the frames of one clip
 
 
 class CountingEncoder(VideoEncoder):
@@ -92,7 +97,7 @@ def survey_parts(config: RunConfig, needs: Needs, parts: Sequence[Sequence[Examp
     kept = [[row for row in part if id(row) not in bad] for part in kept]
     numbers = {id(row): number for number, row in enumerate(rows)}
     require_lesson(found, [numbers[id(row)] for row in kept[0]], rows)
-    told = lines(found, rows, config.data)
+    told = [*lines(found, rows, config.data), *_large_clips(kept, processor, report)]
     learned = [with_spans(config.text.masks, part, encoder.encode_example) for part in kept]
     return Surveyed(learned, tuple(told), problems(found, rows))
 
@@ -160,6 +165,33 @@ def _alterable(
         except ConfigError as error:
             faults[id(row)] = f"{_files(row.media)}: {error}"
     return leave_out(parts, faults, alter.video), bare
+
+
+def _large_clips(
+    parts: Sequence[Sequence[Example]], processor: Processor, report: MediaReport
+) -> list[str]:
+    """A sentence where clips take much memory, since the processor wants frames so large."""
+    found: list[tuple[int, str]] = []
+    hears = processor.hears_clips
+    uses = {use for part in parts for row in part for use in uses_of(row, hears=hears)}
+    for use in sorted(uses, key=str):
+        clip, seen = use[0], report.seen.get(use)
+        if seen is None or not isinstance(clip, Clip):
+            continue
+        count = len(seen.indices)
+        height, width = processor.sizes.decoded(count, *seen.size, clip.max_pixels)
+        shown = f"{count} frames of {width} x {height} of {clip.path}"
+        found.append((3 * count * height * width, shown))
+    much = [item for item in found if item[0] > _MUCH]
+    if not much:
+        return []
+    most, shown = max(much)
+    name = type(processor.inner).__name__
+    return [
+        f"{len(much):,} of {len(found):,} clips are read at a size that takes up to {in_mib(most)} "
+        f"of memory each, as {name} takes them ({shown}); fewer frames, a smaller "
+        "video.frame_pixels where the processor has one, or smaller files take less"
+    ]
 
 
 def _within(

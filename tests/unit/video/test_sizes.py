@@ -156,12 +156,35 @@ def test_frames_are_held_at_the_size_of_the_processor(tmp_path: Path) -> None:
     assert np.array_equal(capped.pixels, [sizes.shrink(image, size) for image in whole.pixels])
 
 
-def test_frames_stay_whole_where_the_tensors_would_be_others(tmp_path: Path) -> None:
+def test_frames_are_resized_as_the_processor_does_it() -> None:
+    """Molmo2's resizes in full precision, without smoothing, and rounds."""
     from transformers import Molmo2VideoProcessor
 
-    size = {"height": 56, "width": 56}
-    fractions = Molmo2VideoProcessor(size=size, patch_size=14, do_sample_frames=False)
-    assert Sizes(fractions, VideoConfig()).decoded(4, 240, 320) == (240, 320)
+    own = Molmo2VideoProcessor(size={"height": 56, "width": 56}, patch_size=14)
+    sizes, whole = Sizes(own, VideoConfig()), frames_of(4, 250, 333).pixels
+    assert sizes.decoded(4, 250, 333) == (56, 56)
+    small = np.stack([sizes.shrink(image, (56, 56)) for image in whole])
+    made, scaled = (
+        own(videos=[torch.from_numpy(pixels).permute(0, 3, 1, 2)], do_sample_frames=False)
+        for pixels in (whole, small)
+    )
+    assert np.array_equal(made["pixel_values_videos"], scaled["pixel_values_videos"])
+
+
+def test_frames_stay_whole_where_the_tensors_would_be_others() -> None:
+    """Here with numbers on them, as large as the frame lets them be."""
+    from transformers import Qwen2VLVideoProcessor
+
+    class Draws(Qwen2VLVideoProcessor):
+        def _prepare_input_videos(self, videos: Any, **options: Any) -> Any:
+            found = super()._prepare_input_videos(videos=videos, **options)
+            for video in found:
+                if not video.is_meta:
+                    video[..., : video.shape[-2] // 10, : video.shape[-1] // 5] = 0
+            return found
+
+    size = {"shortest_edge": 3136, "longest_edge": 50_176}
+    assert Sizes(Draws(size=size), VideoConfig()).decoded(4, 240, 320) == (240, 320)
 
 
 def frames_like(frames: Frames, pixels: np.ndarray[Any, Any]) -> Frames:

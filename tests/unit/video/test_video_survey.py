@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from mmalign.config import check
 from mmalign.errors import ConfigError, DataError
 from mmalign.models.rows import survey_rows
 from mmalign.offline import plan_cache, write_cache
+from mmalign.video import survey as video_survey
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,6 +57,27 @@ def survey(video_models: Models, data: Path, tmp_path: Path) -> Callable[..., Su
 
 def kept(found: Surveyed) -> list[str]:
     return [row.id for row in found.train]
+
+
+def test_clips_that_take_much_memory_are_named(
+    survey: Callable[..., Surveyed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what is held: frames are made smaller as they are decoded where that changes nothing."""
+    much, sizes = video_survey._MUCH, []
+    monkeypatch.setattr(video_survey, "_MUCH", 0)
+    for pixels in (None, 1024):
+        (note,) = survey(QWEN, video={"num_frames": 4, "frame_pixels": pixels}).notes
+        named = (
+            r"3 of 3 clips are read at a size .* ([\d,]+) bytes .*\(4 frames of (\d+) x (\d+) of /"
+        )
+        found = re.search(named, note)
+        assert found, note
+        count, width, height = (int(text.replace(",", "")) for text in found.groups())
+        assert count == 4 * width * height * 3
+        sizes.append(count)
+    assert sizes[1] <= 4 * 1024 * 3 < sizes[0]
+    monkeypatch.setattr(video_survey, "_MUCH", much)
+    assert survey(QWEN, video={"num_frames": 4}).notes == ()
 
 
 def test_good_rows_say_nothing(
