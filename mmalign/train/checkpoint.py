@@ -145,9 +145,12 @@ def resume(run: Run, identity: Mapping[str, Any], made_of: Table) -> Path | None
         for name, value in about["position"].items():
             setattr(run.position, name, value)
     if run.accelerator.is_main_process:
-        for path in touched(run_dir, made_of):
+        if again := touched(run_dir, made_of):
+            more = f" and {len(again) - _NAMED:,} more" if len(again) > _NAMED else ""
             log.warning(
-                "%s was written again since the run began, in what was looked at alike", path
+                "%s%s: written again since the run began, alike in what was looked at",
+                ", ".join(again[:_NAMED]),
+                more,
             )
         sweep(run_dir)
         for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):

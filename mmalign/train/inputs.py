@@ -6,6 +6,7 @@ import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
 
     from mmalign.config import RunConfig
     from mmalign.data.example import Example, Media
-    from mmalign.train.prints import Table
+    from mmalign.train.prints import Print, Table
     from mmalign.train.run import Run
 
 TABLE = "inputs.json"
 _KEYS = ("path", "bytes", "time", "hash")
-_ALL_MEDIA = 256 << 20  # bytes read of all media together
-_LEAST = 64 << 10  # bytes read of each of them, however many there are
+_ALL_ROWS, _ALL_MEDIA = WHOLE, 256 << 20  # bytes read of all these files together
+_MOST_READ = 4096  # files; of more a sample is read, and of the others size and time are known
 _ROWS = ("*.jsonl", "*.json", "*.parquet", "*.arrow", "*.csv", "*.tsv", "*.txt")
 
 
@@ -47,16 +48,28 @@ def look(config: RunConfig, rows: Sequence[Example]) -> Table:
     table: Table = {}
     for kind, path, revision in adapter_class(config.modality).named_models(config):
         table |= model_files(kind, path, revision)
+    data: dict[Path, None] = {}
     for source in config.data.train:
         path = Path(source.path)
         found = [path] if path.is_file() else matching(path, (*_ROWS, *(f"*/{r}" for r in _ROWS)))
-        table.setdefault("data", {}).update({str(file): print_of(file, WHOLE) for file in found})
-    media = list(dict.fromkeys(file for row in rows for file in files_of(row)))
-    whole = min(WHOLE, max(_LEAST, _ALL_MEDIA // max(1, len(media))))
-    with ThreadPoolExecutor(8) as pool:  # most of it is waiting for the disk
-        prints = pool.map(lambda file: print_of(file, whole), media)
-        table["media"] = {str(file): found for file, found in zip(media, prints, strict=True)}
+        data.update(dict.fromkeys(found))
+    table["data"] = _prints(list(data), _ALL_ROWS)
+    media = dict.fromkeys(file for row in rows for file in files_of(row))
+    table["media"] = _prints(list(media), _ALL_MEDIA)
     return table
+
+
+def _prints(files: Sequence[Path], most: int) -> dict[str, Print]:
+    """Fingerprints by name, for which no more than `most` bytes are read.
+
+    Of very many files the same sample of places is read each time.
+    """
+    places = range(len(files))
+    read = frozenset(Random(len(files)).sample(places, min(len(files), _MOST_READ)))
+    whole = most // max(1, len(read))
+    with ThreadPoolExecutor(8) as pool:  # most of it is waiting for the disk
+        prints = pool.map(lambda i: print_of(files[i], whole if i in read else 0), places)
+        return dict(zip(map(str, files), prints, strict=True))
 
 
 def identity(table: Table) -> dict[str, Any]:
@@ -128,13 +141,13 @@ def _path(table: Table, kind: str, name: str) -> str:
 
 
 def touched(run_dir: Path, table: Table) -> list[str]:
-    """Files too large to be hashed whole that were written again since then, the same as before."""
+    """Files not hashed whole that were written again since then, alike in what was looked at."""
     then = _kept(run_dir)
     return [
         found["path"]
         for kind, files in table.items()
         for name, found in files.items()
-        if found["bytes"] > WHOLE and (before := then.get(kind, {}).get(name))
+        if not found["whole"] and (before := then.get(kind, {}).get(name))
         if (before["path"], words(before)) == (found["path"], words(found))
         if before["time"] != found["time"]
     ]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from io import RawIOBase
 
-    Print = dict[str, Any]  # path, bytes, time and hash of a file
+    Print = dict[str, Any]  # path, bytes, time and hash of a file, and whether that is of all of it
     Table = dict[str, dict[str, Print]]  # kind of file, name
 
 WHOLE = 512 << 20  # bytes; a larger file of a model or of rows is hashed in parts
@@ -33,7 +33,8 @@ def model_files(kind: str, path: str | None, revision: str | None) -> Table:
         return {}
     folder = _folder(path, revision)
     if folder is None:
-        return {kind: {"name": {"path": f"the {kind}", "bytes": -1, "time": 0, "hash": path}}}
+        known = {"path": f"the {kind}", "bytes": -1, "time": 0, "hash": path, "whole": True}
+        return {kind: {"name": known}}
     if folder.is_file():
         return {kind: {"weights": print_of(folder, WHOLE)}}
     parts = [folder]
@@ -83,21 +84,28 @@ def _prints(folder: Path, files: Iterable[Path]) -> dict[str, Print]:
 
 
 def print_of(file: Path, whole: int) -> Print:
-    """Path, size, time of change, and the hash of a file; of parts where it is above `whole`."""
+    """Path, size, time of change, and the hash of a file; of parts where it is above `whole`.
+
+    Where `whole` is 0 nothing of the file is read, and the hash is "".
+    """
+    found = ""
     try:
-        with file.open("rb", buffering=0) as stream:
-            info = os.fstat(stream.fileno())
-            if info.st_size <= whole:
-                found = hashlib.file_digest(stream, "sha256").hexdigest()
-            else:
-                found = _of_parts(stream, info.st_size, min(whole, _PARTS))
+        info = file.stat()
+        if whole:
+            with file.open("rb", buffering=0) as stream:
+                info = os.fstat(stream.fileno())
+                if info.st_size <= whole:
+                    found = hashlib.file_digest(stream, "sha256").hexdigest()
+                else:
+                    found = _of_parts(stream, info.st_size, min(whole, _PARTS))
     except OSError as error:
-        return {"path": str(file), "bytes": -1, "time": 0, "hash": error.strerror}
+        return {"path": str(file), "bytes": -1, "time": 0, "hash": error.strerror, "whole": True}
     return {
         "path": str(file),
         "bytes": info.st_size,
         "time": info.st_mtime_ns,
         "hash": found[:16],
+        "whole": info.st_size <= whole,
     }
 
 
@@ -116,4 +124,5 @@ def words(found: Mapping[str, Any]) -> str:
     """A fingerprint as messages and checkpoints have it, without place and time."""
     if found["bytes"] < 0:  # nothing but a name is known of it
         return str(found["hash"])
-    return f"{found['bytes']} bytes, hash {found['hash']}"
+    of = f", hash {found['hash']}" if found["hash"] else ""
+    return f"{found['bytes']} bytes{of}"

@@ -144,6 +144,69 @@ def test_media_are_named_by_the_table_of_the_run_and_may_move(tmp_path: Path) ->
     assert found.startswith("media was 3 files")
 
 
+def read_of(table: Any) -> list[str]:
+    return [Path(found["path"]).name for found in table["media"].values() if found["hash"]]
+
+
+def test_of_very_many_media_a_sample_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same one wherever they lie; of the others size and time tell, where nothing moved."""
+    monkeypatch.setattr(inputs, "_MOST_READ", 8)
+    config, rows = config_of(tmp_path), {}
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for n in range(40):
+            (tmp_path / folder / f"{n:02}.mp4").write_text(f"clip {n:02}")
+        rows[folder] = [clip_row(file) for file in sorted((tmp_path / folder).iterdir())]
+    before, there = (inputs.look(config, rows[folder]) for folder in "ab")
+    read = read_of(before)
+    assert len(read) == 8
+    assert read_of(there) == read
+    assert inputs.identity(there) == inputs.identity(before)
+    (tmp_path / inputs.TABLE).write_text(json.dumps(before))
+    assert inputs.touched(tmp_path, before) == []
+
+    (known, *_), unread = read, next(f"{n:02}.mp4" for n in range(40) if f"{n:02}.mp4" not in read)
+    for name, is_told in ((known, True), (unread, False)):
+        file = tmp_path / "a" / name
+        text, info = file.read_text(), file.stat()
+        file.write_text(text.upper())
+        os.utime(file, ns=(1, info.st_mtime_ns + 1))
+        after = inputs.look(config, rows["a"])
+        changed = inputs.differences(
+            inputs.identity(before), inputs.identity(after), after, tmp_path
+        )
+        assert bool(changed) == is_told
+        assert inputs.touched(tmp_path, after) == ([] if is_told else [str(file)])
+        file.write_text(text)
+        os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))
+    (tmp_path / "a" / unread).write_text("clip 123")
+    after = inputs.look(config, rows["a"])
+    assert inputs.identity(after) != inputs.identity(before), "the size tells, of every file"
+
+
+def test_what_is_read_of_all_files_together_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "_ALL_MEDIA", 2**18)
+    rows = [clip_row(tmp_path / f"{n}.mp4") for n in range(64)]
+    for n in range(64):
+        (tmp_path / f"{n}.mp4").write_bytes(bytes([n]) * 2**16)
+    read = 0
+    plain = prints._of_parts
+
+    def counted(stream: Any, length: int, size: int) -> str:
+        nonlocal read
+        read += size
+        return plain(stream, length, size)
+
+    monkeypatch.setattr(prints, "_of_parts", counted)
+    table = inputs.look(config_of(tmp_path), rows)
+    assert read == 2**18
+    assert len({found["hash"] for found in table["media"].values()}) == 64
+
+
 def test_rows_are_others_when_they_say_or_show_another_thing(tmp_path: Path) -> None:
     one = clip_row(tmp_path / "a.mp4")
     other = [
