@@ -21,7 +21,7 @@ from mmalign.diffusion.showing import check_sampling, paint, write_samples
 from mmalign.diffusion.tracking import batch_metrics, by_timestep
 from mmalign.errors import ConfigError
 from mmalign.models import lora
-from mmalign.models.adapter import Adapter
+from mmalign.models.adapter import Adapter, LogpUnit
 from mmalign.models.reference import Ema, build_reference, copy_of
 
 if TYPE_CHECKING:
@@ -109,6 +109,14 @@ class DiffusionAdapter(Adapter):
         """Reference errors, and with a live reference the gap of the two predictions as KL."""
         kind = config.reference.kind
         return Needs(reference=kind != "none", kl=kind not in ("none", "mixture", "cached"))
+
+    @classmethod
+    def logp_unit(cls, config: RunConfig) -> LogpUnit:
+        """Errors; those of a sum are as large as a picture has elements, and compare with none."""
+        settings = config.diffusion
+        if settings.reduction == "sum":
+            return LogpUnit("errors", None)
+        return LogpUnit("errors", settings.logp_scale / 0.5, "diffusion.logp_scale / 0.5")
 
     @classmethod
     def usable(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:

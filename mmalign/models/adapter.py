@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import nn
@@ -92,6 +92,22 @@ class Saved:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class LogpUnit:
+    """What log-probabilities are counted in, which decides how large a loss's constants are.
+
+    Attributes:
+        of: Nats of tokens, or errors of pictures.
+        factor: What a constant is multiplied by before it is compared with published ones; None:
+            there are none of its unit.
+        setting: What the factor is made of, for messages.
+    """
+
+    of: Literal["nats", "errors"] = "nats"
+    factor: float | None = 1.0
+    setting: str = ""
+
+
 class Adapter(nn.Module, ABC):
     """A trainable policy, its reference, and the way to score candidates under both.
 
@@ -123,6 +139,11 @@ class Adapter(nn.Module, ABC):
         yield "reference", config.reference.path, None
         for number, part in enumerate(config.reference.mixture):
             yield f"mixture {number + 1}", part.path, None
+
+    @classmethod
+    def logp_unit(cls, config: RunConfig) -> LogpUnit:
+        """What the scores of `forward` are counted in."""
+        return LogpUnit()
 
     @classmethod
     def usable(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:

@@ -11,6 +11,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from mmalign.core.presets import ALIASES, PRESETS, diffusion
+from mmalign.models.adapter import adapter_class
 from mmalign.preflight import published
 from mmalign.preflight.bases import other_base
 
@@ -92,28 +93,26 @@ def _learning_rate(plan: Plan) -> Iterator[str]:
 
 def _strength(plan: Plan) -> Iterator[str]:
     """beta and its like, under the names that the losses have for them."""
-    settings, is_diffusion = plan.config.diffusion, plan.config.modality == "diffusion"
-    if is_diffusion and settings.reduction == "sum":
-        return  # then it is per unit of a sum, which the number of elements decides
-    factor = settings.logp_scale / 0.5 if is_diffusion else 1.0
+    unit = adapter_class(plan.config.modality).logp_unit(plan.config)
+    if unit.factor is None:
+        return
     for where, name, given in plan.losses:
         doubled = 2.0 if given.get("convention") == "diffusers" else 1.0
-        for key, known in _constants(name, is_diffusion).items():
+        for key, known in _constants(name, in_errors=unit.of == "errors").items():
             value = given.get(key, signature(PRESETS[name]).parameters[key].default)
-            if side := known.side(value * factor * doubled):
-                also = f", times diffusion.logp_scale / 0.5 = {factor:g}" if factor != 1.0 else ""
+            if side := known.side(value * unit.factor * doubled):
+                also = f", times {unit.setting} = {unit.factor:g}" if unit.factor != 1.0 else ""
                 yield _far(f"{where}.{key}", value, known, side, f"for {name}{also}")
 
 
-def _constants(name: str, is_diffusion: bool) -> dict[str, Range]:
-    """What was published of a loss's constants, in the units of the modality."""
+def _constants(name: str, *, in_errors: bool) -> dict[str, Range]:
+    """What was published of a loss's constants, in the unit of the log-probabilities."""
     if name not in PRESETS:
         return {}  # a loss of the user's own
-    in_errors = PRESETS[name].__module__ == diffusion.__name__
-    if in_errors == is_diffusion:
+    if in_errors == (PRESETS[name].__module__ == diffusion.__name__):
         others = published.OF_ERRORS if in_errors else published.OF_NATS
         known = published.STRENGTHS.get(name, others)
-    elif is_diffusion:  # a loss of log-probabilities, whose beta is then per unit of error
+    elif in_errors:  # a loss of log-probabilities, whose beta is then per unit of error
         known = {} if name in published.STRENGTHS else published.OF_ERRORS
     else:
         known = published.OF_NATS
@@ -188,15 +187,16 @@ def _adapter(plan: Plan) -> Iterator[str]:
 
 
 def _passes(plan: Plan) -> Iterator[str]:
-    """How often every row is seen; small sets of pictures are often seen a hundred times."""
-    if plan.config.modality == "diffusion" or not plan.rows:
+    """How often every row is seen."""
+    known = published.EPOCHS.get(plan.config.modality)
+    if known is None or not plan.rows:
         return
     epochs = plan.num_steps * plan.rows_per_step / len(plan.rows)
-    many = plan.num_steps > FEW_STEPS and published.EPOCHS.side(epochs) == "above"
+    many = plan.num_steps > FEW_STEPS and known.side(epochs) == "above"
     if many:
         yield (
             f"{plan.num_steps:,} steps of {plan.rows_per_step:,} rows see each of the "
-            f"{len(plan.rows):,} rows {epochs:,.0f} times; published are {published.EPOCHS}. "
+            f"{len(plan.rows):,} rows {epochs:,.0f} times; published are {known}. "
             f"Lower train.num_steps or num_epochs; {_QUIET}"
         )
 

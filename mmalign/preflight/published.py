@@ -95,7 +95,11 @@ OF_NATS: dict[str, Range] = {"beta": _NATS}
 OF_ERRORS: dict[str, Range] = {"beta": _ERRORS}
 """Constants of every other loss on errors of a picture, which are per unit of mean error."""
 
-EPOCHS = Range(1.0, 5.0, "DPO, KTO, TDPO, RRPO")
+EPOCHS = {
+    "text": Range(1.0, 5.0, "DPO, KTO, TDPO, RRPO"),
+    "video": Range(1.0, 5.0, "DPO, KTO, TDPO, RRPO"),
+}
+"""Passes over the rows, by modality; small sets of pictures are often seen a hundred times."""
 WARM_UP = Range(0.0, 0.5, "InPO and SmPO; most papers have 0 to 0.25", slack=1.0)
 """Share of a run."""
 

@@ -15,8 +15,11 @@ from mmalign import config as configs
 from mmalign.config import RunConfig
 from mmalign.core import presets
 from mmalign.data.example import Candidate, Example
+from mmalign.models.adapter import LogpUnit
 from mmalign.preflight import Plan, doubts
 from mmalign.preflight.published import DESIRABLE, LEARNING_RATES, STRENGTHS, Range
+from mmalign.text import adapter as text_adapter
+from mmalign.text.adapter import TextAdapter
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 LORA = {"lora": {"rank": 8, "alpha": 16}}
@@ -133,6 +136,23 @@ def test_one_sentence_names_what_is_far(sections: dict[str, Any], sentence: str)
 )
 def test_what_others_may_choose_is_not_in_doubt(sections: dict[str, Any]) -> None:
     assert said(**sections) == []
+
+
+def test_an_adapter_says_in_which_unit_constants_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its modality is called."""
+
+    class InErrors(TextAdapter):
+        @classmethod
+        def logp_unit(cls, config: RunConfig) -> LogpUnit:
+            return LogpUnit("errors", config.train.max_grad_norm, "train.max_grad_norm")
+
+    objective = {"name": "diffusion_dpo", "beta": 3000}
+    assert re.search(r"beta is 3000, far above .* 0\.01 to 1 ", said(objective=objective)[0])
+    monkeypatch.setattr(text_adapter, "TextAdapter", InErrors)
+    assert said(objective=objective, train={"max_grad_norm": 1.0}) == []
+    (line,) = said(objective=objective, train={"max_grad_norm": 0.001})
+    assert "far below" in line
+    assert "for diffusion_dpo, times train.max_grad_norm = 0.001" in line
 
 
 def _rated(good: bool) -> Example:
