@@ -1,10 +1,11 @@
 """One Diffusion-DPO step beside one built as diffusers' research script builds it, in one run.
 
-    python benchmarks/diffusion_vs_diffusers.py [--rounds N] [--json FILE] [--tiny]
+    python benchmarks/diffusion_vs_diffusers.py [--device cpu|cuda] [--rounds N] [--json FILE]
     python benchmarks/diffusion_vs_diffusers.py --device cuda --model sdxl --resolution 1024
 
-Stable Diffusion 1.5's architecture with random weights, 256 pixels, float32, LoRA of rank 16 on the
-attention's projections, AdamW, gradients clipped at 1, one pair a step, 2 CPU threads. The script's
+Stable Diffusion 1.5's architecture with random weights, LoRA of rank 16 on the attention's
+projections, AdamW, gradients clipped at 1, one pair a step; on a CPU 256 pixels, float32 and 2
+threads, on a GPU, the default where there is one, 512 pixels and bfloat16. The script's
 step encodes the pair with the VAE and its caption with the text encoder, runs the U-Net under the
 adapters with a gradient and once more without them, and steps. Ours reads latents and embeddings
 that `mmalign cache` wrote, with the reference run beside the policy (live) or its errors stored at
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_step import BETA, DECAY, LR, RANK, run_script
-from turns import Arm, Turns, ratio_line, take_turns
+from turns import Arm, Turns, device_of, ratio_line, take_turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -167,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", choices=("sd15", "sdxl"), default="sd15")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--resolution", type=int)
     parser.add_argument("--threads", type=int, default=2)
@@ -178,11 +179,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every number here")
     parser.add_argument("--arm", help=argparse.SUPPRESS)  # a child
     options = parser.parse_args()
+    device = device_of(options.device)
+    side = 1024 if options.model == "sdxl" else (256 if device == "cpu" else 512)
     given = {
         "model": options.model,
-        "device": options.device,
-        "dtype": options.dtype or ("float32" if options.device == "cpu" else "bfloat16"),
-        "resolution": options.resolution or (256 if options.model == "sd15" else 1024),
+        "device": device,
+        "dtype": options.dtype or ("float32" if device == "cpu" else "bfloat16"),
+        "resolution": options.resolution or side,
         "threads": options.threads,
         "checkpointing": options.checkpointing or options.model == "sdxl",
     }
@@ -193,11 +196,11 @@ def main() -> None:
         _prepare(folder, given, options.tiny)
         arms = dict(ARMS)
         comparisons = [arms]
-        if options.device == "cuda":
+        if device == "cuda":
             arms |= MORE_GPU
         elif options.usual:
             comparisons.append(MORE_CPU)
-        aims = AIMS if options.model == "sd15" and not options.tiny else {}
+        aims = AIMS if options.model == "sd15" and device == "cpu" and not options.tiny else {}
         results: list[Any] = []
         for comparison in comparisons:
             found = _compare(comparison, folder, given, options.rounds)

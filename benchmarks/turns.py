@@ -28,6 +28,17 @@ def resident(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
+def device_of(asked: str) -> str:
+    """cpu or cuda; auto is a GPU where there is one."""
+    import torch
+
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: there is no GPU that PyTorch could use")
+    return asked
+
+
 class Turns:
     """Waits for the parent's word before each step, and answers with seconds, MiB, CPU seconds.
 
@@ -115,6 +126,27 @@ def take_turns(arms: Sequence[Arm], rounds: int, *, uncounted: int = 2) -> dict[
             steps[arm.name].append(arm.step())
     for arm in arms:
         arm.close()
+    return _summed_up(steps)
+
+
+def one_by_one(arms: Sequence[Arm], rounds: int, *, uncounted: int = 2) -> dict[str, Any]:
+    """The same, each arm to its end before the next: for a device that holds the work of one.
+
+    An arm that fails is left out, and says why.
+    """
+    steps: dict[str, list[tuple[float, float, float, float]]] = {}
+    for arm in arms:
+        try:
+            taken = [arm.step() for _ in range(uncounted + rounds)]
+        except SystemExit as failure:
+            print(failure, flush=True)
+            continue
+        arm.close()
+        steps[arm.name] = taken[uncounted:]
+    return _summed_up(steps)
+
+
+def _summed_up(steps: Mapping[str, Sequence[tuple[float, float, float, float]]]) -> dict[str, Any]:
     return {
         arm: {
             "seconds": min(s for s, *_ in taken),

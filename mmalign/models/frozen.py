@@ -104,7 +104,9 @@ class FrozenCopy(Copy):
     def active(self) -> Iterator[nn.Module]:
         """The copy, on the device where the policy is by now."""
         device = next(self.policy.parameters()).device
-        if next(self.module.parameters()).device != device:
+        # Not the first alone: those that both share have moved with the policy.
+        own = (*self.module.parameters(), *self.module.buffers())
+        if any(tensor.device != device for tensor in own):
             self.module.to(device)
         with torch.no_grad():
             yield self.module

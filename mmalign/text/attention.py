@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 NAME = "mmalign_segments"
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+_HALF = (torch.bfloat16, torch.float16)
 _UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")  # change attention; not done here
 
 
@@ -138,7 +139,8 @@ def _attention(
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = _mask(q, k, window, segments.masks)
         shares = groups > 1
-        if shares and mask is not None and q.is_cuda:  # no fast kernel takes both
+        if shares and q.is_cuda and (mask is not None or q.dtype not in _HALF):
+            # Of the fast kernels flash alone shares heads: without a mask, in half precision.
             k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
             shares = False
         return F.scaled_dot_product_attention(
