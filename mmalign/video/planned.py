@@ -11,7 +11,7 @@ from mmalign.video.processing import Processed, Processor, Shown
 from mmalign.video.reader import MediaReader, Prepared
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Hashable, Mapping
 
     from mmalign.config import RunConfig
     from mmalign.data.example import Clip, Media, Picture, Sound
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mmalign.video.frames import Frames, Wave
     from mmalign.video.seen import Seen
 
-_KEPT = 64  # media, whose texts rows that follow each other share
+_KEPT = 64  # kinds of media, which rows share
 
 
 class PlannedReader(MediaReader):
@@ -32,7 +32,7 @@ class PlannedReader(MediaReader):
         """`seen` comes from `check_media`."""
         super().__init__(processor, config, FeatureStore(0))
         self.seen = seen
-        self._kept: OrderedDict[str, Processed] = OrderedDict()
+        self._kept: OrderedDict[Hashable, Processed] = OrderedDict()
 
     def key(self, media: Media) -> str:
         """As ever: altered media take as many tokens, and are counted as they were."""
@@ -44,13 +44,26 @@ class PlannedReader(MediaReader):
         Raises:
             DataError: The processor does not take them.
         """
-        key = self.key(media)
-        found = self._kept.get(key)
+        bare = replace(media, change=None)
+        try:
+            facts: Hashable = self._facts(bare)
+        except KeyError:  # decoded by nobody
+            facts = self.key(bare)
+        found = self._kept.get(facts)
         if found is None:
-            found = self._kept[key] = self._planned(replace(media, change=None), where)
+            found = self._kept[facts] = self._planned(bare, where)
             if len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
-        return Prepared(key, found)
+        return Prepared(self.key(bare), found)
+
+    def _facts(self, media: Media) -> Hashable:
+        """All that is known of the media: those alike take the same tokens, whatever they show."""
+        heard = self.hears_clip(media)
+        return (
+            tuple((self.seen[clip, heard], clip.start, clip.max_pixels) for clip in media.videos),
+            tuple(self._of(picture) for picture in media.images),
+            tuple(self._of(sound) for sound in media.sounds),
+        )
 
     def _planned(self, media: Media, where: str) -> Processed:
         try:

@@ -17,6 +17,7 @@ from mmalign.errors import ConfigError, DataError
 from mmalign.models.rows import survey_rows
 from mmalign.offline import plan_cache, write_cache
 from mmalign.video import survey as video_survey
+from mmalign.video.processing import Processor, Shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,6 +79,23 @@ def test_clips_that_take_much_memory_are_named(
     assert sizes[1] <= 4 * 1024 * 3 < sizes[0]
     monkeypatch.setattr(video_survey, "_MUCH", much)
     assert survey(QWEN, video={"num_frames": 4}).notes == ()
+
+
+def test_clips_of_one_length_and_size_are_planned_once(
+    survey: Callable[..., Surveyed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[int] = []
+    plan = Processor.plan
+
+    def counted(self: Processor, shown: Shown, where: str) -> Any:
+        planned.append(len(shown.clips[0][0].indices))
+        return plan(self, shown, where)
+
+    monkeypatch.setattr(Processor, "plan", counted)
+    alike = [{"videos": [f"clip{i}.mp4"} for i in range(3)]
+    found = survey(QWEN3, *alike, {"video": "long.mp4"}, count=4)
+    assert len(kept(found)) == 4
+    assert len(planned) == 2, "the longer one has other times"
 
 
 def test_good_rows_say_nothing(
