@@ -92,7 +92,7 @@ def test_clips_of_one_length_and_size_are_planned_once(
         return plan(self, shown, where)
 
     monkeypatch.setattr(Processor, "plan", counted)
-    alike = [{"videos": [f"clip{i}.mp4"} for i in range(3)]
+    alike = [{"video": f"clip{i}.mp4"} for i in range(3)]
     found = survey(QWEN3, *alike, {"video": "long.mp4"}, count=4)
     assert len(kept(found)) == 4
     assert len(planned) == 2, "the longer one has other times"
