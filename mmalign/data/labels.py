@@ -20,7 +20,7 @@ PREFERENCE = ("tie", *_PROBABILITIES, *_OF_VOTES, *_GRADED)
 """Keys of a pair that say which response is the better one, and by how much."""
 
 _SIDES = (("chosen", "rejected"), ("image_chosen", "image_rejected"))
-_SIDE = re.compile(r"(?:(?P<stem>.+[_-]))?(?P<side>chosen|rejected)(?P<rest>[_-].+)?")
+_SIDE = re.compile(r"(?:(?P<stem>.+[_-]))?(?P<side>chosen|rejected)(?P<rest>[_-].+)?", re.DOTALL)
 _BEGIN_WITH_SIDE = ("_cut", "_masked")
 
 

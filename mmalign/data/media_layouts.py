@@ -98,7 +98,7 @@ def _asked(question: Any) -> Any:
 def _cleaned(prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
     cleaned: list[dict[str, Any]] = []
     for turn in prompt:
-        text = re.sub(r"\s*<video>\s*$", "", str(turn["content"]).replace("<Q>", ""))
+        text = str(turn["content"]).replace("<Q>", "").rstrip().removesuffix("<video>")
         cleaned.append({**turn, "content": text.strip()})
     return cleaned
 

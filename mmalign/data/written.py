@@ -24,7 +24,7 @@ _MARK = re.compile(
 _ROLE = re.compile(r"\s*(?:assistant|human|user|gpt|chatgpt|bot|ai)\s*:", re.IGNORECASE)
 _NEXT_TURN = re.compile(r"\n\n(?:Human|User): ")
 _NOTHING = frozenset({"nan", "null", "<na>", "undefined", "[object object]"})
-_AT_AN_END = re.compile(r"(?<!\w)[*_#`]+|[*_#`]+(?!\w)|[\"'“”‘’«»]|[.,;:!?…]+(?!\w)")
+_AT_AN_END = re.compile(r"(?<!\w)[*_#`]+|(?<!_)[*_#`]+(?!\w)|[\"'“”‘’«»]|[.,;:!?…]+(?!\w)")
 
 
 def special_mark(candidate: Candidate) -> str:

@@ -25,7 +25,8 @@ from mmalign.data.phrases import differing_phrases
 from mmalign.data.words import alike_to, content, kinds, likeness, polarity, stem, words
 
 _LINE = re.compile(r"^[^\w\n]*+([A-Z])[).:]\s*+(\S.*)$", re.MULTILINE)
-_IN_LINE = re.compile(r"\(([A-Z])\)\s*(\S.*?)[\s,;]*(?=\([A-Z]\)|\n|$)")
+# Up to the next letter in brackets; what only parts the options belongs to none.
+_IN_LINE = re.compile(r"\(([A-Z])\)\s*+(\S(?:(?:[^\S\n]|[,;])*+(?!\([A-Z]\))[^\s,;])*+)")
 
 Outcome = Literal["right", "wrong", "undecided"]
 

@@ -31,7 +31,7 @@ def measure(prompt: str, text: str, num_tokens: int, keyword: str) -> Answer:
         text=text,
         words=len(text.split()),
         ended=num_tokens < SHORT,
-        one_sentence=len(re.findall(r"[.!?]+(?=\s|$)", text)) <= 1,
+        one_sentence=len(re.findall(r"(?<![.!?])[.!?]++(?=\s|$)", text)) <= 1,
         keyword=re.search(keyword, text.lower()) is not None,
     )
 

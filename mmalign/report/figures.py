@@ -109,8 +109,8 @@ def svg(
 
 def _inline(text: str, alt: str) -> Markup:
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', text)
+    text = re.sub(r"<metadata>(?:(?!<metadata>).)*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<svg [^<>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', text)
     used = set(re.findall(r"#([\w-]+)[)\"]", text))
     text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)

@@ -39,7 +39,6 @@ class Ends:
         self._id = tokenizer.convert_tokens_to_ids
         special = "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
         self._special = re.compile(special or "(?!)")
-        self._last = re.compile(rf"(?:(?:{special or '(?!)'})\s*)+\Z")
 
     @cached_property
     def stops(self) -> frozenset[int]:
@@ -67,10 +66,14 @@ class Ends:
 
     def after(self, text: str) -> tuple[str, str]:
         """What stands before the special tokens at the end of a text, and those up to the eos."""
-        found = self._last.search(text)
-        if found is None:
+        start, end = len(text), 0
+        for found in self._special.finditer(text):
+            if not end or text[end : found.start()].strip():
+                start = found.start()
+            end = found.end()
+        if text[end:].strip():
             return text, ""
-        return text[: found.start()], self.cut(found[0]) or ""
+        return text[:start], self.cut(text[start:]) or ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     Range = tuple[int, int]
 
-_LINE = re.compile(r"\n*[^\n]+\n*")
+_LINE = re.compile(r"(?:\A\n*+)?[^\n]++\n*+")
 
 
 def mark_spans(offsets: Sequence[Range], spans: Sequence[Range]) -> list[bool]:

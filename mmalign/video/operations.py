@@ -23,10 +23,10 @@ _COURSE = re.compile(
     r"|happen\w*|occur\w*|events?|actions?|activit\w+|doing|process|steps?|how many times"
     r"|mov(e|es|ed|ing|ements?)|motion|direction|forwards?|backwards?|revers\w*|turn(s|ed|ing)?"
     r"|speed\w*|fast(er)?|slow(er|ly)?|chang(e|es|ed|ing)|becom\w+|describ\w+|descriptions?"
-    r"|caption\w*|summar\w+|(does|did|do)\b[^.?!]*\bdo)\b",
+    r"|caption\w*|summar\w+)\b",
     re.IGNORECASE,
 )
-_ASKED = {"hflip": _SIDES, "reverse": _COURSE, "shuffle": _COURSE}
+_DOES = re.compile(r"\b(?:does|did|do)\b|[.?!]", re.IGNORECASE)
 
 
 def allowed(
@@ -64,8 +64,30 @@ def allowed(
     ]
     if not hints:
         return possible
-    hit = [name for name in possible if name not in _ASKED or _ASKED[name].search(prompt_text)]
+    hit = [name for name in possible if name not in _ASKED or _ASKED[name](prompt_text)]
     return hit or possible
+
+
+def _is_of_sides(text: str) -> bool:
+    return _SIDES.search(text) is not None
+
+
+def _is_of_course(text: str) -> bool:
+    return _COURSE.search(text) is not None or _asks_what_is_done(text)
+
+
+def _asks_what_is_done(text: str) -> bool:
+    """Whether there is a `do` behind another in one sentence: what does she do?"""
+    is_asked = False
+    for found in _DOES.finditer(text):
+        word = found[0].lower()
+        if is_asked and word == "do":
+            return True
+        is_asked = word.isalpha()
+    return False
+
+
+_ASKED = {"hflip": _is_of_sides, "reverse": _is_of_course, "shuffle": _is_of_course}
 
 
 def draw(operations: Sequence[str], k: int, rng: np.random.Generator) -> list[str]:

@@ -75,6 +75,12 @@ def test_a_synonym_that_is_not_known_is_another_word() -> None:
 def test_options_are_found_by_their_letters_in_order() -> None:
     assert options_of(LISTED) == options_of(IN_LINE) == ["a dog", "a cat", "two cats"]
     assert options_of("A. yes\nB. no") == ["yes", "no"]
+    assert options_of("Which? (A)  a dog,; (B) a (very) big, old cat ,\n(C)two") == [
+        "a dog",
+        "a (very) big, old cat",
+        "two",
+    ]
+    assert options_of("Which? (A), (B)\n; (C) ,") == [",", ";", ","]
     assert options_of("Is it (B) or (C)?") == options_of("What does it do?") == []
 
 
