@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +17,12 @@ from video_rows import run_config
 from mmalign.config import VideoConfig
 from mmalign.data.example import Clip
 from mmalign.errors import ConfigError, DataError
+from mmalign.video.frame_cache import FrameCache
 from mmalign.video.frames import Frames, Wave
+from mmalign.video.given import metadata
 from mmalign.video.media import read_frames
 from mmalign.video.processing import Processor, Shown
 from mmalign.video.sizes import Sizes
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 QWEN, QWEN3 = "qwen2_5_vl", "qwen3_vl"
 CLIPS = [(16, 720, 1280), (5, 1280, 720), (3, 480, 640), (2, 64, 64)]
@@ -169,6 +169,38 @@ def test_frames_are_resized_as_the_processor_does_it() -> None:
         for pixels in (whole, small)
     )
     assert np.array_equal(made["pixel_values_videos"], scaled["pixel_values_videos"])
+
+
+def test_times_are_drawn_before_frames_are_made_smaller(tmp_path: Path) -> None:
+    """Ernie's processor draws them on whole frames; a clip that is altered is left to it whole."""
+    import matplotlib
+    from transformers import Ernie4_5_VLMoeVideoProcessor
+
+    font = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+    area = {"shortest_edge": 3136, "longest_edge": 50_176}
+    own = Ernie4_5_VLMoeVideoProcessor(font=font, size=area)
+    file = write_clip(tmp_path / "wide.mp4", frames=40, size=(640, 360), fps=10)
+    settings, sizes = VideoConfig(num_frames=5), Sizes(own, VideoConfig())
+    for clip in (Clip(file), Clip(file, start=1.0, end=3.0)):
+        whole, held = read_frames(clip, settings), read_frames(clip, settings, sizes)
+        assert (whole.drawn, held.drawn) == (False, True)
+        assert held.pixels.nbytes < whole.pixels.nbytes / 4
+        made, scaled = (
+            own(
+                videos=[torch.from_numpy(frames.pixels).permute(0, 3, 1, 2).contiguous()],
+                video_metadata=[metadata(frames)],
+                do_sample_frames=False,
+                **({"draw_on_frames": False} if frames.drawn else {}),
+            )
+            for frames in (whole, held)
+        )
+        for name in ("pixel_values_videos", "video_grid_thw"):
+            assert np.array_equal(made[name], scaled[name]), name
+    cache = FrameCache(settings, sizes)
+    assert cache.get(Clip(file)).drawn
+    assert not cache.get(Clip(file), bare=True).drawn
+    assert (len(cache), cache.misses) == (2, 2)
+    assert not read_frames(Clip(file, max_pixels=10**9), settings, Sizes(None, settings)).drawn
 
 
 def test_frames_stay_whole_where_the_tensors_would_be_others() -> None:
