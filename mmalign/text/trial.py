@@ -7,6 +7,7 @@ longer ones, with padding, in evaluation and in training mode.
 from __future__ import annotations
 
 import inspect
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from mmalign.text.calls import in_mode, refusing
 from mmalign.text.logps import compute_dtype, response_logps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -77,7 +78,7 @@ def require_right(
         )
     if not trains:
         return
-    with refusing(model, "a pass in training mode"), torch.no_grad():
+    with refusing(model, "a pass in training mode"), torch.no_grad(), _undropped(model):
         gap = _gap(alone, *score_rows(model, heads, arrange(few, "plain")))
     if gap:
         raise ConfigError(
@@ -89,10 +90,26 @@ def require_right(
         return  # a backward pass inside of a wrapper's forward pass would confuse it
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with refusing(model, f"its backward pass (attention {attention_of(model)})"):
-        with torch.enable_grad():
+        with torch.enable_grad(), _undropped(model):
             total = score_rows(model, heads, arrange(few, "plain"))[0].sum()
         if total.requires_grad and trained:  # no gradient is left behind
             torch.autograd.grad(total, trained[:1], allow_unused=True)
+
+
+@contextmanager
+def _undropped(model: PreTrainedModel) -> Iterator[None]:
+    """Without the dropout of a LoRA, which changes scores and draws numbers that a run needs.
+
+    A resumed run is tried when its factors are no longer 0.
+    """
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.training]
+    for layer in layers:
+        layer.training = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = True
 
 
 def score_rows(

@@ -103,7 +103,7 @@ def first_step(config: RunConfig, device: str, *, moved: float = 0.02) -> Step:
         assert logps.policy.device.type == device
         assert loss.value.isfinite()
         return Step(
-            float(loss.value),
+            float(loss.value.detach()),
             logps.policy.detach().double().cpu(),
             {n: p.grad.detach().double().cpu() for n, p in trained if p.grad is not None},
             getattr(run.adapter, "_layout", None),

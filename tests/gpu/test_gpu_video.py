@@ -7,7 +7,6 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from devices import HALF, NEEDS_CUDA, cached, changed, exact, first_step, near, on
 from typer.testing import CliRunner
 from video_runs import configured, row, write_rows
@@ -149,4 +148,3 @@ def test_clues(make: Make, tmp_path: Path) -> None:
         train(config)
         prompts = write_rows(tmp_path / "q.jsonl", [{"prompt": "Why?"}])
         command("sample", tmp_path / "config.json", "--prompts", prompts)
-    assert torch.cuda.is_available()

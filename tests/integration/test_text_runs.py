@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +154,24 @@ def test_per_candidate_gives_the_same_gradient(
         if parameter_name in expected:
             gap = (parameter.grad - expected[parameter_name]).abs().max()
             assert float(gap) < 1e-6 * scale, parameter_name
+
+
+def test_a_run_with_dropout_resumes_to_the_same_bits(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    """The trial of a resumed run meets factors that are not 0; it drops and draws nothing."""
+    settings: dict[str, Any] = {
+        "model": {"lora": {"rank": 4, "dropout": 0.2}},
+        "train": {"num_steps": 4, "save_every": 2, "lr": 0.01, "check_reference": False},
+        "sample": {"num_prompts": 0},
+    }
+    config = config_of(tmp_path, tiny_llama_dir, **settings)
+    train(config)
+    last = config.output / "checkpoint-4"
+    whole = load_file(last / "weights.safetensors")
+    shutil.rmtree(last)
+    shutil.rmtree(config.output / "final")
+    train(config, resume=True)
+    again = load_file(last / "weights.safetensors")
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
 @pytest.mark.slow
