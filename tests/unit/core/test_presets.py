@@ -111,7 +111,7 @@ def test_unknown_preset_suggests_the_nearest() -> None:
         ("sft", {"wpo": True}, r"act on pairs, but this objective does not read any"),
         ("aot", {"wpo": True}, r"wpo weighs pairs, but Aot compares responses of different rows"),
         ("bco", {"wpo": True}, r"wpo weighs pairs, but Bco"),
-        ("bco", {"rows": "unpaired", "ld_alpha": 0.5}, r"defined for pairs; this loss rates single responses"),
+        ("bco", {"rows": "unpaired", "ld_alpha": 0.5}, r"defined for pairs; this loss"),
         ("plackett_luce", {"ld_alpha": 0.5}, r"PlackettLuce does not read"),
         ("orpo", {"ld_alpha": 0.5}, r"ld_alpha is not defined on log-odds"),
         ("dpo", {"ld_alpha": 1.5}, r"objective.ld_alpha is 1.5; it must be in \[0, 1\]"),
