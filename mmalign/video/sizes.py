@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _EDGES = ("shortest_edge", "longest_edge")  # areas, in the processors that resize freely
 _FLOOR = 1.05  # a capped processor lets a frame have so much more than its least area
-_TRIED = ((96, 128), (240, 320), (720, 1280), (1440, 2560), (2160, 3840))
+_TRIED = ((96, 128), (240, 320), (720, 1280), (900, 1600), (1440, 2560), (2160, 3840))
 _TYPICAL = (720, 1280)  # to see beforehand whether a setting can be kept to
 
 
