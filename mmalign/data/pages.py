@@ -220,7 +220,8 @@ class Pages:
         lengths: _Lengths | None = None
         for page in self._pages(stream, group, column, whole=whole):
             if page.kind == _DICTIONARY:
-                lengths = _Lengths(stream, page, column)
+                free = min(MOST_HELD, self._most) if whole else FREE
+                lengths = _Lengths(stream, page, column, free)
                 continue
             column.held += page.num_values * max(_VALUE, width or 0)
             column.written += page.unfolded
@@ -281,13 +282,13 @@ def _page(stream: BinaryIO, at: int) -> _Page:
 class _Lengths:
     """Of the texts of a dictionary page; those of its pages' codes without them."""
 
-    def __init__(self, stream: BinaryIO, page: _Page, column: _Column) -> None:
+    def __init__(self, stream: BinaryIO, page: _Page, column: _Column, free: int) -> None:
+        """Look at the texts only where all values together might take more than `free` bytes."""
         self._stream, self._page, self._column = stream, page, column
         self._found: NDArray[np.int64] | None = None
         self._levels = column.about.max_repetition_level, column.about.max_definition_level
-        self.longest = page.unfolded
-        if page.unfolded * column.chunk.num_values > FREE:
-            self.longest = int(self._all().max(initial=0))
+        self._is_free = page.unfolded * column.chunk.num_values <= free
+        self.longest = page.unfolded if self._is_free else int(self._all().max(initial=0))
 
     def _all(self) -> NDArray[np.int64]:
         if self._found is None:
@@ -303,7 +304,7 @@ class _Lengths:
     def of(self, page: _Page) -> int:
         """Bytes that the values of a page take together."""
         most = page.num_values * self.longest
-        if most <= FREE // 8 or page.about.get(4 if page.kind == _DATA else 0) == _BIT_PACKED:
+        if self._is_free or page.about.get(4 if page.kind == _DATA else 0) == _BIT_PACKED:
             return most
         data = self._body(page)
         if page.kind == _DATA:
