@@ -64,7 +64,7 @@ SLOW: dict[str, dict[str, Any]] = {
     "gpt_neox": LLAMA | {"hidden_dropout": 0.2}, "granite": LLAMA | {"logits_scaling": 4.0},
     "granitemoe": LLAMA | EXPERTS, "helium": LLAMA, "mamba": {"hidden_size": 32,
     "num_hidden_layers": 2, "state_size": 8}, "mistral": LLAMA | {"sliding_window": 8},
-    "nemotron": LLAMA, "olmo2": LLAMA, "olmoe": LLAMA | {"num_experts": 4},
+    "nemotron": LLAMA, "olmo2": LLAMA, "olmoe": LLAMA | {"num_experts": 4, "num_experts_per_tok": 2},
     "persimmon": LLAMA, "phi": LLAMA, "phi3": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA,
     "qwen3_moe": LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "smollm3": LLAMA, "stablelm": LLAMA, "starcoder2": LLAMA,
