@@ -38,9 +38,8 @@ def torchrun(config: Path, *options: str, **variables: str) -> subprocess.Comple
 COMMON = ("model.dtype=float64", "train.optimizer=sgd", "train.num_steps=5", "train.accumulate=2")
 
 
-@pytest.mark.parametrize(
-    "backward", ["joint", pytest.param("per_candidate", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("backward", ["joint", "per_candidate"])
 def test_two_processes_equal_one_with_the_double_batch(tmp_path: Path, backward: str) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()

@@ -202,6 +202,7 @@ def test_rated_pictures_and_another_rows_caption(
         trained(tmp_path / "one", sd15_dir, data["rated"], **sections)
 
 
+@pytest.mark.slow
 def test_ranked_pictures(sd15_dir: Path, data: Data, tmp_path: Path) -> None:
     ranking = {"objective": {"name": "plackett_luce"}}
     trained(tmp_path / "list", sd15_dir, data["ranked"], **ranking)
@@ -211,6 +212,7 @@ def test_ranked_pictures(sd15_dir: Path, data: Data, tmp_path: Path) -> None:
     assert logged(tmp_path / "pairs")[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_exchanged_pairs_go_the_other_way(sd15_dir: Path, data: Data, tmp_path: Path) -> None:
     one_step = {"train": {"lr": 1e-4}}
     forth = trained(tmp_path / "forth", sd15_dir, data["pairs"], **one_step)

@@ -32,6 +32,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_demo_writes_its_runs_pictures_and_summary(demo: Path) -> None:
     result = json.loads((demo / "summary.json").read_text(encoding="utf-8"))
     assert result["seed"] == 3
@@ -50,6 +51,7 @@ def test_demo_writes_its_runs_pictures_and_summary(demo: Path) -> None:
     assert (demo / "aligned" / "final" / "unet" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_demo_trains_with_the_ordinary_loop_from_an_ordinary_config(demo: Path) -> None:
     from mmalign.config import load
     from mmalign.quickstart.digits import prompt
@@ -67,6 +69,7 @@ def test_demo_trains_with_the_ordinary_loop_from_an_ordinary_config(demo: Path) 
     assert {row["prompt"] for row in rows} == {prompt(digit) for digit in range(10)}, "no styles"
 
 
+@pytest.mark.slow
 def test_demo_report_is_honest_and_self_contained(demo: Path) -> None:
     page = (demo / "report.html").read_text(encoding="utf-8")
     for heading in (
@@ -113,6 +116,7 @@ def test_settings_are_those_of_the_recipe() -> None:
     assert config.data.train[0].path == "runs/pairs/train/pairs.jsonl"
 
 
+@pytest.mark.slow
 def test_pictures_of_a_seed_do_not_depend_on_how_many_are_drawn(demo: Path) -> None:
     from mmalign.quickstart import digits
     from mmalign.quickstart.digits_pairs import Painter, each_digit

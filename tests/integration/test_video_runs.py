@@ -172,11 +172,8 @@ def test_final_weights_give_the_runs_log_probabilities_by_plain_libraries(
     assert ours.tolist() == pytest.approx(theirs, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [["language"], pytest.param([], marks=pytest.mark.slow)],
-    ids=["with LoRA", "alone"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [["language"], []], ids=["with LoRA", "alone"])
 def test_final_clues_evaluate_as_the_run_did(
     parts: list[str], video_models: Models, data: dict[str, Any], tmp_path: Path
 ) -> None:

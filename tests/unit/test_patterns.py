@@ -127,7 +127,7 @@ def some_now_all_when_slow() -> list[Any]:
     """Every eighth in the default run: half a second each is too much for all of them."""
     slow = pytest.mark.slow
     return [
-        pytest.param(place, marks=() if number % 8 == 0 else slow)
+        pytest.param(place, marks=() if number % 16 == 0 else slow)
         for number, place in enumerate(sorted(patterns()))
     ]
 

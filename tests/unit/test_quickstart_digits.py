@@ -106,6 +106,7 @@ def test_networks_have_the_size_that_the_recipe_names() -> None:
     assert millions(digits_base._text_encoder()) == pytest.approx(0.07, abs=0.005)
 
 
+@pytest.mark.slow
 def test_base_is_a_pipeline_and_the_same_for_a_seed(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

@@ -321,7 +321,7 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize("buckets", [False, True])
+@pytest.mark.parametrize("buckets", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_four_large_pictures_take_the_memory_of_one(tmp_path: Path, buckets: bool) -> None:
     size = 7000, 6000  # of which one takes 160 MiB
     Image.new("L", size).save(tmp_path / "large.png")

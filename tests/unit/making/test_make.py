@@ -226,6 +226,7 @@ def _folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
 
 
+@pytest.mark.slow
 def test_a_model_s_wrong_answers_become_pairs_that_train(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
