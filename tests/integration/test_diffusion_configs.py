@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny_pictures
@@ -59,7 +59,18 @@ def shrunk(path: Path, model: Path, data: dict[str, Path], folder: Path) -> RunC
     return configs.load(path, [*own, train, *sizes])
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def _once_by_default() -> list[Any]:
+    """All configs; those of SDXL whose method also has one of SD 1.5 are slow."""
+    stems = {path.stem for path in CONFIGS}
+    return [
+        pytest.param(path, id=path.stem, marks=pytest.mark.slow)
+        if path.stem.replace("_sdxl", "_sd15") in stems - {path.stem}
+        else pytest.param(path, id=path.stem)
+        for path in CONFIGS
+    ]
+
+
+@pytest.mark.parametrize("path", _once_by_default())
 def test_config_dry_runs(
     path: Path,
     data: dict[str, Path],

@@ -160,6 +160,7 @@ def test_a_reference_that_inverts(sd15_dir: Path, data: Data, tmp_path: Path) ->
     assert runs["policy"][1] != runs["reference"][1]
 
 
+@pytest.mark.slow
 def test_shapes_in_one_batch(sdxl_dir: Path, tmp_path: Path) -> None:
     """Rows of other aspect ratios in one batch: each as alone."""
     files: list[str] = []

@@ -27,6 +27,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_demo_writes_its_runs_and_summary(demo: Path) -> None:
     result = json.loads((demo / "summary.json").read_text(encoding="utf-8"))
     assert result["seed"] == 3
@@ -44,6 +45,7 @@ def test_demo_writes_its_runs_and_summary(demo: Path) -> None:
     assert result["base_steps"] + result["base_steps_skipped"] == 3
 
 
+@pytest.mark.slow
 def test_demo_trains_the_language_model_alone_with_the_ordinary_loop(demo: Path) -> None:
     from safetensors.torch import load_file
 
@@ -61,6 +63,7 @@ def test_demo_trains_the_language_model_alone_with_the_ordinary_loop(demo: Path)
     assert not [name for name in moved if any(part in name for part in frozen)]
 
 
+@pytest.mark.slow
 def test_demo_report_is_honest_and_self_contained(demo: Path) -> None:
     page = (demo / "report.html").read_text(encoding="utf-8")
     for heading in (

@@ -152,6 +152,7 @@ def test_any_number_of_kills_at_any_moment(tmp_path: Path, seed: int) -> None:
     assert lines(config.output) == [pytest.approx(line, rel=1e-6) for line in lines(whole / "run")]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path: Path, noisy: Path) -> None:
     config = toy_config(tmp_path, *SETTINGS, noise=0.1, seconds=0.1)
     process = start(tmp_path, "train.save_every=1000")

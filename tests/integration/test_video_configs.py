@@ -49,7 +49,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+REPEATED = ("rrpo_qwen3vl", "rrpo_llavaov")
+"""Their method is dry-run on another class by default, and their class by another method."""
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in REPEATED))
+        for path in CONFIGS
+    ],
+)
 def test_config_dry_runs(
     path: Path,
     data: dict[str, Path],

@@ -226,7 +226,10 @@ def merged_state(policy: nn.Module) -> dict[str, Tensor]:
     return dict(lora.merge(deepcopy(policy)).state_dict())  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("keeps", [0.0, 1.0, 0.3])
+@pytest.mark.parametrize(
+    "keeps",
+    [pytest.param(0.0, marks=pytest.mark.slow), pytest.param(1.0, marks=pytest.mark.slow), 0.3],
+)
 def test_negative_lora_beside_a_lora_policy(digits_dir: Path, tmp_path: Path, keeps: float) -> None:
     """W = base + keeps * (positive - base) + weight * (negative - base)"""
     studio = Studio(digits_dir, size=8)

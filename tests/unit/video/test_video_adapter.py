@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     Models = Callable[[str], Path]
 
 
-FEW = ("qwen3_vl", "video_llava", OMNI)
-"""Classes that differ most: deep features and turned positions, one plain row of tokens, sound."""
+FEW = ("qwen3_vl", OMNI)
+"""Classes that differ most: deep features and turned positions, sound."""
 
 SEVERAL = [kind if kind in FEW else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 
