@@ -65,7 +65,18 @@ def test_shipped_settings_are_in_no_doubt(path: Path) -> None:
 
 
 FAR: list[tuple[dict[str, Any], str]] = [
-    ({"train": {"lr": 1.0}}, r"train\.lr is 1, far above the highest .*all weights.*1e-05 \(SimPO"),
+    ({"train": {"lr": 1.0}}, r"train\.lr is 1, far above the highest .*all weights.*0\.001 \(Nemo"),
+    ({"train": {"lr": 5e-3}}, r"train\.lr .* 3e-08 to 0\.001 \(Nemotron-4.* of GPT-2 in rDPO"),
+    ({"train": {"lr": 5e-3}, "model": LORA}, r"train\.lr .* 5e-07 to 0\.001 \(Zephyr.*LoRA\)"),
+    ({"modality": "video", "train": {"lr": 2e-4}}, r"train\.lr .* 2e-07 to 1e-05 \(InternVL"),
+    (
+        {"modality": "video", "train": {"lr": 5e-4}, "model": LORA},
+        r"train\.lr .* 1e-07 to 0\.0001 \(POVID",
+    ),
+    (
+        {"modality": "video", "train": {"lr": 5e-3}, "objective": {"name": "sft"}},
+        r"train\.lr .* 2e-07 to 0\.001 \(Qwen-VL",
+    ),
     ({"train": {"lr": 1e-12}}, r"train\.lr is 1e-12, far below the lowest .*Raise it"),
     ({"train": {"lr": 1e-2}, "model": LORA}, r"train\.lr is 0\.01, .* for a LoRA"),
     ({"train": {"lr": 0.1}, "objective": {"name": "sft"}}, r"train\.lr is 0\.1, .*SmolLM2"),
@@ -75,10 +86,15 @@ FAR: list[tuple[dict[str, Any], str]] = [
     ({"modality": "diffusion", "train": {"lr": 8e-10}}, r"train\.lr .* 8\.2e-09 to 2\.05e-05"),
     (
         {"modality": "diffusion", "train": {"lr": 2e-5}, "rows": 2},
-        r"train\.lr is 2e-05 at 2 rows a step, 1e-05 a row: 800 times the highest.*scale_lr",
+        r"train\.lr is 2e-05 at 2 rows a step, 1e-05 a row: 16 times the highest.*scale_lr, MaPO",
     ),
     ({"objective": {"name": "simpo", "beta": 0.1}}, r"objective\.beta is 0\.1, .*2 to 10 \(SimPO"),
+    ({"objective": {"name": "simpo", "gamma": 11}}, r"objective\.gamma is 11, .*0 to 5 \(SimPO"),
+    ({"objective": {"name": "sigmoid_norm", "beta": 0.1}}, r"is 0\.1, far below .* 5 \(Tulu 3\)"),
+    ({"objective": {"name": "dpop", "penalty": 0.4}}, r"is 0\.4, far below .* 5 to 500 \(Smaug"),
     ({"objective": {"name": "sigmoid", "beta": 5000}}, r"objective\.beta is 5000, .*for dpo"),
+    ({"objective": {"name": "dpo", "beta": 12}}, r"is 12, far above .* 0\.0003 to 5 \(Nemotron"),
+    ({"objective": {"name": "dpo", "beta": 1e-4}}, r"is 0\.0001, far below .* 0\.0003 to 5 \("),
     ({"objective": {"name": "ipo", "tau": 30}}, r"objective\.tau is 30"),
     ({"objective": {"mix": {"dpo": {"beta": 50}, "sft": 0.1}}}, r"objective\.mix\.dpo\.beta is 50"),
     (
@@ -94,7 +110,10 @@ FAR: list[tuple[dict[str, Any], str]] = [
     ({"train": {"betas": [0.999, 0.9]}}, r"train\.betas is \[0\.999, 0\.9\].*wrong way round"),
     ({"train": {"betas": [0.3, 0.5]}}, r"train\.betas is 0\.5, far below"),
     ({"train": {"weight_decay": 10}}, r"train\.weight_decay is 10"),
-    ({"model": {"lora": {"rank": 2, "alpha": 512}}}, r"model\.lora\.alpha is 256 times its rank"),
+    (
+        {"model": {"lora": {"rank": 2, "alpha": 512}}},
+        r"model\.lora\.alpha is 256 times its rank.* 0\.25 to 4 \(QLoRA",
+    ),
     ({"model": {"lora": {"dropout": 0.1}}, "train": {"lr": 1e-5}}, r"model\.lora\.dropout is 0\.1"),
     ({"reference": {"kind": "ema", "decay": 0}}, r"the reference is the policy itself"),
     ({"objective": {"name": "cdpo", "flip": 0.5}}, r"objective\.flip is 0\.5, far above"),
@@ -138,6 +157,84 @@ def test_what_others_may_choose_is_not_in_doubt(sections: dict[str, Any]) -> Non
     assert said(**sections) == []
 
 
+def _trained(lr: float, *lora: int, **more: Any) -> dict[str, Any]:
+    """Sections of a recipe: learning rate, rank and alpha of a LoRA, other settings."""
+    train = {"lr": lr} | {key: more.pop(key) for key in ("warmup", "betas") if key in more}
+    if "weight_decay" in more:
+        train["weight_decay"] = more.pop("weight_decay")
+    model = {"lora": {"rank": lora[0], "alpha": lora[1]}} if lora else {}
+    return {"train": train, "model": model, **more}
+
+
+def _loss(name: str, **keywords: Any) -> dict[str, Any]:
+    return {"name": name, **keywords}
+
+
+CLIPS, PICTURES = {"modality": "video"}, {"modality": "diffusion"}
+RECIPES: dict[str, dict[str, Any]] = {
+    "Zephyr": _trained(5e-7, warmup=0.1, objective=_loss("dpo", beta=0.01)),
+    "Zephyr, LoRA": _trained(5e-7, 64, 16, warmup=0.1, objective=_loss("dpo", beta=0.1)),
+    "Zephyr-ORPO": _trained(5e-6, warmup=100, objective=_loss("orpo", lam=0.05)),
+    "Zephyr-ORPO, QLoRA": _trained(5e-5, 16, 16, objective=_loss("orpo", lam=0.05)),
+    "SmolLM2": _trained(1e-6, warmup=0.1, objective=_loss("dpo", beta=0.5)),
+    "SmolLM2, supervised": _trained(1e-3, warmup=0.1, objective=_loss("sft")),
+    "SmolLM3": _trained(1e-6, objective=_loss("apo_zero", beta=0.05)),
+    "Tulu 3": _trained(2e-7, warmup=0.1, objective=_loss("sigmoid_norm", beta=5.0)),
+    "Tulu 3, supervised": _trained(2e-6, warmup=0.03, objective=_loss("sft")),
+    "OLMo 3": _trained(8e-8, objective=_loss("dpo", beta=0.1)),
+    "Nemotron-4": _trained(3e-8, objective=_loss("dpo", beta=3e-4)),
+    "NeMo-Aligner": _trained(9e-7, warmup=10, objective=_loss("dpo", beta=5.0)),
+    "DPO": _trained(1e-6, warmup=150, objective=_loss("dpo", beta=0.5)),
+    "GPT-2 in TRL": _trained(1e-3, warmup=150),
+    "GPT-2 in TRL, LoRA": _trained(1e-3, 16, 16, warmup=150),
+    "Llama 2 in TRL, QLoRA": _trained(5e-4, 8, 16, weight_decay=0.05),
+    "rDPO": _trained(1e-3, objective=_loss("rdpo", beta=0.01, flip=0.1)),
+    "cDPO in HALOs": _trained(5e-6, objective=_loss("cdpo", beta=0.1, flip=0.2)),
+    "RSO": _trained(1e-6, objective=_loss("rso", gamma=0.05)),
+    "NCA": _trained(5e-6, objective=_loss("nca", beta=0.01)),
+    "SLiC-HF": _trained(1e-4, objective=_loss("hinge")),
+    "ORPO": _trained(5e-6, warmup=200, objective=_loss("orpo", lam=0.1)),
+    "SimPO": _trained(3e-7, warmup=0.1, objective=_loss("simpo", beta=2.0, gamma=1.6)),
+    "SimPO, Gemma 2": _trained(8e-7, objective=_loss("simpo", beta=10.0, gamma=5.0)),
+    "SimPO, its widest search": _trained(1e-6, objective=_loss("simpo", beta=10.0, gamma=10.0)),
+    "AlphaPO": _trained(7e-7, objective=_loss("alphapo", alpha=0.25, beta=2.5, gamma=0.1)),
+    "KTO": _trained(5e-6, warmup=150, objective=_loss("kto", beta=0.1)),
+    "Smaug, least": _trained(1e-6, objective=_loss("dpop", penalty=5.0)),
+    "Smaug, most": _trained(1e-6, objective=_loss("dpop", penalty=500.0)),
+    "QLoRA, 65B": _trained(1e-4, 64, 16, warmup=0.03, objective=_loss("sft")),
+    "QLoRA": _trained(2e-4, 64, 16, warmup=0.03, objective=_loss("sft")),
+    "InternVL3-MPO": CLIPS | _trained(2e-7, warmup=0.03, weight_decay=0.05),
+    "InternVL2-MPO": CLIPS | _trained(5e-6, warmup=0.03, weight_decay=0.05),
+    "LLaVA-Hound": CLIPS | _trained(5e-7, warmup=0.1, objective=_loss("dpo", beta=0.1)),
+    "ms-swift": CLIPS | _trained(1e-5, warmup=0.05),
+    "ms-swift, LoRA": CLIPS | _trained(1e-4, 8, 32, warmup=0.05),
+    "POVID": CLIPS | _trained(1e-7, 128, 256, objective=_loss("povid")),
+    "mDPO": CLIPS
+    | _trained(1e-5, 64, 128, betas=[0.9, 0.98], weight_decay=0.05, objective=_loss("mdpo")),
+    "RRPO": CLIPS | _trained(2e-5, 128, 256, objective=_loss("rrpo", beta=0.9, alpha=0.01)),
+    "Qwen-VL": CLIPS | _trained(1e-5, betas=[0.9, 0.95], weight_decay=0.1, objective=_loss("sft")),
+    "Qwen3-VL": CLIPS | _trained(2e-7, weight_decay=0.01, objective=_loss("sft")),
+    "Qwen3-VL, LoRA": CLIPS | _trained(2e-5, 64, 16, objective=_loss("sft")),
+    "LLaVA, LoRA": CLIPS | _trained(2e-4, 128, 256, objective=_loss("sft")),
+    "LLaVA's projector": CLIPS | _trained(1e-3, warmup=0.03, objective=_loss("sft")),
+    "Diffusion-DPO": PICTURES | _trained(2.048e-5, warmup=0.25, rows=2048),
+    "Diffusion-KTO": PICTURES | _trained(1e-7, rows=2048, objective=_loss("diffusion_kto")),
+    "InPO": PICTURES | _trained(1.024e-5, warmup=0.5, rows=1024, objective=_loss("inpo")),
+    "MaPO on one device": PICTURES | _trained(1e-5, rows=16, objective=_loss("mapo")),
+    "VideoDPO on two devices": PICTURES | _trained(6e-6, rows=4),
+    "diffusers, LoRA": PICTURES
+    | _trained(1e-5, 8, 8, objective=_loss("diffusion_dpo", beta=2500.0, convention="diffusers")),
+    "Flow-DPO, LoRA": PICTURES | _trained(3e-4, 32, 64, objective=_loss("flow_dpo", beta=100.0)),
+    "dreambooth_lora": PICTURES | _trained(5e-4, 4, 4, objective=_loss("sft")),
+}
+"""As released; of the ranges these are the ends and what lies between them."""
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_released_recipe_is_in_no_doubt(recipe: dict[str, Any]) -> None:
+    assert said(**recipe) == []
+
+
 def test_an_adapter_says_in_which_unit_constants_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever its modality is called."""
 
@@ -147,7 +244,7 @@ def test_an_adapter_says_in_which_unit_constants_are(monkeypatch: pytest.MonkeyP
             return LogpUnit("errors", config.train.max_grad_norm, "train.max_grad_norm")
 
     objective = {"name": "diffusion_dpo", "beta": 3000}
-    assert re.search(r"beta is 3000, far above .* 0\.01 to 1 ", said(objective=objective)[0])
+    assert re.search(r"beta is 3000, far above .* 0\.0003 to 5 ", said(objective=objective)[0])
     monkeypatch.setattr(text_adapter, "TextAdapter", InErrors)
     assert said(objective=objective, train={"max_grad_norm": 1.0}) == []
     (line,) = said(objective=objective, train={"max_grad_norm": 0.001})
