@@ -58,11 +58,10 @@ def require_right(
         ConfigError: naming the class, the fault and its size.
     """
     name = type(model).__name__
-    few = few.select(0)  # one response a row tells as much as all of them
+    if len(few.labels) > 1:  # one response a row tells as much as all; one row alone has no padding
+        few = few.select(0)
     with refusing(model, "a pass over a few rows"), torch.no_grad(), in_mode(model, training=False):
-        alone = {
-            (row, 0): _alone(model, heads, few, arrange, row) for row in range(len(few.labels))
-        }
+        alone = {at: _alone(model, heads, few, arrange, at) for at in _tried(few)}
         found = score_rows(model, heads, arrange(few, "plain"))
     gap = _gap(alone, *found)
     if gap:
@@ -92,7 +91,7 @@ def require_right(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with refusing(model, f"its backward pass (attention {attention_of(model)})"):
         with torch.enable_grad(), _undropped(model):
-            one = few.take(torch.tensor([0]))
+            one = few.take(torch.tensor([0])).select(0)
             total = score_rows(model, heads, arrange(one, "plain"))[0].sum()
         if total.requires_grad and trained:  # no gradient is left behind
             torch.autograd.grad(total, trained[:1], allow_unused=True)
@@ -131,25 +130,32 @@ def attention_of(model: PreTrainedModel) -> str:
     return str(getattr(model.config, "_attn_implementation", "its own"))
 
 
+def _tried(few: Batch) -> list[tuple[int, int]]:
+    """Two responses: of two rows, or of the only one."""
+    rows, candidates = few.labels.shape
+    return [(row, k) for row in range(rows) for k in range(candidates)][:2]
+
+
 def _takes_ids(few: Batch, arrange: Arrange) -> bool:
     return arrange(few, "plain").feed is None
 
 
 def _alone(
-    model: PreTrainedModel, heads: Heads, few: Batch, arrange: Arrange, row: int
+    model: PreTrainedModel, heads: Heads, few: Batch, arrange: Arrange, at: tuple[int, int]
 ) -> Tensor:  # [n]
     """Log-probabilities of one response, in a pass of its own."""
     if not _takes_ids(few, arrange):  # the model's own forward would need the media themselves
-        one = few.take(torch.tensor([row]))
+        row, k = at
+        one = few.take(torch.tensor([row])).select(k)
         rows = arrange(one, "plain")
         return score_rows(model, heads, rows)[0][0, 0][rows.mask[0, 0]]
-    prompt, response = _ids(few, row)
+    prompt, response = _ids(few, at)
     logps = own_logps(model, torch.cat([prompt, response]), len(response))
     return logps.gather(-1, response[:, None]).squeeze(-1)
 
 
-def _ids(few: Batch, row: int) -> tuple[Tensor, Tensor]:
-    inputs, at = few.inputs, (row, 0)
+def _ids(few: Batch, at: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    inputs = few.inputs
     prompt, response = (
         inputs[f"{part}_ids"][at][inputs[f"{part}_mask"][at]] for part in ("prompt", "response")
     )
@@ -175,7 +181,7 @@ def own_logps(model: PreTrainedModel, ids: Tensor, count: int, **inputs: Any) ->
 @torch.no_grad()
 def _seen_ahead(model: PreTrainedModel, few: Batch) -> float | None:
     """How far what follows moves a response's log-probabilities; None where it does not."""
-    prompt, response = _ids(few, -1)
+    prompt, response = _ids(few, _tried(few)[-1])
     ids, tail = torch.cat([prompt, response]), prompt[:4].flip(0)
     with in_mode(model, training=False):
         short = own_logps(model, ids, len(response))

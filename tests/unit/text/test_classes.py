@@ -186,6 +186,17 @@ def test_noise_in_training_mode_is_found() -> None:
         adapter(adapter.collate(examples()), NEEDS)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_that_touch_each_other_are_found_in_a_batch_of_any_size(rows: int) -> None:
+    """A batch of one row still has its responses beside each other."""
+    model = make("gpt2", GPT)
+    block: Any = model.transformer.h[0]
+    block.register_forward_hook(lambda module, _, out: out + out.mean(0, keepdim=True))
+    adapter = TextAdapter(run_config(), NEEDS, model, make_tokenizer())
+    with pytest.raises(ConfigError, match="log-probabilities of a row beside longer ones are"):
+        adapter(adapter.collate(examples()[:rows]), NEEDS)
+
+
 def test_a_class_without_a_backward_pass_is_refused() -> None:
     class Forward(torch.autograd.Function):
         @staticmethod
