@@ -35,12 +35,12 @@ class Range:
         return f"{ends} ({self.source})"
 
 
-_PREFERENCES = "Nemotron-4, OLMo 3, Tulu 3, Zephyr, SimPO, ORPO; 0.001 is of GPT-2 in rDPO and TRL"
+_PREFERENCES = "Nemotron-4, OLMo 3, Tulu 3, Zephyr, SimPO, ORPO; TRL's 0.001 is of GPT-2"
 _VIDEO_SUPERVISED = "Qwen-VL, LLaVA; supervised; 0.001 is of LLaVA's projector alone"
 _DIFFUSION_LORA = "Diffusion-DPO in diffusers, Diffusion-NPO, SPO, Flow-DPO"
 
 LEARNING_RATES: dict[tuple[str, bool, bool], Range] = {
-    ("text", False, False): Range(3e-8, 1e-3, _PREFERENCES, slack=3.0),
+    ("text", False, False): Range(3e-8, 1e-5, _PREFERENCES),
     ("text", True, False): Range(5e-7, 1e-3, "Zephyr, LLaMA-Factory, TRL; LoRA", slack=3.0),
     ("text", False, True): Range(1e-7, 1e-3, "FSPO, Tulu 3, SmolLM2; supervised", slack=3.0),
     ("text", True, True): Range(1e-4, 2e-4, "QLoRA, Zephyr; supervised", slack=20.0),
@@ -59,7 +59,7 @@ LEARNING_RATES: dict[tuple[str, bool, bool], Range] = {
 
 RATES_A_ROW: dict[tuple[str, bool, bool], Range] = {
     ("diffusion", False, False): Range(
-        4e-12, 6.25e-7, "Diffusion-DPO's --scale_lr, MaPO on one device", slack=5.0
+        4e-12, 6.25e-7, "Diffusion-DPO's --scale_lr, MaPO on one device", slack=1.5
     ),
 }
 """Learning rate over the rows of a step, where releases scale it so."""
