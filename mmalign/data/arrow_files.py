@@ -13,6 +13,7 @@ from mmalign.data.unfold import FREE, MOST_FOLDED, in_mib
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 MOST_UNPACKED = 2**30
@@ -22,9 +23,9 @@ _VALUE = 8  # bytes that any value takes at least, in a list of Python's
 _BATCH, _DICTIONARY = 3, 2  # kinds of messages with a body
 
 
-def size_of(batch: Any) -> int:
-    """Bytes that the values of a record batch take at least, each member of a list counted."""
-    return sum(_size(column) for column in batch.columns)
+def size_of(batch: Any) -> tuple[int, int]:
+    """Bytes that a record batch takes at least: its values and members of lists; their texts."""
+    return _sum(map(_size, batch.columns))
 
 
 def require_short(place: str, batch: Any, first: int = 1) -> None:
@@ -42,29 +43,38 @@ def require_short(place: str, batch: Any, first: int = 1) -> None:
     """
     pictures, _ = picture_columns(batch.schema)
     others = batch.select([name for name in batch.schema.names if name not in pictures])
-    for i in range(others.num_rows) if size_of(others) > LONGEST else ():
-        if (size := size_of(others.slice(i, 1))) > LONGEST:
+    for i in range(others.num_rows) if sum(size_of(others)) > LONGEST else ():
+        if (size := sum(size_of(others.slice(i, 1)))) > LONGEST:
             raise DataError(
                 f"{place}{first + i}: has {in_mib(size)}, and a record may have {in_mib(LONGEST)}, "
                 "as in a line of JSONL; is a list in it meant?"
             )
 
 
-def _size(array: Any) -> int:
+def _size(array: Any) -> tuple[int, int]:
     arrow: Any = import_module("pyarrow")
     types, kind = arrow.types, array.type
     if isinstance(array, arrow.ExtensionArray):
         return _size(array.storage)
-    own = _VALUE * len(array)
+    own = _VALUE * len(array), 0
     if types.is_struct(kind):
-        return own + sum(_size(part) for part in array.flatten())
+        return _sum([own, *map(_size, array.flatten())])
     if types.is_map(kind):
-        return own + _size(array.keys) + _size(array.items)
+        begin, end = array.offsets[0].as_py(), array.offsets[-1].as_py()
+        parts = (part.slice(begin, end - begin) for part in (array.keys, array.items))
+        return _sum([own, *map(_size, parts)])  # which a slice has of all rows
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return own + _size(array.flatten())
+        return _sum([own, _size(array.flatten())])
     if types.is_dictionary(kind):
-        return own + _size_of_codes(array)
-    return max(own, array.nbytes)
+        return own[0], _size_of_codes(array)
+    if types.is_primitive(kind) or types.is_null(kind):
+        return own
+    return own[0], array.nbytes
+
+
+def _sum(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    places, texts = zip((0, 0), *sizes, strict=True)
+    return sum(places), sum(texts)
 
 
 def _size_of_codes(array: Any) -> int:
@@ -97,7 +107,7 @@ def require_plain(path: Path) -> None:
             for number, batch in enumerate(arrow.ipc.open_stream(source), start=1):
                 batch.validate(full=True)
                 require_short(f"{path}: record batch {number}, row ", batch)
-                total += _VALUE * batch.num_rows + size_of(batch)
+                total += _VALUE * batch.num_rows + sum(size_of(batch))
                 if total > max(FREE, MOST_FOLDED * size):
                     raise DataError(
                         f"{path}: up to record batch {number} it unfolds to {in_mib(total)}, more "

@@ -68,12 +68,13 @@ def _records_of(
     file: Path, table: Any, pages: Pages, names: list[str]
 ) -> Iterator[dict[str, Any] | str]:
     """The rows of some columns, few at a time where they are long."""
-    total = number = 0
+    places = texts = number = 0
     for group in range(table.metadata.num_row_groups):
         rows = pages.rows_at_once(group, names, _BATCH_BYTES)
         for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=names):
-            total += size_of(batch)
-            pages.require_total(group, total)
+            of_values, of_texts = size_of(batch)
+            places, texts = places + of_values, texts + of_texts
+            pages.require_total(group, places, texts)
             require_short(f"{file}:", batch, number + 1)
             number += batch.num_rows
             yield from batch_records(batch)

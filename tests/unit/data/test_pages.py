@@ -42,6 +42,7 @@ def less_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """A quarter of a MiB, and not 32, may come of any file."""
     for module in (pages, arrow_files):
         monkeypatch.setattr(module, "FREE", 256 * KIB)
+    monkeypatch.setattr(pages, "MOST_REPEATED", 256 * KIB)
 
 
 def plain(table: Any) -> list[dict[str, Any]]:
@@ -63,10 +64,6 @@ def test_whatever_wrote_the_pages_rows_are_read(tmp_path: Path, codec: str, vers
         assert [row.value for row in read_rows(file)] == plain(table)
 
 
-def of_codes(lengths: list[int], codes: np.ndarray) -> int:
-    return int(np.array(lengths)[codes].sum())
-
-
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 @pytest.mark.parametrize("distinct", [1, 2, 5, 200])
 def test_what_codes_stand_for_is_summed_up_exactly(
@@ -77,13 +74,67 @@ def test_what_codes_stand_for_is_summed_up_exactly(
     codes = np.sort(rng.integers(0, distinct, 5000)) if distinct == 5 else rng.integers(
         0, distinct, 5000
     )  # fmt: skip
-    lists = [[texts[code] for code in part] for part in np.split(codes, 50)]
     file = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"m": lists}), file, data_page_version=version)
+    table = pa.table({"m": [[texts[code] for code in codes]]})
+    pq.write_table(table, file, data_page_version=version)
     expected = sum(len(texts[code]) for code in codes) + 8 * len(codes)
     with pytest.raises(DataError, match=r"a\.parquet: row group 1, column 'm\.list\.element'") as e:
         list(read_rows(file))
     assert f"unfolds to {expected / 2**20:,.1f} MiB" in str(e.value)
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("where", ["a column", "lists", "objects in lists", "a mask of ones"])
+def test_a_text_that_all_rows_share_is_read(
+    tmp_path: Path, version: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written once, it unfolds a thousandfold, and no row of it is long."""
+    monkeypatch.setattr(pages, "MOST_REPEATED", 32 * KIB * KIB)
+    count, system = 2000, "You are a helpful assistant. " * 100
+    mask = [1] * 500
+    shared = {
+        "a column": system,
+        "lists": ["be brief", system],
+        "objects in lists": [
+            {"role": "system", "content": system},
+            {"role": "user", "content": ""},
+        ],
+        "a mask of ones": mask,
+    }[where]
+    prompts = np.random.default_rng(0).bytes(count * 50).hex()
+    table = pa.table(
+        {
+            "shared": [shared] * count,
+            "prompt": [prompts[i : i + 100] for i in range(0, len(prompts), 100)],
+        }
+    )
+    file = tmp_path / "a.parquet"
+    pq.write_table(table, file, data_page_version=version, compression="zstd")
+    monkeypatch.setattr(pages, "MOST_HELD", 128 * KIB)
+    assert sum(row.value["shared"] == shared for row in read_rows(file)) == count
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_the_longest_row_counts_wherever_its_page_ends(tmp_path: Path, version: str) -> None:
+    """One row of many values among short ones, and one that goes on in the next pages."""
+    text = "v" * 400
+    for rows in ([[text]] * 900 + [[text] * 3000], [[text] * 3000] + [[text]] * 900):
+        file = tmp_path / "a.parquet"
+        pq.write_table(pa.table({"m": rows}), file, data_page_version=version, data_page_size=64)
+        found = 3000 * 400 / 2**20
+        with pytest.raises(DataError, match=f"unfolds to {found:.1f} MiB in one row; at most "):
+            list(read_rows(file))
+
+
+def test_columns_of_nothing_beside_a_dictionary_are_no_damage(tmp_path: Path) -> None:
+    texts: list[str | None] = [*["x" * 2000, "y" * 3000] * 200, *[None] * 2000]
+    file = tmp_path / "a.parquet"
+    noise = np.random.default_rng(0).bytes(100_000)
+    rows = {"system": texts, "m": [[text] for text in texts]}
+    table = pa.table({**rows, "prompt": [noise[20 * i : 20 * i + 20].hex() for i in range(2400)]})
+    for version in ("1.0", "2.0"):
+        pq.write_table(table, file, data_page_version=version, data_page_size=64)
+        assert [row.value["system"] for row in read_rows(file)] == texts
 
 
 LONG = "y" * (64 * KIB)
@@ -148,11 +199,13 @@ except DataError as error:
 
 @pytest.mark.parametrize("kind", ["m", "prompt"])
 def test_it_is_refused_before_it_is_unfolded(tmp_path: Path, kind: str) -> None:
-    """160 MiB from some KiB, of which a process that reads them sees little."""
-    text = "z" * (32 * KIB)
-    column = [[text] * 5000] if kind == "m" else [text] * 5000
+    """160 or 640 MiB from some KiB, of which a process that reads them sees little."""
+    codes, texts = np.zeros(5000 if kind == "m" else 20_000, np.int32), ["z" * (32 * KIB)]
+    column: Any = pa.DictionaryArray.from_arrays(codes, texts)
+    if kind == "m":
+        column = pa.ListArray.from_arrays([0, len(codes)], column)
     pq.write_table(pa.table({"m": [["a"]], "prompt": ["b"]}), tmp_path / "a.parquet")
-    pq.write_table(pa.table({kind: column}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({kind: column}), tmp_path / "b.parquet", store_schema=False)
     files = [str(tmp_path / name) for name in ("a.parquet", "b.parquet")]
     done = subprocess.run(
         [sys.executable, "-c", PEAK, *files], capture_output=True, text=True, check=True
@@ -169,7 +222,19 @@ def test_a_row_has_no_more_than_a_line_may_have(
     file = tmp_path / "a.parquet"
     noise = np.random.default_rng(0).integers(0, 2**31, 20_000).tolist()
     pq.write_table(pa.table({"prompt": ["a", "b", "c"], "ids": [[], [1], noise]}), file)
-    with pytest.raises(DataError, match=r"a\.parquet:3: has 162,\d+ bytes, and a record"):
+    with pytest.raises(DataError, match=r"a\.parquet:3: has 160,\d+ bytes, and a record"):
+        list(read_rows(file))
+
+
+def test_maps_count_by_their_own_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrow_files, "LONGEST", 4 * KIB)
+    file, kind = tmp_path / "a.parquet", pa.map_(pa.string(), pa.string())
+    maps = pa.array([[(f"key {i}", "v" * 1000)] for i in range(20)], kind)
+    pq.write_table(pa.table({"prompt": ["a"] * 20, "about": maps}), file)
+    assert len(list(read_rows(file))) == 20
+    maps = pa.array([[(f"key {i}", "v" * 1000) for i in range(n)] for n in (1, 5)], kind)
+    pq.write_table(pa.table({"prompt": ["a"] * 2, "about": maps}), file)
+    with pytest.raises(DataError, match=r"a\.parquet:2: has 5,\d+ bytes"):
         list(read_rows(file))
 
 
