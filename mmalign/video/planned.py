@@ -45,33 +45,30 @@ class PlannedReader(MediaReader):
             DataError: The processor does not take them.
         """
         bare = replace(media, change=None)
+        key = self.key(bare)
         try:
-            facts: Hashable = self._facts(bare)
+            facts = self._facts(bare)
         except KeyError:  # decoded by nobody
-            facts = self.key(bare)
-        found = self._kept.get(facts)
+            facts = None
+        found = self._kept.get(key) or self._kept.get(facts)
         if found is None:
-            found = self._kept[facts] = self._planned(bare, where)
+            planned = None if facts is None else self.processor.plan(self._known(bare), where)
+            # What was read of pixels says nothing of others.
+            at = key if planned is None else facts
+            found = planned or super().prepare(bare, where).processed
+            self._kept[at] = found
             if len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
-        return Prepared(self.key(bare), found)
+        return Prepared(key, found)
 
     def _facts(self, media: Media) -> Hashable:
-        """All that is known of the media: those alike take the same tokens, whatever they show."""
+        """All that is known of the media: those alike take the same tokens where that is enough."""
         heard = self.hears_clip(media)
         return (
             tuple((self.seen[clip, heard], clip.start, clip.max_pixels) for clip in media.videos),
             tuple(self._of(picture) for picture in media.images),
             tuple(self._of(sound) for sound in media.sounds),
         )
-
-    def _planned(self, media: Media, where: str) -> Processed:
-        try:
-            shown = self._known(media)
-        except KeyError:  # it was decoded by nobody
-            return super().prepare(media, where).processed
-        processed = self.processor.plan(shown, where)
-        return super().prepare(media, where).processed if processed is None else processed
 
     def _known(self, media: Media) -> Shown:
         heard = self.hears_clip(media)

@@ -98,6 +98,24 @@ def test_clips_of_one_length_and_size_are_planned_once(
     assert len(planned) == 2, "the longer one has other times"
 
 
+def test_clips_whose_tokens_only_pixels_tell_are_read_one_by_one(
+    survey: Callable[..., Surveyed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A processor that looks at them may give two clips of one length and size other tokens."""
+    read: list[bytes] = []
+    call = Processor.__call__
+
+    def counted(self: Processor, shown: Shown, where: str) -> Any:
+        read.append(shown.clips[0][0].pixels.tobytes())
+        return call(self, shown, where)
+
+    monkeypatch.setattr(Processor, "plan", lambda *_: None)
+    monkeypatch.setattr(Processor, "__call__", counted)
+    alike = [{"video": f"clip{i % 3}.mp4"} for i in range(4)]
+    assert len(kept(survey(QWEN3, *alike, count=4))) == 4
+    assert len(read) == len(set(read)) == 3
+
+
 def test_good_rows_say_nothing(
     survey: Callable[..., Surveyed], caplog: pytest.LogCaptureFixture
 ) -> None:
