@@ -46,7 +46,7 @@ MOST_REPEATED = 2**29
 """
 
 _WRITTEN_OUT = 16  # times the bytes in its pages that values of an honest column take at most
-_MOST_PAGE = 2**29  # bytes, where rows are read few at a time
+_MOST_PAGE = 2**29  # bytes, where rows are read few at a time: some writers make one of all rows
 _IF = "If it is what you want,"
 _AGAIN = f"{_IF} write it again whole (use_dictionary=False, compression='none')"
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
@@ -74,18 +74,18 @@ class Pages:
             DataError: Pages, or lists, unfold to far more than a file of rows holds.
         """
         num_rows = max(self._metadata.row_group(group).num_rows, 1)
-        a_row = whole = folded = 0
+        a_row = whole = unfolded = 0
         with open_file(self._path) as stream:
             for column in self._columns(stream, group, names):
                 whole += column.chunk.total_uncompressed_size
-                folded += column.folded
+                unfolded += column.written + column.folded
                 if column.repeats and (limit := self._exceeded(column)):
                     a_row += self._require_row(stream, group, column, limit)
                 elif column.repeats:
                     whole += column.held
                 else:
                     a_row += column.most_value
-        self.require_total(group, 0, folded)
+        self.require_total(group, 0, unfolded)
         a_row += -(-whole // num_rows)
         return max(1, min(1024, most // max(a_row, 1)))
 
@@ -204,8 +204,7 @@ class Pages:
         seen = 0
         while seen < chunk.num_values and at < self._size:
             page = page_at(stream, at)
-            most = max(FREE, MOST_FOLDED * page.size)
-            most = most if whole else min(most, _MOST_PAGE)
+            most = max(FREE, MOST_FOLDED * page.size) if whole else _MOST_PAGE
             if page.unfolded > most:
                 what = f"has a page of {page.size:,} bytes that unfolds to {in_mib(page.unfolded)}"
                 do = "write it again uncompressed, in smaller pages (data_page_size)"

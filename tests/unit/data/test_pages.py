@@ -114,6 +114,21 @@ def test_a_text_that_all_rows_share_is_read(
     assert sum(row.value["shared"] == shared for row in read_rows(file)) == count
 
 
+def test_a_column_may_be_one_page_that_is_compressed_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As fastparquet writes it; what may come of any file is shared by all columns."""
+    monkeypatch.setattr(pages, "MOST_REPEATED", 1024 * KIB)
+    file, text = tmp_path / "a.parquet", "w" * 900
+    options: dict[str, Any] = {"compression": "zstd", "use_dictionary": False}
+    options |= {"data_page_size": 2**30, "write_statistics": False}
+    pq.write_table(pa.table({"system": [text] * 1000}), file, **options)
+    assert len(list(read_rows(file))) == 1000
+    pq.write_table(pa.table({"system": [text] * 1000, "tools": [text] * 1000}), file, **options)
+    with pytest.raises(DataError, match=r"row group 1 it unfolds to 1\.7 MiB; at most 1\.0 MiB"):
+        list(read_rows(file))
+
+
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 def test_the_longest_row_counts_wherever_its_page_ends(tmp_path: Path, version: str) -> None:
     """One row of many values among short ones, and one that goes on in the next pages."""
