@@ -123,7 +123,10 @@ class Sizes:
         size = found[0]  # the first of several, where each is made of the one before
         if size[0] * size[1] >= height * width:
             return None
-        again = self._found(count, *size, self.options(count, *size, area))
+        try:
+            again = self._found(count, *size, self.options(count, *size, area))
+        except DataError:  # of frames that it need not resize VideoLlama3's tells nothing
+            return None
         return size if again in (found, found[1:]) else None
 
     @cached_property

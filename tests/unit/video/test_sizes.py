@@ -70,6 +70,15 @@ def test_an_area_is_that_of_a_frame(name: str) -> None:
     assert 8_000 < least[0] * least[1] <= 12_544
 
 
+@pytest.mark.parametrize("name", OWN)
+def test_frames_can_be_held_whatever_area_is_asked_for(name: str) -> None:
+    """At the processor's size, or as they are where that is not known to stay."""
+    for area in (3136, 50_176):
+        sizes = Sizes(own(name), VideoConfig(frame_pixels=area))
+        for clip in CLIPS:
+            assert sizes.decoded(*clip) in (sizes.size(*clip), clip[1:])
+
+
 def test_what_a_processor_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
     from transformers import LlavaOnevisionVideoProcessor
 
