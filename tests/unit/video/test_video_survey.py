@@ -214,3 +214,22 @@ def test_a_cache_is_as_large_as_was_planned(
         "features of media: 0 of 4",
         "rows of the reference: 0 of 4",
     ]
+
+
+def test_what_the_survey_says_is_not_said_again(
+    video_models: Models, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mmalign.train.loop import train
+
+    rows = write_rows(data / "once.jsonl", [row(i) for i in range(3)])
+    sections = {"text": {"chat_template": str(data / "endless.jinja")}}
+    (data / "endless.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}"
+        "{% else %}{% for c in m.content %}{{ '<video>' if c.type == 'video' else c.text }}"
+        "{% endfor %}{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    config = configured(tmp_path, video_models("video_llava"), rows, **sections)
+    with caplog.at_level("WARNING"):
+        train(config, dry_run=True)
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("no end token after an answer" in line for line in said) == 1, said
