@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from typer.testing import CliRunner
 
 from mmalign import config as configs
+from mmalign.cli import app
 from mmalign.offline import write_cache
 from mmalign.train.backward import backward_joint, backward_per_candidate
 from mmalign.train.run import build_run
@@ -118,6 +120,13 @@ def move(run: Run, size: float) -> None:
         if parameter.requires_grad:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter += (size * noise).to(parameter)
+
+
+def command(*arguments: object) -> str:
+    """What a command of mmalign prints; it must end well."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    return result.output
 
 
 def cached(config: RunConfig, device: str) -> str:

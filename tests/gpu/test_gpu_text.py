@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from devices import HALF, NEEDS_CUDA, cached, changed, exact, first_step, near, on, text_config
+from devices import (
+    HALF,
+    NEEDS_CUDA,
+    cached,
+    changed,
+    command,
+    exact,
+    first_step,
+    near,
+    on,
+    text_config,
+)
 from devices import write_text_config as write_config
-from typer.testing import CliRunner
 
 from mmalign import config as configs
-from mmalign.cli import app
 from mmalign.train.loop import train
 from mmalign.train.metrics import read_json
 
@@ -82,12 +91,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "adafactor": {"train": {"optimizer": "adafactor", "lr": 1e-3}},
     "workers": {"data": {"num_workers": 2}},
 }
-
-
-def command(*arguments: object) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
-    return result.output
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -7,11 +7,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from devices import HALF, NEEDS_CUDA, cached, changed, exact, first_step, near, on
-from typer.testing import CliRunner
+from devices import HALF, NEEDS_CUDA, cached, changed, command, exact, first_step, near, on
 from video_runs import configured, row, write_rows
 
-from mmalign.cli import app
 from mmalign.train.loop import train
 from mmalign.train.metrics import read_json
 
@@ -55,11 +53,12 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", CASES)
+STEPS = [(kind, name) for kind in KINDS[:2] for name in CASES]
+STEPS += [(kind, name) for kind in KINDS[2:] for name in ("lora", "whole")]
+
+
+@pytest.mark.parametrize(("kind", "name"), STEPS)
 def test_a_step_in_float32_is_that_of_a_cpu(kind: str, name: str, make: Make) -> None:
-    if name not in ("lora", "whole") and kind not in KINDS[:2]:
-        pytest.skip("two classes are enough")
     config = make(kind, **CASES[name])
     with exact():
         found, expected = first_step(config, "cuda"), first_step(config, "cpu")
@@ -84,17 +83,12 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def command(*arguments: object) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
-    return result.output
+OF_CLASSES = [(KINDS[0], name) for name in RUNS]
+OF_CLASSES += [(kind, name) for kind in KINDS[1:] for name in ("float32", "mixed")]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(("kind", "name"), OF_CLASSES)
 def test_the_commands(kind: str, name: str, make: Make, tmp_path: Path, clips_dir: Path) -> None:
-    if name not in ("float32", "mixed") and kind not in KINDS[:1]:
-        pytest.skip("one class is enough")
     held_out = {"data": {"eval_fraction": 0.3}, "sample": {"num_prompts": 1}}
     config = make(kind, **RUNS[name], **held_out)
     path, run = tmp_path / "config.json", config.output
