@@ -113,19 +113,7 @@ def run_mmalign(folder: Path, given: dict[str, Any], options: dict[str, Any]) ->
     run = build_run(config, configs.check(config))
     if options.get("usual"):
         _with_usual_layers(run.model)
-    backward = _backward(config)
-    loader = run.batches()
-    while True:  # the body of train/loop.py
-        turns.begin()
-        batch = next(loader).to(run.accelerator.device)
-        with run.accelerator.accumulate(run.model):
-            backward(run.accelerator, run.model, run.objective, batch)
-        trained = [p for p in run.model.parameters() if p.requires_grad]
-        run.accelerator.clip_grad_norm_(trained, config.train.max_grad_norm)
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
-        run.adapter.after_step(1)
-        turns.end()
+    turns.train(run, _backward(config))
 
 
 def _with_usual_layers(model: nn.Module) -> None:

@@ -68,4 +68,7 @@ def lengths(shape: str, draw: random.Random) -> list[tuple[int, int, int]]:
     def length(median: int, spread: float, most: int) -> int:
         return max(8, min(most, round(median * draw.lognormvariate(0.0, spread))))
 
-    return [(length(120, 0.8, 448), *(length(180, 0.7, 512) for _ in range(2))) for _ in range(8)]
+    def pair() -> tuple[int, int, int]:
+        return length(120, 0.8, 448), length(180, 0.7, 512), length(180, 0.7, 512)
+
+    return [pair() for _ in range(PAIRS)]

@@ -12,7 +12,7 @@ from turns import Turns
 
 THREADS = 2
 PAIRS = 2  # a step, on a CPU
-LORA = {"all-linear": {"r": gpu_arms.RANK, "lora_alpha": 2 * gpu_arms.RANK}}  # by their targets
+LORA_TARGETS, ALPHA = "all-linear", 2 * gpu_arms.RANK
 
 
 def run_trl(
@@ -44,8 +44,9 @@ def run_trl(
     if lora:
         from peft import LoraConfig
 
-        ((targets, sizes),) = LORA.items()
-        adapters["peft_config"] = LoraConfig(**sizes, target_modules=targets, task_type="CAUSAL_LM")
+        adapters["peft_config"] = LoraConfig(
+            r=gpu_arms.RANK, lora_alpha=ALPHA, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
+        )
     with tempfile.TemporaryDirectory() as output:
         settings = DPOConfig(
             output_dir=output,
@@ -91,8 +92,7 @@ def run_mmalign(
 
     turns, on_cpu = Turns(device), device == "cpu"
     flags = torch.backends.mkldnn.flags(enabled=onednn)
-    ((targets, sizes),) = LORA.items()
-    adapters = {"rank": sizes["r"], "alpha": sizes["lora_alpha"], "targets": targets}
+    adapters = {"rank": gpu_arms.RANK, "alpha": ALPHA, "targets": LORA_TARGETS}
     with tempfile.TemporaryDirectory() as output, flags:
         settings: dict[str, Any] = {
             "model": {
@@ -116,18 +116,7 @@ def run_mmalign(
             settings["reference"] = {"kind": "cached"}
         config = configs.RunConfig.model_validate(settings)
         run = build_run(config, configs.check(config))
-        loader = run.batches()
-        while True:  # the body of train/loop.py
-            turns.begin()
-            batch = next(loader).to(run.accelerator.device)
-            with run.accelerator.accumulate(run.model):
-                backward_joint(run.accelerator, run.model, run.objective, batch)
-            trained = [p for p in run.model.parameters() if p.requires_grad]
-            run.accelerator.clip_grad_norm_(trained, config.train.max_grad_norm)
-            run.optimizer.step()
-            run.optimizer.zero_grad(set_to_none=True)
-            run.adapter.after_step(1)
-            turns.end()
+        turns.train(run, backward_joint)
 
 
 def run_bare(folder: Path, device: str, *, live: bool) -> None:

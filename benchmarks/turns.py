@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 
 def resident(field: str) -> float:
@@ -73,6 +73,26 @@ class Turns:
             peak = resident("VmHWM")
         seconds, worked = time.perf_counter() - self.start, time.process_time() - self.cpu_start
         print(f"RESULT {seconds} {peak - self.baseline} {peak} {worked}", flush=True)
+
+    def train(self, run: Any, backward: Callable[..., Any]) -> NoReturn:
+        """The body of train/loop.py, a turn a step.
+
+        Args:
+            run: Of `build_run`.
+            backward: `backward_joint` or `backward_per_candidate`.
+        """
+        loader = run.batches()
+        while True:
+            self.begin()
+            batch = next(loader).to(run.accelerator.device)
+            with run.accelerator.accumulate(run.model):
+                backward(run.accelerator, run.model, run.objective, batch)
+            trained = [p for p in run.model.parameters() if p.requires_grad]
+            run.accelerator.clip_grad_norm_(trained, run.config.train.max_grad_norm)
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=True)
+            run.adapter.after_step(1)
+            self.end()
 
 
 class Arm:
