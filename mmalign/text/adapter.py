@@ -43,9 +43,7 @@ class TextAdapter(TokenAdapter):
         return load_model(path, config, revision)
 
     def _make_encoder(self, tokenizer: Any, model: PreTrainedModel) -> Encoder:
-        encoder = Encoder(tokenizer, self.config)
-        encoder.notes.quiet = True  # the survey has said it
-        return encoder
+        return Encoder(tokenizer, self.config)
 
     def _make_trainable(self, model: PreTrainedModel) -> nn.Module:
         return lora.apply(model, self.config.model, unfit=lambda: unfit_layers(model))

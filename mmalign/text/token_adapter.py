@@ -65,6 +65,7 @@ class TokenAdapter(Adapter):
         super().__init__()
         self.config, self.needs = config, needs
         self.encoder = self._make_encoder(tokenizer, model)
+        self.encoder.notes.quiet = True  # the survey has said it
         self._num_tokens = num_embedded(model)
         self.encoder.use_ids_below(self._num_tokens)
         compare(model, self.encoder.tokenizer)

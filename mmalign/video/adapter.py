@@ -297,7 +297,6 @@ class VideoAdapter(TokenAdapter):
             return rope_positions(model, ids, prepared.processed.tensors, types)
 
         encoder = VideoEncoder(processor, self.config, reader, positions, count, media_ids(model))
-        encoder.notes.quiet = True  # the survey has said it
         encoder.kinds.read_by(model)  # refuses a model of prefixes before anything is encoded
         return encoder
 
