@@ -82,7 +82,7 @@ def _size_of_codes(array: Any) -> int:
     compute: Any = import_module("pyarrow.compute")
     try:
         lengths = compute.binary_length(array.dictionary)
-    except NotImplementedError:  # numbers
+    except NotImplementedError:  # the dictionary holds numbers, which take their place alone
         return 0
     return compute.sum(lengths.take(array.indices)).as_py() or 0
 

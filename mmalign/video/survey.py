@@ -173,8 +173,7 @@ def _large_clips(
     """A sentence where clips take much memory, since the processor wants frames so large."""
     found: list[tuple[int, str]] = []
     hears = processor.hears_clips
-    uses = {use for part in parts for row in part for use in uses_of(row, hears=hears)}
-    for use in sorted(uses, key=str):
+    for use in {use for part in parts for row in part for use in uses_of(row, hears=hears)}:
         clip, seen = use[0], report.seen.get(use)
         if seen is None or not isinstance(clip, Clip):
             continue
@@ -182,13 +181,13 @@ def _large_clips(
         height, width = processor.sizes.decoded(count, *seen.size, clip.max_pixels)
         shown = f"{count} frames of {width} x {height} of {clip.path}"
         found.append((3 * count * height * width, shown))
-    much = [item for item in found if item[0] > _MUCH]
+    much = sum(size > _MUCH for size, _ in found)
     if not much:
         return []
-    most, shown = max(much)
+    most, shown = max(found)
     name = type(processor.inner).__name__
     return [
-        f"{len(much):,} of {len(found):,} clips are read at a size that takes up to {in_mib(most)} "
+        f"{much:,} of {len(found):,} clips are read at a size that takes up to {in_mib(most)} "
         f"of memory each, as {name} takes them ({shown}); fewer frames, a smaller "
         "video.frame_pixels where the processor has one, or smaller files take less"
     ]
