@@ -10,6 +10,8 @@ from functools import cached_property, lru_cache
 from string import ascii_letters
 from typing import TYPE_CHECKING, Any
 
+from cachetools import LRUCache
+
 from mmalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     Range = tuple[int, int]
 
 CLOCK = "strftime_now"  # the function with which templates write today's date
+_KEPT = 2**21  # characters of the latest conversations: many rows ask one question
 _GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 _OURS = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message", CLOCK})
 _NO_KEYWORDS = _OURS | {  # parameters of apply_chat_template
@@ -50,6 +53,7 @@ class JinjaTemplate:
             ConfigError: A keyword that the template does not read, or no template of Jinja.
         """
         self.owner, self.options, self.date = owner, dict(options), date
+        self._kept: LRUCache[tuple[Any, ...], str] = LRUCache(_KEPT, len)
         unread = [name for name in options if name in _NO_KEYWORDS or name not in self.reads]
         if unread:
             raise ConfigError(
@@ -95,12 +99,23 @@ class JinjaTemplate:
         Raises:
             DataError: The template refuses the conversation, or fails at it.
         """
-        return self._call(messages, row, where, lambda text, tools, options: str(
-            self.owner.apply_chat_template(
-                list(messages), tools=tools, chat_template=text, tokenize=False,
-                add_generation_prompt=ask, **options,
-            )
-        ))  # fmt: skip
+
+        def call(source: str, tools: Any, options: dict[str, Any]) -> str:
+            # As text, since 1, 1.0 and True would be one key, and are three words.
+            key = source, repr((messages, tools, options)), ask
+            if (known := self._kept.get(key)) is not None:
+                return known
+            text = str(
+                self.owner.apply_chat_template(
+                    list(messages), tools=tools, chat_template=source, tokenize=False,
+                    add_generation_prompt=ask, **options,
+                )
+            )  # fmt: skip
+            if 0 < len(text) < _KEPT:
+                self._kept[key] = text
+            return text
+
+        return self._call(messages, row, where, call)
 
     def generated(self, messages: Messages, row: Template, where: str) -> tuple[str, list[Range]]:
         """The same, and the characters that the template says the assistant wrote."""

@@ -28,7 +28,8 @@ class SurveyCache:
     def __init__(self, folder: Path, encoder: Encoder, limits: Limits) -> None:
         """`folder` is made when it is first written to."""
         self.folder = folder
-        self._settings = [VERSION, encoder.fingerprint(), asdict(limits)]
+        masks = encoder.masks and encoder.masks.model_dump(mode="json")  # spans can be at fault too
+        self._settings = [VERSION, encoder.fingerprint(), asdict(limits), masks]
 
     def file(self, rows: Sequence[Example]) -> Path:
         """Where what is found in these rows lies."""

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cachetools import LRUCache
+
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from mmalign.config import RunConfig
 
 Offsets = list[tuple[int, int]]
+
+_KEPT = 2**17  # tokens of the latest texts: many rows ask one question
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -76,6 +80,7 @@ class TextTokenizer:
         self.leading = leading(self.inner("a", add_special_tokens=False), self.inner("a"))
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.ends = frozenset(special | ({self.eos_id} if self.eos_id is not None else set()))
+        self._kept: LRUCache[str, tuple[list[int], Offsets]] = LRUCache(_KEPT, _num_tokens)
 
     def __call__(self, text: str, *, add_leading: bool) -> tuple[list[int], Offsets]:
         """Ids and character offsets of a text, whatever its length.
@@ -84,6 +89,15 @@ class TextTokenizer:
             text: The text; special tokens written in it become their ids.
             add_leading: Put `leading` in front, unless the text already starts with it.
         """
+        ids, offsets = self._encoded(text)
+        if add_leading and ids[: len(self.leading)] != self.leading:
+            return self.leading + ids, [(0, 0)] * len(self.leading) + offsets
+        return list(ids), list(offsets)
+
+    def _encoded(self, text: str) -> tuple[list[int], Offsets]:
+        known = self._kept.get(text)
+        if known is not None:
+            return known
         output = self.inner(
             text,
             add_special_tokens=False,
@@ -96,8 +110,8 @@ class TextTokenizer:
         offsets: Offsets = (
             list(output["offset_mapping"]) if self.has_offsets else [(0, 0)] * len(ids)
         )
-        if add_leading and ids[: len(self.leading)] != self.leading:
-            return self.leading + ids, [(0, 0)] * len(self.leading) + offsets
+        if len(ids) < _KEPT:
+            self._kept[text] = ids, offsets
         return ids, offsets
 
     def identity(self) -> dict[str, Any]:
@@ -108,6 +122,10 @@ class TextTokenizer:
             content.pop(state, None)
         special = {name: str(token) for name, token in self.inner.special_tokens_map.items()}
         return {"content": content, "special": special}
+
+
+def _num_tokens(kept: tuple[list[int], Offsets]) -> int:
+    return 1 + len(kept[0])
 
 
 def leading(bare: Mapping[str, Any], full: Mapping[str, Any]) -> list[int]:

@@ -134,7 +134,7 @@ class VideoEncoder(Encoder):
         self._prepared = {}
         if media:
             key = self.reader.key(media)
-            self._prepared[key] = self.reader.prepare(media, where, pixels=True)
+            self._prepared[key] = self.reader.prepare(media, where, key=key, pixels=True)
         placed, expand, key = self._placed(words, media, where)
         ids, _ = self._ids(expand(self.render.context(Asked(placed, row), where)))
         ids = self._known(self._cut_prompt(self._started(ids, where), where), where)
@@ -169,7 +169,7 @@ class VideoEncoder(Encoder):
             )
         key = self.reader.key(media)
         if key not in self._prepared:
-            self._prepared[key] = self.reader.prepare(media, where)
+            self._prepared[key] = self.reader.prepare(media, where, key=key)
         self._operations[key] = altered.number(media.change)
         prepared = self._prepared[key]
         counts = {"video": media.videos, "image": media.images, "audio": media.sounds}

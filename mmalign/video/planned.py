@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from cachetools import LRUCache
 
 from mmalign.video.features import FeatureStore
 from mmalign.video.processing import Processed, Processor, Shown
@@ -32,34 +33,36 @@ class PlannedReader(MediaReader):
         """`seen` comes from `check_media`."""
         super().__init__(processor, config, FeatureStore(0))
         self.seen = seen
-        self._kept: OrderedDict[Hashable, Processed] = OrderedDict()
+        self._kept: LRUCache[Hashable, Processed] = LRUCache(_KEPT)
 
     def key(self, media: Media) -> str:
         """As ever: altered media take as many tokens, and are counted as they were."""
         return super().key(replace(media, change=None))
 
-    def prepare(self, media: Media, where: str, *, pixels: bool = False) -> Prepared:
+    def prepare(
+        self, media: Media, where: str, *, key: str | None = None, pixels: bool = False
+    ) -> Prepared:
         """The replacements of the media; of tensors, those that need no pixels.
 
         Raises:
             DataError: The processor does not take them.
         """
         bare = replace(media, change=None)
-        key = self.key(bare)
+        return Prepared(key or self.key(bare), self.processed(bare, where))
+
+    def processed(self, media: Media, where: str) -> Processed:
+        """The same, but for the key; of media that are not altered."""
         try:
-            facts = self._facts(bare)
+            facts = self._facts(media)
         except KeyError:  # decoded by nobody
             facts = None
-        found = self._kept.get(key) or self._kept.get(facts)
+        # What was read of pixels says nothing of others.
+        found = self._kept.get(media) or self._kept.get(facts)
         if found is None:
-            planned = None if facts is None else self.processor.plan(self._known(bare), where)
-            # What was read of pixels says nothing of others.
-            at = key if planned is None else facts
-            found = planned or super().prepare(bare, where).processed
-            self._kept[at] = found
-            if len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-        return Prepared(key, found)
+            planned = None if facts is None else self.processor.plan(self._known(media), where)
+            found = planned or super().prepare(media, where).processed
+            self._kept[media if planned is None else facts] = found
+        return found
 
     def _facts(self, media: Media) -> Hashable:
         """All that is known of the media: those alike take the same tokens where that is enough."""

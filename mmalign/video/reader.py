@@ -87,18 +87,21 @@ class MediaReader:
         parts = [_VERSION, files, self._settings, self._identity]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def prepare(self, media: Media, where: str, *, pixels: bool = False) -> Prepared:
+    def prepare(
+        self, media: Media, where: str, *, key: str | None = None, pixels: bool = False
+    ) -> Prepared:
         """What the model takes for these media.
 
         Args:
             media: By reference.
             where: The row, for messages.
+            key: Their own, where it is known.
             pixels: Whether pixels are wanted though the features are known.
 
         Raises:
             DataError: A file cannot be decoded, or the model cannot take what it holds.
         """
-        key = self.key(media)
+        key = key or self.key(media)
         small = self._small.get(key)
         if small is not None and not pixels:
             encoded = self.features.get(key)

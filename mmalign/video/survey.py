@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mmalign.data.example import Clip
@@ -46,6 +46,8 @@ _MUCH = 200 * 2**20  # bytes of the frames of one clip
 
 class CountingEncoder(VideoEncoder):
     """An encoder of rows one after another, which forgets what each of them showed."""
+
+    reader: PlannedReader
 
     def encode_example(self, example: Example) -> tuple[EncodedCandidate, ...]:
         """As ever."""
@@ -143,7 +145,7 @@ def _fitting(parts: list[list[Example]], encoder: CountingEncoder) -> list[list[
     for row in {id(row): row for part in parts for row in part}.values():
         for media in shown_by(row):
             try:
-                encoder.reader.prepare(media, row.id)
+                encoder.reader.processed(replace(media, change=None), row.id)
             except DataError as error:
                 text = str(error).removeprefix(f"{row.id}: ")
                 faults[id(row)] = f"{_files(media)}: {text}"

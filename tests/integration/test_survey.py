@@ -226,6 +226,19 @@ def test_second_start_reads_what_the_first_found_and_mends_a_damaged_file(
     assert looked == 3
 
 
+def test_faults_of_spans_are_found_though_a_run_without_them_was_looked_at(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    make_model("llama").save_pretrained(folder)
+    content = "message['content']"
+    make_tokenizer(CHATML.replace(content, f"{content}.replace('  ', ' ')")).save_pretrained(folder)
+    spans = {"spans_chosen": [[0, 3]], "spans_rejected": [[0, 2]]}
+    data = write(tmp_path / "rows.jsonl", [pair(0, **spans), pair(1, chosen="It  is.", **spans)])
+    assert notes(settings(folder, data)) == []
+    masks = {"objective": {"name": "rrpo"}, "text": {"masks": {"kind": "spans"}}}
+    with pytest.raises(DataError, match="the chat template rewrites it, so its spans"):
+        notes(settings(folder, data, **masks))
+
+
 def test_processes_find_what_one_finds(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
