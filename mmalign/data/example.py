@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -102,6 +102,10 @@ class Media:
     def __bool__(self) -> bool:
         """Whether there is anything to see or hear."""
         return bool(self.videos or self.images or self.sounds)
+
+    def unchanged(self) -> Media:
+        """The same media as they lie in their files."""
+        return self if self.change is None else replace(self, change=None)
 
     def files(self) -> tuple[Path | Picture, ...]:
         """Where each medium lies, in order."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cachetools import LRUCache
@@ -37,7 +36,7 @@ class PlannedReader(MediaReader):
 
     def key(self, media: Media) -> str:
         """As ever: altered media take as many tokens, and are counted as they were."""
-        return super().key(replace(media, change=None))
+        return super().key(media.unchanged())
 
     def prepare(
         self, media: Media, where: str, *, key: str | None = None, pixels: bool = False
@@ -47,7 +46,7 @@ class PlannedReader(MediaReader):
         Raises:
             DataError: The processor does not take them.
         """
-        bare = replace(media, change=None)
+        bare = media.unchanged()
         return Prepared(key or self.key(bare), self.processed(bare, where))
 
     def processed(self, media: Media, where: str) -> Processed:

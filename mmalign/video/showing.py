@@ -188,7 +188,7 @@ def _alterations(
         file = f"{FRAMES}/{number:03d}-{len(found)}.webp"
         altered = reader.show(media)
         if not (folder / file).exists():
-            own = reader.show(replace(media, change=None))
+            own = reader.show(media.unchanged())
             strips.write(strips.compared(own, altered), folder / file)
         note = reader.notes[reader.key(media)]
         found.append({"role": role, **note, "frames": file})

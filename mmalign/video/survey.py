@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mmalign.data.example import Clip
@@ -145,7 +145,7 @@ def _fitting(parts: list[list[Example]], encoder: CountingEncoder) -> list[list[
     for row in {id(row): row for part in parts for row in part}.values():
         for media in shown_by(row):
             try:
-                encoder.reader.processed(replace(media, change=None), row.id)
+                encoder.reader.processed(media.unchanged(), row.id)
             except DataError as error:
                 text = str(error).removeprefix(f"{row.id}: ")
                 faults[id(row)] = f"{_files(media)}: {text}"
