@@ -24,7 +24,7 @@ from PIL import Image
 from mmalign.config import RunConfig
 from mmalign.diffusion.models import load_denoiser
 from mmalign.diffusion.negative import load_negative
-from mmalign.offline import evaluate_checkpoint
+from mmalign.inference import evaluate_checkpoint
 from mmalign.quickstart import diffusion as demo
 from mmalign.quickstart import digits, digits_base
 from mmalign.quickstart.digits_pairs import PAIRS, Painter, each_digit, write_pairs

@@ -97,7 +97,7 @@ def settings(folder: Path, given: dict[str, Any], options: dict[str, Any]) -> di
 def write_caches(folder: Path, given: dict[str, Any]) -> None:
     """Latents, embeddings and reference errors, as `mmalign cache` writes them."""
     from mmalign.config import RunConfig
-    from mmalign.offline import write_cache
+    from mmalign.inference import write_cache
 
     options = {"reference": "cached", "cache": "auto"}
     print(write_cache(RunConfig.model_validate(settings(folder, given, options))), flush=True)
@@ -105,12 +105,13 @@ def write_caches(folder: Path, given: dict[str, Any]) -> None:
 
 def run_mmalign(folder: Path, given: dict[str, Any], options: dict[str, Any]) -> None:
     from mmalign import config as configs
+    from mmalign.preflight.check import check_config
     from mmalign.train.loop import _backward
     from mmalign.train.run import build_run
 
     turns = Turns(given["device"])
     config = configs.RunConfig.model_validate(settings(folder, given, options))
-    run = build_run(config, configs.check(config))
+    run = build_run(config, check_config(config))
     if options.get("usual"):
         _with_usual_layers(run.model)
     turns.train(run, _backward(config))

@@ -86,7 +86,8 @@ def run_mmalign(
     import torch
 
     from mmalign import config as configs
-    from mmalign.offline import write_cache
+    from mmalign.inference import write_cache
+    from mmalign.preflight.check import check_config
     from mmalign.train.backward import backward_joint
     from mmalign.train.run import build_run
 
@@ -115,7 +116,7 @@ def run_mmalign(
             write_cache(configs.RunConfig.model_validate(settings))
             settings["reference"] = {"kind": "cached"}
         config = configs.RunConfig.model_validate(settings)
-        run = build_run(config, configs.check(config))
+        run = build_run(config, check_config(config))
         turns.train(run, backward_joint)
 
 

@@ -84,9 +84,9 @@ def run_mmalign(folder: Path, given: dict[str, Any], options: dict[str, Any]) ->
     from accelerate import Accelerator
     from torch import nn
 
-    from mmalign import config as configs
     from mmalign.models.adapter import build_adapter
     from mmalign.models.linear import CpuLinear
+    from mmalign.preflight.check import check_config
     from mmalign.train.backward import backward_joint
     from mmalign.train.optim import build_optimizer
     from mmalign.video.adapter import VideoAdapter
@@ -94,7 +94,7 @@ def run_mmalign(folder: Path, given: dict[str, Any], options: dict[str, Any]) ->
     turns = Turns()
     torch.set_num_threads(given["threads"])
     config = settings(folder, options)
-    objective = configs.check(config)
+    objective = check_config(config)
     adapter: VideoAdapter = build_adapter(config, objective.needs)  # type: ignore[assignment]
     move(adapter.policy)
     if options.get("usual"):
@@ -124,11 +124,11 @@ def run_mmalign(folder: Path, given: dict[str, Any], options: dict[str, Any]) ->
 
 def write_cache(folder: Path, given: dict[str, Any]) -> None:
     """The reference's log-probabilities, as `mmalign cache` stores them."""
-    from mmalign import config as configs
     from mmalign.models.adapter import build_adapter
+    from mmalign.preflight.check import check_config
     from mmalign.text.cached import ReferenceCache
 
-    needs = configs.check(settings(folder, {})).needs
+    needs = check_config(settings(folder, {})).needs
     adapter: Any = build_adapter(settings(folder, {}), needs)
     cache = ReferenceCache(settings(folder, {"reference": "cached"}), adapter.encoder, needs)
     with cache.store:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Literal
 
-from mmalign.data.files import HELD_OUT
 from mmalign.data.progress import track
 from mmalign.data.records import ProblemList, Record, read_records
+from mmalign.data.row import HELD_OUT
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ import numpy as np
 from mmalign.data.doubts import Doubts
 from mmalign.data.example import Example, Picture, as_text
 from mmalign.data.fields import Problem
-from mmalign.data.files import HELD_OUT
 from mmalign.data.progress import track
 from mmalign.data.records import ProblemList, Record, read_records
+from mmalign.data.row import HELD_OUT
 from mmalign.data.validate_media import MediaBook
 from mmalign.data.validate_pictures import PictureBook
 from mmalign.errors import DataError

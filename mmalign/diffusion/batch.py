@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from mmalign.config import RunConfig
     from mmalign.core import Needs
     from mmalign.data.example import Example
-    from mmalign.diffusion.caches import ErrorBank, LatentCache, PromptCache
     from mmalign.diffusion.conditioning import PromptEncoder
+    from mmalign.diffusion.error_bank import ErrorBank
     from mmalign.diffusion.generated import Generated
+    from mmalign.diffusion.latent_cache import LatentCache
     from mmalign.diffusion.process import NoiseProcess
+    from mmalign.diffusion.prompt_cache import PromptCache
 
 STRATUM = "stratum"
 """Key of `Example.meta`: (k, n) for the k-th of the n timesteps a held-out row is scored at."""

@@ -14,8 +14,8 @@ from mmalign.models.adapter import Saved
 from mmalign.models.adapter_settings import start_of
 from mmalign.models.dora import wide_norms
 from mmalign.models.files import denoiser_folder, read_tensors, weight_files
-from mmalign.models.lora import TRAINED
 from mmalign.models.lora_files import LoraWeights, is_lora, read_lora
+from mmalign.models.lora_load import TRAINED
 from mmalign.models.lora_starts import without_start
 
 if TYPE_CHECKING:

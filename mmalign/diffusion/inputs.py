@@ -12,17 +12,14 @@ import torch
 
 from mmalign.diffusion.batch import Collator, caption_of
 from mmalign.diffusion.cache_plan import check_cacheable
-from mmalign.diffusion.caches import (
-    ErrorBank,
-    LatentCache,
-    PromptCache,
-    cache_folder,
-    has_latents,
-)
 from mmalign.diffusion.conditioning import PromptEncoder
 from mmalign.diffusion.denoiser import Condition
+from mmalign.diffusion.error_bank import ErrorBank
 from mmalign.diffusion.generated import Generated
+from mmalign.diffusion.latent_cache import LatentCache, has_latents
 from mmalign.diffusion.latents import PixelSpace, Vae, load_vae
+from mmalign.diffusion.notes import cache_folder
+from mmalign.diffusion.prompt_cache import PromptCache
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

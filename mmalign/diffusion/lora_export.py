@@ -13,8 +13,8 @@ from mmalign.diffusion.kohya import diffusers_reads, kohya_metadata, kohya_tenso
 from mmalign.diffusion.process import process_from
 from mmalign.models.files import save_tensors
 from mmalign.models.kohya_names import is_known, kohya_reads
-from mmalign.models.lora import TRAINED
 from mmalign.models.lora_files import DIFFUSERS_LORA, LoraWeights
+from mmalign.models.lora_load import TRAINED
 
 if TYPE_CHECKING:
     from torch import Tensor

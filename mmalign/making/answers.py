@@ -134,7 +134,7 @@ class Sampled:
 
     def _loaded(self) -> VideoAdapter:
         if self._adapter is None:
-            from mmalign.offline import trained_adapter
+            from mmalign.inference import trained_adapter
 
             base = self.checkpoint is None
             adapter: Any = trained_adapter(self.config, self.checkpoint, base=base)

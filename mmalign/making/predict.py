@@ -129,7 +129,7 @@ def _asked(
     """What answers depend on, so that others are not mixed with these."""
     import hashlib
 
-    from mmalign.offline import trained_folder
+    from mmalign.inference import trained_folder
 
     folder = None if weights.base else trained_folder(config, weights.checkpoint)
     texts = repr([(q.id, q.prompt, q.video, q.start, q.end) for q in questions])
@@ -174,7 +174,7 @@ def _answer(
                 waiting.append((question, Asked(question.prompt, Media((clip,)))))
     if not waiting:
         return
-    from mmalign.offline import trained_adapter
+    from mmalign.inference import trained_adapter
     from mmalign.video.asking import ask
     from mmalign.video.augment import seed_for
 

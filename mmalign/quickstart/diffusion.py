@@ -269,8 +269,8 @@ def measure(config: RunConfig, painter: Painter, before: Shown, count: int, nois
         noise: Seed of the first picture's start noise.
     """
     from mmalign.core import Needs
+    from mmalign.inference import restore
     from mmalign.models.adapter import build_adapter
-    from mmalign.offline import restore
     from mmalign.train.checkpoint import checkpoints
 
     adapter: Any = build_adapter(config, Needs()).eval()

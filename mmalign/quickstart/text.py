@@ -167,7 +167,7 @@ def train_arm(config: RunConfig, keywords: Mapping[str, str]) -> tuple[list[Answ
 
 def pair_metrics(config: RunConfig, trained: Path) -> dict[str, float]:
     """Held-out metrics of trained weights on the pairs that `config` holds out."""
-    from mmalign.offline import evaluate_checkpoint
+    from mmalign.inference import evaluate_checkpoint
 
     return evaluate_checkpoint(config, trained).metrics
 

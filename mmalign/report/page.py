@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
-from mmalign import configfile
+from mmalign.config import yaml
 from mmalign.report import blocks, clips, pictures
 from mmalign.report.blocks import Answers, Section
 from mmalign.report.curves import PICTURE_PLOTS, PLOTS
 from mmalign.report.figures import plot
 from mmalign.report.heldout import held_out
 from mmalign.report.remarks import Remark, remarks
-from mmalign.report.run import is_number
+from mmalign.report.shapes import is_number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -228,11 +228,11 @@ def _configs(runs: Sequence[Run]) -> Markup:
     for run in runs:
         name = run.name if len(runs) > 1 else "config.yaml"
         if run.config:
-            text = blocks.preformatted(configfile.dump(run.config))
+            text = blocks.preformatted(yaml.dump(run.config))
             parts.append(blocks.folded(name, text))
         if run.env:
             label = (
                 f"Versions and machine of {run.name}" if len(runs) > 1 else "Versions and machine"
             )
-            parts.append(blocks.folded(label, blocks.preformatted(configfile.dump(run.env))))
+            parts.append(blocks.folded(label, blocks.preformatted(yaml.dump(run.env))))
     return Markup().join(parts) or escape("The run folder holds no config.yaml.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from mmalign import configfile
+from mmalign.config import yaml
 from mmalign.data.run_lines import left_out, read_lines
 from mmalign.errors import ConfigError
 from mmalign.report import shapes
@@ -81,7 +81,7 @@ def read_run(folder: str | Path) -> Run:
     problems: list[str] = []
     config: Record = {}
     if (folder / "config.yaml").is_file():
-        config = configfile.read(folder / "config.yaml")
+        config = yaml.read(folder / "config.yaml")
         config = shapes.fitting(shapes.CONFIG, config, "config.yaml", problems) or {}
     env = _read_object(folder / "env.json", problems)
     return Run(

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mmalign.core import presets
 from mmalign.models import lora
 from mmalign.models.drawing import answer_seeds
-from mmalign.text.encode import Encoder, load_tokenizer
+from mmalign.text.encode import Encoder
 from mmalign.text.generate import generate
 from mmalign.text.model import load_model
 from mmalign.text.rows import survey_parts
 from mmalign.text.show import show
 from mmalign.text.token_adapter import TokenAdapter
+from mmalign.text.tokenizer import load_tokenizer
 from mmalign.text.unfit import unfit_layers
 from mmalign.text.write_cache import write_reference
 

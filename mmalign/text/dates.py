@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmalign import configfile
+from mmalign.config import yaml
 from mmalign.errors import ConfigError
 from mmalign.text.cached import cache_folder
 from mmalign.text.jinja import CLOCK, template_file
@@ -89,7 +89,7 @@ def _of_run(folder: Path) -> datetime.date | None:
     if not file.is_file():
         return None
     try:
-        text: Any = configfile.read(file).get("text") or {}
+        text: Any = yaml.read(file).get("text") or {}
     except ConfigError:  # whoever needs it says so
         return None
     return _date(text.get("date"))

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 from mmalign.errors import DataError
 from mmalign.models.rows import Surveyed
 from mmalign.text.cached import cache_folder
-from mmalign.text.encode import Encoder, load_tokenizer
+from mmalign.text.encode import Encoder
 from mmalign.text.limits import model_limits
 from mmalign.text.span_masks import with_spans
 from mmalign.text.survey import survey
 from mmalign.text.survey_cache import SurveyCache
 from mmalign.text.survey_lines import lines, problems, require_lesson, require_room
+from mmalign.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,10 +14,11 @@ from mmalign.core import CandidateLogps, Needs, presets
 from mmalign.errors import ConfigError
 from mmalign.models import lora
 from mmalign.models.adapter import Adapter
+from mmalign.models.frozen import Cached
 from mmalign.models.linear import use_onednn
 from mmalign.models.lora_targets import routers
 from mmalign.models.quantised import always_as_in_training
-from mmalign.models.reference import Cached, build_reference, resolve
+from mmalign.models.reference import build_reference, resolve
 from mmalign.text import dates
 from mmalign.text.body import rope_limits, turns_alike
 from mmalign.text.cached import ReferenceCache, check_cacheable

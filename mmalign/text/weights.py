@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from mmalign.config import MaskConfig
     from mmalign.models.adapter import Batch
-    from mmalign.models.reference import Reference
+    from mmalign.models.frozen import Reference
     from mmalign.text.passes import Keep, Scored
     from mmalign.text.prefix import Rows
 

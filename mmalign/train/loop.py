@@ -16,6 +16,7 @@ from mmalign import config as configs
 from mmalign.data.lock import only_writer
 from mmalign.data.progress import is_main_process
 from mmalign.models.adapter import adapter_class
+from mmalign.preflight.check import check_config
 from mmalign.train import checkpoint, files, inputs
 from mmalign.train.backward import backward_joint, backward_per_candidate, step_positions
 from mmalign.train.check import (
@@ -91,7 +92,7 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> 
     """
     began = time.perf_counter()
     require_launcher()
-    objective = configs.check(config)
+    objective = check_config(config)
     config = adapter_class(config.modality).begun(config)
     require_sensible(config, objective.needs)
     if dry_run:

@@ -86,7 +86,7 @@ def faults_of(module: ModuleType) -> dict[str, Callable[[GoodRun], str]]:
 
 def heard(run: GoodRun) -> tuple[list[str], str]:
     """What a run says before its first step: warnings, and the error that stops it or ""."""
-    from mmalign.offline import write_cache
+    from mmalign.inference import write_cache
     from mmalign.train.loop import train
 
     with at(run.folder), _listening() as lines:

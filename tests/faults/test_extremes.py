@@ -18,6 +18,7 @@ from seeded import at
 from mmalign import config as configs
 from mmalign.config import RunConfig
 from mmalign.errors import MmalignError
+from mmalign.preflight.check import check_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -68,7 +69,7 @@ def check(run: GoodRun, overrides: list[str]) -> None:
     for override in overrides:
         try:
             config = configs.load(file, [override])
-            configs.check(config)
+            check_config(config)
         except MmalignError as error:
             require_sentence(str(error), override)
             continue

@@ -12,6 +12,7 @@ import yaml
 from harness import changed, mutated, numbers, odd, outcome, stream
 
 from mmalign import config as configs
+from mmalign.preflight.check import check_config
 
 PATHS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 NAMES = ("path", "lr", "model", "weight", "kind", "masks", "estimator", "eval", "mix", "beta")
@@ -28,7 +29,7 @@ def check(few: int, folder: Path) -> None:
     values.append(json.loads(configs.load(PATHS[0]).model_dump_json()))
     file = folder / "config.yaml"
     for name in ("dpo_smollm2", "diffusion_dpo_sd15", "dpo_qwen3vl"):  # loads what takes long
-        configs.check(configs.load(PATHS[0].with_name(f"{name}.yaml")))
+        check_config(configs.load(PATHS[0].with_name(f"{name}.yaml")))
     for number in numbers(few):
         rng = stream("config", number)
         overrides: list[str] = []
@@ -56,7 +57,7 @@ def check(few: int, folder: Path) -> None:
 def comes_back(file: Path, overrides: list[str]) -> None:
     """What can be read and checked is the same after it was written and read again."""
     config = configs.load(file, overrides)
-    configs.check(config)
+    check_config(config)
     file.write_text(configs.dump(config), encoding="utf-8")
     assert configs.load(file) == config
 

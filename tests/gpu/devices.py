@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from mmalign import config as configs
 from mmalign.cli import app
-from mmalign.offline import write_cache
+from mmalign.inference import write_cache
+from mmalign.preflight.check import check_config
 from mmalign.train.backward import backward_joint, backward_per_candidate
 from mmalign.train.run import build_run
 
@@ -88,7 +89,7 @@ def first_step(config: RunConfig, device: str, *, moved: float = 0.02) -> Step:
             the start of a LoRA, and policy and reference differ.
     """
     with on(device):
-        run = build_run(config, configs.check(config))
+        run = build_run(config, check_config(config))
         assert run.accelerator.device.type == device
         move(run, moved)
         batch = next(run.batches()).to(run.accelerator.device)

@@ -10,7 +10,7 @@ import torch
 from devices import HALF, NEEDS_CUDA, changed, exact, first_step, near, on, text_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mmalign import config as configs
+from mmalign.preflight.check import check_config
 from mmalign.text.logps import response_logps
 from mmalign.train.backward import backward_joint
 from mmalign.train.run import build_run
@@ -137,7 +137,7 @@ def test_a_step_on_a_large_vocabulary(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i}?", "chosen": f"{i} {answer}", "rejected": answer} for i in range(8)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with on("cuda"):
-        run = build_run(config, configs.check(config))
+        run = build_run(config, check_config(config))
         batch = next(run.batches()).to("cuda")
         backward_joint(run.accelerator, run.model, run.objective, batch)  # the layout is chosen
         tokens = int(batch.inputs["response_mask"].sum())

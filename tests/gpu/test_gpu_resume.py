@@ -19,6 +19,7 @@ from devices import NEEDS_CUDA, on, text_config, write_text_config
 from safetensors.torch import load_file
 
 from mmalign import config as configs
+from mmalign.preflight.check import check_config
 from mmalign.train import checkpoint
 from mmalign.train.loop import train
 from mmalign.train.metrics import read_json
@@ -132,7 +133,7 @@ def test_a_killed_command_goes_on(gpu_llama: Path, tmp_path: Path) -> None:
             tmp_path / "run" / f"checkpoint-{killed}" / "process-0.pt", weights_only=True
         )
         assert state["rng"]["cuda"].numel() > 0
-        run = build_run(config, configs.check(config))
+        run = build_run(config, check_config(config))
         checkpoint.load(tmp_path / "run" / f"checkpoint-{killed}", run)
         saved = load_file(tmp_path / "run" / f"checkpoint-{killed}" / "weights.safetensors")
         own = dict(run.adapter.named_parameters())

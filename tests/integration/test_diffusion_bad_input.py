@@ -256,9 +256,10 @@ def test_time_ids_are_asked_for(sdxl_dir: Path, data: Data, tmp_path: Path) -> N
     from mmalign import config as configs
     from mmalign.errors import NeedsError
     from mmalign.models.adapter import build_adapter, load_usable
+    from mmalign.preflight.check import check_config
 
     config = configs.load(write_config(tmp_path, sdxl_dir, data["pairs"]))
-    needs = configs.check(config).needs
+    needs = check_config(config).needs
     rows, _ = load_usable(config, needs)
     adapter = build_adapter(config, needs)
     batch = adapter.collate(rows[:2])

@@ -17,7 +17,7 @@ import pytest
 import tiny_pictures
 from cache_entries import entries
 
-from mmalign import configfile
+from mmalign.config import yaml
 from mmalign.diffusion import notes
 
 PAIRS = 8
@@ -42,7 +42,7 @@ def write_config(pipeline: Path, folder: Path, name: str) -> Path:
         "output": str(folder / "run"),
     }
     path = folder / f"{name}.yaml"
-    path.write_text(configfile.dump(config), encoding="utf-8")
+    path.write_text(yaml.dump(config), encoding="utf-8")
     return path
 
 

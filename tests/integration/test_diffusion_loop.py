@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils import checkpoint as recomputing
 
 from mmalign.errors import ConfigError
-from mmalign.offline import evaluate_checkpoint, write_cache
+from mmalign.inference import evaluate_checkpoint, write_cache
 from mmalign.train.loop import train
 from mmalign.train.metrics import read_json
 
@@ -354,9 +354,9 @@ def test_a_step_never_waits_for_the_device(
     name: str, family: str, data: Data, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """On PyTorch's meta device, where a number cannot be read and other devices do not mix in."""
-    from mmalign import config as configs
     from mmalign.core import Needs
     from mmalign.models.adapter import build_adapter, load_usable
+    from mmalign.preflight.check import check_config
 
     sections = dict(ELSEWHERE[name])
     drawn = {"flip": True, "caption_dropout": 0.5, "cache": "on"}
@@ -370,7 +370,7 @@ def test_a_step_never_waits_for_the_device(
         sections["diffusion"] |= {"timesteps": {"kind": "logit_normal"}}
     config = configured(tmp_path, pipeline, data["pairs"], **sections)
     write_cache(config)
-    objective = configs.check(config)
+    objective = check_config(config)
     rows, _ = load_usable(config, objective.needs)
     adapter: Any = build_adapter(config, objective.needs)
     adapter.before_training(rows)
@@ -390,12 +390,12 @@ def test_a_step_never_waits_for_the_device(
 def test_encoders_are_let_go_where_their_output_is_cached(
     sd15_dir: Path, data: Data, tmp_path: Path
 ) -> None:
-    from mmalign import config as configs
     from mmalign.models.adapter import build_adapter, load_usable
+    from mmalign.preflight.check import check_config
 
     config = configured(tmp_path, sd15_dir, data["pairs"], diffusion={"cache": "on"})
     write_cache(config)
-    needs = configs.check(config).needs
+    needs = check_config(config).needs
     rows, _ = load_usable(config, needs)
     adapter: Any = build_adapter(config, needs)
     adapter.before_training(rows)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from mmalign import config as configs
 from mmalign.errors import ConfigError
-from mmalign.offline import evaluate_checkpoint, write_cache
+from mmalign.inference import evaluate_checkpoint, write_cache
 from mmalign.train.loop import train
 from mmalign.train.metrics import read_json
 
@@ -101,12 +101,13 @@ def test_a_run_from_caches_never_loads_encoders(
         train(config)
     write_cache(config)
     from mmalign.diffusion import inputs
+    from mmalign.diffusion.conditioning import PromptEncoder
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("loaded")
 
     monkeypatch.setattr(inputs, "load_vae", refuse)
-    monkeypatch.setattr(inputs.PromptEncoder, "load", refuse)
+    monkeypatch.setattr(PromptEncoder, "load", refuse)
     result = train(config)
     assert result.final_dir is not None
 

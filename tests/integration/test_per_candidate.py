@@ -9,8 +9,8 @@ import pytest
 import torch
 from toy_adapter import toy_config
 
-from mmalign import config as configs
 from mmalign.errors import ConfigError
+from mmalign.preflight.check import check_config
 from mmalign.train.backward import backward_joint, backward_per_candidate
 from mmalign.train.run import Run, build_run
 
@@ -52,7 +52,7 @@ def test_the_gradient_is_the_same(tmp_path: Path, overrides: list[str]) -> None:
     config = toy_config(
         tmp_path, "model.dtype=float64", "train.batch_size=6", *overrides, noise=0.1
     )
-    run = build_run(config, configs.check(config))
+    run = build_run(config, check_config(config))
     with torch.no_grad():  # away from the start, where many gradients vanish
         for parameter in run.adapter.policy.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -92,13 +92,13 @@ def test_activations_of_one_candidate_at_a_time(tmp_path: Path) -> None:
         return most
 
     config = toy_config(tmp_path)
-    run = build_run(config, configs.check(config))
+    run = build_run(config, check_config(config))
     assert peak("per_candidate") < 0.65 * peak("joint")
 
 
 def test_dropout_is_refused(tmp_path: Path) -> None:
     config = toy_config(tmp_path, "train.check_reference=false", dropout=0.2)
-    run = build_run(config, configs.check(config))
+    run = build_run(config, check_config(config))
     with pytest.raises(ConfigError, match="Dropout"):
         step(run, "per_candidate")
 

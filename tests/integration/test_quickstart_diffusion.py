@@ -154,7 +154,7 @@ def test_latents_of_real_pictures_are_aligned_through_caches(
     from mmalign.config import RunConfig
     from mmalign.diffusion import latents
     from mmalign.diffusion.models import load_denoiser
-    from mmalign.offline import write_cache
+    from mmalign.inference import write_cache
     from mmalign.quickstart.digits_pairs import PAIRS
     from mmalign.train.loop import train
     from mmalign.train.metrics import read_json

@@ -16,6 +16,7 @@ from mmalign.config import RunConfig
 from mmalign.errors import ConfigError, DataError
 from mmalign.models import rows as rows_of
 from mmalign.models.adapter import adapter_class
+from mmalign.preflight.check import check_config
 from mmalign.report import write_report
 from mmalign.text import rows as text_rows
 from mmalign.text import survey as surveying
@@ -63,7 +64,7 @@ def settings(model: Path, file: Path, **sections: Any) -> RunConfig:
 
 
 def notes(config: RunConfig) -> list[str]:
-    return list(rows_of.survey_rows(config, configs.check(config).needs).notes)
+    return list(rows_of.survey_rows(config, check_config(config).needs).notes)
 
 
 def check(config: RunConfig, tmp_path: Path, *options: str) -> Result:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from mmalign import config as configs
 from mmalign.config import RunConfig
+from mmalign.preflight.check import check_config
 from mmalign.train.backward import backward_joint, backward_per_candidate
 from mmalign.train.checkpoint import checkpoints
 from mmalign.train.loop import train
@@ -140,7 +141,7 @@ def test_per_candidate_gives_the_same_gradient(
         model={"lora": None, "dtype": "float64"},
         objective={"name": name},
     )
-    run = build_run(config, configs.check(config))
+    run = build_run(config, check_config(config))
     batch = next(run.batches())
     with torch.no_grad():
         for parameter in run.adapter.parameters():

@@ -15,7 +15,7 @@ import pytest
 from video_runs import KIND_OF, row, shrunk, write_rows
 
 from mmalign import config as configs
-from mmalign.offline import write_cache
+from mmalign.inference import write_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -23,7 +23,7 @@ from video_runs import configured, row, shrunk, write_config, write_rows
 from mmalign import config as configs
 from mmalign.cli import app
 from mmalign.errors import ConfigError
-from mmalign.offline import evaluate_checkpoint, write_cache
+from mmalign.inference import evaluate_checkpoint, write_cache
 from mmalign.train.loop import train
 from mmalign.train.metrics import read_json
 
@@ -117,8 +117,8 @@ def test_final_weights_give_the_runs_log_probabilities_by_plain_libraries(
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from mmalign.core import Needs
+    from mmalign.inference import restore
     from mmalign.models.adapter import build_adapter, load_usable
-    from mmalign.offline import restore
 
     short = {"num_steps": 3, "lr": 3e-2}
     config = configured(tmp_path, video_models(kind), data["train"], train=short)

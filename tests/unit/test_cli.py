@@ -148,13 +148,13 @@ def test_the_page_of_an_objective_comes_from_its_docstring_and_signature() -> No
 
 
 def test_every_objective_has_a_page() -> None:
-    from mmalign import objectives_page
+    from mmalign.cli import objectives
     from mmalign.core.presets import PRESETS
 
     for name in PRESETS:
-        about = objectives_page.describe(PRESETS[name])
+        about = objectives.describe(PRESETS[name])
         assert all((about.title, about.formula, about.source, about.departs)), name
-        assert max(map(len, objectives_page.page(name).splitlines())) <= 110, name
+        assert max(map(len, objectives.page(name).splitlines())) <= 110, name
 
 
 @pytest.mark.parametrize(

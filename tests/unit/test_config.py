@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from mmalign import config as configs
-from mmalign import configfile
 from mmalign.config import RunConfig
+from mmalign.config import yaml as configfile
 from mmalign.errors import ConfigError
 
 SMALLEST = """\

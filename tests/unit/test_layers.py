@@ -16,17 +16,13 @@ import pytest
 import mmalign
 
 ROOT = Path(mmalign.__file__).resolve().parent
-BELOW = {"safe", "errors", "core", "data", "models", "config", "configfile"}
+BELOW = {"safe", "errors", "core", "data", "models", "config"}
 ALLOWED: dict[str, set[str]] = {
     "safe": set(),
     "errors": {"safe"},
     "core": {"errors"},
     "data": {"safe", "errors"},
-    "configfile": {"safe", "errors"},
-    "sections": set(),
-    "sections_diffusion": {"sections"},
-    "sections_video": {"sections"},
-    "config": {"errors", "configfile", "sections", "sections_diffusion", "sections_video"},
+    "config": {"safe", "errors"},
     "models": {"errors", "core", "data", "config"},
     "text": BELOW,
     "diffusion": BELOW | {"evaluate"},  # intervals of win rates
@@ -37,9 +33,6 @@ ALLOWED: dict[str, set[str]] = {
     "train": BELOW | {"evaluate", "preflight"},
 }
 """What a part of the package may import when it loads; parts not listed may import everything."""
-
-LATER: dict[str, set[str]] = {"config": {"core", "models"}}
-"""What it may import inside a function besides: the config checks its objective's needs."""
 
 FOR_TYPES = {"config", "core", "models"}
 """What annotations may name from anywhere but the core: nothing is imported at run time."""
@@ -141,7 +134,7 @@ def test_layers_know_only_what_is_below(name: str) -> None:
     for item in imports():
         if layer(item) != name or not ours(item):
             continue
-        more = {"later": LATER.get(name, set()), "types": FOR_TYPES - {name}}.get(item.when, set())
+        more = FOR_TYPES - {name} if item.when == "types" else set()
         if name in ("core", "errors"):
             more = set()
         if parts(item.module) not in allowed | more:

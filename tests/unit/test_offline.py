@@ -6,7 +6,7 @@ import pytest
 
 from mmalign import config as configs
 from mmalign.errors import CheckpointError
-from mmalign.offline import trained_folder
+from mmalign.inference import trained_folder
 
 
 def test_trained_weights_may_be_named_by_path_or_within_the_run(

@@ -17,7 +17,7 @@ from mmalign.core import presets
 from mmalign.data.example import Candidate, Example
 from mmalign.models.adapter import LogpUnit
 from mmalign.preflight import Plan, doubts
-from mmalign.preflight.published import DESIRABLE, LEARNING_RATES, STRENGTHS, Range
+from mmalign.preflight.doubts import DESIRABLE, LEARNING_RATES, STRENGTHS, Range
 from mmalign.text import adapter as text_adapter
 from mmalign.text.adapter import TextAdapter
 

@@ -17,19 +17,22 @@ import torch
 from cache_entries import entries
 from tiny_diffusion import make_sd3
 
-from mmalign.config import RunConfig, check
+from mmalign.config import RunConfig
 from mmalign.core import Needs
 from mmalign.diffusion import cache_plan, latents, notes, write_cache
 from mmalign.diffusion.adapter import DiffusionAdapter
-from mmalign.diffusion.caches import ErrorBank, LatentCache, PromptCache
 from mmalign.diffusion.conditioning import PromptEncoder
 from mmalign.diffusion.denoiser import Condition
+from mmalign.diffusion.error_bank import ErrorBank
+from mmalign.diffusion.latent_cache import LatentCache
 from mmalign.diffusion.pictures import prepare, row_pictures
+from mmalign.diffusion.prompt_cache import PromptCache
 from mmalign.diffusion.work import Processes, ahead, duration, progress
 from mmalign.errors import ConfigError
+from mmalign.inference import plan_cache
+from mmalign.inference import write_cache as write
 from mmalign.models.adapter import build_adapter, load_usable
-from mmalign.offline import plan_cache
-from mmalign.offline import write_cache as write
+from mmalign.preflight.check import check_config as check
 
 if TYPE_CHECKING:
     from pathlib import Path

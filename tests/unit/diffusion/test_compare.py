@@ -16,8 +16,8 @@ from tiny_scorers import picture, write_pickscore
 from torch import Tensor
 from typer.testing import CliRunner
 
-from mmalign import cli_compare
-from mmalign.cli_parts import group
+from mmalign.cli import pictures as cli_compare
+from mmalign.cli.parts import group
 from mmalign.diffusion.compare import compare, win_rate
 from mmalign.diffusion.scorers import load_scorer
 from mmalign.errors import DataError

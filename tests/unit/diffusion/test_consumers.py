@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from mmalign.config import DiffusionConfig, LoraSpec, ModelConfig
 from mmalign.diffusion.export import save_trained
 from mmalign.diffusion.lora_export import COMFYUI_LORA, KOHYA_LORA
-from mmalign.diffusion.models import family_of, load_components
+from mmalign.diffusion.models import load_components
+from mmalign.diffusion.pipeline import family_of
 from mmalign.models import lora
 
 EVERYTHING = {

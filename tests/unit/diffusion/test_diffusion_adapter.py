@@ -11,11 +11,12 @@ import pytest
 import tiny_pictures
 import torch
 
-from mmalign.config import RunConfig, check
+from mmalign.config import RunConfig
 from mmalign.core import Needs
 from mmalign.diffusion.adapter import DiffusionAdapter
 from mmalign.errors import ConfigError
 from mmalign.models.adapter import load_usable
+from mmalign.preflight.check import check_config as check
 from mmalign.train.backward import backward_joint, backward_per_candidate
 
 if TYPE_CHECKING:
@@ -371,9 +372,10 @@ def test_teacher_without_a_prompt_is_told_the_same_sizes(
     sdxl_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mmalign.diffusion import scores
+    from mmalign.diffusion.denoiser import predict
 
     told: list[torch.Tensor] = []
-    plain = scores.predict
+    plain = predict
 
     def watched(*given: Any) -> torch.Tensor:
         told.append(given[-1].time_ids)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from picture_runs import configured, write_data
 
-from mmalign.config import check
 from mmalign.models.rows import survey_rows
+from mmalign.preflight.check import check_config as check
 
 
 def test_rows_that_are_left_out_are_heard_once(

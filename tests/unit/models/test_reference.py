@@ -13,7 +13,7 @@ from mmalign.config import LoraSpec
 from mmalign.core import Needs
 from mmalign.errors import ConfigError, NeedsError
 from mmalign.models import lora
-from mmalign.models.reference import (
+from mmalign.models.frozen import (
     AdapterCopy,
     Cached,
     Ema,
@@ -22,9 +22,9 @@ from mmalign.models.reference import (
     Mixture,
     NoReference,
     Reference,
-    build_reference,
-    resolve,
 )
+from mmalign.models.lora_load import TRAINED
+from mmalign.models.reference import build_reference, resolve
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -178,7 +178,7 @@ def test_second_adapter_is_not_saved(tmp_path: Path) -> None:
     names = list(load_file(tmp_path / "adapter_model.safetensors"))
     assert names
     assert not any(lora.REFERENCE in name for name in names)
-    assert lora.load(make_model("llama"), tmp_path).peft_config.keys() == {lora.TRAINED}
+    assert lora.load(make_model("llama"), tmp_path).peft_config.keys() == {TRAINED}
 
 
 # Moving averages

@@ -182,7 +182,7 @@ def test_cached_reference_equals_the_live_one(name: str, tmp_path: Path) -> None
         "objective": {"name": name},
         "output": str(tmp_path / "run"),
     }
-    from mmalign.offline import write_cache
+    from mmalign.inference import write_cache
 
     objective = presets.build(name)
     live_config = run_config(**sections)

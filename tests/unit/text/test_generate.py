@@ -294,7 +294,7 @@ def test_the_runs_seed_decides_and_nothing_else(folder: Path) -> None:
 def test_samples_of_a_run_are_those_of_the_command(folder: Path, tmp_path: Path) -> None:
     """At every step by the same draws, so that what changes is the model."""
     from mmalign.data.example import Candidate, Example
-    from mmalign.offline import sample_checkpoint
+    from mmalign.inference import sample_checkpoint
 
     rows = [Example(f"row-{i}", text, (Candidate(""),), (0.0,)) for i, text in enumerate(PROMPTS)]
     drawn = {"temperature": 1.0, "max_new_tokens": 8}
@@ -384,7 +384,7 @@ TOOLS = (
 
 def test_a_file_of_prompts_is_answered_row_by_row(folder: Path, tmp_path: Path) -> None:
     from mmalign.data.prompts import read_prompts
-    from mmalign.offline import last_asked, sample_checkpoint
+    from mmalign.inference import last_asked, sample_checkpoint
 
     shutil.copytree(folder, tmp_path / "model")
     make_tokenizer(TOOLS).save_pretrained(tmp_path / "model")

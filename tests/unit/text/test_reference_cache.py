@@ -14,7 +14,7 @@ from tiny import make_model, make_tokenizer, run_config
 from mmalign.core import presets
 from mmalign.data.sources import load_examples
 from mmalign.errors import ConfigError
-from mmalign.offline import write_cache
+from mmalign.inference import write_cache
 from mmalign.text.adapter import TextAdapter
 from mmalign.text.cached import ReferenceCache
 

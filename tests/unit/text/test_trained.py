@@ -13,7 +13,7 @@ from tiny import make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mmalign.config import LoraSpec
-from mmalign.errors import CheckpointError
+from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models import lora
 from mmalign.models.merge import merge_checkpoints
 from mmalign.text.trained import load_trained
@@ -174,7 +174,7 @@ def both_refuse(folder: Path, match: str) -> None:
     """`eval --checkpoint` on a policy with the same LoRA, and `model.adapter`."""
     with pytest.raises(CheckpointError, match=match):
         load_trained(lora.attach(make_model("llama"), SPEC), folder)
-    with pytest.raises(lora.ConfigError, match=match):
+    with pytest.raises(ConfigError, match=match):
         lora.load(make_model("llama"), folder)
 
 

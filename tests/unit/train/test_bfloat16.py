@@ -14,10 +14,10 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from toy_adapter import toy_config
 
-from mmalign import config as configs
 from mmalign.config import TrainConfig
 from mmalign.core import Needs
 from mmalign.errors import ConfigError
+from mmalign.preflight.check import check_config
 from mmalign.train import bfloat16, launch
 from mmalign.train.bfloat16 import Bfloat16Optimizer, round_stochastically
 from mmalign.train.check import require_sensible
@@ -213,7 +213,7 @@ def test_sharded_weights_are_refused_by_name(tmp_path: Path) -> None:
         config = toy_config(
             tmp_path, "model.dtype=bfloat16", f"train.bf16_weights={mode}", average=False
         )
-        adapter = build_run(config, configs.check(config)).adapter
+        adapter = build_run(config, check_config(config)).adapter
         if not refused:
             launch.ready_for_sharding(accelerator, adapter, config)
             continue
@@ -259,7 +259,7 @@ def test_one_whose_weights_move_says_nothing(
 
 def test_the_cause_is_the_true_one(tmp_path: Path) -> None:
     config = toy_config(tmp_path, "train.num_steps=40")
-    run = build_run(config, configs.check(config))
+    run = build_run(config, check_config(config))
     movement = Movement(run)
     told = [movement.after_step(step, 1e-30, torch.tensor(0.5)) for step in range(1, 41)]
     assert [step for step, text in enumerate(told, 1) if text] == [20]
@@ -279,7 +279,7 @@ def test_the_cause_is_the_true_one(tmp_path: Path) -> None:
 def test_a_few_of_many_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmalign.train.moved._SAMPLED", 100)
     config = toy_config(tmp_path)
-    movement = Movement(build_run(config, configs.check(config)))
+    movement = Movement(build_run(config, check_config(config)))
     text = [movement.after_step(step, 0.1, torch.tensor(math.pi)) for step in range(1, 9)][-1]
     assert text is not None
     assert "after 8 steps 0 of 10" in text

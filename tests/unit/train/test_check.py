@@ -7,9 +7,9 @@ import pytest
 import torch
 from toy_adapter import toy_config
 
-from mmalign import config as configs
 from mmalign.core import CandidateLogps, Needs
 from mmalign.errors import ConfigError
+from mmalign.preflight.check import check_config
 from mmalign.train.check import (
     Scored,
     check_start,
@@ -22,7 +22,7 @@ from mmalign.train.run import build_run
 
 def start(folder: Path, *overrides: str, **knobs: Any) -> str:
     config = toy_config(folder, *overrides, **knobs)
-    return check_start(build_run(config, configs.check(config)))
+    return check_start(build_run(config, check_config(config)))
 
 
 @pytest.mark.parametrize("name", ["dpo", "tdpo2", "ipo", "sparse_po"])
@@ -80,7 +80,7 @@ def test_answers_that_a_model_finds_less_likely_than_a_guess(nats: float, told: 
 
 def test_the_check_leaves_the_random_stream_alone(tmp_path: Path) -> None:
     config = toy_config(tmp_path, noise=0.1)
-    run = build_run(config, configs.check(config))
+    run = build_run(config, check_config(config))
     before = torch.get_rng_state()
     check_start(run)
     assert torch.equal(before, torch.get_rng_state())

@@ -9,8 +9,8 @@ import pytest
 import torch
 from toy_adapter import toy_config
 
-from mmalign import config as configs
 from mmalign.errors import CheckpointError
+from mmalign.preflight.check import check_config
 from mmalign.train import checkpoint
 from mmalign.train.run import Run, build_run
 
@@ -19,7 +19,7 @@ from mmalign.train.run import Run, build_run
 def run(tmp_path: Path) -> Run:
     config = toy_config(tmp_path, "train.keep_checkpoints=2")
     config.output.mkdir()
-    return build_run(config, configs.check(config))
+    return build_run(config, check_config(config))
 
 
 def at(run: Run, step: int) -> Run:

@@ -14,6 +14,7 @@ from mmalign.core import presets
 from mmalign.core.presets import own
 from mmalign.core.terms import Preference
 from mmalign.errors import CheckpointError, ConfigError
+from mmalign.preflight.check import check_config
 from mmalign.train.loop import train
 
 LOSS = """
@@ -39,7 +40,7 @@ def write(folder: Path, text: str = LOSS, name: str = "my_losses.py") -> None:
 
 
 def beta_of(config: configs.RunConfig) -> object:
-    (term,) = configs.check(config).terms.values()
+    (term,) = check_config(config).terms.values()
     assert isinstance(term, Preference)
     return term.score.beta
 
@@ -60,7 +61,7 @@ def test_it_is_found_beside_the_config_and_in_the_current_directory(
     write(beside)
     assert beta_of(config) == pytest.approx(0.4), "the config's folder comes first"
     mixed = toy_config(beside, 'objective={mix: {"my_losses:doubled": {weight: 0.5}, sft: 1}}')
-    assert set(configs.check(mixed).terms) == {"my_losses:doubled", "sft"}
+    assert set(check_config(mixed).terms) == {"my_losses:doubled", "sft"}
     assert str(beside) not in sys.path
 
 
@@ -110,7 +111,7 @@ def test_what_cannot_be_used_is_said_in_one_sentence(tmp_path: Path, name: str, 
     write(tmp_path, "def f():\n    return 1 / 0\n", "calls.py")
     write(tmp_path, "def f():\n    return 3\n", "other.py")
     with pytest.raises(ConfigError, match=said):
-        configs.check(toy_config(tmp_path, f'objective={{name: "{name}"}}'))
+        check_config(toy_config(tmp_path, f'objective={{name: "{name}"}}'))
 
 
 def test_a_seed_out_of_range_is_refused_by_the_schema(tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_elsewhere_a_function_is_named_only_if_it_is_marked(
         assert beta_of(config) == pytest.approx(0.4)
         return
     with pytest.raises(ConfigError, match=r"marked by @mmalign\.objective: put the module"):
-        configs.check(config)
+        check_config(config)
     assert not (installed / "pack" / "__init__.py.ran").exists()
 
 
@@ -180,12 +181,12 @@ def test_elsewhere_a_function_is_named_only_if_it_is_marked(
 def test_a_config_runs_nothing_of_the_library(tmp_path: Path, name: str) -> None:
     before = set(sys.modules)
     with pytest.raises(ConfigError, match="does not lie beside the config"):
-        configs.check(toy_config(tmp_path, f'objective={{name: "{name}"}}'))
+        check_config(toy_config(tmp_path, f'objective={{name: "{name}"}}'))
     assert "antigravity" not in set(sys.modules) - before
 
 
 def test_a_stranger_s_run_is_sampled_and_reported_without_its_code(tmp_path: Path) -> None:
-    from mmalign.offline import evaluate_checkpoint, trained_adapter
+    from mmalign.inference import evaluate_checkpoint, trained_adapter
     from mmalign.report import write_report
 
     write(tmp_path)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from toy_adapter import toy_config
 
-from mmalign import config as configs
 from mmalign.errors import NonFiniteLoss
+from mmalign.preflight.check import check_config
 from mmalign.train.run import Run, build_run
 from mmalign.train.sound import require_sound
 
@@ -17,7 +17,7 @@ from mmalign.train.sound import require_sound
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     config = toy_config(tmp_path)
-    return build_run(config, configs.check(config))
+    return build_run(config, check_config(config))
 
 
 def test_good_weights_pass_and_no_random_number_is_used(run: Run) -> None:

@@ -10,8 +10,8 @@ import pytest
 from safetensors import SafetensorError
 from toy_adapter import toy_config
 
-from mmalign import config as configs
 from mmalign.errors import CheckpointError, ConfigError, DataError, MmalignError
+from mmalign.preflight.check import check_config
 from mmalign.train import checkpoint
 from mmalign.train.launch import require_launcher
 from mmalign.train.run import Run, build_run
@@ -22,7 +22,7 @@ from mmalign.train.trouble import explained
 def run(tmp_path: Path) -> Run:
     config = toy_config(tmp_path)
     config.output.mkdir()
-    run = build_run(config, configs.check(config))
+    run = build_run(config, check_config(config))
     run.position.step = 3
     return run
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 import pytest
 
+from mmalign.config.video import Operation
 from mmalign.errors import ConfigError, DataError, NeedsError
-from mmalign.sections_video import Operation
 from mmalign.video.augment import (
     NEEDS_DONOR,
     NEEDS_SOUND,

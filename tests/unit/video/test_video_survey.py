@@ -12,10 +12,10 @@ from PIL import Image
 from tiny_video import OMNI, write_clip
 from video_runs import configured, row, write_rows
 
-from mmalign.config import check
 from mmalign.errors import ConfigError, DataError
+from mmalign.inference import plan_cache, write_cache
 from mmalign.models.rows import survey_rows
-from mmalign.offline import plan_cache, write_cache
+from mmalign.preflight.check import check_config as check
 from mmalign.video import survey as video_survey
 from mmalign.video.processing import Processor, Shown
 

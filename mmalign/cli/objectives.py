@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmalign import configfile
+from mmalign.config import yaml
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from mmalign.core import Objective
+
 
 WIDTH = 100
 _SECTIONS = ("Args", "Source", "Departs", "Raises")
@@ -106,7 +107,7 @@ def find_configs(name: str) -> list[Path]:
     found: list[Path] = []
     for path in sorted(folder.glob(f"*{name}*.y*ml")):
         try:
-            section = configfile.read(path).get("objective") or {}
+            section = yaml.read(path).get("objective") or {}
         except ConfigError:  # a half-written file of the user's own says nothing about a preset
             continue
         if section.get("name") == name:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from mmalign.cli_compare import shown
-from mmalign.cli_parts import Config, Overrides, argument, group, option, say
+from mmalign.cli.parts import Config, Overrides, argument, group, option, say
+from mmalign.cli.pictures import shown
 from mmalign.errors import ConfigError
 
 app = group("Numbers on video benchmarks, from files of questions and answers.")

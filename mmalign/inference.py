@@ -1,4 +1,7 @@
-"""Trained weights at work outside of training: evaluate, sample, cache a reference, show rows."""
+"""Trained weights outside of training.
+
+Evaluation, samples, caches and the rows as a model sees them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmalign import config as configs
 from mmalign.errors import CheckpointError, ConfigError, DataError
+from mmalign.preflight.check import check_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +57,7 @@ def evaluate_checkpoint(
 
     if not own_loss:
         _refuse_own_loss(config)
-    objective = configs.check(config)
+    objective = check_config(config)
     config = adapter_class(config.modality).begun(config)
     folder = trained_folder(config, checkpoint)
     rows = _held_out_rows(config, objective, data)
@@ -172,7 +176,7 @@ def trained_adapter(config: RunConfig, checkpoint: Path | None, *, base: bool = 
     if config.objective.own:
         needs = Needs(weight=config.text.masks is not None)
     else:
-        needs = Needs(weight=configs.check(config).needs.weight)
+        needs = Needs(weight=check_config(config).needs.weight)
     config = adapter_class(config.modality).begun(config)
     folder = None if base else trained_folder(config, checkpoint)
     torch.manual_seed(config.train.seed)
@@ -305,7 +309,7 @@ def write_cache(config: RunConfig) -> str:
     """
     from mmalign.models.adapter import adapter_class
 
-    needs = configs.check(config).needs
+    needs = check_config(config).needs
     _device(config)  # sets the number of threads
     return adapter_class(config.modality).write_cache(config, needs)
 
@@ -315,17 +319,17 @@ def plan_cache(config: RunConfig) -> str:
     _device(config)  # sets the number of threads
     from mmalign.models.adapter import adapter_class
 
-    return adapter_class(config.modality).plan_cache(config, configs.check(config).needs)
+    return adapter_class(config.modality).plan_cache(config, check_config(config).needs)
 
 
 def show_rows(config: RunConfig, count: int) -> None:
     """Print the first training rows as the model will see them."""
     from rich.console import Console
 
-    from mmalign.cli_parts import Shown
+    from mmalign.cli.parts import Shown
     from mmalign.models.adapter import adapter_class, load_usable
 
-    objective = configs.check(config)
+    objective = check_config(config)
     config = adapter_class(config.modality).begun(config)
     rows, _ = load_usable(config, objective.needs, first=count)
     shown = adapter_class(config.modality).show_rows(config, rows)

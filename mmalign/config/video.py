@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from mmalign.sections import LARGEST_RATE, Section, default_of
+from mmalign.config.sections import LARGEST_RATE, Section, default_of
 
 Operation = Literal[
     "shuffle", "reverse", "clip_crop", "shift", "drop_frames", "repeat_frame", "freeze",
@@ -53,7 +53,7 @@ class SelectionSpec(Section):
 
     @model_validator(mode="after")
     def _temperature_is_read(self) -> Self:
-        from mmalign.sections import only_read_by
+        from mmalign.config.sections import only_read_by
 
         only_read_by(self, "mode", {"temperature": ("soft",)})
         return self

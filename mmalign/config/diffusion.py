@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from mmalign.sections import Section, default_of, only_read_by
+from mmalign.config.sections import Section, default_of, only_read_by
 
 MOST_SIDE = 8192  # pixels
 NUM_STEPS = {"ddim_inversion": 10, "renoise": 5, "truncated": 25}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
     from pydantic_core import ErrorDetails
 
+
 Keys = tuple[str | int, ...]
 
 MOST_BYTES = 2**19

@@ -11,8 +11,10 @@ from typing import Annotated
 
 import typer
 
-from mmalign import __version__, cli_bench, cli_compare, cli_data
-from mmalign.cli_parts import Config, Message, Overrides, argument, group, option, say, warning_text
+from mmalign import __version__
+from mmalign.cli import bench, pictures
+from mmalign.cli import data as cli_data
+from mmalign.cli.parts import Config, Message, Overrides, argument, group, option, say, warning_text
 from mmalign.errors import ConfigError
 
 EXIT_STATUS = (
@@ -22,7 +24,7 @@ EXIT_STATUS = (
 
 app = group("Preference alignment for text, image and video models, with one set of losses.")
 quickstart_app = group("See an alignment run from start to report, on shipped data.")
-app.add_typer(cli_bench.app, name="bench")
+app.add_typer(bench.app, name="bench")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(quickstart_app, name="quickstart")
 
@@ -79,9 +81,10 @@ def train(
 
     with waiting("loading libraries"):
         from mmalign import config as configs
+        from mmalign.preflight.check import check_config
 
         run = configs.load(config, overrides or ())
-        configs.check(run, where=config)
+        check_config(run, where=config)
 
         from mmalign.train.loop import train as train_run
 
@@ -117,7 +120,7 @@ def evaluate(
 ) -> None:
     """Score held-out rows: loss, ranking and reward accuracy, log-ratios, KL, with intervals."""
     from mmalign import config as configs
-    from mmalign.offline import evaluate_checkpoint, table
+    from mmalign.inference import evaluate_checkpoint, table
 
     run = configs.load(config, overrides or ())
     result = evaluate_checkpoint(run, checkpoint, data=data, out=out, own_loss=own_loss)
@@ -170,7 +173,7 @@ def sample(
     """
     from mmalign import config as configs
     from mmalign.data.prompts import read_prompts
-    from mmalign.offline import last_asked, sample_checkpoint
+    from mmalign.inference import last_asked, sample_checkpoint
 
     overrides = list(overrides or ())
     if run is not None and config is not None:  # the first KEY=VALUE lands in CONFIG's place
@@ -183,7 +186,7 @@ def sample(
     settings = configs.load(path, overrides)
     asked = read_prompts(prompts)
     if settings.modality == "diffusion":
-        from mmalign.cli_pictures import sample_pictures
+        from mmalign.cli.pictures import sample_pictures
         from mmalign.models.adapter import adapter_class
 
         texts = [adapter_class(settings.modality).question(row) for row in asked]
@@ -220,7 +223,7 @@ def cache(
     """
     from mmalign import config as configs
     from mmalign.data.progress import is_main_process
-    from mmalign.offline import plan_cache, write_cache
+    from mmalign.inference import plan_cache, write_cache
 
     run = configs.load(config, overrides or ())
     said = plan_cache(run) if plan else write_cache(run)
@@ -233,12 +236,12 @@ def objectives(
     name: Annotated[str | None, argument("NAME", "a preset, or my_package.module:function")] = None,
 ) -> None:
     """List every objective; with NAME, its formula, keywords, needs, paper and configs."""
-    from mmalign import objectives_page
+    from mmalign.cli import objectives as objectives_page
 
     say(objectives_page.listing() if name is None else objectives_page.page(name))
 
 
-cli_compare.register(app)
+pictures.register(app)
 
 
 @app.command(short_help="Merge checkpoints by weight arithmetic.")

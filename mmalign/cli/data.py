@@ -1,0 +1,418 @@
+"""`mmalign data`.
+
+Check and convert preference data, score it, and make pairs of a model's own responses.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmalign.cli.parts import Config, Overrides, argument, group, option, say
+from mmalign.cli.pictures import (
+    BatchSize,
+    Device,
+    Dtype,
+    Scorers,
+    load_scorers,
+    parse_scorers,
+    shown,
+)
+from mmalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mmalign.data.example import Example
+    from mmalign.data.validate_media import Decode
+    from mmalign.making.answers import Answers
+    from mmalign.making.recipes import Recipe
+    from mmalign.making.rows import Source
+
+
+# `mmalign data make`: new preference pairs out of a model's own answers.
+
+make_app = group("Make preference pairs out of a model's own answers about clips.")
+
+AnswerConfig = Annotated[
+    str | None, argument("CONFIG", "YAML file of the model; not with --answers, which needs none")
+]
+AnswerOverrides = Annotated[
+    list[str] | None,
+    argument("KEY=VALUE", "override one value of CONFIG, e.g. sample.temperature=0.8"),
+]
+Data = Annotated[
+    str, option("--data", metavar="FILE", text="records with a clip, a question and its answer")
+]
+Out = Annotated[
+    Path,
+    option("--out", metavar="FILE", text="the JSONL file to write, in or above the clips' folder"),
+]
+Checkpoint = Annotated[
+    Path | None,
+    option(
+        "--checkpoint",
+        metavar="DIR",
+        text="trained weights: a checkpoint-N or final folder; by default the model of CONFIG as "
+        "it was before training",
+    ),
+]
+Num = Annotated[
+    int | None,
+    typer.Option(
+        "--num", metavar="N", min=1, help="answers sampled a record; by default 4",
+        show_default=False,
+    ),
+]  # fmt: skip
+Keep = Annotated[int, typer.Option("--keep", metavar="N", min=1, help="pairs a record, at most")]
+Seed = Annotated[
+    int | None,
+    option("--seed", metavar="N", text="of altered clips and answers; by default 0"),
+]
+AnswersFile = Annotated[
+    Path | None,
+    option(
+        "--answers",
+        metavar="FILE",
+        text="take the answers from here instead of sampling: JSONL of `id` with `pred` or "
+        "`answers`; `wrong: true` says that they are",
+    ),
+]
+ClipLayout = Annotated[
+    str | None, option("--layout", metavar="NAME", text="of FILE; found by itself when left out")
+]
+DropBad = Annotated[
+    bool, option("--drop-bad", text="leave out records with problems instead of stopping")
+]
+
+
+@make_app.command(
+    "hallucinate", short_help="Wrong answers to altered clips against the right ones."
+)
+def make_hallucinate(
+    data: Data,
+    out: Out,
+    config: AnswerConfig = None,
+    overrides: AnswerOverrides = None,
+    checkpoint: Checkpoint = None,
+    num: Num = None,
+    keep: Keep = 1,
+    change: Annotated[
+        list[str] | None,
+        option(
+            "--change",
+            metavar="NAME",
+            text="how the clip is altered, an operation of video.corruption; repeat it, then they "
+            "take turns; by default mask_frames, 25 to 50 % of the frames",
+        ),
+    ] = None,
+    likeness: Annotated[
+        float,
+        typer.Option(
+            "--likeness", metavar="X", min=0, max=1,
+            help="an open answer that says something else is wrong below this likeness",
+        ),
+    ] = 0.5,
+    seed: Seed = None,
+    answers: AnswersFile = None,
+    layout: ClipLayout = None,
+    drop_bad: DropBad = False,
+) -> None:  # fmt: skip
+    """Ask a model about clips with hidden frames, keep what it says wrongly, mark what differs.
+
+    The record's answer is `chosen`, the model's is `rejected`, and the phrases in which they differ
+    are the spans that RRPO scores. Rules tell what is wrong; what they cannot tell is left out.
+    Run it again to go on after an interruption.
+
+    For example: mmalign data make hallucinate configs/rrpo_llavaov.yaml
+    --data qa.jsonl --out pairs.jsonl --num 8 sample.temperature=0.8
+    """
+    from mmalign.making.recipes import Hallucinate
+    from mmalign.making.rows import Source
+
+    if answers is not None and change:
+        raise ConfigError("--change alters clips before they are asked about; not with --answers")
+    source = _answers(
+        config, overrides, checkpoint, answers, num, seed, tuple(change or ["mask_frames"])
+    )
+    _make(Source(data, layout, drop_bad), out, source, Hallucinate(keep, likeness))
+
+
+@make_app.command("ambiguous", short_help="Vague answers against specific ones.")
+def make_ambiguous(
+    data: Data,
+    out: Out,
+    config: AnswerConfig = None,
+    overrides: AnswerOverrides = None,
+    checkpoint: Checkpoint = None,
+    num: Num = None,
+    keep: Keep = 1,
+    judge: Annotated[
+        Path | None,
+        option(
+            "--judge",
+            metavar="FILE",
+            text="JSONL of `id` and `score`, or `scores`, one an answer of --answers: 0 exact to 1 "
+            "vague, in place of the rules",
+        ),
+    ] = None,
+    threshold: Annotated[
+        float,
+        typer.Option("--threshold", metavar="X", min=0, max=1, help="vague from this score on"),
+    ] = 0.5,
+    consistency: Annotated[
+        float,
+        typer.Option(
+            "--consistency", metavar="X", min=0, max=1,
+            help="all answers are vague where their mean likeness is below; 0: never",
+        ),
+    ] = 0.2,
+    own: Annotated[
+        bool,
+        option("--own", text="the specific answer is the model's too, not the record's"),
+    ] = False,
+    weigh: Annotated[bool, option("--weigh", text="the score is the pair's weight")] = False,
+    seed: Seed = None,
+    answers: AnswersFile = None,
+    layout: ClipLayout = None,
+    drop_bad: DropBad = False,
+) -> None:  # fmt: skip
+    """Ask a model several times, find what it answers vaguely, pair that with a specific answer.
+
+    Hedges, words for anything and answers that name nothing of the clip's clues are vague, and so
+    are answers that differ each time; or an outside judge says it. To have one, run this once, let
+    it score the written NAME.answers.jsonl, and run it again with --answers and --judge.
+
+    For example: mmalign data make ambiguous configs/adpo_qwen25omni.yaml --data qa.jsonl
+    --out pairs.jsonl sample.temperature=0.8
+    """
+    from mmalign.making.recipes import Ambiguous
+    from mmalign.making.rows import Source
+    from mmalign.making.scores import Scores
+
+    if judge is not None and answers is None:
+        raise ConfigError("--judge scores answers that are there already: give them by --answers")
+    if judge is not None and consistency != 0.2:
+        raise ConfigError("--consistency is a rule, and --judge takes the place of all rules")
+    source = _answers(config, overrides, checkpoint, answers, num, seed, ())
+    scores = None if judge is None else Scores(judge)
+    recipe = Ambiguous(keep, threshold, consistency, scores, own, weigh)
+    _make(Source(data, layout, drop_bad), out, source, recipe)
+
+
+def _answers(
+    config: str | None,
+    overrides: list[str] | None,
+    checkpoint: Path | None,
+    file: Path | None,
+    num: int | None,
+    seed: int | None,
+    changes: tuple[str, ...],
+) -> Answers:
+    from mmalign import config as configs
+    from mmalign.making.answers import Filed, Sampled
+
+    if file is not None:
+        if any(given is not None for given in (config, checkpoint, num, seed)):
+            raise ConfigError(
+                "--answers takes the place of a model: leave out CONFIG, --checkpoint, --num and "
+                "--seed"
+            )
+        return Filed(file)
+    if config is None:
+        raise ConfigError("give the CONFIG of a model to ask, or its answers with --answers FILE")
+    settings = configs.load(config, overrides or ())
+    return Sampled(settings, checkpoint, num or 4, seed or 0, changes)
+
+
+def _make(source: Source, out: Path, answers: Answers, recipe: Recipe) -> None:
+    from mmalign.making.make import make
+
+    try:
+        with shown("make") as progress:
+            result = make(source, out, answers, recipe, progress=progress)
+    except KeyboardInterrupt:
+        say(f"stopped; the answers are in {out}.partial: run it again to go on", err=True)
+        raise typer.Exit(130) from None
+    say(result.text())
+
+
+# `mmalign data`: look at preference data before training on it.
+
+app = group("Look at preference data before training on it, or make some.")
+app.add_typer(make_app, name="make")
+
+Layout = Annotated[
+    str | None, option("--layout", metavar="NAME", text="found by itself when left out")
+]
+
+
+@app.command("check", short_help="Report every problem of preference files.")
+def data_check(
+    files: Annotated[
+        list[str] | None,
+        argument("FILE", "files, saved datasets or hub names; KEY=VALUE overrides of a config"),
+    ] = None,
+    config: Annotated[
+        str | None,
+        option(
+            "--config",
+            metavar="CONFIG",
+            text="look at the rows as training with CONFIG would: its files where none are named, "
+            "its tokenizer, chat template and limits",
+        ),
+    ] = None,
+    evaluation: Annotated[
+        list[str] | None,
+        option("--eval", metavar="FILE", text="held-out rows, compared with the others; repeat"),
+    ] = None,
+    layout: Layout = None,
+    show: Annotated[
+        int, typer.Option("--show", metavar="N", min=0, help="places named for each problem")
+    ] = 20,
+    decode: Annotated[
+        bool, option("--decode", text="decode clips and sounds too; minutes where there are many")
+    ] = False,
+) -> None:
+    """Report every problem of preference files in one pass, with lines, and what is in them."""
+    faults = _faults if decode else None
+    if config is not None:
+        text, code = _check_config(config, files or (), evaluation or (), layout, show, faults)
+        say(text)
+        raise typer.Exit(code)
+    if not files:
+        raise ConfigError("data check: name files, or a config with --config")
+    from mmalign.data.validate import check_files
+
+    found = check_files(files, eval_paths=evaluation or (), layout=layout, decode=faults)
+    say(found.text(show))
+    raise typer.Exit(found.exit_code)
+
+
+def _check_config(
+    config: str,
+    given: Sequence[str],
+    evaluation: Sequence[str],
+    layout: str | None,
+    show: int,
+    faults: Decode | None,
+) -> tuple[str, int]:
+    """The rows of a config, or of the files that are named, as training with it would see them."""
+    from mmalign.data.progress import waiting
+
+    with waiting("loading libraries"):
+        from mmalign import config as configs
+        from mmalign.preflight.check import check_rows
+
+        overrides = [item for item in given if "=" in item and not Path(item).exists()]
+        run = configs.load(config, overrides)
+    changes: dict[str, list[configs.DataSource]] = {}
+    for name, paths in (("train", given), ("eval", evaluation)):
+        files = [path for path in paths if path not in overrides]
+        if files:
+            changes[name] = [configs.DataSource(path=path, layout=layout) for path in files]
+    data = run.data.model_copy(update=changes)
+    return check_rows(run.model_copy(update={"data": data}), show=show, decode=faults)
+
+
+@app.command("show", short_help="Print rows as the model will see them.")
+def data_show(
+    config: Config,
+    overrides: Overrides = None,
+    rows: Annotated[
+        int, typer.Option("--rows", metavar="N", min=1, help="how many of the training rows")
+    ] = 3,
+) -> None:
+    """Print rows as the model will see them: context dim, scored tokens coloured."""
+    from mmalign import config as configs
+    from mmalign.inference import show_rows
+
+    show_rows(configs.load(config, overrides or ()), rows)
+
+
+@app.command("convert", short_help="Write any known layout as mmalign's own.")
+def data_convert(
+    source: Annotated[str, argument("FILE", "file, saved dataset or hub name")],
+    out: Annotated[Path, option("--out", metavar="FILE", text="the JSONL file to write")],
+    layout: Layout = None,
+    split: Annotated[
+        str | None, option("--split", metavar="NAME", text="only the rows of this split")
+    ] = None,
+    drop_bad: Annotated[
+        bool, option("--drop-bad", text="leave out records with problems instead of stopping")
+    ] = False,
+) -> None:
+    """Write a file in any known layout as JSONL in mmalign's own layout."""
+    from mmalign.data.records import convert_file
+
+    written, left_out = convert_file(source, out, layout=layout, split=split, drop_bad=drop_bad)
+    say(f"{out}: {written} records written, {left_out} left out")
+
+
+@app.command("score", short_help="Score the pictures of pairs or lists, and label by the scores.")
+def data_score(
+    source: Annotated[str, argument("FILE", "file or folder of picture pairs or lists")],
+    out: Annotated[Path, option("--out", metavar="FILE", text="the JSONL file to write")],
+    scorer: Scorers,
+    relabel: Annotated[
+        bool, option("--relabel", text="the higher score wins; equal scores are a tie")
+    ] = False,
+    smooth: Annotated[
+        str | None,
+        option(
+            "--smooth",
+            metavar="RANGE",
+            text="write SmPO's p_chosen; RANGE is MIN,MAX of the scores, `data` for theirs, or "
+            "`published` for SmPO's constants",
+        ),
+    ] = None,
+    layout: Layout = None,
+    split: Annotated[
+        str | None, option("--split", metavar="NAME", text="only the rows of this split")
+    ] = None,
+    pictures: Annotated[
+        Path | None,
+        option("--pictures", metavar="DIR", text="where paths start; by default FILE's folder"),
+    ] = None,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Score the pictures of pairs or lists; the first scorer labels. Run it again to go on.
+
+    For example: mmalign data score pairs.jsonl --out scored.jsonl --scorer pickscore --relabel
+    """
+    from mmalign.diffusion.scorers.files import Source, score_file
+    from mmalign.diffusion.scorers.labels import parse_smooth
+
+    weights = dict(parse_scorers(scorer, dtype))
+    wanted = None if smooth is None else parse_smooth(smooth, next(iter(weights)))
+    rows = Source(source, split, layout, pictures)
+    try:
+        with shown("score") as progress:
+            result = score_file(
+                rows,
+                out,
+                list(weights),
+                lambda: load_scorers(scorer, device, dtype),
+                relabel=relabel,
+                smooth=wanted,
+                settings={"weights": weights, "dtype": dtype},
+                batch_size=batch_size,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        say(f"stopped; the scores are in {out}.partial: run it again to go on", err=True)
+        raise typer.Exit(130) from None
+    say(result.text())
+
+
+def _faults(rows: Sequence[Example]) -> list[list[str]]:
+    """What is wrong with the media of each row, decoded with the default settings."""
+    from mmalign.config import VideoConfig
+    from mmalign.video.checks import check_media
+
+    report = check_media(rows, VideoConfig(), hears=False)
+    return [report.of(row, hears=False) for row in rows]

@@ -1,0 +1,250 @@
+"""`mmalign sample` and `mmalign compare` for image models, and the scorers that both name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmalign.cli.parts import argument, option, say
+from mmalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL.Image import Image
+
+    from mmalign.config import RunConfig
+    from mmalign.data.example import Prompt
+    from mmalign.diffusion.scorers import Scorer
+
+
+# `mmalign compare`, and what it shares with `mmalign data score`: scorers and how far they are.
+
+Scorers = Annotated[
+    list[str],
+    option(
+        "--scorer",
+        metavar="NAME[=DIR]",
+        text="clip, pickscore, hps-v2, hps-v2.1, aesthetic or image-reward; repeat it; "
+        "weights come from the hub, or from DIR",
+    ),
+]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", metavar="N", min=1, help="rows or prompts at one time")
+]
+Device = Annotated[
+    str | None, option("--device", metavar="NAME", text="by default the GPU where there is one")
+]
+DTYPES = ("float32", "bfloat16", "float16")
+Dtype = Annotated[
+    str, typer.Option("--dtype", metavar="NAME", help="of the networks: " + ", ".join(DTYPES))
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the one that has commands."""
+    app.command("compare", short_help="Win rate of two folders of same-seed pictures.")(compare)
+
+
+def compare(
+    folder_a: Annotated[Path, argument("DIR_A", "pictures of the one model")],
+    folder_b: Annotated[Path, argument("DIR_B", "of the other, with the same file names")],
+    scorer: Scorers,
+    out: Annotated[
+        Path | None,
+        option("--out", metavar="FILE", text="write a summary as JSON, rows beside it as JSONL"),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        option(
+            "--prompts",
+            metavar="FILE",
+            text="JSONL with `image` and `prompt`, for folders without samples.jsonl",
+        ),
+    ] = None,
+    batch_size: BatchSize = 16,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Score the pictures of two models for the same prompts and seeds, and say who wins.
+
+    For example: mmalign compare samples/dpo samples/base --scorer pickscore --out compare.json
+    """
+    from mmalign.diffusion import compare as comparing
+    from mmalign.diffusion.sampled import same_samples
+
+    if out is not None and out.suffix != ".json":
+        raise ConfigError(f"--out {out}: must end in .json; the rows go beside it, to .jsonl")
+    # What is wrong with the command is told before weights of gigabytes are read.
+    parse_scorers(scorer, dtype)
+    same_samples(folder_a, folder_b, prompts)
+    with shown("compare") as progress:
+        found = comparing.compare(
+            folder_a,
+            folder_b,
+            load_scorers(scorer, device, dtype),
+            prompts=prompts,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    say(found.text())
+    if out is not None:
+        say(f"summary: {out}\nrows:    {found.write(out)}")
+
+
+def parse_scorers(asked: list[str], dtype: str) -> dict[str, str | None]:
+    """The scorers of `--scorer` as name to local weights, in the order they were given.
+
+    Raises:
+        ConfigError: An unknown scorer or dtype, or a scorer twice.
+    """
+    from mmalign.diffusion.scorers import parse_scorer
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
+    parsed = dict(map(parse_scorer, asked))
+    if len(parsed) < len(asked):
+        raise ConfigError(f"--scorer: {', '.join(asked)} names one scorer twice")
+    return parsed
+
+
+def load_scorers(asked: list[str], device: str | None, dtype: str) -> dict[str, Scorer]:
+    """The scorers of `--scorer` with their weights.
+
+    Raises:
+        ConfigError: As `parse_scorers`.
+        CheckpointError: Weights that are not to be had.
+    """
+    import torch
+
+    from mmalign.diffusion.scorers import load_scorer
+
+    parsed = parse_scorers(asked, dtype)
+    kind = getattr(torch, dtype)
+    return {name: load_scorer(name, path, device, kind) for name, path in parsed.items()}
+
+
+@contextmanager
+def shown(what: str) -> Iterator[Callable[[int, int], Any]]:
+    """A progress bar on a terminal, nothing elsewhere; told how many more are done, of how many."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, advance=done, total=total)
+
+
+# What `mmalign sample` does with a model of pictures.
+
+SAMPLES, GRID = "samples.jsonl", "grid.png"
+_COLUMNS = 4
+
+
+def sample_pictures(
+    config: RunConfig,
+    prompts: Sequence[Prompt],
+    checkpoint: Path | None,
+    out: Path | None,
+    *,
+    base: bool = False,
+    seeds: str | None = None,
+    columns: int | None = None,
+) -> list[dict[str, Any]]:
+    """Generate pictures with the config's `diffusion.sampling`, and write them as files.
+
+    `out` gets ID.png for each picture, samples.jsonl with a record each, and grid.png with all.
+
+    Args:
+        config: The run's configuration.
+        prompts: One picture each, or one for each seed.
+        checkpoint: A `checkpoint-N` or `final` folder; None for the newest of `config.output`.
+        out: Folder to write to.
+        base: Use the model as it was before training.
+        seeds: Numbers with commas between, for several pictures a prompt. None: one picture a
+            prompt, the first with `diffusion.sampling.seed`, each next one with the next number.
+        columns: Pictures in a row of the grid; by default one prompt's, or four.
+
+    Returns:
+        The records: id, prompt, seed, image (file name in `out`), weights and settings.
+
+    Raises:
+        ConfigError: No folder, seeds that are no numbers, or settings that exclude each other.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    from mmalign.data.example import as_text
+    from mmalign.diffusion.negative import load_negative
+    from mmalign.diffusion.sheets import grid, shown, write_picture
+    from mmalign.inference import trained_adapter
+    from mmalign.train.files import write_text
+
+    if out is None:
+        raise ConfigError("sample: name a folder for the pictures with --out DIR")
+    if columns is not None and columns < 1:
+        raise ConfigError(f"sample: --grid is {columns}; it is a number of columns, 1 or more")
+    spec = config.diffusion.sampling
+    chosen = _numbers(seeds)
+    asked = [
+        (as_text(prompt), seed)
+        for i, prompt in enumerate(prompts)
+        for seed in (chosen or [spec.seed + i])
+    ]
+    adapter: Any = trained_adapter(config, checkpoint, base=base)
+    negative = load_negative(spec, config.model, adapter.policy)
+    weights = "base" if base else str(checkpoint or config.output)
+    settings = spec.model_dump(mode="json", exclude={"seed"})
+    size = config.train.eval_batch_size or config.train.batch_size
+    console = Console(stderr=True)
+    records: list[dict[str, Any]] = []
+    small: list[Image] = []
+    for start in track(
+        range(0, len(asked), size), "pictures", console=console, disable=not console.is_terminal
+    ):
+        part = asked[start : start + size]
+        images = adapter.sample(
+            [prompt for prompt, _ in part],
+            seeds=[seed for _, seed in part],
+            negative_model=negative,
+            batch_size=size,
+        )
+        for (prompt, seed), image in zip(part, images, strict=True):
+            name = _name(len(records), len(chosen), seed)
+            write_picture(image, out / f"{name}.png")
+            small.append(shown(image))
+            record = {"id": name, "prompt": prompt, "seed": seed, "image": f"{name}.png"}
+            records.append({**record, "weights": weights, "settings": settings})
+    write_picture(
+        grid(small, columns or len(chosen) or _COLUMNS, [prompt for prompt, _ in asked]),
+        out / GRID,
+    )
+    write_text(out / SAMPLES, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    return records
+
+
+def _numbers(seeds: str | None) -> list[int]:
+    if seeds is None:
+        return []
+    try:
+        found = [int(part) for part in seeds.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 0 or len(set(found)) < len(found):
+        raise ConfigError(
+            f"sample: --seeds is {seeds!r}; write different whole numbers from 0 on, e.g. 0,1,2"
+        )
+    return found
+
+
+def _name(index: int, num_seeds: int, seed: int) -> str:
+    """Number of the prompt, and the seed where a prompt has several; the same for every model."""
+    if not num_seeds:
+        return f"{index:04d}"
+    return f"{index // num_seeds:04d}-{seed}"

@@ -1,0 +1,52 @@
+"""The configuration: its sections, its file format, and how it is read and checked."""
+
+from mmalign.config.diffusion import (
+    DiffusionConfig,
+    EstimatorSpec,
+    ExportSpec,
+    PictureSampleSpec,
+    TimestepSpec,
+)
+from mmalign.config.run import RunConfig, deciding, dump, load, schema
+from mmalign.config.sections import (
+    DataConfig,
+    DataSource,
+    LoraSpec,
+    MaskConfig,
+    MixturePart,
+    ModelConfig,
+    ObjectiveConfig,
+    ReferenceConfig,
+    SampleConfig,
+    TextConfig,
+    TrainConfig,
+)
+from mmalign.config.video import ClueSpec, CorruptionSpec, SelectionSpec, VideoConfig
+
+__all__ = [
+    "ClueSpec",
+    "CorruptionSpec",
+    "DataConfig",
+    "DataSource",
+    "DiffusionConfig",
+    "EstimatorSpec",
+    "ExportSpec",
+    "LoraSpec",
+    "MaskConfig",
+    "MixturePart",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "PictureSampleSpec",
+    "ReferenceConfig",
+    "RunConfig",
+    "SampleConfig",
+    "SelectionSpec",
+    "TextConfig",
+    "TimestepSpec",
+    "TrainConfig",
+    "VideoConfig",
+    "deciding",
+    "dump",
+    "load",
+    "schema",
+]
