@@ -1,9 +1,9 @@
 """The shared core: it knows log-probabilities only; imports torch and errors, nothing else."""
 
-from mmalign.core import links, listwise, presets, regularisers, several, terms, weights
-from mmalign.core.batchwide import Aot, AotUnpaired, Bco, RunningMean
-from mmalign.core.catalogue import DIVERGENCES, register_divergence, resolve_divergence
+from mmalign.core import links, presets, terms, weights
+from mmalign.core.batchwide import Aot, AotUnpaired, Bco, Kahneman, KahnemanPair, RunningMean
 from mmalign.core.divergence import (
+    DIVERGENCES,
     Alpha,
     ChiSquaredKL,
     ForwardKL,
@@ -15,14 +15,14 @@ from mmalign.core.divergence import (
     ReverseKL,
     SkewedJensenShannon,
     Transform,
+    register_divergence,
+    resolve_divergence,
 )
-from mmalign.core.kahneman import Kahneman, KahnemanPair
 from mmalign.core.links import Link
 from mmalign.core.objective import Objective
-from mmalign.core.regularisers import KlGap, KlPenalty, LogRatio, Nll, OnlineKl, WeightL1
 from mmalign.core.reweight import Wpo, reweight
 from mmalign.core.score import Score
-from mmalign.core.terms import Preference, Term
+from mmalign.core.terms import KlGap, KlPenalty, LogRatio, Nll, OnlineKl, Preference, Term, WeightL1
 from mmalign.core.types import CandidateLogps, Loss, Needs
 
 __all__ = [
@@ -60,13 +60,10 @@ __all__ = [
     "WeightL1",
     "Wpo",
     "links",
-    "listwise",
     "presets",
     "register_divergence",
-    "regularisers",
     "resolve_divergence",
     "reweight",
-    "several",
     "terms",
     "weights",
 ]

@@ -1,13 +1,9 @@
-"""Links: scores of one row's candidates to a loss. They never see log-probabilities or betas.
-
-m is the margin score[:, 0] - score[:, 1]; nll(m) = -log sigmoid(m). `margin_only` links stay the
-same when a constant is added to all scores of a row, so they are defined under every valid
-divergence; the others look at one response alone and need reverse KL (or log-odds).
-"""
+"""Links: scores of one row's candidates to a loss. They never see log-probabilities or betas."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -17,6 +13,12 @@ from torch import Tensor
 
 from mmalign.core.numerics import expm1_linear, require
 from mmalign.core.types import Rows
+
+# Links: scores of one row's candidates to a loss. They never see log-probabilities or betas.
+#
+# m is the margin score[:, 0] - score[:, 1]; nll(m) = -log sigmoid(m). `margin_only` links stay the
+# same when a constant is added to all scores of a row, so they are defined under every valid
+# divergence; the others look at one response alone and need reverse KL (or log-odds).
 
 
 class Link(Protocol):
@@ -292,3 +294,105 @@ class Anchor:
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
         return nll(score[:, 0] - self.target)
+
+
+# Links that set one candidate against several others at once.
+
+
+class Several(ABC):
+    """A link of candidate 0 against the others, which says how much each of them counts."""
+
+    @abstractmethod
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        """The loss of each row."""
+
+    @abstractmethod
+    def shares(self, labels: Tensor) -> Tensor:  # [B, K] -> [B, K - 1]
+        """What each other candidate counts in the rejected side of a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contrast(Several):
+    """nll(score_0 - sum of the other scores): one response against several (POVID, VistaDPO)."""
+
+    candidates: ClassVar[int] = 3
+    rows: ClassVar[Rows] = "pair"
+    margin_only: ClassVar[bool] = False  # one constant enters, two leave
+    reads_labels: ClassVar[bool] = False
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        """The loss of each row."""
+        return nll(score[:, 0] - score[:, 1:].sum(1))
+
+    def shares(self, labels: Tensor) -> Tensor:  # [B, K] -> [B, K - 1]
+        """All count whole."""
+        return torch.ones_like(labels[:, 1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Bag(Several):
+    """sum over k >= 1 of label_k nll(score_0 - score_k): one response under K + 1 inputs (PaMi).
+
+    Candidate 0 has the true input. The labels of the others are their weights a_k, usually of sum
+    1; the label of candidate 0 is not read. K = 1 with weight 1 is Logistic.
+    """
+
+    candidates: ClassVar[int] = 2
+    rows: ClassVar[Rows] = "plain"
+    margin_only: ClassVar[bool] = True
+    reads_labels: ClassVar[bool] = True
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        """The loss of each row."""
+        return (labels[:, 1:] * nll(score[:, :1] - score[:, 1:])).sum(1)
+
+    def shares(self, labels: Tensor) -> Tensor:  # [B, K] -> [B, K - 1]
+        """Their weights, scaled to a mean."""
+        weight = labels[:, 1:]
+        total = weight.sum(1, keepdim=True)
+        return weight / torch.where(total > 0.0, total, 1.0)
+
+
+# List links: K scored responses of one prompt, ranked by their labels.
+
+
+@dataclass(frozen=True, slots=True)
+class PlackettLuce:
+    """-log likelihood of the ranking: sum over k of logsumexp(scores not ranked above k) - s_k.
+
+    Tied responses share their denominator (Breslow), so the loss does not depend on their order.
+    K = 2 gives Logistic.
+    """
+
+    candidates: ClassVar[int] = 2
+    rows: ClassVar[Rows] = "list"
+    margin_only: ClassVar[bool] = True
+    reads_labels: ClassVar[bool] = True
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        above = labels[:, None, :] > labels[:, :, None]  # [B, K, K] j is ranked above k
+        rest = score[:, None, :].masked_fill(above, -torch.inf).logsumexp(-1)  # [B, K]
+        return (rest - score).sum(1)
+
+
+@dataclass(frozen=True, slots=True)
+class LambdaRank:
+    """Sum over pairs with label_i > label_j of lambda_ij nll(s_i - s_j).
+
+    lambda_ij = |2^label_i - 2^label_j| |1/log(1 + rank_i) - 1/log(1 + rank_j)|, natural logarithm;
+    rank counts from 1 by the current score and carries no gradient. Ties contribute nothing. Labels
+    are grades; use small ones, the gain is exponential.
+    """
+
+    candidates: ClassVar[int] = 2
+    rows: ClassVar[Rows] = "list"
+    margin_only: ClassVar[bool] = True
+    reads_labels: ClassVar[bool] = True
+
+    def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
+        order = score.argsort(dim=1, descending=True, stable=True)
+        rank = order.argsort(dim=1).to(score.dtype) + 1.0  # [B, K]
+        gain, discount = torch.exp2(labels.to(score.dtype)), 1.0 / torch.log1p(rank)
+        gap = (gain[:, :, None] - gain[:, None, :]) * (labels[:, :, None] > labels[:, None, :])
+        weight = gap * (discount[:, :, None] - discount[:, None, :]).abs()  # [B, K, K]
+        return (weight * nll(score[:, :, None] - score[:, None, :])).sum((1, 2))

@@ -24,8 +24,7 @@ from mmalign.core import (
     Transform,
     presets,
 )
-from mmalign.core.links import Logistic
-from mmalign.core.listwise import LambdaRank, PlackettLuce
+from mmalign.core.links import LambdaRank, Logistic, PlackettLuce
 from mmalign.core.presets import PRESETS
 
 TRANSFORMS: dict[str, Transform] = DIVERGENCES | {

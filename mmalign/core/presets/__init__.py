@@ -16,39 +16,60 @@ from mmalign.core.presets.diffusion import (
     smpo,
     spo,
 )
-from mmalign.core.presets.lists import plackett_luce, tpo_tree
 from mmalign.core.presets.own import source
 from mmalign.core.presets.pairwise import (
     cdpo,
+    chi_po,
     discopop,
     dpo,
+    dpo_gamma,
     exo,
     f_dpo,
+    flex_dpo,
+    gpo,
     hinge,
+    inpo_nash,
     ipo,
+    mcts_dpo,
+    online_ipo,
     rdpo,
     rso,
+    sem_dpo,
     sigmoid_norm,
+    soft_dpo,
+    sppo,
+    upo,
+    wpo,
 )
 from mmalign.core.presets.pointwise import (
     aot,
     aot_unpaired,
     apo_down,
     apo_zero,
+    apo_zero_unpaired,
     bco,
     dpop,
+    kto,
     kto_pair,
     nca,
+    plackett_luce,
+    tpo_tree,
 )
 from mmalign.core.presets.reference_free import alphapo, asft, cpo, orpo, sft, simpo
-from mmalign.core.presets.regression import gpo, inpo_nash, online_ipo, sppo
-from mmalign.core.presets.regularised import hypo, mpo, rationale, rpo, vpo
-from mmalign.core.presets.soft import mcts_dpo, sem_dpo, soft_dpo, upo
-from mmalign.core.presets.token import sparse_po, tdpo1, tdpo2
-from mmalign.core.presets.unpaired import apo_zero_unpaired, kto
-from mmalign.core.presets.variants import chi_po, dpo_gamma, flex_dpo, wpo
-from mmalign.core.presets.video import adpo, ha_dpo, pami_vdpo, rrpo, tpo_temporal, vdpo
-from mmalign.core.presets.video_cells import chip, mdpo, povid, vdpo_symmetric, vista_dpo
+from mmalign.core.presets.regularised import hypo, mpo, rationale, rpo, sparse_po, tdpo1, tdpo2, vpo
+from mmalign.core.presets.video import (
+    adpo,
+    chip,
+    ha_dpo,
+    mdpo,
+    pami_vdpo,
+    povid,
+    rrpo,
+    tpo_temporal,
+    vdpo,
+    vdpo_symmetric,
+    vista_dpo,
+)
 
 __all__ = [
     "ALIASES",

@@ -1,27 +1,14 @@
-"""Presets by name: the literal table, keyword checks, mixes, and a user's own functions."""
+"""Presets by name: the table, checks of keywords, and mixes of several."""
 
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any, Protocol
+import inspect
+import re
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, get_origin
 
 from mmalign.core.objective import Objective
-from mmalign.core.presets import (
-    diffusion,
-    lists,
-    pairwise,
-    pointwise,
-    reference_free,
-    regression,
-    regularised,
-    soft,
-    token,
-    unpaired,
-    variants,
-    video,
-    video_cells,
-)
-from mmalign.core.presets.keywords import check_keywords, check_type
+from mmalign.core.presets import diffusion, pairwise, pointwise, reference_free, regularised, video
 from mmalign.core.presets.own import imported, is_own
 from mmalign.core.reweight import Wpo, reweight
 from mmalign.errors import ConfigError
@@ -30,10 +17,100 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+
+# Keywords of a preset against its signature: names, types and missing ones.
+
+_LARGEST = 1e12  # beyond, products of it overflow 32 bits
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+def check_keywords(
+    name: str, function: Callable[..., Objective], keywords: Mapping[str, Any]
+) -> None:
+    """Raise ConfigError for a keyword the preset does not know, of a wrong type, or missing."""
+    try:
+        signature = inspect.signature(function, eval_str=True)
+    except NameError:  # a user's annotations that exist for type checkers only
+        signature = inspect.signature(function)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    free = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in signature.parameters.values())
+    known = [key for key, one in signature.parameters.items() if one.kind not in variadic]
+    for key, value in keywords.items():
+        if key in known:
+            check_type(key, value, signature.parameters[key].annotation)
+        elif free:
+            continue
+        elif key == "divergence":
+            raise ConfigError(
+                f"objective.divergence is given, but {name!r} is defined for its own score only: "
+                "losses on single responses need reverse KL. Use f_dpo, or another loss on margins"
+            )
+        elif key == "compat":
+            raise ConfigError(
+                f"objective.compat is given, but released codes of {name!r} agree with ours; "
+                "leave it out"
+            )
+        else:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"Did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(
+                f"objective.{key} is not a keyword of {name!r}. {hint}"
+                f"Its keywords: {', '.join(known) or 'none'}; on any pair loss also ld_alpha, wpo"
+            )
+    for key in known:
+        if signature.parameters[key].default is inspect.Parameter.empty and key not in keywords:
+            raise ConfigError(f"objective.{key} is missing; {name!r} has no default for it")
+
+
+def check_type(key: str, value: object, annotation: Any) -> None:
+    """Raise ConfigError unless a value from YAML fits the annotation of a preset's keyword."""
+    if not _fits(value, annotation):
+        text = isinstance(value, str) and _NUMBER.fullmatch(value)
+        hint = " (YAML reads a number such as 1e-6 as text; write 1.0e-6)" if text else ""
+        raise ConfigError(f"objective.{key} is {value!r}; it must be {_describe(annotation)}{hint}")
+    if isinstance(value, int | float) and not -_LARGEST <= value <= _LARGEST:
+        raise ConfigError(
+            f"objective.{key} is {value!r}; it must be between {-_LARGEST:g} and {_LARGEST:g}"
+        )
+
+
+def _fits(value: object, annotation: Any) -> bool:
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return value in arguments
+    if arguments:
+        return any(_fits(value, one) for one in arguments)
+    if annotation is None or annotation is type(None):
+        return value is None
+    if annotation is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if annotation in (str, bool):
+        return isinstance(value, annotation)
+    if annotation is inspect.Parameter.empty or not isinstance(annotation, type):
+        return True  # a user's function without annotations
+    return isinstance(value, annotation)
+
+
+def _describe(annotation: Any) -> str:
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return " or ".join(repr(one) for one in arguments)
+    if arguments:
+        return " or ".join(_describe(one) for one in arguments)
+    names = {float: "a number", int: "a whole number", bool: "true or false", str: "a name"}
+    if annotation is None or annotation is type(None):
+        return "null"
+    return names.get(annotation, f"a {getattr(annotation, '__name__', annotation)}")
+
+
+# Presets by name: the literal table, keyword checks, mixes, and a user's own functions.
+
 PRESETS: dict[str, Callable[..., Objective]] = {
     "dpo": pairwise.dpo,
     "f_dpo": pairwise.f_dpo,
-    "chi_po": variants.chi_po,
+    "chi_po": pairwise.chi_po,
     "cdpo": pairwise.cdpo,
     "rdpo": pairwise.rdpo,
     "ipo": pairwise.ipo,
@@ -42,13 +119,13 @@ PRESETS: dict[str, Callable[..., Objective]] = {
     "sigmoid_norm": pairwise.sigmoid_norm,
     "exo": pairwise.exo,
     "discopop": pairwise.discopop,
-    "wpo": variants.wpo,
-    "dpo_gamma": variants.dpo_gamma,
-    "flex_dpo": variants.flex_dpo,
-    "soft_dpo": soft.soft_dpo,
-    "upo": soft.upo,
-    "mcts_dpo": soft.mcts_dpo,
-    "sem_dpo": soft.sem_dpo,
+    "wpo": pairwise.wpo,
+    "dpo_gamma": pairwise.dpo_gamma,
+    "flex_dpo": pairwise.flex_dpo,
+    "soft_dpo": pairwise.soft_dpo,
+    "upo": pairwise.upo,
+    "mcts_dpo": pairwise.mcts_dpo,
+    "sem_dpo": pairwise.sem_dpo,
     "nca": pointwise.nca,
     "bco": pointwise.bco,
     "apo_zero": pointwise.apo_zero,
@@ -57,12 +134,12 @@ PRESETS: dict[str, Callable[..., Objective]] = {
     "kto_pair": pointwise.kto_pair,
     "aot": pointwise.aot,
     "aot_unpaired": pointwise.aot_unpaired,
-    "sppo": regression.sppo,
-    "gpo": regression.gpo,
-    "inpo_nash": regression.inpo_nash,
-    "online_ipo": regression.online_ipo,
-    "kto": unpaired.kto,
-    "apo_zero_unpaired": unpaired.apo_zero_unpaired,
+    "sppo": pairwise.sppo,
+    "gpo": pairwise.gpo,
+    "inpo_nash": pairwise.inpo_nash,
+    "online_ipo": pairwise.online_ipo,
+    "kto": pointwise.kto,
+    "apo_zero_unpaired": pointwise.apo_zero_unpaired,
     "sft": reference_free.sft,
     "simpo": reference_free.simpo,
     "alphapo": reference_free.alphapo,
@@ -74,11 +151,11 @@ PRESETS: dict[str, Callable[..., Objective]] = {
     "vpo": regularised.vpo,
     "hypo": regularised.hypo,
     "rationale": regularised.rationale,
-    "tdpo1": token.tdpo1,
-    "tdpo2": token.tdpo2,
-    "sparse_po": token.sparse_po,
-    "plackett_luce": lists.plackett_luce,
-    "tpo_tree": lists.tpo_tree,
+    "tdpo1": regularised.tdpo1,
+    "tdpo2": regularised.tdpo2,
+    "sparse_po": regularised.sparse_po,
+    "plackett_luce": pointwise.plackett_luce,
+    "tpo_tree": pointwise.tpo_tree,
     "diffusion_dpo": diffusion.diffusion_dpo,
     "smpo": diffusion.smpo,
     "inpo": diffusion.inpo,
@@ -93,11 +170,11 @@ PRESETS: dict[str, Callable[..., Objective]] = {
     "adpo": video.adpo,
     "vdpo": video.vdpo,
     "pami_vdpo": video.pami_vdpo,
-    "mdpo": video_cells.mdpo,
-    "vdpo_symmetric": video_cells.vdpo_symmetric,
-    "povid": video_cells.povid,
-    "chip": video_cells.chip,
-    "vista_dpo": video_cells.vista_dpo,
+    "mdpo": video.mdpo,
+    "vdpo_symmetric": video.vdpo_symmetric,
+    "povid": video.povid,
+    "chip": video.chip,
+    "vista_dpo": video.vista_dpo,
     "tpo_temporal": video.tpo_temporal,
     "ha_dpo": video.ha_dpo,
 }

@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from mmalign.core.batchwide import Baseline, Kahneman, Utility
 from mmalign.core.divergence import MapoScore
-from mmalign.core.kahneman import Baseline, Kahneman, Utility
 from mmalign.core.links import ClippedRatio, Hinge, Link, Logistic, Smoothed, Squared
 from mmalign.core.numerics import require
 from mmalign.core.objective import Objective
-from mmalign.core.regularisers import Nll
 from mmalign.core.score import Score
-from mmalign.core.terms import Preference
+from mmalign.core.terms import Nll, Preference
 
 
 def diffusion_dpo(

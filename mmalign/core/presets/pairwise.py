@@ -1,25 +1,35 @@
-"""Losses on the margin of a pair: defined under every valid divergence."""
+"""Losses on the margin of a pair.
+
+DPO under every valid divergence, its variants, soft labels, regression.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import Literal
 
-from mmalign.core.catalogue import resolve_divergence
-from mmalign.core.divergence import Alpha, Transform
+from mmalign.core.divergence import Alpha, ChiSquaredKL, Transform, resolve_divergence
 from mmalign.core.links import (
+    ClippedLogistic,
     Conservative,
+    CrossEntropy,
     DiscoPop,
     Exo,
     Hinge,
+    Link,
     Logistic,
     Robust,
     Squared,
+    SquaredEach,
+    SquaredToLabels,
 )
 from mmalign.core.numerics import Reduce, require
 from mmalign.core.objective import Objective
+from mmalign.core.reweight import Wpo, reweight
 from mmalign.core.score import Score
-from mmalign.core.terms import Preference
+from mmalign.core.terms import Nll, Preference
+
+# Losses on the margin of a pair: defined under every valid divergence.
 
 
 def _transform(
@@ -295,3 +305,212 @@ def discopop(
     """
     transform = _transform(divergence, alpha, p, compat)
     return Objective(Preference(Score(beta, transform), DiscoPop(tau)))
+
+
+# Variants of DPO: another clip, weight, reference or temperature.
+
+
+def chi_po(beta: float = 0.1, r_max: float | None = None) -> Objective:
+    """Chi-squared preference optimisation.
+
+    loss = -log sigmoid(clip(beta * [phi(u_chosen) - phi(u_rejected)], -2 r_max, 2 r_max)),
+    phi(u) = u + log u
+
+    Args:
+        beta: Scale of the implicit reward.
+        r_max: Bound of the reward; None for no clipping. Clipped pairs have no gradient.
+
+    Source: Huang et al. 2024, arXiv:2407.13399.
+    Departs: the exponential u follows its tangent line beyond exp(30).
+    """
+    link: Link = Logistic() if r_max is None else ClippedLogistic(2.0 * r_max)
+    return Objective(Preference(Score(beta, ChiSquaredKL()), link))
+
+
+def wpo(
+    beta: float = 0.1,
+    clamp_max: float | None = 1.0,
+    compat: Literal["trl-1.16"] | None = None,
+) -> Objective:
+    """Weighted preference optimisation: pairs the current policy might give count more.
+
+    loss = -w log sigmoid(beta * m), w = min(clamp_max, w_chosen * w_rejected) without gradient,
+    w_side = exp(mean over tokens of [log pi - log sum_v pi(v)^2])
+
+    The same weight goes on any pair loss with the keyword `wpo: true`.
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        clamp_max: Largest weight of a pair; None for no bound.
+        compat: "trl-1.16" does not clamp.
+
+    Source: Zhou et al. 2024, arXiv:2406.11827, eq. 2 and released code.
+    Departs: nothing.
+    """
+    if compat is not None:
+        clamp_max = None
+    return reweight(dpo(beta), wpo=Wpo(clamp_max))
+
+
+def dpo_gamma(beta: float = 0.1, gamma: float = 1.0) -> Objective:
+    """DPO with a scaled reference.
+
+    loss = -log sigmoid(beta * [log pi(chosen)/pi(rejected) - gamma log ref(chosen)/ref(rejected)])
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        gamma: Weight of the reference: 1 is dpo, 0 is reference-free.
+
+    Source: Chen et al. 2024, arXiv:2405.19534, preference ranking accuracy.
+    Departs: nothing.
+    """
+    return Objective(Preference(Score(beta, reference_weight=gamma), Logistic()))
+
+
+def flex_dpo(beta_chosen: float = 0.1, beta_rejected: float = 0.05) -> Objective:
+    """DPO with one temperature per side.
+
+    loss = -log sigmoid(beta_chosen * r_chosen - beta_rejected * r_rejected), r the log-ratios
+
+    Args:
+        beta_chosen: Scale of the chosen response's log-ratio, in 1/nats.
+        beta_rejected: Scale of the rejected one's; smaller slows the fall of rejected likelihoods.
+
+    Source: 3D-Properties, arXiv:2406.07327 (Flex-DPO).
+    Departs: the default values are ours.
+    """
+    return Objective(Preference(Score((beta_chosen, beta_rejected)), Logistic()))
+
+
+# Losses on soft labels (p, 1 - p) and on weighted rows.
+
+
+def soft_dpo(beta: float = 0.1) -> Objective:
+    """DPO on soft labels: the share of raters, or one smoothing per pair.
+
+    loss = -p log sigmoid(beta * m) - (1 - p) log sigmoid(-beta * m), (p, 1 - p) = labels
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+
+    Source: the conservative form of Mitchell 2023 with a label per pair.
+    Departs: nothing.
+    """
+    return Objective(Preference(Score(beta), CrossEntropy()))
+
+
+def upo(beta: float = 0.1, nll_weight: float = 0.0) -> Objective:
+    """Uncertainty-enhanced preference optimisation, in its safe form.
+
+    loss = -(1 - a) log sigmoid(beta * m) - a log sigmoid(-beta * m) + nll_weight * NLL(chosen),
+    (1 - a, a) = labels, a = uncertainty of the pair / 2 (core.weights.uncertainty_labels)
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        nll_weight: Weight of the chosen response's mean negative log-likelihood.
+
+    Source: Self-Evolutionary LLMs through Uncertainty-Enhanced Preference Optimization, paper text.
+    Departs: a runs from 0 to 1/2; the printed 1 / (P + 1) is never below 1/2 and trains backwards.
+        The likelihood term raises the chosen response; the printed sign lowers it.
+    """
+    require(0.0 <= nll_weight < math.inf, "nll_weight", nll_weight, "at least 0")
+    term = Preference(Score(beta), CrossEntropy())
+    return Objective(term, Nll(nll_weight)) if nll_weight else Objective(term)
+
+
+def mcts_dpo(beta: float = 0.1) -> Objective:
+    """DPO on pairs from a search tree, smoothed by visit counts.
+
+    loss = -(1 - e) log sigmoid(beta * m) - e log sigmoid(-beta * m), (1 - e, e) = labels,
+    e = min(1 - 1 / (1 + N_worse / max(1, N_better)), 1/2) (core.weights.visit_labels)
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+
+    Source: Xie et al. 2024, arXiv:2405.00451, released code.
+    Departs: nothing.
+    """
+    return soft_dpo(beta)
+
+
+def sem_dpo(beta: float = 0.1) -> Objective:
+    """Semantically weighted DPO.
+
+    loss = -w log sigmoid(beta * m), w = the record's weight = exp(-alpha * cosine distance of
+    prompt and chosen response) (core.weights.semantic_weights)
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+
+    Source: Sem-DPO, formula as quoted in public notes.
+    Departs: weights come with the data, so any pair loss can use them.
+    """
+    return Objective(Preference(Score(beta), Logistic()))
+
+
+# Squared losses: log-ratios, or their margin, regressed to a target.
+
+
+def sppo(beta: float = 1e-3, compat: Literal["trl-1.16"] | None = None) -> Objective:
+    """Self-play preference optimisation: log-ratios regressed to win probabilities.
+
+    loss = [(r_w / beta - (P_w - 1/2) / beta)^2 + (r_l / beta - (P_l - 1/2) / beta)^2] / 2,
+    r = beta * log-ratio, P = labels: (1, 0) is the hard form, (p, 1 - p) the soft one
+
+    Args:
+        beta: The paper's 1/eta, in 1/nats; targets are at most 1/(2 beta) nats.
+        compat: "trl-1.16" sums the two squares instead of halving.
+
+    Source: Wu et al. 2024, arXiv:2405.00675, eq. 4.7, and released code.
+    Departs: nothing.
+    """
+    share = 0.5 if compat is None else 1.0
+    return Objective(Preference(Score(beta), SquaredEach(scale=beta, share=share)))
+
+
+def gpo(beta: float = 2e-3) -> Objective:
+    """General preference optimisation: log-ratios regressed to average preference scores.
+
+    loss = [(r_w - s_w)^2 + (r_l - s_l)^2] / (2 beta^2), r = beta * log-ratio,
+    s = labels: each response's average score against samples of the reference
+
+    Args:
+        beta: In 1/nats; the targets are s / beta nats. 0.001 to 0.002 in the released recipe.
+
+    Source: Zhang et al. 2024, arXiv:2410.02197; loss body reconstructed.
+    Departs: scores come with the data, as labels.
+    """
+    return Objective(Preference(Score(beta), SquaredEach(scale=beta, offset=0.0)))
+
+
+def inpo_nash(eta: float = 7.5e-3) -> Objective:
+    """Iterative Nash policy optimisation: a squared loss against two references.
+
+    loss = (m - 1 / (2 eta))^2,
+    m = margin of log pi - (tau/eta) log ref - (1 - tau/eta) log previous
+
+    The reference is the mixture: set reference.kind to mixture with weights tau/eta (the base
+    model) and 1 - tau/eta (the round's start). With the base alone it is ipo with reduce sum.
+
+    Args:
+        eta: Step size, in 1/nats; the published tau is eta / 3.
+
+    Source: Zhang et al. 2024, arXiv:2407.00617.
+    Departs: tau lives in the reference's weights.
+    """
+    require(0.0 < eta < math.inf, "eta", eta, "above 0 and finite")
+    return Objective(Preference(Score(eta), Squared(0.5, scale=eta)))
+
+
+def online_ipo(beta: float = 0.1) -> Objective:
+    """Online IPO on length-normalised log-ratios, the inner loss of EGPO.
+
+    loss = (m - (p_0 - p_1) / beta)^2, m of per-token mean log-ratios, p = labels: win rates
+
+    Args:
+        beta: Regularisation, in 1/nats per token.
+
+    Source: Zhou et al. 2025, arXiv:2503.08942 (EGPO), released code.
+    Departs: win rates come with the data, as labels; the extragradient lives in the loop.
+    """
+    return Objective(Preference(Score(beta, reduce="mean"), SquaredToLabels(scale=beta)))

@@ -1,15 +1,16 @@
-"""Losses on pairs that look at each response alone: reverse KL only."""
+"""Losses that look at each response alone: of pairs, of single rated responses, of ranked lists."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from mmalign.core.batchwide import Aot, AotUnpaired, Bco, RunningMean
-from mmalign.core.kahneman import KahnemanPair
-from mmalign.core.links import ApoDown, ApoZero, Nca, Positive
+from mmalign.core.batchwide import Aot, AotUnpaired, Bco, Kahneman, KahnemanPair, RunningMean
+from mmalign.core.links import ApoDown, ApoZero, LambdaRank, Link, Nca, PlackettLuce, Positive
 from mmalign.core.objective import Objective
 from mmalign.core.score import Score
 from mmalign.core.terms import Preference
+
+# Losses on pairs that look at each response alone: reverse KL only.
 
 
 def nca(beta: float = 0.1) -> Objective:
@@ -142,3 +143,85 @@ def aot_unpaired(beta: float = 0.1, flip: float = 0.0) -> Objective:
     Departs: sorts the rows of all processes; accumulation steps still sort separately.
     """
     return Objective(AotUnpaired(Score(beta), flip))
+
+
+# Losses on single responses rated good or bad.
+
+
+def kto(
+    beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> Objective:
+    """Kahneman-Tversky optimisation.
+
+    loss = weight * sigmoid(-(r - z0)) if desirable, weight * sigmoid(r - z0) if not,
+    r = beta * log-ratio, z0 = max(0, beta * mean log-ratio of mismatched responses), no gradient
+
+    z0 is a mean over the batch on all processes: use at least a few rows a step. Keep weight times
+    number of rows of the two kinds between 1:1 and 4:3.
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        desirable_weight: Weight of desirable rows.
+        undesirable_weight: Weight of undesirable rows.
+
+    Source: Ethayarajh et al. 2024, arXiv:2402.01306.
+    Departs: nothing.
+    """
+    return Objective(Kahneman(Score(beta), desirable_weight, undesirable_weight))
+
+
+def apo_zero_unpaired(
+    beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> Objective:
+    """Anchored preference optimisation on single responses: KTO without its baseline.
+
+    loss = weight * sigmoid(-r) if desirable, weight * sigmoid(r) if not, r = beta * log-ratio
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        desirable_weight: Weight of desirable rows.
+        undesirable_weight: Weight of undesirable rows.
+
+    Source: D'Oosterlinck et al. 2024, arXiv:2408.06266; TRL 1.16 KTOTrainer.
+    Departs: nothing.
+    """
+    term = Kahneman(Score(beta), desirable_weight, undesirable_weight, baseline="zero")
+    return Objective(term)
+
+
+# Losses on K ranked responses of one prompt.
+
+
+def plackett_luce(beta: float = 0.1) -> Objective:
+    """Likelihood of a whole ranking.
+
+    loss = sum over ranks k of [log sum of exp(r_j) over j not ranked above k] - r_k, r = beta *
+    log-ratio
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+
+    Source: Rafailov et al. 2023, arXiv:2305.18290, appendix (Plackett-Luce form).
+    Departs: tied responses share their denominator.
+    """
+    return Objective(Preference(Score(beta), PlackettLuce()))
+
+
+def tpo_tree(beta: float = 0.1, weighted: bool = True) -> Objective:
+    """Tree preference optimisation: LambdaRank over the responses, steps weighted.
+
+    loss = sum over pairs v_i > v_j of lambda_ij * (-log sigmoid(r_i - r_j)),
+    lambda_ij = |2^v_i - 2^v_j| * |1/log(1 + rank_i) - 1/log(1 + rank_j)|,
+    r = beta * weighted log-ratio, v = labels
+
+    Args:
+        beta: Inverse temperature of the implicit reward, in 1/nats.
+        weighted: Needs the adapter's step weights (text.masks kind steps); false for plain
+            log-ratios.
+
+    Source: Liao et al. 2024, arXiv:2410.12854, in the LiPO-lambda form that the paper names.
+    Departs: the released code wraps the list loss in another -log sigmoid, so that descent raises
+        the ranking loss; it also counts the diagonal and only the sign of label differences.
+    """
+    link: Link = LambdaRank()
+    return Objective(Preference(Score(beta, weighted=weighted), link))

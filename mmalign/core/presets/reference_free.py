@@ -9,9 +9,8 @@ from mmalign.core.divergence import LogOdds, PowerScore, ReverseKL, Transform
 from mmalign.core.links import Bernoulli, Conservative, Hinge, Link, Logistic, Squared
 from mmalign.core.numerics import Reduce, require
 from mmalign.core.objective import Objective
-from mmalign.core.regularisers import Nll, NllReduce
 from mmalign.core.score import Score
-from mmalign.core.terms import Preference, Term
+from mmalign.core.terms import Nll, NllReduce, Preference, Term
 
 
 def sft(reduce: NllReduce = "batch_token") -> Objective:

@@ -24,7 +24,7 @@ from mmalign.core import (
     register_divergence,
     resolve_divergence,
 )
-from mmalign.core.catalogue import ALIASES
+from mmalign.core.divergence import ALIASES
 from mmalign.core.numerics import expm1_linear
 from mmalign.errors import ConfigError
 

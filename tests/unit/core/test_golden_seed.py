@@ -10,8 +10,7 @@ import torch
 from goldens import columns, compare, gradient, load, pair_results, seq_pair, sequences, tensor
 
 from mmalign.core import CandidateLogps, presets, weights
-from mmalign.core.links import nll
-from mmalign.core.listwise import LambdaRank, PlackettLuce
+from mmalign.core.links import LambdaRank, PlackettLuce, nll
 
 CASES: list[dict[str, Any]] = load("seed_losses")["cases"]
 

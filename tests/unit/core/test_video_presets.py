@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from mmalign.core import CandidateLogps, KlGap, Objective, Preference, Score, presets
-from mmalign.core.links import Logistic
-from mmalign.core.several import Bag
+from mmalign.core.links import Bag, Logistic
 from mmalign.errors import ConfigError, NeedsError
 
 LOG2 = math.log(2.0)

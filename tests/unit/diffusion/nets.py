@@ -11,8 +11,7 @@ from torch import Tensor
 
 from mmalign.core import CandidateLogps, Loss, Objective
 from mmalign.diffusion.draws import Draws
-from mmalign.diffusion.estimators import Predict
-from mmalign.diffusion.point import Point
+from mmalign.diffusion.point import Point, Predict
 from mmalign.diffusion.process import NoiseProcess, VPTable
 from mmalign.diffusion.scoring import denoising_error
 

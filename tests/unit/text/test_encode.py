@@ -14,7 +14,8 @@ from tiny import CHATML, make_tokenizer, run_config
 from mmalign.core import Needs
 from mmalign.data.example import Candidate, Example, Message
 from mmalign.errors import ConfigError, DataError, NeedsError
-from mmalign.text.encode import Encoder, load_tokenizer
+from mmalign.text.encode import Encoder
+from mmalign.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path

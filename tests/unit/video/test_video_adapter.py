@@ -247,9 +247,10 @@ def test_features_are_made_once_for_all_that_look_at_a_clip(
     video_models: Models, clips_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mmalign.video import contexts
+    from mmalign.video.model import encode
 
     made: list[int] = []
-    encode = contexts.encode
+    encode = encode
 
     def counted(*arguments: Any) -> Any:
         made.append(1)
