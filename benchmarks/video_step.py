@@ -126,7 +126,7 @@ def write_cache(folder: Path, given: dict[str, Any]) -> None:
     """The reference's log-probabilities, as `mmalign cache` stores them."""
     from mmalign.models.adapter import build_adapter
     from mmalign.preflight.check import check_config
-    from mmalign.text.cached import ReferenceCache
+    from mmalign.text.cache import ReferenceCache
 
     needs = check_config(settings(folder, {})).needs
     adapter: Any = build_adapter(settings(folder, {}), needs)

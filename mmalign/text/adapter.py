@@ -4,30 +4,91 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 from mmalign.core import presets
 from mmalign.models import lora
 from mmalign.models.drawing import answer_seeds
+from mmalign.models.lora_targets import ODD, SILENT, linear_layers
 from mmalign.text.encode import Encoder
 from mmalign.text.generate import generate
-from mmalign.text.model import load_model
-from mmalign.text.rows import survey_parts
-from mmalign.text.show import show
+from mmalign.text.model import FAULTS, in_mode, load_model
+from mmalign.text.survey import survey_parts
 from mmalign.text.token_adapter import TokenAdapter
 from mmalign.text.tokenizer import load_tokenizer
-from mmalign.text.unfit import unfit_layers
-from mmalign.text.write_cache import write_reference
+from mmalign.text.tools import show, write_reference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Group
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mmalign.config import ModelConfig, RunConfig
     from mmalign.core import Needs
     from mmalign.data.example import Asked, Example, Prompt
     from mmalign.models.rows import Surveyed
+
+
+# Which linear layers of a model a LoRA on all of them must leave out in a run on text.
+
+_LENGTHS = (16, 256)  # tokens: the second where some are silent, as layers over long stretches are
+
+
+def unfit_layers(model: PreTrainedModel) -> dict[str, str]:
+    """Linear layers without a gradient from text, or of another form than peft takes; and why.
+
+    Without a gradient are towers and projectors for pictures and sounds, cross-attention to them,
+    and indexers that only choose what is attended to. Experts are never counted: which of them run
+    depends on the words. A model whose own pass fails has none here; the trial before the first
+    step says what is wrong.
+    """
+    reasons: dict[str, str] = {}
+    for length in _LENGTHS:
+        reasons = _reasons(model, length)
+        if SILENT not in reasons.values():
+            break
+    return reasons
+
+
+def _reasons(model: PreTrainedModel, length: int) -> dict[str, str]:
+    layers: dict[str, Any] = linear_layers(model, model.get_output_embeddings())
+    outputs: dict[str, Tensor] = {}
+    odd: set[str] = set()
+
+    def watch(name: str, layer: nn.Linear, inputs: tuple[Tensor, ...], output: object) -> None:
+        if not isinstance(output, torch.Tensor):
+            odd.add(name)
+            return
+        outputs[name] = output
+        width = getattr(layer, "out_features", output.shape[-1])  # a Conv1D has no such name
+        if output.shape != (*inputs[0].shape[:-1], width):
+            odd.add(name)
+
+    hooks = [
+        layer.register_forward_hook(lambda *seen, name=name: watch(name, *seen))
+        for name, layer in layers.items()
+    ]
+    embeddings: Any = model.get_input_embeddings()
+    try:
+        # Some classes read weights past their layers in training mode (Gemma 3n's AltUp).
+        with torch.enable_grad(), in_mode(model, training=True):
+            ids = 1 + torch.arange(length, device=embeddings.weight.device)[None] % 16
+            total = model(input_ids=ids, use_cache=False).logits[:, -1].float().square().mean()
+            heard = {n: out for n, out in outputs.items() if out.requires_grad}
+            grads = torch.autograd.grad(total, list(heard.values()), allow_unused=True)
+    except FAULTS:
+        return dict.fromkeys(odd, ODD)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    felt = {name for name, grad in zip(heard, grads, strict=True) if grad is not None}
+    silent = sorted(n for n in layers if n not in felt and "experts" not in n.split("."))
+    return dict.fromkeys(silent, SILENT) | dict.fromkeys(sorted(odd), ODD)
+
+
+# The text adapter: causal language models.
 
 
 class TextAdapter(TokenAdapter):

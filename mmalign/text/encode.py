@@ -5,64 +5,164 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mmalign.data.example import Asked
-from mmalign.errors import ConfigError, DataError
-from mmalign.text.batch import collate
-from mmalign.text.fit import require_frame, require_ids
+from mmalign.errors import ConfigError, DataError, NeedsError
+from mmalign.models.adapter import Batch
 from mmalign.text.frame import Ends
-from mmalign.text.jinja import JinjaTemplate, template_file
-from mmalign.text.notes import Notes
-from mmalign.text.plain import PlainText
-from mmalign.text.positions import mark_ranges, mark_spans, mark_steps
+from mmalign.text.masks import EncodedCandidate, mark_ranges, mark_spans, mark_steps, span_masks
+from mmalign.text.messages import Notes, PlainText
+from mmalign.text.model import stop_ids
 from mmalign.text.render import ChatTemplate
-from mmalign.text.span_masks import span_masks
-from mmalign.text.stops import stop_ids
-from mmalign.text.tokenizer import TextTokenizer, load_tokenizer
+from mmalign.text.tokenizer import (
+    JinjaTemplate,
+    TextTokenizer,
+    _named,
+    require_ids,
+    template_file,
+)
 
 if TYPE_CHECKING:
     from collections import Counter
     from collections.abc import Callable, Iterable, Sequence
 
     from rich.console import Group
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from mmalign.config import RunConfig
     from mmalign.core import Needs
     from mmalign.data.example import Candidate, Example, Prompt
-    from mmalign.models.adapter import Batch
-    from mmalign.text.limits import Limits
-    from mmalign.text.response import Response
+    from mmalign.text.messages import Response
+    from mmalign.text.model import Limits
     from mmalign.text.survey import Found
     from mmalign.text.tokenizer import Offsets
 
-__all__ = ["EncodedCandidate", "Encoder", "load_tokenizer"]
+
+# Encoded rows to one batch: extra roles, mismatched answers, padding to [B, K, ...].
+
+
+def collate(encoder: Encoder, examples: Sequence[Example], needs: Needs) -> Batch:
+    """A batch on the CPU: the rated candidates, then the extra roles in the order of `needs`.
+
+    Inputs, right-padded to the longest of the batch:
+        prompt_ids, prompt_mask: [B, K, P]
+        response_ids, response_mask: [B, K, L]; True on every token, end included.
+        response_scored: [B, K, L] bool, only where answers of several turns have tokens that the
+            assistant did not write, or that it is not trained on.
+        span_mask (text.masks.kind spans, diff): [B, K, L] bool.
+        step_index (text.masks.kind steps): [B, K, L] long; 0 is no step.
+        context_index: [B, K] long, only where prompts show something.
+
+    A "mismatched" candidate is the response of the row before under this prompt, tokenised on its
+    own: no label of a row depends on the rows beside it.
+
+    Raises:
+        NeedsError: when a row lacks a role, or rows differ in their number of candidates.
+    """
+    rows = [_selected(example, needs) for example in examples]
+    encoded = [list(encoder.encode_example(example)) for example in rows]
+    labels = [list(example.labels) for example in rows]
+    if "mismatched" in needs.roles:
+        for index, example in enumerate(rows):
+            other = replace(rows[index - 1].candidates[0], prompt=None, role="mismatched")
+            encoded[index] += encoder.encode_example(replace(example, candidates=(other,)))
+            labels[index].append(0.0)
+    sizes = sorted({len(row) for row in encoded})
+    if len(sizes) > 1 or sizes[0] < needs.candidates:
+        raise NeedsError(
+            f"rows {rows[0].id!r} to {rows[-1].id!r} have {sizes} candidates; every row of a run "
+            f"needs the same number, at least {needs.candidates}"
+        )
+    inputs = _inputs(encoder, encoded)
+    if "mismatched" in needs.roles and len(rows) == 1:
+        why = "alone in its batch: nothing to mismatch"
+        encoder.notes.count("without_mismatch", rows[0].id, why, surveyed=False)
+        inputs["response_mask"][:, -1] = False
+    return Batch(
+        inputs=inputs,
+        labels=torch.tensor(labels, dtype=torch.float32),
+        row_weight=torch.tensor([example.weight for example in rows], dtype=torch.float32),
+        ids=tuple(example.id for example in rows),
+    )
+
+
+def _inputs(encoder: Encoder, encoded: Sequence[Sequence[EncodedCandidate]]) -> dict[str, Tensor]:
+    inputs: dict[str, Tensor] = {}
+    for name in ("prompt", "response"):
+        ids = [[getattr(item, name) for item in row] for row in encoded]
+        inputs[f"{name}_ids"] = _pad(ids, encoder.pad_id)
+        # By length and never by id: the pad token may be the end token, which is scored.
+        inputs[f"{name}_mask"] = _pad([[[1] * len(i) for i in row] for row in ids], 0).bool()
+    if any(item.scored for row in encoded for item in row):
+        inputs["response_scored"] = _pad([[item.mask for item in row] for row in encoded], 0).bool()
+    if encoder.uses_spans:
+        inputs["span_mask"] = _pad([encoder.span_masks(row) for row in encoded], 0).bool()
+    if encoder.uses_steps:
+        inputs["step_index"] = _pad([[item.steps for item in row] for row in encoded], 0)
+    if any(item.context for row in encoded for item in row):
+        contexts = [[item.context for item in row] for row in encoded]
+        inputs["context_index"] = torch.tensor(contexts, dtype=torch.long)
+    return inputs
+
+
+def _selected(example: Example, needs: Needs) -> Example:
+    """The rated candidates and those of the roles asked for, in that order."""
+    pairs = list(zip(example.candidates, example.labels, strict=True))
+    kept = [pair for pair in pairs if not pair[0].role]
+    for role in dict.fromkeys(needs.roles):
+        if role == "mismatched":  # made from the batch
+            continue
+        found = [pair for pair in pairs if pair[0].role == role]
+        wanted = needs.roles.count(role)
+        if len(found) < wanted:
+            raise NeedsError(
+                f"row {example.id!r}: the objective needs {wanted} {role!r} response(s), the row "
+                f"has {len(found)}; add the field {role!r} to the data"
+            )
+        kept += found[:wanted]
+    candidates, labels = zip(*kept, strict=True)
+    return replace(example, candidates=candidates, labels=labels)
+
+
+def _pad(rows: Sequence[Sequence[Sequence[int]]], value: int) -> Tensor:  # -> [B, K, L]
+    length = max(len(item) for row in rows for item in row)
+    padded = [[[*item, *[value] * (length - len(item))] for item in row] for row in rows]
+    return torch.tensor(padded, dtype=torch.long)
+
+
+def require_frame(encoder: Encoder, embedded: int, key: str) -> None:
+    """Refuse a model without a token that stands in every row.
+
+    A tokenizer may have more tokens than the model embeds: some families share one among models of
+    several kinds. What rows use is checked where they are encoded.
+
+    Args:
+        encoder: Of the rows.
+        embedded: How many tokens the model embeds.
+        key: Of the config, that names the model.
+
+    Raises:
+        ConfigError: naming the token.
+    """
+    largest = max(encoder.frame_ids, default=0)
+    if largest >= embedded:
+        raise ConfigError(
+            f"{key}: every row is written with {_named(encoder.tokenizer, largest)}, but the model "
+            f"embeds {embedded} tokens, 0 to {embedded - 1}: the two do not belong together, or "
+            "the tokenizer got tokens that the model did not"
+        )
+
+
+# Examples to token ids: exact response masks, one prompt for all sides, padding to [B, K, ...].
 
 VERSION = 4  # raise it when the same settings give other tokens: caches depend on it
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedCandidate:
-    """Token ids of one (context, response) pair."""
-
-    prompt: list[int]  # P  at least one token
-    response: list[int]  # L  at least one token; ends in the end token when nothing was cut
-    spans: list[bool]  # L  True on tokens that overlap a span of the record
-    steps: list[int]  # L  reasoning step, from 1; 0 outside of every step
-    context: int = 0  # number of what the prompt shows, where it is more than text
-    # L  False on tokens of an answer of several turns that the assistant did not write, or is not
-    # trained on; empty: all are scored.
-    scored: list[bool] = field(default_factory=list[bool])
-    cut: bool = False  # whether the response was longer than its limit
-
-    @property
-    def mask(self) -> list[bool]:
-        """Which response tokens are scored, [L]."""
-        return self.scored or [True] * len(self.response)
 
 
 class Encoder:
@@ -240,7 +340,7 @@ class Encoder:
 
     def show(self, examples: Iterable[Example]) -> Group:
         """What the model will see of these rows, masks coloured; print it on a rich console."""
-        from mmalign.text.show import show
+        from mmalign.text.tools import show
 
         return show(self, examples)
 

@@ -1,21 +1,244 @@
-"""Completions of prompts, for reports and `mmalign sample`."""
+"""Completions of prompts from the model's own distribution; no batch changes one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
+import torch
+from torch import nn
+
+from mmalign.errors import DataError
 from mmalign.models.drawing import answer_seeds
-from mmalign.text.decoding import complete
-from mmalign.text.padding import batches, left_padded
-from mmalign.text.thoughts import opener
+from mmalign.text.frame import opener
+from mmalign.text.model import causal_model
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
-    from torch import nn
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
     from mmalign.data.example import Asked, Prompt
     from mmalign.text.encode import Encoder
+
+
+# New tokens after prompts, from the model's own distribution and nothing else.
+
+
+@torch.no_grad()
+def complete(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    *,
+    ends: Collection[int],
+    pad: int,
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+) -> list[list[int]]:
+    """The new tokens of each row of a batch, without the end token.
+
+    Args:
+        model: In evaluation mode; in a peft wrapper or not.
+        inputs: `input_ids` and `attention_mask`, [B, P], padded on the left, and what else the
+            model takes.
+        ends: Tokens that end an answer.
+        pad: Fills rows that have ended.
+        seeds: One a row, of what is drawn for it.
+        max_new_tokens: Tokens at most, the end token included.
+        temperature: 0 takes the most likely token each time.
+        top_p: Draw from the smallest set of tokens with this probability.
+    """
+    from transformers import GenerationConfig
+
+    inner: Any = causal_model(model)
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,  # `Draw` draws
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=pad,
+    )
+    moved = {k: v.to(inner.device) if hasattr(v, "to") else v for k, v in inputs.items()}
+    draws = [Draw(seeds, temperature, top_p, inner.device)] if temperature > 0 else []
+    with _without_own_settings(inner):
+        output = inner.generate(**moved, generation_config=settings, logits_processor=draws)
+    return [_before_end(row, ends) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
+
+
+@torch.no_grad()
+def next_logits(model: nn.Module, ids: Tensor, mask: Tensor, pad: int, steps: int) -> Tensor:
+    """Logits of the first new tokens, each the most likely one; [steps, B, V], float32."""
+    from transformers import GenerationConfig
+
+    inner: Any = causal_model(model)
+    settings = GenerationConfig(
+        max_new_tokens=steps,
+        do_sample=False,
+        pad_token_id=pad,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    inputs = {"input_ids": ids.to(inner.device), "attention_mask": mask.to(inner.device)}
+    with _without_own_settings(inner):
+        return torch.stack(inner.generate(**inputs, generation_config=settings).logits)
+
+
+class Draw:
+    """Draws a token for each row with the row's own random numbers, as a processor of logits.
+
+    Adds Gumbel noise: the largest of the sums is a draw from the softmax. Unlike a draw by
+    cumulated probabilities it is another one only where two sums are as close as rounding, so a
+    row's padding and neighbours, which change its logits by rounding, do not change its text.
+    """
+
+    def __init__(
+        self, seeds: Sequence[int], temperature: float, top_p: float, device: torch.device
+    ) -> None:
+        """One generator a row; the same seed draws otherwise on another kind of device."""
+        self._temperature, self._top_p = temperature, top_p
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # [B, T], [B, V] -> [B, V]
+        """Scores whose largest is the drawn token."""
+        exact = torch.float32 if scores.device.type == "mps" else torch.float64  # it has no float64
+        scores = scores.to(exact) / self._temperature
+        if self._top_p < 1:
+            scores = _nucleus(scores, self._top_p)
+        noise = torch.empty_like(scores)
+        for row, generator in zip(noise, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - noise.log_()
+
+
+def _nucleus(scores: Tensor, top_p: float) -> Tensor:
+    """Minus infinity outside of the smallest set of tokens with probability `top_p`."""
+    ordered, places = scores.sort(descending=True)
+    shares = ordered.softmax(-1)
+    outside = shares.cumsum(-1) - shares >= top_p  # those before a token are enough without it
+    return scores.masked_fill(outside.scatter(-1, places, outside), -torch.inf)
+
+
+@contextmanager
+def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model has no generation settings.
+
+    transformers fills whatever a given config leaves unset from the model's own: penalties, banned
+    and forced tokens, further cuts of the distribution.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _before_end(tokens: list[int], ends: Collection[int]) -> list[int]:
+    stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:stop]
+
+
+# Which prompts are answered in one batch: padding and neighbours may not change an answer.
+
+log = logging.getLogger(__name__)
+
+_HALF = (torch.bfloat16, torch.float16)
+_LIMIT, _LIMIT_HALF = 2e-3, 0.05  # nats: the largest difference; in half precision the mean
+_pads_freely: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, [B, P] long, of prompts that all end in the last column."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for place, row in enumerate(rows):
+        ids[place, width - len(row) :] = torch.tensor(row)
+        mask[place, width - len(row) :] = 1
+    return ids, mask
+
+
+def batches(
+    model: nn.Module, rows: Sequence[list[int]], pad: int, max_new_tokens: int
+) -> list[tuple[list[int], int]]:
+    """Numbers of the rows that are answered together, and how many tokens their answers may have.
+
+    Usually all of them. Rows of different lengths are kept apart where the model counts positions
+    or keeps its state without regard to padding, which is found out by trying. Answers end where
+    a model with a table of positions has no further one.
+
+    Raises:
+        DataError: A prompt alone has more tokens than such a table.
+    """
+    inner: Any = causal_model(model)
+    lengths = sorted({len(row) for row in rows})
+    room = [_room(inner, row, max_new_tokens) for row in rows]
+    apart = len(lengths) > 1 and not _is_padded_freely(inner, rows, pad, min(room))
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault((len(row) if apart else 0, room[number]), []).append(number)
+    return [(group, most) for (_, most), group in groups.items()]
+
+
+def _room(model: Any, row: list[int], wanted: int) -> int:
+    """How many tokens can follow a prompt: the last of them needs no position of its own."""
+    limit = _table_of_positions(model)
+    if limit is None or len(row) + wanted - 1 <= limit:
+        return wanted
+    if len(row) > limit:
+        raise DataError(
+            f"a prompt has {len(row)} tokens, but the model has {limit} positions; shorten it, or "
+            "lower data.max_prompt_length"
+        )
+    _say(f"answers end at the model's {limit} positions, some before sample.max_new_tokens")
+    return limit - len(row) + 1
+
+
+def _table_of_positions(model: Any) -> int | None:
+    """Positions of a model that learned one vector for each and has no more; else None."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    tokens = model.get_input_embeddings()
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
+    # Some families leave their first one or two rows unused.
+    return limit if any(0 <= table.num_embeddings - limit <= 2 for table in tables) else None
+
+
+def _is_padded_freely(model: Any, rows: Sequence[list[int]], pad: int, steps: int) -> bool:
+    """Whether rows, the most and the least padded ones, are continued beside the longest as alone.
+
+    Found out once for a model.
+    """
+    if model not in _pads_freely:
+        ordered = sorted(rows, key=len)
+        longest = ordered[-1]
+        shorter = [row for row in ordered if len(row) < len(longest)]
+        tried = [shorter[0], shorter[-1]]
+        beside, *alone = (
+            next_logits(model, *left_padded(few, pad), pad, steps=min(steps, 2)).log_softmax(-1)
+            for few in ([*tried, longest], *([row] for row in tried))
+        )
+        gap = (beside[:, :2] - torch.cat(alone, dim=1)).abs()
+        is_half = model.dtype in _HALF or torch.is_autocast_enabled(model.device.type)
+        found, limit = (gap.mean(), _LIMIT_HALF) if is_half else (gap.max(), _LIMIT)
+        _pads_freely[model] = bool(found <= limit)  # not where it is no number
+    return _pads_freely[model]
+
+
+@cache
+def _say(message: str) -> None:
+    log.warning(message)
+
+
+# Completions of prompts, for reports and `mmalign sample`.
 
 
 def generate(

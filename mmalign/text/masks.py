@@ -1,18 +1,31 @@
-"""Weights of response positions: learned, from activations, from spans, from reasoning steps."""
+"""Which response tokens count, and how much: spans of them, and weights of positions."""
 
 from __future__ import annotations
 
+import logging
+import re
+from bisect import bisect_right
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmalign.data.blocks import matching_blocks
+from mmalign.errors import DataError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
+
+    from mmalign.config import MaskConfig
+    from mmalign.data.example import Example
+
+
+# Weights of response positions: learned, from activations, from spans, from reasoning steps.
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn")
 _VALUE_OUT = ("o_proj", "attn.c_proj", "attn.out_proj", "attention.dense")  # their input
@@ -225,3 +238,185 @@ def raw_step_weights(
 def sparsity(weight: Tensor, mask: Tensor) -> Tensor:
     """Share of response positions whose weight is exactly 0; both [..., L], result []."""
     return ((weight == 0) & mask).sum() / mask.sum().clamp(min=1)
+
+
+# What differs between the two responses of a pair, token by token.
+
+
+def diff_spans(
+    chosen_ids: Sequence[int], rejected_ids: Sequence[int], min_match: int = 3
+) -> tuple[list[bool], list[bool]]:
+    """Marks the tokens of two responses that stand in each other's place: RRPO's diff route.
+
+    Between two stretches of equal tokens lies what was replaced. It is a span where both sides
+    have tokens; what only one side has is none, since it has nothing to be compared with. So a
+    pair that differs by insertions alone has no span.
+
+    Args:
+        chosen_ids: Token ids of the chosen response.
+        rejected_ids: Token ids of the rejected response.
+        min_match: Tokens in a row that count as equal; shorter stretches, also those at the
+            beginning and the end, belong to the spans around them. The released loss uses 1, its
+            library 3.
+
+    Returns:
+        One mark a token for each side, True in spans.
+
+    Source: Sarkar et al. 2025, arXiv:2504.12083, released code of VideoChat2.
+    Departs: only responses are compared. The release compares whole label rows, where ignored
+        positions match each other and lengthen what is equal at the beginning and the end; with a
+        minimum above 1 it finds fewer spans there. No token is junk for being frequent, which
+        difflib assumes of responses above 200 tokens.
+    """
+    equal = matching_blocks(chosen_ids, rejected_ids, min_match)
+    chosen, rejected = [False] * len(chosen_ids), [False] * len(rejected_ids)
+    i = j = 0
+    for end_i, end_j, size in [*equal, (len(chosen_ids), len(rejected_ids), 0)]:
+        if end_i > i and end_j > j:
+            chosen[i:end_i] = [True] * (end_i - i)
+            rejected[j:end_j] = [True] * (end_j - j)
+        i, j = end_i + size, end_j + size
+    return chosen, rejected
+
+
+# Character ranges of a response to token positions.
+
+if TYPE_CHECKING:
+    Range = tuple[int, int]
+
+_LINE = re.compile(r"(?:\A\n*+)?[^\n]++\n*+")
+
+
+def mark_spans(offsets: Sequence[Range], spans: Sequence[Range]) -> list[bool]:
+    """Which tokens overlap a span.
+
+    Args:
+        offsets: Character range [start, end) of each token in the response; negative before it.
+        spans: Character ranges [start, end) in the same response.
+    """
+    if not spans:
+        return [False] * len(offsets)
+    return [any(start < last and first < end for first, last in spans) for start, end in offsets]
+
+
+def mark_ranges(offsets: Sequence[Range], ranges: Sequence[Range]) -> list[bool]:
+    """Which tokens lie in one of some ranges, by their last character.
+
+    A token that is no text (an end token put after it) belongs to the range that ends there.
+
+    Args:
+        offsets: Character range [start, end) of each token.
+        ranges: Character ranges [start, end), in order.
+    """
+    return [
+        any(first < end <= last or (start == end == last) for first, last in ranges)
+        for start, end in offsets
+    ]
+
+
+def mark_steps(offsets: Sequence[Range], steps: Sequence[Range], text: str) -> list[int]:
+    """The reasoning step of each token, from 1.
+
+    A token belongs to the step that holds its last character, and one after the text (the end
+    token) to the last step. What lies between two given steps belongs to the one before; 0 is
+    before all of them.
+
+    Args:
+        offsets: Character range of each token in the response.
+        steps: Character ranges of the steps, in order; empty means one step for each line of text,
+            with the line breaks that follow it.
+        text: The response.
+    """
+    starts = sorted(start for start, _ in steps) or [m.start() for m in _LINE.finditer(text)]
+    return [bisect_right(starts, max(end - 1, start)) for start, end in offsets]
+
+
+# Spans of a row's candidates as masks over response tokens, and rows that have none.
+
+log = logging.getLogger(__name__)
+
+
+def span_masks(encoded: Sequence[EncodedCandidate], kind: str, min_match: int) -> list[list[bool]]:
+    """Which response tokens lie on a span, for each candidate of a row.
+
+    Args:
+        encoded: The row's candidates, chosen and rejected first.
+        kind: spans, those of the record; diff, what differs between chosen and rejected.
+        min_match: diff: tokens in a row that count as equal.
+
+    A further candidate that repeats the chosen or the rejected response (under another clip) has
+    that response's spans.
+    """
+    if kind == "spans":
+        known = [item.spans for item in encoded]
+    elif len(encoded) < 2:
+        raise DataError("text.masks.kind is diff, but a row has one response; use kind: spans")
+    else:
+        known = list(diff_spans(encoded[0].response, encoded[1].response, min_match))
+        known += [[False] * len(item.response) for item in encoded[2:]]
+    for index, item in enumerate(encoded[2:], 2):
+        if not any(known[index]):
+            same = next((i for i in (0, 1) if encoded[i].response == item.response), index)
+            known[index] = known[same]
+    return known
+
+
+def with_spans(
+    masks: MaskConfig | None,
+    examples: Sequence[Example],
+    encode: Callable[[Example], Sequence[EncodedCandidate]],
+) -> list[Example]:
+    """The rows that have a span to learn from; the others are counted in a warning.
+
+    Args:
+        masks: The config's `text.masks`.
+        examples: All rows.
+        encode: To tokens; only called where spans are found by comparing them.
+
+    Raises:
+        DataError: None is left.
+    """
+    if masks is None or masks.kind not in ("spans", "diff") or masks.on_empty == "full":
+        return list(examples)
+
+    def has_span(row: Example) -> bool:
+        if masks.kind == "spans":
+            return any(candidate.spans for candidate in row.candidates)
+        return any(map(any, span_masks(encode(row), "diff", masks.min_match)))
+
+    found = [has_span(row) for row in examples]
+    kept = [row for row, has in zip(examples, found, strict=True) if has]
+    left_out = len(examples) - len(kept)
+    if left_out:
+        first = examples[found.index(False)].id
+        log.warning(
+            "%d of %d rows have no span and are left out (the first is %r); "
+            "text.masks.on_empty: full scores their whole responses instead",
+            left_out, len(examples), first,
+        )  # fmt: skip
+    if examples and not kept:
+        raise DataError(
+            f"none of {len(examples)} rows has a span to learn from; give spans_chosen and "
+            "spans_rejected, or use text.masks: {kind: diff}"
+        )
+    return kept
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedCandidate:
+    """Token ids of one (context, response) pair."""
+
+    prompt: list[int]  # P  at least one token
+    response: list[int]  # L  at least one token; ends in the end token when nothing was cut
+    spans: list[bool]  # L  True on tokens that overlap a span of the record
+    steps: list[int]  # L  reasoning step, from 1; 0 outside of every step
+    context: int = 0  # number of what the prompt shows, where it is more than text
+    # L  False on tokens of an answer of several turns that the assistant did not write, or is not
+    # trained on; empty: all are scored.
+    scored: list[bool] = field(default_factory=list[bool])
+    cut: bool = False  # whether the response was longer than its limit
+
+    @property
+    def mask(self) -> list[bool]:
+        """Which response tokens are scored, [L]."""
+        return self.scored or [True] * len(self.response)

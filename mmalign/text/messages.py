@@ -1,23 +1,30 @@
-"""Turns of a record as chat templates take them, and what of them a rendering must hold."""
+"""Turns of a record as messages for a template, or as plain text, and what follows a context."""
 
 from __future__ import annotations
 
 import json
+import logging
 import re
+from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from mmalign.errors import DataError
-from mmalign.text import thoughts
+from mmalign.data.example import Asked, Message, Template
+from mmalign.errors import ConfigError, DataError
+from mmalign.text import frame
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
-    from mmalign.data.example import Message, Template
-    from mmalign.text.jinja import JinjaTemplate
+    from mmalign.data.example import Candidate, Prompt
+    from mmalign.text.tokenizer import JinjaTemplate
+
+
+# Turns of a record as chat templates take them, and what of them a rendering must hold.
 
 _WORD = re.compile(r"\w+")
 _SWITCH = re.compile(r"/(?:no_?)?think\b")  # in a text, for the template alone
-_SAYING = ("tool_calls", "tool_plan", "function_call", *thoughts.REASONING)
+_SAYING = ("tool_calls", "tool_plan", "function_call", *frame.REASONING)
 """Keys that hold a part of what a turn says; ids, names and the like may go unread."""
 
 
@@ -37,9 +44,9 @@ def as_message(
     for key in _SAYING:
         if not message.get(key):
             continue
-        names = thoughts.REASONING if key in thoughts.REASONING else (key,)
+        names = frame.REASONING if key in frame.REASONING else (key,)
         # What the answer's own thought becomes where no template reads it is told by its context.
-        if turn.role == "assistant" and key in thoughts.REASONING:
+        if turn.role == "assistant" and key in frame.REASONING:
             continue
         if not template.words.intersection(names):
             raise unread(key, where)
@@ -52,13 +59,13 @@ def as_message(
 
 def thought_of(turn: Message) -> str | None:
     """The thought that a record gives beside the words of a turn."""
-    found = (turn.as_dict().get(key) for key in thoughts.REASONING) if turn.extra else ()
+    found = (turn.as_dict().get(key) for key in frame.REASONING) if turn.extra else ()
     return next((str(value) for value in found if value), None)
 
 
 def thought_key(turn: Message) -> str:
     """The name that the record gives it."""
-    return next((key for key in thoughts.REASONING if turn.as_dict().get(key)), "")
+    return next((key for key in frame.REASONING if turn.as_dict().get(key)), "")
 
 
 def call_names(turn: Message) -> list[str]:
@@ -133,7 +140,7 @@ def require_told(turns: Iterable[Message], rendered: str, where: str) -> None:
         if text in rendered:
             continue
         if turn.role == "assistant":
-            text = thoughts.split(text, None)[1].strip()
+            text = frame.split(text, None)[1].strip()
         words = _WORD.findall(_SWITCH.sub("", text))
         known = set(_WORD.findall(rendered))
         if 4 * sum(word in known for word in words) < 3 * len(words):
@@ -164,3 +171,178 @@ def writes_repr(given: Iterable[Mapping[str, Any]], rendered: str) -> bool:
             if isinstance(arguments, dict) and arguments and str(arguments) in rendered:
                 return str(arguments) != json.dumps(arguments, ensure_ascii=False)
     return False
+
+
+# What follows a context, as text: the answer, the end of its turn, and what of it is scored.
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What follows the context: the answer as the model sees it, then the end of its turn."""
+
+    answer: str  # the record's own words; spans and steps count its characters
+    body: str  # what the model sees of them
+    end: str  # the end as text
+    offset: int | None  # where the record's answer starts in body; None: the template rewrote it
+    with_eos: bool = True  # whether the eos follows the end, which a template may not write
+    # Of several turns: the characters of body and end that the assistant wrote; None: all.
+    scored: tuple[tuple[int, int], ...] | None = None
+
+
+def answer_turns(candidate: Candidate, where: str) -> tuple[Message, ...]:
+    """The turns of a response, of which the first is the assistant's.
+
+    Raises:
+        DataError: It is a file, or it does not begin with an assistant turn.
+    """
+    response = candidate.response
+    if isinstance(response, str):
+        return (Message("assistant", response),)
+    if not isinstance(response, tuple):
+        raise DataError(
+            f"{where}: the response is the file {response}; text needs a string. A model of "
+            "pictures is trained with modality: diffusion"
+        )
+    if not response or response[0].role != "assistant":
+        raise DataError(
+            f"{where}: the response has turns {[turn.role for turn in response]}; its first must "
+            "be the assistant's. Put earlier turns into the prompt"
+        )
+    return response
+
+
+# Prompt and response as text without a chat template: as they are, or as a transcript.
+
+_SPEAKERS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
+_SILENT = {"tool_call_id", "name", "id"}  # keys that say nothing which a transcript would lose
+_NO_TEMPLATE = "no chat template is in use (the tokenizer has none, or text.chat_template is false)"
+
+
+class PlainText:
+    """No template: a prompt is its own text; a conversation becomes a transcript.
+
+    The end token after a response is the encoder's to add.
+    """
+
+    is_chat = False
+
+    def context(self, prompt: Prompt | Asked, where: str) -> str:
+        """The prompt's text with nothing added, or the transcript up to the assistant's turn.
+
+        Source of the transcript's form: HH-RLHF, Bai et al. 2022, arXiv:2204.05862.
+        """
+        if isinstance(prompt, Asked):
+            _refuse_template(prompt.template, where)
+            prompt = prompt.prompt
+        if isinstance(prompt, str):
+            return prompt
+        text = _transcript(prompt, where)
+        goes_on = bool(prompt) and prompt[-1].role == "assistant"
+        return text if goes_on else text + "\n\nAssistant:"
+
+    def responses(
+        self, prompt: Prompt | Asked, candidates: Sequence[Candidate], where: str, *, last: bool
+    ) -> tuple[str, list[Response]]:
+        """The context and each response's text; after a transcript's colon comes a space."""
+        context = self.context(prompt, where)
+        opened = self._opens(prompt, context)
+        return context, [
+            _response(answer_turns(candidate, where), opened, where, last=last)
+            for candidate in candidates
+        ]
+
+    def _opens(self, prompt: Prompt | Asked, context: str) -> bool:
+        """Whether the context ends in the colon after which a transcript has a space."""
+        conversation = prompt.prompt if isinstance(prompt, Asked) else prompt
+        return context.endswith(":") and not isinstance(conversation, str)
+
+
+def _response(turns: Sequence[Message], opened: bool, where: str, *, last: bool) -> Response:
+    first = turns[0]
+    _transcript(turns, where)  # refuses what it cannot write
+    space = " " if opened and not first.content.startswith(" ") else ""
+    body = space + first.content
+    if len(turns) == 1:
+        return Response(first.content, body, "", len(space))
+    scored = [(0, len(body))]
+    for turn in turns[1:]:
+        body += _SPEAKERS[turn.role]
+        if turn.role == "assistant":
+            scored.append((len(body), len(body) + len(turn.content)))
+        body += turn.content
+    shown = scored[-1:] if last else scored
+    return Response(turns[-1].content, body[: scored[-1][1]], "", None, scored=tuple(shown))
+
+
+def _transcript(turns: Sequence[Message], where: str) -> str:
+    unknown = [turn.role for turn in turns if turn.role not in _SPEAKERS]
+    if unknown:
+        raise ConfigError(
+            f"{where}: the conversation has turns of {unknown}, but {_NO_TEMPLATE}, and a "
+            f"transcript knows {sorted(_SPEAKERS)} only. Use a chat model, or give the prompt as "
+            "one string"
+        )
+    for turn in turns:
+        lost = [key for key in turn.as_dict() if key not in {"role", "content", *_SILENT}]
+        if lost:
+            raise DataError(
+                f"{where}: a turn of the {turn.role} has {', '.join(lost)}, but {_NO_TEMPLATE} to "
+                "write it. Use a chat model, or take the key out"
+            )
+    return "".join(_SPEAKERS[turn.role] + turn.content for turn in turns)
+
+
+def _refuse_template(row: Template, where: str) -> None:
+    keys = {"tools": row.tools, "chat_template_kwargs": row.options}
+    lost = [key for key, value in keys.items() if value]
+    if lost:
+        raise DataError(
+            f"{where}: the row has {' and '.join(lost)}, but {_NO_TEMPLATE} to read it. Use a chat "
+            "model, or take the column out"
+        )
+
+
+# What was done to rows on their way to tokens: said once, counted for every row.
+
+log = logging.getLogger(__name__)
+
+
+class Notes:
+    """Rows by what was done to them; a row counts once however often it is encoded.
+
+    Attributes:
+        rows: By name, the rows.
+        sentences: By name, what it means; of names that need a word.
+        said: Sentences about all rows.
+        quiet: Whether a survey has said all this, so that nothing is logged.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        """Nothing was done yet."""
+        self.rows: dict[str, set[Hashable]] = {}
+        self.sentences: dict[str, str] = {}
+        self.said: list[str] = []
+        self.quiet = quiet
+
+    def count(self, name: str, row: str, warning: str = "", *, surveyed: bool = True) -> None:
+        """Note that something was done to a row; a warning is logged the first time.
+
+        `surveyed`: a survey of the rows finds it too.
+        """
+        if warning and name not in self.sentences:
+            self.sentences[name] = warning
+            if not (self.quiet and surveyed):
+                log.warning("row %r: %s (said once; counted in %s)", row, warning, name)
+        self.rows.setdefault(name, set()).add(row)
+
+    def say(self, sentence: str) -> None:
+        """A sentence about all rows, once."""
+        if sentence not in self.said:
+            self.said.append(sentence)
+            if not self.quiet:
+                log.warning("%s", sentence)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Rows by name."""
+        return Counter({name: len(rows) for name, rows in self.rows.items()})

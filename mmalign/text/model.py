@@ -1,19 +1,32 @@
-"""Causal language models of transformers: loading one, and what is switched off in it."""
+"""Causal language models of transformers: loading one, its body, its limits, and calls into it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import json
+from bisect import bisect_left
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from mmalign.errors import ConfigError
-from mmalign.text import attention
+from mmalign.errors import ConfigError, MmalignError
+from mmalign.models.files import ADAPTER_CONFIG
+from mmalign.text import packing
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from mmalign.config import ModelConfig
+    from mmalign.config import ModelConfig, RunConfig
+    from mmalign.text.packing import Fed, Rows
+
+
+# Causal language models of transformers: loading one, and what is switched off in it.
 
 
 def load_model(path: str, config: ModelConfig, revision: str | None = None) -> PreTrainedModel:
@@ -32,7 +45,7 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
             revision=revision,
             trust_remote_code=config.trust_remote_code,
             dtype=getattr(torch, config.dtype),
-            attn_implementation=attention.wanted(config),
+            attn_implementation=packing.wanted(config),
             quantization_config=quantization(config),
             ignore_mismatched_sizes=True,  # told with names below
             output_loading_info=True,
@@ -48,7 +61,7 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
             raise ConfigError(
                 f"model.path {path!r}: is a model of text and media ({kind}); set modality: video"
             ) from error
-        attention.require_supported(config, _class_of(path, config, revision))
+        packing.require_supported(config, _class_of(path, config, revision))
         raise ConfigError(
             f"model.path {path!r}: cannot be loaded with model.attention {config.attention} and "
             f"dtype {config.dtype}: {error}"
@@ -152,3 +165,255 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
     from peft import PeftModel
 
     return model.get_base_model() if isinstance(model, PeftModel) else model  # pyright: ignore
+
+
+# The body of a causal language model, and one pass of it over laid-out rows.
+
+
+def body_of(model: PreTrainedModel) -> nn.Module:
+    """The part of a model whose last states its head reads.
+
+    Raises:
+        ConfigError: The class does not say which part that is.
+    """
+    if model.base_model is not model:
+        return model.base_model
+    from transformers import PreTrainedModel
+
+    # Llama 4 and Mllama have a text model of another name than their class says.
+    parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+    if len(parts) == 1:
+        return parts[0]
+    raise ConfigError(
+        f"model.path: {type(model).__name__} has {len(parts)} models inside, where one is needed "
+        "whose states its output head reads, so its tokens cannot be scored"
+    )
+
+
+def run_body(
+    model: PreTrainedModel, rows: Rows, *, all_layers: bool = False, fed: Fed | None = None
+) -> Any:
+    """The model without its head on laid-out rows; `last_hidden_state` is [R, T, D].
+
+    `fed` is what `rows.feed` gave for this model, where it was called already.
+    """
+    body: Any = body_of(model)
+    options: dict[str, Any] = {"input_ids": rows.input_ids}
+    if fed is None and rows.feed is not None:
+        fed = rows.feed(model)
+    if fed is not None:
+        body, options = fed.body, dict(fed.inputs)
+    if rows.position_ids is not None:
+        options["position_ids"] = rows.position_ids
+    if rows.segments is not None:
+        packing.install(model if fed is None else body)
+        # A mask of four dimensions is taken as it is: none is made, and ours reads the segments.
+        options["attention_mask"] = rows.input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool)
+        options["segments"] = rows.segments
+    # Padding is on the right, where no earlier token sees it: the plain layout needs no mask.
+    options |= {"use_cache": False, "output_hidden_states": all_layers}
+    if runs_apart(model, rows):
+        return _run_apart(body, rows, options, rope_limits(model))
+    return body(**options)
+
+
+def scored_states(output: Tensor, rows: Rows) -> Tensor:  # [R, T, D] -> [M, D]
+    """The states from which tokens are scored."""
+    return output.flatten(0, 1)[rows.states]
+
+
+def rope_limits(model: PreTrainedModel) -> tuple[int, ...]:
+    """Lengths beyond which a model turns all positions of a pass by other angles (longrope)."""
+    settings: Any = model.config.get_text_config()
+    ropes: Any = getattr(settings, "rope_parameters", None) or {}
+    each = [ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))]
+    limits = {
+        int(rope["original_max_position_embeddings"])
+        for rope in each
+        if rope.get("rope_type") == "longrope" and rope.get("original_max_position_embeddings")
+    }
+    return tuple(sorted(limits))
+
+
+def turns_alike(limits: tuple[int, ...], inputs: Mapping[str, Tensor]) -> bool:
+    """Whether one pass over all candidates of a batch turns each as it would be turned alone."""
+    if not limits:
+        return True
+    lengths = (inputs["prompt_mask"].sum(-1) + inputs["response_mask"].sum(-1)).flatten().tolist()
+    # The last token of a response is not fed.
+    return len({bisect_left(limits, n) for n in (*lengths, max(lengths) - 1)}) == 1
+
+
+def runs_apart(model: PreTrainedModel, rows: Rows) -> bool:
+    """Whether rows of the plain layout take more than one pass, or a wider one."""
+    limits = rope_limits(model)
+    return rows.segments is None and bool(limits) and set(_groups(rows, limits)) != {0}
+
+
+def _groups(rows: Rows, limits: tuple[int, ...]) -> dict[int, list[int]]:
+    """Numbers of the rows by how many of the limits their whole length is beyond."""
+    groups: dict[int, list[int]] = {}
+    for number, piece in enumerate(rows.pieces):
+        fed = piece.length + sum(count for _, count in piece.responses)
+        groups.setdefault(bisect_left(limits, fed + 1), []).append(number)
+    return groups
+
+
+def _run_apart(
+    body: nn.Module, rows: Rows, options: dict[str, Any], limits: tuple[int, ...]
+) -> Any:
+    """One pass for each group of rows, no wider than the group's next limit."""
+    if "input_ids" not in options:
+        raise ConfigError(
+            f"a row goes beyond {limits[0]} tokens, where {type(body).__name__} changes its rotary "
+            "angles, and rows with media cannot be split there; lower data.max_prompt_length, "
+            "data.max_response_length or the number of frames"
+        )
+    count, width = rows.input_ids.shape
+    layers: list[Tensor] = []
+    for beyond, numbers in _groups(rows, limits).items():
+        ids = rows.input_ids[numbers]
+        if beyond < len(limits):
+            ids = ids[:, : limits[beyond]]
+        least = limits[beyond - 1] + 1 if beyond else 0
+        if ids.shape[1] < least:  # the whole row is longer than what is fed
+            ids = torch.cat([ids, ids[:, -1:].expand(-1, least - ids.shape[1])], 1)
+        output = body(**options | {"input_ids": ids})
+        parts = output.hidden_states if options["output_hidden_states"] else ()
+        for i, states in enumerate((output.last_hidden_state, *parts)):
+            if i == len(layers):
+                layers.append(states.new_zeros(count, width, states.shape[-1]))
+            kept = states[:, :width]
+            place = torch.tensor(numbers, device=ids.device)
+            padded = torch.nn.functional.pad(kept, (0, 0, 0, width - kept.shape[1]))
+            layers[i] = layers[i].index_copy(0, place, padded)
+    return SimpleNamespace(last_hidden_state=layers[0], hidden_states=tuple(layers[1:]) or None)
+
+
+# Calls into classes of models that are not ours: their mode, and what they raise as a sentence.
+
+FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@contextmanager
+def refusing(model: nn.Module, what: str) -> Iterator[None]:
+    """Turn a fault in a model's own code into a ConfigError that names the class and `what`."""
+    try:
+        yield
+    except (MmalignError, torch.OutOfMemoryError):
+        raise
+    except FAULTS as error:
+        raise ConfigError(
+            f"model.path: {type(model).__name__} cannot be trained here: {what} raises "
+            f"{describe(error)}"
+        ) from error
+
+
+def describe(error: Exception) -> str:
+    """Type and first line of an error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """One mode for all modules; each module's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+# Where a model's own settings say that generation stops.
+
+
+def stop_ids(model: ModelConfig) -> frozenset[int]:
+    """All ids of `eos_token_id` in a model's generation_config.json, else in its config.json.
+
+    An adapter's folder has neither: those of its base are read. Empty where there is none.
+    """
+    from transformers import GenerationConfig, PreTrainedConfig
+
+    path, revision = base_path(model.path), model.revision
+    where: dict[str, Any] = {} if revision is None or path != model.path else {"revision": revision}
+    try:
+        found = GenerationConfig.from_pretrained(path, **where).eos_token_id
+    except (OSError, ValueError):
+        found = None
+    if found is None:
+        try:
+            settings, _ = PreTrainedConfig.get_config_dict(path, **where)
+        except (OSError, ValueError):
+            return frozenset()
+        inner: Any = settings.get("text_config") or {}
+        found = settings.get("eos_token_id", inner.get("eos_token_id"))
+    ids = cast("list[Any]", found if isinstance(found, list) else [found])
+    return frozenset(token for token in ids if type(token) is int and token >= 0)  # -1: none
+
+
+def base_path(path: str) -> str:
+    """The model of a folder that holds an adapter alone; else the path itself."""
+    file = Path(path) / ADAPTER_CONFIG
+    if not file.is_file() or (Path(path) / "config.json").is_file():
+        return path
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return path
+
+
+# How many positions and tokens the models of a config have, known without their weights.
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What rows must keep to; None: nothing is known of it, or there is no limit."""
+
+    positions: int | None = None
+    embedded: int | None = None  # tokens with an id from 0 on
+
+
+def model_limits(config: RunConfig) -> Limits:
+    """The narrowest limits of the policy and of every other model that scores the same rows.
+
+    A model whose settings cannot be read has none here: loading it says why.
+    """
+    others = [config.reference.path, *(part.path for part in config.reference.mixture or ())]
+    found = [_settings(config, config.model.path, config.model.revision)]
+    found += [_settings(config, path) for path in others if path is not None]
+    known = [settings for settings in found if settings is not None]
+    positions = [limit for settings in known if (limit := position_limit(settings)) is not None]
+    embedded = [size for settings in known if (size := getattr(settings, "vocab_size", None))]
+    return Limits(min(positions, default=None), min(embedded, default=None))
+
+
+def position_limit(settings: Any) -> int | None:
+    """The positions of a model by its text settings; None where it has no limit."""
+    limit = getattr(settings, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _settings(config: RunConfig, path: str, revision: str | None = None) -> Any:
+    from transformers import AutoConfig
+
+    base = base_path(path)
+    try:
+        settings = AutoConfig.from_pretrained(
+            base,
+            revision=revision if base == path else None,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError):
+        return None
+    return settings.get_text_config()

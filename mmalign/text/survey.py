@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from mmalign.data.example import as_text
+from mmalign.data.fields import Problem
 from mmalign.data.progress import track
+from mmalign.data.records import ProblemList, Record
 from mmalign.data.written import special_mark, special_mark_of
 from mmalign.errors import ConfigError, DataError
-from mmalign.text.limits import Limits
+from mmalign.models.rows import Surveyed
+from mmalign.text.cache import cache_folder
+from mmalign.text.encode import Encoder
+from mmalign.text.masks import with_spans
+from mmalign.text.model import Limits, model_limits
+from mmalign.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
+    from mmalign.config import DataConfig, RunConfig
+    from mmalign.core import Needs
     from mmalign.data.example import Candidate, Example, Prompt
-    from mmalign.text.encode import EncodedCandidate, Encoder
+    from mmalign.text.masks import EncodedCandidate
+
+
+# Every row encoded once before a model is loaded, to find what training would meet later on.
 
 NAMED = 3  # first rows that are kept by number, of everything that is only counted
 
@@ -234,3 +249,235 @@ def _looked_at(chunks: _Chunks) -> Iterator[Found]:
 
 def _same(part: Found) -> Found:
     return part
+
+
+# What surveys found, kept in a folder by everything that decides it; a second start reads it.
+
+VERSION = 2  # raise it when the same rows and settings give other findings
+
+
+class SurveyCache:
+    """A folder with one small file for each set of rows under each set of settings."""
+
+    def __init__(self, folder: Path, encoder: Encoder, limits: Limits) -> None:
+        """`folder` is made when it is first written to."""
+        self.folder = folder
+        masks = encoder.masks and encoder.masks.model_dump(mode="json")  # spans can be at fault too
+        self._settings = [VERSION, encoder.fingerprint(), asdict(limits), masks]
+
+    def file(self, rows: Sequence[Example]) -> Path:
+        """Where what is found in these rows lies."""
+        digest = hashlib.sha256(json.dumps(self._settings).encode())
+        for row in rows:
+            digest.update(repr(_content(row)).encode())
+        return self.folder / f"{digest.hexdigest()[:40]}.json"
+
+    @staticmethod
+    def get(file: Path) -> Found | None:
+        """What was found; None where nobody looked yet, or the file is damaged."""
+        try:
+            value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            if value.keys() != {item.name for item in fields(Found)}:
+                return None
+            value["counts"] = Counter(value["counts"])
+            value["problems"] = [
+                (int(n), str(what), str(found)) for n, what, found in value["problems"]
+            ]
+            value["longest"] = tuple(value["longest"])
+            return Found(**value)
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+
+    @staticmethod
+    def put(file: Path, found: Found) -> None:
+        """Keep it; where that cannot be written, the next start looks again."""
+        partial = file.with_name(f".{file.name}.{os.getpid()}.part")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            value = {item.name: getattr(found, item.name) for item in fields(found)}
+            partial.write_text(json.dumps(value), encoding="utf-8")
+            partial.replace(file)
+        except OSError:
+            return
+
+
+def _content(row: Example) -> tuple[Any, ...]:
+    """All that decides the row's tokens."""
+    answers = [(c.response, c.prompt, c.spans, c.steps, c.complete, c.role) for c in row.candidates]
+    return row.prompt, row.template.tools, row.template.options, row.kind, answers
+
+
+# What a survey found, in words: a line for each thing, and the rows with problems.
+
+_OWN_WORDS = frozenset({"prompts_cut", "responses_cut", "ends_lost", "special_tokens"})
+
+
+def lines(found: Found, rows: Sequence[Example], data: DataConfig) -> list[str]:
+    """One sentence for each thing that was done to rows; none where nothing was.
+
+    Args:
+        found: By the survey.
+        rows: What was surveyed.
+        data: The limits, which are named.
+    """
+    told: list[str] = []
+
+    def tell(name: str, sentence: str) -> None:
+        told.append(f"{sentence}; {_first(found.first[name], found.counts[name], rows)}")
+
+    if count := found.counts["prompts_cut"]:
+        kept = "start" if data.truncate_prompt == "keep_start" else "end"
+        tell(
+            "prompts_cut",
+            f"{_of(count, found.rows)} prompts cut at {data.max_prompt_length:,} tokens "
+            f"(data.max_prompt_length), of which the {kept} is kept",
+        )
+    if count := found.counts["responses_cut"]:
+        lost = found.counts["ends_lost"]
+        tell(
+            "responses_cut",
+            f"{_of(count, found.responses)} responses cut at {data.max_response_length:,} tokens "
+            "(data.max_response_length)" + (f"; {lost:,} lost their end" if lost else ""),
+        )
+    if count := found.counts["special_tokens"]:
+        tell(
+            "special_tokens",
+            f"{_of(count, found.responses)} responses have a special token of this tokenizer "
+            "written in their text, and learn it as such",
+        )
+    if found.equal:
+        told.append(
+            f"{_of(len(found.equal), found.pairs)} pairs have the same tokens on both sides, of "
+            f"which nothing is learned; {_first(found.equal, len(found.equal), rows)}"
+        )
+    for name in found.counts:
+        if name not in _OWN_WORDS:
+            sentence = found.sentences.get(name) or _SENTENCES.get(name, name.replace("_", " "))
+            tell(name, f"{_of(found.counts[name], found.rows)} rows: {sentence}")
+    return [*told, *found.said]
+
+
+_SENTENCES = {
+    "prompts_empty": "the prompt is empty, so the answer follows the tokenizer's first token",
+    "prompts_rendered": "the prompt has special tokens written in its text, and the chat template "
+    "writes its own around it; give the words alone, or set text.chat_template: false",
+    "without_template": "the prompt is a conversation, but no chat template is in use; it is "
+    "written as a transcript of Human and Assistant",
+}
+
+
+def problems(found: Found, rows: Sequence[Example]) -> ProblemList:
+    """The rows that cannot be trained on, grouped by what is wrong with them."""
+    result = ProblemList()
+    for number, what, value in found.problems:
+        row = rows[number]
+        record = Record(row.place or row.id, row.id, "", None)
+        group = result.groups.setdefault(kind_of(what), [])
+        group.append((record, Problem(what, value)))
+    return result
+
+
+def require_lesson(found: Found, train: Sequence[int], rows: Sequence[Example]) -> None:
+    """Refuse pairs that are all the same on both sides.
+
+    Raises:
+        DataError: naming what can be done.
+    """
+    equal = set(found.equal)
+    if not equal or any(number not in equal for number in train):
+        return
+    longer = " or raise data.max_response_length" if found.counts["responses_cut"] else ""
+    raise DataError(
+        f"all {len(train):,} pairs to train on have the same tokens on both sides (the first is "
+        f"{rows[train[0]].id!r}), so there is nothing to learn; give other pairs{longer}"
+    )
+
+
+def require_room(found: Found, limits: Limits) -> None:
+    """Refuse rows whose prompts, under the answers of other rows, are beyond the positions.
+
+    Raises:
+        ConfigError: naming the limits to lower.
+    """
+    prompt, response = found.longest
+    limit = limits.positions
+    if limit is not None and prompt + response - 1 > limit:
+        raise ConfigError(
+            f"the objective scores answers under the prompts of other rows: the longest prompt "
+            f"({prompt:,} tokens) and the longest answer ({response:,}) are beyond the model's "
+            f"{limit:,} positions. Lower data.max_prompt_length and data.max_response_length to "
+            f"{limit:,} together"
+        )
+
+
+def _of(count: int, total: int) -> str:
+    return f"all {total:,}" if count == total else f"{count:,} of {total:,}"
+
+
+def _first(numbers: Sequence[int], count: int, rows: Sequence[Example]) -> str:
+    named = [_name(rows[number]) for number in dict.fromkeys(numbers[:NAMED])]
+    if len(named) == 1:
+        return f"the row is {named[0]}" if count == 1 else f"the first row is {named[0]}"
+    return f"the first rows are {', '.join(named[:-1])} and {named[-1]}"
+
+
+def _name(row: Example) -> str:
+    """Its id, or where it stands where it has none."""
+    return row.id if row.id == row.place else repr(row.id)
+
+
+# The rows of a run on text, all of them encoded once before a model is loaded.
+
+FOLDER = "surveys"
+
+
+def survey_parts(config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]) -> Surveyed:
+    """What training would meet in these rows, and those without problems.
+
+    Args:
+        config: The run's configuration.
+        needs: Of its objective.
+        parts: Rows to train on, rows held out.
+
+    Raises:
+        DataError: Rows show something; all pairs are the same on both sides; none has a span.
+        ConfigError: The tokenizer or the template cannot do what the config asks.
+    """
+    # A row stands several times in a part where its source has a weight.
+    rows = list({id(row): row for part in parts for row in part}.values())
+    refuse_media(rows)
+    encoder, limits = Encoder(load_tokenizer(config), config), model_limits(config)
+    encoder.notes.quiet = True
+    found = _found(config, encoder, rows, limits)
+    bad = {id(rows[number]) for number, *_ in found.problems}
+    kept = [[row for row in part if id(row) not in bad] for part in parts]
+    numbers = {id(row): number for number, row in enumerate(rows)}
+    require_lesson(found, [numbers[id(row)] for row in kept[0]], rows)
+    if "mismatched" in needs.roles:
+        require_room(found, limits)
+    told = lines(found, rows, config.data)
+    masks = config.text.masks
+    learned = [with_spans(masks, part, encoder.encode_example) for part in kept]
+    return Surveyed(learned, tuple(told), problems(found, rows))
+
+
+def refuse_media(rows: Sequence[Example]) -> None:
+    """Refuse rows that show or play something, which a model of text would pass over."""
+    shown = [row.id for row in rows if row.media or any(c.media for c in row.candidates)]
+    if shown:
+        raise DataError(
+            f"{len(shown)} of {len(rows)} rows have a video, image or audio (the first is "
+            f"{shown[0]!r}), which a model of text cannot take. Set modality: video with a "
+            "model that can, or remove the columns"
+        )
+
+
+def _found(config: RunConfig, encoder: Encoder, rows: Sequence[Example], limits: Limits) -> Found:
+    """What a survey finds, or found when it looked at the same rows under the same settings."""
+    cache = SurveyCache(cache_folder(config) / FOLDER, encoder, limits)
+    file = cache.file(rows)
+    known = cache.get(file)
+    if known is None:
+        known = survey(encoder, rows, limits)
+        cache.put(file, known)
+    return known

@@ -11,27 +11,36 @@ import torch
 from peft import PeftModel
 
 from mmalign.core import CandidateLogps, Needs, presets
-from mmalign.errors import ConfigError
+from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models import lora
 from mmalign.models.adapter import Adapter
+from mmalign.models.adapter_settings import differences, read_settings
+from mmalign.models.files import ADAPTER_CONFIG, opened, weight_files
 from mmalign.models.frozen import Cached
 from mmalign.models.linear import use_onednn
+from mmalign.models.lora_load import LIBRARY_ERRORS, TRAINED, adapter_tensors, one_line, put_tensors
 from mmalign.models.lora_targets import routers
 from mmalign.models.quantised import always_as_in_training
 from mmalign.models.reference import build_reference, resolve
-from mmalign.text import dates
-from mmalign.text.body import rope_limits, turns_alike
-from mmalign.text.cached import ReferenceCache, check_cacheable
+from mmalign.text import cache
+from mmalign.text.cache import ReferenceCache, check_cacheable
 from mmalign.text.encode import Encoder
-from mmalign.text.fit import compare, num_embedded
-from mmalign.text.head import Heads
-from mmalign.text.layout import check_length, why_plain
-from mmalign.text.model import causal_model, no_dropout, recompute_layers
-from mmalign.text.passes import Scored, run_model, score, scoring_models
-from mmalign.text.prefix import Layout, Rows, arrange, scored_prompts, scored_responses
-from mmalign.text.trained import load_trained
-from mmalign.text.trial import few_rows, require_right
-from mmalign.text.weights import PositionWeights, require_single
+from mmalign.text.logps import Heads
+from mmalign.text.model import causal_model, no_dropout, recompute_layers, rope_limits, turns_alike
+from mmalign.text.packing import Layout, Rows, arrange, scored_prompts, scored_responses
+from mmalign.text.passes import (
+    PositionWeights,
+    Scored,
+    check_length,
+    few_rows,
+    require_right,
+    require_single,
+    run_model,
+    score,
+    scoring_models,
+    why_plain,
+)
+from mmalign.text.tokenizer import compare, num_embedded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,7 +52,99 @@ if TYPE_CHECKING:
     from mmalign.config import ModelConfig, RunConfig, TrainConfig
     from mmalign.data.example import Example
     from mmalign.models.adapter import Batch
-    from mmalign.text.head import Head
+    from mmalign.text.logps import Head
+
+
+# What a run's `final/` holds, put back into a policy: weights as transformers names them.
+
+
+def load_trained(policy: nn.Module, folder: Path) -> nn.Module:
+    """Load what a run's `final/` holds into the policy.
+
+    Raises:
+        CheckpointError: The folder holds other weights than the policy has, or not all of them.
+    """
+    from peft import PeftModel
+
+    is_adapter = (folder / ADAPTER_CONFIG).is_file()
+    if isinstance(policy, PeftModel) != is_adapter:
+        has, lacks = ("a LoRA", "has none") if is_adapter else ("whole weights", "has a LoRA")
+        raise CheckpointError(f"{folder}: holds {has}, but the config's model {lacks}")
+    if isinstance(policy, PeftModel):
+        _load_adapter(policy, folder)
+    else:
+        _load_whole(policy, folder)  # pyright: ignore[reportArgumentType]
+    return policy
+
+
+def _load_adapter(policy: PeftModel, folder: Path) -> None:
+    """The tensors of an adapter whose settings are those of the policy's own."""
+    odd = differences(policy.peft_config[TRAINED].to_dict(), read_settings(folder))
+    if odd:
+        raise CheckpointError(
+            f"{folder}: is another adapter than the config's model has; {'; '.join(odd)}. Use the "
+            "config that it was trained with"
+        )
+    put_tensors(policy, adapter_tensors(folder), folder)
+
+
+def _load_whole(policy: PreTrainedModel, folder: Path) -> None:
+    """Whole weights, read by the model's own class.
+
+    Names in a file are those that the model had when it was published, and differ from those of
+    its modules for many classes; experts are stored one by one and computed as one tensor.
+    """
+    weights = _read_as(policy, folder)
+    with torch.no_grad():
+        own = policy.state_dict()
+        odd = sorted(own.keys() ^ weights.keys())
+        if odd:
+            raise _differs(folder, "tensors are in one of them only", odd)
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])
+
+
+def _read_as(policy: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder by the names of the policy's."""
+    for file in weight_files(folder):
+        opened(file)  # a damaged one is named before a library meets it
+    model, found = _load_like(policy, folder)
+    if found["missing_keys"]:
+        raise _differs(folder, "tensors are missing from its files", sorted(found["missing_keys"]))
+    if found["unexpected_keys"]:
+        unknown = sorted(found["unexpected_keys"])
+        raise _differs(folder, "tensors are not in the config's model", unknown)
+    if found["mismatched_keys"]:
+        name, theirs, ours = sorted(found["mismatched_keys"])[0]
+        shapes = f"{name} is {list(theirs)} there and {list(ours)} in the config's model"
+        raise CheckpointError(f"{folder}: holds another model than the config's: {shapes}")
+    return model.state_dict()
+
+
+def _load_like(policy: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    cls: Any = type(policy)
+    try:
+        return cls.from_pretrained(
+            folder,
+            config=policy.config,
+            dtype=policy.dtype,
+            ignore_mismatched_sizes=True,  # they are refused above, in words
+            output_loading_info=True,
+        )
+    except LIBRARY_ERRORS as error:
+        raise CheckpointError(
+            f"{folder}: cannot be read as {cls.__name__}: {one_line(error)}"
+        ) from error
+
+
+def _differs(folder: Path, what: str, names: Sequence[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: holds another model than the config's, or a part of one: {len(names)} {what}, "
+        f"e.g. {names[0]}"
+    )
+
+
+# Models of tokens scored on response tokens, whatever their prompts show: text, and video.
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +256,7 @@ class TokenAdapter(Adapter):
     @classmethod
     def begun(cls, config: RunConfig) -> RunConfig:
         """The config with the date that its chat template writes, where it writes one."""
-        return dates.settle(config)
+        return cache.settle(config)
 
     def before_training(self, examples: Sequence[Example]) -> None:
         """Refuse a cache that lacks rows, before the first step."""

@@ -17,10 +17,10 @@ import torch
 from mmalign.data.example import Asked
 from mmalign.models import lora
 from mmalign.models.drawing import answer_seeds
-from mmalign.text.cached import cache_folder
+from mmalign.text.cache import cache_folder
 from mmalign.text.model import causal_model
+from mmalign.text.packing import arrange
 from mmalign.text.passes import run_model, scoring_models
-from mmalign.text.prefix import arrange
 from mmalign.text.token_adapter import TokenAdapter
 from mmalign.video import altered, pami
 from mmalign.video.augment import seed_for
@@ -62,8 +62,8 @@ if TYPE_CHECKING:
     from mmalign.data.example import Example
     from mmalign.models.adapter import Batch
     from mmalign.models.rows import Surveyed
+    from mmalign.text.packing import Layout, Rows
     from mmalign.text.passes import Scored
-    from mmalign.text.prefix import Layout, Rows
     from mmalign.video.reader import Prepared
 
 

@@ -13,7 +13,7 @@ from mmalign.config import ReferenceConfig
 from mmalign.core import Needs
 from mmalign.errors import ConfigError
 from mmalign.models.adapter import load_usable
-from mmalign.text.cached import ReferenceCache, cache_folder
+from mmalign.text.cache import ReferenceCache, cache_folder
 from mmalign.text.model import causal_model
 from mmalign.video.encode import media_tensors
 from mmalign.video.model import encode

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmalign.errors import ConfigError
-from mmalign.text.attention import CannotPackError
-from mmalign.text.prefix import Fed
+from mmalign.text.packing import CannotPackError, Fed
 from mmalign.video.handed import deep_inputs, language_model
 from mmalign.video.model import Encoded, encode
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from mmalign.text.prefix import Piece, Rows
+    from mmalign.text.packing import Piece, Rows
     from mmalign.video.features import FeatureStore
     from mmalign.video.handed import TokenKinds
 

@@ -12,8 +12,8 @@ from jinja2 import TemplateError
 
 from mmalign.data.example import Asked, Media, Template
 from mmalign.errors import ConfigError, DataError
-from mmalign.text.calls import FAULTS
 from mmalign.text.encode import Encoder
+from mmalign.text.model import FAULTS
 from mmalign.video import altered
 from mmalign.video.clue_hook import CLUE_TOKEN, insert_clues
 from mmalign.video.handed import TokenKinds
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from mmalign.core import Needs
     from mmalign.data.example import Example, Prompt
     from mmalign.models.adapter import Batch
-    from mmalign.text.encode import EncodedCandidate
-    from mmalign.text.plain import PlainText
+    from mmalign.text.masks import EncodedCandidate
+    from mmalign.text.messages import PlainText
     from mmalign.text.render import ChatTemplate
     from mmalign.text.tokenizer import Offsets
     from mmalign.video.processing import Processor

@@ -12,10 +12,8 @@ import torch
 from mmalign.data.example import Media
 from mmalign.errors import DataError
 from mmalign.models.drawing import answer_seeds
-from mmalign.text.decoding import complete
-from mmalign.text.generate import written
+from mmalign.text.generate import complete, left_padded, written
 from mmalign.text.model import causal_model
-from mmalign.text.padding import left_padded
 from mmalign.video.model import encode
 
 if TYPE_CHECKING:

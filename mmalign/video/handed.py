@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmalign.errors import ConfigError
-from mmalign.text.calls import in_mode, refusing
+from mmalign.text.model import in_mode, refusing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from mmalign.text.prefix import Rows
+    from mmalign.text.packing import Rows
 
 _DEEP = {
     "deepstack_visual_embeds": "visual_pos_masks",  # one a layer, from the first on

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmalign.errors import ConfigError, MmalignError
-from mmalign.text import attention
-from mmalign.text.calls import FAULTS, describe, refusing
-from mmalign.text.fit import num_embedded
-from mmalign.text.model import quantization
+from mmalign.text import packing
+from mmalign.text.model import FAULTS, describe, quantization, refusing
+from mmalign.text.tokenizer import num_embedded
 from mmalign.video.handed import LANGUAGE, deep_features, handed, language_model, sees_ahead
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
             config=getattr(settings, "thinker_config", settings),
             **source,
             dtype=getattr(torch, config.dtype),
-            attn_implementation=attention.wanted(config),
+            attn_implementation=packing.wanted(config),
             quantization_config=quantization(config),
         )
     except (OSError, ValueError, ImportError) as error:

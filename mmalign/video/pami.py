@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from mmalign.config import SelectionSpec
     from mmalign.core import CandidateLogps
     from mmalign.models.adapter import Batch
+    from mmalign.text.packing import Rows
     from mmalign.text.passes import Scored
-    from mmalign.text.prefix import Rows
 
 
 @dataclass(frozen=True, slots=True)

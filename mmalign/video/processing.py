@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmalign.errors import ConfigError, DataError
-from mmalign.text.calls import FAULTS
+from mmalign.text.model import FAULTS
 from mmalign.text.tokenizer import leading, pad_id
 from mmalign.video.frames import SOUND_RATE
 from mmalign.video.given import joined_tensors, metadata, tensors_of, without_pixels, writable

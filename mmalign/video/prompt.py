@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmalign.data.example import Asked, Message
 from mmalign.errors import ConfigError, DataError
-from mmalign.text.plain import PlainText
+from mmalign.text.messages import PlainText
 from mmalign.text.render import ChatTemplate
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import logging
 from typing import TYPE_CHECKING
 
 from mmalign.errors import DataError
-from mmalign.text.cached import cache_folder
+from mmalign.text.cache import cache_folder
 from mmalign.text.encode import Encoder
-from mmalign.text.span_masks import with_spans
+from mmalign.text.masks import with_spans
 from mmalign.video.check_journal import FILE
 from mmalign.video.checks import usable_rows
 from mmalign.video.processing import Processor, load_processor

@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from mmalign.core.numerics import full_precision
-from mmalign.text.head import Head
-from mmalign.text.logps import BLOCK_SIZE, block_rows, compute_dtype
+from mmalign.text.logps import BLOCK_SIZE, Head, block_rows, compute_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.text import Text
 
 from mmalign.core import presets
-from mmalign.text.show import CONTEXT, counted, legend, response
+from mmalign.text.tools import CONTEXT, counted, legend, response
 from mmalign.video.augment import seed_for
 from mmalign.video.candidates import Corruptor
 from mmalign.video.clue_hook import CLUE_TOKEN

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from mmalign.config import SampleConfig
     from mmalign.data.example import Asked, Candidate, Example, Media, Picture, Prompt
-    from mmalign.text.encode import EncodedCandidate
+    from mmalign.text.masks import EncodedCandidate
     from mmalign.video.adapter import VideoAdapter
     from mmalign.video.encode import VideoEncoder
     from mmalign.video.generate import Question

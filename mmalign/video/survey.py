@@ -11,13 +11,18 @@ from mmalign.data.example import Clip
 from mmalign.data.unfold import in_mib
 from mmalign.errors import ConfigError, DataError
 from mmalign.models.rows import Surveyed
-from mmalign.text.cached import cache_folder
-from mmalign.text.limits import Limits, model_limits
-from mmalign.text.rows import FOLDER
-from mmalign.text.span_masks import with_spans
-from mmalign.text.survey import survey, too_long
-from mmalign.text.survey_cache import SurveyCache
-from mmalign.text.survey_lines import lines, problems, require_lesson
+from mmalign.text.cache import cache_folder
+from mmalign.text.masks import with_spans
+from mmalign.text.model import Limits, model_limits
+from mmalign.text.survey import (
+    FOLDER,
+    SurveyCache,
+    lines,
+    problems,
+    require_lesson,
+    survey,
+    too_long,
+)
 from mmalign.video.augment import seed_for
 from mmalign.video.candidates import Corruptor
 from mmalign.video.check_journal import FILE
@@ -35,7 +40,7 @@ if TYPE_CHECKING:
     from mmalign.config import RunConfig
     from mmalign.core import Needs
     from mmalign.data.example import Example, Media
-    from mmalign.text.encode import EncodedCandidate
+    from mmalign.text.masks import EncodedCandidate
     from mmalign.text.survey import Found
     from mmalign.video.checks import MediaReport, Use
     from mmalign.video.seen import Seen

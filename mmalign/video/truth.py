@@ -16,8 +16,8 @@ import torch
 from mmalign.core import Needs
 from mmalign.data.example import Asked
 from mmalign.errors import ConfigError
-from mmalign.text.calls import in_mode, refusing
-from mmalign.text.trial import own_logps, score_rows
+from mmalign.text.model import in_mode, refusing
+from mmalign.text.passes import own_logps, score_rows
 from mmalign.video.model import tower_dtype
 from mmalign.video.prompt import place
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mmalign.data.example import Example
-    from mmalign.text.head import Heads
-    from mmalign.text.prefix import Layout
-    from mmalign.text.trial import Arrange
+    from mmalign.text.logps import Heads
+    from mmalign.text.packing import Layout
+    from mmalign.text.passes import Arrange
     from mmalign.video.encode import VideoEncoder
 
 _NATS, _NATS_HALF = 1e-3, 0.05

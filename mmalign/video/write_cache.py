@@ -13,9 +13,9 @@ from mmalign.data.lock import only_writer
 from mmalign.errors import ConfigError
 from mmalign.models.adapter import load_usable
 from mmalign.models.files import fingerprint
-from mmalign.text.cached import cache_folder
+from mmalign.text.cache import cache_folder
 from mmalign.text.model import causal_model
-from mmalign.text.write_cache import write_reference
+from mmalign.text.tools import write_reference
 from mmalign.video.encode import media_tensors
 from mmalign.video.model import encode
 

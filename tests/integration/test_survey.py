@@ -18,8 +18,8 @@ from mmalign.models import rows as rows_of
 from mmalign.models.adapter import adapter_class
 from mmalign.preflight.check import check_config
 from mmalign.report import write_report
-from mmalign.text import rows as text_rows
 from mmalign.text import survey as surveying
+from mmalign.text import survey as text_rows
 from mmalign.train.loop import train
 
 LONG = "The cat liked to play in the sun. " * 40  # far more tokens than the model has positions

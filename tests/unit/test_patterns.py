@@ -20,7 +20,7 @@ import mmalign
 from mmalign.data.media_layouts import read_cat
 from mmalign.data.written import bare
 from mmalign.making.wrong import options_of
-from mmalign.text.positions import mark_steps
+from mmalign.text.masks import mark_steps
 from mmalign.video.operations import allowed
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import pytest
 from mmalign.data import blocks
 from mmalign.data.phrases import differing_phrases
 from mmalign.data.stored import _BEGIN
-from mmalign.text.spans import diff_spans
+from mmalign.text.masks import diff_spans
 
 
 def altered(a: list[int], kinds: int, draw: random.Random) -> list[int]:

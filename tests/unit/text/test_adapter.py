@@ -17,8 +17,7 @@ from mmalign.core import CandidateLogps, Needs, presets
 from mmalign.data.example import Candidate, Example
 from mmalign.errors import ConfigError
 from mmalign.text.adapter import TextAdapter
-from mmalign.text.head import Heads
-from mmalign.text.logps import response_logps
+from mmalign.text.logps import Heads, response_logps
 from mmalign.text.model import causal_model, no_dropout
 
 if TYPE_CHECKING:

@@ -15,11 +15,9 @@ from mmalign.core import Needs
 from mmalign.data.example import Candidate, Example
 from mmalign.errors import ConfigError
 from mmalign.models import lora
-from mmalign.text.adapter import TextAdapter
-from mmalign.text.body import body_of
-from mmalign.text.head import Heads
-from mmalign.text.model import load_model, no_dropout
-from mmalign.text.unfit import unfit_layers
+from mmalign.text.adapter import TextAdapter, unfit_layers
+from mmalign.text.logps import Heads
+from mmalign.text.model import body_of, load_model, no_dropout
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,11 +17,9 @@ from mmalign.data.example import Asked, Message, Template
 from mmalign.errors import DataError
 from mmalign.models.drawing import answer_seeds
 from mmalign.text.adapter import TextAdapter
-from mmalign.text.decoding import Draw, complete
 from mmalign.text.encode import Encoder
-from mmalign.text.generate import generate, written
+from mmalign.text.generate import Draw, complete, generate, left_padded, written
 from mmalign.text.model import causal_model
-from mmalign.text.padding import left_padded
 
 if TYPE_CHECKING:
     from pathlib import Path

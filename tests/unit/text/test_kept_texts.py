@@ -10,8 +10,7 @@ from tiny import CHATML, make_tokenizer
 
 from mmalign.data.example import Template
 from mmalign.text import tokenizer as tokenizers
-from mmalign.text.jinja import JinjaTemplate
-from mmalign.text.tokenizer import TextTokenizer
+from mmalign.text.tokenizer import JinjaTemplate, TextTokenizer
 
 TURNS = [{"role": "user", "content": "What is two and two?"}]
 TODAY = datetime.date(2026, 1, 2)

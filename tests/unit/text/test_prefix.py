@@ -7,11 +7,10 @@ import torch
 from tiny import make_model
 from torch import Tensor
 
-from mmalign.text import attention
-from mmalign.text.attention import CannotPackError, Segments
-from mmalign.text.body import run_body, scored_states
-from mmalign.text.head import Heads
-from mmalign.text.prefix import arrange
+from mmalign.text import packing
+from mmalign.text.logps import Heads
+from mmalign.text.model import run_body, scored_states
+from mmalign.text.packing import CannotPackError, Segments, arrange
 
 PROMPTS = [[5, 6, 7], [8, 9]]
 RESPONSES = [[[1, 2, 3], [4]], [[2, 3], [4, 4, 4]]]
@@ -103,7 +102,7 @@ def test_segments_equal_attention_under_a_dense_mask(window: int | None) -> None
     query = torch.randn(1, 4, length, 8, dtype=torch.float64)
     key, value = torch.randn(2, 1, 2, length, 8, dtype=torch.float64)
     module = torch.nn.Identity()
-    out, _ = attention._attention(
+    out, _ = packing._attention(
         module, query, key, value, None, Segments(groups), scaling=0.3, sliding_window=window
     )
     allowed = torch.zeros(length, length, dtype=torch.bool)
@@ -131,7 +130,7 @@ def test_segments_equal_attention_under_a_dense_mask(window: int | None) -> None
 
 def test_a_response_does_not_change_with_its_neighbours() -> None:
     model = make_model("llama").double()
-    attention.install(model)
+    packing.install(model)
     generator = torch.Generator().manual_seed(1)
     batch = random_batch([(6, [5, 3]), (2, [4, 7])], generator)
 
@@ -151,7 +150,7 @@ def test_a_model_with_other_attention_is_refused_by_name() -> None:
     module, x = torch.nn.Identity(), torch.randn(1, 1, 3, 4)
     for name in ("softcap", "s_aux"):
         with pytest.raises(CannotPackError, match=name):
-            attention._attention(module, x, x, x, None, Segments(((3, ()),)), **{name: 1.0})
+            packing._attention(module, x, x, x, None, Segments(((3, ()),)), **{name: 1.0})
 
 
 def test_heads_are_known_per_model() -> None:

@@ -16,7 +16,7 @@ from mmalign.data.sources import load_examples
 from mmalign.errors import ConfigError
 from mmalign.inference import write_cache
 from mmalign.text.adapter import TextAdapter
-from mmalign.text.cached import ReferenceCache
+from mmalign.text.cache import ReferenceCache
 
 if TYPE_CHECKING:
     from pathlib import Path

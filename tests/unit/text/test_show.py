@@ -7,7 +7,7 @@ from tiny import CHATML, make_tokenizer, run_config
 
 from mmalign.data.example import Candidate, Example, Message
 from mmalign.text.encode import Encoder
-from mmalign.text.show import CONTEXT, response
+from mmalign.text.tools import CONTEXT, response
 
 ANSWER = (
     Message("assistant", "The cat."),

@@ -14,9 +14,9 @@ from mmalign.config import dump, load
 from mmalign.core import Needs
 from mmalign.data.example import Asked, Candidate, Example, Message, Template
 from mmalign.errors import ConfigError, DataError
-from mmalign.text import dates
+from mmalign.text import cache
 from mmalign.text.encode import Encoder
-from mmalign.text.prefix import arrange
+from mmalign.text.packing import arrange
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -187,17 +187,17 @@ def test_the_date_of_a_cache_or_a_run_is_used_on_later_days(tmp_path: Path) -> N
     make_family("llama3.1", make_tokenizer()).save_pretrained(model)
     given: dict[str, Any] = {"model": {"path": str(model)}, "output": str(tmp_path / "run")}
     config = run_config(**given, reference={"kind": "cached"}, text={"date": "2024-07-26"})
-    dates.keep(config)
+    cache.keep(config)
     later = run_config(**given, reference={"kind": "cached"})
-    assert dates.settle(later).text.date == config.text.date
-    today = dates.settle(run_config(**given))
+    assert cache.settle(later).text.date == config.text.date
+    today = cache.settle(run_config(**given))
     assert today.text.date is not None
     assert config.text.date is not None
     assert today.text.date > config.text.date
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(dump(config), encoding="utf-8")
     assert load(tmp_path / "run" / "config.yaml").text.date == config.text.date
-    assert dates.settle(run_config(**given)).text.date == config.text.date
+    assert cache.settle(run_config(**given)).text.date == config.text.date
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_a_tokenizer_without_an_end_token(template: str | None, tmp_path: Path) 
 def test_a_template_without_a_date_leaves_the_config_as_it_is(tmp_path: Path) -> None:
     make_family("llama3", make_tokenizer()).save_pretrained(tmp_path)
     config = run_config(model={"path": str(tmp_path)})
-    assert dates.settle(config) == config
+    assert cache.settle(config) == config
 
 
 def test_the_next_turns_opening_ends_an_answer_where_the_model_stops_there(tmp_path: Path) -> None:

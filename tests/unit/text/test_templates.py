@@ -15,7 +15,7 @@ from mmalign.errors import DataError
 from mmalign.text.encode import Encoder
 
 if TYPE_CHECKING:
-    from mmalign.text.encode import EncodedCandidate
+    from mmalign.text.masks import EncodedCandidate
 
 ASK = Message("user", "Why is the sky blue?")
 SYSTEM = Message("system", "Be brief.")

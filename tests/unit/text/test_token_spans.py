@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from goldens import load
 
-from mmalign.text.spans import diff_spans
+from mmalign.text.masks import diff_spans
 
 GOLDEN = load("video")
 

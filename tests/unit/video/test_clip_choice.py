@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmalign.config import SelectionSpec
 from mmalign.core import CandidateLogps, presets
-from mmalign.text.head import Head
+from mmalign.text.logps import Head
 from mmalign.video.select import (
     Selection,
     aggregate,

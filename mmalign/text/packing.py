@@ -1,0 +1,366 @@
+"""A batch of candidates as rows of tokens, nothing twice, and the attention within their
+segments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from mmalign.errors import ConfigError, MmalignError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from mmalign.config import ModelConfig
+
+
+# Attention within segments of one packed row: each prompt, and each response after its prompt.
+#
+# Registered with transformers as one more attention implementation. Called without segments, as in
+# generation, it is the model's usual scaled dot product attention.
+
+NAME = "mmalign_segments"
+_PLAIN_LAYERS = {"full_attention", "sliding_attention"}
+_HALF = (torch.bfloat16, torch.float16)
+_UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")  # change attention; not done here
+
+
+class CannotPackError(MmalignError):
+    """A model whose layers are not plain causal attention; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Lengths, in tokens, of the pieces of one row: prompt, its responses, next prompt, ..."""
+
+    groups: tuple[tuple[int, tuple[int, ...]], ...]  # (prompt, responses)
+    windows: set[int] = field(default_factory=set)  # sliding windows that layers asked for
+    masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict)  # of the first layer
+
+
+def wanted(config: ModelConfig) -> str | None:
+    """What transformers is asked for; None leaves it sdpa where a class has it, else eager.
+
+    Raises:
+        ConfigError: flex_attention without an accelerator.
+    """
+    if config.attention == "flex_attention" and not torch.accelerator.is_available():
+        raise ConfigError(
+            "model.attention is flex_attention, which has no backward pass on a CPU, and there is "
+            "no accelerator; use auto"
+        )
+    return None if config.attention == "auto" else config.attention
+
+
+def require_supported(config: ModelConfig, kind: type[PreTrainedModel] | None) -> None:
+    """Refuse an attention that a class of models lacks.
+
+    Raises:
+        ConfigError: naming those that it has.
+    """
+    if kind is None or config.attention in ("auto", "eager"):
+        return
+    flags = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
+    flags |= {"flex_attention": "_supports_flex_attn"}
+    if not getattr(kind, flags[config.attention], False):
+        known = [name for name, flag in flags.items() if getattr(kind, flag, False)]
+        raise ConfigError(
+            f"model.attention is {config.attention}, which {kind.__name__} does not have; use auto "
+            f"or {' or '.join(['eager', *known])}"
+        )
+
+
+def why_not(model: PreTrainedModel) -> str | None:
+    """What in a model's class and config rules packing out; None where nothing does."""
+    config: Any = model.config.get_text_config()
+    if model.config._attn_implementation not in ("sdpa", NAME):
+        return f"its attention is {model.config._attn_implementation}, and only sdpa can do it"
+    if not model._supports_attention_backend:
+        return f"{type(model).__name__} computes its attention by itself"
+    other = set(getattr(config, "layer_types", None) or ()) - _PLAIN_LAYERS
+    if other:
+        return f"{type(model).__name__} has layers that are not plain attention: {sorted(other)}"
+    for name in ("attention_chunk_size", "alibi"):
+        if getattr(config, name, None):
+            return f"{type(model).__name__} has {name} {getattr(config, name)}"
+    return None
+
+
+def install(model: PreTrainedModel) -> None:
+    """Let `model` take `segments` as a keyword of its forward; nothing where it does already."""
+    if model.config._attn_implementation == NAME:
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+
+
+def check_windows(model: PreTrainedModel, segments: Segments) -> None:
+    """Refuse a model whose sliding windows did not reach the attention function.
+
+    Raises:
+        CannotPackError: Long rows would silently attend further than they may.
+    """
+    config: Any = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ("sliding_attention",))
+    slides = slides and getattr(config, "use_sliding_window", True)
+    if window and slides and window not in segments.windows:
+        raise CannotPackError(f"its sliding window of {window} is known to its masks only")
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,  # [1, H, T, D]
+    key: Tensor,  # [1, H', T, D]
+    value: Tensor,  # [1, H', T, D]
+    attention_mask: Tensor | None,
+    segments: Segments | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface; the output is [1, T, H, D]."""
+    if segments is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    unknown = [name for name in _UNKNOWN if kwargs.get(name) is not None]
+    if unknown:
+        raise CannotPackError(f"its attention uses {', '.join(unknown)}")
+    window = kwargs.get("sliding_window")
+    if window is not None:
+        segments.windows.add(window)
+    options = {"scale": kwargs.get("scaling"), "dropout_p": kwargs.get("dropout", 0.0)}
+    groups = query.shape[1] // key.shape[1]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = _mask(q, k, window, segments.masks)
+        shares = groups > 1
+        if shares and q.is_cuda and (mask is not None or q.dtype not in _HALF):
+            # Of the fast kernels flash alone shares heads: without a mask, in half precision.
+            k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+            shares = False
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, enable_gqa=shares, **options
+        )
+
+    lengths = [n for prompt, responses in segments.groups for n in (prompt, *responses)]
+    pieces = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    out: list[Tensor] = []
+    for _, responses in segments.groups:
+        q, k_prompt, v_prompt = next(pieces)
+        out.append(attend(q, k_prompt, v_prompt))
+        for _ in responses:
+            q, k, v = next(pieces)
+            out.append(attend(q, torch.cat([k_prompt, k], 2), torch.cat([v_prompt, v], 2)))
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _mask(
+    q: Tensor, k: Tensor, window: int | None, made: dict[tuple[object, ...], Tensor]
+) -> Tensor | None:
+    """What the last positions of a sequence may not see, as numbers to add; None: plain causal."""
+    rows, columns = q.shape[2], k.shape[2]
+    visible = columns if window is None else min(window, columns)
+    if rows == columns == visible:
+        return None
+    key = (rows, columns, visible, q.device)
+    if key not in made:
+        # Query i stands at column i + columns - rows; it sees `visible` columns, its own the last.
+        seen = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(columns - rows)
+        seen = seen.triu(columns - rows - visible + 1)
+        made[key] = torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, -torch.inf)
+    return made[key]
+
+
+# A batch of candidates as rows of tokens: which state predicts which token, nothing twice.
+#
+# Two layouts with the same scores. `packed`: one row for the whole batch, each distinct prompt
+# once, then each of its distinct responses, positions restarting at the prompt's end; no padding.
+# `plain`: a right-padded row for each distinct (prompt, response), for any causal model.
+#
+# The first token of every response is predicted from the last token of the prompt, and the last
+# token of a response predicts nothing, so it is not fed.
+
+Layout = Literal["packed", "plain"]
+Tokens = tuple[int, ...]
+Prompt = tuple[int, Tokens]  # what it shows, by number, and its tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A prompt in the flattened [R * T] tokens of the rows, and the responses that follow it."""
+
+    context: int  # number of what the prompt shows, of `context_index`; 0 where it is only text
+    start: int  # place of the prompt's first token
+    length: int  # tokens of the prompt
+    responses: tuple[tuple[int, int], ...]  # place of the first token, and tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Tokens to feed, and where the scores of a batch come from.
+
+    M is the number of tokens with a score; one shared by several candidates is computed once.
+    """
+
+    input_ids: Tensor  # [R, T]
+    position_ids: Tensor | None  # [R, T], or [3, R, T] of three kinds; None: 0, 1, 2, ...
+    segments: Segments | None  # of the one row of the packed layout
+    states: Tensor  # [M]  place in the flattened [R * T] of the state that predicts
+    targets: Tensor  # [M]  token ids
+    slots: Tensor  # [B, K, L]  place in [M] of each response token's score
+    mask: Tensor  # [B, K, L]  the scored tokens
+    prompt_slots: Tensor | None  # [B, K, P]  the same for prompt tokens
+    prompt_mask: Tensor | None  # [B, K, P]  without the first token, which nothing predicts
+    pieces: tuple[Piece, ...] = ()
+    feed: Callable[[PreTrainedModel], Fed] | None = None  # None: the model is fed token ids
+
+    def responses(self, scores: Tensor) -> Tensor:  # [M, ...] -> [B, K, L, ...]
+        """Scores of response tokens, left-aligned; 0 where the mask is False."""
+        return _spread(scores, self.slots, self.mask)
+
+    def from_responses(self, values: Tensor) -> Tensor:  # [B, K, L, ...] -> [M, ...]
+        """The reverse of `responses`; 0 for prompt tokens."""
+        scores = values.new_zeros(len(self.targets), *values.shape[3:])
+        scores[self.slots[self.mask]] = values[self.mask]
+        return scores
+
+    def prompts(self, scores: Tensor) -> Tensor | None:  # [M] -> [B, K, P]
+        """Scores of prompt tokens; 0 where the mask is False; None unless asked for."""
+        if self.prompt_slots is None or self.prompt_mask is None:
+            return None
+        return _spread(scores, self.prompt_slots, self.prompt_mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """What a pass runs where a model is fed more than token ids."""
+
+    body: PreTrainedModel  # the part that has the attention layers
+    inputs: Mapping[str, Any]  # its keywords
+
+
+def arrange(inputs: Mapping[str, Tensor], layout: Layout, *, prompts: bool = False) -> Rows:
+    """Lay out a batch.
+
+    Args:
+        inputs: prompt_ids, prompt_mask [B, K, P] and response_ids, response_mask [B, K, L];
+            response_scored [B, K, L] where some of those tokens are not scored; context_index
+            [B, K] where prompts of equal tokens may show different things.
+        layout: packed or plain.
+        prompts: Whether prompt tokens are scored too.
+    """
+    device = inputs["prompt_ids"].device
+    pairs = list(zip(_prompts(inputs), _tokens(inputs, "response"), strict=True))
+    groups: dict[Prompt, dict[Tokens, None]] = {}
+    for prompt, response in pairs:
+        groups.setdefault(prompt, {})[response] = None
+    width = max(len(prompt[1]) + max(len(response) - 1, 0) for prompt, response in pairs)
+
+    ids: list[int] = []
+    positions: list[int] = []
+    segments: list[tuple[int, tuple[int, ...]]] = []
+    states: list[int] = []
+    targets: list[int] = []
+    pieces: list[Piece] = []
+    places: dict[tuple[Prompt, Tokens], int] = {}
+    prompt_places: dict[Prompt, int] = {}
+    for key, responses in groups.items():
+        context, prompt = key
+        length, start = len(prompt), len(ids)
+        follow: list[tuple[int, int]] = []
+        if layout == "packed":
+            ids += prompt
+            positions += range(length)
+            segments.append((length, tuple(len(r) - 1 for r in responses if len(r) > 1)))
+        if prompts:
+            prompt_places[key] = len(targets)
+            states += range(start, start + length - 1)
+            targets += prompt[1:]
+        for response in responses:
+            if layout == "plain":
+                start = len(ids)
+                ids += prompt
+            after = len(ids)
+            follow.append((after, max(len(response) - 1, 0)))
+            ids += response[:-1]
+            positions += range(length, length + len(response[:-1]))
+            if layout == "plain":
+                ids += prompt[-1:] * (start + width - len(ids))  # no earlier token sees them
+                pieces.append(Piece(context, start, length, (follow.pop(),)))
+            places[key, response] = len(targets)
+            states += [start + length - 1, *range(after, after + len(response) - 1)][
+                : len(response)
+            ]
+            targets += response
+        if layout == "packed":
+            pieces.append(Piece(context, start, length, tuple(follow)))
+
+    def tensor(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    def slots(starts: list[int], mask: Tensor, skipped: int) -> Tensor:
+        steps = torch.arange(mask.shape[-1], device=device) - skipped
+        return torch.where(mask, tensor(starts).view(*mask.shape[:2], 1) + steps, 0)
+
+    packed = layout == "packed"
+    prompt_mask = scored_prompts(inputs) if prompts else None
+    return Rows(
+        input_ids=tensor(ids).view(1 if packed else -1, len(ids) if packed else width),
+        position_ids=tensor(positions)[None] if packed else None,
+        segments=Segments(tuple(segments)) if packed else None,
+        states=tensor(states),
+        targets=tensor(targets),
+        slots=slots([places[pair] for pair in pairs], inputs["response_mask"], 0),
+        mask=scored_responses(inputs),
+        prompt_slots=None
+        if prompt_mask is None
+        else slots([prompt_places[prompt] for prompt, _ in pairs], prompt_mask, 1),
+        prompt_mask=prompt_mask,
+        pieces=tuple(pieces),
+    )
+
+
+def scored_responses(inputs: Mapping[str, Tensor]) -> Tensor:  # [B, K, L]
+    """Which response tokens of a batch are scored; its `inputs` are those of `arrange`."""
+    real = inputs["response_mask"]
+    return real & inputs["response_scored"] if "response_scored" in inputs else real
+
+
+def scored_prompts(inputs: Mapping[str, Tensor]) -> Tensor:  # [B, K, P]
+    """Which prompt tokens of a batch can be scored: all but the first, which nothing predicts."""
+    mask = inputs["prompt_mask"].clone()
+    mask[..., 0] = False
+    return mask
+
+
+def _prompts(inputs: Mapping[str, Tensor]) -> list[Prompt]:
+    """Context and tokens of every candidate's prompt, row by row."""
+    tokens = _tokens(inputs, "prompt")
+    if "context_index" not in inputs:
+        return [(0, prompt) for prompt in tokens]
+    return list(zip(inputs["context_index"].flatten().tolist(), tokens, strict=True))
+
+
+def _tokens(inputs: Mapping[str, Tensor], name: str) -> list[Tokens]:
+    """The real tokens of every candidate, row by row."""
+    ids = inputs[f"{name}_ids"].flatten(0, 1).tolist()
+    lengths = inputs[f"{name}_mask"].sum(-1).flatten().tolist()
+    return [tuple(row[:length]) for row, length in zip(ids, lengths, strict=True)]
+
+
+def _spread(scores: Tensor, slots: Tensor, mask: Tensor) -> Tensor:
+    trail = scores.shape[1:]
+    if not len(scores):  # a batch without any scored token still has a graph behind it
+        return scores.sum() + scores.new_zeros(*mask.shape, *trail)
+    return scores[slots].masked_fill(~mask.view(*mask.shape, *(1 for _ in trail)), 0.0)

@@ -1,0 +1,160 @@
+"""What commands do with models of text beside training: show rows, and cache a reference."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Group
+from rich.text import Text
+
+from mmalign.data.lock import only_writer
+from mmalign.errors import ConfigError
+from mmalign.models.adapter import load_usable
+from mmalign.text import cache as dates
+from mmalign.text.cache import ReferenceCache, cache_folder, check_cacheable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from mmalign.config import RunConfig
+    from mmalign.core import Needs
+    from mmalign.data.example import Example
+    from mmalign.text.encode import Encoder
+    from mmalign.text.masks import EncodedCandidate
+    from mmalign.text.token_adapter import TokenAdapter
+
+
+# What the model will see, in colours: context, scored tokens, end token, spans, steps.
+
+CONTEXT, SCORED, END, SPAN = "dim", "green", "bold magenta", "bold black on yellow"
+STEPS = ("green", "cyan")  # in turns
+
+
+def show(encoder: Encoder, examples: Iterable[Example]) -> Group:
+    """Rows as text for a rich console; decoded from the token ids that training uses."""
+    blocks = [legend()]
+    for example in examples:
+        blocks.append(Text(f"\n{example.id}  {example.kind}, weight {example.weight:g}", "bold"))
+        shown: list[int] = []
+        encoded = encoder.encode_example(example)
+        for item, candidate, label in zip(encoded, example.candidates, example.labels, strict=True):
+            if item.prompt != shown:
+                shown = item.prompt
+                blocks.append(Text(str(encoder.tokenizer.decode(shown)), CONTEXT))
+            name = candidate.role or f"label {label:g}"
+            scored = f", {sum(item.mask)} of them scored" if item.scored else ""
+            head = f"[{name}] {len(item.prompt)} + {len(item.response)} tokens{scored}: "
+            blocks.append(Text(head, "bold") + response(encoder.tokenizer, encoder.end_ids, item))
+    return Group(*blocks, *counted(encoder))
+
+
+def legend() -> Text:
+    """What the colours mean."""
+    text = Text("context ", CONTEXT)
+    for name, style in (("scored ", SCORED), ("end token ", END), ("span", SPAN)):
+        text.append(name, style)
+    return text
+
+
+def counted(encoder: Encoder) -> list[Text]:
+    """What was done to rows when they were encoded, e.g. cut."""
+    return [Text(f"{name}: {rows} rows", "yellow") for name, rows in encoder.counts.items()]
+
+
+def response(tokenizer: Any, ends: frozenset[int], item: EncodedCandidate) -> Text:
+    """The tokens of a candidate, the scored ones in colours."""
+    styles = [
+        _style(scored, token in ends, span, step)
+        for scored, token, span, step in zip(
+            item.mask, item.response, item.spans, item.steps, strict=True
+        )
+    ]
+    text = Text()
+    start = 0
+    # Tokens of one style are decoded together: one character can be several tokens.
+    for style, run in groupby(styles):
+        stop = start + len(list(run))
+        text.append(tokenizer.decode(item.response[start:stop]), style)
+        start = stop
+    return text
+
+
+def _style(scored: bool, is_end: bool, span: int, step: int) -> str:
+    if not scored:  # a turn that is not the assistant's, or not trained on
+        return CONTEXT
+    return END if is_end else SPAN if span else STEPS[(step - 1) % 2] if step else SCORED
+
+
+# Writing what the reference says about every row, for runs with `reference.kind: cached`.
+
+
+def write_reference(
+    config: RunConfig, needs: Needs, build: Callable[[RunConfig, Needs], TokenAdapter]
+) -> str:
+    """Store what the reference says about every row of a config; rows that are there stay.
+
+    Args:
+        config: The run's configuration.
+        needs: Of its objective.
+        build: Makes the adapter.
+
+    Returns:
+        What was done, as a sentence.
+
+    Raises:
+        ConfigError: A reference that no cache can hold.
+    """
+    reference = config.reference
+    if not needs.reference:
+        raise ConfigError("cache: the objective reads no reference, so there is nothing to store")
+    if reference.kind in ("ema", "mixture") or reference.path is not None:
+        raise ConfigError(
+            "cache: it holds the model that training starts from as the reference; "
+            f"reference.{'path' if reference.path else 'kind'} asks for another"
+        )
+    check_cacheable(config, needs)
+    with only_writer(cache_folder(config), "cache", wait=True):
+        return _write(config, needs, build)
+
+
+def _write(
+    config: RunConfig, needs: Needs, build: Callable[[RunConfig, Needs], TokenAdapter]
+) -> str:
+    from accelerate import Accelerator
+    from rich.console import Console
+    from rich.progress import track
+
+    from mmalign.config import ReferenceConfig
+
+    config = dates.settle(config, for_cache=True)
+    dates.keep(config)
+    rows = [row for part in load_usable(config, needs) for row in part]
+    device = Accelerator().device
+    live = config.model_copy(update={"reference": ReferenceConfig()})
+    adapter = build(live, needs).to(device).eval()
+    cache = ReferenceCache(config, adapter.encoder, needs)
+    cache.store.sweep()
+    absent = set(cache.store.missing(map(cache.key, rows), read=True))
+    cache.store.repair()
+    todo = [row for row in rows if cache.key(row) in absent]
+    size = config.train.eval_batch_size or config.train.batch_size
+    half = config.train.mixed_precision == "bf16"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
+    console = Console(stderr=True)
+    with cache.store:
+        for start in track(
+            range(0, len(todo), size), "reference", console=console, disable=not console.is_terminal
+        ):
+            part = todo[start : start + size]
+            batch = adapter.collate(part).to(device)
+            with autocast:  # as a run scores its policy
+                values = adapter.reference_values(batch, needs)[cache.name]  # [B, K, L, ...]
+            lengths = batch.inputs["response_mask"].sum(-1).amax(1).tolist()  # [B]
+            for row, value, length in zip(part, values, lengths, strict=True):
+                cache.put(row, value[:, :length])
+    return (
+        f"{cache.store.folder}: {len(todo)} rows written, {len(rows) - len(todo)} were there. "
+        "Train with reference.kind=cached"
+    )
