@@ -10,7 +10,7 @@ from typing import Any
 
 from mmalign.data.fields import is_deep, number, show
 from mmalign.data.files import read_rows
-from mmalign.data.unfold import open_data
+from mmalign.data.opening import open_data
 from mmalign.errors import DataError
 
 MAX_OPTIONS = 26

@@ -77,7 +77,7 @@ def train(
     ] = False,
 ) -> None:
     """Train the model described by CONFIG and write everything to its `output` folder."""
-    from mmalign.data.progress import is_main_process, waiting
+    from mmalign.data.jobs import is_main_process, waiting
 
     with waiting("loading libraries"):
         from mmalign import config as configs
@@ -172,7 +172,7 @@ def sample(
     For example: mmalign sample --run runs/dpo --prompts questions.txt sample.temperature=0.7
     """
     from mmalign import config as configs
-    from mmalign.data.prompts import read_prompts
+    from mmalign.data.records import read_prompts
     from mmalign.inference import last_asked, sample_checkpoint
 
     overrides = list(overrides or ())
@@ -222,7 +222,7 @@ def cache(
     `reference.kind: cached` the reference's errors.
     """
     from mmalign import config as configs
-    from mmalign.data.progress import is_main_process
+    from mmalign.data.jobs import is_main_process
     from mmalign.inference import plan_cache, write_cache
 
     run = configs.load(config, overrides or ())

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mmalign.data.example import Example
-    from mmalign.data.validate_media import Decode
+    from mmalign.data.validate import Decode
     from mmalign.making.answers import Answers
     from mmalign.making.recipes import Recipe
     from mmalign.making.rows import Source
@@ -300,7 +300,7 @@ def _check_config(
     faults: Decode | None,
 ) -> tuple[str, int]:
     """The rows of a config, or of the files that are named, as training with it would see them."""
-    from mmalign.data.progress import waiting
+    from mmalign.data.jobs import waiting
 
     with waiting("loading libraries"):
         from mmalign import config as configs

@@ -5,25 +5,23 @@ from mmalign.data.example import Candidate, Example, Message, Picture
 from mmalign.data.layouts import LAYOUTS
 from mmalign.data.parse import OPTIONAL, parse_record
 from mmalign.data.records import convert_file, read_records
-from mmalign.data.rewards import (
+from mmalign.data.select import (
+    all_pairs,
     assign_users,
+    best_worst,
     direction,
+    first_round,
     leave_one_out,
     precision_reward,
     project,
     recall_hits,
-    tool_reward,
-    win_rate,
-    worst_group,
-)
-from mmalign.data.select import (
-    all_pairs,
-    best_worst,
-    first_round,
     rejection_rounds,
     rejection_sample,
+    tool_reward,
     tournament,
     wider_than,
+    win_rate,
+    worst_group,
 )
 from mmalign.data.sources import load_examples
 from mmalign.data.validate import Report, check_files

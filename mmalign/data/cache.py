@@ -1,10 +1,4 @@
-"""Tensors computed once and kept on disk, found again by a hash of everything they depend on.
-
-A folder holds shards in the safetensors format; tensor `KEY/NAME` is tensor NAME of the entry KEY.
-Shards are written to a temporary name, flushed to disk and renamed, so a killed run leaves whole
-shards only; the next run goes on from there. An entry whose key does not match is a miss, and so is
-one whose bytes do not match their checksum.
-"""
+"""Tensors computed once and kept on disk, found again by a hash of everything they depend on."""
 
 from __future__ import annotations
 
@@ -23,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 
-from mmalign.data.open_files import OpenFiles
+from mmalign.data.opening import OpenFiles
 from mmalign.errors import DataError
 from mmalign.safe import open_file
 
@@ -33,6 +27,8 @@ if TYPE_CHECKING:
 
     from mmalign.data.example import Example
 
+
+if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 log = logging.getLogger(__name__)

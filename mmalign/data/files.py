@@ -1,8 +1,5 @@
-"""Rows of a file or a Hugging Face dataset, each with its place; what cannot be read is a problem.
-
-JSONL, JSON, CSV and parquet files, prompts as lines of text, `.gz`, `.bz2`, `.xz` and `.zst` of all
-but parquet, folders of pictures, of parquet files or of `datasets.save_to_disk`, and names of hub
-datasets.
+"""Rows of a file or a Hugging Face dataset, each with its place; what cannot be read is a
+problem.
 """
 
 from __future__ import annotations
@@ -19,18 +16,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from mmalign.data.convert import MOST_COLUMNS
-from mmalign.data.fields import as_list, as_object, show
+from mmalign.data.example import Row, Wanted
+from mmalign.data.fields import LONGEST, JsonText, NotJsonError, as_list, as_object, parse, show
 from mmalign.data.folders import folder_rows
-from mmalign.data.json_text import LONGEST, JsonText, NotJsonError, parse
-from mmalign.data.layout import HIGHER, LOWER
-from mmalign.data.row import HELD_OUT, Row, Wanted
-from mmalign.data.stored import Unreadable, literal
+from mmalign.data.media_layouts import HIGHER, LOWER
+from mmalign.data.opening import ERRORS, FOLDED, open_data
 from mmalign.data.tables import hub_rows, parquet_rows, saved_rows, shard_rows
-from mmalign.data.turns import are_messages
-from mmalign.data.unfold import ERRORS, FOLDED, open_data
+from mmalign.data.turns import Unreadable, are_messages, literal
 from mmalign.errors import DataError
-
-__all__ = ["HELD_OUT", "LONGEST_LINE", "Row", "read_rows"]
 
 LONGEST_LINE = LONGEST
 Reader = Callable[[Path, IO[bytes]], Iterator[Row]]

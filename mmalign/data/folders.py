@@ -22,9 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mmalign.data.guard import Fence, as_text
-from mmalign.data.picture_layouts import CAPTIONS
-from mmalign.data.row import Row
+from mmalign.data.example import Row
+from mmalign.data.media_layouts import CAPTIONS
+from mmalign.data.opening import Fence, as_text
 from mmalign.errors import DataError
 from mmalign.safe import open_file
 

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mmalign.data.example import Candidate, Example, Message, Template
-from mmalign.data.progress import waiting
+from mmalign.data.jobs import waiting
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
     from mmalign.config import DataConfig
-    from mmalign.data.fit import Needs
+    from mmalign.data.select import Needs
 
     Parts = tuple[list[Example], list[Example]]
 

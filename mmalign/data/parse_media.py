@@ -1,10 +1,6 @@
-"""What a record's prompt shows and plays: video, image, audio, for the row or for one side.
+"""What a record shows and plays.
 
-A medium is a path from the data file's folder, or an object with `path` (or the kind's own name),
-`start` and `end` or `span` in seconds, and for clips `frames`, numbers chosen before, or `fps` and
-`max_pixels` (of a frame). A single clip may have `start`, `end`, `span` and `frames` beside it in
-the record; `start` and `end` then hold for the one sound beside it too. `fps` and `max_pixels` in
-the record hold for all its clips. A kind that a side does not name is that of the row.
+Videos, pictures and audio of a prompt, and the pictures that are compared.
 """
 
 from __future__ import annotations
@@ -13,13 +9,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mmalign.data.example import Clip, Media, Picture, Prompt, Sound
+from mmalign.data.example import Candidate, Clip, ExampleKind, Media, Picture, Prompt, Sound
 from mmalign.data.fields import Fields, as_list, as_object, number, show
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from mmalign.data.pictures import PictureRoot
+
+
+# What a record's prompt shows and plays: video, image, audio, for the row or for one side.
+#
+# A medium is a path from the data file's folder, or an object with `path` (or the kind's own name),
+# `start` and `end` or `span` in seconds, and for clips `frames`, numbers chosen before, or `fps`
+# and `max_pixels` (of a frame). A single clip may have `start`, `end`, `span` and `frames` beside
+# it in the record; `start` and `end` then hold for the one sound beside it too. `fps` and
+# `max_pixels` in the record hold for all its clips. A kind that a side does not name is that of the
+# row.
 
 Medium = TypeVar("Medium", Clip, Picture, Sound)
 
@@ -267,3 +273,71 @@ def _with_span(fields: Fields, media: Media) -> Media:
 
 def _is_sound(path: Path) -> bool:
     return path.suffix.lower() in _SOUNDS
+
+
+# The pictures of a canonical record: image_chosen and image_rejected, images, or image.
+
+PICTURE_KEYS = ("image_chosen", "image_rejected", "images", "image")
+
+
+def read_pictures(
+    fields: Fields, kind: ExampleKind, root: PictureRoot | None
+) -> list[Candidate | None]:
+    """The rated candidates; None in the place of each that is wrong.
+
+    Args:
+        fields: The record. A picture is a path, a {path} object, or a Picture already.
+        kind: What the record is.
+        root: Where paths start and what they may not leave.
+    """
+    if not isinstance(fields.get("prompt") or "", str):
+        fields.fail("the prompt of a picture must be text, not messages")
+    if kind == "pair":
+        return _pair(fields, root)
+    if kind != "list":
+        return [_candidate(fields, "image", fields.get("image"), root)]
+    items = as_list(fields.get("images"))
+    if not items or len(items) == 1:
+        found = f"is {show(fields.get('images'))}"
+        fields.fail("images must be a list of at least two pictures", found)
+    return [_candidate(fields, "a picture of images", item, root) for item in items or ()]
+
+
+def _pair(fields: Fields, root: PictureRoot | None) -> list[Candidate | None]:
+    sides: list[Candidate | None] = []
+    for side in ("chosen", "rejected"):
+        caption = None
+        if f"prompt_{side}" in fields:
+            caption = fields.text(f"prompt_{side}")
+            if isinstance(caption, tuple):
+                fields.fail("the prompt of a picture must be text, not messages")
+                caption = None
+        key = f"image_{side}"
+        sides.append(_candidate(fields, key, fields.get(key), root, caption))
+    chosen, rejected = sides
+    if chosen and chosen == rejected:
+        fields.fail("image_chosen equals image_rejected")
+    return sides
+
+
+def _candidate(
+    fields: Fields, name: str, value: Any, root: PictureRoot | None, caption: str | None = None
+) -> Candidate | None:
+    if value is None:
+        fields.fail(f"{name} is missing")
+        return None
+    parts = as_object(value) or {}
+    path = parts.get("path", value)
+    if isinstance(path, str) and path.strip() and not parts.get("bytes"):
+        if root is None:
+            fields.fail(f"{name} is a path, and no folder is known that it starts from")
+            return None
+        found = root.find(path)
+        if not isinstance(found, Picture):
+            fields.fail(f"{name} {found.what}", found.found)
+            return None
+        value = found
+    if not isinstance(value, Picture):
+        fields.fail(f"{name} must be the path of a picture file", f"is {show(value)}")
+        return None
+    return Candidate(value, prompt=caption)

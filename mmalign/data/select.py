@@ -1,23 +1,141 @@
-"""From K rewards of one prompt's responses to the pairs that are trained on.
+"""What of the rows is trained on.
 
-A pair is (chosen, rejected), two indices into the K responses: equal texts stay apart. Responses
-with equal rewards never form a pair.
+Pairs made by rewards, and the shape that an objective is defined on.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import logging
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
+    from mmalign.data.example import Candidate, Example
+
+
+# Rewards that methods compute from judgements, before `select.py` makes pairs of them.
+#
+# Letters: K responses of a prompt, M objectives, N rows or samples, U users, G groups.
+
+if TYPE_CHECKING:
     Floats = NDArray[np.float64]
+
+
+def _floats(values: ArrayLike) -> Floats:
+    return np.asarray(values, dtype=np.float64)
+
+
+def win_rate(preference: ArrayLike) -> Floats:
+    """Self-play reward: how often a response beats the others, mean over j != i of P(i beats j).
+
+    Args:
+        preference: [K, K], entry (i, j) the probability that i is preferred to j. The diagonal is
+            not read. Cycles are allowed.
+
+    Returns:
+        [K], in [0, 1].
+
+    Source: Swamy et al. 2024, arXiv:2401.04056 (minimaximalist self-play).
+    """
+    p = _floats(preference)
+    if p.ndim != 2 or p.shape[0] != p.shape[1] or len(p) < 2:
+        raise DataError(f"preference has shape {list(p.shape)}; it must be [K, K] with K >= 2")
+    return (p.sum(1) - p.diagonal()) / (len(p) - 1)
+
+
+def leave_one_out(rewards: ArrayLike) -> Floats:
+    """Each reward less the mean of the others; [K] -> [K]."""
+    r = _floats(rewards)
+    return r - (r.sum() - r) / (len(r) - 1)
+
+
+def direction(degrees: ArrayLike) -> Floats:
+    """Unit vectors in a plane of two objectives: [...] degrees from the first axis -> [..., 2].
+
+    A condition in a prompt carries them as whole numbers, round(100 * v).
+
+    Source: Wang et al. 2024, arXiv:2402.18571 (directional preference alignment).
+    """
+    radians = np.deg2rad(_floats(degrees))
+    return np.stack([np.cos(radians), np.sin(radians)], axis=-1)
+
+
+def project(rewards: ArrayLike, towards: ArrayLike) -> Floats:
+    """Rewards of several objectives along a direction: [K, M], [M] -> [K]."""
+    return _floats(rewards) @ _floats(towards)
+
+
+def tool_reward(calls: ArrayLike, fewest: ArrayLike | None = None, budget: float = 4.0) -> Floats:
+    """How sparingly tools were called, 0 to 1; times correctness, it is the reward.
+
+    With the fewest calls n of a correct answer in the group: 1 if m = n = 0, cos(m pi / (2 m + c))
+    if only n = 0, else sin(f pi / (2 n)) with f = 2 n m / (m + n). Without: cos(m pi / (2 m + c)).
+
+    Args:
+        calls: [K] calls m used.
+        fewest: [K] n; None where there is no group to compare with.
+        budget: Smoothing constant c, in calls.
+
+    Source: Wang et al. 2025 (OTC, optimal tool calls), as quoted in public notes.
+    """
+    m = _floats(calls)
+    alone = np.cos(m * np.pi / (2.0 * m + budget))
+    if fewest is None:
+        return alone
+    n = _floats(fewest)
+    grouped = np.sin(m / np.maximum(m + n, 1.0) * np.pi)
+    return np.where(n == 0, alone, grouped)
+
+
+def assign_users(margins: ArrayLike) -> tuple[NDArray[np.intp], Floats]:
+    """The E step of MaxMin: each user goes to the reward model that explains their choices best.
+
+    Args:
+        margins: [U, G, N] reward of chosen less rejected under each group's model.
+
+    Returns:
+        [U] group of each user, and [U, G] log-likelihoods sum over n of log sigmoid(margin).
+
+    Source: Chakraborty et al. 2024, arXiv:2402.08925 (MaxMin-RLHF).
+    """
+    loglik = -np.logaddexp(0.0, -_floats(margins)).sum(-1)
+    return loglik.argmax(1), loglik
+
+
+def worst_group(rewards: ArrayLike) -> int:
+    """The group whose mean reward on the current samples is lowest; [G, N]. Source: MaxMin-RLHF."""
+    return int(_floats(rewards).mean(1).argmin())
+
+
+def precision_reward(quality: ArrayLike, low: float = 0.5, high: float = 0.75) -> Floats:
+    """Matched boxes' quality squashed: 0 below `low`, 1 above `high`, itself between. [N] -> [N].
+
+    Source: Zhan et al. 2025, arXiv:2503.18013 (Vision-R1), released code; (0.5, 0.75) in stage 1,
+        (0.75, 0.9) in stage 2.
+    """
+    q = _floats(quality)
+    return np.where(q < low, 0.0, np.where(q > high, 1.0, q))
+
+
+def recall_hits(quality: ArrayLike, threshold: float = 0.5) -> Floats:
+    """1 for a box matched well enough, else 0; [N] -> [N]. Source: as `precision_reward`."""
+    hits: NDArray[Any] = _floats(quality) >= threshold
+    return hits.astype(np.float64)
+
+
+# From K rewards of one prompt's responses to the pairs that are trained on.
+#
+# A pair is (chosen, rejected), two indices into the K responses: equal texts stay apart. Responses
+# with equal rewards never form a pair.
 
 Pair = tuple[int, int]
 
@@ -116,3 +234,268 @@ def rejection_sample(
         raise DataError(f"cannot keep {size} of {len(r)} responses; size must be 1 to {len(r)}")
     rounds = rejection_rounds(r, rng.random((len(r), len(r))), beta=beta)
     return [index for accepted in rounds for index in accepted][:size]
+
+
+# Examples in the shape an objective is defined on: kinds of rows, ties, roles, and one K.
+
+log = logging.getLogger("mmalign.data")
+
+Ties = Literal["drop", "half", "soft"]
+ListPairs = Literal["best_worst", "all"]
+
+
+class Needs(Protocol):
+    """The part of an objective's needs that concerns data."""
+
+    @property
+    def rows(self) -> str: ...  # noqa: D102
+    @property
+    def candidates(self) -> int: ...  # noqa: D102
+    @property
+    def roles(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def labels(self) -> bool: ...  # noqa: D102
+
+
+def fit(
+    examples: Sequence[Example],
+    needs: Needs,
+    *,
+    ties: Ties = "drop",
+    swap: bool = False,
+    list_pairs: ListPairs = "best_worst",
+) -> list[Example]:
+    """The examples as rows of the kind `needs` asks for.
+
+    Args:
+        examples: Rows of any kinds.
+        needs: The objective's `rows`, `candidates` and `roles`.
+        ties: What becomes of pairs whose labels are equal: `drop`; `half`, both orders with half
+            the weight; `soft`, one row with labels (1/2, 1/2). A list of equal scores is dropped.
+        swap: Exchange better and worse: chosen and rejected, desirable or not, the sign of scores.
+        list_pairs: How a ranked list becomes pairs.
+
+    Raises:
+        DataError: when a row cannot be of that kind, lacks a role, or K differs between rows.
+    """
+    rows = _settle_ties(examples, ties)
+    if swap:
+        rows = [_swapped(row) for row in rows]
+    target = _target(rows, needs)
+    reshape: dict[str, Callable[[Example], list[Example]]] = {
+        "pair": lambda row: _to_pairs(row, list_pairs),
+        "unpaired": _to_unpaired,
+        "list": _to_list,
+        "plain": _to_plain,
+    }
+    fitted = [_with_roles(new, needs.roles) for row in rows for new in reshape[target](row)]
+    if target != "pair" and ties == "soft" and any(row.is_tie for row in rows):
+        raise DataError(
+            f"data.ties: soft gives labels (1/2, 1/2), which {target} rows cannot carry"
+        )
+    dropped = len(rows) - len(fitted)
+    if target == "plain" and dropped:
+        log.warning("%d undesirable responses are left out: nothing here learns from them", dropped)
+    _check_one_k(fitted, needs)
+    return fitted
+
+
+def is_used(row: Example, needs: Needs, ties: Ties) -> bool:
+    """Whether `fit` makes at least one row of it."""
+    if row.is_tie and (ties == "drop" or row.kind != "pair"):
+        return False
+    single = needs.rows == "plain" or (needs.rows == "any" and needs.candidates <= 1)
+    return not (single and row.kind == "unpaired" and row.labels[0] <= 0)
+
+
+def reads_labels(rows: Sequence[Example], needs: Needs) -> bool:
+    """Whether the objective reads the values of labels, once the rows are of its kind."""
+    return needs.labels and _target(rows, needs) in ("pair", "list")
+
+
+def check_trainable(rows: Sequence[Example], needs: Needs, names: str) -> None:
+    """Refuse fitted rows that an objective can learn nothing from.
+
+    Args:
+        rows: What would be trained on.
+        needs: The objective's `rows`.
+        names: The files that the rows come from.
+
+    Raises:
+        DataError: The weight of every row is 0, or all single responses have one rating.
+    """
+    if not any(row.weight for row in rows):
+        raise DataError(
+            f"{names}: the weight of all {len(rows)} rows is 0, so nothing would be learned; give "
+            "weights above 0, or none"
+        )
+    ratings = {row.labels[0] > 0.5 for row in rows if row.kind == "unpaired"}
+    if needs.rows == "unpaired" and len(ratings) == 1:
+        given, missing = ("", "un") if ratings == {True} else ("un", "")
+        raise DataError(
+            f"{names}: all {len(rows)} responses are {given}desirable, and the objective learns "
+            f"from the difference to {missing}desirable ones: add some of those too"
+            + (", or use sft, which learns from good ones alone" if not given else "")
+        )
+
+
+def _settle_ties(examples: Sequence[Example], ties: Ties) -> list[Example]:
+    result: list[Example] = []
+    dropped = 0
+    for row in examples:
+        if not row.is_tie or (ties == "soft" and row.kind == "pair"):
+            result.append(row)
+        elif ties == "half" and row.kind == "pair":
+            decided = replace(row, labels=(1.0, 0.0, *row.labels[2:]), weight=row.weight / 2)
+            result += [_named(decided, 0), _named(_swapped(decided), 1)]
+        else:
+            dropped += 1
+    if dropped:
+        log.warning("%d of %d rows are ties and are left out", dropped, len(examples))
+    return result
+
+
+def _named(row: Example, part: int) -> Example:
+    return replace(row, id=f"{row.id}#{part}")
+
+
+def _swapped(row: Example) -> Example:
+    if row.kind == "pair":
+        first, second, *extra = row.candidates
+        # A corrupted clip is shown with the better response, whichever that is.
+        extra = [
+            replace(second, media=c.media, role=c.role) if c.role == "corrupted" else c
+            for c in extra
+        ]
+        return replace(row, candidates=(second, first, *extra))
+    if row.kind == "plain":
+        raise DataError(
+            f"row {row.id!r} has one unrated response, so data.swap has nothing to swap"
+        )
+    shift = 1.0 if row.kind == "unpaired" else 0.0
+    n = row.num_rated
+    return replace(row, labels=(*(shift - label for label in row.labels[:n]), *row.labels[n:]))
+
+
+def _target(rows: Sequence[Example], needs: Needs) -> str:
+    if needs.rows != "any":
+        return needs.rows
+    if needs.candidates <= 1:
+        return "plain"
+    return "list" if all(row.kind == "list" for row in rows) else "pair"
+
+
+def _refuse(row: Example, target: str, reason: str) -> DataError:
+    return DataError(f"row {row.id!r}: the objective needs {target} rows, but {reason}")
+
+
+def _to_pairs(row: Example, list_pairs: ListPairs) -> list[Example]:
+    if row.kind == "pair":
+        return [row]
+    if row.kind != "list":
+        reason = "this one has a single response; give chosen and rejected, or use a loss for "
+        loss = (
+            "single responses, such as kto (diffusion_kto for pictures)"
+            if row.kind == "unpaired"
+            else "plain text, such as sft"
+        )
+        raise _refuse(row, "pair", reason + loss)
+    scores = row.labels[: row.num_rated]
+    chosen_rejected = [best_worst(scores)] if list_pairs == "best_worst" else all_pairs(scores)
+    extra, extra_labels = row.candidates[len(scores) :], row.labels[len(scores) :]
+    pairs = [
+        replace(
+            row,
+            candidates=(row.candidates[i], row.candidates[j], *extra),
+            labels=(1.0, 0.0, *extra_labels),
+            kind="pair",
+        )
+        for i, j in chosen_rejected
+    ]
+    return pairs if len(pairs) == 1 else [_named(pair, i) for i, pair in enumerate(pairs)]
+
+
+def _to_unpaired(row: Example) -> list[Example]:
+    if row.kind == "unpaired":
+        return [row]
+    if row.kind == "plain":
+        raise _refuse(row, "unpaired", "this response is not rated; add desirable: true or false")
+    pair = _to_pairs(row, "best_worst")[0]
+    rated = zip(pair.candidates[:2], pair.labels[:2], strict=True)
+    better = max(pair.labels[:2])
+    return [
+        _named(_single(row, candidate, "unpaired", float(label == better)), i)
+        for i, (candidate, label) in enumerate(rated)
+    ]
+
+
+def _single(
+    row: Example, candidate: Candidate, kind: Literal["unpaired", "plain"], label: float
+) -> Example:
+    """One rated response, and itself under the record's own corrupted clip where there is one."""
+    own = [c for c in row.candidates if c.role == "corrupted" and c.response == candidate.response]
+    labels = (label, *[0.0] * len(own))
+    return replace(row, candidates=(candidate, *own), labels=labels, kind=kind)
+
+
+def _to_list(row: Example) -> list[Example]:
+    if row.kind not in ("pair", "list"):
+        raise _refuse(row, "list", "this one has a single response; give responses and scores")
+    return [replace(row, kind="list")]
+
+
+def _to_plain(row: Example) -> list[Example]:
+    """The best response alone; none when the only one is undesirable."""
+    if row.kind == "plain":
+        return [row]
+    scores = row.labels[: row.num_rated]
+    if row.kind == "unpaired" and scores[0] <= 0:
+        return []
+    return [_single(row, row.candidates[scores.index(max(scores))], "plain", 1.0)]
+
+
+MADE = frozenset(
+    {"mismatched", "augmented", "corrupted", "rejected_corrupted"}
+    | {f"corrupted_{level}" for level in ("video", "clip", "frame")}
+)
+"""Roles whose candidates an adapter makes for rows that do not bring them."""
+
+
+def _with_roles(row: Example, roles: tuple[str, ...]) -> Example:
+    """Only the rated candidates and those of `roles`, in order; adapters make those of `MADE`."""
+    keep = list(range(row.num_rated))
+    left = [(i, c.role) for i, c in enumerate(row.candidates) if c.role]
+    for role in roles:
+        found = next((i for i, name in left if name == role), None)
+        if found is None and role in MADE:
+            continue
+        if found is None:
+            have, want = sum(c.role == role for c in row.candidates), roles.count(role)
+            raise DataError(
+                f"row {row.id!r}: the objective needs {want} {role} response(s) a row, in the "
+                f"field {role!r}, and this row has {have}"
+            )
+        left.remove((found, role))
+        keep.append(found)
+    if keep == list(range(len(row.candidates))):
+        return row
+    candidates = tuple(row.candidates[i] for i in keep)
+    return replace(row, candidates=candidates, labels=tuple(row.labels[i] for i in keep))
+
+
+def _check_one_k(rows: Sequence[Example], needs: Needs) -> None:
+    sizes = Counter(len(row.candidates) for row in rows)
+    if len(sizes) > 1:
+        counts = ", ".join(f"{n} rows with {k}" for k, n in sorted(sizes.items()))
+        raise DataError(
+            f"all rows of a run must have the same number of responses, but there are {counts}; "
+            "cut the lists to one length, or use a pair loss"
+        )
+    brought = {c.role for row in rows[:1] for c in row.candidates}
+    made = sum(role in MADE and role not in brought for role in needs.roles)
+    for k in sizes:
+        if k + made < needs.candidates:
+            raise DataError(
+                f"the objective needs at least {needs.candidates} candidates a row, but the rows "
+                f"have {k + made}"
+            )

@@ -1,29 +1,327 @@
-"""Rows of parquet files and of Hugging Face datasets; pictures in their cells stay where they are.
-
-A cell that holds a picture becomes a `Picture`, a reference: a table of pictures can be listed
-without reading one.
+"""Rows of parquet files and of Hugging Face datasets; pictures in their cells stay where
+they are.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from struct import error as StructError
+from struct import unpack_from
+from typing import TYPE_CHECKING, Any
 
-from mmalign.data.arrow_files import require_short, size_of
-from mmalign.data.arrow_rows import batch_records, plain
-from mmalign.data.cells import LIMITS, damage, picture_columns, row_places
-from mmalign.data.example import Picture
-from mmalign.data.guard import Fence
+from mmalign.data.example import HELD_OUT, Picture, Row, Wanted
+from mmalign.data.fields import LONGEST, as_list, as_object
+from mmalign.data.media_layouts import LISTS
+from mmalign.data.opening import FREE, MOST_FOLDED, Fence, in_mib
 from mmalign.data.pages import Pages
-from mmalign.data.picture_layouts import LISTS
-from mmalign.data.row import HELD_OUT, Row, Wanted
-from mmalign.data.saved import require_saved
+from mmalign.data.pictures import LIMITS, damage, picture_columns, row_places
 from mmalign.errors import DataError
 from mmalign.safe import open_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+# Rows of Arrow tables as JSON would have them: JSON texts read, null members left out.
+
+
+def batch_records(batch: Any) -> list[dict[str, Any] | str]:
+    """The rows of a record batch; what is wrong in the place of one that cannot be read."""
+    kinds = {field.name: field.type for field in batch.schema}
+    try:
+        records = batch.to_pylist()
+    except UnicodeDecodeError:
+        return [_one(batch.slice(i, 1), kinds) for i in range(batch.num_rows)]
+    return [_record(record, kinds) for record in records]
+
+
+def _one(batch: Any, kinds: Mapping[str, Any]) -> dict[str, Any] | str:
+    record: dict[str, Any] = {}
+    for name in batch.schema.names:
+        try:
+            record[name] = batch.column(name)[0].as_py()
+        except UnicodeDecodeError as error:
+            return f"{name} is not UTF-8 ({error.reason} at byte {error.start})"
+    return _record(record, kinds)
+
+
+def _record(record: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: plain(_json_read(value, kinds[name])) for name, value in record.items()}
+
+
+def _json_read(value: Any, kind: Any) -> Any:
+    """A value with the texts of its `arrow.json` members read."""
+    if value is None or not _has_json(kind):
+        return value
+    types: Any = import_module("pyarrow").types
+    if str(getattr(kind, "extension_name", "")) == "arrow.json":
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+        return value
+    if types.is_struct(kind):
+        fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+        return {name: _json_read(member, fields[name]) for name, member in value.items()}
+    return [_json_read(member, kind.value_type) for member in value]
+
+
+def _has_json(kind: Any) -> bool:
+    """Whether a type is, or holds in lists and objects, JSON text."""
+    types: Any = import_module("pyarrow").types
+    if types.is_struct(kind):
+        return any(_has_json(kind.field(i).type) for i in range(kind.num_fields))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _has_json(kind.value_type)
+    return str(getattr(kind, "extension_name", "")) == "arrow.json"
+
+
+def plain(value: Any) -> Any:
+    """A value without the null members of its objects: a table fills what one row lacks with null.
+
+    Cells of the row itself stay, null or not.
+    """
+    record = as_object(value)
+    if record is not None:
+        return {name: _filled(member) for name, member in record.items()}
+    return _filled(value)
+
+
+def _filled(value: Any) -> Any:
+    items, parts = as_list(value), as_object(value)
+    if parts is not None:
+        return {name: _filled(member) for name, member in parts.items() if member is not None}
+    return value if items is None else [_filled(member) for member in items]
+
+
+# What the rows of Arrow files take in memory, known before they are read as plain values.
+
+MOST_UNPACKED = 2**30
+"""Bytes that the compressed parts of one file may have: they are unpacked all at once."""
+
+_VALUE = 8  # bytes that any value takes at least, in a list of Python's
+_BATCH, _DICTIONARY = 3, 2  # kinds of messages with a body
+
+
+def size_of(batch: Any) -> tuple[int, int]:
+    """Bytes that a record batch takes at least: its values and members of lists; their texts."""
+    return _sum(map(_size, batch.columns))
+
+
+def require_short(place: str, batch: Any, first: int = 1) -> None:
+    """Refuse a record batch with a row that is longer than a line of JSONL may be.
+
+    Pictures, which are read by themselves, do not count.
+
+    Args:
+        place: Of the batch; the number of the row is put behind it.
+        batch: Valid.
+        first: Number of its first row.
+
+    Raises:
+        DataError: There is such a row.
+    """
+    pictures, _ = picture_columns(batch.schema)
+    others = batch.select([name for name in batch.schema.names if name not in pictures])
+    for i in range(others.num_rows) if sum(size_of(others)) > LONGEST else ():
+        if (size := sum(size_of(others.slice(i, 1)))) > LONGEST:
+            raise DataError(
+                f"{place}{first + i}: has {in_mib(size)}, and a record may have {in_mib(LONGEST)}, "
+                "as in a line of JSONL; is a list in it meant?"
+            )
+
+
+def _size(array: Any) -> tuple[int, int]:
+    arrow: Any = import_module("pyarrow")
+    types, kind = arrow.types, array.type
+    if isinstance(array, arrow.ExtensionArray):
+        return _size(array.storage)
+    own = _VALUE * len(array), 0
+    if types.is_struct(kind):
+        return _sum([own, *map(_size, array.flatten())])
+    if types.is_map(kind):
+        begin, end = array.offsets[0].as_py(), array.offsets[-1].as_py()
+        parts = (part.slice(begin, end - begin) for part in (array.keys, array.items))
+        return _sum([own, *map(_size, parts)])  # which a slice has of all rows
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _sum([own, _size(array.flatten())])
+    if types.is_dictionary(kind):
+        return own[0], _size_of_codes(array)
+    if types.is_primitive(kind) or types.is_null(kind):
+        return own
+    return own[0], array.nbytes
+
+
+def _sum(sizes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    places, texts = zip((0, 0), *sizes, strict=True)
+    return sum(places), sum(texts)
+
+
+def _size_of_codes(array: Any) -> int:
+    """The texts that codes stand for, each as often as it does."""
+    compute: Any = import_module("pyarrow.compute")
+    try:
+        lengths = compute.binary_length(array.dictionary)
+    except NotImplementedError:  # the dictionary holds numbers, which take their place alone
+        return 0
+    return compute.sum(lengths.take(array.indices)).as_py() or 0
+
+
+def require_plain(path: Path) -> None:
+    """Refuse a file of a saved dataset that unfolds to far more than it holds, or is damaged.
+
+    Its record batches are mapped and not read, but for offsets and for texts, of which each must be
+    what it says.
+
+    Raises:
+        DataError: Says which record batch, what was found, and the limit.
+    """
+    arrow: Any = import_module("pyarrow")
+    number = 0
+    try:
+        with arrow.memory_map(str(path)) as source:
+            size = source.size()
+            _require_packed(path, arrow.ipc.MessageReader.open_stream(source), size)
+            source.seek(0)
+            total = 0
+            for number, batch in enumerate(arrow.ipc.open_stream(source), start=1):
+                batch.validate(full=True)
+                require_short(f"{path}: record batch {number}, row ", batch)
+                total += _VALUE * batch.num_rows + sum(size_of(batch))
+                if total > max(FREE, MOST_FOLDED * size):
+                    raise DataError(
+                        f"{path}: up to record batch {number} it unfolds to {in_mib(total)}, more "
+                        f"than {MOST_FOLDED} times its size, which rows of text never do; save it "
+                        "again without its empty values"
+                    )
+    except damage() as error:
+        place = f"after record batch {number} it" if number else "it"
+        raise DataError(
+            f"{path}: {place} is damaged, or no stream of Arrow ({error}); save it again with "
+            "save_to_disk"
+        ) from error
+
+
+def _require_packed(path: Path, messages: Any, size: int) -> None:
+    """Refuse compressed buffers that say they are larger than may be in a file of a size."""
+    most = min(MOST_UNPACKED, max(FREE, MOST_FOLDED * size))
+    total = 0
+    for number, message in enumerate(messages):
+        total += _unpacked(memoryview(message.metadata), message.body)
+        if total > most:
+            raise DataError(
+                f"{path}: up to record batch {number} its compressed parts unfold to "
+                f"{in_mib(total)}; at most {in_mib(most)} are unpacked. Save it again with "
+                "save_to_disk, which does not compress"
+            )
+
+
+def _unpacked(about: memoryview, body: Any) -> int:
+    """What the compressed buffers of a message say of their size; 0 where none is compressed.
+
+    Source: Message.fbs of Arrow; a compressed buffer begins with its size, or -1 where it is not.
+
+    Raises:
+        ValueError: Nothing of the kind stands where it must.
+    """
+    try:
+        return _sizes(about, body)
+    except StructError as error:
+        raise ValueError(f"{error}") from error
+
+
+def _sizes(about: memoryview, body: Any) -> int:
+    message = unpack_from("<I", about)[0]
+    kind = unpack_from("<B", about, _field(about, message, 1))[0]
+    batch = _follow(about, _field(about, message, 2))
+    if kind == _DICTIONARY:
+        batch = _follow(about, _field(about, batch, 1))
+    elif kind != _BATCH:
+        return 0
+    if not _has(about, batch, 3):
+        return 0
+    buffers = _follow(about, _field(about, batch, 2))
+    (count,) = unpack_from("<I", about, buffers)
+    total = 0
+    for i in range(count):
+        start, length = unpack_from("<qq", about, buffers + 4 + 16 * i)
+        if length > 8:
+            total += max(0, unpack_from("<q", memoryview(body), start)[0])
+    return total
+
+
+def _has(data: memoryview, table: int, number: int) -> bool:
+    return _offset(data, table, number) > 0
+
+
+def _field(data: memoryview, table: int, number: int) -> int:
+    """Where a field of a flatbuffers table stands."""
+    offset = _offset(data, table, number)
+    if not offset:
+        raise ValueError(f"field {number} is missing")
+    return table + offset
+
+
+def _offset(data: memoryview, table: int, number: int) -> int:
+    fields = table - unpack_from("<i", data, table)[0]
+    slot = 4 + 2 * number
+    (size,) = unpack_from("<H", data, fields)
+    return unpack_from("<H", data, fields + slot)[0] if slot + 2 <= size else 0
+
+
+def _follow(data: memoryview, at: int) -> int:
+    return at + unpack_from("<I", data, at)[0]
+
+
+# Folders of `datasets.save_to_disk`: whether the files that they name lie in them.
+
+_LONGEST = 64 * 2**20  # bytes; a state names every arrow file
+
+
+def require_saved(folder: Path) -> None:
+    """Refuse a saved dataset, or one of splits, that names no, damaged or other folders' files.
+
+    Raises:
+        DataError: A link or a name leads out of the folder, what describes it is damaged, or a file
+            unfolds to far more than it holds.
+    """
+    fence = Fence(folder)
+    splits = _described(fence, folder / "dataset_dict.json").get("splits")
+    parts = [folder] if splits is None else [folder / str(name) for name in as_list(splits) or ()]
+    for part in parts:
+        if part != folder and part.parent != folder:
+            raise DataError(f"{folder}: names a split {part.name!r} that is no folder in it")
+        state = _described(fence, part / "state.json")
+        if not state:
+            continue
+        for entry in as_list(state.get("_data_files")) or [None]:
+            name = (as_object(entry) or {}).get("filename")
+            if not isinstance(name, str):
+                raise DataError(f"{part / 'state.json'}: names no files; save the dataset again")
+            require_plain(fence.require(part / name))
+
+
+def _described(fence: Fence, file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no file."""
+    if not file.exists():
+        return {}
+    try:
+        value = as_object(json.loads(fence.read_text(file, _LONGEST)))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: not JSON: {error}") from error
+    if value is None:
+        raise DataError(f"{file}: must hold an object; save the dataset again")
+    return value
+
+
+# Rows of parquet files and of Hugging Face datasets; pictures in their cells stay where they are.
+#
+# A cell that holds a picture becomes a `Picture`, a reference: a table of pictures can be listed
+# without reading one.
 
 _BATCH_BYTES = 32 * 2**20
 _SHARD = re.compile(r"(\w+)-\d+-of-\d+")

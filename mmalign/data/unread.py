@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from mmalign.data.fields import TURN_KEYS, as_list, as_object
 from mmalign.data.parse import KIND_KEYS, OPTIONAL
 from mmalign.data.parse_media import MEDIA_KEYS
-from mmalign.data.stored import SPOKEN, STRUCTURED
-from mmalign.data.turns import are_messages, turns
+from mmalign.data.turns import SPOKEN, STRUCTURED, are_messages, turns
 from mmalign.data.words import listed
 from mmalign.safe import printable
 

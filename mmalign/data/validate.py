@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,21 +11,234 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmalign.data.doubts import Doubts
-from mmalign.data.example import Example, Picture, as_text
+from mmalign.data.example import HELD_OUT, Example, Picture, as_text
 from mmalign.data.fields import Problem
-from mmalign.data.progress import track
+from mmalign.data.jobs import track
+from mmalign.data.pictures import LARGEST_CUT, LARGEST_FACTOR, decode_all, is_odd
 from mmalign.data.records import ProblemList, Record, read_records
-from mmalign.data.row import HELD_OUT
-from mmalign.data.validate_media import MediaBook
-from mmalign.data.validate_pictures import PictureBook
 from mmalign.errors import DataError
 from mmalign.safe import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from PIL.Image import Image
 
     from mmalign.config import DataSource
-    from mmalign.data.validate_media import Decode
+
+
+# What prompts of checked files show and play: how much there is, and pictures that are broken.
+#
+# That a clip or a sound is there was seen when its record was read. Whether it can be decoded is
+# found out where that is asked for, and before a run's first step, with the run's limits.
+
+if TYPE_CHECKING:
+    Decode = Callable[[Sequence[Example]], Sequence[Sequence[str]]]
+    """Rows to what is wrong with the media of each; callers bring it, for data decodes no clips."""
+
+
+class MediaBook:
+    """Collects what the prompts of all records show, corrupted clips of their own included."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = dict.fromkeys(("clip", "picture", "sound"), 0)
+        self.files: dict[str, set[Path | Picture]] = {name: set() for name in self.counts}
+        self.pictures: list[tuple[Record, Picture]] = []
+        self.rows: list[tuple[Record, Example]] = []
+
+    def add(self, record: Record, row: Example) -> None:
+        """Take in the media of one row, and of its candidates."""
+        if row.media or any(c.media for c in row.candidates):
+            self.rows.append((record, row))
+        for media in (row.media, *(c.media for c in row.candidates)):
+            if media is None:
+                continue
+            self._count("clip", [clip.path for clip in media.videos])
+            self._count("picture", media.images)
+            self._count("sound", [sound.path for sound in media.sounds])
+            self.pictures += [(record, picture) for picture in media.images]
+
+    def close(self, problems: ProblemList, decode: Decode | None = None) -> None:
+        """Decode the pictures, in threads, and with `decode` all else, and add what is wrong."""
+        if decode is not None:
+            faults = decode([row for _, row in self.rows])
+            for (record, _), texts in zip(self.rows, faults, strict=True):
+                for text in texts:
+                    problems.add(record, Problem("what is shown must be decodable", text))
+            return
+        self._add_absent(problems)
+        found = decode_all((picture for _, picture in self.pictures), _seen)
+        for record, picture in self.pictures:
+            result = found[picture]
+            if isinstance(result, DataError):
+                problems.add(record, Problem("a picture must be decodable", str(result)))
+
+    def _add_absent(self, problems: ProblemList) -> None:
+        """Clips and sounds that are not there; pictures are opened anyway."""
+        kinds = ("clip", "sound")
+        absent = {file for kind in kinds for file in self.files[kind] if not _is_there(file)}
+        for record, row in self.rows if absent else ():
+            media = [row.media, *(c.media for c in row.candidates if c.media is not None)]
+            for file in dict.fromkeys(file for item in media for file in item.files()):
+                if file in absent:
+                    what = "what is shown or played must be a media file that is there"
+                    problems.add(record, Problem(what, f"there is no {file}"))
+
+    def lines(self) -> list[str]:
+        """How many media there are of each kind, and in how many files."""
+        parts = [
+            f"{_times(count, name)} ({_times(len(self.files[name]), 'file')})"
+            for name, count in self.counts.items()
+            if count
+        ]
+        return [f"  {'shown':8} " + ", ".join(parts)] if parts else []
+
+    def _count(self, name: str, files: Sequence[Path | Picture]) -> None:
+        self.counts[name] += len(files)
+        self.files[name].update(files)
+
+
+def _is_there(file: Path | Picture) -> bool:
+    return isinstance(file, Picture) or file.is_file()
+
+
+def _times(count: int, name: str) -> str:
+    return f"{count} {name}{'s' * (count != 1)}"
+
+
+def _seen(_: Image) -> None:
+    """Nothing is kept of a picture that can be decoded."""
+
+
+# The pictures of checked files: which cannot be decoded, their sizes, and what is doubtful.
+
+Size = tuple[int, int]  # width, height
+
+USUAL = 512
+"""Pixels a side that pictures are brought to where no config says another number."""
+
+_STRIP = 2**20  # pixels
+
+
+class PictureBook:
+    """Collects the pictures of all records, and decodes each once at the end."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[Record, list[tuple[str, Picture]]]] = []
+        self.num_decoded = 0
+        self.sizes: dict[str, list[Size]] = {}
+
+    def add(self, record: Record, row: Example) -> None:
+        """Take in the pictures of one row."""
+        names = ("chosen", "rejected") if row.kind == "pair" else ("picture",) * row.num_rated
+        parts = [
+            (name, candidate.response)
+            for name, candidate in zip(names, row.candidates, strict=False)
+            if isinstance(candidate.response, Picture)
+        ]
+        if parts:
+            self.rows.append((record, parts))
+
+    def close(self, problems: ProblemList, doubts: Doubts, *, alone: bool = True) -> None:
+        """Decode all pictures, in threads, and add what is wrong with them.
+
+        Args:
+            problems: Pictures that cannot be decoded go there.
+            doubts: Rows that teach nothing, or other than they seem to, go there.
+            alone: Judge sizes as well: no config does, which knows how large pictures must be.
+        """
+        found = decode_all((picture for _, parts in self.rows for _, picture in parts), _look)
+        self.num_decoded = sum(not isinstance(result, DataError) for result in found.values())
+        whole: list[tuple[Record, list[Size]]] = []
+        for record, parts in self.rows:
+            sizes: list[Size] = []
+            digests: list[bytes] = []
+            for name, picture in parts:
+                result = found[picture]
+                if isinstance(result, DataError):
+                    problems.add(record, Problem("a picture must be decodable", str(result)))
+                else:
+                    sizes.append(result[0])
+                    digests.append(result[1])
+                    self.sizes.setdefault(name, []).append(result[0])
+            if len(sizes) < len(parts):
+                continue
+            if is_odd(sizes):
+                what = (
+                    "rows whose pictures differ in aspect ratio by more than 2 to 1: not trained on"
+                )
+                doubts.note(record, what, " and ".join(map(_shown, sizes)))
+            elif _has_one_caption(record) and len(set(digests)) < len(digests):
+                doubts.note(record, "rows that show one picture twice, pixel by pixel")
+            whole.append((record, sizes))
+        if alone:
+            _judge_sizes(whole, doubts)
+
+    def lines(self) -> list[str]:
+        """How many pictures there are, and a table of their sizes."""
+        if not self.rows:
+            return []
+        total = sum(len(parts) for _, parts in self.rows)
+        width = max(map(len, self.sizes), default=0) + 2
+        heads = ("width", "height", "width / height")
+        quantiles = "".join(f"{name:>8}" for name in ("min", "median", "max"))
+        lines = [
+            f"  pictures {total} in {len(self.rows)} records; {self.num_decoded} files decoded",
+            f"  {'':{width}}" + "    ".join(f"{head:>24}" for head in heads),
+            f"  {'':{width}}" + "    ".join(quantiles for _ in heads),
+        ]
+        for name, values in self.sizes.items():
+            sides = np.array(values, dtype=np.float64)
+            columns = (sides[:, 0], sides[:, 1], sides[:, 0] / sides[:, 1])
+            cells = [
+                "".join(f"{n:8.{2 * (i == 2)}f}" for n in np.quantile(column, (0, 0.5, 1)))
+                for i, column in enumerate(columns)
+            ]
+            lines.append(f"  {name:{width}}" + "    ".join(cells))
+        return lines
+
+
+def _has_one_caption(record: Record) -> bool:
+    """Whether pictures alone tell the candidates of a row apart."""
+    row = record.example
+    return row is not None and all(candidate.prompt is None for candidate in row.candidates)
+
+
+def _judge_sizes(rows: list[tuple[Record, list[Size]]], doubts: Doubts) -> None:
+    """Note pictures that a square crop cuts, or that training would have to enlarge, by much.
+
+    How large pictures must be is not known: the small ones are those that are small for the usual
+    size and beside the others of the file.
+    """
+    sides = [min(size) for _, sizes in rows for size in sizes]
+    least = min(USUAL, float(np.median(sides))) / LARGEST_FACTOR if sides else 0.0
+    for record, sizes in rows:
+        if is_odd(sizes):
+            continue
+        small = min(sizes, key=min)
+        if min(small) < least:
+            what = f"rows with pictures that would be enlarged more than {LARGEST_FACTOR:g} times"
+            doubts.note(record, what, f"{_shown(small)}, where most have {2 * least:g} a side")
+        long = max(sizes, key=lambda size: max(size) / min(size))
+        if 1 - min(long) / max(long) > LARGEST_CUT:
+            what = "rows with pictures that a square crop cuts by more than half"
+            doubts.note(record, what, f"{_shown(long)}; diffusion.buckets keeps more")
+
+
+def _shown(size: Size) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def _look(picture: Image) -> tuple[Size, bytes]:
+    """Size, and a digest of the pixels, taken in strips: a large picture lies in memory once."""
+    digest, (width, height) = hashlib.blake2b(repr(picture.size).encode()), picture.size
+    step = max(1, _STRIP // width)
+    for top in range(0, height, step):
+        digest.update(picture.crop((0, top, width, min(height, top + step))).tobytes())
+    return picture.size, digest.digest()
+
+
+# `mmalign data check`: all problems of the files in one pass, and what is in them.
 
 EVAL = "eval"
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)

@@ -1,15 +1,156 @@
-"""English words of an answer as rules compare them: place, form without endings, kind.
+"""Words of two texts.
 
-What belongs to a closed kind (numbers, colours, sides and other opposites) can contradict; of all
-other words it is not known whether two of them mean the same, but for the few of `ALIKE`.
+What they have in common, the phrases in which they differ, and their kinds.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from difflib import SequenceMatcher
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+
+# The stretches that two sequences have in common, found in about n log n steps.
+
+if TYPE_CHECKING:
+    Ints = NDArray[np.int64]
+
+Block = tuple[int, int, int]
+"""a[i : i + size] equals b[j : j + size]: (i, j, size)."""
+
+Opcode = tuple[str, int, int, int, int]
+"""a[i:k] is replaced, deleted, inserted or equal: (what, i, k, j, m), as b[j:m]."""
+
+_SMALL = 128 * 128
+"""Items of `a` times items of `b` up to which difflib's own search is the faster one."""
+
+
+def matching_blocks(a: Sequence[Hashable], b: Sequence[Hashable], least: int = 1) -> list[Block]:
+    """Common stretches in order: the longest, then the longest on either side of it, and so on.
+
+    Of several of one length that is taken which begins first in `a`, then in `b`. These are the
+    blocks of difflib's `SequenceMatcher(None, a, b, autojunk=False)`, without its last, which is
+    empty. difflib looks at all equal items of `b` for every item of `a`, once a block; here all
+    stretches of one length are compared at once, by numbers that equal stretches share.
+
+    Args:
+        a: Items that a dictionary can hold.
+        b: The same.
+        least: Items of the shortest stretch that counts.
+
+    Source: Ratcliff and Metzener 1988, Pattern Matching: the Gestalt Approach; numbers of stretches
+        by doubling as in Karp, Miller and Rosenberg 1972.
+    """
+    least = max(least, 1)
+    numbers: dict[Hashable, int] = {}
+    items = [numbers.setdefault(item, len(numbers)) for side in (a, b) for item in side]
+    stretches = _Stretches(items)
+    found: list[Block] = []
+    left = [(0, len(a), len(a), len(items), len(items))]  # ranges of items, and the longest length
+    while left:
+        i, i_end, j, j_end, most = left.pop()
+        if min(i_end - i, j_end - j, most) < least:
+            continue
+        if (i_end - i) * (j_end - j) <= _SMALL:
+            small = SequenceMatcher(None, items[i:i_end], items[j:j_end], autojunk=False)
+            found += [(i + x, j + y, n) for x, y, n in small.get_matching_blocks() if n >= least]
+            continue
+        for x, y, size in stretches.longest(i, i_end, j, j_end, least, most):
+            if size:
+                found.append((x, y, size))
+            most = size - 1 if size else most
+            left.append((i, x, j, y, most))
+            i, j = x + size, y + size
+    return sorted((i, j - len(a), size) for i, j, size in found)
+
+
+def opcodes(a: Sequence[Hashable], b: Sequence[Hashable]) -> Iterator[Opcode]:
+    """What turns `a` into `b`, as difflib's `get_opcodes` says it."""
+    i = j = 0
+    for x, y, size in [*matching_blocks(a, b), (len(a), len(b), 0)]:
+        if i < x or j < y:
+            yield "replace" if i < x and j < y else "delete" if i < x else "insert", i, x, j, y
+        i, j = x + size, y + size
+        if size:
+            yield "equal", x, i, y, j
+
+
+class _Stretches:
+    """Numbers that stretches of the items share if they are equal."""
+
+    def __init__(self, items: Sequence[int]) -> None:
+        self._of_length_two_to_the = [np.asarray(items, dtype=np.int64)]
+        self._num_items = len(items)
+
+    def _numbers(self, start: int, end: int, size: int) -> Ints:
+        """A number for each stretch of `size` items within [start, end)."""
+        known, level = self._of_length_two_to_the, size.bit_length() - 1
+        while len(known) <= level:
+            last, half = known[-1], 1 << (len(known) - 1)
+            pairs = last[:-half] * self._num_items + last[half:]
+            known.append(np.unique(pairs, return_inverse=True)[1])
+        rest, stop = size - (1 << level), end - size + 1
+        front, back = known[level][start:stop], known[level][start + rest : stop + rest]
+        return front * self._num_items + back
+
+    def longest(self, i: int, i_end: int, j: int, j_end: int, least: int, most: int) -> list[Block]:
+        """The longest stretches that two ranges share, each behind the last, then the ends.
+
+        The list is empty where no shared stretch has `least` items.
+        """
+
+        def shared(size: int) -> Ints:
+            ours, theirs = self._numbers(i, i_end, size), self._numbers(j, j_end, size)
+            return np.intersect1d(ours, theirs)
+
+        if not len(common := shared(least)):
+            return []
+        low, above = least, min(most, i_end - i, j_end - j) + 1
+        step = 1
+        while above - low > 1:  # what is shared is mostly short: steps double until one is too far
+            size = min(low + step, (low + above) // 2) if step else (low + above) // 2
+            if len(tried := shared(size)):
+                low, common, step = size, tried, 2 * step
+            else:
+                above, step = size, 0
+        return [*self._in_order(i, i_end, j, j_end, low, common), (i_end, j_end, 0)]
+
+    def _in_order(
+        self, i: int, i_end: int, j: int, j_end: int, size: int, common: Ints
+    ) -> list[Block]:
+        ours, theirs = self._numbers(i, i_end, size), self._numbers(j, j_end, size)
+        places: dict[int, list[int]] = {}
+        for at in np.flatnonzero(np.isin(theirs, common)).tolist():
+            places.setdefault(int(theirs[at]), []).append(j + at)
+        found: list[Block] = []
+        free_i, free_j = i, j
+        for at in np.flatnonzero(np.isin(ours, common)).tolist():
+            if i + at < free_i:
+                continue
+            known = places[int(ours[at])]
+            place = bisect_left(known, free_j)
+            if place < len(known):
+                found.append((i + at, known[place], size))
+                free_i, free_j = i + at + size, known[place] + size
+        return found
+
+
+# English words of an answer as rules compare them: place, form without endings, kind.
+#
+# What belongs to a closed kind (numbers, colours, sides and other opposites) can contradict; of all
+# other words it is not known whether two of them mean the same, but for the few of `ALIKE`.
 
 _LETTER = r"[^\W_][\u0300-\u036f]*"  # with the accents behind it
 _WORD = re.compile(
@@ -245,3 +386,109 @@ def kinds(word: str) -> list[tuple[str, str]]:
     if word[0].isdigit():
         found.append(("number", word))
     return found
+
+
+# The phrases in which two answers differ, as character ranges: spans without an outside model.
+
+Range = tuple[int, int]
+Replaced = tuple[int, int, int, int]  # words [a, b) of the one text stand for [c, d) of the other
+Side = tuple[str, "Sequence[Word]"]
+
+_LINKS = frozenset(listed("a an the of to in on at by for with his her their its"))
+_MOST_LINKS = 2
+
+
+def differing_phrases(chosen: str, rejected: str) -> tuple[tuple[Range, ...], tuple[Range, ...]]:
+    """What stands in each other's place in two answers, in whole words.
+
+    1. Where one begins with yes and the other with no, these words alone are the spans.
+    2. Words are compared without case, punctuation and forms of numbers ("two" is "2"). Words that
+       replace others are a span on both sides; words that only one side has are none, as nothing
+       stands against them, unless they deny ("not", "never"): then the word after them, or the one
+       before where none follows, is in the span on both sides.
+    3. Spans with at most two articles or prepositions between them, and no punctuation, are one.
+    4. Words such as "the", "is" and "of" at a span's ends are left out, unless there is no other.
+
+    Args:
+        chosen: The right answer.
+        rejected: The wrong one.
+
+    Returns:
+        Ranges [start, end) of each; as many on either side, those of a place under one number.
+    """
+    said = polarity(chosen)[0], polarity(rejected)[0]
+    left, right = words(chosen), words(rejected)
+    if all(said) and said[0] != said[1]:
+        first = [next(w for w in many if w.text in ("yes", "no")) for many in (left, right)]
+        return ((first[0].start, first[0].end),), ((first[1].start, first[1].end),)
+    sides = (chosen, left), (rejected, right)
+    blocks = _merged(_split(_replaced(left, right), *sides), *sides)
+    ours = tuple(_range(left[a:b]) for a, b, _, _ in blocks)
+    theirs = tuple(_range(right[c:d]) for _, _, c, d in blocks)
+    return ours, theirs
+
+
+def _replaced(left: Sequence[Word], right: Sequence[Word]) -> list[Replaced]:
+    """Stretches of words in each other's place, in order, which do not overlap."""
+    found: list[Replaced] = []
+    for what, a, b, c, d in opcodes([w.text for w in left], [w.text for w in right]):
+        if what in ("insert", "delete") and any(w.is_negation for w in (*left[a:b], *right[c:d])):
+            after = b < len(left) and d < len(right)
+            before = a > 0 and c > 0
+            if not after and not before:
+                continue
+            block = (a, b + 1, c, d + 1) if after else (a - 1, b, c - 1, d)
+        elif what == "replace":
+            block = (a, b, c, d)
+        else:
+            continue
+        if found and (block[0] < found[-1][1] or block[2] < found[-1][3]):  # "not X" beside "Y"
+            last = found.pop()
+            block = (min(last[0], block[0]), max(last[1], block[1]),
+                     min(last[2], block[2]), max(last[3], block[3]))  # fmt: skip
+        found.append(block)
+    return found
+
+
+def _split(blocks: Sequence[Replaced], left: Side, right: Side) -> list[Replaced]:
+    """Stretches of as many words on either side end where both sides have a mark."""
+    parts: list[Replaced] = []
+    for a, b, c, d in blocks:
+        inner = range(1, b - a if b - a == d - c else 0)
+        cuts = [i for i in inner if _ends(*left, a + i - 1) and _ends(*right, c + i - 1)]
+        for start, end in pairwise([0, *cuts]):
+            parts.append((a + start, a + end, c + start, c + end))
+        last = cuts[-1] if cuts else 0
+        parts.append((a + last, b, c + last, d))
+    return parts
+
+
+def _merged(blocks: Sequence[Replaced], left: Side, right: Side) -> list[Replaced]:
+    merged: list[Replaced] = []
+    for a, b, c, d in blocks:
+        if merged:
+            first, end, other, other_end = merged[-1]
+            if _linked(*left, end, a) and _linked(*right, other_end, c):
+                merged[-1] = (first, b, other, d)
+                continue
+        merged.append((a, b, c, d))
+    return merged
+
+
+def _linked(text: str, many: Sequence[Word], end: int, start: int) -> bool:
+    """Whether words [end, start) join what stands before and after them to one phrase."""
+    between = many[end:start]
+    if len(between) > _MOST_LINKS or any(word.text not in _LINKS for word in between):
+        return False
+    return not any(_ends(text, many, i) for i in range(end - 1, start))
+
+
+def _ends(text: str, many: Sequence[Word], number: int) -> bool:
+    """Whether a mark stands between a word and the next one."""
+    return bool(text[many[number].end : many[number + 1].start].strip())
+
+
+def _range(many: Sequence[Word]) -> Range:
+    kept = [i for i, word in enumerate(many) if word.text not in BORDER]
+    first, last = (kept[0], kept[-1]) if kept else (0, -1)
+    return many[first].start, many[last].end

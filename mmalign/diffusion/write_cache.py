@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mmalign.data.lock import only_writer
+from mmalign.data.jobs import only_writer
 from mmalign.diffusion import latents
 from mmalign.diffusion.cache_plan import (
     banks_errors,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmalign.data.journal import Journal
+from mmalign.data.jobs import Journal
 from mmalign.errors import DataError
 from mmalign.making.answers import Answer, Answers, Sampled, answers_record
 from mmalign.making.recipes import Recipe

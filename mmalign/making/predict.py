@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmalign.benchmark.records import Question, write_predictions
 from mmalign.data.example import Clip, Media
-from mmalign.data.journal import Journal
+from mmalign.data.jobs import Journal
 from mmalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

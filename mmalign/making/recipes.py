@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mmalign.data.phrases import differing_phrases
-from mmalign.data.words import words
+from mmalign.data.words import differing_phrases, words
 from mmalign.errors import DataError
 from mmalign.making.answers import Answer
 from mmalign.making.rows import Row

@@ -21,8 +21,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mmalign.benchmark import parsers
-from mmalign.data.phrases import differing_phrases
-from mmalign.data.words import alike_to, content, kinds, likeness, polarity, stem, words
+from mmalign.data.words import (
+    alike_to,
+    content,
+    differing_phrases,
+    kinds,
+    likeness,
+    polarity,
+    stem,
+    words,
+)
 
 _LINE = re.compile(r"^[^\w\n]*+([A-Z])[).:]\s*+(\S.*)$", re.MULTILINE)
 # Up to the next letter in brackets; what only parts the options belongs to none.

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from mmalign.data.jobs import is_main_process
 from mmalign.data.kept import KeptRows, no_collection
-from mmalign.data.progress import is_main_process
 from mmalign.data.records import ProblemList
 from mmalign.data.sources import load_examples
 from mmalign.errors import DataError

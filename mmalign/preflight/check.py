@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mmalign.config import RunConfig
 from mmalign.config.run import OF_TOKENS as _TOKENS
-from mmalign.data.progress import waiting
+from mmalign.data.jobs import waiting
 from mmalign.data.validate import check_files
 from mmalign.errors import ConfigError, MmalignError
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mmalign.core import Needs, Objective
-    from mmalign.data.validate_media import Decode
+    from mmalign.data.validate import Decode
 
 
 # `mmalign data check --config`: what training with a config would find in its rows.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
-from mmalign.data.blocks import opcodes
+from mmalign.data.words import opcodes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

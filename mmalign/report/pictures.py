@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from mmalign.data.example import Picture
-from mmalign.data.guard import Fence
+from mmalign.data.opening import Fence
 from mmalign.data.pictures import open_picture, picture_bytes
 from mmalign.errors import DataError
 from mmalign.report import blocks
 from mmalign.report.blocks import Section
-from mmalign.report.run import is_number
+from mmalign.report.shapes import is_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mmalign.config import yaml
-from mmalign.data.run_lines import left_out, read_lines
+from mmalign.data.fields import left_out, read_lines
 from mmalign.errors import ConfigError
 from mmalign.report import shapes
 from mmalign.report.shapes import is_number

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmalign.data.blocks import matching_blocks
+from mmalign.data.words import matching_blocks
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from mmalign.data.doubts import special_mark, special_mark_of
 from mmalign.data.example import as_text
 from mmalign.data.fields import Problem
-from mmalign.data.progress import track
+from mmalign.data.jobs import track
 from mmalign.data.records import ProblemList, Record
-from mmalign.data.written import special_mark, special_mark_of
 from mmalign.errors import ConfigError, DataError
 from mmalign.models.rows import Surveyed
 from mmalign.text.cache import cache_folder

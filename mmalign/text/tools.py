@@ -9,7 +9,7 @@ import torch
 from rich.console import Group
 from rich.text import Text
 
-from mmalign.data.lock import only_writer
+from mmalign.data.jobs import only_writer
 from mmalign.errors import ConfigError
 from mmalign.models.adapter import load_usable
 from mmalign.text import cache as dates

@@ -19,7 +19,7 @@ import mmalign
 from mmalign.config import dump
 from mmalign.core.presets import source
 from mmalign.data.example import Picture
-from mmalign.data.lock import LOCK
+from mmalign.data.jobs import LOCK
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.train.inputs import TABLE, files_of
 

@@ -13,8 +13,7 @@ import torch
 from accelerate.utils import gather_object
 
 from mmalign import config as configs
-from mmalign.data.lock import only_writer
-from mmalign.data.progress import is_main_process
+from mmalign.data.jobs import is_main_process, only_writer
 from mmalign.models.adapter import adapter_class
 from mmalign.preflight.check import check_config
 from mmalign.train import checkpoint, files, inputs

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import set_seed
 
 from mmalign import preflight
-from mmalign.data.fit import check_trainable
+from mmalign.data.select import check_trainable
 from mmalign.models.adapter import build_adapter
 from mmalign.models.rows import say, survey_rows
 from mmalign.train.launch import build_accelerator, is_sharded, ready_for_sharding

@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from mmalign.data.progress import is_main_process
+from mmalign.data.jobs import is_main_process
 from mmalign.video.seen import Seen
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mmalign.core import presets
-from mmalign.data.fit import MADE
+from mmalign.data.select import MADE
 
 if TYPE_CHECKING:
     from mmalign.config import RunConfig

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mmalign.data.example import Clip
-from mmalign.data.unfold import in_mib
+from mmalign.data.opening import in_mib
 from mmalign.errors import ConfigError, DataError
 from mmalign.models.rows import Surveyed
 from mmalign.text.cache import cache_folder

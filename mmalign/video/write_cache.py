@@ -9,7 +9,7 @@ import torch
 from mmalign.config import ReferenceConfig
 from mmalign.core import Needs
 from mmalign.data.cache import TensorCache
-from mmalign.data.lock import only_writer
+from mmalign.data.jobs import only_writer
 from mmalign.errors import ConfigError
 from mmalign.models.adapter import load_usable
 from mmalign.models.files import fingerprint

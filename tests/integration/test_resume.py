@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 from toy_adapter import TOY, toy_config
 
-from mmalign.data.lock import only_writer
+from mmalign.data.jobs import only_writer
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models.adapter import ADAPTERS
 from mmalign.train.checkpoint import checkpoints

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import mmalign
+from mmalign.data.doubts import bare
 from mmalign.data.media_layouts import read_cat
-from mmalign.data.written import bare
 from mmalign.making.wrong import options_of
 from mmalign.text.masks import mark_steps
 from mmalign.video.operations import allowed

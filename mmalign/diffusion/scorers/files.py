@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.data.example import Picture, as_text
-from mmalign.data.journal import Journal
-from mmalign.data.picture_copies import PictureCopies
+from mmalign.data.jobs import Journal
 from mmalign.data.pictures import PictureRoot
-from mmalign.data.records import ProblemList, Record, read_records
+from mmalign.data.records import PictureCopies, ProblemList, Record, read_records
 from mmalign.diffusion.scorers.base import CosineScorer
 from mmalign.diffusion.scorers.batches import Item, score_items
 from mmalign.diffusion.scorers.labels import Smooth, label_list, label_pair, score_range

@@ -8,9 +8,9 @@ from difflib import SequenceMatcher
 
 import pytest
 
-from mmalign.data import blocks
-from mmalign.data.phrases import differing_phrases
-from mmalign.data.stored import _BEGIN
+from mmalign.data import words as blocks
+from mmalign.data.turns import _BEGIN
+from mmalign.data.words import differing_phrases
 from mmalign.text.masks import diff_spans
 
 

@@ -267,7 +267,7 @@ def test_old_entries_are_written_without_waiting_for_a_full_shard(tmp_path: Path
 
 
 def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmalign.data.open_files.MOST", 2)
+    monkeypatch.setattr("mmalign.data.opening.MOST", 2)
     _, keys = filled(tmp_path, num=6, shard_bytes=1)
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
     cache = TensorCache(tmp_path, SETTINGS)

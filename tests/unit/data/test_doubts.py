@@ -11,7 +11,7 @@ from picture_files import save
 
 from mmalign.config import DataConfig
 from mmalign.data import load_examples
-from mmalign.data.fit import check_trainable
+from mmalign.data.select import check_trainable
 from mmalign.data.validate import check_files
 from mmalign.errors import DataError
 

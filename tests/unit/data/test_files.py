@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from mmalign.data import files
-from mmalign.data.files import Row, read_rows
+from mmalign.data.example import Row
+from mmalign.data.files import read_rows
 from mmalign.data.records import read_records
 from mmalign.errors import DataError
 

@@ -11,7 +11,7 @@ import pytest
 from picture_files import encoded, picture
 
 from mmalign.data.files import read_rows
-from mmalign.data.guard import Fence
+from mmalign.data.opening import Fence
 from mmalign.data.records import read_records
 from mmalign.errors import CheckpointError, DataError
 from mmalign.models.files import weight_files

@@ -14,9 +14,9 @@ from picture_files import save
 
 from mmalign.config import DataConfig
 from mmalign.data import Example, load_examples, parse_record, to_record
-from mmalign.data.fit import fit
-from mmalign.data.labels import in_order, prefers_rejected
+from mmalign.data.example import in_order, prefers_rejected
 from mmalign.data.records import convert_file, read_records
+from mmalign.data.select import fit
 from mmalign.data.validate import check_files
 from mmalign.errors import DataError
 

@@ -9,8 +9,7 @@ import pytest
 from mmalign.data import parse_record, to_record
 from mmalign.data.convert import find_layout
 from mmalign.data.layouts import LAYOUTS
-from mmalign.data.media_layouts import MEDIA_LAYOUTS
-from mmalign.data.picture_layouts import PICTURE_LAYOUTS
+from mmalign.data.media_layouts import MEDIA_LAYOUTS, PICTURE_LAYOUTS
 from mmalign.errors import DataError
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from mmalign.data.lock import LOCK, only_writer
+from mmalign.data.jobs import LOCK, only_writer
 from mmalign.errors import ConfigError
 
 HOLD = """
 import sys
 from pathlib import Path
-from mmalign.data.lock import only_writer
+from mmalign.data.jobs import only_writer
 with only_writer(Path(sys.argv[1]), "output"):
     print("held", flush=True)
     sys.stdin.read()

@@ -11,11 +11,10 @@ from data_rows import Needs
 
 from mmalign.data.convert import find_layout
 from mmalign.data.example import Clip, Example, Media, Message, Picture, Sound
-from mmalign.data.fit import fit
 from mmalign.data.media_layouts import MEDIA_LAYOUTS
-from mmalign.data.prompts import read_prompts
-from mmalign.data.records import convert_file, read_records
-from mmalign.data.spans import untag
+from mmalign.data.parse import untag
+from mmalign.data.records import convert_file, read_prompts, read_records
+from mmalign.data.select import fit
 
 FILES = ("a.mp4", "b.mp4", "c.mp4", "a.wav", "b.wav", "a.png")
 PAIR = {"prompt": "What?", "chosen": "A red disc.", "rejected": "A blue disc."}

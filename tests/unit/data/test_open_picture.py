@@ -15,11 +15,10 @@ import pytest
 from picture_files import encoded, pickapic, picture, save
 from PIL import Image
 
-from mmalign.data import pictures, room
-from mmalign.data.cells import MOST_KEPT
+from mmalign.data import pictures
 from mmalign.data.example import Picture
 from mmalign.data.fields import Problem
-from mmalign.data.pictures import PictureRoot, decode_all, open_picture
+from mmalign.data.pictures import MOST_KEPT, PictureRoot, decode_all, open_picture
 from mmalign.errors import DataError
 
 
@@ -240,11 +239,13 @@ def test_cells_are_read_where_they_are(tmp_path: Path) -> None:
 def test_many_threads_read_every_piece_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmalign.data import cells
+    from mmalign.data import pictures
 
     file = pickapic(tmp_path / "a.parquet", [1.0] * 24, group=6)
-    read, count = cells._read, []
-    monkeypatch.setattr(cells, "_read", lambda p: (count.append(threading.get_ident()), read(p))[1])
+    read, count = pictures._read, []
+    monkeypatch.setattr(
+        pictures, "_read", lambda p: (count.append(threading.get_ident()), read(p))[1]
+    )
     wanted = [Picture(file, i % 24, f"jpg_{i % 2}") for i in range(240)]
     with ThreadPoolExecutor(8) as pool:
         sizes = {image.size for image in pool.map(open_picture, wanted)}
@@ -253,26 +254,26 @@ def test_many_threads_read_every_piece_once(
 
 
 def test_only_so_much_of_a_table_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmalign.data import cells
+    from mmalign.data import pictures
 
     assert MOST_KEPT == 256 * 2**20
-    monkeypatch.setattr(cells, "MOST_KEPT", 3000)
-    cells._PIECES.reset()
+    monkeypatch.setattr(pictures, "MOST_KEPT", 3000)
+    pictures._PIECES.reset()
     file = pickapic(tmp_path / "a.parquet", [1.0] * 8, group=1)
     for row in (*range(8), *range(8)):
         assert open_picture(Picture(file, row, "jpg_0")).size == (24, 24)
-        kept = [piece for pieces in cells._PIECES._kept.values() for piece in pieces]
-        assert sum(piece.size for piece in kept) == cells._PIECES._size
-        assert cells._PIECES._size <= 3000 or len(kept) == 1
-    cells._PIECES.reset()
+        kept = [piece for pieces in pictures._PIECES._kept.values() for piece in pieces]
+        assert sum(piece.size for piece in kept) == pictures._PIECES._size
+        assert pictures._PIECES._size <= 3000 or len(kept) == 1
+    pictures._PIECES.reset()
 
 
 def test_a_forked_process_reads_on(tmp_path: Path) -> None:
-    from mmalign.data import cells
+    from mmalign.data import pictures
 
     file = pickapic(tmp_path / "a.parquet", [1.0] * 2)
     open_picture(Picture(file, 0, "jpg_0"))
-    with cells._PIECES._lock:  # as another thread would hold it
+    with pictures._PIECES._lock:  # as another thread would hold it
         pid = os.fork()
         if pid == 0:
             try:
@@ -334,7 +335,7 @@ def test_a_picture_that_takes_too_much_memory_is_refused(
 def test_pictures_in_flight_share_their_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "MOST", 2 * 24 * 24 * 4)
+    monkeypatch.setattr(pictures, "MOST", 2 * 24 * 24 * 4)
     files = [Picture(save(tmp_path / f"{i}.png", i)) for i in range(200)]
     lock, now, most = threading.Lock(), 0, 0
 
@@ -350,8 +351,8 @@ def test_pictures_in_flight_share_their_memory(
 
     assert set(decode_all(files, use).values()) == {24}
     assert most <= 2
-    large = room.Room()
-    with large.take(10 * room.MOST):  # alone, even what is larger than all need not wait
+    large = pictures.Room()
+    with large.take(10 * pictures.MOST):  # alone, even what is larger than all need not wait
         pass
 
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from mmalign.data import arrow_files, cells, pages
-from mmalign.data.cells import cell_bytes
+from mmalign.data import pages, tables
+from mmalign.data import pictures as cells
 from mmalign.data.example import Picture
 from mmalign.data.files import read_rows
+from mmalign.data.pictures import cell_bytes
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ HONEST = {
 @pytest.fixture(autouse=True)
 def less_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """A quarter of a MiB, and not 32, may come of any file."""
-    for module in (pages, arrow_files):
+    for module in (pages, tables):
         monkeypatch.setattr(module, "FREE", 256 * KIB)
     monkeypatch.setattr(pages, "MOST_REPEATED", 256 * KIB)
 
@@ -233,7 +234,7 @@ def test_it_is_refused_before_it_is_unfolded(tmp_path: Path, kind: str) -> None:
 def test_a_row_has_no_more_than_a_line_may_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arrow_files, "LONGEST", 64 * KIB)
+    monkeypatch.setattr(tables, "LONGEST", 64 * KIB)
     file = tmp_path / "a.parquet"
     noise = np.random.default_rng(0).integers(0, 2**31, 20_000).tolist()
     pq.write_table(pa.table({"prompt": ["a", "b", "c"], "ids": [[], [1], noise]}), file)
@@ -242,7 +243,7 @@ def test_a_row_has_no_more_than_a_line_may_have(
 
 
 def test_maps_count_by_their_own_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrow_files, "LONGEST", 4 * KIB)
+    monkeypatch.setattr(tables, "LONGEST", 4 * KIB)
     file, kind = tmp_path / "a.parquet", pa.map_(pa.string(), pa.string())
     maps = pa.array([[(f"key {i}", "v" * 1000)] for i in range(20)], kind)
     pq.write_table(pa.table({"prompt": ["a"] * 20, "about": maps}), file)
@@ -320,7 +321,7 @@ UNFOLDING: dict[str, tuple[Any, str | None, str]] = {
 def test_saved_rows_that_unfold_far_are_refused(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arrow_files, "MOST_FOLDED", 100)  # LZ4 packs 240 times at most
+    monkeypatch.setattr(tables, "MOST_FOLDED", 100)  # LZ4 packs 240 times at most
     column, codec, message = UNFOLDING[kind]
     folder = saved(tmp_path / "a", pa.table({"prompt": column}), codec)
     with pytest.raises(DataError, match=message) as caught:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmalign.data.phrases import differing_phrases
-from mmalign.data.words import content, likeness, polarity, stem, words
+from mmalign.data.words import content, differing_phrases, likeness, polarity, stem, words
 
 CASES = {
     "one word": ("The man throws a ball.", "The man kicks a ball.", ["throws"], ["kicks"]),

@@ -12,8 +12,8 @@ from picture_files import AB, examples, names, problems, save
 from mmalign.config import DataConfig
 from mmalign.data import Picture, load_examples, parse_record
 from mmalign.data.convert import find_layout, to_record
+from mmalign.data.media_layouts import PICTURE_LAYOUTS
 from mmalign.data.parse import read_record
-from mmalign.data.picture_layouts import PICTURE_LAYOUTS
 from mmalign.data.pictures import PictureRoot
 from mmalign.data.records import read_records
 from mmalign.errors import DataError

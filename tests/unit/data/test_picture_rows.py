@@ -14,9 +14,9 @@ from picture_files import AB, encoded, examples, names, pickapic, picture, save
 from mmalign.config import DataConfig
 from mmalign.data import Example, Picture, check_files, convert_file, load_examples, parse_record
 from mmalign.data.cache import TensorCache, content_of
-from mmalign.data.fit import fit
 from mmalign.data.parse import read_record
 from mmalign.data.pictures import PictureRoot
+from mmalign.data.select import fit
 from mmalign.errors import DataError
 
 

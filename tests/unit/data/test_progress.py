@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from mmalign.data import progress
+from mmalign.data import jobs
 
 SLOW = (
     "import time\n"
-    "from mmalign.data import progress\n"
+    "from mmalign.data import jobs as progress\n"
     "progress.DELAY = 0.2\n"
     "for _ in progress.track(range(8), 'counting sheep', total=8): time.sleep(0.1)\n"
 )
@@ -54,6 +54,6 @@ def test_nothing_is_shown_of_a_short_job_or_by_further_processes() -> None:
 
 
 def test_nothing_is_shown_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress.waiting("loading"):
-        assert list(progress.track(range(3), "counting")) == [0, 1, 2]
+    with jobs.waiting("loading"):
+        assert list(jobs.track(range(3), "counting")) == [0, 1, 2]
     assert capsys.readouterr().err == ""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mmalign.data import to_record
-from mmalign.data.prompts import read_prompts
+from mmalign.data.records import read_prompts
 from mmalign.errors import DataError
 
 ALIKE = {"chosen": "The capital is Paris.", "rejected": "The capital is Rome."}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmalign.data.run_lines import left_out, read_lines
+from mmalign.data.fields import left_out, read_lines
 
 GOOD = {"step": 4, "loss": 0.5}
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmalign.data import rewards, select
+from mmalign.data import select
 from mmalign.errors import DataError
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "seed_losses.json"
@@ -99,51 +99,51 @@ def test_rejection_sample_ends_and_is_deterministic() -> None:
 
 def test_win_rate_golden() -> None:
     _, inputs, outputs = golden("self_play_winrate", "spo_minimaximalist")
-    rate = rewards.win_rate(inputs["pref_matrix"])
+    rate = select.win_rate(inputs["pref_matrix"])
     np.testing.assert_allclose(rate, outputs["reward"], rtol=1e-12)
     np.testing.assert_allclose(
-        rewards.leave_one_out(rate), outputs["rloo_advantage"], rtol=1e-12, atol=1e-15
+        select.leave_one_out(rate), outputs["rloo_advantage"], rtol=1e-12, atol=1e-15
     )
 
 
 def test_win_rate_leaves_out_the_diagonal_and_allows_cycles() -> None:
     cycle = np.array([[9.0, 1, 0], [0, 9, 1], [1, 0, 9]])
-    assert rewards.win_rate(cycle).tolist() == [0.5, 0.5, 0.5]
+    assert select.win_rate(cycle).tolist() == [0.5, 0.5, 0.5]
     with pytest.raises(DataError, match=r"has shape \[1, 2\]"):
-        rewards.win_rate([[0.5, 0.5]])
+        select.win_rate([[0.5, 0.5]])
 
 
 def test_direction_golden() -> None:
     hyper, inputs, outputs = golden("dpa_rps", "direction_projection")
-    towards = rewards.direction(hyper["degree"])
+    towards = select.direction(hyper["degree"])
     np.testing.assert_allclose(towards, outputs["direction"], rtol=1e-12)
     assert np.round(100 * towards).astype(int).tolist() == outputs["prompt_ints"]
-    scores = rewards.project(inputs["reward_vectors"], towards)
+    scores = select.project(inputs["reward_vectors"], towards)
     np.testing.assert_allclose(scores, outputs["scores"], rtol=1e-12)
     assert scores.argmax() == outputs["best"]
-    near = rewards.direction(hyper["degree"] + np.array(inputs["neighbour_offsets_deg"]))
+    near = select.direction(hyper["degree"] + np.array(inputs["neighbour_offsets_deg"]))
     np.testing.assert_allclose(near, outputs["neighbours"], atol=1e-12)
 
 
 def test_tool_reward_golden() -> None:
     hyper, inputs, outputs = golden("otc", "tool_reward")
-    grouped = rewards.tool_reward(inputs["m"], inputs["n"], budget=hyper["c"])
+    grouped = select.tool_reward(inputs["m"], inputs["n"], budget=hyper["c"])
     np.testing.assert_allclose(grouped, outputs["grpo"], atol=1e-12)
-    alone = rewards.tool_reward(inputs["m"], budget=hyper["c"])
+    alone = select.tool_reward(inputs["m"], budget=hyper["c"])
     np.testing.assert_allclose(alone, outputs["ppo"], rtol=1e-12)
 
 
 def test_assign_users_golden() -> None:
     _, inputs, outputs = golden("maxmin", "em_assignment_and_worst_group")
-    groups, loglik = rewards.assign_users(inputs["reward_margins_user_group_pair"])
+    groups, loglik = select.assign_users(inputs["reward_margins_user_group_pair"])
     np.testing.assert_allclose(loglik, outputs["user_loglik"], rtol=1e-12)
     assert groups.tolist() == outputs["assignment"]
     samples = inputs["group_rewards_of_policy_samples"]
-    assert rewards.worst_group(samples) == outputs["worst_group"]
+    assert select.worst_group(samples) == outputs["worst_group"]
 
 
 def test_assigning_users_survives_huge_margins() -> None:
-    _, loglik = rewards.assign_users([[[-1e5], [1e5]]])
+    _, loglik = select.assign_users([[[-1e5], [1e5]]])
     assert loglik.tolist() == [[-1e5, 0.0]]
 
 
@@ -151,9 +151,9 @@ def test_box_rewards_golden() -> None:
     _, inputs, outputs = golden("vision_r1", "threshold_rules")
     iou = inputs["matched_iou"]
     for stage, (low, high) in {1: (0.5, 0.75), 2: (0.75, 0.9)}.items():
-        precision = rewards.precision_reward(iou, low, high)
+        precision = select.precision_reward(iou, low, high)
         # The published helpers run in float32.
         np.testing.assert_allclose(precision, outputs[f"precision_stage{stage}"], rtol=1e-6)
-        hits = rewards.recall_hits(iou, low)
+        hits = select.recall_hits(iou, low)
         np.testing.assert_array_equal(hits, outputs[f"recall_hits_stage{stage}"])
-    np.testing.assert_allclose(rewards.precision_reward(iou), outputs["recall_list"], rtol=1e-6)
+    np.testing.assert_allclose(select.precision_reward(iou), outputs["recall_list"], rtol=1e-6)

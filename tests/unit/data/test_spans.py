@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from goldens import load
 
-from mmalign.data.spans import untag
+from mmalign.data.parse import untag
 
 CASES = load("video")["mask_tags"]["cases"]
 MARKS = {100: "<MASK>", 101: "</MASK>", 150: " "}

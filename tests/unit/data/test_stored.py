@@ -11,7 +11,7 @@ import pytest
 
 from mmalign.data import to_record
 from mmalign.data.records import read_records
-from mmalign.data.stored import LONGEST, Unreadable, literal
+from mmalign.data.turns import LONGEST, Unreadable, literal
 from mmalign.errors import DataError
 
 GOOD = [

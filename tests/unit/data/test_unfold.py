@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mmalign.data import files, json_text, unfold
+from mmalign.data import fields, files, opening
 from mmalign.data.files import read_rows
 from mmalign.errors import DataError
 
@@ -60,7 +60,7 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path, ending: str) -> None:
 def test_what_unfolds_beyond_all_text_is_refused(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unfold, "FREE", 2**20)
+    monkeypatch.setattr(opening, "FREE", 2**20)
     path = tmp_path / name
     start = {".json": b"[", ".csv": b'prompt\n"'}.get(path.suffixes[0], b"")
     path.write_bytes(FOLD[path.suffixes[1]](start + b" " * (3 * 2**20)))
@@ -73,8 +73,8 @@ def test_no_record_is_longer_than_a_line_may_be(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "LONGEST_LINE", 2**16)
-    monkeypatch.setattr(json_text, "LONGEST", 2**16)
-    monkeypatch.setattr(json_text, "_CHUNK", 2**10)
+    monkeypatch.setattr(fields, "LONGEST", 2**16)
+    monkeypatch.setattr(fields, "_CHUNK", 2**10)
     word = "w" * 2**17
     text = {
         ".jsonl": json.dumps({"prompt": word}),
@@ -94,7 +94,7 @@ def test_an_array_is_read_in_pieces_of_any_size(
     path = tmp_path / "a.json"
     rows = [{"prompt": 'é\u2028"]}, [' * i, "n": [i, -1.5e3, None, True]} for i in range(1, 30)]
     for size in (1, 2, 7, 64):
-        monkeypatch.setattr(json_text, "_CHUNK", size)
+        monkeypatch.setattr(fields, "_CHUNK", size)
         for content in (rows, {"version": {"a": [1]}, "data": rows, "n": 12}):
             path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8-sig")
             assert [row.value for row in read_rows(path)] == rows

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from mmalign.data.doubts import bare, of_a_converter, role_before, same_words, special_mark
 from mmalign.data.example import Candidate, Message
 from mmalign.data.validate import check_files
-from mmalign.data.written import bare, of_a_converter, role_before, same_words, special_mark
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,7 +19,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from mmalign.cli import app
-from mmalign.data.journal import Journal
+from mmalign.data.jobs import Journal
 from mmalign.data.records import read_records
 from mmalign.diffusion.scorers import load_scorer
 from mmalign.diffusion.scorers.files import Source, score_file

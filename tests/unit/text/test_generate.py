@@ -381,7 +381,7 @@ TOOLS = (
 
 
 def test_a_file_of_prompts_is_answered_row_by_row(folder: Path, tmp_path: Path) -> None:
-    from mmalign.data.prompts import read_prompts
+    from mmalign.data.records import read_prompts
     from mmalign.inference import last_asked, sample_checkpoint
 
     shutil.copytree(folder, tmp_path / "model")
@@ -427,7 +427,7 @@ def test_a_file_of_prompts_is_answered_row_by_row(folder: Path, tmp_path: Path) 
 
 
 def test_a_prompt_that_the_template_refuses_is_named_by_its_line(tmp_path: Path) -> None:
-    from mmalign.data.prompts import read_prompts
+    from mmalign.data.records import read_prompts
     from mmalign.text.adapter import TextAdapter
 
     file = tmp_path / "asked.jsonl"

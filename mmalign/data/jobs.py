@@ -1,0 +1,326 @@
+"""Long jobs: one writer a folder, progress, and a journal of what is done."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mmalign.data.fields import as_object
+from mmalign.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable
+
+    from rich.progress import Progress
+
+
+# One writer a folder: a lock that the system takes back when its process ends, however it ends.
+#
+# filelock's lock is of the open file, so that the loader workers of a killed run would hold it on,
+# and it does not say who has it.
+
+LOCK = ".mmalign.lock"
+"""Name of the file in a folder that is being written to; it says by whom."""
+
+_TRIES = 50  # to make a folder that somebody removes
+_EVERY = 0.2  # seconds between two looks at a lock that is waited for
+_TAKEN = (errno.EACCES, errno.EAGAIN)
+_held: set[str] = set()  # by this process: the system does not tell its own threads apart
+
+log = logging.getLogger("mmalign.data")
+
+
+@contextmanager
+def only_writer(folder: Path, what: str, *, wait: bool = False) -> Generator[None]:
+    """Nobody else who asks writes into the folder meanwhile.
+
+    The folder is made, and removed again where nothing was put into it. What a process that died
+    has left of its lock is taken over, and said.
+
+    Args:
+        folder: To write into.
+        what: What it is, for messages, e.g. "output".
+        wait: Until whoever writes there has ended; else that is an error.
+
+    Raises:
+        ConfigError: Another process writes there, or the folder cannot be written to.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    place = os.path.realpath(folder)
+    descriptor = _locked(folder, place, what, wait=wait)
+    _held.add(place)
+    try:
+        _sign(descriptor, f"{what} {folder}")
+        yield
+    finally:
+        with suppress(OSError):  # a disk that has become read-only
+            (folder / LOCK).unlink()  # before it is let go, so that nobody gets one without a name
+        os.close(descriptor)
+        _held.discard(place)
+        for path in made:
+            try:
+                path.rmdir()
+            except OSError:  # not empty
+                break
+
+
+def _locked(folder: Path, place: str, what: str, *, wait: bool) -> int:
+    """The open and locked file of a folder."""
+    said = False
+    while True:
+        descriptor = -1 if place in _held else _opened(folder, what)
+        if descriptor >= 0 and _lock(descriptor, folder):
+            if _is_named(descriptor, folder / LOCK):
+                return descriptor
+            os.close(descriptor)  # its holder removed it and ended in this moment
+            continue
+        owner = "this process"  # whose lock would end if it opened the file again
+        if descriptor >= 0:
+            owner = _owner(descriptor) or "another process"
+            os.close(descriptor)
+        if not wait:
+            raise ConfigError(
+                f"{what} {folder}: {owner} is writing there. Wait until it has ended, stop it, or "
+                f"choose another {what}"
+            )
+        if not said:
+            log.warning("%s %s: waiting for %s, which is writing there", what, folder, owner)
+            said = True
+        time.sleep(_EVERY)
+
+
+def _opened(folder: Path, what: str) -> int:
+    tries = 0
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            # A run that was refused may just have removed the folder; in /proc none can be made.
+            if isinstance(error, FileNotFoundError) and tries < _TRIES:
+                tries += 1
+                time.sleep(0.01)
+                continue
+            raise ConfigError(
+                f"{what} {folder} cannot be written to: {error.strerror}. Choose another {what}, "
+                "or make it writable"
+            ) from error
+
+
+def _lock(descriptor: int, folder: Path) -> bool:
+    """Whether the lock is had; it belongs to the process alone and not to its loader workers."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _TAKEN:
+            return False
+        log.warning(
+            "%s: this file system keeps no locks (%s), so a second run that writes there would not "
+            "be noticed", folder, error.strerror,
+        )  # fmt: skip
+    return True
+
+
+def _is_named(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _sign(descriptor: int, where: str) -> None:
+    """Write down who holds the lock, after saying who held it and never let go."""
+    if before := _owner(descriptor):
+        log.warning("%s: taken over from %s, which ended without finishing", where, before)
+    mine = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+    with suppress(OSError):  # a full disk: the lock holds without it
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(mine).encode(), 0)
+
+
+def _owner(descriptor: int) -> str:
+    """Who has signed a lock, in words; "" where nobody has."""
+    try:
+        said: Any = json.loads(os.pread(descriptor, 1000, 0))
+        number, host, since = int(said["pid"]), str(said["host"])[:64], str(said["since"])[:32]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    if not (host + since).isprintable():
+        return f"process {number}"
+    return f"process {number} on {host} (since {since})"
+
+
+# What is done of a long job, line by line, so that a killed one goes on where it was.
+
+
+class Journal:
+    """A JSONL file of results by id, appended to as they come.
+
+    The first line says what was asked. A last line that is cut off, as a killed process leaves it,
+    is taken back; its row is done again.
+    """
+
+    def __init__(self, path: Path, asked: dict[str, Any]) -> None:
+        """Open, or begin, the journal of a job.
+
+        Raises:
+            DataError: The file is the journal of another job, or damaged.
+        """
+        self.path = path
+        self.done: dict[str, dict[str, Any]] = {}
+        lines = self._whole_lines()
+        if lines:
+            before = as_object(lines[0]["asked"]) or {}
+            if before != asked:
+                keys = sorted(key for key in asked if before.get(key) != asked[key])
+                raise DataError(
+                    f"{path}: was begun for something else ({', '.join(keys) or 'another job'} "
+                    "differs). Run that command again to end it, or delete the file"
+                )
+            self.done = {line.pop("id"): line for line in lines[1:]}
+        self._handle = path.open("a", encoding="utf-8")
+        if not lines:
+            self._write([{"asked": asked}])
+
+    def _whole_lines(self) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        data = self.path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            with self.path.open("r+b") as handle:
+                handle.truncate(end)
+        lines: list[dict[str, Any]] = []
+        for number, text in enumerate(data[:end].splitlines(), start=1):
+            try:
+                line = as_object(json.loads(text))
+                if line is None or ("asked" if number == 1 else "id") not in line:
+                    raise ValueError
+            except ValueError:
+                raise DataError(f"{self.path}:{number}: is damaged; delete the file") from None
+            lines.append(line)
+        return lines
+
+    def add(self, results: dict[str, dict[str, Any]]) -> None:
+        """Write down the results of some ids."""
+        self._write([{"id": key, **result} for key, result in results.items()])
+        self.done |= results
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        self._handle.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        self._handle.flush()
+
+    def close(self) -> None:
+        """Close the file; it stays."""
+        self._handle.close()
+
+    def remove(self) -> None:
+        """Close and delete it: the job is done."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+
+# How far a long job is, on a terminal and nowhere else; short jobs show nothing.
+
+T = TypeVar("T")
+
+DELAY = 1.0  # seconds before a bar appears
+_LOOK_EVERY = 0.1  # seconds between two looks at how far it is
+
+_busy = False  # whether a bar is there: a terminal shows one at a time
+
+
+def track(
+    items: Iterable[T], what: str, *, total: int | None = None, unit: str = "rows", size: int = 1
+) -> Generator[T]:
+    """The items, unchanged; where they take longer than `DELAY`, a bar on the terminal meanwhile.
+
+    Args:
+        items: Anything to go through.
+        what: What is being done, e.g. "reading pairs.jsonl".
+        total: How many units there are; None where nobody knows.
+        unit: What is counted.
+        size: Units of one item.
+    """
+    if not _is_watched():
+        yield from items
+        return
+    shown: Progress | None = None
+    began = looked = time.monotonic()
+    done = 0
+    try:
+        for item in items:
+            yield item
+            done += size
+            now = time.monotonic()
+            if now - looked < _LOOK_EVERY:
+                continue
+            looked = now
+            if shown is None and now - began > DELAY and not _busy:
+                shown = _start(what, total)
+            if shown is not None:
+                count = f"{done:,} {unit}" if total is None else f"{min(done, total):,}/{total:,}"
+                shown.update(shown.task_ids[0], completed=done, count=count)
+    finally:
+        if shown is not None:
+            _stop(shown)
+
+
+@contextmanager
+def waiting(what: str) -> Generator[None]:
+    """Say on the terminal what is being waited for, where nothing can be counted."""
+    if not _is_watched() or _busy:
+        yield
+        return
+    shown = _start(what, None)
+    try:
+        yield
+    finally:
+        _stop(shown)
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that reports and writes, where several train one model."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _is_watched() -> bool:
+    """Whether somebody looks on, and this is the process that reports."""
+    return sys.stderr.isatty() and is_main_process()
+
+
+def _start(what: str, total: int | None) -> Progress:
+    global _busy
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    _busy = True
+    middle = SpinnerColumn() if total is None else BarColumn(bar_width=20)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        middle,
+        TextColumn("{task.fields[count]}"),
+    )
+    shown = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
+    shown.add_task(what, total=total, count="")
+    shown.start()
+    return shown
+
+
+def _stop(shown: Progress) -> None:
+    global _busy
+    shown.stop()
+    _busy = False
