@@ -120,8 +120,7 @@ def run_mmalign(folder: Path, given: dict[str, Any], options: dict[str, Any]) ->
 def _with_usual_layers(model: nn.Module) -> None:
     from torch import nn
 
-    from mmalign.models.conv import CpuConv2d
-    from mmalign.models.linear import CpuLinear
+    from mmalign.models.cpu import CpuConv2d, CpuLinear
 
     for module in model.modules():
         if type(module) is CpuLinear:

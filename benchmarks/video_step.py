@@ -85,10 +85,10 @@ def run_mmalign(folder: Path, given: dict[str, Any], options: dict[str, Any]) ->
     from torch import nn
 
     from mmalign.models.adapter import build_adapter
-    from mmalign.models.linear import CpuLinear
+    from mmalign.models.cpu import CpuLinear
     from mmalign.preflight.check import check_config
     from mmalign.train.backward import backward_joint
-    from mmalign.train.optim import build_optimizer
+    from mmalign.train.run import build_optimizer
     from mmalign.video.adapter import VideoAdapter
 
     turns = Turns()

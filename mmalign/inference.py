@@ -125,8 +125,7 @@ def sample_checkpoint(
     Raises:
         DataError: A prompt shows what the model does not take, or what cannot be decoded.
     """
-    from mmalign.models.adapter import adapter_class
-    from mmalign.models.drawing import answer_seeds
+    from mmalign.models.adapter import adapter_class, answer_seeds
 
     asked = [adapter_class(config.modality).question(row) for row in rows]
     adapter = trained_adapter(config, checkpoint, base=base)
@@ -224,7 +223,7 @@ def restore(adapter: Adapter, folder: Path, objective: Objective | None = None) 
         CheckpointError: The folder holds no weights of this model, or they are damaged.
     """
     from mmalign.train import checkpoint
-    from mmalign.train.sums import read_about
+    from mmalign.train.checkpoint import read_about
 
     if (folder / "sharded").is_dir():
         raise CheckpointError(

@@ -170,7 +170,7 @@ def deciding(config: RunConfig) -> dict[str, Any]:
             },
             "diffusion": {"eval_draws", "cache_folder"}
             | (set() if config.diffusion.estimator.generated else {"sampling"}),
-            # Of files counts what they hold (`train/inputs.py`), and not where they lie.
+            # Of files counts what they hold (`train/files.py`), and not where they lie.
             "model": {"path", "revision", "adapter"},
             "reference": {"path": True, "cache": True, "mixture": {"__all__": {"path"}}},
             "video": {"clues": {"path"}},

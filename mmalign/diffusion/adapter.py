@@ -22,8 +22,7 @@ from mmalign.diffusion.tracking import batch_metrics, by_timestep
 from mmalign.errors import ConfigError
 from mmalign.models import lora
 from mmalign.models.adapter import Adapter, LogpUnit
-from mmalign.models.frozen import Ema
-from mmalign.models.reference import build_reference, copy_of
+from mmalign.models.reference import Ema, build_reference, copy_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

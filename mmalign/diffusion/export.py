@@ -11,12 +11,12 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from mmalign.diffusion.lora_export import lora_of, part_of, times, write, write_lora
 from mmalign.errors import CheckpointError
 from mmalign.models.adapter import Saved
-from mmalign.models.adapter_settings import start_of
-from mmalign.models.dora import wide_norms
 from mmalign.models.files import denoiser_folder, read_tensors, weight_files
+from mmalign.models.lora import wide_norms
 from mmalign.models.lora_files import LoraWeights, is_lora, read_lora
 from mmalign.models.lora_load import TRAINED
-from mmalign.models.lora_starts import without_start
+from mmalign.models.lora_settings import start_of
+from mmalign.models.merge import without_start
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

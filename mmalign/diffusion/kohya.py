@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmalign import __version__
-from mmalign.models.dora import comfyui_scale
-from mmalign.models.kohya_names import place_of
+from mmalign.models.lora import comfyui_scale
+from mmalign.models.lora_files import place_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmalign.config import RunConfig
-    from mmalign.models.kohya_names import Place
-    from mmalign.models.lora_files import LoraWeights
+    from mmalign.models.lora_files import LoraWeights, Place
 
 _VERSIONS = {"sd": "sd_v1", "sdxl": "sdxl_base_v1-0", "sd3": "sd3"}
 _ARCHITECTURES = {

@@ -12,8 +12,7 @@ from peft import PeftModel
 from mmalign.diffusion.kohya import diffusers_reads, kohya_metadata, kohya_tensors
 from mmalign.diffusion.process import process_from
 from mmalign.models.files import save_tensors
-from mmalign.models.kohya_names import is_known, kohya_reads
-from mmalign.models.lora_files import DIFFUSERS_LORA, LoraWeights
+from mmalign.models.lora_files import DIFFUSERS_LORA, LoraWeights, is_known, kohya_reads
 from mmalign.models.lora_load import TRAINED
 
 if TYPE_CHECKING:

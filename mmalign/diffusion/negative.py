@@ -20,8 +20,7 @@ from peft import PeftModel
 
 from mmalign.diffusion.lora_export import lora_of
 from mmalign.diffusion.models import load_denoiser
-from mmalign.models.lora_delta import Change, LoraDelta
-from mmalign.models.merge import combined, open_delta
+from mmalign.models.merge import Change, LoraDelta, combined, open_delta
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mmalign.diffusion.point import Point, Predict
     from mmalign.diffusion.process import NoiseProcess
     from mmalign.models.adapter import Batch
-    from mmalign.models.frozen import Ema, Reference
+    from mmalign.models.reference import Ema, Reference
 
 
 @dataclass(frozen=True, slots=True)

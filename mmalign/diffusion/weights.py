@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from mmalign.errors import ConfigError
-from mmalign.models.conv import use_products
-from mmalign.models.linear import use_onednn
+from mmalign.models.cpu import use_onednn, use_products
 
 STEMS = ("diffusion_pytorch_model", "model")
 

@@ -1,25 +1,26 @@
-"""Low-rank adapters through peft: attach, load, copy, save, merge."""
+"""Low-rank adapters through peft, DoRA among them: attach, load, copy, save, merge."""
 
 from __future__ import annotations
 
 import logging
 from copy import copy
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from mmalign.errors import CheckpointError, ConfigError
-from mmalign.models import lora_targets
-from mmalign.models.adapter_settings import (
+from mmalign.models import lora_settings
+from mmalign.models.files import local_folder
+from mmalign.models.lora_load import TRAINED, load_adapter
+from mmalign.models.lora_settings import (
     adapter_in_place_of_model,
     needs_model,
     read_settings,
     refuse_adapter_path,
 )
-from mmalign.models.dora import exact_start, wide_norms
-from mmalign.models.files import local_folder
-from mmalign.models.lora_load import TRAINED, load_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,84 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmalign.config import LoraSpec, ModelConfig
+
+
+# DoRA: a magnitude for each output of a layer, beside the low-rank change of its direction.
+#
+# W' = magnitude * (W + scale * B A) / |W + scale * B A|, norms over all inputs of an output.
+#
+# Source: Liu et al. 2024, arXiv:2402.09353; peft's `lora_magnitude_vector`.
+
+
+@torch.no_grad()
+def exact_start(policy: PeftModel) -> None:
+    """Set the magnitudes of fresh adapters to the norms that their forward pass divides by.
+
+    peft takes them in the dtype of the weights and divides in the wider one of its factors, so
+    that a bfloat16 base would begin up to 0.4 % away from itself in every layer.
+    """
+    from peft.utils.integrations import dequantize_module_weight
+
+    wide_norms(policy)
+    for module in policy.modules():
+        layers: Any = getattr(module, "lora_magnitude_vector", None) or {}
+        if TRAINED not in layers:
+            continue
+        layer, base = layers[TRAINED], module.get_base_layer()  # pyright: ignore
+        weight: Any = dequantize_module_weight(base)
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        # peft's own function: its axes and its order of summing, and so the same last bit.
+        norm = layer.get_weight_norm(wide, torch.zeros((), device=wide.device), 0.0)
+        layer.weight.copy_(norm.to(layer.weight.device).view_as(layer.weight))
+
+
+def wide_norms(policy: nn.Module) -> None:
+    """Make the convolutions of all adapters divide by norms that are computed in full precision.
+
+    peft casts the weight of a linear layer for it, but not that of a convolution, whose norm is
+    bfloat16's under autocast.
+    """
+    from peft.tuners.lora.dora import DoraConv1dLayer, DoraConv2dLayer, DoraConv3dLayer
+
+    for module in policy.modules():
+        if type(module) in (DoraConv1dLayer, DoraConv2dLayer, DoraConv3dLayer):
+            module.__class__ = _wide(type(module))
+
+
+@cache
+def _wide(kind: Any) -> Any:
+    def get_weight_norm(
+        self: Any, weight: Tensor, lora_weight: Tensor, scaling: float, **options: Any
+    ) -> Tensor:
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        with torch.autocast(weight.device.type, enabled=False):
+            return kind.get_weight_norm(self, wide, lora_weight, scaling, **options)
+
+    return type(kind.__name__, (kind,), {"get_weight_norm": get_weight_norm})
+
+
+def comfyui_scale(
+    weight: Tensor, product: Tensor, magnitude: Tensor
+) -> Tensor:  # [out, 1] or [out, 1, 1, 1]
+    """`dora_scale` of ComfyUI: magnitude * |W| / |W + product|, in float64.
+
+    ComfyUI divides by the norm of the base's weight, where peft divides by that of the adapted one.
+
+    Args:
+        weight: [out, in] or [out, in, k, k], of the base.
+        product: scale * B A, of any shape with as many numbers.
+        magnitude: As many numbers as outputs.
+
+    Source: ComfyUI `comfy/weight_adapter/base.py`, weight_decompose.
+    """
+    weight = weight.double()
+    adapted = weight + product.double().view_as(weight)
+    share = weight.flatten(1).norm(dim=1) / adapted.flatten(1).norm(dim=1)
+    scale = magnitude.double().flatten() * share
+    return scale.view(-1, *(1,) * (weight.dim() - 1))
+
+
+# Low-rank adapters through peft: attach, load, copy, save, merge.
 
 log = logging.getLogger(__name__)
 
@@ -102,14 +181,14 @@ def attach(
     """
     from peft import LoraConfig, get_peft_model
 
-    layers = lora_targets.linear_layers(model, _head(model))
+    layers = lora_settings.linear_layers(model, _head(model))
     reasons: dict[str, str] = {}
     if pattern is None:
         spec = _resolved(model, spec, auto)
         _check_targets(model, spec)
         targets = spec.targets if spec.targets == "all-linear" else _names(spec)
         if targets == "all-linear":
-            reasons = lora_targets.left_out(model, _head(model), unfit())
+            reasons = lora_settings.left_out(model, _head(model), unfit())
     else:
         targets = pattern
     config = LoraConfig(
@@ -117,7 +196,7 @@ def attach(
         lora_alpha=spec.alpha,  # pyright: ignore[reportArgumentType]  peft takes any number
         lora_dropout=spec.dropout,
         target_modules=targets,
-        exclude_modules=lora_targets.pattern_of(reasons, layers.keys() - reasons.keys()),
+        exclude_modules=lora_settings.pattern_of(reasons, layers.keys() - reasons.keys()),
         use_dora=spec.dora,
         fan_in_fan_out=_is_transposed(model),
         task_type=task,  # pyright: ignore[reportArgumentType]
@@ -144,18 +223,18 @@ def _say_left_out(
     found = dict(reasons)
     base = policy.get_base_model()
     if spec.targets == "all-linear":
-        found |= lora_targets.spare_routers(policy, TRAINED)
+        found |= lora_settings.spare_routers(policy, TRAINED)
         named = layers.keys() - found.keys()
     else:
         names = _names(spec)
         named = {name for target in names for name in _matched(layers, target)}
         adapted = policy.peft_config[TRAINED].target_parameters
         missing = [target for target in names if not _matched(layers, target)]
-        if missing and not adapted and set(missing) <= set(lora_targets.OF_EXPERTS):
+        if missing and not adapted and set(missing) <= set(lora_settings.OF_EXPERTS):
             raise ConfigError(_fits_nothing(base, missing[0]))
-    found |= lora_targets.passed_over(policy, named)
-    experts = lora_targets.whole_experts(base) if spec.targets == "all-linear" else []
-    said = lora_targets.describe(found, experts)
+    found |= lora_settings.passed_over(policy, named)
+    experts = lora_settings.whole_experts(base) if spec.targets == "all-linear" else []
+    said = lora_settings.describe(found, experts)
     if said:
         log.warning("model.lora.targets: %s", said)
 
@@ -241,7 +320,7 @@ def _check_targets(model: nn.Module, spec: LoraSpec) -> None:
             raise ConfigError("model.lora: the model has no linear layer to adapt")
         return
     head = _head(model)
-    experts = lora_targets.OF_EXPERTS if lora_targets.whole_experts(model) else ()
+    experts = lora_settings.OF_EXPERTS if lora_settings.whole_experts(model) else ()
     for target in _names(spec):
         matched = _matched(modules, target)
         if not matched and target not in experts:
@@ -254,7 +333,7 @@ def _check_targets(model: nn.Module, spec: LoraSpec) -> None:
 
 
 def _adaptable(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if lora_targets.takes_lora(module)]
+    return [name for name, module in model.named_modules() if lora_settings.takes_lora(module)]
 
 
 def _matched(modules: Iterable[str], target: str) -> list[str]:
@@ -271,9 +350,33 @@ def _fits_nothing(model: nn.Module, target: str) -> str:
 
 def _is_transposed(model: nn.Module) -> bool:
     """Whether the layers are GPT-2's Conv1D, whose weight is stored [in, out]."""
-    return any(lora_targets.is_conv1d(module) for module in model.modules())
+    return any(lora_settings.is_conv1d(module) for module in model.modules())
 
 
 def _head(model: nn.Module) -> nn.Module | None:
     find = getattr(model, "get_output_embeddings", None)
     return find() if find is not None else None
+
+
+# Weights quantised by bitsandbytes: what training needs of them.
+
+
+def always_as_in_training(model: nn.Module) -> int:
+    """Let quantised layers compute in evaluation what they do in training; returns how many.
+
+    Their mode decides nothing but the kernel, and on a CPU the one for evaluation does harm. With
+    AVX512-BF16, the first such pass rearranges a 4-bit weight in place, for a kernel without a
+    gradient, and leaves it so: later training passes go without a gradient, and a merge reads the
+    bytes in the wrong order. With 8 bits, evaluation rounds the inputs too, so that a reference,
+    which is scored in evaluation mode, would not be the policy that it is.
+    """
+    count = 0
+    for module in model.modules():
+        if type(module).__module__.partition(".")[0] == "bitsandbytes":
+            module.register_forward_pre_hook(_as_in_training)
+            count += 1
+    return count
+
+
+def _as_in_training(module: nn.Module, inputs: Any) -> None:
+    module.training = True

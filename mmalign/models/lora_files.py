@@ -6,10 +6,10 @@ import json
 import logging
 import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmalign.errors import CheckpointError
-from mmalign.models.adapter_settings import check_settings, needs_model, read_settings
 from mmalign.models.files import (
     ADAPTER_CONFIG,
     UnfitError,
@@ -17,15 +17,311 @@ from mmalign.models.files import (
     read_tensors,
     weight_files,
 )
-from mmalign.models.kohya_names import PREFIX, places_by_name
-from mmalign.models.lora_checks import check_factors
-from mmalign.models.lora_encoders import layers_by_name, left_out_of, part_of, without_part
+from mmalign.models.lora_settings import check_settings, needs_model, read_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
+
+
+# Whether the tensors of a LoRA file are whole: factors that belong together, no layer left out.
+
+_PAIRS = (("A", "B"), ("embedding_A", "embedding_B"))  # B [out, r, ...] after A [r, in, ...]
+
+
+def check_factors(weights: LoraWeights) -> None:
+    """Refuse factors that cannot be multiplied.
+
+    Raises:
+        CheckpointError: Names the module.
+    """
+    for module, parts in weights.parts.items():
+        for down, up in _PAIRS:
+            if down in parts and up in parts:
+                _check_pair(weights, module, parts[down], parts[up])
+        odd = [part for part, tensor in parts.items() if not tensor.is_floating_point()]
+        if odd and "full" not in odd:
+            raise CheckpointError(
+                f"{weights.path}: {odd[0]} of {module} holds {parts[odd[0]].dtype}, not weights"
+            )
+
+
+def _check_pair(weights: LoraWeights, module: str, down: Tensor, up: Tensor) -> None:
+    if down.dim() < 2 or up.dim() != down.dim() or not len(down) or up.shape[1] != len(down):
+        raise CheckpointError(
+            f"{weights.path}: the factors of {module} are {list(down.shape)} and "
+            f"{list(up.shape)}, which have no product"
+        )
+
+
+def left_out(weights: LoraWeights, adapted: Collection[str], modules: Iterable[str]) -> list[str]:
+    """Modules that the settings of an adapter name and its file has nothing for.
+
+    Args:
+        weights: An adapter in the layout of peft.
+        adapted: Modules of the base that the file has tensors for.
+        modules: All modules of the base that have a weight.
+    """
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    settings = weights.settings
+    names = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform")
+    asked = SimpleNamespace(
+        **{name: settings.get(name) for name in names},
+        layers_pattern=settings.get("layers_pattern"),
+        target_parameters=None,
+    )
+    if not asked.target_modules:
+        return []
+    return [n for n in modules if n not in adapted and check_target_module_exists(asked, n) is True]
+
+
+# What kohya's trainer and ComfyUI call the layers of a denoiser in a LoRA file.
+#
+# SD 1.5 and 2: `lora_unet_` and diffusers' own name with underscores. SDXL: the name that the layer
+# has in Stability's code (input_blocks, middle_block, output_blocks), with underscores too. ComfyUI
+# knows both for either model; kohya's own trainer knows the one that fits the model. SD3:
+# Stability's names, whose q, k and v are one layer.
+#
+# Source: kohya-ss/sd-scripts `networks/lora.py`, `networks/sdxl_merge_lora.py`,
+#     `networks/lora_sd3.py` (what is written and read), comfyanonymous/ComfyUI `comfy/lora.py`,
+#     `comfy/utils.py` (what is read).
+# Departs: nothing.
+
+PREFIX = "lora_unet_"
+
+_IN_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+_OUTSIDE = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+_BLOCK = re.compile(
+    r"(down_blocks|up_blocks)\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
+)
+_MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
+
+_SD3_BLOCK = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
+_IN_SD3_BLOCK = {
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+}
+_SD3_OUTSIDE = {
+    "context_embedder": "context_embedder",
+    "pos_embed.proj": "x_embedder.proj",
+    "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+}
+_FUSED = {  # one layer of Stability's: the three of diffusers, in the order of their outputs
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a layer of diffusers lies in a file.
+
+    Attributes:
+        name: Of the layer in the file.
+        layers: All of diffusers that it holds, in the order of their outputs.
+        swapped: Whether the halves of its outputs are exchanged: shift and scale.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    swapped: bool = False
+
+    def turned(self, outputs: Tensor) -> Tensor:
+        """Outputs in diffusers' order, [out, ...], in the file's, or back."""
+        return outputs.roll(len(outputs) // 2, 0) if self.swapped else outputs
+
+
+def sd_name(module: str) -> str:
+    """kohya's name of a layer of SD 1.5 or 2, given diffusers' name."""
+    return PREFIX + module.replace(".", "_")
+
+
+def sdxl_name(module: str, layers_per_block: int = 2) -> str:
+    """kohya's name of a layer of SDXL, given diffusers' name.
+
+    Args:
+        module: e.g. down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.
+        layers_per_block: Residual blocks of a down block; up blocks have one more.
+    """
+    return PREFIX + _stability_name(module, layers_per_block).replace(".", "_")
+
+
+def sd3_place(module: str, num_layers: int) -> Place:
+    """Where a layer of SD3 lies in a file, given diffusers' name.
+
+    Args:
+        module: e.g. transformer_blocks.0.attn.to_q.
+        num_layers: Blocks of the transformer; the last one's context is modulated like the output,
+            with scale before shift in diffusers and behind it in the file.
+    """
+    match = _SD3_BLOCK.fullmatch(module)
+    if match is None:
+        name = _SD3_OUTSIDE.get(module, module)
+        return Place(_flat(name), (module,), swapped=module == "norm_out.linear")
+    start, rest = f"transformer_blocks.{match[1]}.", match[2]
+    for name, layers in _FUSED.items():
+        if rest in layers:
+            whole = tuple(start + layer for layer in layers)
+            return Place(_flat(f"joint_blocks.{match[1]}.{name}"), whole)
+    swapped = rest == "norm1_context.linear" and int(match[1]) == num_layers - 1
+    name = f"joint_blocks.{match[1]}.{_IN_SD3_BLOCK.get(rest, rest)}"
+    return Place(_flat(name), (module,), swapped)
+
+
+def place_of(module: str, family: str, layers: int) -> Place:
+    """Where a layer lies in a file.
+
+    Args:
+        module: Its name in diffusers.
+        family: sd, sdxl or sd3.
+        layers: `layers_per_block` of SDXL's U-Net, `num_layers` of SD3's transformer.
+    """
+    if family == "sd3":
+        return sd3_place(module, layers)
+    name = sdxl_name(module, layers) if family == "sdxl" else sd_name(module)
+    return Place(name, (module,))
+
+
+def is_known(module: str, family: str) -> bool:
+    """Whether ComfyUI has a name for a layer; there are others in models of other builds."""
+    if family != "sd3":
+        return module in _OUTSIDE or kohya_reads(module, family)
+    match = _SD3_BLOCK.fullmatch(module)
+    inside = {*_IN_SD3_BLOCK, *(layer for layers in _FUSED.values() for layer in layers)}
+    return match[2] in inside if match else module in _SD3_OUTSIDE
+
+
+def kohya_reads(module: str, family: str) -> bool:
+    """Whether kohya's own reader applies a layer; others it passes over without a word.
+
+    In U-Nets it looks inside transformers, residual blocks and changes of size only.
+    """
+    return family == "sd3" or bool(_BLOCK.fullmatch(module) or _MIDDLE.fullmatch(module))
+
+
+def layers_of(modules: Iterable[str]) -> int:
+    """`layers_per_block` of the U-Net that has these layers."""
+    found = [re.match(r"down_blocks\.0\.resnets\.(\d+)\.", module) for module in modules]
+    return 1 + max((int(match[1]) for match in found if match), default=1)
+
+
+def places_by_name(modules: Iterable[str]) -> dict[str, Place]:
+    """kohya's names, of every kind, to the layers of a denoiser that they hold."""
+    modules = list(modules)
+    blocks = [int(match[1]) + 1 for m in modules if (match := _SD3_BLOCK.match(m))]
+    if blocks:
+        places = (sd3_place(module, max(blocks)) for module in modules)
+        return {place.name: place for place in places}
+    layers = layers_of(modules)
+    kinds: tuple[Callable[[str], str], ...] = (sd_name, lambda name: sdxl_name(name, layers))
+    return {
+        kind(module): Place(kind(module), (module,))
+        for kind in reversed(kinds)
+        for module in modules
+    }
+
+
+def _flat(name: str) -> str:
+    return PREFIX + name.replace(".", "_")
+
+
+def _stability_name(module: str, layers: int) -> str:
+    if match := _BLOCK.fullmatch(module):
+        side, kind, rest = match[1], match[3], match[5]
+        block, layer = int(match[2]), int(match[4])
+        if kind == "downsamplers":
+            return f"input_blocks.{(layers + 1) * (block + 1)}.0.{rest.replace('conv', 'op')}"
+        if kind == "upsamplers":  # behind a resnet and an attention, as in all blocks that have one
+            return f"output_blocks.{(layers + 1) * block + layers}.2.{rest}"
+        place = 1 if kind == "attentions" else 0
+        rest = rest if place else _IN_RESNET.get(rest, rest)
+        if side == "down_blocks":
+            return f"input_blocks.{(layers + 1) * block + layer + 1}.{place}.{rest}"
+        return f"output_blocks.{(layers + 1) * block + layer}.{place}.{rest}"
+    if match := _MIDDLE.fullmatch(module):
+        kind, layer, rest = match[1], int(match[2]), match[3]
+        if kind == "attentions":
+            return f"middle_block.{2 * layer + 1}.{rest}"
+        return f"middle_block.{2 * layer}.{_IN_RESNET.get(rest, rest)}"
+    return _OUTSIDE.get(module, module)
+
+
+# Text encoders in LoRA files: which tensors change one, and which of its layers those are.
+
+_KOHYA_ENCODERS = {
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
+}
+_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_BODY = "text_model."  # CLIP's, which some versions of transformers write and others do not
+
+
+def part_of(name: str) -> str:
+    """The text encoder that a tensor changes; "" for one of the denoiser."""
+    for prefix, part in _KOHYA_ENCODERS.items():
+        if name.startswith(prefix):
+            return part
+    return next((part for part in _ENCODERS if name.startswith(f"{part}.")), "")
+
+
+def without_part(name: str, part: str) -> str:
+    """The name of a tensor within its encoder, in the layout of diffusers."""
+    return name.removeprefix(f"{part}.")
+
+
+def layers_by_name(part: str, modules: Iterable[str]) -> dict[str, Place]:
+    """kohya's names of an encoder's layers, each with the layer as the encoder's files have it."""
+    found: dict[str, Place] = {}
+    prefixes = [prefix for prefix, owner in _KOHYA_ENCODERS.items() if owner == part]
+    for module in modules:
+        inner = module.removeprefix(_BODY)
+        for prefix in prefixes:
+            for name in (module, inner, f"{_BODY}{inner}"):
+                key = prefix + name.replace(".", "_")
+                found.setdefault(key, Place(key, (module,)))
+    return found
+
+
+def left_out_of(names: Sequence[str]) -> str:
+    """What of a file is not used, with its count: the changes of text encoders."""
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[part_of(name)] = counts.get(part_of(name), 0) + 1
+    told = ", ".join(f"{count} of {part}" for part, count in sorted(counts.items()))
+    return f"{len(names)} tensors that change text encoders are left out ({told})"
+
+
+# LoRA files of peft, diffusers and kohya, read into one form.
 
 Encoders = Literal["stop", "ignore", "apply"]
 """What happens to changes of text encoders beside those of the denoiser: refused, left out with a

@@ -1,24 +1,4 @@
-"""Weight arithmetic between checkpoints: W = base + sum_i coef_i * delta_i.
-
-A full checkpoint's delta is its weights minus the base's; a LoRA's is the product B A times its
-scale. The sum runs in float64 and is rounded once, to the base's dtype, so that a coefficient of 1
-gives the added checkpoint back exactly.
-
-Extrapolation (APO): from the results new and prev of two rounds, W = new + alpha * (new - prev) is
-`merge new --add prev=-alpha`, and with LoRA adapters on one base
-`merge base --add new=(1 + alpha) --add prev=-alpha`. The products B A are extrapolated. Doing so
-with the factors A and B each is another thing, since B A is not linear in both.
-
-A pipeline of diffusers is merged in its denoiser (unet/ or transformer/); all else is copied. The
-negative model of Diffusion-NPO, W + a * delta_positive + b * delta_negative, is a merge with the
-coefficients a and b.
-
-Source: Accelerated Preference Optimization, He et al. 2024, arXiv:2410.06293: Nesterov step between
-    rounds; alpha 0.3 is our default. Diffusion-NPO and Self-NPO merge with the same formula
-    (`gen.py`, `gen_xl.py` of the release: a = 1 - merge_weight, b = 1).
-Departs: nothing for models whose log-probabilities are linear in the weights; else weights are
-    extrapolated in place of log-probabilities.
-"""
+"""Weight arithmetic between checkpoints: W = base + sum_i coef_i * delta_i."""
 
 from __future__ import annotations
 
@@ -27,9 +7,12 @@ import math
 import os
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Protocol, cast, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, get_args
+
+import torch
 
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models.files import (
@@ -38,17 +21,239 @@ from mmalign.models.files import (
     denoiser_folder,
     local_folder,
     opened,
+    read_json,
     usual_mode,
     weight_files,
 )
-from mmalign.models.lora_delta import Change, LoraDelta
-from mmalign.models.lora_files import Encoders, encoders_in, is_lora, read_lora
-from mmalign.models.merge_model import as_files_of, can_load
+from mmalign.models.lora_files import Encoders, encoders_in, is_lora, left_out, read_lora
+from mmalign.models.lora_load import as_files_of, can_load
+from mmalign.models.lora_settings import start_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
+
+    from mmalign.models.lora_files import LoraWeights
+
+
+# Starts of a LoRA that take their product out of the base: PiSSA and OLoRA.
+#
+# The policy is W - s B0 A0 + s B A, with B0 A0 a function of W: its r largest singular directions
+# (PiSSA), or the first r columns of its QR factors (OLoRA). So what was trained is s (B A - B0 A0),
+# which two stacked factors of rank 2 r say without a change of the base: [B, -B0] and [A; A0].
+#
+# Source: PiSSA, Meng et al. 2024, arXiv:2404.02948; OLoRA, Büyükakyüz 2024, arXiv:2406.01775;
+#   factors
+#     as peft computes them, in float32.
+# Departs: nothing.
+
+
+def without_start(weights: LoraWeights, weight_of: Callable[[str], Tensor]) -> LoraWeights:
+    """The same change as a LoRA on the base itself; as it is where its start left the base alone.
+
+    Args:
+        weights: As read from a file.
+        weight_of: Weight of a module of the base, as it is stored.
+
+    Raises:
+        CheckpointError: A start that is not computed like that for such a layer.
+    """
+    if not start_of(weights.settings):
+        return weights
+    parts: dict[str, Mapping[str, Tensor]] = {}
+    for module, own in weights.parts.items():
+        adapted = "A" in own
+        parts[module] = parts_without_start(weights, module, weight_of(module)) if adapted else own
+        if adapted:
+            alpha = weights.scale(module) * len(parts[module]["A"])
+            parts[module] = {**parts[module], "alpha": torch.tensor(alpha, dtype=torch.float64)}
+    kept = {"fan_in_fan_out": weights.settings.get("fan_in_fan_out", False)}
+    return replace(weights, settings=kept, parts=parts)
+
+
+def parts_without_start(
+    weights: LoraWeights, module: str, weight: Tensor
+) -> Mapping[str, Tensor]:  # B [out, r or 2r], A [r or 2r, in]
+    """A module's parts with the start's factors beside its own, to be scaled as before.
+
+    Args:
+        weights: As read from a file.
+        module: Name of a module that it adapts.
+        weight: Weight of that module in the base, as it is stored.
+    """
+    own, kind = weights.parts[module], start_of(weights.settings)
+    if not kind or not {"A", "B"} <= own.keys():  # an embedding's start is 0
+        return own
+    turned = bool(weights.settings.get("fan_in_fan_out"))
+    if kind == "olora" and turned:
+        raise CheckpointError(
+            f"{weights.path}: init_lora_weights is olora, which peft cannot compute for layers "
+            "that store their weights turned (fan_in_fan_out)"
+        )
+    weight = (weight.T if turned else weight).float()
+    shape = [own["B"].shape[0], own["A"].shape[-1]]
+    if list(weight.shape) != shape:
+        raise CheckpointError(
+            f"{weights.path}: {module} has factors for {shape}, but the base's weight is "
+            f"{list(weight.shape)}"
+        )
+    rank = len(own["A"])
+    first = _pissa(weight, rank, weights.scale(module)) if kind == "pissa" else _olora(weight, rank)
+    down, up = (factor.to(own["A"].device) for factor in first)
+    return {**own, "A": torch.cat([own["A"], down]), "B": torch.cat([own["B"], -up], dim=1)}
+
+
+def _pissa(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    root = (values[:rank] / scale).sqrt()
+    return root[:, None] * right[:rank], left[:, :rank] * root
+
+
+def _olora(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    q, r = torch.linalg.qr(weight)
+    return r[:rank], q[:, :rank]
+
+
+# What a saved LoRA or DoRA adapter changes in the weights of its base.
+
+
+class Change(NamedTuple):
+    """What a checkpoint does to one tensor, in float64."""
+
+    value: Tensor
+    replaces: bool  # value stands in the place of the base tensor; else it is added to it
+
+
+class LoraDelta:
+    """The change of each base tensor under an adapter in the layout of peft, diffusers or kohya.
+
+    LoRA: scale * B A, scale = alpha / r (alpha / sqrt(r) with use_rslora).
+    DoRA: magnitude * (W + scale * B A) / |W + scale * B A| - W, with the norm of each output.
+    PiSSA, OLoRA: the start's product is subtracted, which is a part of the base.
+    """
+
+    def __init__(
+        self, weights: LoraWeights, base_names: Sequence[str], base: Path | None = None
+    ) -> None:
+        """Find the base tensor that each part of an adapter belongs to.
+
+        Args:
+            weights: The adapter.
+            base_names: Names of the tensors of the model that it is for.
+            base: Folder of that model, whose config says whether its head is tied.
+
+        Raises:
+            CheckpointError: when a part fits no tensor.
+        """
+        self.weights = weights
+        self.turned = bool(self.weights.settings.get("fan_in_fan_out"))
+        self.modules: dict[str, str] = {}  # base tensor to module of the adapter
+        for module, parts in self.weights.parts.items():
+            name = module if "full" in parts else f"{module}.weight"
+            self.modules[self._find(name, base_names)] = module
+        self._refuse_half(base_names)
+        if base is not None:
+            self._refuse_tied_embedding(base)
+
+    def __call__(self, name: str, base: Tensor) -> Change | None:
+        """The change of a float64 base tensor; None where the adapter leaves it alone."""
+        if name not in self.modules:
+            return None
+        module = self.modules[name]
+        given = parts_without_start(self.weights, module, base)
+        parts = {k: v.to(base.device).double() for k, v in given.items()}
+        if "full" in parts:
+            return Change(parts["full"], replaces=True)
+        turned = self.turned and "A" in parts
+        if "embedding_A" in parts:
+            product = (parts["embedding_B"] @ parts["embedding_A"]).T
+        elif {"A", "B"} <= parts.keys():
+            shape = tuple(reversed(base.shape)) if turned else tuple(base.shape)
+            product = parts["B"].flatten(1) @ parts["A"].flatten(1)
+            product = product.view(shape) if product.numel() == base.numel() else product
+        else:
+            raise CheckpointError(f"{self.weights.path}: {name} has only {sorted(parts)}")
+        change = self.weights.scale(module) * product
+        change = change.T if turned else change
+        if change.shape != base.shape:
+            raise CheckpointError(
+                f"{self.weights.path}: the delta of {name} is {list(change.shape)}, but the "
+                f"base tensor is {list(base.shape)}"
+            )
+        if "magnitude" not in parts:
+            return Change(change, replaces=False)
+        return Change(_dora(base + change, parts["magnitude"], turned=turned), replaces=True)
+
+    def _find(self, name: str, base_names: Sequence[str]) -> str:
+        """The base tensor of this name, also where one side has the model's prefix and one not."""
+        if name in base_names:
+            return name
+        close = [n for n in base_names if n.endswith(f".{name}") or name.endswith(f".{n}")]
+        if len(close) != 1:
+            raise UnfitError(
+                f"{self.weights.path}: {name} fits {len(close)} tensors of the base; the "
+                "adapter belongs to another model"
+            )
+        return close[0]
+
+    def _refuse_half(self, base_names: Sequence[str]) -> None:
+        """Refuse a file that was cut between layers: all that it has is whole."""
+        if not (self.weights.path / ADAPTER_CONFIG).is_file():
+            return
+        modules = [n.removesuffix(".weight") for n in base_names if n.endswith(".weight")]
+        adapted = {name.removesuffix(".weight") for name in self.modules}
+        missing = left_out(self.weights, adapted, modules)
+        if missing:
+            raise UnfitError(
+                f"{self.weights.path}: {len(missing)} modules that its target_modules name have no "
+                f"tensors in it, e.g. {missing[0]}; copy it again"
+            )
+
+    def _refuse_tied_embedding(self, base: Path) -> None:
+        """One stored weight cannot say an embedding that changed and a head that did not."""
+        config = base / "config.json"
+        if not config.is_file() or not read_json(config).get("tie_word_embeddings"):
+            return
+        whole = self.weights.settings.get("modules_to_save") or ()
+        for name, module in self.modules.items():
+            if "embedding_A" in self.weights.parts[module]:
+                raise CheckpointError(
+                    f"{self.weights.path} adapts {name}, which the base also uses as output "
+                    "head; adding the delta would change the head too"
+                )
+            if any(part in whole for part in name.split(".")):
+                raise UnfitError(f"{self.weights.path}: {name} may share its weight with the head")
+
+
+def _dora(weight: Tensor, magnitude: Tensor, *, turned: bool) -> Tensor:
+    rows = weight.T if turned else weight  # [out, in] or [out, in, k, k]
+    norm = torch.linalg.vector_norm(rows.flatten(1), dim=1)
+    scaled = rows * (magnitude.flatten() / norm).view(-1, *[1] * (rows.dim() - 1))
+    return scaled.T if turned else scaled
+
+
+# Weight arithmetic between checkpoints: W = base + sum_i coef_i * delta_i.
+#
+# A full checkpoint's delta is its weights minus the base's; a LoRA's is the product B A times its
+# scale. The sum runs in float64 and is rounded once, to the base's dtype, so that a coefficient of
+# 1 gives the added checkpoint back exactly.
+#
+# Extrapolation (APO): from the results new and prev of two rounds, W = new + alpha * (new - prev)
+# is `merge new --add prev=-alpha`, and with LoRA adapters on one base `merge base --add new=(1 +
+# alpha) --add prev=-alpha`. The products B A are extrapolated. Doing so with the factors A and B
+# each is another thing, since B A is not linear in both.
+#
+# A pipeline of diffusers is merged in its denoiser (unet/ or transformer/); all else is copied. The
+# negative model of Diffusion-NPO, W + a * delta_positive + b * delta_negative, is a merge with the
+# coefficients a and b.
+#
+# Source: Accelerated Preference Optimization, He et al. 2024, arXiv:2410.06293: Nesterov step
+#   between
+#     rounds; alpha 0.3 is our default. Diffusion-NPO and Self-NPO merge with the same formula
+#     (`gen.py`, `gen_xl.py` of the release: a = 1 - merge_weight, b = 1).
+# Departs: nothing for models whose log-probabilities are linear in the weights; else weights are
+#     extrapolated in place of log-probabilities.
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 

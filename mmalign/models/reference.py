@@ -1,45 +1,260 @@
-"""The frozen model that log-ratios are taken against: which kind a run needs, and its making."""
+"""The frozen model that log-ratios are taken against.
+
+Its kinds, which one a run needs, and its making.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from contextlib import contextmanager
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
-from mmalign.errors import ConfigError
+import torch
+
+from mmalign.errors import ConfigError, NeedsError
 from mmalign.models import lora
-from mmalign.models.adapter_settings import adapter_in_place_of_model, refuse_adapter_path
-from mmalign.models.frozen import (
-    AdapterCopy,
-    Cached,
-    Copy,
-    Ema,
-    FrozenCopy,
-    LoraOff,
-    Mixture,
-    NoReference,
-    Reference,
-)
+from mmalign.models.lora_load import TRAINED
+from mmalign.models.lora_settings import adapter_in_place_of_model, refuse_adapter_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
-    from torch import nn
+    from peft import PeftModel
+    from torch import Tensor, nn
 
     from mmalign.config import ReferenceConfig, RunConfig
     from mmalign.core import Needs
 
-__all__ = [
-    "AdapterCopy",
-    "Cached",
-    "Ema",
-    "FrozenCopy",
-    "LoraOff",
-    "Mixture",
-    "NoReference",
-    "Reference",
-    "build_reference",
-    "copy_of",
-    "resolve",
-]
+
+# The kinds of reference model, behind one context manager.
+
+
+class Reference(ABC):
+    """A frozen model; a plain object, so that it is never saved, sharded or counted as trained."""
+
+    @abstractmethod
+    def active(self) -> AbstractContextManager[nn.Module]:
+        """The model inside a `with`: no gradients, evaluation mode, adapters as they must be.
+
+        Every module's mode and every adapter's state are as before when the block ends, also when
+        it ends by an exception.
+        """
+
+    def members(self) -> Sequence[tuple[float, Reference]]:
+        """Weight and model of each part; log-probabilities are sum_k weight_k * logps_k."""
+        return [(1.0, self)]
+
+    def after_step(self, step: int) -> None:  # noqa: B027  most references stand still
+        """Called after every optimiser step."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that a resumed run needs."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Restore what `state` gave."""
+
+
+class NoReference(Reference):
+    """For objectives without one."""
+
+    def active(self) -> AbstractContextManager[nn.Module]:
+        """Refuse."""
+        raise NeedsError("a reference model was asked for, but reference.kind is none")
+
+
+class Cached(Reference):
+    """Values written by `mmalign cache`; there is no live model."""
+
+    def active(self) -> AbstractContextManager[nn.Module]:
+        """Refuse."""
+        raise NeedsError(
+            "a live reference model was asked for, but reference.kind is cached and the row is not "
+            "in the cache. Write it with `mmalign cache CONFIG`"
+        )
+
+
+class LoraOff(Reference):
+    """The policy's base, with a fresh adapter switched off: costs no memory."""
+
+    def __init__(self, policy: PeftModel) -> None:
+        """The policy is shared, not copied."""
+        self.policy = policy
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The policy without its adapter."""
+        with _frozen(self.policy), self.policy.disable_adapter():
+            yield self.policy
+
+
+class Copy(Reference):
+    """A frozen copy that can be paired with the policy, tensor by tensor."""
+
+    @abstractmethod
+    def pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name, policy tensor and copied tensor of everything that is trained."""
+
+
+class FrozenCopy(Copy):
+    """A full second model: a copy of the policy as it is now, or another model."""
+
+    def __init__(self, policy: nn.Module, module: nn.Module | None = None) -> None:
+        """Copy the policy, unless another `module` is given."""
+        self.policy = policy
+        if module is None:
+            # What is not trained stays the same in both, so both have one copy of it.
+            frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
+            module = deepcopy(policy, dict(frozen))
+        self.module = module
+        self.module.requires_grad_(False).eval()
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The copy, on the device where the policy is by now."""
+        device = next(self.policy.parameters()).device
+        # Not the first alone: those that both share have moved with the policy.
+        own = (*self.module.parameters(), *self.module.buffers())
+        if any(tensor.device != device for tensor in own):
+            self.module.to(device)
+        with torch.no_grad():
+            yield self.module
+
+    def pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Every trainable parameter of the policy with its copy."""
+        copies = dict(self.module.named_parameters())
+        for name, parameter in self.policy.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter, copies[name]
+
+
+class AdapterCopy(Copy):
+    """The policy's base under a frozen copy of the adapter as it is now: a second peft adapter."""
+
+    def __init__(self, policy: PeftModel) -> None:
+        """Add the second adapter to the policy."""
+        self.policy = policy
+        lora.copy_adapter(policy)
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The policy with its adapters exchanged."""
+        with _frozen(self.policy):
+            self.policy.set_adapter(lora.REFERENCE)
+            try:
+                yield self.policy
+            finally:
+                self.policy.set_adapter(TRAINED)
+
+    def pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Every adapter weight with its copy."""
+        return lora.adapter_pairs(self.policy)
+
+
+class Ema(Reference):
+    """A moving average of the policy.
+
+    reference <- decay * reference + (1 - decay) * policy, every `every` optimiser steps
+
+    decay 0 copies the policy at each refresh. The average is kept in float32 or wider: in bfloat16
+    a share of 0.001 would be rounded away.
+
+    Source: TR-DPO, Gorbatovski et al. 2024, arXiv:2404.09656 (soft and hard update).
+    Departs: with a LoRA the two factors are averaged, and not their product, whose average has a
+        higher rank.
+    """
+
+    def __init__(self, start: Copy, decay: float, every: int = 1) -> None:
+        """Average from `start` on.
+
+        Args:
+            start: The copy to move.
+            decay: Share of the old reference kept at a refresh, 0 to 1.
+            every: Optimiser steps between refreshes.
+        """
+        self.copy = start
+        self.decay = decay
+        self.every = every
+        self._average = {name: _wide(copied) for name, _, copied in start.pairs()}
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The average."""
+        with self.copy.active() as module:
+            yield module
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Move the average when a refresh is due."""
+        if step % self.every:
+            return
+        for name, trained, copied in self.copy.pairs():
+            average = self._average[name].to(trained.device)
+            average.lerp_(trained.to(average.dtype), 1.0 - self.decay)
+            self._put(name, average, copied)
+
+    def state(self) -> dict[str, Tensor]:
+        """The averages, in their own precision."""
+        return dict(self._average)
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from saved averages."""
+        for name, _, copied in self.copy.pairs():
+            self._put(name, state[name].to(copied.device, self._average[name].dtype), copied)
+
+    def _put(self, name: str, average: Tensor, copied: Tensor) -> None:
+        self._average[name] = average
+        copied.data.copy_(average)
+
+
+class Mixture(Reference):
+    """log ref = sum_k weight_k * log ref_k: a geometric mixture, not normalised.
+
+    The normaliser depends on the prompt alone and cancels between responses.
+
+    Source: INPO's two references (weights tau / eta and 1 - tau / eta); Nash-MD's geometric anchor.
+    Departs: nothing.
+    """
+
+    def __init__(self, parts: Sequence[tuple[float, Reference]]) -> None:
+        """Weight and model of each part."""
+        self.parts = list(parts)
+
+    def active(self) -> AbstractContextManager[nn.Module]:
+        """Refuse: there is no one model."""
+        raise NeedsError("a mixture of references has no single model; score its members()")
+
+    def members(self) -> Sequence[tuple[float, Reference]]:
+        """The parts."""
+        return self.parts
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """The tensor itself when it is float32 or wider, else a float32 copy."""
+    wide = tensor.dtype if tensor.dtype in (torch.float32, torch.float64) else torch.float32
+    return tensor.detach().to(wide)
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients; modes and requires_grad flags come back as they were."""
+    modes = [(part, part.training) for part in module.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        module.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+
+
+# The frozen model that log-ratios are taken against: which kind a run needs, and its making.
 
 
 def resolve(config: RunConfig, needs: Needs) -> str:

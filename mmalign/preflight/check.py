@@ -41,7 +41,7 @@ def check_rows(
     report = check_files(config.data.train, eval_paths=config.data.eval, decode=decode, sizes=False)
     told = report.text(show)
     with waiting("loading libraries"):
-        from mmalign.models.rows import find_rows, logged
+        from mmalign.models.adapter import find_rows, logged
 
     # Problems of the records are told already; those of the others are to be found now.
     lenient = config.data.model_copy(update={"bad_rows": "drop"})

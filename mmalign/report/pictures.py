@@ -1,4 +1,7 @@
-"""What a page shows of a run on pictures: sheets of samples, and numbers by noise level."""
+"""What a page shows of a run on pictures and on clips.
+
+Samples, what the model saw, what was altered.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import base64
 import io
 import os
 import re
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -16,14 +19,17 @@ from mmalign.data.opening import Fence
 from mmalign.data.pictures import open_picture, picture_bytes
 from mmalign.errors import DataError
 from mmalign.report import blocks
-from mmalign.report.blocks import Section
-from mmalign.report.shapes import is_number
+from mmalign.report.blocks import Section, changed, marked
+from mmalign.report.run import is_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from mmalign.report.run import Record, Run
+
+
+# What a page shows of a run on pictures: sheets of samples, and numbers by noise level.
 
 TERMS = {
     "Denoising error": "The mean squared difference between what the network predicts and what it "
@@ -183,3 +189,217 @@ def _marked(value: float | None) -> Markup | str:
     if value is None or value <= 0:
         return _signed(value)
     return Markup('<span class="bad">{}</span>').format(_signed(value))
+
+
+# What a page shows of a run on clips: what the model saw, what it said, what was altered.
+
+_MOST_OF_SHEETS = 4_000_000  # of all sheets of a section
+_MAX_ALTERED = 4  # rows whose altered clips are shown
+
+_MARKS = {
+    "spans": "Marked in the answers of the data: the spans that the loss weighs.",
+    "diff": "Marked in the answers of the data: where they differ, which is what the loss weighs.",
+    None: "Marked in the answers of the data: their spans, which this objective does not read.",
+}
+
+
+@dataclass(slots=True)
+class _Budget:
+    """Bytes of pictures that a section may still hold."""
+
+    left: int = _MOST_OF_SHEETS
+
+    def picture(self, run: Run, name: Any, caption: str) -> Markup:
+        """A sheet of the run folder; a remark where it is gone or the page is full."""
+        file = run.folder / str(name)
+        inside = file.resolve().is_relative_to(run.folder.resolve())
+        if not (name and inside and file.suffix == ".webp" and file.is_file()):
+            return Markup('<p class="remark">{}</p>').format(caption)
+        self.left -= file.stat().st_size
+        if self.left < 0:
+            text = f"{caption}. Not shown, the page would grow too large: {name} in the run folder."
+            return Markup('<p class="remark">{}</p>').format(text)
+        return picture(file, caption)
+
+
+@dataclass(slots=True)
+class _Row:
+    """One question, its first record and the answers of all runs."""
+
+    run: Run
+    record: Record
+    said: dict[str, str] = field(default_factory=dict[str, str])
+
+
+def questions(runs: Sequence[Run]) -> Section | None:
+    """Each question with what it shows, the answers of the data, and those of the model."""
+    rows: dict[tuple[str, str], _Row] = {}
+    for run in runs:
+        for samples in _by_row(run):
+            first, last = samples[0], samples[-1]
+            key = str(first.get("id")), str(first.get("prompt"))
+            row = rows.setdefault(key, _Row(run, first))
+            if first.get("step") == 0 and last is not first:
+                row.said.setdefault("Before", str(first.get("response", "")))
+            label = run.name if len(runs) > 1 else "After" if row.said else "Answer"
+            row.said[f"{label}, step {last.get('step', '?')}"] = str(last.get("response", ""))
+    if not rows:
+        return None
+    budget = _Budget()
+    shown = Markup().join(_question(row, budget) for row in rows.values())
+    return Section("What the model saw and said", _explained(runs, rows.values()) + shown)
+
+
+def _explained(runs: Sequence[Run], rows: Any) -> Markup:
+    lines = ["Times are seconds from where the clip begins."]
+    masks = (runs[0].config.get("text") or {}).get("masks") or {}
+    if any(answer.get("spans") for row in rows for answer in row.record.get("answers") or ()):
+        lines.append(_MARKS.get(masks.get("kind"), _MARKS[None]))
+    if any("Before" in row.said for row in rows):
+        lines.append("Marked in the answers of the model: words that changed.")
+    return blocks.paragraph(" ".join(lines))
+
+
+def _question(row: _Row, budget: _Budget) -> Markup:
+    record = row.record
+    parts = [Markup('<p class="prompt">{}</p>').format(record.get("prompt", ""))]
+    media = [_medium(about) for about in record.get("media") or ()]
+    if media:
+        parts.append(budget.picture(row.run, record.get("frames"), "; ".join(media)))
+    given: dict[str, str] = {}
+    for number, answer in enumerate(record.get("answers") or (), 1):
+        name = str(answer.get("name"))
+        name = name if name not in given else f"{name} ({number})"
+        given[name] = marked(str(answer.get("text", "")), answer.get("spans") or ())
+    if given:
+        parts.append(blocks.columns(given))
+    said, remarks = dict(row.said), {}
+    if len(said) == 2 and "Before" in said:
+        after = next(label for label in said if label != "Before")
+        said["Before"], said[after], remark = changed(said["Before"], said[after])
+        remarks = {after: [remark]} if remark else {}
+    parts.append(blocks.columns(said, remarks))
+    return Markup('<article class="answers">{}</article>').format(Markup().join(parts))
+
+
+def _medium(about: Record) -> str:
+    """One medium in words, e.g. "a.mp4: 8 frames of 640 x 360, 0.00 to 9.50 s, with sound"."""
+    text = f"{about.get('file')}: "
+    size = f"{about.get('width')} × {about.get('height')}"
+    shown: Any = about.get("shown")
+    at = " at {} × {}".format(*shown) if _is_pair(shown) else ""
+    cost = f", shown{at} in {about['tokens']} tokens" if is_number(about.get("tokens")) else ""
+    if about.get("kind") == "image":
+        return f"{text}{size}{cost}"
+    if about.get("kind") == "audio":
+        return f"{text}{about.get('seconds')} s of sound{cost.replace(' shown', '')}"
+    times = about.get("times") or [0.0]
+    heard = ", with sound" if about.get("heard") else ""
+    frames = f"{len(times)} frame{'' if len(times) == 1 else 's'}"
+    return f"{text}{frames} of {size}, {times[0]:.2f} to {times[-1]:.2f} s{heard}{cost}"
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether a value of a record is a width and a height."""
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+
+
+def alterations(runs: Sequence[Run]) -> Section | None:
+    """Which operations the clips of a run got, and the altered clips of a few rows."""
+    parts: list[Markup] = []
+    budget = _Budget()
+    for run in runs:
+        table = _operations(run)
+        if table is None:
+            continue
+        if len(runs) > 1:
+            parts.append(Markup("<h3>{}</h3>").format(run.name))
+        parts.append(table)
+        rows = [samples for samples in _by_row(run) if samples[-1].get("altered")]
+        parts += [_altered(run, samples, budget) for samples in rows[:_MAX_ALTERED]]
+    return Section("Altered clips", Markup().join(parts)) if parts else None
+
+
+def _operations(run: Run) -> Markup | None:
+    """Rows: operations. Means over the log lines."""
+    names = [
+        key.removeprefix("altered/")
+        for key in dict.fromkeys(key for record in run.metrics for key in record)
+        if key.startswith("altered/")
+    ]
+    if not names:
+        return None
+    header, starts = ["operation", "of all altered clips"], ["altered/"]
+    chooses = any(f"pami/op/{name}" in record for record in run.metrics for name in names)
+    if chooses:
+        header += ["of the chosen ones", "closeness", "divergence, nats"]
+        starts += ["pami/op/", "pami/close/", "pami/far/"]
+    rows: list[list[object]] = []
+    for name in names:
+        values = [_mean(run, start + name) for start in starts]
+        if values[0]:  # what was never drawn is left out
+            shares = [f"{100 * v:.0f} %" if v is not None else None for v in values[:2]]
+            rows.append([Markup("<code>{}</code>").format(name), *shares, *values[2:]])
+    explained = "Means over the training's log lines. "
+    if chooses:
+        explained += (
+            "Closeness: cosine of the clip's mean features with the unaltered one's. Divergence: "
+            "how differently the model answers under it (Jensen-Shannon, at most 0.69)."
+        )
+    return blocks.table(header, rows, explained)
+
+
+def _mean(run: Run, key: str) -> float | None:
+    _, values = run.series(key)
+    return sum(values) / len(values) if values else None
+
+
+def _altered(run: Run, samples: Sequence[Record], budget: _Budget) -> Markup:
+    """The altered clips of a row: those that are trained on, and the others folded."""
+    first, last = samples[0], samples[-1]
+    clips: list[Record] = last["altered"]
+    before: list[Record] = first.get("altered") or []
+    weighs = any(is_number(clip.get("weight")) for clip in clips)
+    parts = [Markup('<p class="prompt">{}</p>').format(last.get("prompt", ""))]
+    other: list[Markup] = []
+    for clip in clips:
+        taken = not weighs or clip.get("weight", 0) > 0
+        shown = budget.picture(run, clip.get("frames"), _caption(clip, weighs=weighs))
+        (parts if taken else other).append(shown)
+    if weighs:
+        parts.append(_scores(clips, before if first is not last else []))
+    if other:
+        parts.append(blocks.folded("The clips that were not chosen", Markup().join(other)))
+    return Markup('<article class="answers">{}</article>').format(Markup().join(parts))
+
+
+def _caption(clip: Record, *, weighs: bool) -> str:
+    role = str(clip.get("role", "")).replace("_", " ")
+    nothing = "" if clip.get("changed", True) else ", which changes nothing here"
+    chosen = ", chosen" if weighs and clip.get("weight", 0) > 0 else ""
+    return f"{role}: {clip.get('operation')}{nothing}{chosen}"
+
+
+def _scores(clips: Sequence[Record], before: Sequence[Record]) -> Markup:
+    """The choice among a row's clips, before training and now."""
+    header = ["operation", "closeness", "divergence", "weight"]
+    if before:
+        header[2:] = ["divergence before", "after", "weight before", "after"]
+    rows: list[list[object]] = []
+    for index, clip in enumerate(clips):
+        if not is_number(clip.get("weight")):
+            continue
+        was = [before[index]] if index < len(before) else [{}] if before else []
+        pair = [*was, clip]
+        values = [one.get(key) for key in ("far", "weight") for one in pair]
+        name = Markup("<code>{}</code>").format(clip.get("operation"))
+        rows.append([name, clip.get("close"), *values])
+    return blocks.table(header, rows)
+
+
+def _by_row(run: Run) -> list[list[Record]]:
+    """The records of each question, in order of the step."""
+    found: dict[str, list[Record]] = {}
+    for sample in sorted(run.samples, key=lambda s: s.get("step", 0)):
+        found.setdefault(str(sample.get("id")), []).append(sample)
+    return list(found.values())

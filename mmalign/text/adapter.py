@@ -8,8 +8,8 @@ import torch
 
 from mmalign.core import presets
 from mmalign.models import lora
-from mmalign.models.drawing import answer_seeds
-from mmalign.models.lora_targets import ODD, SILENT, linear_layers
+from mmalign.models.adapter import answer_seeds
+from mmalign.models.lora_settings import ODD, SILENT, linear_layers
 from mmalign.text.encode import Encoder
 from mmalign.text.generate import generate
 from mmalign.text.model import FAULTS, in_mode, load_model
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mmalign.config import ModelConfig, RunConfig
     from mmalign.core import Needs
     from mmalign.data.example import Asked, Example, Prompt
-    from mmalign.models.rows import Surveyed
+    from mmalign.models.adapter import Surveyed
 
 
 # Which linear layers of a model a LoRA on all of them must leave out in a run on text.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mmalign.errors import DataError
-from mmalign.models.drawing import answer_seeds
+from mmalign.models.adapter import answer_seeds
 from mmalign.text.frame import opener
 from mmalign.text.model import causal_model
 

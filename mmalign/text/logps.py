@@ -11,7 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from mmalign.errors import ConfigError
-from mmalign.models.linear import product
+from mmalign.models.cpu import product
 from mmalign.text.model import body_of, in_mode, refusing
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mmalign.errors import ConfigError, MmalignError
-from mmalign.models.frozen import Cached, NoReference
+from mmalign.models.reference import Cached, NoReference
 from mmalign.text import masks, packing
 from mmalign.text.logps import TokenStats, compute_dtype, response_logps
 from mmalign.text.masks import record_activations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from mmalign.config import MaskConfig
     from mmalign.core import Needs
     from mmalign.models.adapter import Batch
-    from mmalign.models.frozen import Reference
+    from mmalign.models.reference import Reference
     from mmalign.text.logps import Head, Heads
     from mmalign.text.packing import Layout, Rows
 

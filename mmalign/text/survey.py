@@ -17,7 +17,7 @@ from mmalign.data.fields import Problem
 from mmalign.data.jobs import track
 from mmalign.data.records import ProblemList, Record
 from mmalign.errors import ConfigError, DataError
-from mmalign.models.rows import Surveyed
+from mmalign.models.adapter import Surveyed
 from mmalign.text.cache import cache_folder
 from mmalign.text.encode import Encoder
 from mmalign.text.masks import with_spans

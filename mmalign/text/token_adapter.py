@@ -14,14 +14,12 @@ from mmalign.core import CandidateLogps, Needs, presets
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models import lora
 from mmalign.models.adapter import Adapter
-from mmalign.models.adapter_settings import differences, read_settings
+from mmalign.models.cpu import use_onednn
 from mmalign.models.files import ADAPTER_CONFIG, opened, weight_files
-from mmalign.models.frozen import Cached
-from mmalign.models.linear import use_onednn
+from mmalign.models.lora import always_as_in_training
 from mmalign.models.lora_load import LIBRARY_ERRORS, TRAINED, adapter_tensors, one_line, put_tensors
-from mmalign.models.lora_targets import routers
-from mmalign.models.quantised import always_as_in_training
-from mmalign.models.reference import build_reference, resolve
+from mmalign.models.lora_settings import differences, read_settings, routers
+from mmalign.models.reference import Cached, build_reference, resolve
 from mmalign.text import cache
 from mmalign.text.cache import ReferenceCache, check_cacheable
 from mmalign.text.encode import Encoder

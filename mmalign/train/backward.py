@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import gather_object
 
 from mmalign.errors import ConfigError
-from mmalign.train.rng import rng_state, set_rng_state
+from mmalign.train.order import rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -1,11 +1,11 @@
-"""What must be true before the first step, and the message when a step went wrong."""
+"""What must be true before the first step, after the first ones, and before weights are saved."""
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
@@ -15,9 +15,11 @@ from mmalign.core.links import Logistic
 from mmalign.core.score import Score
 from mmalign.core.terms import Preference
 from mmalign.errors import ConfigError, NonFiniteLoss
-from mmalign.train.rng import own_random_stream
+from mmalign.train.order import own_random_stream
+from mmalign.train.run import Bfloat16Optimizer, reshard
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from mmalign.core import CandidateLogps, Loss, Needs, Objective
     from mmalign.models.adapter import Batch
     from mmalign.train.run import Run
+
+
+# What must be true before the first step, and the message when a step went wrong.
 
 log = logging.getLogger(__name__)
 
@@ -268,3 +273,131 @@ def non_finite_error(step: int, reports: list[str], last_good: Path | None) -> N
         f"step {step}: {seen} Nothing was saved after it. Try a lower train.lr or model.dtype: "
         f"float32, or look at the rows with `mmalign data show`. Last good checkpoint: {kept}"
     )
+
+
+# Whether the first steps move the weights at all, said once.
+
+STEPS = 20
+_SAMPLED = 1 << 20  # weights looked at
+_FEW = 0.01  # a smaller share of them than this does not train
+
+
+class Movement:
+    """The trainable weights at the start of a run, against those `STEPS` steps on."""
+
+    def __init__(self, run: Run) -> None:
+        """Keep a sample of them: every nth, all where there are few."""
+        optimizer: Any = run.optimizer.optimizer
+        self._optimizer = optimizer if isinstance(optimizer, Bfloat16Optimizer) else None
+        reshard(run.model)  # as they are after a step
+        self._parameters = [p for p in run.adapter.parameters() if p.requires_grad]
+        total = sum(p.numel() for p in self._parameters)
+        self._every = max(1, total // _SAMPLED)
+        first = run.position.step
+        self._due = first + STEPS if first else min(STEPS, run.num_steps)
+        self._steps = self._due - first
+        self._start = [self._sample(p).clone() for p in self._parameters]
+        self._lr, self._norm = 0.0, torch.zeros(())
+
+    def after_step(self, step: int, lr: float, grad_norm: Tensor) -> str | None:
+        """What to say after a step; None where the weights move, and at any other step."""
+        if step > self._due or not self._start:
+            return None
+        self._lr = max(self._lr, lr)
+        self._norm = torch.maximum(self._norm.to(grad_norm.device), grad_norm.detach().float())
+        if step < self._due:
+            return None
+        pairs = zip(self._parameters, self._start, strict=True)
+        moved = sum(int((self._sample(p) != start).sum()) for p, start in pairs)
+        looked_at = sum(start.numel() for start in self._start)
+        self._start = []
+        # Rounded at random, few weights move in a step, and enough of them.
+        rounded = self._optimizer is not None and not self._optimizer.master
+        if moved >= (1 if rounded else _FEW * looked_at):
+            return None
+        return (
+            f"after {self._steps} steps {moved:,} of {looked_at:,} weights have moved, with a "
+            f"learning rate of at most {self._lr:.3g}: {self._why()}"
+        )
+
+    def _why(self) -> str:
+        if float(self._norm) == 0.0:
+            return "every gradient was 0, so nothing of the loss reaches them"
+        halves = any(p.dtype == torch.bfloat16 for p in self._parameters)
+        if halves and self._optimizer is None:
+            return (
+                "such steps are below half of bfloat16's spacing and rounded away. Set "
+                "train.bf16_weights: stochastic or master, or train model.dtype: float32 with "
+                "train.mixed_precision: bf16"
+            )
+        return (
+            f"the steps are too small for their precision (gradient norm {float(self._norm):.3g}); "
+            "raise train.lr"
+        )
+
+    def _sample(self, weight: nn.Parameter) -> Tensor:
+        held = weight.detach() if self._optimizer is None else self._optimizer.held(weight)
+        local = getattr(held, "to_local", None)  # a shard
+        return (held if local is None else local()).float().flatten()[:: self._every]
+
+
+# Whether the weights are still numbers that score rows, asked before any of them is saved.
+
+
+@torch.no_grad()
+def require_sound(run: Run, saved: Path | None) -> None:
+    """Refuse weights that are not finite, or that score the rows of the first step so no longer.
+
+    Args:
+        run: After a step. Called by every process.
+        saved: The newest checkpoint, which has been asked the same.
+
+    Raises:
+        NonFiniteLoss: With what is not finite.
+    """
+    problem = _broken_weights(run) or _broken_scores(run)
+    problems = [found for found in gather_object([problem]) if found]
+    if problems:
+        kept = saved if saved is not None else "none had been written yet"
+        raise NonFiniteLoss(
+            f"step {run.position.step}: {problems[0]} after it, so nothing of it is saved. Try "
+            "a lower train.lr, more train.warmup or model.dtype: float32. Last good checkpoint: "
+            f"{kept}"
+        )
+
+
+def _broken_weights(run: Run) -> str | None:
+    trained = {name: p for name, p in run.adapter.named_parameters() if p.requires_grad}
+    others = {**run.adapter.extra_state(), **run.objective.state_dict()}
+    tensors = {name: _local(value) for name, value in {**trained, **others}.items()}
+    floats = {name: value for name, value in tensors.items() if value.is_floating_point()}
+    if not floats or _all_finite(floats):
+        return None
+    bad = [name for name, value in floats.items() if not bool(value.isfinite().all())]
+    return (
+        f"{len(bad)} of {len(floats)} trained tensors are no longer finite (the first is {bad[0]})"
+    )
+
+
+def _all_finite(tensors: Mapping[str, Tensor]) -> bool:
+    """One fused pass over all of them: a largest magnitude that is finite leaves nothing else."""
+    largest = torch.nn.utils.get_total_norm(list(tensors.values()), norm_type=float("inf"))
+    return bool(largest.isfinite())
+
+
+def _broken_scores(run: Run) -> str | None:
+    """Finite weights can still be so large that nothing they compute is."""
+    visits = run.order.micro_batch(0, run.accelerator.process_index)
+    batch = run.adapter.collate([run.train_rows[visit.row] for visit in visits])
+    needs = replace(run.objective.needs, reference=False, kl=False)
+    with own_random_stream(run.config.train.seed):
+        logps = run.model(batch.to(run.accelerator.device), needs)
+        reshard(run.model)
+    if bool(logps.policy[logps.mask].isfinite().all()):
+        return None
+    return "the weights are so large that the scores of the first step's rows are no longer finite"
+
+
+def _local(value: Tensor) -> Tensor:
+    shard = getattr(value, "to_local", None)
+    return value.detach() if shard is None else shard().detach()

@@ -3,20 +3,157 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmalign.config import dump
 from mmalign.errors import CheckpointError
+from mmalign.evaluate import TIED, is_tied
 from mmalign.models.adapter import Saved, build_adapter
-from mmalign.train.card import model_card
 from mmalign.train.checkpoint import publish
 from mmalign.train.metrics import read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
+    from mmalign.config import RunConfig
     from mmalign.models.adapter import Adapter
     from mmalign.train.run import Run
+
+
+# The model card: what was trained, on what, with what result.
+
+_SHOWN = {
+    "loss": "loss",
+    "ranking_accuracy": "ranking accuracy (log-probability)",
+    "ranking_accuracy_per_token": "ranking accuracy (per token)",
+    "reward_accuracy": "reward accuracy (log-ratio)",
+    "separation": "separation of desirable and undesirable",
+    "log_ratio_margin": "log-ratio margin, nats",
+    "drift/chosen": "log-ratio of the chosen response, nats",
+    "drift/rejected": "log-ratio of the rejected response, nats",
+    "drift/desirable": "log-ratio of desirable responses, nats",
+    "drift/undesirable": "log-ratio of undesirable responses, nats",
+    "kl_per_token": "KL(reference, policy) per token, nats",
+    "errors/chosen_diff": "error of the preferred pictures, policy minus reference",
+    "errors/rejected_diff": "error of the rejected pictures, policy minus reference",
+}
+
+_TEMPLATE = """\
+---
+{front_matter}
+---
+
+# {name}
+
+`{model}`, trained with the preference objective `{objective}` for {steps:,} steps by
+mmalign {version}.
+{files}
+## Held-out numbers
+
+{numbers}
+
+## Data
+
+{train_rows:,} training rows (content hash `{train_hash}`),
+{eval_rows:,} held-out rows (`{eval_hash}`).
+{found}
+## Configuration
+
+```yaml
+{config}```
+
+Versions: {versions}.
+"""
+
+
+def model_card(
+    config: RunConfig,
+    environment: Mapping[str, Any],
+    evaluations: Sequence[Mapping[str, Any]],
+    step: int,
+    saved: Saved | None = None,
+) -> str:
+    """The text of README.md.
+
+    Args:
+        config: The full configuration.
+        environment: What env.json holds.
+        evaluations: The records of eval.jsonl, in order of the step.
+        step: Optimiser steps done.
+        saved: The files beside it.
+    """
+    objective = config.objective.name or " + ".join(config.objective.mix or {})
+    versions = {"mmalign": environment["mmalign"], **environment["packages"]}
+    return _TEMPLATE.format(
+        front_matter=_front_matter(config),
+        name=config.output.name,
+        model=Path(config.model.path).name if _is_local(config) else config.model.path,
+        objective=objective,
+        steps=step,
+        version=environment["mmalign"],
+        files=_files(saved),
+        numbers=_numbers(evaluations),
+        found=_found(environment["data"].get("notes") or ()),
+        config=dump(config),
+        versions=", ".join(f"{name} {value}" for name, value in versions.items() if value),
+        **environment["data"],
+    )
+
+
+def _front_matter(config: RunConfig) -> str:
+    lines = ["tags: [mmalign, preference-alignment]"]
+    if not _is_local(config):
+        lines.insert(0, f"base_model: {config.model.path}")
+    return "\n".join(lines)
+
+
+def _is_local(config: RunConfig) -> bool:
+    """Whether the model is a folder, whose place means nothing on another machine."""
+    return Path(config.model.path).exists()
+
+
+def _files(saved: Saved | None) -> str:
+    """Which program reads which file, and what is missing."""
+    if saved is None or not saved.readers:
+        return ""
+    rows = [f"| `{file}` | {readers} |" for file, readers in saved.readers.items()]
+    table = "\n".join(["| file | read by |", "| --- | --- |", *rows])
+    notes = "".join(f"\n{note}.\n" for note in saved.notes)
+    return f"\n## Files\n\n{table}\n{notes}"
+
+
+def _found(notes: Sequence[str]) -> str:
+    """What was found in the rows before the first step: what was cut, what was left out."""
+    lines = [f"\n- {' '.join(note.split())}" for note in notes]
+    return "".join([*lines, "\n"] if lines else lines)
+
+
+def _numbers(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    if not evaluations:
+        return "None: the run had no held-out rows."
+    first, last = evaluations[0], evaluations[-1]
+    tied = is_tied(first)
+    rows = [
+        f"| {label} | {'all tied' if tied and key == TIED else _number(first, key)} "
+        f"| {_number(last, key)} |"
+        for key, label in _SHOWN.items()
+        if last.get(key) is not None
+    ]
+    head = [f"| | step {first['step']} | step {last['step']} |", "| --- | --- | --- |"]
+    note = "\n\nIn brackets: 95 % bootstrap interval over rows."
+    return "\n".join(head + rows) + note
+
+
+def _number(record: Mapping[str, Any], key: str) -> str:
+    value = record.get(key)
+    if value is None:
+        return "-"
+    low, high = record["intervals"].get(key, (None, None))
+    return f"{value:.4g}" if low is None else f"{value:.4g} [{low:.4g}, {high:.4g}]"
+
+
+# The end of a run: the trained weights in their library's own layout, with a model card.
 
 
 def save_final(run: Run, environment: Mapping[str, Any]) -> Path:

@@ -12,8 +12,7 @@ from mmalign.core.terms import Preference
 from mmalign.evaluate import Evaluation, Tally, score, summarise
 from mmalign.models.adapter import Adapter
 from mmalign.train.metrics import append_json
-from mmalign.train.order import held_out
-from mmalign.train.rng import own_random_stream
+from mmalign.train.order import held_out, own_random_stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from accelerate.utils import gather_object
@@ -16,35 +19,75 @@ from mmalign import config as configs
 from mmalign.data.jobs import is_main_process, only_writer
 from mmalign.models.adapter import adapter_class
 from mmalign.preflight.check import check_config
-from mmalign.train import checkpoint, files, inputs
+from mmalign.train import checkpoint, files
 from mmalign.train.backward import backward_joint, backward_per_candidate, step_positions
 from mmalign.train.check import (
+    Movement,
     Scored,
     check_start,
     describe_non_finite,
     non_finite_error,
     require_sensible,
+    require_sound,
 )
-from mmalign.train.display import Display
-from mmalign.train.dryrun import describe_dry_run
+from mmalign.train.display import Display, describe_dry_run, explained
 from mmalign.train.final import save_final
 from mmalign.train.holdout import HeldOut
-from mmalign.train.launch import require_launcher
 from mmalign.train.metrics import append_json, last_values, means, merge
-from mmalign.train.moved import Movement
-from mmalign.train.optim import lr_scale, set_lr
-from mmalign.train.run import Run, build_run, trackers
-from mmalign.train.sound import require_sound
-from mmalign.train.stop import StopRequest
-from mmalign.train.trouble import explained
+from mmalign.train.run import Run, build_run, lr_scale, require_launcher, set_lr, trackers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+    from types import FrameType, TracebackType
 
     from mmalign.config import RunConfig
     from mmalign.models.adapter import Batch
     from mmalign.train.backward import Backward
+
+
+# Ctrl-C and SIGTERM: finish the step, save, and say how to go on; the second one quits at once.
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Context manager that turns the first SIGINT or SIGTERM into a wish the loop can read."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._before: dict[int, object] = {}
+        self._process = os.getpid()
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # Python's rule for handlers
+            self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a data worker inherited this handler; the loop decides
+            return
+        self.wanted = True
+        self._restore()  # the next signal has its usual effect
+        # os.write, because a handler may interrupt a print that is half way through its buffer.
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: saving after this step; once more quits at once\n".encode())
+
+
+# The training loop, top to bottom.
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +170,11 @@ def _train(run: Run, *, resume: bool) -> Path | None:
     config, position = run.config, run.position
     settings, backward = config.train, _backward(config)
     environment = files.describe_environment(run)
-    made_of = inputs.look_once(run)
+    made_of = files.look_once(run)
     identity = {
         "config": configs.deciding(config),
         **files.fixed_facts(environment),
-        "inputs": inputs.identity(made_of),
+        "inputs": files.identity(made_of),
     }
     saved = checkpoint.resume(run, identity, made_of) if resume else None
     start_note = check_start(run) if saved is None else f"resuming after step {position.step}"

@@ -16,7 +16,7 @@ import torch
 
 from mmalign.data.example import Asked
 from mmalign.models import lora
-from mmalign.models.drawing import answer_seeds
+from mmalign.models.adapter import answer_seeds
 from mmalign.text.cache import cache_folder
 from mmalign.text.model import causal_model
 from mmalign.text.packing import arrange
@@ -60,8 +60,7 @@ if TYPE_CHECKING:
     from mmalign.config import ModelConfig, RunConfig, SampleConfig, TrainConfig
     from mmalign.core import CandidateLogps, Needs
     from mmalign.data.example import Example
-    from mmalign.models.adapter import Batch
-    from mmalign.models.rows import Surveyed
+    from mmalign.models.adapter import Batch, Surveyed
     from mmalign.text.packing import Layout, Rows
     from mmalign.text.passes import Scored
     from mmalign.video.reader import Prepared

@@ -11,7 +11,7 @@ import torch
 
 from mmalign.data.example import Media
 from mmalign.errors import DataError
-from mmalign.models.drawing import answer_seeds
+from mmalign.models.adapter import answer_seeds
 from mmalign.text.generate import complete, left_padded, written
 from mmalign.text.model import causal_model
 from mmalign.video.model import encode

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mmalign.data.example import Clip
 from mmalign.data.opening import in_mib
 from mmalign.errors import ConfigError, DataError
-from mmalign.models.rows import Surveyed
+from mmalign.models.adapter import Surveyed
 from mmalign.text.cache import cache_folder
 from mmalign.text.masks import with_spans
 from mmalign.text.model import Limits, model_limits

@@ -153,7 +153,7 @@ def test_a_cached_reference(loss: str, half: bool, gpu_llama: Path, tmp_path: Pa
 
 
 def test_a_frozen_copy_of_a_partly_trained_model_moves_as_a_whole() -> None:
-    from mmalign.models.frozen import FrozenCopy
+    from mmalign.models.reference import FrozenCopy
 
     policy = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     policy[0].requires_grad_(False)  # the first parameters are shared with the copy

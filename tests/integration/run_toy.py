@@ -21,7 +21,7 @@ from toy_adapter import TOY
 from mmalign import config as configs
 from mmalign.errors import MmalignError
 from mmalign.models.adapter import ADAPTERS
-from mmalign.train import launch
+from mmalign.train import run
 from mmalign.train.loop import train
 
 
@@ -38,7 +38,7 @@ def shard_on_cpu() -> None:
     def accelerator(cpu: bool, **options: Any) -> Accelerator:
         return Accelerator(**options)
 
-    launch.Accelerator = accelerator  # type: ignore[assignment]
+    run.Accelerator = accelerator  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from mmalign import config as configs
 from mmalign.cli import app
 from mmalign.config import RunConfig
 from mmalign.errors import ConfigError, DataError
-from mmalign.models import rows as rows_of
+from mmalign.models import adapter as rows_of
 from mmalign.models.adapter import adapter_class
 from mmalign.preflight.check import check_config
 from mmalign.report import write_report

@@ -18,9 +18,8 @@ from mmalign.errors import ConfigError
 from mmalign.evaluate import Tally, summarise
 from mmalign.report import Section, blocks, place_of, write_report
 from mmalign.report.figures import colour, svg
-from mmalign.report.heldout import held_out
-from mmalign.report.remarks import remarks
-from mmalign.report.run import read_run
+from mmalign.report.page import held_out
+from mmalign.report.run import read_run, remarks
 
 CONFIG = """\
 modality: text

@@ -14,8 +14,8 @@ import pytest
 from video_runs import configured, row, write_rows
 
 from mmalign.report import write_report
-from mmalign.report.clips import alterations, questions
-from mmalign.report.marks import changed, marked
+from mmalign.report.blocks import changed, marked
+from mmalign.report.pictures import alterations, questions
 from mmalign.report.run import read_run
 from mmalign.train.loop import train
 from mmalign.train.metrics import append_json, read_json

@@ -15,8 +15,7 @@ from PIL import Image
 
 from mmalign.report import write_report
 from mmalign.report.pictures import by_noise_level, picture, sheets
-from mmalign.report.remarks import remarks
-from mmalign.report.run import read_run
+from mmalign.report.run import read_run, remarks
 
 CONFIG = """\
 modality: diffusion

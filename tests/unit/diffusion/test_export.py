@@ -23,8 +23,7 @@ from mmalign.diffusion.lora_export import COMFYUI_LORA, KOHYA_LORA
 from mmalign.diffusion.models import Components, load_components
 from mmalign.errors import CheckpointError
 from mmalign.models import lora
-from mmalign.models.kohya_names import places_by_name
-from mmalign.models.lora_files import DIFFUSERS_LORA, LoraWeights
+from mmalign.models.lora_files import DIFFUSERS_LORA, LoraWeights, places_by_name
 from mmalign.models.merge import merge_checkpoints
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from picture_runs import configured, write_data
 
-from mmalign.models.rows import survey_rows
+from mmalign.models.adapter import survey_rows
 from mmalign.preflight.check import check_config as check
 
 

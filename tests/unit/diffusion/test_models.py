@@ -20,7 +20,7 @@ from mmalign.diffusion.models import load_components, load_denoiser
 from mmalign.diffusion.pipeline import component_fingerprint, family_of, plain_weights
 from mmalign.errors import ConfigError
 from mmalign.models import lora
-from mmalign.models.linear import CpuLinear
+from mmalign.models.cpu import CpuLinear
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out")
 

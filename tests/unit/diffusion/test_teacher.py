@@ -18,8 +18,7 @@ from mmalign.diffusion.schedules import zero_terminal
 from mmalign.diffusion.scoring import denoising_error
 from mmalign.diffusion.teacher import Truncated
 from mmalign.errors import ConfigError
-from mmalign.models.frozen import Ema
-from mmalign.models.reference import copy_of
+from mmalign.models.reference import Ema, copy_of
 
 CASES = GOLDEN["self_npo"]["cases"]
 LATE, EARLY = CASES  # in the second all pictures arrive before the last evaluation

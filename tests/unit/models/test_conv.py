@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from mmalign.models import conv
-from mmalign.models.conv import CpuConv2d, use_products
+from mmalign.models import cpu
+from mmalign.models.cpu import CpuConv2d, use_products
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN"
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _small_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv, "SMALLEST_WEIGHT", 1)
+    monkeypatch.setattr(cpu, "SMALLEST_WEIGHT", 1)
 
 
 def pair(**options: Any) -> tuple[nn.Conv2d, nn.Conv2d]:
@@ -79,7 +79,7 @@ def test_a_frozen_weight_gets_no_gradient_and_its_input_is_not_kept() -> None:
 
 def test_many_pixels_go_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, fast = pair(kernel_size=3, padding=1)
-    monkeypatch.setattr(conv, "_convolve", None)  # would fail if it were called
+    monkeypatch.setattr(cpu, "_convolve", None)  # would fail if it were called
     x = torch.randn(2, 6, 16, 16)
     assert torch.equal(plain(x), fast(x))
     few = x[:1, :, :2, :2]
@@ -106,5 +106,5 @@ def test_unusual_ones_stay_as_they_are(options: dict[str, Any]) -> None:
 
 
 def test_small_weights_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv, "SMALLEST_WEIGHT", 10_000)
+    monkeypatch.setattr(cpu, "SMALLEST_WEIGHT", 10_000)
     assert use_products(nn.Sequential(nn.Conv2d(6, 5, 3), nn.Conv2d(64, 64, 3))) == 1

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmalign.config import LoraSpec
 from mmalign.models import lora
-from mmalign.models.dora import comfyui_scale
+from mmalign.models.lora import comfyui_scale
 
 
 class Net(nn.Module):

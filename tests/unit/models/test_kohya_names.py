@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmalign.models.kohya_names import (
+from mmalign.models.lora_files import (
     is_known,
     kohya_reads,
     layers_of,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmalign.models.linear import CpuLinear, product, use_onednn
+from mmalign.models.cpu import CpuLinear, product, use_onednn
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN"

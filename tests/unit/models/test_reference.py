@@ -13,7 +13,8 @@ from mmalign.config import LoraSpec
 from mmalign.core import Needs
 from mmalign.errors import ConfigError, NeedsError
 from mmalign.models import lora
-from mmalign.models.frozen import (
+from mmalign.models.lora_load import TRAINED
+from mmalign.models.reference import (
     AdapterCopy,
     Cached,
     Ema,
@@ -22,9 +23,9 @@ from mmalign.models.frozen import (
     Mixture,
     NoReference,
     Reference,
+    build_reference,
+    resolve,
 )
-from mmalign.models.lora_load import TRAINED
-from mmalign.models.reference import build_reference, resolve
 
 if TYPE_CHECKING:
     from pathlib import Path

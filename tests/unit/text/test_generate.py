@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from mmalign.core import Needs
 from mmalign.data.example import Asked, Message, Template
 from mmalign.errors import DataError
-from mmalign.models.drawing import answer_seeds
+from mmalign.models.adapter import answer_seeds
 from mmalign.text.adapter import TextAdapter
 from mmalign.text.encode import Encoder
 from mmalign.text.generate import Draw, complete, generate, left_padded, written

@@ -18,13 +18,17 @@ from mmalign.config import TrainConfig
 from mmalign.core import Needs
 from mmalign.errors import ConfigError
 from mmalign.preflight.check import check_config
-from mmalign.train import bfloat16, launch
-from mmalign.train.bfloat16 import Bfloat16Optimizer, round_stochastically
-from mmalign.train.check import require_sensible
+from mmalign.train import run as bfloat16
+from mmalign.train import run as launch
+from mmalign.train.check import Movement, require_sensible
 from mmalign.train.loop import train
-from mmalign.train.moved import Movement
-from mmalign.train.optim import build_optimizer, set_lr
-from mmalign.train.run import build_run
+from mmalign.train.run import (
+    Bfloat16Optimizer,
+    build_optimizer,
+    build_run,
+    round_stochastically,
+    set_lr,
+)
 
 SIZE = (100, 200)
 LR = 1e-6
@@ -277,7 +281,7 @@ def test_the_cause_is_the_true_one(tmp_path: Path) -> None:
 
 
 def test_a_few_of_many_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmalign.train.moved._SAMPLED", 100)
+    monkeypatch.setattr("mmalign.train.check._SAMPLED", 100)
     config = toy_config(tmp_path)
     movement = Movement(build_run(config, check_config(config)))
     text = [movement.after_step(step, 0.1, torch.tensor(math.pi)) for step in range(1, 9)][-1]

@@ -8,7 +8,7 @@ from typing import Any
 from tiny import run_config
 
 from mmalign.models.adapter import Saved
-from mmalign.train.card import model_card
+from mmalign.train.final import model_card
 
 ENVIRONMENT: dict[str, Any] = {
     "mmalign": "0",

@@ -12,7 +12,8 @@ from toy_adapter import toy_config
 
 from mmalign.config import RunConfig
 from mmalign.data.example import Candidate, Clip, Example, Media, Picture
-from mmalign.train import inputs, prints
+from mmalign.train import files as inputs
+from mmalign.train import files as prints
 from mmalign.train.files import rows_hash
 
 

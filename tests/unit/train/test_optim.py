@@ -9,7 +9,7 @@ from torch import nn
 
 from mmalign.config import TrainConfig
 from mmalign.errors import ConfigError
-from mmalign.train.optim import build_optimizer, lr_scale, set_lr, warmup_steps
+from mmalign.train.run import build_optimizer, lr_scale, set_lr, warmup_steps
 
 
 class Groups(nn.Module):

@@ -10,8 +10,8 @@ from toy_adapter import toy_config
 
 from mmalign.errors import NonFiniteLoss
 from mmalign.preflight.check import check_config
+from mmalign.train.check import require_sound
 from mmalign.train.run import Run, build_run
-from mmalign.train.sound import require_sound
 
 
 @pytest.fixture

@@ -13,9 +13,8 @@ from toy_adapter import toy_config
 from mmalign.errors import CheckpointError, ConfigError, DataError, MmalignError
 from mmalign.preflight.check import check_config
 from mmalign.train import checkpoint
-from mmalign.train.launch import require_launcher
-from mmalign.train.run import Run, build_run
-from mmalign.train.trouble import explained
+from mmalign.train.display import explained
+from mmalign.train.run import Run, build_run, require_launcher
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from video_runs import configured, row, write_rows
 
 from mmalign.errors import ConfigError, DataError
 from mmalign.inference import plan_cache, write_cache
-from mmalign.models.rows import survey_rows
+from mmalign.models.adapter import survey_rows
 from mmalign.preflight.check import check_config as check
 from mmalign.video import survey as video_survey
 from mmalign.video.processing import Processor, Shown
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from mmalign.models.rows import Surveyed
+    from mmalign.models.adapter import Surveyed
 
     Models = Callable[[str], Path]
 

@@ -11,7 +11,7 @@ from mmalign.config import RunConfig
 from mmalign.core import Needs
 from mmalign.data.example import Candidate, Clip, Example, Media
 from mmalign.models.adapter import build_adapter
-from mmalign.models.frozen import FrozenCopy
+from mmalign.models.reference import FrozenCopy
 
 if TYPE_CHECKING:
     from pathlib import Path
