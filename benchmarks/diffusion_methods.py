@@ -26,8 +26,8 @@ from mmalign.diffusion.models import load_denoiser
 from mmalign.diffusion.negative import load_negative
 from mmalign.inference import evaluate_checkpoint
 from mmalign.quickstart import diffusion as demo
-from mmalign.quickstart import digits, digits_base
-from mmalign.quickstart.digits_pairs import PAIRS, Painter, each_digit, write_pairs
+from mmalign.quickstart import digits
+from mmalign.quickstart.digits import PAIRS, Painter, each_digit, write_pairs
 from mmalign.train.loop import train
 
 BETA = 20000.0  # of the demonstration; published ones are for latents a hundred times as large
@@ -124,7 +124,7 @@ class Bench:
         self._painters: dict[float, Painter] = {}
         if not (self.base / "model_index.json").is_file():
             print("base ...", flush=True)
-            digits_base.make(self.base, 0, self.sizes.base_steps)
+            digits.make(self.base, 0, self.sizes.base_steps)
         if not (self.folder / "pairs" / "done").is_file():
             self._write_data()
 

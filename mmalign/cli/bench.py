@@ -51,7 +51,7 @@ Seed = Annotated[int, typer.Option("--seed", metavar="N", help="of the resamplin
 @app.command("list", short_help="List the benchmarks, their files and metrics.")
 def bench_list() -> None:
     """List the benchmarks with their files, metrics and ways to read an answer."""
-    from mmalign.benchmark.show import listing
+    from mmalign.bench.score import listing
 
     say(listing())
 
@@ -77,8 +77,8 @@ def bench_score(
 
     For example: mmalign bench score predictions.jsonl --benchmark tvbench --out scores/tvbench
     """
-    from mmalign.benchmark import find, read_files, score
-    from mmalign.benchmark.show import score_text
+    from mmalign.bench import find, read_files, score
+    from mmalign.bench.score import score_text
 
     kind = find(benchmark, similarity, legacy_of)
     rows = read_files(kind, files, questions or ())
@@ -105,8 +105,8 @@ def bench_compare(
 
     For example: mmalign bench compare base.jsonl rrpo.jsonl --benchmark videohallucer
     """
-    from mmalign.benchmark import compare, find, read_files
-    from mmalign.benchmark.show import comparison_text
+    from mmalign.bench import compare, find, read_files
+    from mmalign.bench.score import comparison_text
 
     kind = find(benchmark, similarity, legacy_of)
     runs = [read_files(kind, [path], questions or ()) for path in (a, b)]
@@ -124,7 +124,7 @@ def bench_convert(
     questions: QuestionFiles = None,
 ) -> None:
     """Write answers in a benchmark's own layout as the JSONL that all benchmarks share."""
-    from mmalign.benchmark import find, read_files, write_predictions
+    from mmalign.bench import find, read_files, write_predictions
 
     kind = find(benchmark)
     rows = read_files(kind, files, questions or ())
@@ -176,9 +176,9 @@ def bench_predict(
     --questions obj_rel.json --media clips --out base.jsonl
     """
     from mmalign import config as configs
-    from mmalign.benchmark import find
-    from mmalign.benchmark import questions as questions_of
-    from mmalign.making.predict import Weights, predict
+    from mmalign.bench import find
+    from mmalign.bench import questions as questions_of
+    from mmalign.pairs.predict import Weights, predict
 
     name = find(benchmark).name
     if base and checkpoint is not None:

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 
     from mmalign.data.example import Example
     from mmalign.data.validate import Decode
-    from mmalign.making.answers import Answers
-    from mmalign.making.recipes import Recipe
-    from mmalign.making.rows import Source
+    from mmalign.pairs.answers import Answers, Source
+    from mmalign.pairs.make import Recipe
 
 
 # `mmalign data make`: new preference pairs out of a model's own answers.
@@ -129,8 +128,8 @@ def make_hallucinate(
     For example: mmalign data make hallucinate configs/rrpo_llavaov.yaml
     --data qa.jsonl --out pairs.jsonl --num 8 sample.temperature=0.8
     """
-    from mmalign.making.recipes import Hallucinate
-    from mmalign.making.rows import Source
+    from mmalign.pairs.answers import Source
+    from mmalign.pairs.make import Hallucinate
 
     if answers is not None and change:
         raise ConfigError("--change alters clips before they are asked about; not with --answers")
@@ -188,9 +187,9 @@ def make_ambiguous(
     For example: mmalign data make ambiguous configs/adpo_qwen25omni.yaml --data qa.jsonl
     --out pairs.jsonl sample.temperature=0.8
     """
-    from mmalign.making.recipes import Ambiguous
-    from mmalign.making.rows import Source
-    from mmalign.making.scores import Scores
+    from mmalign.pairs.answers import Source
+    from mmalign.pairs.judge import Scores
+    from mmalign.pairs.make import Ambiguous
 
     if judge is not None and answers is None:
         raise ConfigError("--judge scores answers that are there already: give them by --answers")
@@ -212,7 +211,7 @@ def _answers(
     changes: tuple[str, ...],
 ) -> Answers:
     from mmalign import config as configs
-    from mmalign.making.answers import Filed, Sampled
+    from mmalign.pairs.answers import Filed, Sampled
 
     if file is not None:
         if any(given is not None for given in (config, checkpoint, num, seed)):
@@ -228,7 +227,7 @@ def _answers(
 
 
 def _make(source: Source, out: Path, answers: Answers, recipe: Recipe) -> None:
-    from mmalign.making.make import make
+    from mmalign.pairs.make import make
 
     try:
         with shown("make") as progress:

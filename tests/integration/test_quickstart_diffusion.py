@@ -119,7 +119,7 @@ def test_settings_are_those_of_the_recipe() -> None:
 @pytest.mark.slow
 def test_pictures_of_a_seed_do_not_depend_on_how_many_are_drawn(demo: Path) -> None:
     from mmalign.quickstart import digits
-    from mmalign.quickstart.digits_pairs import Painter, each_digit
+    from mmalign.quickstart.digits import Painter, each_digit
 
     config = diffusion.config(
         demo / "base", diffusion.ALIGNED, demo / "unused", seed=0, sizes=diffusion.FAST
@@ -155,7 +155,7 @@ def test_latents_of_real_pictures_are_aligned_through_caches(
     from mmalign.diffusion import latents
     from mmalign.diffusion.models import load_denoiser
     from mmalign.inference import write_cache
-    from mmalign.quickstart.digits_pairs import PAIRS
+    from mmalign.quickstart.digits import PAIRS
     from mmalign.train.loop import train
     from mmalign.train.metrics import read_json
 
@@ -218,7 +218,7 @@ def cut_emoji(shared_data: Path, folder: Path, count: int = 96, held_out: int = 
     """Pairs of a coloured picture and the same in grey, captioned with its name."""
     from PIL import Image
 
-    from mmalign.quickstart.digits_pairs import PAIRS
+    from mmalign.quickstart.digits import PAIRS
 
     lines = (shared_data / "images" / "noto_emoji_64.jsonl").read_text().splitlines()
     about = [json.loads(line) for line in lines]

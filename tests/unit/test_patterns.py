@@ -19,7 +19,7 @@ import pytest
 import mmalign
 from mmalign.data.doubts import bare
 from mmalign.data.media_layouts import read_cat
-from mmalign.making.wrong import options_of
+from mmalign.pairs.judge import options_of
 from mmalign.text.masks import mark_steps
 from mmalign.video.operations import allowed
 

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from mmalign.data.example import Clip
-from mmalign.quickstart import clip_questions as questions
 from mmalign.quickstart import clips, video_pairs
+from mmalign.quickstart import clips as questions
 from mmalign.quickstart.clips import EVENTS, REVERSED, Scene
-from mmalign.quickstart.video_base import _plan, three_questions
-from mmalign.quickstart.video_exam import Marks, Paper, answer, write_paper
+from mmalign.quickstart.video_pairs import Marks, Paper, _plan, answer, three_questions, write_paper
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,7 +36,7 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> clips.Clips:
 @pytest.fixture(scope="module")
 def small() -> tuple[Any, Any]:
     """The model and its processor."""
-    from mmalign.quickstart.clip_model import make_model, make_processor
+    from mmalign.quickstart.clips import make_model, make_processor
 
     processor = make_processor()
     return make_model(processor, 0), processor
@@ -136,7 +135,7 @@ def test_base_learns_from_what_the_processor_gives(
     eight: clips.Clips, small: tuple[Any, Any]
 ) -> None:
     """Rows made here, and features encoded once, against the library's own way."""
-    from mmalign.quickstart.clip_rows import Reader, features, logits
+    from mmalign.quickstart.clips import Reader, features, logits
 
     model, processor = small
     reader = Reader(processor)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmalign.errors import ConfigError
-from mmalign.quickstart import digits, digits_base
+from mmalign.quickstart import digits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -68,13 +68,13 @@ def test_without_scikit_learn_one_command_is_named(monkeypatch: pytest.MonkeyPat
 def test_tokenizer_is_the_same_after_loading(tmp_path: Path) -> None:
     from transformers import CLIPTokenizer
 
-    made = digits_base._tokenizer()
+    made = digits._tokenizer()
     made.save_pretrained(tmp_path)
     loaded = CLIPTokenizer.from_pretrained(tmp_path)
     assert len(loaded) == 18
     prompts = ["a bold handwritten seven", "A handwritten  nine", "", "a handwritten cat"]
-    ids = digits_base._ids(loaded, prompts)
-    assert ids.tolist() == digits_base._ids(made, prompts).tolist()
+    ids = digits._ids(loaded, prompts)
+    assert ids.tolist() == digits._ids(made, prompts).tolist()
     assert ids.shape == (4, 8)
     assert ids[0, :6].tolist() == [0, 3, 7, 4, 15, 1]
     assert ids[1, 1:4].tolist() == [3, 4, 17], "capitals and spaces do not matter"
@@ -85,7 +85,7 @@ def test_tokenizer_is_the_same_after_loading(tmp_path: Path) -> None:
 def test_captions_leave_styles_and_words_out_as_often_as_said() -> None:
     real = digits.load()
     rows = np.arange(1797)
-    captions = digits_base._captions(real, rows, np.random.default_rng(0))
+    captions = digits._captions(real, rows, np.random.default_rng(0))
     empty = [caption == "" for caption in captions]
     told = [caption for caption in captions if caption]
     plain = [caption.startswith("a handwritten") for caption in told]
@@ -102,8 +102,8 @@ def test_networks_have_the_size_that_the_recipe_names() -> None:
     def millions(network: Any) -> float:
         return sum(p.numel() for p in network.parameters()) / 1e6
 
-    assert millions(digits_base._unet()) == pytest.approx(1.0, abs=0.005)
-    assert millions(digits_base._text_encoder()) == pytest.approx(0.07, abs=0.005)
+    assert millions(digits._unet()) == pytest.approx(1.0, abs=0.005)
+    assert millions(digits._text_encoder()) == pytest.approx(0.07, abs=0.005)
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_base_is_a_pipeline_and_the_same_for_a_seed(tmp_path: Path) -> None:
     from mmalign.diffusion.models import load_components
 
     folders = [
-        digits_base.make(tmp_path / name, seed, num_steps=2)
+        digits.make(tmp_path / name, seed, num_steps=2)
         for name, seed in (("first", 0), ("again", 0), ("other", 1))
     ]
     weights = [

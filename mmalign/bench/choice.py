@@ -1,0 +1,355 @@
+"""Benchmarks of questions with lettered options.
+
+MVBench, TVBench, MLVU, LongVideoBench, Video-MME.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+from mmalign.bench.base import Benchmark, Entry, Prediction, Question, Source, Verdict
+from mmalign.bench.base import entry as as_entry
+from mmalign.bench.parsers import LETTERS, letter
+from mmalign.errors import DataError
+
+# Benchmarks of questions with lettered options, one of which is right.
+
+_ANY_LETTER = re.compile(r"[A-Za-z]")
+
+
+def first_letter(text: str) -> str | None:
+    """The first alphabetic character of an answer, as RRPO's copies of the scorers read it.
+
+    "The answer is (B)" is read as T.
+
+    Source: pritamqu/RRPO, eval/tvbench, eval/mvbench, eval/mlvu, eval/longvideobench.
+    """
+    found = _ANY_LETTER.search(text)
+    return found[0].upper() if found else None
+
+
+def first_word_fits(text: str, letter: str) -> bool:
+    """Whether TVBench's and MVBench's own code takes an answer for a letter.
+
+    Its first word, up to a blank, must be part of `(b)` but for full stops, or hold it: "b)" and
+    "(B)dog" are right, and so is an answer that is empty or begins with a blank.
+
+    Source: daniel-cores/tvbench, vqa_dataset.py; OpenGVLab/Ask-Anything, mvbench.ipynb; check_ans.
+    """
+    word, option = text.lower().split(" ")[0], f"({letter.lower()})"
+    return word.replace(".", "") in option or option in word
+
+
+def listed(question: str, options: Sequence[str], mark: str = "({}) {}") -> str:
+    """A question with its lettered options, as MVBench asks it."""
+    lines = [mark.format(LETTERS[i], option) for i, option in enumerate(options)]
+    return "\n".join([f"Question: {question}", "Options:", *lines])
+
+
+def right_letter(answer: str, options: Sequence[str], where: str) -> str:
+    """The letter of the option that is the answer, which is given by its text or its letter.
+
+    Raises:
+        DataError: It is neither.
+    """
+    if answer in options:
+        return LETTERS[list(options).index(answer)]
+    given = answer.strip().strip("().").upper()
+    if len(given) == 1 and given in LETTERS[: len(options) or 26]:
+        return given
+    raise DataError(f"{where}: the answer {answer!r} is none of the {len(options)} options")
+
+
+class Choice(Benchmark):
+    """Accuracy of letters."""
+
+    strict = "the letter given as the answer, or the one option whose text is said"
+    legacy = "the first alphabetic character; questions without an answer are left out"
+    skips_missing = True
+
+    def judge(self, row: Prediction, legacy: bool) -> Verdict:
+        """Whether the letter that is read is the right one."""
+        text = row.prediction or ""
+        read = first_letter(text) if legacy else letter(text, row.options)
+        return Verdict(read, read == row.answer)
+
+
+class BothCodes(Choice):
+    """Choices that can be read as RRPO's copies do, or as the benchmark's own code does."""
+
+    codes = ("rrpo", "original")
+    legacy = (
+        "rrpo: the first alphabetic character; original: the first word is part of `(a)` or holds "
+        "it; questions without an answer are left out"
+    )
+
+    def judge(self, row: Prediction, legacy: bool) -> Verdict:
+        """Whether the letter that is read is the right one."""
+        if not legacy or self.code != "original":
+            return super().judge(row, legacy)
+        text = row.prediction or ""
+        letters = (row.answer, *LETTERS[: len(row.options)])
+        read = next((letter for letter in letters if first_word_fits(text, letter)), None)
+        return Verdict(read, read == row.answer)
+
+
+class TaskFiles(Choice):
+    """One file a task: a list of `{video, question, candidates, answer}`; so MVBench has them."""
+
+    layout = "task.json: [{video, question, candidates, answer, start?, end?, prediction?}, ...]"
+    suffix: ClassVar[str] = "\nOnly give the best option."
+
+    def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
+        """Questions are numbered from 0 in their file."""
+        counts: dict[str, int] = {}
+        for entry in source.entries():
+            options = entry.texts("candidates")
+            task = self.task(entry, source)
+            number = counts[task] = counts.get(task, -1) + 1
+            question = Question(
+                id=f"{task}/{number}",
+                task=task,
+                prompt=listed(entry.text("question"), options) + self.suffix,
+                video=self.clip(entry.text("video"), task),
+                start=entry.seconds("start"),
+                end=entry.seconds("end"),
+                options=tuple(options),
+                answer=right_letter(entry.text("answer"), options, entry.where),
+            )
+            yield question, entry.maybe("prediction", "pred", "response")
+
+    def task(self, entry: Entry, source: Source) -> str:
+        """By default the file's name."""
+        return source.path.stem
+
+    def clip(self, video: str, task: str) -> str:
+        """The clip's file in the folder of all media."""
+        return video
+
+
+# MVBench: twenty tasks on clips of eleven data sets.
+
+FOLDERS = {
+    "action_sequence": "star/Charades_v1_480",
+    "action_prediction": "star/Charades_v1_480",
+    "action_antonym": "ssv2_video",
+    "fine_grained_action": "Moments_in_Time_Raw/videos",
+    "unexpected_action": "FunQA_test/test",
+    "object_existence": "clevrer/video_validation",
+    "object_interaction": "star/Charades_v1_480",
+    "object_shuffle": "perception/videos",
+    "moving_direction": "clevrer/video_validation",
+    "action_localization": "sta/sta_video",
+    "scene_transition": "scene_qa/video",
+    "action_count": "perception/videos",
+    "moving_count": "clevrer/video_validation",
+    "moving_attribute": "clevrer/video_validation",
+    "state_change": "perception/videos",
+    "fine_grained_pose": "nturgbd",
+    "character_order": "perception/videos",
+    "egocentric_navigation": "vlnqa",
+    "episodic_reasoning": "tvqa/frames_fps3_hq",
+    "counterfactual_inference": "clevrer/video_validation",
+}
+"""Where the clips of a task lie; those of episodic_reasoning are folders of frames, 3 a second."""
+
+
+class MVBench(BothCodes, TaskFiles):
+    """Accuracy per task; the average is over all questions."""
+
+    name = "mvbench"
+    title = "MVBench, 20 tasks"
+    metric = "accuracy over all questions; macro and each task besides"
+    source = "Li et al. 2023, arXiv:2311.17005; pritamqu/RRPO, eval/mvbench"
+
+    def clip(self, video: str, task: str) -> str:
+        """Below the folder of the task's data set."""
+        return f"{FOLDERS[task]}/{video}" if task in FOLDERS else video
+
+
+# TVBench: ten temporal tasks that one frame does not answer.
+
+
+class TVBench(BothCodes, TaskFiles):
+    """Accuracy per task; the average is over all questions."""
+
+    name = "tvbench"
+    title = "TVBench, 10 tasks"
+    metric = "accuracy over all questions; macro and each task besides"
+    source = "Cores et al. 2024, arXiv:2410.07752; pritamqu/RRPO, eval/tvbench"
+
+    def clip(self, video: str, task: str) -> str:
+        """Each task has a folder of its name."""
+        return f"{task}/{video}"
+
+
+# MLVU, the tasks with options: long videos.
+
+
+class MLVU(TaskFiles):
+    """Mean over tasks of their accuracy (M-Avg)."""
+
+    name = "mlvu"
+    title = "MLVU, multiple choice"
+    layout = "task.json: [{video, question, question_type, candidates, answer, prediction?}, ...]"
+    metric = "unweighted mean of the tasks' accuracy; over all questions besides"
+    headline = "macro"
+    source = "Zhou et al. 2024, arXiv:2406.04264; pritamqu/RRPO, eval/mlvu"
+
+    def task(self, entry: Entry, source: Source) -> str:
+        """Named in each question; files are called 1_plotQA.json and so on."""
+        return entry.maybe("question_type") or source.path.stem
+
+
+# LongVideoBench: questions on videos of up to an hour.
+
+
+class LongVideoBench(Choice):
+    """Accuracy, in all and by duration and category."""
+
+    name = "longvideobench"
+    title = "LongVideoBench, validation"
+    layout = "[{id, video_path, question, candidates, correct_choice: int, prediction?}, ...]"
+    metric = "accuracy over all questions; by duration group and category besides"
+    suffix = "\nAnswer with the option's letter from the given choices directly."
+    source = "Wu et al. 2024, arXiv:2407.15754; pritamqu/RRPO, eval/longvideobench"
+
+    def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
+        """Question files, and `{id, pred, gt}` as RRPO writes answers."""
+        for entry in source.entries():
+            name = entry.text("id")
+            drawn = entry.maybe("video_id") or name.rpartition("_")[0] or name
+            if "candidates" not in entry.value:
+                answer = right_letter(entry.text("gt"), (), entry.where)
+                question = Question(name, "", "", "", answer, meta={"video": drawn})
+                yield question, entry.maybe("pred", "prediction")
+                continue
+            options = entry.texts("candidates")
+            index = entry.value.get("correct_choice")
+            if not isinstance(index, int) or not 0 <= index < len(options):
+                most = len(options) - 1
+                raise DataError(
+                    f"{entry.where}: `correct_choice` must be 0 to {most}; found {index!r}"
+                )
+            named = {
+                "duration": entry.maybe("duration_group"),
+                "category": entry.maybe("question_category"),
+            }
+            question = Question(
+                id=name,
+                task=named["category"] or "",
+                prompt=listed(entry.text("question"), options, "{}. {}") + self.suffix,
+                video=entry.text("video_path"),
+                options=tuple(options),
+                answer=LETTERS[index],
+                meta={"video": drawn, **{key: value for key, value in named.items() if value}},
+            )
+            yield question, entry.maybe("prediction", "pred", "response")
+
+    def groups(self, row: Prediction) -> Mapping[str, str]:
+        """By duration and category where they are known."""
+        return {key: str(row.meta[key]) for key in ("duration", "category") if key in row.meta}
+
+
+# Video-MME: three questions a video, videos of three durations.
+
+TABLES = ("duration", "domain", "sub_category", "task_type")
+_LETTERED = re.compile(r"^\s*\(?[A-Z][.):]\s*")
+
+MERGED_PREFIXES = (
+    "The best answer is",
+    "The correct answer is",
+    "The answer is",
+    "The answer",
+    "The best option is" + "The correct option is",  # a comma is missing in the published list
+    "Best answer:" + "Best option:",  # and here
+    "Answer:",
+    "Option:",
+    "The correct answer",
+    "The correct option",
+)
+"""What the published scorer takes away before it looks for a letter."""
+
+
+def published_letter(text: str) -> str | None:
+    """The first of A to D that is left; "Best answer: C" is read as B, the first capital of Best.
+
+    Source: pritamqu/RRPO, eval/videomme/calculate.py, after Video-MME's own script.
+    """
+    for prefix in MERGED_PREFIXES:
+        text = text.replace(prefix, "")
+    found = re.search("[A-D]", text)
+    return found[0] if found else None
+
+
+class VideoMME(Choice):
+    """Accuracy in all, by duration, domain, sub-category and task type."""
+
+    name = "videomme"
+    title = "Video-MME, without subtitles"
+    layout = (
+        "[{video_id, duration, domain, sub_category, questions: [{question_id, task_type, "
+        "question, options, answer, response?}]}, ...], or a row a question"
+    )
+    metric = "accuracy over all questions; by duration, domain, sub-category and task type besides"
+    suffix = "a sentence between question and options: respond with only the letter"
+    legacy = (
+        "strips a list of prefixes, two of which lack a comma, and takes the first capital A to D; "
+        "answers without one are left out"
+    )
+    source = "Fu et al. 2024, arXiv:2405.21075; pritamqu/RRPO, eval/videomme"
+
+    def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
+        """Nested by video, or flat as in the published table."""
+        for video in source.entries():
+            inner = video.value.get("questions")
+            if not isinstance(inner, list):
+                yield self._item(video, video)
+                continue
+            for i, item in enumerate(inner, start=1):
+                yield self._item(video, as_entry(item, f"{video.where} question {i}"))
+
+    def _item(self, video: Entry, asked: Entry) -> tuple[Question, str | None]:
+        options = _options(asked)
+        meta: dict[str, Any] = {key: video.text(key) for key in TABLES[:3]}
+        meta["task_type"] = asked.text("task_type")
+        meta["video"] = video.text("video_id")
+        prompt = (
+            f"{asked.text('question')}\nSelect the best answer to the following multiple-choice "
+            "question based on the video. Respond with only the letter (A, B, C, or D) of the "
+            "correct option.\n" + "\n".join(options) + "\n"
+        )
+        texts = tuple(_LETTERED.sub("", option) for option in options)
+        question = Question(
+            id=asked.text("question_id"),
+            task=meta["task_type"],
+            prompt=prompt,
+            video=f"{video.maybe('videoID') or meta['video']}.mp4",
+            options=texts,
+            answer=right_letter(asked.text("answer"), texts, asked.where),
+            meta=meta,
+        )
+        return question, asked.maybe("response", "prediction")
+
+    def judge(self, row: Prediction, legacy: bool) -> Verdict:
+        """Whether the letter that is read is the right one."""
+        text = row.prediction or ""
+        if legacy:
+            read = published_letter(text)
+            return Verdict(read, read == row.answer, counted=read is not None)
+        read = letter(text, row.options, 4)
+        return Verdict(read, read == row.answer)
+
+    def groups(self, row: Prediction) -> Mapping[str, str]:
+        """Four tables; the macro average is over durations."""
+        return {key: str(row.meta[key]) for key in TABLES if key in row.meta}
+
+
+def _options(asked: Entry) -> list[str]:
+    """Options as they are written, with their letters; RRPO's files join them with line breaks."""
+    value = asked.value.get("options")
+    if isinstance(value, str):
+        return value.split("\n")
+    return asked.texts("options")

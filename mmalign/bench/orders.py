@@ -1,0 +1,255 @@
+"""The order of two actions, as an answer tells it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mmalign.bench.options import denied_after, denied_before
+from mmalign.bench.spoken import Token, spoken, tokens, word_set
+
+_RIGHT, _LEFT = re.compile(r"(?<![-=<])[-=]++>"), re.compile(r"<[-=]++(?!>)")
+_HYPHEN = re.compile(r"\b([AB])-(?=[AB]\b)")
+_PHRASES = {
+    "followed by": "precedes",
+    "preceded by": "follows",
+    "prior to": "before",
+    "ahead of": "before",
+    "earlier than": "before",
+    "sooner than": "before",
+    "later than": "after",
+    "subsequent to": "after",
+    "subsequently to": "after",
+    "as soon as": "after",
+    "antes de": "before",
+    "antes que": "before",
+    "después de": "after",
+    "después": "then",
+    "avant": "before",
+    "après": "after",
+    "bevor": "before",
+    "nachdem": "after",
+    "after that": "then",
+    "after this": "then",
+    "after which": "then",
+    "after it": "then",
+    "before that": "sooner",
+    "before this": "sooner",
+    "at the same time": "simultaneously",
+    "starts with": "first",
+    "begins with": "first",
+    "ends with": "last",
+}
+_PHRASE = re.compile(rf"\b(?:{'|'.join(_PHRASES)})\b", re.IGNORECASE)
+CHINESE = {
+    "先于": " before ",
+    "早于": " before ",
+    "晚于": " after ",
+    "之前": " wasbefore ",
+    "以前": " wasbefore ",
+    "之后": " wasafter ",
+    "以后": " wasafter ",
+    "动作": " action ",
+    "首先": " first ",
+    "先": " first ",
+    "然后": " then ",
+    "接着": " then ",
+    "随后": " then ",
+    "再": " then ",
+    "后": " then ",
+    "同时": " simultaneously ",
+    "不是": " not ",
+    "没有": " not ",
+    "只有": " only ",
+    "不": " not ",
+}
+"""What tells an order in Chinese; what stands behind both actions has a word of its own."""
+
+_RELATIONS = {
+    **dict.fromkeys(("before", "precedes", "preceding", "preceded", "\u2192", ">"), "before"),
+    **dict.fromkeys(("after", "follows", "following", "followed", "once", "\u2190"), "after"),
+    **dict.fromkeys(("first", "firstly", "earlier", "initially"), "first"),
+    **dict.fromkeys(
+        word_set("second secondly later afterwards afterward next last lastly finally thereafter"),
+        "later",
+    ),
+    "then": "then",
+    "sooner": "sooner",
+    "wasbefore": "wasbefore",
+    "wasafter": "wasafter",
+}
+_FRONTED = word_set("before after following once")
+_UNTOLD = word_set(
+    "simultaneously unclear together both neither cannot whether if unable undetermined unknown "
+    "can't sure unsure clear determine either or while during"
+)
+_PLAIN = word_set(
+    "a b action actions event events the order sequence is are was answer correct final in they "
+    "occur of it goes video this it's i detect detected see first second then"
+)
+"""Words of an answer that only lists the actions."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """An action, by its letter, or a relation, by its name."""
+
+    kind: str  # A, B, or a value of _RELATIONS
+    clause: int
+    fronts: bool  # whether its clause begins with it
+    fronted: bool  # whether it can stand before both actions: "after A, B"
+
+
+def order(text: str) -> str | None:
+    """AB, BA, or the one action that was seen.
+
+    Read are the letters alone or in front; sentences that tell an order, by "before", "after",
+    "then", "later than", "first", "followed by" or an arrow; both actions listed once each; one
+    action where the other is denied or not named. Sentences that contradict each other, or deny
+    an order, tell none.
+    """
+    marked, whole = spoken(text)
+    read = {_order(part) for part in marked or [whole]}
+    return read.pop() if len(read) == 1 else None
+
+
+def _order(text: str) -> str | None:
+    text = _LEFT.sub(" \u2190 ", _RIGHT.sub(" \u2192 ", _HYPHEN.sub(r"\1, ", text)))
+    text = _PHRASE.sub(lambda found: _PHRASES[found[0].lower()], text)
+    found = tokens(text.replace("\u21d2", "\u2192"), CHINESE)
+    words = [token.text.upper() for token in found if token.word]
+    if len(words) == 1 and words[0] in ("AB", "BA", "A", "B"):
+        return words[0]
+    ahead, behind = denied_before(found), denied_after(found)
+    whole = {
+        token.text
+        for i, token in enumerate(found)
+        if token.text in ("AB", "BA") and not (ahead[i] or behind[i])
+    }
+    if whole:
+        return whole.pop() if len(whole) == 1 else None
+    told: set[str] = set()
+    denied = False
+    for items, doubt, denies in _sentences(found, ahead, behind):
+        votes = set(_votes(items))
+        denied = denied or (denies and bool(votes))
+        told |= votes if not (doubt or denies) else set()
+    named = {letter for _, letter in _actions(found)}
+    if told and (len(named) == 2 or "first" in {_RELATIONS.get(token.word) for token in found}):
+        return told.pop() if len(told) == 1 else None
+    return None if denied else _listed(found, ahead, behind)
+
+
+def _actions(found: Sequence[Token]) -> Iterator[tuple[int, str]]:
+    """Where an action is named: "Action A", "A" that is no article, "b" behind "action"."""
+    for i, token in enumerate(found):
+        letter = token.text.upper()
+        if letter not in ("A", "B") or not token.word:
+            continue
+        named = i > 0 and found[i - 1].word in ("action", "actions", "event", "and")
+        after = found[i + 1] if i + 1 < len(found) else None
+        word = after.word if after else ""
+        article = letter == "A" and word.isalpha() and word.isascii()
+        article = article and word not in _RELATIONS and word not in _VERBS
+        if (named and found[i - 1].word != "and") or (token.text.isupper() and not article):
+            yield i, letter
+
+
+_VERBS = word_set(
+    "and or is was happens occurs comes takes took happened occurred came appears precedes "
+    "follows followed preceded to does did has then in at i not doesn't isn't didn't only as"
+)
+
+
+def _sentences(
+    found: Sequence[Token], ahead: Sequence[bool], behind: Sequence[bool]
+) -> Iterator[tuple[list[_Item], bool, bool]]:
+    """Actions and relations of each sentence, whether it doubts and whether it denies."""
+    actions = dict(_actions(found))
+    items: list[_Item] = []
+    clause, fronts, doubt, denies = 0, True, False, False
+    for i, token in enumerate(found):
+        if token.text in "\n.!?;" and not _is_label(found, i, actions):
+            yield items, doubt or token.text == "?", denies
+            items, clause, fronts, doubt, denies = [], 0, True, False, False
+            continue
+        if token.text in ",:" or token.word in ("and", "but"):
+            clause, fronts = clause + 1, True
+            continue
+        kind = actions.get(i) or _RELATIONS.get(token.word or token.text)
+        if kind:
+            denies = denies or ahead[i] or behind[i]
+            fronted = fronts and token.word in _FRONTED
+            items.append(_Item(kind, clause, fronts, fronted))
+        doubt = doubt or token.word in _UNTOLD
+        fronts = fronts and token.word in ("action", "event", "the", "it", "")
+    yield items, doubt, denies
+
+
+def _is_label(found: Sequence[Token], i: int, actions: dict[int, str]) -> bool:
+    """Whether a full stop belongs to a mark such as `A.` or `1.`, not to a sentence."""
+    if found[i].text != "." or i == 0 or i + 1 == len(found):
+        return False
+    return found[i - 1].word.isdigit() and i - 1 not in actions
+
+
+def _votes(items: Sequence[_Item]) -> Iterator[str]:
+    """Orders that the relations of a sentence tell."""
+    for i, item in enumerate(items):
+        if item.kind in ("A", "B"):
+            continue
+        before = [other for other in items[max(0, i - 2) : i] if other.kind in ("A", "B")]
+        after = [other for other in items[i + 1 : i + 3] if other.kind in ("A", "B")]
+        near = items[i + 1] if i + 1 < len(items) and items[i + 1].kind in ("A", "B") else None
+        yield from _vote(item, before, after, near)
+
+
+def _vote(
+    item: _Item, before: list[_Item], after: list[_Item], near: _Item | None
+) -> Iterator[str]:
+    kind = item.kind
+    if kind in ("before", "after"):
+        first, second = "", ""
+        if item.fronted and len(after) == 2:
+            second, first = after[0].kind, after[1].kind
+        elif before and near:
+            first, second = before[-1].kind, near.kind
+        elif before and not after:  # "B happens after"
+            first = before[-1].kind
+            second = _other(first)
+        if kind == "after":
+            first, second = second, first
+    elif kind in ("wasbefore", "wasafter"):
+        pair = [one.kind for one in before] if len(before) == 2 else []
+        if len(before) == 1 and near:  # after B, A
+            pair = [near.kind, before[0].kind]
+        first, second = pair if len(pair) == 2 else ("", "")
+        if kind == "wasafter":
+            first, second = second, first
+    else:
+        own = before[-1] if before and before[-1].clause == item.clause else None
+        one = near if near and (item.fronts or own is None or kind in ("then", "sooner")) else own
+        first = one.kind if one else ""
+        second = _other(first) if first else ""
+        if kind in ("later", "then"):
+            first, second = second, first
+    if first and second and first != second:
+        yield first + second
+
+
+def _other(action: str) -> str:
+    return "B" if action == "A" else "A"
+
+
+def _listed(found: Sequence[Token], ahead: Sequence[bool], behind: Sequence[bool]) -> str | None:
+    """Both actions as a list, or the one that is not denied."""
+    named = list(_actions(found))
+    kept = [(i, letter) for i, letter in named if not (ahead[i] or behind[i])]
+    letters = "".join(letter for _, letter in kept)
+    words = {token.word for token in found}
+    if len(set(letters)) == 1 and not words & (_UNTOLD - {"neither", "clear", "sure"}):
+        relations = {_RELATIONS.get(token.word) for token in found} - {None}
+        return letters[0] if not relations else None
+    plain = all(token.word in _PLAIN or not token.word.isalpha() for token in found)
+    return letters if letters in ("AB", "BA") and len(named) == 2 and plain else None
