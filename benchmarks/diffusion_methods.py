@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image
 
 from mmalign.config import RunConfig
-from mmalign.diffusion.models import load_denoiser
-from mmalign.diffusion.negative import load_negative
+from mmalign.diffusion.components import load_denoiser
+from mmalign.diffusion.sample import load_negative
 from mmalign.inference import evaluate_checkpoint
 from mmalign.quickstart import diffusion as demo
 from mmalign.quickstart import digits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mmalign.diffusion import notes
+from mmalign.diffusion import pictures
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +19,7 @@ def entries(folder: Path) -> dict[str, dict[str, bytes]]:
         total = 0
         for shard in (folder / kind).glob("*.safetensors"):
             total += len({name.split("/")[0] for name in _names(shard)})
-        store = notes.open_store(folder / kind, {})
+        store = pictures.open_store(folder / kind, {})
         assert len(store) == total, "an entry was computed twice"
         for key in store:
             arrays = store.get(key)

@@ -383,8 +383,7 @@ def data_score(
 
     For example: mmalign data score pairs.jsonl --out scored.jsonl --scorer pickscore --relabel
     """
-    from mmalign.diffusion.scorers.files import Source, score_file
-    from mmalign.diffusion.scorers.labels import parse_smooth
+    from mmalign.diffusion.scorers.files import Source, parse_smooth, score_file
 
     weights = dict(parse_scorers(scorer, dtype))
     wanted = None if smooth is None else parse_smooth(smooth, next(iter(weights)))

@@ -76,7 +76,7 @@ def compare(
     For example: mmalign compare samples/dpo samples/base --scorer pickscore --out compare.json
     """
     from mmalign.diffusion import compare as comparing
-    from mmalign.diffusion.sampled import same_samples
+    from mmalign.diffusion.compare import same_samples
 
     if out is not None and out.suffix != ".json":
         raise ConfigError(f"--out {out}: must end in .json; the rows go beside it, to .jsonl")
@@ -181,8 +181,8 @@ def sample_pictures(
     from rich.progress import track
 
     from mmalign.data.example import as_text
-    from mmalign.diffusion.negative import load_negative
-    from mmalign.diffusion.sheets import grid, shown, write_picture
+    from mmalign.diffusion.sample import load_negative
+    from mmalign.diffusion.samples import grid, shown, write_picture
     from mmalign.inference import trained_adapter
     from mmalign.train.files import write_text
 

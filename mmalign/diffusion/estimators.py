@@ -1,26 +1,137 @@
-"""Where a candidate is scored: the noisy picture, its timestep, and what should be predicted.
-
-Forward noise takes any noisy picture of x0. The inversions look for the one from which the model
-itself would arrive at x0: they run its sampler backwards, without gradient.
-"""
+"""Where a candidate is scored: the noisy picture, its timestep, and what should be predicted."""
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from mmalign.config import DiffusionConfig
+from mmalign.config import DiffusionConfig, EstimatorSpec
 from mmalign.core.numerics import full_precision
-from mmalign.diffusion.draws import Draws
-from mmalign.diffusion.moves import ddim_move, ddim_spread
-from mmalign.diffusion.point import Point, Predict
-from mmalign.diffusion.process import NoiseProcess
+from mmalign.diffusion.process import NoiseProcess, ddim_move, ddim_spread, noisier
 from mmalign.errors import ConfigError
+
+# Where networks are called, and what they are compared with.
+
+
+@dataclass(frozen=True)
+class Point:
+    """Noisy pictures and what a network should return for them; no gradient flows into it.
+
+    Attributes:
+        x_t: [N, ...] noisy pictures, float32 or wider.
+        t: [N] timesteps of the noise process.
+        target: [N, ...] raw prediction to match, or with `in_x0` the clean picture to match.
+        in_x0: Compare the clean picture that a prediction implies.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    target: Tensor
+    in_x0: bool = False
+
+
+class Predict(Protocol):
+    """The noise that a network sees in the N pictures of a batch; without gradient."""
+
+    def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None, /) -> Tensor:
+        """The noise.
+
+        Args:
+            x: [M, ...] pictures.
+            t: [M] timesteps of the process; some below the schedule (`semantics: legacy`).
+            rows: [M] which of the N pictures these are; None: all of them, in order.
+        """
+        ...
+
+
+# Random numbers that belong to rows: the same on every device, in every batch, after a resume.
+
+
+def seed_of(*parts: int | str) -> int:
+    """A stable 63-bit number from numbers and names.
+
+    Args:
+        parts: Anything that identifies the draw, e.g. a run's seed, a row's id, "crop". Their
+            order and their boundaries count.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        word = f"{type(part).__name__}:{part}".encode()
+        digest.update(len(word).to_bytes(4, "little") + word)
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+class Draws:
+    """One stream of random numbers per row and name.
+
+    Every number is drawn on the CPU in float32 (uniform numbers in float64) and then moved: a row
+    sees the same noise on a GPU, in float64, alone or in a batch. Asking twice for the same name
+    gives the same numbers.
+
+    Args:
+        seeds: [B] int64, or as many numbers; one per row.
+    """
+
+    def __init__(self, seeds: Tensor | Sequence[int]) -> None:
+        self._seeds: list[int] = [int(seed) for seed in torch.as_tensor(seeds).tolist()]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self._seeds)
+
+    @property
+    def seeds(self) -> Tensor:
+        """[B] int64 on the CPU."""
+        return torch.tensor(self._seeds, dtype=torch.int64)
+
+    def normal(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:  # [B, *shape]
+        """Standard normal numbers, one block of `shape` per row."""
+        if not self._seeds:
+            return torch.empty((0, *shape), device=device, dtype=dtype)
+        drawn = {
+            seed: torch.randn(shape, generator=self._generator(seed, name))
+            for seed in dict.fromkeys(self._seeds)  # candidates that share a stream: once
+        }
+        blocks = torch.stack([drawn[seed] for seed in self._seeds])
+        return blocks.to(device=device, dtype=dtype)
+
+    def uniform(self, name: str) -> Tensor:  # [B]
+        """One number in [0, 1) per row, float64, on the CPU."""
+        numbers = [
+            torch.rand((), generator=self._generator(seed, name), dtype=torch.float64)
+            for seed in self._seeds
+        ]
+        return torch.stack(numbers) if numbers else torch.empty(0, dtype=torch.float64)
+
+    def repeat(self, k: int) -> Self:
+        """Each row k times in a run: the candidates of a row share its stream."""
+        return type(self)([seed for seed in self._seeds for _ in range(k)])
+
+    def rows(self, index: Tensor | Sequence[int]) -> Self:
+        """The rows at these positions."""
+        return type(self)([self._seeds[int(i)] for i in torch.as_tensor(index).tolist()])
+
+    @staticmethod
+    def _generator(seed: int, name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(seed_of(seed, name))
+
+
+# Where a candidate is scored: the noisy picture, its timestep, and what should be predicted.
+#
+# Forward noise takes any noisy picture of x0. The inversions look for the one from which the model
+# itself would arrive at x0: they run its sampler backwards, without gradient.
 
 Semantics = Literal["landing", "legacy", "modern"]
 
@@ -268,4 +379,139 @@ def build_estimator(settings: DiffusionConfig) -> Estimator:
         return DDIMInversion(spec.steps, spec.semantics, spec.eta)
     if spec.kind == "renoise":
         return ReNoise(spec.steps, spec.semantics)
-    raise ConfigError("estimator.kind is truncated; build it with mmalign.diffusion.teacher")
+    raise ConfigError("estimator.kind is truncated; build it with mmalign.diffusion.estimators")
+
+
+# Self-NPO's place to score at: where a slow copy of the model, without its prompt, would arrive.
+#
+# The student learns towards the clean picture that its teacher estimates a few steps later, under
+# guidance away from the prompt. What it becomes is a negative model. The teacher's weights are an
+# average of the student's: `mmalign.models.reference.Ema`.
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What the teacher's steps leave.
+
+    Attributes:
+        x: [N, ...] pictures after the moves.
+        t: [N] their level.
+        x0: [N, ...] the clean pictures that the last evaluation implies.
+    """
+
+    x: Tensor
+    t: Tensor
+    x0: Tensor
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """A truncated walk of the teacher, then more noise: Self-NPO.
+
+    With k = floor(T / num_steps) a picture is noised to t = (i + 1) k - 1, i uniform; the teacher
+    makes `num_moves` moves of k and one last estimate of the clean picture, the target. The state
+    after the moves is noised on to a level s uniform above it; there the student, with the prompt,
+    is compared with the target.
+
+    Source: Wang et al. 2025, Self-NPO in Diffusion-NPO's released code.
+    Departs: estimates are always made to the end. The release stops where all pictures of the
+        micro-batch have reached level 0, so that a target depends on which rows are together.
+    """
+
+    spec: EstimatorSpec
+    needs_network: ClassVar[bool] = True
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        x0: Tensor,
+        draws: Draws,
+        process: NoiseProcess,
+        predict_cond: Predict,
+        predict_empty: Predict,
+    ) -> Point:
+        """The point of every picture, with the teacher's clean picture as the target.
+
+        Args:
+            x0: [N, ...] clean pictures, from data or generated.
+            draws: N streams of random numbers.
+            process: A noise table that does not end in pure noise.
+            predict_cond: The teacher with the prompts.
+            predict_empty: The teacher with the empty prompt.
+
+        Raises:
+            ConfigError: Another noise process.
+        """
+        x0 = full_precision(x0)
+        last = process.num_timesteps - 1
+        stride = self._stride(process)
+        index = (draws.uniform("start") * self.spec.steps).long()
+        start = ((index + 1) * stride - 1).to(x0.device)
+        noise = draws.normal("noise", tuple(x0.shape[1:]), x0.device, x0.dtype)
+        walk = self.walk(
+            process.add_noise(x0, noise, start), start, process, predict_cond, predict_empty
+        )
+        share = draws.uniform("student").to(x0.device)
+        s = walk.t + 1 + (share * (last - walk.t)).long()
+        more = draws.normal("more", tuple(x0.shape[1:]), x0.device, x0.dtype)
+        return self.student_point(walk, s.clamp(max=last), more, process)
+
+    @torch.no_grad()
+    def walk(
+        self,
+        x: Tensor,
+        t: Tensor,
+        process: NoiseProcess,
+        predict_cond: Predict,
+        predict_empty: Predict,
+        stop_early: bool = False,
+    ) -> Walk:
+        """The teacher's moves from (x, t), and its last estimate.
+
+        A move goes to max(t - k, 0); at 0 a picture stays as it is.
+
+        Args:
+            x: [N, ...] noisy pictures.
+            t: [N] their timesteps.
+            process: The noise process.
+            predict_cond: The teacher with the prompts.
+            predict_empty: The teacher with the empty prompt.
+            stop_early: As released: no evaluation once all pictures have reached 0.
+        """
+        stride = self._stride(process)
+        for left in range(self.spec.num_moves, -1, -1):
+            eps = self._guided(x, t, predict_cond, predict_empty)
+            alpha, sigma = process.level(t, x)
+            x0 = (x - sigma * eps) / alpha
+            if left == 0:
+                break
+            goal = (t - stride).clamp(min=0)
+            arrived = (t == 0).view(-1, *(1,) * (x.dim() - 1))
+            x, t = torch.where(arrived, x, ddim_move(x, eps, t, goal, process)), goal
+            if stop_early and not bool(t.any()):
+                break
+        return Walk(x, t, x0)
+
+    def student_point(self, walk: Walk, s: Tensor, noise: Tensor, process: NoiseProcess) -> Point:
+        """The student's input: the walk's end noised on to level s."""
+        return Point(noisier(walk.x, noise, walk.t, s, process), s, walk.x0, in_x0=True)
+
+    def _guided(
+        self, x: Tensor, t: Tensor, predict_cond: Predict, predict_empty: Predict
+    ) -> Tensor:
+        w = self.spec.guidance
+        if w == -1.0:
+            return full_precision(predict_empty(x, t)).to(x.dtype)
+        cond = full_precision(predict_cond(x, t)).to(x.dtype)
+        if w == 0.0:
+            return cond
+        return cond + w * (cond - full_precision(predict_empty(x, t)).to(x.dtype))
+
+    def _stride(self, process: NoiseProcess) -> int:
+        if process.prediction == "flow" or process.ends_in_noise:
+            raise ConfigError(
+                "estimator.kind is truncated, which starts at the last level of a noise table; "
+                "flow models and tables with zero terminal SNR have no picture left there"
+            )
+        grid = process.grid(self.spec.steps)
+        return int(grid[1] - grid[0])

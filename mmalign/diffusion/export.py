@@ -2,28 +2,347 @@
 
 from __future__ import annotations
 
+import json
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 
-from mmalign.diffusion.lora_export import lora_of, part_of, times, write, write_lora
+from mmalign import __version__
+from mmalign.diffusion.process import process_from
 from mmalign.errors import CheckpointError
 from mmalign.models.adapter import Saved
-from mmalign.models.files import denoiser_folder, read_tensors, weight_files
-from mmalign.models.lora import wide_norms
-from mmalign.models.lora_files import LoraWeights, is_lora, read_lora
+from mmalign.models.files import denoiser_folder, read_tensors, save_tensors, weight_files
+from mmalign.models.lora import comfyui_scale, wide_norms
+from mmalign.models.lora_files import (
+    DIFFUSERS_LORA,
+    LoraWeights,
+    is_known,
+    is_lora,
+    kohya_reads,
+    place_of,
+    read_lora,
+)
 from mmalign.models.lora_load import TRAINED
 from mmalign.models.lora_settings import start_of
 from mmalign.models.merge import without_start
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     from torch import Tensor, nn
 
     from mmalign.config import RunConfig
-    from mmalign.diffusion.models import Components
-    from mmalign.models.lora_files import Encoders
+    from mmalign.diffusion.components import Components
+    from mmalign.models.lora_files import Encoders, Place
+
+
+# A trained LoRA or DoRA in the layout of kohya's trainer, which ComfyUI and others read.
+
+_VERSIONS = {"sd": "sd_v1", "sdxl": "sdxl_base_v1-0", "sd3": "sd3"}
+_ARCHITECTURES = {
+    "sd": "stable-diffusion-v1",
+    "sdxl": "stable-diffusion-xl-v1-base",
+    "sd3": "stable-diffusion-3",
+}
+_IMPLEMENTATIONS = {
+    "sd": "diffusers",
+    "sdxl": "https://github.com/Stability-AI/generative-models",
+    "sd3": "diffusers",
+}
+_MODULES = {"sd": "networks.lora", "sdxl": "networks.lora", "sd3": "networks.lora_sd3"}
+_SD2_WIDTH = 1024  # of the text encoder's output; 768 in SD 1
+
+
+def kohya_tensors(
+    lora: LoraWeights, family: str, layers: int, weight_of: Callable[[str], Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of the file; `dora_scale` is ComfyUI's.
+
+    Args:
+        lora: By diffusers' name of a layer: A [r, in], B [out, r], alpha, and a DoRA's magnitude.
+        family: sd, sdxl or sd3; they name layers in different ways.
+        layers: `layers_per_block` of the U-Net, `num_layers` of SD3's transformer.
+        weight_of: The weight of a layer of the base, for a DoRA.
+    """
+    places = dict.fromkeys(place_of(module, family, layers) for module in lora.parts)
+    tensors: dict[str, Tensor] = {}
+    for place in places:
+        tensors |= _factors(lora, place)
+        if any("magnitude" in lora.parts.get(layer, {}) for layer in place.layers):
+            tensors[f"{place.name}.dora_scale"] = _dora_scale(lora, place, weight_of)
+    return tensors
+
+
+def _factors(lora: LoraWeights, place: Place) -> dict[str, Tensor]:
+    """Layers that are one in the file share its input: A below each other, B along a diagonal."""
+    adapted = [layer for layer in place.layers if layer in lora.parts]
+    down = torch.cat([lora.parts[layer]["A"] for layer in adapted])
+    scale, (outputs, _, *rest) = lora.scale(adapted[0]), lora.parts[adapted[0]]["B"].shape
+    up = down.new_zeros(len(place.layers) * outputs, len(down), *rest)
+    column = 0
+    for row, layer in enumerate(place.layers):
+        if layer in lora.parts:
+            own = lora.parts[layer]["B"].double() * (lora.scale(layer) / scale)
+            columns = slice(column, column + own.shape[1])
+            up[row * outputs : (row + 1) * outputs, columns] = own.to(up.dtype)
+            column = columns.stop
+    return {
+        f"{place.name}.lora_down.weight": down,
+        f"{place.name}.lora_up.weight": place.turned(up),
+        f"{place.name}.alpha": torch.tensor(scale * len(down), dtype=torch.float32),
+    }
+
+
+def _dora_scale(
+    lora: LoraWeights, place: Place, weight_of: Callable[[str], Tensor]
+) -> Tensor:  # [out, 1], or [out, 1, 1, 1] of a convolution
+    found: list[Tensor] = []
+    for layer in place.layers:
+        weight, parts = weight_of(layer), lora.parts.get(layer)
+        if parts is None:  # stays as it is
+            found.append(weight.double().flatten(1).norm(dim=1)[:, None])
+            continue
+        product = parts["B"].double().flatten(1) @ parts["A"].double().flatten(1)
+        found.append(comfyui_scale(weight, lora.scale(layer) * product, parts["magnitude"]))
+    return place.turned(torch.cat(found)).float()
+
+
+def kohya_metadata(
+    config: RunConfig,
+    family: str,
+    *,
+    rank: int,
+    alpha: float,
+    prediction: str,
+    text_width: int | None = None,
+    for_kohya: bool = True,
+) -> dict[str, str]:
+    """The header that programs show to who picks a file: all values are text.
+
+    Args:
+        config: The run.
+        family: sd, sdxl or sd3.
+        rank: The LoRA's.
+        alpha: Its numerator: the scale is alpha / rank.
+        prediction: What the network predicts.
+        text_width: Width of the prompt embeddings; tells SD 2 from SD 1.
+        for_kohya: Whether kohya's trainer reads all of it, and so is told with what.
+    """
+    version, architecture = _VERSIONS[family], _ARCHITECTURES[family]
+    is_v2 = family == "sd" and text_width == _SD2_WIDTH
+    has_velocity = prediction == "v_prediction"
+    if is_v2:
+        version = "sd_v2_v" if has_velocity else "sd_v2"
+        architecture = "stable-diffusion-v2-768-v" if has_velocity else "stable-diffusion-v2-512"
+    spec, resolution = config.objective, config.diffusion.resolution
+    objective = spec.name or " + ".join(spec.mix or {})
+    told = {"modelspec.prediction_type": "v" if has_velocity else "epsilon"}
+    return {
+        "format": "pt",
+        "ss_base_model_version": version,
+        "ss_v2": str(is_v2),
+        **({"ss_network_module": _MODULES[family]} if for_kohya else {}),
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": f"{alpha:g}",
+        "ss_sd_model_name": config.model.path,
+        "ss_output_name": config.output.name,
+        "ss_resolution": f"({resolution}, {resolution})",
+        "ss_learning_rate": f"{config.train.lr:g}",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": _IMPLEMENTATIONS[family],
+        "modelspec.title": f"{config.output.name} ({objective})",
+        "modelspec.description": f"{objective} on {config.model.path}, mmalign {__version__}",
+        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        **(told if prediction != "flow" else {}),
+    }
+
+
+def diffusers_reads(
+    tensors: Mapping[str, Tensor], modules: Sequence[str], family: str, layers_per_block: int
+) -> bool:
+    """Whether diffusers finds just these layers in a file of kohya's layout, and no DoRA in it."""
+    if family == "sd3" or any(name.endswith(".dora_scale") for name in tensors):
+        return False
+    from diffusers.loaders.lora_pipeline import (
+        StableDiffusionLoraLoaderMixin,
+        StableDiffusionXLLoraLoaderMixin,
+    )
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+
+    loader: Any = StableDiffusionLoraLoaderMixin
+    if family == "sdxl":
+        loader = StableDiffusionXLLoraLoaderMixin
+    config = SimpleNamespace(layers_per_block=layers_per_block)
+    try:
+        found = loader.lora_state_dict(dict(tensors), unet_config=config)[0]
+    except (ValueError, KeyError, IndexError):
+        return False
+    own = {name.removeprefix("unet.") for name in convert_unet_state_dict_to_peft(found)}
+    return own == {f"{m}.lora_{f}.weight" for m in modules for f in ("A", "B")}
+
+
+# A trained LoRA as files, and who reads each.
+
+KOHYA_LORA = "mmalign_kohya.safetensors"
+"""The same LoRA as `pytorch_lora_weights.safetensors`, with the names of kohya and ComfyUI."""
+
+COMFYUI_LORA = "mmalign_comfyui.safetensors"
+"""The same in that layout where kohya's own reader would pass over a part of it."""
+
+_WIDE = (".alpha", ".dora_scale", ".lora_magnitude_vector")  # half of a magnitude's digits are lost
+_NAMED = 3
+
+
+def write_lora(
+    policy: PeftModel, components: Components, folder: Path, config: RunConfig
+) -> tuple[dict[str, str], list[str]]:
+    """Write the files of a LoRA.
+
+    Returns:
+        Each file's name with who reads it; and a sentence for each file that is not written.
+    """
+    lora = lora_of(policy)
+    dtype: torch.dtype | None = getattr(torch, config.export.dtype or "", None)
+    notes: list[str] = []
+    write(_for_diffusers(policy, lora, components), folder / DIFFUSERS_LORA, dtype, notes)
+    readers = {DIFFUSERS_LORA: "diffusers (`pipeline.load_lora_weights`), mmalign"}
+    unknown = [module for module in lora.parts if not is_known(module, components.family)]
+    layers = _layers(components)
+    if unknown or layers is None:
+        why = f"ComfyUI has no name for {_few(unknown)}" if unknown else "its blocks differ in size"
+        return readers, [f"{KOHYA_LORA} is not written: {why}; use {DIFFUSERS_LORA}", *notes]
+    lacks = _what_kohya_lacks(lora, components.family)
+    name = COMFYUI_LORA if lacks else KOHYA_LORA
+    if lacks:
+        notes.append(f"{KOHYA_LORA} is not written: {lacks}; ComfyUI reads {COMFYUI_LORA}")
+    tensors = kohya_tensors(
+        lora, components.family, layers, lambda module: _weight_of(policy, module)
+    )
+    metadata = _kohya_metadata(policy, components, config, for_kohya=not lacks)
+    write((tensors, metadata), folder / name, dtype, notes)
+    readers[name] = "ComfyUI" if lacks else "ComfyUI, kohya's sd-scripts"
+    if diffusers_reads(tensors, list(lora.parts), components.family, layers):
+        readers[name] += ", diffusers"
+    return readers, notes
+
+
+def lora_of(policy: PeftModel) -> LoraWeights:
+    """The trained factors, by name of the layer in the base; alpha beside them."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, module in policy.get_base_model().named_modules():
+        layer: Any = module
+        if TRAINED not in getattr(layer, "lora_A", {}):
+            continue
+        down, up = layer.lora_A[TRAINED].weight, layer.lora_B[TRAINED].weight
+        alpha = torch.tensor(layer.scaling[TRAINED] * len(down), dtype=torch.float64)
+        own = {"A": down, "B": up, "alpha": alpha}
+        if TRAINED in (getattr(layer, "lora_magnitude_vector", None) or {}):
+            own["magnitude"] = layer.lora_magnitude_vector[TRAINED].weight
+        parts[name] = {part: tensor.detach() for part, tensor in own.items()}
+    return LoraWeights(Path("the policy"), {}, parts)
+
+
+def write(
+    content: tuple[dict[str, Tensor], dict[str, str]],
+    file: Path,
+    dtype: torch.dtype | None,
+    notes: list[str],
+) -> None:
+    """Write tensors and header in a dtype; as they are, with a note, where it is too small."""
+    tensors, metadata = content
+    ready = {name: _cast(name, tensor, dtype) for name, tensor in tensors.items()}
+    if dtype and not all(bool(tensor.isfinite().all()) for tensor in ready.values()):
+        notes.append(f"{file.name} keeps its dtype: its numbers are too large for {dtype}")
+        ready = tensors
+    save_tensors(ready, file, metadata)
+
+
+def times(tensor: Tensor, factor: float) -> Tensor:
+    """The product, rounded once, in the tensor's dtype."""
+    return (tensor.double() * factor).to(tensor.dtype)
+
+
+def part_of(family: str) -> str:
+    """The folder of a family's denoiser in a pipeline."""
+    return "transformer" if family == "sd3" else "unet"
+
+
+def _for_diffusers(
+    policy: PeftModel, lora: LoraWeights, components: Components
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header; B is multiplied by the scale, which some readers do not know."""
+    tensors: dict[str, Tensor] = {}
+    for name, parts in lora.parts.items():
+        key = f"{part_of(components.family)}.{name}"
+        tensors[f"{key}.lora_A.weight"] = parts["A"]
+        tensors[f"{key}.lora_B.weight"] = times(parts["B"], lora.scale(name))
+        if "magnitude" in parts:
+            tensors[f"{key}.lora_magnitude_vector"] = parts["magnitude"]
+    spec: Any = policy.peft_config[TRAINED]
+    record = {"rank": spec.r, "alpha": spec.lora_alpha, "scale_in_B": True}  # for people
+    return tensors, {"format": "pt", "mmalign": json.dumps(record)}
+
+
+def _what_kohya_lacks(lora: LoraWeights, family: str) -> str | None:
+    """What kohya's own reader would lose of a file, in words."""
+    if any("magnitude" in parts for parts in lora.parts.values()):
+        return "kohya's sd-scripts know no DoRA and would leave its magnitudes out"
+    lost = [module for module in lora.parts if not kohya_reads(module, family)]
+    if not lost:
+        return None
+    return f"kohya's reader passes over {len(lost)} of {len(lora.parts)} layers ({_few(lost)})"
+
+
+def _layers(components: Components) -> int | None:
+    """What the names of layers depend on; None where one number does not say it."""
+    key = "num_layers" if components.family == "sd3" else "layers_per_block"
+    found = components.denoiser_config.get(key, 2)
+    if isinstance(found, int):
+        return found
+    same = {int(number) for number in found}
+    return same.pop() if len(same) == 1 else (None if components.family == "sdxl" else 0)
+
+
+def _weight_of(policy: PeftModel, module: str) -> Tensor:
+    layer: Any = policy.get_base_model().get_submodule(module)
+    return getattr(layer, "base_layer", layer).weight.detach()
+
+
+def _kohya_metadata(
+    policy: PeftModel, components: Components, config: RunConfig, *, for_kohya: bool
+) -> dict[str, str]:
+    spec: Any = policy.peft_config[TRAINED]
+    process = process_from(components.scheduler_config, config.diffusion.prediction)
+    return kohya_metadata(
+        config,
+        components.family,
+        rank=spec.r,
+        alpha=spec.lora_alpha,
+        prediction=process.prediction,
+        text_width=components.denoiser_config.get("cross_attention_dim"),
+        for_kohya=for_kohya,
+    )
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None:
+        return tensor
+    cast = tensor.to(dtype)
+    loses = name.endswith(_WIDE) and not torch.equal(cast.to(tensor.dtype), tensor)
+    return tensor if loses else cast
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+
+
+# Trained weights as files that other programs load, and back.
 
 
 def save_trained(

@@ -13,7 +13,7 @@ from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from mmalign.config import RunConfig
-    from mmalign.diffusion.models import Components
+    from mmalign.diffusion.components import Components
     from mmalign.diffusion.process import NoiseProcess
 
 IN_ERRORS = frozenset(

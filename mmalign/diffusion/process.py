@@ -1,12 +1,11 @@
-"""Noise processes: how a clean picture becomes a noisy one, and what the network is to predict.
+"""Noise processes.
 
-A noisy picture is x_t = alpha_t x0 + sigma_t noise. In the variance-preserving process alpha_t^2 is
-an entry of a table and t its index; in the rectified flow alpha = 1 - sigma and t is sigma itself.
-Numbers are computed in float32, in float64 where a picture is float64, never in half precision.
+How a clean picture becomes a noisy one, what is predicted, and which timesteps are drawn.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -14,9 +13,70 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mmalign.config import TimestepSpec
 from mmalign.core.numerics import full_precision
-from mmalign.diffusion.schedules import alphas_cumprod, betas, zero_terminal
 from mmalign.errors import ConfigError
+
+# Noise tables from a scheduler's settings, in float32 as the models were trained with them.
+
+
+def betas(scheduler_config: Mapping[str, Any]) -> Tensor:  # [T] float32
+    """The variances added at each step.
+
+    scaled_linear: squares of a line between square roots; linear: a line; squaredcos_cap_v2:
+    1 - f((i + 1) / T) / f(i / T), at most 0.999, with f(s) = cos^2(pi/2 (s + .008) / 1.008).
+
+    Args:
+        scheduler_config: Contents of `scheduler_config.json`; what is missing has the value that
+            diffusers gives it.
+
+    Raises:
+        ConfigError: Another name of a schedule.
+    """
+    listed = scheduler_config.get("trained_betas")
+    if listed is not None:
+        return torch.tensor(listed, dtype=torch.float32)
+    num = int(scheduler_config.get("num_train_timesteps", 1000))
+    low = float(scheduler_config.get("beta_start", 0.0001))
+    high = float(scheduler_config.get("beta_end", 0.02))
+    kind = scheduler_config.get("beta_schedule", "linear")
+    if kind == "linear":
+        return torch.linspace(low, high, num, dtype=torch.float32)
+    if kind == "scaled_linear":
+        return torch.linspace(low**0.5, high**0.5, num, dtype=torch.float32) ** 2
+    if kind == "squaredcos_cap_v2":
+        kept = [math.cos((i / num + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(num + 1)]
+        steps = [min(1.0 - kept[i + 1] / kept[i], 0.999) for i in range(num)]
+        return torch.tensor(steps, dtype=torch.float32)
+    raise ConfigError(
+        f"the model's scheduler has beta_schedule {kind!r}; known are linear, scaled_linear, "
+        "squaredcos_cap_v2 and a list in trained_betas"
+    )
+
+
+def alphas_cumprod(betas: Tensor) -> Tensor:  # [T] -> [T]
+    """Share of the signal's variance left at each step: the running product of 1 - beta."""
+    return torch.cumprod(1.0 - betas, dim=0)
+
+
+def zero_terminal(table: Tensor) -> Tensor:  # [T] -> [T]
+    """The table rescaled so that it ends in pure noise and begins where it began.
+
+    s <- (s - s_last) * s_first / (s_first - s_last), s the square root of the table.
+
+    Source: Lin et al. 2023, arXiv:2305.08891, algorithm 1.
+    """
+    root = table.sqrt()
+    first, last = root[0], root[-1]
+    return ((root - last) * first / (first - last)) ** 2
+
+
+# Noise processes: how a clean picture becomes a noisy one, and what the network is to predict.
+#
+# A noisy picture is x_t = alpha_t x0 + sigma_t noise. In the variance-preserving process alpha_t^2
+# is an entry of a table and t its index; in the rectified flow alpha = 1 - sigma and t is sigma
+# itself. Numbers are computed in float32, in float64 where a picture is float64, never in half
+# precision.
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 Weighting = Literal["constant", "epsilon", "sample", "min_snr"]
@@ -357,3 +417,101 @@ def _flow(config: Mapping[str, Any], prediction: str, zero_terminal_snr: bool) -
         )
     shift = config.get("flow_shift", config.get("shift", 1.0))
     return RectifiedFlow(int(config.get("num_train_timesteps", 1000)), float(shift))
+
+
+# Steps between noise levels: the sampler's, forwards and backwards, and more noise.
+#
+# Levels are timesteps of the noise process, one a picture; alpha and sigma are those of a level.
+
+
+def ddim_move(
+    x: Tensor, eps: Tensor, source: Tensor, goal: Tensor, process: NoiseProcess
+) -> Tensor:  # [N, ...]
+    """One deterministic step of the sampler, in either direction.
+
+    x_b = alpha_b x0 + sigma_b eps with x0 = (x_a - sigma_a eps) / alpha_a; in a flow the same as
+    x_a + (sigma_b - sigma_a) (eps - x0).
+
+    Args:
+        x: [N, ...] pictures at level a.
+        eps: [N, ...] the noise seen in them.
+        source: [N] levels a; not pure noise.
+        goal: [N] levels b.
+        process: The noise process.
+    """
+    (alpha, sigma), (alpha_goal, sigma_goal) = process.level(source, x), process.level(goal, x)
+    return alpha_goal * ((x - sigma * eps) / alpha) + sigma_goal * eps
+
+
+def noisier(
+    x: Tensor, noise: Tensor, source: Tensor, goal: Tensor, process: NoiseProcess
+) -> Tensor:  # [N, ...]
+    """Pictures at level a taken to a noisier level b with fresh noise.
+
+    x_b = alpha_b (x_a / alpha_a + sqrt(rho_b^2 - rho_a^2) noise), rho = sigma / alpha.
+
+    Args:
+        x: [N, ...] pictures at level a.
+        noise: [N, ...] standard normal.
+        source: [N] levels a; not pure noise.
+        goal: [N] levels b, not below a.
+        process: The noise process.
+    """
+    alpha, _ = process.level(source, x)
+    alpha_goal, _ = process.level(goal, x)
+    return alpha_goal * (x / alpha) + _added_variance(source, goal, x, process).sqrt() * noise
+
+
+def ddim_spread(lower: Tensor, upper: Tensor, like: Tensor, process: NoiseProcess) -> Tensor:
+    """Standard deviation of the sampler's step from `upper` to `lower` at eta = 1, [N, 1, ...].
+
+    (sigma_l / sigma_u) sqrt(sigma_u^2 - (alpha_u / alpha_l)^2 sigma_l^2)
+    """
+    _, sigma = process.level(lower, like)
+    _, sigma_up = process.level(upper, like)
+    return (sigma / sigma_up) * _added_variance(lower, upper, like, process).sqrt()
+
+
+def _added_variance(source: Tensor, goal: Tensor, like: Tensor, process: NoiseProcess) -> Tensor:
+    alpha, sigma = process.level(source, like)
+    alpha_goal, sigma_goal = process.level(goal, like)
+    return (sigma_goal**2 - (alpha_goal * sigma / alpha) ** 2).clamp(min=0.0)
+
+
+# Which timesteps rows are scored at.
+
+REFINER_SHARE = 0.2
+"""SDXL's refiner was trained on the 200 cleanest of 1000 levels."""
+
+TURBO_LEVELS = 4
+"""SDXL Turbo was distilled at the last level of each quarter: 249, 499, 749, 999."""
+
+
+def draw_timesteps(spec: TimestepSpec, process: NoiseProcess, u: Tensor) -> Tensor:  # [N] -> [N]
+    """Timesteps from uniform numbers; equally spaced numbers give a stratified set.
+
+    uniform: quantile low + (high - low) u of the schedule. refiner: u / 5. turbo: the last level
+    of quarter floor(4 u). logit_normal: sigmoid(mean + std * z), z the normal quantile of u; a
+    positive mean draws more noise.
+
+    Args:
+        spec: Kind and its settings.
+        process: Turns quantiles of the schedule into its timesteps.
+        u: [N] in [0, 1), float64.
+
+    Source: DiffusionDPO's released script (refiner, turbo); Esser et al. 2024, arXiv:2403.03206
+        (logit_normal).
+    Departs: turbo's level follows the quantile instead of the remainder of a whole number; the
+        distribution is the same and sets stay stratified.
+    """
+    u = u.double()
+    if spec.kind == "refiner":
+        u = REFINER_SHARE * u
+    elif spec.kind == "turbo":
+        end_of_quarter = ((TURBO_LEVELS * u).floor() + 1.0) / TURBO_LEVELS
+        u = end_of_quarter - 0.5 / process.num_timesteps  # the middle of its last level
+    elif spec.kind == "logit_normal":
+        u = torch.sigmoid(spec.mean + spec.std * torch.special.ndtri(u))
+    else:
+        u = spec.low + (spec.high - spec.low) * u
+    return process.timestep(u)

@@ -1,37 +1,77 @@
-"""Pictures from prompts: a positive and, where wanted, a negative model, one start noise a seed.
-
-e = e_neg(x, t, empty) + guidance * (e_pos(x, t, prompt) - e_neg(x, t, empty))
-
-The steps are those of diffusers' schedulers; the denoiser is ours, so a pipeline without a VAE and
-a second network for the empty prompt go through the same lines.
-
-Source: Diffusion-NPO (two networks, `pipeline_*double_unet.py`), Lin et al. 2023, arXiv:2305.08891
-    (rescaled guidance).
-Departs: the latents stay in float32 between steps also where the network runs in bfloat16.
-"""
+"""Pictures from prompts: guidance by one or two models, one start noise a seed."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
+from torch import Tensor
 
-from mmalign.diffusion.denoiser import Condition, predict
-from mmalign.diffusion.guidance import guided
+from mmalign.core.numerics import full_precision
+from mmalign.diffusion.components import load_denoiser
+from mmalign.diffusion.conditioning import Condition, predict
+from mmalign.diffusion.export import lora_of
 from mmalign.diffusion.process import process_from
 from mmalign.errors import ConfigError
+from mmalign.models.merge import Change, LoraDelta, combined, open_delta
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from PIL.Image import Image
-    from torch import Tensor, nn
+    from torch import nn
 
-    from mmalign.config import DiffusionConfig
-    from mmalign.diffusion.latents import PixelSpace, Vae
-    from mmalign.diffusion.models import Components
+    from mmalign.config import DiffusionConfig, ModelConfig, PictureSampleSpec
+    from mmalign.diffusion.components import Components, PixelSpace, Vae
+    from mmalign.models.merge import Delta
+
+
+# Guidance by two predictions, of one model or of two.
+
+
+def guided(
+    eps_pos: Tensor, eps_neg: Tensor, guidance: float, rescale: float = 0.0
+) -> Tensor:  # [N, ...]
+    """The prediction moved away from a negative one.
+
+    e = eps_neg + guidance (eps_pos - eps_neg), then
+    rescale * e std(eps_pos) / std(e) + (1 - rescale) * e, std over the elements of each picture.
+
+    Linear in the predictions, so that raw outputs of any one kind may be given. Diffusion-NPO
+    takes `eps_neg` from a second model: the one trained on exchanged pairs.
+
+    Args:
+        eps_pos: [N, ...] with the prompt.
+        eps_neg: [N, ...] without it, or with a negative prompt, or of a negative model.
+        guidance: 1 is `eps_pos` alone.
+        rescale: Share of the spread that is put back, in [0, 1].
+
+    Source: Ho & Salimans 2022, arXiv:2207.12598; rescale Lin et al. 2023, arXiv:2305.08891;
+        Diffusion-NPO's released pipelines.
+    """
+    eps_pos, eps_neg = full_precision(eps_pos), full_precision(eps_neg)
+    mixed = eps_neg + guidance * (eps_pos - eps_neg)
+    if rescale == 0.0:
+        return mixed
+    axes = tuple(range(1, mixed.dim()))
+    spread = eps_pos.std(axes, keepdim=True) / mixed.std(axes, keepdim=True)
+    return rescale * (mixed * spread) + (1.0 - rescale) * mixed
+
+
+# Pictures from prompts: a positive and, where wanted, a negative model, one start noise a seed.
+#
+# e = e_neg(x, t, empty) + guidance * (e_pos(x, t, prompt) - e_neg(x, t, empty))
+#
+# The steps are those of diffusers' schedulers; the denoiser is ours, so a pipeline without a VAE
+# and a second network for the empty prompt go through the same lines.
+#
+# Source: Diffusion-NPO (two networks, `pipeline_*double_unet.py`), Lin et al. 2023,
+#   arXiv:2305.08891
+#     (rescaled guidance).
+# Departs: the latents stay in float32 between steps also where the network runs in bfloat16.
 
 
 def generate(
@@ -265,3 +305,57 @@ def _evaluating(*models: nn.Module | None) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+# The second network of two-model guidance: the base with a negative change, and a positive one.
+#
+# W_negative = W_base + a * delta_positive + b * delta_negative
+#
+# delta_positive is what the run has trained, a is `negative_keeps` and b `negative_weight`. a = 1
+# keeps the positive model's offset, as the released scripts do by default; a = 0 is the base with
+# the negative change alone.
+#
+# Source: Diffusion-NPO, `gen.py` and `gen_xl.py`: a = 1 - merge_weight, b = 1.
+# Departs: nothing; summed in float64 and rounded once.
+
+
+def load_negative(
+    spec: PictureSampleSpec, model: ModelConfig, policy: nn.Module
+) -> nn.Module | None:
+    """The negative network on the policy's device; None where the config names none.
+
+    Args:
+        spec: `negative` is the final folder of a run, a LoRA (file or folder, in the layout of
+            diffusers, kohya or peft), or a folder with a whole U-Net or transformer.
+        model: The base that both changes are of.
+        policy: The positive model, with or without adapter.
+
+    Raises:
+        CheckpointError: The negative model is of another base.
+    """
+    if spec.negative is None:
+        return None
+    network = load_denoiser(model.path, model)
+    state = network.state_dict()
+    with ExitStack() as files, torch.no_grad():
+        deltas: list[tuple[Delta, float]] = [
+            (open_delta(spec.negative, list(state), files), spec.negative_weight)
+        ]
+        if spec.negative_keeps:
+            deltas.append((_delta_of(policy, list(state)), spec.negative_keeps))
+        for name, tensor in state.items():
+            if tensor.is_floating_point():
+                tensor.copy_(combined(name, tensor, deltas))
+    return network.to(next(policy.parameters()).device).requires_grad_(False).eval()
+
+
+def _delta_of(policy: nn.Module, names: list[str]) -> Delta:
+    """What a live policy changes in its base."""
+    if isinstance(policy, PeftModel):
+        return LoraDelta(lora_of(policy), names)
+    state = policy.state_dict()
+
+    def whole(name: str, base: Tensor) -> Change | None:
+        return Change(state[name].to(base.device).double(), replaces=True)
+
+    return whole

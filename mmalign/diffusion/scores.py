@@ -3,28 +3,71 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
-from mmalign.diffusion.denoiser import Condition, predict
-from mmalign.diffusion.draws import Draws
-from mmalign.diffusion.estimators import Estimator, build_estimator
-from mmalign.diffusion.scoring import denoising_error
-from mmalign.diffusion.teacher import Truncated
+from mmalign.core.numerics import full_precision
+from mmalign.diffusion.conditioning import Condition, predict
+from mmalign.diffusion.estimators import Draws, Estimator, Point, Truncated, build_estimator
+from mmalign.diffusion.process import NoiseProcess
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from mmalign.config import DiffusionConfig
     from mmalign.core import Needs
-    from mmalign.diffusion.batch import Part
-    from mmalign.diffusion.inputs import Inputs
+    from mmalign.diffusion.estimators import Predict
+    from mmalign.diffusion.inputs import Inputs, Part
     from mmalign.diffusion.pipeline import Family
-    from mmalign.diffusion.point import Point, Predict
-    from mmalign.diffusion.process import NoiseProcess
     from mmalign.models.adapter import Batch
     from mmalign.models.reference import Ema, Reference
+
+
+# The denoising error of a prediction: a candidate's score is minus a multiple of it.
+
+Distance = Literal["mse", "pseudo_huber"]
+
+
+def denoising_error(
+    pred: Tensor,
+    point: Point,
+    process: NoiseProcess,
+    *,
+    reduction: Literal["mean", "sum"] = "mean",
+    weight: Tensor | None = None,
+    distance: Distance = "mse",
+    huber_c: float = 1e-3,
+) -> Tensor:  # [N]
+    """Distance between a prediction and its target, one number per picture.
+
+    mse: (prediction - target)^2; pseudo_huber: sqrt(d^2 + c^2) - c. Both are summed or averaged
+    over the elements of a picture, in float32, or float64 where that comes in.
+
+    Args:
+        pred: [N, ...] raw output of the network at `point`, any float type.
+        point: Where the network was called. With `in_x0` the clean picture that the prediction
+            implies is compared.
+        process: The noise process of `point`.
+        reduction: "mean" does not depend on the size of a picture; "sum" grows with it.
+        weight: [N] factor of each error, or None.
+        distance: Which distance.
+        huber_c: pseudo_huber: below it quadratic, above it linear; in units of the target.
+    """
+    if point.in_x0:
+        pred = process.x0_from(pred, point.x_t, point.t)
+    gap = full_precision(pred) - full_precision(point.target)
+    if distance == "mse":
+        cost = gap.square()
+    else:  # sqrt(d^2 + c^2) - c without the cancellation at small d
+        cost = gap.square() / (torch.sqrt(gap.square() + huber_c**2) + huber_c)
+    cost = cost.flatten(1)
+    error = cost.mean(1) if reduction == "mean" else cost.sum(1)
+    return error if weight is None else error * weight.to(error)
+
+
+# Pictures to log-probabilities: where they are scored, and the errors of the networks there.
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from mmalign.core.numerics import full_precision
-from mmalign.diffusion.moves import ddim_spread
-from mmalign.diffusion.process import NoiseProcess
+from mmalign.diffusion.process import NoiseProcess, ddim_spread
 
 
 def ddim_step_stats(

@@ -17,7 +17,7 @@ from PIL import Image as pil
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from mmalign.diffusion.sheets import sheet, write_picture
+from mmalign.diffusion.samples import sheet, write_picture
 from mmalign.errors import ConfigError
 from mmalign.models.files import usual_mode
 
@@ -326,8 +326,8 @@ class Painter:
             oracle: Judges the pictures.
         """
         from mmalign.core import Needs
+        from mmalign.diffusion.components import load_components
         from mmalign.diffusion.inputs import Inputs
-        from mmalign.diffusion.models import load_components
         from mmalign.diffusion.process import process_from
 
         self._oracle = oracle
@@ -346,7 +346,7 @@ class Painter:
         negative_model: nn.Module | None = None,
     ) -> Shown:
         """One picture a digit; picture i has the start noise of seed `first_seed` + i."""
-        from mmalign.diffusion.showing import paint
+        from mmalign.diffusion.samples import paint
 
         pictures = paint(
             self.inputs,

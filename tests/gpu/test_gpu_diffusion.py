@@ -137,7 +137,7 @@ def test_caches(family: str, half: bool, make: Make) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_latents_are_those_of_a_cpu(dtype: str, make: Make, tmp_path: Path) -> None:
-    from mmalign.diffusion.latents import load_vae
+    from mmalign.diffusion.components import load_vae
 
     config = make("sd15", diffusion={"vae_dtype": dtype})
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1

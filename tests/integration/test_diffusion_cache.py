@@ -18,7 +18,7 @@ import tiny_pictures
 from cache_entries import entries
 
 from mmalign.config import yaml
-from mmalign.diffusion import notes
+from mmalign.diffusion import pictures
 
 PAIRS = 8
 
@@ -52,11 +52,11 @@ def command(path: Path, seconds: float = 0.0) -> str:
 
     from mmalign.cli import app
 
-    usual, notes.FLUSH_SECONDS = notes.FLUSH_SECONDS, seconds
+    usual, pictures.FLUSH_SECONDS = pictures.FLUSH_SECONDS, seconds
     try:
         result = CliRunner().invoke(app, ["cache", str(path)])
     finally:
-        notes.FLUSH_SECONDS = usual  # other tests run in this process too
+        pictures.FLUSH_SECONDS = usual  # other tests run in this process too
     assert result.exit_code == 0, result.output
     return result.stdout
 

@@ -152,8 +152,8 @@ def test_latents_of_real_pictures_are_aligned_through_caches(
     from PIL import Image
 
     from mmalign.config import RunConfig
-    from mmalign.diffusion import latents
-    from mmalign.diffusion.models import load_denoiser
+    from mmalign.diffusion import components
+    from mmalign.diffusion.components import load_denoiser
     from mmalign.inference import write_cache
     from mmalign.quickstart.digits import PAIRS
     from mmalign.train.loop import train
@@ -188,7 +188,7 @@ def test_latents_of_real_pictures_are_aligned_through_caches(
     assert files == again, "what is there is not computed again"
 
     with monkeypatch.context() as patch:
-        patch.setattr(latents.Vae, "load", classmethod(never))
+        patch.setattr(components.Vae, "load", classmethod(never))
         train(learn)
         shutil.rmtree(base / "unet")
         shutil.copytree(tmp_path / "learn" / "final" / "unet", base / "unet")
@@ -202,7 +202,7 @@ def test_latents_of_real_pictures_are_aligned_through_caches(
     assert aligned[-1]["reward_accuracy"] > 0.8, "colour wins on pictures it never saw"
     assert aligned[-1]["loss"] < math.log(2)
 
-    vae = latents.load_vae(base, align.diffusion)
+    vae = components.load_vae(base, align.diffusion)
     with Image.open(emoji / "eval" / "chosen-0.png") as image:
         pixels = torch.from_numpy(np.asarray(image, np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
     assert (vae.decode(vae.encode(pixels)[0]) - pixels).abs().mean() < 0.1

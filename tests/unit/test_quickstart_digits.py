@@ -111,8 +111,8 @@ def test_base_is_a_pipeline_and_the_same_for_a_seed(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     from mmalign.config import DiffusionConfig, ModelConfig
+    from mmalign.diffusion.components import load_components
     from mmalign.diffusion.conditioning import PromptEncoder
-    from mmalign.diffusion.models import load_components
 
     folders = [
         digits.make(tmp_path / name, seed, num_steps=2)

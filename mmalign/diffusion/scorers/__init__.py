@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmalign.diffusion.scorers.base import CosineScorer, Scorer
+from mmalign.diffusion.scorers.towers import CosineScorer, Scorer
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:

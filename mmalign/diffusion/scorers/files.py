@@ -1,26 +1,277 @@
-"""A file of picture pairs or lists to the same with scores; `mmalign data score`."""
+"""A file of picture pairs or lists to the same with scores and labels; `mmalign data score`."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from mmalign.data.example import Picture, as_text
 from mmalign.data.jobs import Journal
-from mmalign.data.pictures import PictureRoot
+from mmalign.data.pictures import PictureRoot, decode_all, num_pixels
 from mmalign.data.records import PictureCopies, ProblemList, Record, read_records
-from mmalign.diffusion.scorers.base import CosineScorer
-from mmalign.diffusion.scorers.batches import Item, score_items
-from mmalign.diffusion.scorers.labels import Smooth, label_list, label_pair, score_range
-from mmalign.errors import DataError
+from mmalign.diffusion.scorers.towers import CosineScorer
+from mmalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
     from mmalign.data.example import Example
     from mmalign.diffusion.scorers import Scorer
+
+
+# Pictures by reference through scorers, in batches, the next batch decoded meanwhile.
+
+MOST_HELD = 40_000_000
+"""Pixels of a batch; the next one is decoded meanwhile."""
+
+Key = TypeVar("Key")
+Scoring = Callable[..., "Tensor"]  # (pictures, prompts) -> [N]
+
+
+@dataclass(frozen=True, slots=True)
+class Item(Generic[Key]):
+    """Pictures that belong together: a row's candidates, or two models' answers to a prompt."""
+
+    key: Key
+    pictures: tuple[Picture, ...]
+    prompts: tuple[str, ...]  # one a picture
+
+
+Scores = dict[str, list[float]]  # scorer to one score a picture
+
+
+def score_items(
+    items: Iterable[Item[Key]], scorers: Mapping[str, Scoring], batch_size: int
+) -> Iterator[list[tuple[Item[Key], Scores | DataError]]]:
+    """The scores of each item, batch by batch; a DataError where one of its pictures is broken.
+
+    Args:
+        items: Read as they are needed.
+        scorers: Name to scorer.
+        batch_size: Items at one time.
+
+    Raises:
+        DataError: A scorer gave what is not a finite number.
+    """
+    for part, images in _decoded(items, batch_size):
+        broken = {
+            id(item): error
+            for item in part
+            for error in [images[picture] for picture in item.pictures]
+            if isinstance(error, DataError)
+        }
+        whole = [item for item in part if id(item) not in broken]
+        pictures = [images[picture] for item in whole for picture in item.pictures]
+        prompts = [prompt for item in whole for prompt in item.prompts]
+        found: list[Scores] = [{} for _ in whole]
+        for name, scorer in scorers.items() if whole else ():
+            scores = iter(scorer(pictures, prompts).tolist())
+            for item, own in zip(whole, found, strict=True):
+                own[name] = list(islice(scores, len(item.pictures)))
+                if not all(map(math.isfinite, own[name])):
+                    raise DataError(
+                        f"scorer {name} gave {own[name]} for {item.pictures[0]}; in half precision "
+                        "a network can overflow: score in float32"
+                    )
+        results: dict[int, Scores | DataError] = {**broken}
+        results |= {id(item): own for item, own in zip(whole, found, strict=True)}
+        yield [(item, results[id(item)]) for item in part]
+
+
+def _parts(items: Iterable[Item[Key]], batch_size: int) -> Iterator[list[Item[Key]]]:
+    """Up to `batch_size` items, fewer where their pictures are large: all are held at once."""
+    part: list[Item[Key]] = []
+    held = 0
+    for item in items:
+        pixels = sum(map(num_pixels, item.pictures))
+        if part and (len(part) == batch_size or held + pixels > MOST_HELD):
+            yield part
+            part, held = [], 0
+        part.append(item)
+        held += pixels
+    if part:
+        yield part
+
+
+def _decoded(
+    items: Iterable[Item[Key]], batch_size: int
+) -> Iterator[tuple[Sequence[Item[Key]], Mapping[Picture, Image | DataError]]]:
+    def decode(part: Sequence[Item[Key]]) -> Mapping[Picture, Image | DataError]:
+        return decode_all((p for item in part for p in item.pictures), lambda image: image)
+
+    parts = _parts(items, batch_size)
+    with ThreadPoolExecutor(1) as pool:
+        part = next(parts, [])
+        images = pool.submit(decode, part)
+        while part:
+            following = next(parts, [])
+            ahead = pool.submit(decode, following)
+            yield part, images.result()
+            part, images = following, ahead
+
+
+# From scores to labels: who won, and how surely.
+
+PUBLISHED_RANGE = (0.11543526500463486, 0.28201571106910706)
+"""Least and greatest PickScore cosine in Pick-a-Pic v2, of SmPO's released code."""
+
+_HUMAN = ("tie", "p_chosen", "agreement", "votes_chosen", "votes_rejected", "votes_tie")
+_GRADED = ("label_chosen", "label_rejected")
+_SIDES = ("_chosen", "_rejected")
+
+Smooth = Literal["published", "data"] | tuple[float, float]
+
+
+def smoothed(chosen: float, rejected: float, low: float, high: float) -> float:
+    """SmPO's probability that `chosen` is the better one.
+
+    p = sigmoid((s_chosen - s_rejected) / (high - low))
+
+    the softmax of the two scores after both were scaled from [low, high] to [0, 1].
+
+    Args:
+        chosen: Score of the one.
+        rejected: Score of the other.
+        low: Least score of the data set.
+        high: Greatest.
+
+    Source: Lu et al. 2025, SmPO-Diffusion, released code.
+    """
+    z = (chosen - rejected) / (high - low)
+    return 1.0 / (1.0 + math.exp(-z)) if z >= 0 else math.exp(z) / (1.0 + math.exp(z))
+
+
+def parse_smooth(text: str, scorer: str) -> Smooth:
+    """What `--smooth` says: `published`, `data` or MIN,MAX.
+
+    Raises:
+        ConfigError: Something else, an empty range, or the constants of another scorer.
+    """
+    if text == "data":
+        return "data"
+    if text == "published":
+        if scorer != "pickscore":
+            raise ConfigError(
+                f"--smooth published: the published range is that of pickscore, and labels come "
+                f"from {scorer}; give MIN,MAX, or data for the range of these scores"
+            )
+        return "published"
+    low, _, high = text.partition(",")
+    try:
+        limits = (float(low), float(high))
+    except ValueError:
+        raise ConfigError(
+            f"--smooth {text}: must be published, data, or MIN,MAX, e.g. 0.115,0.282"
+        ) from None
+    if not (all(map(math.isfinite, limits)) and limits[0] < limits[1]):
+        raise ConfigError(f"--smooth {text}: MIN must be less than MAX")
+    return limits
+
+
+def score_range(smooth: Smooth | None, scores: Sequence[float]) -> tuple[float, float] | None:
+    """The range [low, high] to smooth over; None without smoothing.
+
+    Raises:
+        DataError: The range of the data is wanted, and all of it has one score.
+    """
+    if smooth == "published":
+        return PUBLISHED_RANGE
+    if smooth != "data":
+        return smooth
+    low, high = min(scores), max(scores)
+    if low == high:
+        raise DataError(f"--smooth data: all pictures have the score {low:g}; give MIN,MAX")
+    return low, high
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A record with its scores, and what became of its label."""
+
+    record: dict[str, Any]
+    swapped: bool = False
+    tied: bool = False
+
+
+def label_pair(
+    record: Mapping[str, Any],
+    scores: Mapping[str, Sequence[float]],
+    *,
+    relabel: bool,
+    limits: tuple[float, float] | None,
+) -> Labelled:
+    """A pair with the scores of its two pictures.
+
+    `score_chosen` and `score_rejected` are those of the first scorer, which also labels; all go to
+    `meta.scores`. A label that is replaced goes to `meta.human`.
+
+    Args:
+        record: A canonical pair.
+        scores: Scorer name to (chosen, rejected).
+        relabel: The higher score wins, whatever the label was; equal scores are a tie.
+        limits: Range to smooth over: `p_chosen` replaces the label. None: it stays.
+
+    Departs: the released selectors make the first (SmPO: the second) picture of equal scores the
+        winner; here they are a tie. Without `relabel`, a label that the scores contradict gets a
+        `p_chosen` below 1/2.
+    """
+    row, own = dict(record), {name: list(values) for name, values in scores.items()}
+    first = next(iter(own))
+    swapped = relabel and own[first][1] > own[first][0]
+    tied = own[first][0] == own[first][1]
+    human: dict[str, Any] = {}
+    if relabel or limits is not None:
+        human = {key: row.pop(key) for key in (*_HUMAN, *_GRADED) if key in row}
+    if swapped:
+        order = {key: place for place, key in enumerate(row)}
+        pairs = ((_other_side(key), value) for key, value in row.items())
+        row = dict(sorted(pairs, key=lambda item: order.get(item[0], len(order))))
+        own = {name: values[::-1] for name, values in own.items()}
+    row["score_chosen"], row["score_rejected"] = own[first]
+    if limits is not None:
+        row["p_chosen"] = smoothed(own[first][0], own[first][1], *limits)
+    elif relabel and tied:
+        row["tie"] = True
+    meta: dict[str, Any] = {**(row.get("meta") or {}), "scores": own}
+    if human or relabel:
+        meta["human"] = {"swapped": swapped, **human}
+    return Labelled({**row, "meta": meta}, swapped, tied)
+
+
+def _other_side(key: str) -> str:
+    """The same key of the other picture: image_chosen for image_rejected."""
+    for side, other in (_SIDES, _SIDES[::-1]):
+        if key.endswith(side):
+            return key.removesuffix(side) + other
+    return key
+
+
+def label_list(
+    record: Mapping[str, Any], scores: Mapping[str, Sequence[float]], *, relabel: bool
+) -> Labelled:
+    """A ranked list with the scores of its pictures, in `meta.scores`.
+
+    With `relabel` those of the first scorer become its `scores`, and what was there goes to
+    `meta.human`; equal ones stay equal.
+    """
+    row, own = dict(record), {name: list(values) for name, values in scores.items()}
+    meta: dict[str, Any] = {**(row.get("meta") or {}), "scores": own}
+    first = own[next(iter(own))]
+    if relabel:
+        meta["human"] = {"scores": row.get("scores")}
+        row["scores"] = first
+    return Labelled({**row, "meta": meta}, False, len(set(first)) == 1)
+
+
+# A file of picture pairs or lists to the same with scores; `mmalign data score`.
 
 NAMED = 8
 """How many left-out rows a message names."""

@@ -9,9 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mmalign.diffusion.scorers.base import linear_head, require_pairs
-from mmalign.diffusion.scorers.towers import stacked, to_square
-from mmalign.diffusion.scorers.weights import Place, fill, read_state
+from mmalign.diffusion.scorers.towers import (
+    Place,
+    fill,
+    linear_head,
+    read_state,
+    require_pairs,
+    stacked,
+    to_square,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -3,21 +3,248 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from mmalign.diffusion.scorers.base import CosineScorer, linear_head, require_pairs, unit
-from mmalign.diffusion.scorers.weights import Place, fill, read_state
-from mmalign.errors import CheckpointError
+from mmalign.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from PIL.Image import Image
-    from torch import Tensor, nn
+    from torch import Tensor
+
+
+# What a scorer is, and the arithmetic that all of them share.
+
+
+class Scorer(Protocol):
+    """How good N pictures are for their N prompts; more is better."""
+
+    name: str
+
+    def __call__(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """Scores [N], float32 on the CPU, as the published model gives them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CosineScorer:
+    """A scorer with a tower for pictures and one for prompts.
+
+    score = scale * cos(picture, prompt)
+
+    Attributes:
+        name: What the scorer is called.
+        embed_pictures: N RGB pictures to [N, D], of any length.
+        embed_prompts: N texts to [N, D], of any length.
+        scale: exp(logit_scale) of PickScore; 1 for CLIP and HPS.
+    """
+
+    name: str
+    embed_pictures: Callable[[Sequence[Image]], Tensor]
+    embed_prompts: Callable[[Sequence[str]], Tensor]
+    scale: float = 1.0
+
+    def __call__(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """The published score [N], float32 on the CPU."""
+        return self.scale * self.cosine(pictures, prompts)
+
+    @torch.no_grad()
+    def cosine(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """The cosine without the scale [N], which SmPO's label is made from."""
+        require_pairs(pictures, prompts)
+        texts, index = distinct(prompts)
+        picture = unit(self.embed_pictures(pictures))  # [N, D]
+        text = unit(self.embed_prompts(texts)).to(picture.device)[index]  # [N, D]
+        return (picture * text).sum(-1).cpu()
+
+
+def unit(features: Tensor) -> Tensor:
+    """Features [N, D] of length 1, in float32: a half-precision norm costs the third digit."""
+    return F.normalize(features.float(), dim=-1)
+
+
+def distinct(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The different prompts and where each of the N is among them; pairs share theirs."""
+    place = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    return list(place), [place[prompt] for prompt in prompts]
+
+
+def require_pairs(pictures: Sequence[Image], prompts: Sequence[str]) -> None:
+    """Refuse an empty batch, and pictures without a prompt each.
+
+    Raises:
+        DataError: with the two numbers.
+    """
+    if not pictures or len(pictures) != len(prompts):
+        raise DataError(
+            f"a scorer was given {len(pictures)} pictures and {len(prompts)} prompts; it needs as "
+            "many prompts as pictures, and at least one"
+        )
+
+
+def linear_head(width: int = 768) -> nn.Module:
+    """width-1024-128-64-16-1 without activations, as the aesthetic predictor and ImageReward have.
+
+    Five matrices in a row amount to one; they are kept apart because the released files hold them
+    so. Where the releases have dropout, which does nothing when scoring, is the identity: it keeps
+    their parameter names, `layers.0` to `layers.7`.
+    """
+    head = nn.Module()
+    head.layers = nn.Sequential(
+        nn.Linear(width, 1024),
+        nn.Identity(),
+        nn.Linear(1024, 128),
+        nn.Identity(),
+        nn.Linear(128, 64),
+        nn.Identity(),
+        nn.Linear(64, 16),
+        nn.Linear(16, 1),
+    )
+    return head
+
+
+# Where the weights of a scorer are, and how they are read without running what a file holds.
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one scorer looks: a local file or folder first, then the hub (and its cache).
+
+    Attributes:
+        scorer: Its name, for messages.
+        path: A folder with the files under their released names, or the main file itself; None for
+            the hub.
+    """
+
+    scorer: str
+    path: Path | None = None
+
+    def main(self, repo: str, *names: str) -> Path:
+        """The file with the scorer's own weights; a `path` that lacks it is an error."""
+        if self.path is None:
+            return self.from_hub(repo, *names)
+        if self.path.is_file():
+            return self.path
+        found = self._local(names)
+        if found is None:
+            lacks = " nor ".join(names)
+            what = f"has no {lacks}" if self.path.is_dir() else "is neither a file nor a folder"
+            raise CheckpointError(f"scorer {self.scorer}: {self.path} {what} (of {repo})")
+        return found
+
+    def other(self, repo: str, *names: str) -> Path:
+        """A file that a local folder may have besides; without it, the hub's."""
+        return self._local(names) or self.from_hub(repo, *names)
+
+    def folder(self, repo: str, *needed: tuple[str, ...]) -> str:
+        """The local folder where it has one file of each group `needed`, else the hub name."""
+        return repo if None in [self._local(names) for names in needed] else str(self.path)
+
+    def _local(self, names: tuple[str, ...]) -> Path | None:
+        folder = self.path if self.path is not None and self.path.is_dir() else None
+        files = [folder / name for name in names] if folder else []
+        return next((file for file in files if file.is_file()), None)
+
+    def from_hub(self, repo: str, *names: str) -> Path:
+        """The first of `names` that a hub repository has, downloaded once."""
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        for name in names:
+            cached = try_to_load_from_cache(repo, name)
+            if isinstance(cached, str):
+                return Path(cached)
+        for name in names[:-1]:
+            try:
+                return Path(hf_hub_download(repo, name))
+            except LocalEntryNotFoundError:
+                break  # the hub is out of reach
+            except EntryNotFoundError:
+                continue
+            except (OSError, ValueError):
+                break  # told below
+        return Path(self.reading(f"{names[-1]} of {repo}", hf_hub_download, repo, names[-1]))
+
+    def reading(self, what: str, read: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """read(*args, **options); what fails there says how to give the weights by hand.
+
+        Raises:
+            CheckpointError: naming `what`, a hub repository or a file of one.
+        """
+        try:
+            return read(*args, **options)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"scorer {self.scorer} needs {what} from the hub, which cannot be had "
+                f"here: {_first_line(error)} Fetch it where the hub can be reached, put its "
+                f"files into one folder, and give that as {self.scorer}=DIR"
+            ) from error
+
+
+def read_state(file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file, under the names it has.
+
+    Raises:
+        CheckpointError: The file is no checkpoint, or holds more than tensors and plain values.
+    """
+    if file.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
+    try:
+        value = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: cannot be read as a checkpoint of tensors alone: {_first_line(error)} A "
+            "file that runs code when it is opened is refused; save its state dict as safetensors"
+        ) from error
+    state = value.get("state_dict", value) if isinstance(value, dict) else value
+    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+        raise CheckpointError(f"{file}: holds no state dict of tensors")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().strip("'").splitlines()
+    return lines[0].rstrip(".:") + "." if lines else f"{type(error).__name__}."
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
+    """Give a model the tensors of a file; every one must be there, fit, and be wanted.
+
+    The tensors become the parameters themselves, so the model may have been built without memory.
+
+    Raises:
+        CheckpointError: naming the first that is not.
+    """
+    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    problems = [f"lacks {name}" for name in own if name not in state]
+    problems += [f"has {name}, which the model has not" for name in state if name not in own]
+    problems += [
+        f"has {name} of shape {list(state[name].shape)} for {list(shape)}"
+        for name, shape in own.items()
+        if name in state and state[name].shape != shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 1} other differences" if len(problems) > 1 else ""
+        raise CheckpointError(f"{file}: is not a checkpoint of this model: {problems[0]}{more}")
+    model.load_state_dict(state, assign=True)
+
+
+# The scorers on CLIP towers: CLIP, HPS v2 and v2.1, PickScore, and the aesthetic predictor.
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 CLIP_L = "timm/vit_large_patch14_clip_224.openai"

@@ -10,10 +10,9 @@ from goldens import fold, load, tensor
 from torch import Tensor
 
 from mmalign.core import CandidateLogps, Loss, Objective
-from mmalign.diffusion.draws import Draws
-from mmalign.diffusion.point import Point, Predict
+from mmalign.diffusion.estimators import Draws, Point, Predict
 from mmalign.diffusion.process import NoiseProcess, VPTable
-from mmalign.diffusion.scoring import denoising_error
+from mmalign.diffusion.scores import denoising_error
 
 GOLDEN = load("diffusion")
 

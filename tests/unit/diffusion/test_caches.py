@@ -19,15 +19,13 @@ from tiny_diffusion import make_sd3
 
 from mmalign.config import RunConfig
 from mmalign.core import Needs
-from mmalign.diffusion import cache_plan, latents, notes, write_cache
+from mmalign.diffusion import cache_plan, components, tools
+from mmalign.diffusion import pictures as notes
 from mmalign.diffusion.adapter import DiffusionAdapter
-from mmalign.diffusion.conditioning import PromptEncoder
-from mmalign.diffusion.denoiser import Condition
-from mmalign.diffusion.error_bank import ErrorBank
-from mmalign.diffusion.latent_cache import LatentCache
+from mmalign.diffusion.cache import ErrorBank, LatentCache, PromptCache
+from mmalign.diffusion.cache_plan import Processes, ahead, duration, progress
+from mmalign.diffusion.conditioning import Condition, PromptEncoder
 from mmalign.diffusion.pictures import prepare, row_pictures
-from mmalign.diffusion.prompt_cache import PromptCache
-from mmalign.diffusion.work import Processes, ahead, duration, progress
 from mmalign.errors import ConfigError
 from mmalign.inference import plan_cache
 from mmalign.inference import write_cache as write
@@ -81,7 +79,7 @@ def test_cached_latents_are_those_of_the_vae(
     config = configured(pipeline, tmp_path, diffusion={"resolution": 32, **buckets})
     write(config)
     rows, cache = rows_of(config), LatentCache(config)
-    vae = latents.load_vae(str(pipeline), config.diffusion)
+    vae = components.load_vae(str(pipeline), config.diffusion)
     shapes = set()
     for row in rows:
         done = prepare(row_pictures(row), config.diffusion, None)
@@ -143,7 +141,7 @@ def test_training_from_caches_loads_no_vae_and_no_encoder(
     with pytest.raises(ConfigError, match="mmalign cache CONFIG"):
         build_adapter(stored, needs).before_training(rows)
     write(stored)
-    monkeypatch.setattr(latents.Vae, "load", refuse)
+    monkeypatch.setattr(components.Vae, "load", refuse)
     monkeypatch.setattr(PromptEncoder, "load", refuse)
     adapter = build_adapter(stored, needs)
     adapter.before_training(rows)
@@ -302,7 +300,7 @@ def test_nothing_is_computed_twice(
 ) -> None:
     _, config = written
     before = entries(notes.cache_folder(config))
-    for kind in (latents.Vae, PromptEncoder):
+    for kind in (components.Vae, PromptEncoder):
         monkeypatch.setattr(kind, "load", refuse)
     monkeypatch.setattr(notes, "decode_all", lambda pictures, _: refuse() if pictures else {})
     assert "latents: 0 written, 6 were there; prompts: 0 written, 4" in write(config)
@@ -338,7 +336,7 @@ def test_processes_share_the_work(sd15_dir: Path, tmp_path: Path) -> None:
     config = configured(sd15_dir, tmp_path, num=6, reference=BANKED)
     rows, needs = rows_of(config), check(config).needs
     places = [Processes(torch.device("cpu"), i, 2) for i in range(2)]
-    for name, stage in write_cache.STAGES.items():
+    for name, stage in tools.STAGES.items():
         numbers = [stage(config, needs, rows, place) for place in places]
         assert sum(numbers) == {"latents": 12, "prompts": 7, "reference errors": 6}[name]
         assert all(numbers), name
@@ -428,7 +426,7 @@ def test_unfinished_shards_of_killed_runs_are_swept(tmp_path: Path) -> None:
     for file in (old, new):
         file.write_bytes(b"x")
     os.utime(old, (1, 1))
-    write_cache.sweep(tmp_path)
+    tools.sweep(tmp_path)
     assert not old.exists()
     assert new.exists()
 
@@ -460,7 +458,7 @@ def test_progress_is_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter([0.0, 1.0, 10.0, 11.0, 45.0])
-    monkeypatch.setattr("mmalign.diffusion.work.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("mmalign.diffusion.cache_plan.time.monotonic", lambda: next(clock))
     with progress("latents", 1000) as seen:
         for _ in range(4):
             seen(100)
@@ -489,15 +487,15 @@ def test_stopped_by_hand_nothing_is_lost(
     sd15_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configured(sd15_dir, tmp_path)
-    encode, calls = latents.Vae.encode, []
+    encode, calls = components.Vae.encode, []
 
-    def interrupted(vae: latents.Vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def interrupted(vae: components.Vae, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return encode(vae, pixels)
 
-    monkeypatch.setattr(latents.Vae, "encode", interrupted)
+    monkeypatch.setattr(components.Vae, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write(config)
     assert "latents: 3 written, 3 were there" in write(config)
@@ -507,12 +505,12 @@ def test_batches_of_pictures_are_always_full(
     sd15_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on an accelerator: what a picture is encoded beside changes with what is missing."""
-    monkeypatch.setattr(write_cache, "pictures_at_once", lambda shape, place: 4)
+    monkeypatch.setattr(tools, "pictures_at_once", lambda shape, place: 4)
     whole = configured(sd15_dir, tmp_path, diffusion={"cache_folder": str(tmp_path / "whole")})
     write(whole)
     config = configured(sd15_dir, tmp_path)
     rows, place = rows_of(config), Processes(torch.device("cpu"))
-    stage = write_cache.STAGES["latents"]
+    stage = tools.STAGES["latents"]
     assert [stage(config, check(config).needs, [row], place) for row in rows] == [2, 2, 2]
     kinds = [
         {

@@ -17,9 +17,8 @@ from tiny import run_config
 from torch import Tensor, nn
 
 from mmalign.config import DiffusionConfig, LoraSpec, ModelConfig
-from mmalign.diffusion.export import save_trained
-from mmalign.diffusion.lora_export import COMFYUI_LORA, KOHYA_LORA
-from mmalign.diffusion.models import load_components
+from mmalign.diffusion.components import load_components
+from mmalign.diffusion.export import COMFYUI_LORA, KOHYA_LORA, save_trained
 from mmalign.diffusion.pipeline import family_of
 from mmalign.models import lora
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mmalign.config import ModelConfig
-from mmalign.diffusion.denoiser import Condition, predict
-from mmalign.diffusion.models import load_denoiser
+from mmalign.diffusion.components import load_denoiser
+from mmalign.diffusion.conditioning import Condition, predict
 from mmalign.errors import ConfigError, NeedsError
 
 

@@ -372,7 +372,7 @@ def test_teacher_without_a_prompt_is_told_the_same_sizes(
     sdxl_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mmalign.diffusion import scores
-    from mmalign.diffusion.denoiser import predict
+    from mmalign.diffusion.conditioning import predict
 
     told: list[torch.Tensor] = []
     plain = predict

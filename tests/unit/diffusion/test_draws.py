@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mmalign.diffusion.draws import Draws, seed_of
+from mmalign.diffusion.estimators import Draws, seed_of
 
 
 def test_seeds_are_stable_and_tell_parts_apart() -> None:

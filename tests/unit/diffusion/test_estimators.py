@@ -10,10 +10,20 @@ from nets import Net, table
 from torch import Tensor
 
 from mmalign.config import DiffusionConfig, EstimatorSpec
-from mmalign.diffusion.draws import Draws
-from mmalign.diffusion.estimators import DDIMInversion, ForwardNoise, ReNoise, build_estimator
-from mmalign.diffusion.process import NoiseProcess, RectifiedFlow, VPTable, process_from
-from mmalign.diffusion.schedules import zero_terminal
+from mmalign.diffusion.estimators import (
+    DDIMInversion,
+    Draws,
+    ForwardNoise,
+    ReNoise,
+    build_estimator,
+)
+from mmalign.diffusion.process import (
+    NoiseProcess,
+    RectifiedFlow,
+    VPTable,
+    process_from,
+    zero_terminal,
+)
 from mmalign.errors import ConfigError
 
 INVERSIONS: list[Any] = [

@@ -17,10 +17,16 @@ from tiny import run_config
 from torch import Tensor, nn
 
 from mmalign.config import DiffusionConfig, LoraSpec, ModelConfig
-from mmalign.diffusion.export import continue_lora, load_trained, save_trained
-from mmalign.diffusion.kohya import diffusers_reads, kohya_tensors
-from mmalign.diffusion.lora_export import COMFYUI_LORA, KOHYA_LORA
-from mmalign.diffusion.models import Components, load_components
+from mmalign.diffusion.components import Components, load_components
+from mmalign.diffusion.export import (
+    COMFYUI_LORA,
+    KOHYA_LORA,
+    continue_lora,
+    diffusers_reads,
+    kohya_tensors,
+    load_trained,
+    save_trained,
+)
 from mmalign.errors import CheckpointError
 from mmalign.models import lora
 from mmalign.models.lora_files import DIFFUSERS_LORA, LoraWeights, places_by_name

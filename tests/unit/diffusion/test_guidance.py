@@ -11,7 +11,7 @@ from goldens import compare, tensor
 from nets import GOLDEN
 from safetensors.torch import load_file, save_file
 
-from mmalign.diffusion.guidance import guided
+from mmalign.diffusion.sample import guided
 from mmalign.models.merge import merge_checkpoints
 
 NPO = GOLDEN["npo"]

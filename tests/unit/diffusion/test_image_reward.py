@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmalign.diffusion.scorers import load_scorer
 from mmalign.diffusion.scorers.image_reward import ImageReward, ImageRewardModel, from_released
-from mmalign.diffusion.scorers.weights import fill
+from mmalign.diffusion.scorers.towers import fill
 
 
 def test_image_reward_has_a_place_for_every_released_parameter() -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from mmalign.config import DiffusionConfig
-from mmalign.diffusion import latents, tiny_vae
-from mmalign.diffusion.latents import PixelSpace, Vae, load_vae
+from mmalign.diffusion import components
+from mmalign.diffusion.components import PixelSpace, Vae, load_vae
 from mmalign.errors import ConfigError
 
 
@@ -75,7 +75,7 @@ def test_pieces_give_the_whole(sd15_dir: Path, monkeypatch: pytest.MonkeyPatch) 
     for name in ("_encode", "_decode"):
         step = getattr(vae, name)
         monkeypatch.setattr(vae, name, lambda x, step=step: (calls.append(len(x)), step(x))[1])
-    monkeypatch.setattr(latents, "PIXELS_AT_ONCE", 64 * 32)
+    monkeypatch.setattr(components, "PIXELS_AT_ONCE", 64 * 32)
     for found, expected in zip(vae.encode(pictures(3)), whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(vae.decode(whole[0]), decoded, rtol=1e-4, atol=1e-5)
@@ -179,7 +179,7 @@ def test_the_tiny_autoencoder_is_diffusers_one_but_for_its_pools() -> None:
     from diffusers import AutoencoderTiny
 
     torch.manual_seed(2)
-    model = tiny_vae.TinyAutoencoder(width=8, latent_channels=4, blocks=2, magnitude=3)
+    model = components.TinyAutoencoder(width=8, latent_channels=4, blocks=2, magnitude=3)
     widths, blocks = (8, 8, 8, 8), (1, 2, 2, 2)
     own = AutoencoderTiny(
         encoder_block_out_channels=widths,
@@ -209,7 +209,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"encoder.0.weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
     with pytest.raises(ConfigError, match=r"not those of config\.json"):
-        tiny_vae.load(tmp_path, torch.float32)
+        components.load(tmp_path, torch.float32)
 
 
 def test_a_real_tiny_autoencoder_gives_pictures_back(

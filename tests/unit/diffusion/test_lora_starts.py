@@ -13,8 +13,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from mmalign.config import DiffusionConfig, LoraSpec, ModelConfig
+from mmalign.diffusion.components import load_components
 from mmalign.diffusion.export import continue_lora, load_trained
-from mmalign.diffusion.models import load_components
 from mmalign.errors import CheckpointError
 from mmalign.models import lora
 from mmalign.models.merge import merge_checkpoints

@@ -10,8 +10,7 @@ from nets import table
 from mmalign.config import RunConfig
 from mmalign.core import presets
 from mmalign.diffusion.methods import IN_ERRORS, check_method, check_process
-from mmalign.diffusion.process import RectifiedFlow, VPTable
-from mmalign.diffusion.schedules import zero_terminal
+from mmalign.diffusion.process import RectifiedFlow, VPTable, zero_terminal
 
 
 def config(objective: Any, diffusion: Any = None, **sections: Any) -> RunConfig:

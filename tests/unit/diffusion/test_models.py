@@ -13,10 +13,8 @@ import torch
 
 from mmalign.config import DiffusionConfig, LoraSpec, ModelConfig
 from mmalign.diffusion import pipeline
-from mmalign.diffusion.conditioning import PromptEncoder
-from mmalign.diffusion.denoiser import Condition, predict
-from mmalign.diffusion.latents import load_vae
-from mmalign.diffusion.models import load_components, load_denoiser
+from mmalign.diffusion.components import load_components, load_denoiser, load_vae
+from mmalign.diffusion.conditioning import Condition, PromptEncoder, predict
 from mmalign.diffusion.pipeline import component_fingerprint, family_of, plain_weights
 from mmalign.errors import ConfigError
 from mmalign.models import lora

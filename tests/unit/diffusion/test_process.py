@@ -11,9 +11,16 @@ from goldens import compare, tensor
 from nets import GOLDEN, table
 
 from mmalign.config import TimestepSpec
-from mmalign.diffusion.process import NoiseProcess, RectifiedFlow, VPTable, process_from
-from mmalign.diffusion.schedules import alphas_cumprod, betas, zero_terminal
-from mmalign.diffusion.timesteps import draw_timesteps
+from mmalign.diffusion.process import (
+    NoiseProcess,
+    RectifiedFlow,
+    VPTable,
+    alphas_cumprod,
+    betas,
+    draw_timesteps,
+    process_from,
+    zero_terminal,
+)
 from mmalign.errors import ConfigError
 
 SCHEDULE = GOLDEN["schedule"]

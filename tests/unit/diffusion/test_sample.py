@@ -13,13 +13,10 @@ from tiny import run_config
 from torch import Tensor, nn
 
 from mmalign.config import DiffusionConfig, LoraSpec, ModelConfig, PictureSampleSpec
-from mmalign.diffusion.conditioning import PromptEncoder
-from mmalign.diffusion.denoiser import Condition
+from mmalign.diffusion.components import Components, load_components, load_denoiser, load_vae
+from mmalign.diffusion.conditioning import Condition, PromptEncoder
 from mmalign.diffusion.export import save_trained
-from mmalign.diffusion.latents import load_vae
-from mmalign.diffusion.models import Components, load_components, load_denoiser
-from mmalign.diffusion.negative import load_negative
-from mmalign.diffusion.sample import denoise, generate, scheduler_for, start_noise
+from mmalign.diffusion.sample import denoise, generate, load_negative, scheduler_for, start_noise
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models import lora
 

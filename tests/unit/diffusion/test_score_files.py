@@ -22,12 +22,13 @@ from mmalign.cli import app
 from mmalign.data.jobs import Journal
 from mmalign.data.records import read_records
 from mmalign.diffusion.scorers import load_scorer
-from mmalign.diffusion.scorers.files import Source, score_file
-from mmalign.diffusion.scorers.labels import (
+from mmalign.diffusion.scorers.files import (
     PUBLISHED_RANGE,
+    Source,
     label_list,
     label_pair,
     parse_smooth,
+    score_file,
     score_range,
     smoothed,
 )

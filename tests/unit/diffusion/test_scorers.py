@@ -17,10 +17,14 @@ from tiny_scorers import TOWER, picture, write_pickscore
 from torch import Tensor
 
 from mmalign.diffusion.scorers import SCORERS, CosineScorer, load_scorer, parse_scorer
-from mmalign.diffusion.scorers.base import linear_head
 from mmalign.diffusion.scorers.image_reward import standardised
-from mmalign.diffusion.scorers.towers import build_open_clip, to_square
-from mmalign.diffusion.scorers.weights import fill, read_state
+from mmalign.diffusion.scorers.towers import (
+    build_open_clip,
+    fill,
+    linear_head,
+    read_state,
+    to_square,
+)
 from mmalign.errors import CheckpointError, ConfigError, DataError
 
 GOLDEN = json.loads(

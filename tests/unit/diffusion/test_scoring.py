@@ -13,12 +13,9 @@ from nets import Net, logps, table
 from torch import Tensor
 
 from mmalign.core import presets
-from mmalign.diffusion.draws import Draws
-from mmalign.diffusion.estimators import DDIMInversion, ForwardNoise
-from mmalign.diffusion.point import Point
-from mmalign.diffusion.process import NoiseProcess, RectifiedFlow, VPTable
-from mmalign.diffusion.schedules import zero_terminal
-from mmalign.diffusion.scoring import denoising_error
+from mmalign.diffusion.estimators import DDIMInversion, Draws, ForwardNoise, Point
+from mmalign.diffusion.process import NoiseProcess, RectifiedFlow, VPTable, zero_terminal
+from mmalign.diffusion.scores import denoising_error
 
 ON_PAIRS = ["diffusion_dpo", "smpo", "inpo", "diffusion_npo", "dcpo", "flow_dpo"]
 PROCESSES: list[Any] = [

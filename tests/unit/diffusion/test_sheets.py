@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmalign.diffusion.sheets import grid, sheet, shown, write_sheet
+from mmalign.diffusion.samples import grid, sheet, shown, write_sheet
 
 
 def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:

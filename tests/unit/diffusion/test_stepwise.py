@@ -58,7 +58,7 @@ def test_pairs_of_a_step() -> None:
 
 
 def test_a_deterministic_step_is_the_samplers() -> None:
-    from mmalign.diffusion.moves import ddim_move
+    from mmalign.diffusion.process import ddim_move
 
     process, t = table(), torch.tensor([801, 401, 51])
     eps, x = torch.randn(2, 3, 4, 2, 2, dtype=torch.float64)

@@ -12,11 +12,9 @@ from torch import nn
 
 from mmalign.config import EstimatorSpec
 from mmalign.core import CandidateLogps, presets
-from mmalign.diffusion.draws import Draws
-from mmalign.diffusion.process import RectifiedFlow, VPTable
-from mmalign.diffusion.schedules import zero_terminal
-from mmalign.diffusion.scoring import denoising_error
-from mmalign.diffusion.teacher import Truncated
+from mmalign.diffusion.estimators import Draws, Truncated
+from mmalign.diffusion.process import RectifiedFlow, VPTable, zero_terminal
+from mmalign.diffusion.scores import denoising_error
 from mmalign.errors import ConfigError
 from mmalign.models.reference import Ema, copy_of
 

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmalign.config import DiffusionConfig, ModelConfig
+from mmalign.diffusion.components import load_components
 from mmalign.diffusion.export import continue_lora
-from mmalign.diffusion.models import load_components
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models.merge import merge_checkpoints
 

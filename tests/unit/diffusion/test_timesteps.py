@@ -8,8 +8,7 @@ from nets import table
 from pydantic import ValidationError
 
 from mmalign.config import TimestepSpec
-from mmalign.diffusion.process import RectifiedFlow
-from mmalign.diffusion.timesteps import draw_timesteps
+from mmalign.diffusion.process import RectifiedFlow, draw_timesteps
 
 EVEN = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
 

@@ -1,10 +1,6 @@
-"""`mmalign cache` for diffusion: pictures, captions and reference errors, each computed once.
+"""What commands do with image models beside training.
 
-Only what is missing is computed. What is finished is on disk within half a minute, in shards that
-are renamed into place when complete, so the work may be stopped at any moment, also by SIGKILL, and
-goes on from there. An entry's values do not depend on which others are computed with it: batches
-never mix rows in a way that changes with what is missing, so a cache written in pieces equals one
-written at once.
+`mmalign cache`, and how long it will take.
 """
 
 from __future__ import annotations
@@ -21,30 +17,53 @@ import numpy as np
 import torch
 
 from mmalign.data.jobs import only_writer
-from mmalign.diffusion import latents
-from mmalign.diffusion.cache_plan import (
+from mmalign.diffusion import components, pictures
+from mmalign.diffusion.cache import (
+    ErrorBank,
+    LatentCache,
+    PromptCache,
     banks_errors,
-    captions_to_store,
     check_cacheable,
+    has_latents,
+)
+from mmalign.diffusion.cache_plan import (
+    Processes,
+    ahead,
+    captions_to_store,
+    duration,
     pictures_of,
     plan_rows,
+    progress,
 )
 from mmalign.diffusion.conditioning import PromptEncoder
-from mmalign.diffusion.error_bank import ErrorBank
-from mmalign.diffusion.latent_cache import LatentCache, has_latents
-from mmalign.diffusion.notes import PictureNotes, cache_folder, look
-from mmalign.diffusion.pictures import Frame, prepare, row_pictures
-from mmalign.diffusion.prompt_cache import PromptCache
-from mmalign.diffusion.work import Processes, ahead, progress
+from mmalign.diffusion.pictures import (
+    Frame,
+    PictureNotes,
+    cache_folder,
+    look,
+    prepare,
+    row_pictures,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from mmalign.config import RunConfig
     from mmalign.core import Needs
     from mmalign.data.example import Example
+    from mmalign.diffusion.cache_plan import Plan
 
+
+# `mmalign cache` for diffusion: pictures, captions and reference errors, each computed once.
+#
+# Only what is missing is computed. What is finished is on disk within half a minute, in shards that
+# are renamed into place when complete, so the work may be stopped at any moment, also by SIGKILL,
+# and goes on from there. An entry's values do not depend on which others are computed with it:
+# batches never mix rows in a way that changes with what is missing, so a cache written in pieces
+# equals one written at once.
+
+if TYPE_CHECKING:
     Pixels = np.ndarray[Any, np.dtype[np.float32]]
 
 log = logging.getLogger("mmalign.diffusion")
@@ -145,7 +164,9 @@ def _write_latents(
     if not total:
         return 0
     model = config.model
-    vae = latents.load_vae(model.path, config.diffusion, revision=model.revision).to(place.device)
+    vae = components.load_vae(model.path, config.diffusion, revision=model.revision).to(
+        place.device
+    )
     waiting: dict[tuple[int, ...], list[tuple[str, Pixels, Frame]]] = defaultdict(list)
 
     def load(task: tuple[Example, list[_Item]]) -> list[tuple[str, Pixels, Frame]]:
@@ -217,7 +238,7 @@ def pictures_at_once(shape: tuple[int, ...], place: Processes) -> int:
     """Pictures [3, H, W] a call of the VAE; a CPU gains nothing from several."""
     if place.device.type == "cpu":
         return 1
-    return max(1, latents.PIXELS_AT_ONCE // (shape[1] * shape[2]))
+    return max(1, components.PIXELS_AT_ONCE // (shape[1] * shape[2]))
 
 
 def _write_prompts(
@@ -282,3 +303,89 @@ STAGES = {
     "reference errors": _write_errors,
 }
 """A plan's parts and what writes them, in this order: errors are those of stored latents."""
+
+
+# How long `mmalign cache` will take: an entry of each kind is computed and timed, not stored.
+
+
+def forecast(plan: Plan, config: RunConfig, needs: Needs) -> str:
+    """A sentence on the time that writing what is missing takes on this machine.
+
+    Loads each part's model in turn, as writing does. Reading pictures is not in it: threads do that
+    while the VAE works.
+
+    Args:
+        plan: What is missing.
+        config: The run.
+        needs: Of its objective.
+    """
+    parts: list[str] = []
+    total = 0.0
+    for part in plan.parts:
+        if not part.missing:
+            continue
+        seconds = part.missing * _TIMERS[part.name](config, needs)
+        total += seconds
+        parts.append(f"{part.name} {duration(seconds)}")
+    if not parts:
+        return "nothing is left to compute"
+    return f"about {duration(total)} on this device ({', '.join(parts)}), by timing one entry each"
+
+
+def _latents(config: RunConfig, needs: Needs) -> float:
+    place, model, side = Processes.launched(), config.model, config.diffusion.resolution
+    vae = components.load_vae(model.path, config.diffusion, revision=model.revision).to(
+        place.device
+    )
+    size = pictures_at_once((3, side, side), place)
+    pixels = torch.zeros(size, 3, side, side, device=place.device)
+    return _seconds(lambda: vae.encode(pixels)) / size
+
+
+def _prompts(config: RunConfig, needs: Needs) -> float:
+    place, model = Processes.launched(), config.model
+    dtype = getattr(torch, model.dtype)
+    encoder = PromptEncoder.load(model.path, None, dtype, place.device, revision=model.revision)
+    size = 1 if place.device.type == "cpu" else CAPTIONS_AT_ONCE
+    return _seconds(lambda: encoder.encode(["a picture"] * size)) / size
+
+
+def _errors(config: RunConfig, needs: Needs) -> float:
+    from mmalign.core import Needs
+    from mmalign.diffusion.adapter import DiffusionAdapter
+    from mmalign.models.adapter import load_usable
+
+    rows = load_usable(config, needs)[0][:1]
+    place, draws = Processes.launched(), config.diffusion.num_draws
+    policy = DiffusionAdapter.for_bank(config, Needs()).to(place.device).eval()
+    policy.before_training(rows)
+    size = min(draws, config.train.eval_batch_size or config.train.batch_size)
+    batch = policy.collate(rows * size, list(range(size))).to(place.device)
+    return _seconds(lambda: policy(batch, Needs())) * draws / size
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Of a second call; the first one also sets things up."""
+    with torch.no_grad():
+        for _ in range(2):
+            began = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            found = time.perf_counter() - began
+    return found
+
+
+_TIMERS: dict[str, Callable[[RunConfig, Needs], float]] = {
+    "latents": _latents,
+    "prompts": _prompts,
+    "reference errors": _errors,
+}
+
+
+def show_rows(config: RunConfig, examples: Sequence[Example]) -> Any:
+    """Captions, files, sizes, crops and labels, for a terminal."""
+    from rich.text import Text
+
+    shown = [pictures.describe_row(row, config.diffusion) for row in examples]
+    return Text("\n\n".join(shown))

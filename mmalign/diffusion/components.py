@@ -1,0 +1,493 @@
+"""The parts of a pipeline: denoisers, and the VAE between pictures and latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+
+from mmalign.diffusion.pipeline import (
+    Family,
+    component,
+    component_fingerprint,
+    denoiser_config,
+    family_of,
+    has_component,
+    load_part,
+    pipeline_folder,
+    read_json,
+    scheduler_config,
+)
+from mmalign.errors import ConfigError
+from mmalign.models.files import denoiser_folder, weight_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmalign.config import DiffusionConfig, ModelConfig
+
+
+# Tiny autoencoders whose middle blocks pool over the whole picture, which diffusers lacks.
+#
+# Three halvings, blocks of three convolutions in between. In the encoder's last stage and the
+# decoder's first a block adds a term before its convolutions:
+# x + conv1x1(relu(groupnorm(conv1x1(x, 4 width))), width), normed in 4 groups.
+#
+# Source: madebyollin/taesd (taesd.py), the autoencoder of FLUX.2's latents.
+
+_STAGES = 3
+
+
+def is_tiny(config: Mapping[str, Any]) -> bool:
+    """Whether a vae/config.json is of this kind: without a class of diffusers, named by `kind`."""
+    return "_class_name" not in config and str(config.get("kind", "")).startswith("tiny autoenc")
+
+
+class TinyAutoencoder(nn.Module):
+    """Pixels in [-1, 1] to latents and back; encoding has no spread.
+
+    Args:
+        width: Channels of every block.
+        latent_channels: C of the latents.
+        blocks: Blocks a stage; the stage next to the pixels has one.
+        magnitude: Latents are bent into [-magnitude, magnitude] before decoding.
+    """
+
+    def __init__(self, width: int, latent_channels: int, blocks: int, magnitude: float) -> None:
+        super().__init__()
+        encoder: list[nn.Module] = [_conv(3, width), _Block(width)]
+        for stage in range(_STAGES):
+            encoder.append(_conv(width, width, stride=2, bias=False))
+            encoder += [_Block(width, pools=stage == _STAGES - 1) for _ in range(blocks)]
+        encoder.append(_conv(width, latent_channels))
+        decoder: list[nn.Module] = [_Bend(magnitude), _conv(latent_channels, width), nn.ReLU()]
+        for stage in range(_STAGES):
+            decoder += [_Block(width, pools=stage == 0) for _ in range(blocks)]
+            decoder += [nn.Upsample(scale_factor=2), _conv(width, width, bias=False)]
+        decoder += [_Block(width), _conv(width, 3)]
+        self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
+
+    def encode(self, pixels: Tensor) -> Tensor:  # [N, 3, H, W] -> [N, C, H/8, W/8]
+        """Latents; the network itself reads pixels in [0, 1]."""
+        return self.encoder(pixels / 2 + 0.5)
+
+    def decode(self, latents: Tensor) -> Tensor:  # [N, C, h, w] -> [N, 3, 8h, 8w]
+        """Pixels around [-1, 1]."""
+        return self.decoder(latents) * 2 - 1
+
+
+def load(folder: Path, dtype: torch.dtype) -> TinyAutoencoder:
+    """The autoencoder of a folder with config.json and safetensors.
+
+    Raises:
+        ConfigError: The weights do not fit the config.
+    """
+    import json
+
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    magnitude = max(config.get("latent_range", [3]))
+    model = TinyAutoencoder(
+        config["width"], config["latent_channels"], config["blocks_per_stage"], magnitude
+    )
+    state = {k: v for file in weight_files(folder) for k, v in load_file(str(file)).items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ConfigError(f"{folder}: the weights are not those of config.json: {error}") from error
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, *, pools: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            _conv(width, width), nn.ReLU(), _conv(width, width), nn.ReLU(), _conv(width, width)
+        )
+        self.pool = None
+        if pools:
+            inner = 4 * width
+            self.pool = nn.Sequential(
+                nn.Conv2d(width, inner, 1, bias=False),
+                nn.GroupNorm(4, inner),
+                nn.ReLU(),
+                nn.Conv2d(inner, width, 1, bias=False),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pool is not None:
+            x = x + self.pool(x)
+        return torch.relu(self.conv(x) + x)
+
+
+class _Bend(nn.Module):
+    def __init__(self, magnitude: float) -> None:
+        super().__init__()
+        self.magnitude = magnitude
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / self.magnitude) * self.magnitude
+
+
+def _conv(ins: int, outs: int, *, stride: int = 1, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(ins, outs, 3, stride=stride, padding=1, bias=bias)
+
+
+# Pictures to latents and back: the VAE of a pipeline, or pixels where it has none.
+
+PIXELS_AT_ONCE = 1 << 20  # four pictures of 512 x 512, which take 3 GiB to encode, 4 to decode
+_LAYOUT = torch.channels_last  # a sixth less time on a CPU; nothing of a VAE is saved again
+
+
+class Vae:
+    """An autoencoder, frozen; its latents are scaled as the denoiser was trained on them.
+
+    z = (raw - shift) * scale, with shift and scale numbers, or one a channel.
+
+    Attributes:
+        factor: Pixels a side of one latent.
+        channels: C of the latents.
+        is_random: Whether encoding has a spread (a variational autoencoder).
+    """
+
+    def __init__(
+        self, model: nn.Module, config: dict[str, Any], path: str | Path, revision: str | None
+    ) -> None:
+        self.model, self._config = model.to(memory_format=_LAYOUT), config  # pyright: ignore
+        self._path, self._revision = path, revision
+        self.channels = int(config["latent_channels"])
+        self.factor = _factor(config)
+        self.is_random = config.get("_class_name") == "AutoencoderKL"
+        shift = config.get("latents_mean") or config.get("shift_factor") or 0.0
+        spread = config.get("latents_std") or 1.0
+        self._shift = torch.tensor(shift, dtype=torch.float32).view(1, -1, 1, 1)
+        scale = torch.tensor(config.get("scaling_factor") or 1.0, dtype=torch.float32)
+        self._scale = (scale / torch.tensor(spread)).view(1, -1, 1, 1)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        dtype: torch.dtype = torch.float32,
+        *,
+        revision: str | None = None,
+    ) -> Self:
+        """The autoencoder in the vae/ of a pipeline.
+
+        Args:
+            path: Pipeline folder or hub name.
+            dtype: In which it computes; what it returns is float32.
+            revision: Of a hub repository.
+
+        Raises:
+            ConfigError: It is missing or of a kind that is not supported.
+        """
+        folder = component(path, "vae", revision)
+        config = read_json(folder / "config.json")
+        kind = config.get("_class_name")
+        if is_tiny(config):
+            return cls(load(folder, dtype), config, path, revision)
+        if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+            raise ConfigError(
+                f"pipeline {path}: vae/ is a {kind}; supported are AutoencoderKL, "
+                "AutoencoderTiny and tiny autoencoders with pooled blocks"
+            )
+        import diffusers
+
+        model = load_part(getattr(diffusers, kind), folder, dtype)
+        return cls(model.requires_grad_(False), dict(model.config), path, revision)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of its files and of the dtype it computes in."""
+        return f"{component_fingerprint(self._path, 'vae', self._revision)} {self._dtype}"
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move it."""
+        self.model.to(device)
+        self._shift, self._scale = self._shift.to(device), self._scale.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the scaled latents, both float32 [N, C, H/f, W/f].
+
+        Args:
+            pixels: [N, 3, H, W] in [-1, 1].
+
+        Raises:
+            ConfigError: A size that the factor does not divide, or values that are not finite.
+        """
+        check_size(pixels.shape[-2:], self.factor)
+        parts = [self._encode(part) for part in pixels.split(self._at_once(pixels, 1))]
+        mean = (torch.cat([mean for mean, _ in parts]) - self._shift) * self._scale
+        std = torch.cat([std for _, std in parts]) * self._scale.abs()
+        self._check_finite(mean, "encoding")
+        return mean.contiguous(), std.contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:  # [N, C, h, w] -> [N, 3, h f, w f]
+        """Scaled latents to pixels around [-1, 1], float32."""
+        raw = latents.float() / self._scale + self._shift
+        parts = raw.to(self._dtype).split(self._at_once(latents, self.factor))
+        pixels = torch.cat([self._decode(part).float() for part in parts])
+        self._check_finite(pixels, "decoding")
+        return pixels.contiguous()
+
+    def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Unscaled mean and spread in float32."""
+        found: Any = self.model.encode(pixels.to(self._dtype, memory_format=_LAYOUT))  # pyright: ignore[reportCallIssue]
+        if not self.is_random:
+            mean = getattr(found, "latents", found).float()
+            return mean, torch.zeros_like(mean)
+        return found.latent_dist.mean.float(), found.latent_dist.std.float()
+
+    def _decode(self, raw: Tensor) -> Tensor:
+        found: Any = self.model.decode(raw)  # pyright: ignore[reportCallIssue]
+        return getattr(found, "sample", found)
+
+    def _at_once(self, pictures: Tensor, factor: int) -> int:
+        """How many pictures go through together: not more than memory is planned for."""
+        area = pictures.shape[-1] * pictures.shape[-2] * factor**2
+        return max(1, PIXELS_AT_ONCE // area)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def _check_finite(self, values: Tensor, doing: str) -> None:
+        if bool(torch.isfinite(values).all()):
+            return
+        advice = "its weights are damaged, or the picture is"
+        if self._dtype == torch.float16:
+            advice = (
+                "float16 overflows in it, as in the VAE of SDXL. Use diffusion.vae_dtype: float32 "
+                "(or bfloat16), or put a VAE repaired for float16 (sdxl-vae-fp16-fix) into the "
+                "pipeline's vae/"
+            )
+        raise ConfigError(
+            f"the VAE of {self._path} gave values that are not finite while {doing}: {advice}"
+        )
+
+
+class PixelSpace:
+    """The interface of `Vae` for denoisers that work on pixels: nothing is encoded.
+
+    Args:
+        channels: 3 for colours; 1 for grey, the mean of the three.
+    """
+
+    factor = 1
+    is_random = False
+
+    def __init__(self, channels: int) -> None:
+        if channels not in (1, 3):
+            raise ConfigError(
+                f"a denoiser of {channels} channels does not work on pixels, which have 1 or 3; "
+                "the pipeline lacks its vae/"
+            )
+        self.channels = channels
+        self.fingerprint = f"pixels {channels}"
+
+    def to(self, device: torch.device | str) -> Self:
+        """Itself."""
+        return self
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The pixels [N, channels, H, W] in float32, and a spread of 0."""
+        mean = pixels.float()
+        if self.channels == 1:
+            mean = mean.mean(dim=1, keepdim=True)
+        return mean, torch.zeros_like(mean)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The pixels as they are, in float32."""
+        return latents.float()
+
+
+def load_vae(
+    path: str | Path, diffusion: DiffusionConfig, *, revision: str | None = None
+) -> Vae | PixelSpace:
+    """The pipeline's autoencoder in `diffusion.vae_dtype`, or pixels where it has none.
+
+    Raises:
+        ConfigError: It cannot be loaded, or its latents are not those of the denoiser.
+    """
+    channels = int(denoiser_config(path, revision).get("in_channels", 4))
+    if not has_component(path, "vae", revision):
+        return PixelSpace(channels)
+    vae = Vae.load(path, getattr(torch, diffusion.vae_dtype), revision=revision)
+    if vae.channels != channels:
+        raise ConfigError(
+            f"pipeline {path}: the VAE has {vae.channels} latent channels, but the denoiser "
+            f"reads {channels}; the folder's parts are of different models"
+        )
+    return vae
+
+
+def factor_of(path: str | Path, revision: str | None = None) -> int:
+    """Pixels a side of one latent, by the VAE's settings alone; 1 without a VAE."""
+    if not has_component(path, "vae", revision):
+        return 1
+    return _factor(read_json(component(path, "vae", revision, weights=False) / "config.json"))
+
+
+def check_size(size: tuple[int, ...] | torch.Size, factor: int) -> None:
+    """Refuse pictures that are no whole number of latents.
+
+    Raises:
+        ConfigError: Naming the size and the factor.
+    """
+    height, width = size
+    if height % factor or width % factor:
+        raise ConfigError(
+            f"pictures of {height} x {width} pixels (height x width) cannot be encoded: each side "
+            f"must be a multiple of {factor}, the size of one latent. Change diffusion.resolution "
+            "or diffusion.bucket_multiple"
+        )
+
+
+def _factor(config: dict[str, Any]) -> int:
+    """Pixels a side of one latent."""
+    if "downscale" in config:
+        return int(config["downscale"])
+    blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels") or ()
+    return 2 ** (len(blocks) - 1)
+
+
+# Denoisers of pipelines: loading them, and what their files say of them.
+
+
+@dataclass
+class Components:
+    """A pipeline's denoiser, and what its files say.
+
+    Attributes:
+        model: The config it was loaded by.
+        family: "sd", "sdxl" or "sd3".
+        folder: The pipeline's local folder (of a hub name: the copy's).
+        scheduler_config: Of the noise process it was trained with.
+        denoiser_config: The denoiser's config.json.
+        latent_channels: C of the latents, which are the pixels where there is no VAE.
+        has_vae: Whether the pipeline has one.
+    """
+
+    model: ModelConfig
+    family: Family
+    folder: Path
+    scheduler_config: dict[str, Any] = field(repr=False)
+    denoiser_config: dict[str, Any] = field(repr=False)
+    latent_channels: int
+    has_vae: bool
+
+    @cached_property
+    def denoiser(self) -> nn.Module:
+        """The U-Net or transformer, loaded on first use."""
+        return load_denoiser(self.model.path, self.model)
+
+
+def load_components(
+    model: ModelConfig, diffusion: DiffusionConfig, *, denoiser: bool = True
+) -> Components:
+    """Read a pipeline; VAE and text encoders stay where they are.
+
+    Args:
+        model: `path`, `revision`, `dtype` and `gradient_checkpointing` are read.
+        diffusion: `resolution` and `bucket_multiple` are checked against the size of a latent.
+        denoiser: Load it now and not on first use.
+
+    Raises:
+        ConfigError: A pipeline or an option that cannot be used, with the reason.
+    """
+    family = family_of(model.path, model.revision)
+    config = denoiser_config(model.path, model.revision)
+    channels = int(config.get("in_channels", 4))
+    has_vae = has_component(model.path, "vae", model.revision)
+    if not has_vae and channels not in (1, 3):
+        raise ConfigError(
+            f"pipeline {model.path}: has no vae/, and its denoiser reads {channels} channels. "
+            "Without a VAE a denoiser must read pixels (1 or 3 channels)"
+        )
+    # A flow transformer joins latents to patches, which must come out even too.
+    unit = factor_of(model.path, model.revision) * int(config.get("patch_size", 1))
+    _check_sizes(model.path, diffusion, unit)
+    components = Components(
+        model=model,
+        family=family,
+        folder=pipeline_folder(model.path, model.revision),
+        scheduler_config=scheduler_config(model.path, model.revision),
+        denoiser_config=config,
+        latent_channels=channels,
+        has_vae=has_vae,
+    )
+    if denoiser:
+        _ = components.denoiser
+    return components
+
+
+def load_denoiser(path: str, model: ModelConfig) -> nn.Module:
+    """The U-Net or transformer of a pipeline, without dropout, in evaluation mode.
+
+    Args:
+        path: Pipeline folder or hub name; a folder with unet/ or transformer/; or a folder that is
+            one of those.
+        model: `dtype` and `gradient_checkpointing` are read; `revision` where `path` is its own.
+
+    Raises:
+        ConfigError: It cannot be loaded, or an option is not for denoisers.
+
+    Departs: dropout is set to 0, as in every released script, whose U-Nets have none; with it the
+        policy's error and the reference's could not be compared.
+    """
+    _check_options(model)
+    revision = model.revision if path == model.path else None
+    family_of(path, revision)
+    kind = denoiser_config(path, revision)["_class_name"]
+    folder = denoiser_folder(pipeline_folder(path, revision))
+    if not Path(path).is_dir():
+        folder = component(path, folder.name, revision)
+    import diffusers
+
+    denoiser = load_part(getattr(diffusers, kind), folder, getattr(torch, model.dtype))
+    if model.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    return denoiser
+
+
+def _check_sizes(path: str, diffusion: DiffusionConfig, unit: int) -> None:
+    """Refuse picture sizes that are no whole number of what the denoiser reads as one place."""
+    side, near = diffusion.resolution, diffusion.resolution // unit * unit
+    if side % unit:
+        raise ConfigError(
+            f"diffusion.resolution: pictures of {side} x {side} pixels cannot be used with {path}; "
+            f"each side must be a multiple of {unit}, the nearest are {near} and {near + unit}"
+        )
+    if diffusion.buckets and diffusion.bucket_multiple % unit:
+        raise ConfigError(
+            f"diffusion.bucket_multiple is {diffusion.bucket_multiple}; for {path} it must be a "
+            f"multiple of {unit} pixels"
+        )
+
+
+def _check_options(model: ModelConfig) -> None:
+    """Refuse the model options that only language models have."""
+    if model.quantization is not None:
+        raise ConfigError(
+            f"model.quantization is {model.quantization}, which denoisers are not loaded with; "
+            "remove it, and use dtype: bfloat16 with a LoRA to save memory"
+        )
+    if model.attention not in ("auto", "sdpa"):
+        raise ConfigError(
+            f"model.attention is {model.attention}; denoisers run with sdpa, which picks the "
+            "fastest kernel by itself"
+        )
+    if model.trust_remote_code:
+        raise ConfigError(
+            "model.trust_remote_code is set, but no code of a pipeline is ever run; remove it"
+        )
