@@ -345,14 +345,14 @@ def shown_clips(output: Path, marks: Mapping[str, Marks], count: int) -> Markup:
 def _write_frames(clip: Path, file: Path) -> None:
     from mmalign.config import VideoConfig
     from mmalign.data.example import Clip
-    from mmalign.video import strips
+    from mmalign.video import samples
     from mmalign.video.media import read_frames
     from mmalign.video.processing import Shown
 
     frames = read_frames(Clip(clip), VideoConfig(num_frames=NUM_FRAMES))
-    image = strips.sheet(Shown(clips=[(frames, None)], starts=[0.0]))
+    image = samples.sheet(Shown(clips=[(frames, None)], starts=[0.0]))
     assert image is not None
-    strips.write(image, file)
+    samples.write(image, file)
 
 
 def _answer(text: str, *, right: bool) -> Markup:

@@ -1,9 +1,4 @@
-"""The video adapter: language models that see and hear, scored on response tokens.
-
-A token model fed more than tokens: everything about scoring is the text adapter's. What is added is
-what a prompt shows: media decoded and processed (`reader`), expanded in the prompt (`encode`),
-encoded once for all that look at them (`contexts`), and answers under altered clips (`candidates`).
-"""
+"""The video adapter: language models that see and hear, scored on response tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mmalign.core import presets
 from mmalign.data.example import Asked
+from mmalign.data.select import MADE
 from mmalign.models import lora
 from mmalign.models.adapter import answer_seeds
 from mmalign.text.cache import cache_folder
@@ -22,32 +19,27 @@ from mmalign.text.model import causal_model
 from mmalign.text.packing import arrange
 from mmalign.text.passes import run_model, scoring_models
 from mmalign.text.token_adapter import TokenAdapter
-from mmalign.video import altered, pami
+from mmalign.video import candidates, pami
 from mmalign.video.augment import seed_for
 from mmalign.video.candidates import Corruptor
 from mmalign.video.clue_part import CluePart
-from mmalign.video.contexts import Contexts, feed, place_positions
+from mmalign.video.contexts import Contexts, feed, first_shown, place_positions, require_true
 from mmalign.video.encode import VideoEncoder
-from mmalign.video.exclusions import problems
-from mmalign.video.features import FeatureStore
 from mmalign.video.generate import Question, generate
-from mmalign.video.handed import language_model
 from mmalign.video.model import (
+    language_model,
     load_model,
     lora_targets,
     media_ids,
     rope_positions,
     select_parts,
 )
+from mmalign.video.pami import tau_at
 from mmalign.video.processing import Processor, load_processor
-from mmalign.video.reader import MediaReader
-from mmalign.video.rows import usable_parts
-from mmalign.video.select import tau_at
-from mmalign.video.show import show_rows
-from mmalign.video.showing import write_samples
-from mmalign.video.survey import survey_parts
-from mmalign.video.truth import first_shown, require_true
-from mmalign.video.write_cache import open_features, write_caches
+from mmalign.video.reader import FeatureStore, MediaReader, open_features
+from mmalign.video.samples import write_samples
+from mmalign.video.survey import survey_parts, usable_parts
+from mmalign.video.tools import show_rows, write_caches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -64,6 +56,66 @@ if TYPE_CHECKING:
     from mmalign.text.packing import Layout, Rows
     from mmalign.text.passes import Scored
     from mmalign.video.reader import Prepared
+
+
+# Settings of a video config that exclude each other.
+
+
+def problems(config: RunConfig) -> list[str]:
+    """What a config asks for that does not go together, as sentences; looks at no weights."""
+    video, reference = config.video, config.reference
+    needs = presets.from_config(config.objective).needs
+    found: list[str] = []
+    if not video.train and video.clues is None:
+        found.append(
+            "video.train is empty, and there is no clue aggregator (video.clues): nothing "
+            "would be trained. Leave it out to train the language model"
+        )
+    if not video.train and config.model.lora is not None:
+        found.append(
+            "video.train is empty, but model.lora is set; remove model.lora to train the clue "
+            "aggregator alone, or set video.train: [language]"
+        )
+    if video.clues is not None and (
+        reference.kind in ("ema", "mixture") or reference.path is not None
+    ):
+        kind = reference.path or reference.kind
+        found.append(
+            f"video.clues is set, but the reference is {kind}: the aggregator's reference is "
+            "its own start. Use reference.kind: auto or cached"
+        )
+    made = [role for role in dict.fromkeys(needs.roles) if role in MADE]
+    if reference.kind == "cached" and made:
+        found.append(
+            f"reference.kind is cached, but the objective scores {' and '.join(made)} "
+            "candidates, which are other ones at every visit of a row. Use lora-off or "
+            "frozen-copy"
+        )
+    if "augmented" in needs.roles and config.train.backward == "per_candidate":
+        found.append(
+            "train.backward is per_candidate, but the objective chooses among a row's clips, which "
+            "it must see together. Use joint"
+        )
+    if "augmented" not in needs.roles and "selection" in video.model_fields_set:
+        found.append(
+            "video.selection is set, but the objective chooses among no clips; only pami_vdpo "
+            "does. Remove it"
+        )
+    drawn = {"corrupted", "rejected_corrupted", "augmented"} & set(made)
+    if not drawn and "corruption" in video.model_fields_set:
+        found.append(
+            "video.corruption is set, but the objective scores no answer under a clip that is "
+            "corrupted by it. Remove it, or use e.g. mdpo, vdpo, pami_vdpo"
+        )
+    return found
+
+
+# The video adapter: language models that see and hear, scored on response tokens.
+#
+# A token model fed more than tokens: everything about scoring is the text adapter's. What is added
+# is what a prompt shows: media decoded and processed (`reader`), expanded in the prompt (`encode`),
+# encoded once for all that look at them (`contexts`), and answers under altered clips
+# (`candidates`).
 
 
 class VideoAdapter(TokenAdapter):
@@ -192,9 +244,9 @@ class VideoAdapter(TokenAdapter):
         """The operations on clips; of PaMi's choice, how close and how far its clips were."""
         roles = self.needs.roles
         names = self._corruptor.names(roles, sounds=self.encoder.processor.hears)
-        found = altered.shares(batch, names)
+        found = candidates.shares(batch, names)
         if self._choice is not None:
-            found |= altered.choices(batch, self._choice, names)
+            found |= candidates.choices(batch, self._choice, names)
         return found
 
     @classmethod
@@ -231,7 +283,7 @@ class VideoAdapter(TokenAdapter):
     @classmethod
     def plan_cache(cls, config: RunConfig, needs: Needs) -> str:
         """What `write_cache` would write, how large it is, and how long it takes."""
-        from mmalign.video.cache_plan import plan_caches
+        from mmalign.video.tools import plan_caches
 
         return plan_caches(config, needs, cls)
 

@@ -1,35 +1,139 @@
-"""The candidates that a row does not bring: its answers under corrupted or augmented clips.
-
-    corrupted           the chosen answer under a corrupted clip
-    rejected_corrupted  the rejected answer under the same one
-    augmented           the chosen answer under each of several augmented clips (PaMi-VDPO)
-    corrupted_video     the chosen answer under another row's clip, else a shuffled one (VistaDPO)
-    corrupted_clip      ... under the clip with a stretch of its order lost
-    corrupted_frame     ... under the clip with frames masked
-
-What a record brings itself under these names is kept. A row without video shows its first picture,
-which then is what gets corrupted; a row with sound alone has its sound corrupted.
-"""
+"""The candidates that a row does not bring: its answers under corrupted or augmented clips."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from mmalign.data.example import Candidate, Change, as_text
-from mmalign.errors import DataError
-from mmalign.video.augment import NEEDS_DONOR, rng_for
+from mmalign.errors import ConfigError, DataError
+from mmalign.video.augment import NEEDS_DONOR, NEEDS_SOUND, NEEDS_TIME, OPERATIONS, rng_for
 from mmalign.video.media import choose
-from mmalign.video.operations import allowed, draw
 from mmalign.video.sound import has_sound
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     import numpy as np
+    from torch import Tensor
 
     from mmalign.config import VideoConfig
     from mmalign.data.example import Clip, Example, Media
+    from mmalign.models.adapter import Batch
+    from mmalign.video.pami import Chosen
+
+
+# Which operations a clip may get, given what is asked about it, and the draw among them.
+
+_SIDES = re.compile(
+    r"\b(left|right(?!\s+(?:answer|option|choice|now|away))|leftmost|rightmost|(left|right)wards?"
+    r"|mirror\w*|(counter|anti)?-?clockwise)\b",
+    re.IGNORECASE,
+)
+_COURSE = re.compile(
+    r"\b(order|sequence|chronolog\w*|before|after(wards?)?|first|last|next|then|finally|while|when"
+    r"|during|until|begin\w*|start\w*|end|ends|ending|earlier|later|previous\w*"
+    r"|happen\w*|occur\w*|events?|actions?|activit\w+|doing|process|steps?|how many times"
+    r"|mov(e|es|ed|ing|ements?)|motion|direction|forwards?|backwards?|revers\w*|turn(s|ed|ing)?"
+    r"|speed\w*|fast(er)?|slow(er|ly)?|chang(e|es|ed|ing)|becom\w+|describ\w+|descriptions?"
+    r"|caption\w*|summar\w+)\b",
+    re.IGNORECASE,
+)
+_DOES = re.compile(r"\b(?:does|did|do)\b|[.?!]", re.IGNORECASE)
+
+
+def allowed(
+    operations: Sequence[str],
+    prompt_text: str,
+    *,
+    hints: bool,
+    hears: bool,
+    num_frames: int,
+    donor: bool = True,
+) -> list[str]:
+    """The operations that can be done to a clip and, with hints, matter to its question.
+
+    Hints look for English words and are only a prior: a clip flipped where nobody asks about sides
+    still shows the answer, so it would be a false rejection. Where they would leave nothing, they
+    leave everything.
+
+    Args:
+        operations: Of the config, in its order.
+        prompt_text: What is asked about the clip.
+        hints: Whether to leave out operations that the question does not ask about.
+        hears: Whether the model hears and the clip has sound.
+        num_frames: Frames of the clip.
+        donor: Whether another row's clip can be had.
+
+    Returns:
+        Those left, in the same order; none where none can be done.
+    """
+    possible = [
+        name
+        for name in operations
+        if (hears or name not in NEEDS_SOUND)
+        and (num_frames > 1 or name not in NEEDS_TIME)
+        and (donor or name not in NEEDS_DONOR)
+    ]
+    if not hints:
+        return possible
+    hit = [name for name in possible if name not in _ASKED or _ASKED[name](prompt_text)]
+    return hit or possible
+
+
+def _is_of_sides(text: str) -> bool:
+    return _SIDES.search(text) is not None
+
+
+def _is_of_course(text: str) -> bool:
+    return _COURSE.search(text) is not None or _asks_what_is_done(text)
+
+
+def _asks_what_is_done(text: str) -> bool:
+    """Whether there is a `do` behind another in one sentence: what does she do?"""
+    is_asked = False
+    for found in _DOES.finditer(text):
+        word = found[0].lower()
+        if is_asked and word == "do":
+            return True
+        is_asked = word.isalpha()
+    return False
+
+
+_ASKED = {"hflip": _is_of_sides, "reverse": _is_of_course, "shuffle": _is_of_course}
+
+
+def draw(operations: Sequence[str], k: int, rng: np.random.Generator) -> list[str]:
+    """k operations in random order; none comes again before all others came.
+
+    Raises:
+        ConfigError: There are none to draw from.
+    """
+    if not operations:
+        raise ConfigError(
+            "video.corruption.operations: none of them can be done to this clip (it has one frame, "
+            "no sound that the model hears, or there is no other row to take from); add one that "
+            "changes the picture, such as crop"
+        )
+    drawn: list[str] = []
+    while len(drawn) < k:
+        drawn += [operations[int(i)] for i in rng.permutation(len(operations))]
+    return drawn[:k]
+
+
+# The candidates that a row does not bring: its answers under corrupted or augmented clips.
+#
+#     corrupted           the chosen answer under a corrupted clip
+#     rejected_corrupted  the rejected answer under the same one
+#     augmented           the chosen answer under each of several augmented clips (PaMi-VDPO)
+#     corrupted_video     the chosen answer under another row's clip, else a shuffled one (VistaDPO)
+#     corrupted_clip      ... under the clip with a stretch of its order lost
+#     corrupted_frame     ... under the clip with frames masked
+#
+# What a record brings itself under these names is kept. A row without video shows its first
+# picture, which then is what gets corrupted; a row with sound alone has its sound corrupted.
 
 _LEVELS = {
     "corrupted_video": ("swap_video", "shuffle", "crop"),
@@ -154,3 +258,51 @@ class Corruptor:
             others = heard or others
             donor = others[int(rng.integers(len(others)))]
         return replace(own, change=Change(operation, int(rng.integers(2**62)), donor))
+
+
+# Which alterations the clips of a run get: numbers in a batch, names in its metrics.
+
+_NAMES = ("", *sorted(OPERATIONS))
+
+
+def number(change: Change | None) -> int:
+    """What a batch carries of a change; 0 for none."""
+    return 0 if change is None else _NAMES.index(change.operation)
+
+
+def shares(batch: Batch, names: Iterable[str]) -> dict[str, Tensor]:
+    """`altered/NAME`: the share of each operation among the altered candidates of a batch.
+
+    Args:
+        batch: With the contexts of `VideoEncoder`.
+        names: Operations that the run may use: a share of 0 counts in a mean over batches.
+    """
+    done = _operations(batch)
+    total = (done > 0).sum()  # nan shares where nothing was altered
+    return {f"altered/{name}": (done == _NAMES.index(name)).sum() / total for name in names}
+
+
+def choices(batch: Batch, choice: Chosen, names: Iterable[str]) -> dict[str, Tensor]:
+    """What PaMi's choice was among, as means over rows and clips.
+
+    `pami/op/NAME` is the share of the rows' weight on clips under an operation; `pami/close/NAME`
+    and `pami/far/NAME` the scores of all its clips, chosen or not, nan where there is none.
+    """
+    done = _operations(batch)[:, 1:]  # [B, K]
+    taken = choice.weights > 0
+    found = {
+        "pami/close": choice.close[taken].mean(),
+        "pami/far": choice.far[taken].mean(),
+        "pami/far_max": choice.far.amax(1).mean(),
+        "pami/row_weight": choice.row_weight.mean(),
+    }
+    for name in names:
+        here = done == _NAMES.index(name)
+        found[f"pami/op/{name}"] = (choice.weights * here).sum(1).mean()
+        found[f"pami/close/{name}"] = choice.close[here].mean()
+        found[f"pami/far/{name}"] = choice.far[here].mean()
+    return found
+
+
+def _operations(batch: Batch) -> Tensor:  # [B, K]
+    return batch.inputs["context_operation"][batch.inputs["context_index"]]

@@ -1,30 +1,261 @@
-"""Whether the media of rows can be used: each file is decoded before a run depends on it.
-
-What a run found whole, the next one only looks up; see `check_journal`.
-"""
+"""Whether the media of rows can be used, and what is known of them from earlier runs."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
 
 from mmalign.data.example import Clip, Picture, Sound
+from mmalign.data.jobs import is_main_process
 from mmalign.data.pictures import open_picture
 from mmalign.errors import DataError
-from mmalign.video.check_journal import CheckJournal, Verdict
 from mmalign.video.media import read_frames
-from mmalign.video.seen import Glimpse, Seen
+from mmalign.video.sizes import SOUND_RATE, Frames, Wave
 from mmalign.video.sound import has_sound, read_sound, sound_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from PIL.Image import Image
+
     from mmalign.config import VideoConfig
     from mmalign.data.example import Example
+    from mmalign.video.sizes import Array
+
+
+# What is known of media that were decoded once: sizes, times, lengths, without the content.
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A medium without its pixels and samples.
+
+    Attributes:
+        size: Height and width, of frames as a player shows them; (0, 0) of a sound.
+        indices, times, fps, total, duration, span, rate: Of a clip's frames; see `Frames`.
+        seconds: Of a sound, and of a clip's own where it is heard; None: there is none.
+    """
+
+    size: tuple[int, int] = (0, 0)
+    indices: tuple[int, ...] = ()
+    times: tuple[float, ...] = ()
+    fps: float = 0.0
+    total: int = 0
+    duration: float = 0.0
+    span: tuple[int, int] = (0, 0)
+    rate: float = 0.0
+    seconds: float | None = None
+
+    @classmethod
+    def of_clip(cls, frames: Frames, wave: Wave | None) -> Self:
+        """What is kept of a clip."""
+        return cls(
+            size=frames.size or (int(frames.pixels.shape[1]), int(frames.pixels.shape[2])),
+            indices=frames.indices,
+            times=frames.times,
+            fps=frames.source_fps,
+            total=frames.num_source,
+            duration=frames.duration,
+            span=frames.span or (0, frames.num_source),
+            rate=frames.rate or frames.source_fps,
+            seconds=None if wave is None else wave.seconds,
+        )
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """What `to_json` wrote.
+
+        Raises:
+            ValueError, TypeError: It is something else.
+        """
+        height, width = map(int, value["size"])
+        seconds, (first, count) = value["seconds"], map(int, value["span"])
+        return cls(
+            size=(height, width),
+            indices=tuple(map(int, value["indices"])),
+            times=tuple(map(float, value["times"])),
+            fps=float(value["fps"]),
+            total=int(value["total"]),
+            duration=float(value["duration"]),
+            span=(first, count),
+            rate=float(value["rate"]),
+            seconds=None if seconds is None else float(seconds),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+    def frames(self, clip: Clip) -> Frames:
+        """Frames of the right shape and times that show nothing, and take no memory."""
+        black = np.broadcast_to(np.zeros((), np.uint8), (len(self.indices), *self.size, 3))
+        return Frames(
+            pixels=black,
+            indices=self.indices,
+            times=self.times,
+            source_fps=self.fps,
+            num_source=self.total,
+            duration=self.duration,
+            span=self.span,
+            area=clip.max_pixels,
+            rate=self.rate,
+        )
+
+    def image(self) -> Image:
+        """A black picture of the size."""
+        from PIL import Image
+
+        return Image.new("RGB", (self.size[1], self.size[0]))
+
+    def wave(self) -> Wave | None:
+        """Silence of the length; None where there is no sound."""
+        if self.seconds is None:
+            return None
+        return Wave(np.zeros(max(round(self.seconds * SOUND_RATE), 1), np.float32))
+
+
+class Glimpse:
+    """A scale for frames that only have to be there: a pixel of each is kept."""
+
+    draws = False
+
+    def decoded(self, count: int, height: int, width: int, area: int | None) -> tuple[int, int]:
+        """One pixel."""
+        return 1, 1
+
+    def shrink(self, image: Array, size: tuple[int, int], second: float = 0.0) -> Array:
+        """The first one."""
+        return image[:1, :1]
+
+
+# What is known of media from earlier runs: a JSONL file in the cache folder, found by every run.
+#
+# A file that was found whole is not decoded again until it, or how it is read, changes. What was
+# found broken is looked at again by the next run: a disk may have been away for a moment.
+
+FILE = "media_checks.jsonl"
+VERSION = 2  # raise it when the same file gets another verdict
+_DECIDING = {"num_frames", "fps", "max_frames", "min_frames", "max_seconds", "max_side",
+             "decode_timeout", "no_sound"}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came of decoding one reference.
+
+    Attributes:
+        fault: What is wrong, naming the file; "" for one that is whole.
+        silent: Nothing but that no sound is there.
+        seen: Sizes, times and lengths of one that is whole.
+    """
+
+    fault: str = ""
+    silent: bool = False
+    seen: Seen | None = None
+
+
+class CheckJournal:
+    """Verdicts by what was decoded: file, size, time of change, part, and the settings that matter.
+
+    Of several processes that train one model the first one decodes; the others, which come after
+    it, take over its verdicts, so that all leave out the same rows.
+    """
+
+    def __init__(
+        self, path: Path | None, settings: VideoConfig, longest: float | None = None
+    ) -> None:
+        """Read what is there; None for neither reading nor writing anything.
+
+        `longest` is the window of a model that hears, in seconds.
+        """
+        import av
+
+        self.path = path
+        self._settings = {
+            **settings.model_dump(mode="json", include=_DECIDING),
+            "av": av.__version__,
+            "longest": longest,
+            "version": VERSION,
+        }
+        self._follows = not is_main_process()
+        self._known: dict[str, Verdict] = {}
+        if path is not None and path.is_file():
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                self._take(line)
+
+    def __enter__(self) -> Self:
+        self._handle = None
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = self.path.open("a+b")
+            if self._handle.tell():
+                self._handle.seek(-1, os.SEEK_END)
+                if self._handle.read(1) != b"\n":  # a process was killed within a line
+                    self._handle.write(b"\n")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle is not None:
+            self._handle.close()
+
+    def find(self, reference: Clip | Picture | Sound, heard: bool) -> Verdict | None:
+        """What is known; None where the reference is to be decoded."""
+        found = self._known.get(self._key(reference, heard))
+        return found if found is None or self._follows or not found.fault else None
+
+    def add(self, reference: Clip | Picture | Sound, heard: bool, verdict: Verdict) -> None:
+        """Write a verdict down; the last one about a reference counts."""
+        key = self._key(reference, heard)
+        if self._handle is None or not key:
+            return
+        said: dict[str, Any] = {}
+        if verdict.fault:
+            said = {"fault": verdict.fault, "silent": verdict.silent}
+        elif verdict.seen is not None:
+            said = {"seen": verdict.seen.to_json()}
+        line = json.dumps({"of": json.loads(key), **said}, ensure_ascii=False)
+        self._handle.write(line.encode() + b"\n")
+        self._handle.flush()
+
+    def _take(self, line: str) -> None:
+        try:
+            entry = json.loads(line)
+            key = json.dumps(entry["of"], sort_keys=True)
+            seen = Seen.from_json(entry["seen"]) if "seen" in entry else None
+            verdict = Verdict(str(entry.get("fault", "")), bool(entry.get("silent", False)), seen)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return  # cut off or damaged: its file is decoded again
+        self._known[key] = verdict
+
+    def _key(self, reference: Clip | Picture | Sound, heard: bool) -> str:
+        """Of the file as it is now; "" where it cannot be looked at."""
+        try:
+            info = reference.path.stat()
+        except OSError:
+            return ""
+        part: dict[str, Any] = asdict(reference)
+        about = {
+            **part,
+            "path": str(reference.path),
+            "kind": type(reference).__name__,
+            "size": info.st_size,
+            "mtime_ns": info.st_mtime_ns,
+            "heard": heard,
+            "settings": self._settings,
+        }
+        return json.dumps(about, sort_keys=True)
+
+
+# Whether the media of rows can be used: each file is decoded before a run depends on it.
+#
+# What a run found whole, the next one only looks up; see `check_journal`.
 
 log = logging.getLogger(__name__)
 

@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mmalign.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mmalign.config import ClueSpec
+
+
+# CAT's clue aggregator: embeddings made from the question, the picture and the sound.
 
 SETTINGS = "clues.json"
 WEIGHTS = "clues.safetensors"
@@ -296,3 +304,14 @@ def _mean(features: Tensor, mask: Tensor | None) -> Tensor:  # [B, 1, D]
         return features.mean(1, keepdim=True)
     weight = mask[..., None].to(features.dtype)
     return (features * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
+
+
+def clue_count(spec: ClueSpec) -> Callable[[bool, bool], int]:
+    """Clue tokens of a prompt; widths do not matter to their number."""
+    if spec.path is not None:
+        return ClueAggregator.load(spec.path).num_clue_tokens
+    made = ClueAggregator(
+        8, 8, 8, num_queries=spec.num_queries, width=8, num_layers=1, cross_every=1, num_heads=1,
+        use_global=spec.use_global,
+    )  # fmt: skip
+    return made.num_clue_tokens

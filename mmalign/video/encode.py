@@ -14,10 +14,10 @@ from mmalign.data.example import Asked, Media, Template
 from mmalign.errors import ConfigError, DataError
 from mmalign.text.encode import Encoder
 from mmalign.text.model import FAULTS
-from mmalign.video import altered
-from mmalign.video.clue_hook import CLUE_TOKEN, insert_clues
-from mmalign.video.handed import TokenKinds
-from mmalign.video.prompt import MarkedText, MediaTemplate, place
+from mmalign.video import candidates
+from mmalign.video.clue_part import CLUE_TOKEN, insert_clues
+from mmalign.video.model import TokenKinds
+from mmalign.video.processing import MarkedText, MediaTemplate, place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,9 +32,13 @@ if TYPE_CHECKING:
     from mmalign.text.messages import PlainText
     from mmalign.text.render import ChatTemplate
     from mmalign.text.tokenizer import Offsets
-    from mmalign.video.processing import Processor
+    from mmalign.video.processing import Processed, Processor, Shown
     from mmalign.video.reader import MediaReader, Prepared
 
+
+# Examples to token ids where prompts show and play: every medium expanded, its run verified.
+
+if TYPE_CHECKING:
     Positions = Callable[[Tensor, Prepared], Tensor | None]
 
 
@@ -43,7 +47,7 @@ class VideoEncoder(Encoder):
 
     Inputs of a batch beside those of a text batch, all of them `whole`:
         context_media: [C] long, the media that context c shows, counted from 1; 0 for none.
-        context_operation: [C] long, how they are altered; see `mmalign.video.altered`.
+        context_operation: [C] long, how they are altered; see `mmalign.video.candidates`.
         positions/C: [3, P] of the tokens of a context's prompt, for models that count so.
         media/M/NAME: what the processor made of media M, where they must be encoded.
         media/M/tokens, media/M/deep/LAYER: [n, D], their features, where they are known.
@@ -170,7 +174,7 @@ class VideoEncoder(Encoder):
         key = self.reader.key(media)
         if key not in self._prepared:
             self._prepared[key] = self.reader.prepare(media, where, key=key)
-        self._operations[key] = altered.number(media.change)
+        self._operations[key] = candidates.number(media.change)
         prepared = self._prepared[key]
         counts = {"video": media.videos, "image": media.images, "audio": media.sounds}
 
@@ -282,3 +286,42 @@ def media_tensors(prepared: Prepared) -> dict[str, Any]:
         return dict(prepared.processed.tensors)
     key = torch.frombuffer(bytearray(bytes.fromhex(prepared.key)), dtype=torch.uint8)
     return {"key": key, **prepared.processed.tensors}
+
+
+# What media become in the model's processor: sizes of frames and pictures, tokens of a prompt.
+
+
+def token_counts(encoder: VideoEncoder, processed: Processed) -> dict[str, list[int]]:
+    """By kind, the tokens that stand for each medium, with those around and between them."""
+
+    def count(text: str) -> int:
+        return len(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    return {kind: [count(t) for t in texts] for kind, texts in processed.replacements.items()}
+
+
+def costs(encoder: VideoEncoder, media: Media, shown: Shown, where: str) -> list[dict[str, Any]]:
+    """What each medium becomes, in the order videos, images, sounds.
+
+    Args:
+        encoder: Of the model.
+        media: By reference.
+        shown: The same, decoded.
+        where: The row, for messages.
+
+    Returns:
+        `shown`, width and height after the processor, of clips and of pictures that it brings to
+        one size; `tokens`.
+    """
+    processor = encoder.processor
+    counts = token_counts(encoder, encoder.reader.prepare(media, where).processed)
+    found: list[dict[str, Any]] = []
+    for (frames, _), tokens in zip(shown.clips, counts.get("video", ()), strict=True):
+        count, height, width = frames.pixels.shape[:3]
+        size = processor.sizes.size(count, height, width, frames.area)
+        found.append({"tokens": tokens} | ({"shown": [*size[::-1]]} if size else {}))
+    for image, tokens in zip(shown.images, counts.get("image", ()), strict=True):
+        size = processor.image_sizes.only(1, image.height, image.width)
+        found.append({"tokens": tokens} | ({"shown": [*size[::-1]]} if size else {}))
+    found += [{"tokens": tokens} for tokens in counts.get("audio", ())]
+    return found

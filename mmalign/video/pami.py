@@ -1,20 +1,17 @@
-"""PaMi-VDPO's choice among augmented clips, by the policy's own outputs, without a gradient.
-
-Close first: a clip must still show what the row's own shows (cosine of mean features). Then far:
-of those the one under which the policy answers most differently (divergence of its distributions at
-the response's tokens).
-
-Source: Ding et al. 2025, arXiv:2504.05810; reconstructed, see `mmalign.video.select`.
-"""
+"""PaMi-VDPO's choice among augmented clips, by the policy's own outputs, without a gradient."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.nn.functional as F
 
-from mmalign.video.select import aggregate, close_scores, far_scores, js_from_states
+from mmalign.core.numerics import full_precision
+from mmalign.text.logps import BLOCK_SIZE, Head, block_rows, compute_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +21,183 @@ if TYPE_CHECKING:
     from mmalign.models.adapter import Batch
     from mmalign.text.packing import Rows
     from mmalign.text.passes import Scored
+
+
+# PaMi-VDPO's choice among augmented clips: close to the original, far in what the model says.
+#
+# Nothing here has a gradient: the weights are constants of the loss
+# mean_b w_b sum_k a_bk l_bk, l_bk = -log sigmoid(beta [h(y | v, x) - h(y | v_k, x)]).
+#
+# Source: Ding et al. 2025, arXiv:2504.05810: bags of augmented clips, chosen close to far, with the
+#     Jensen-Shannon divergence of the model's outputs.
+# Departs: The paper has no public code; gate, aggregation, noise weight and constants are our
+#     reconstruction.
+
+Mode = Literal["hard", "soft", "mean"]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a row is trained on.
+
+    Attributes:
+        weights: [B, K] a_bk; at least 0, 1 in sum, 0 where not kept.
+        row_weight: [B] w_b in [0, 1].
+        index: [B] the one clip with weight, where there is one in every row (`hard`); else None.
+        kept: [B, K] bool, the clips that passed the gate, or the closest where none did.
+    """
+
+    weights: Tensor
+    row_weight: Tensor
+    index: Tensor | None
+    kept: Tensor
+
+
+@torch.no_grad()
+def js_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:  # [..., V], [..., V] -> [...]
+    """Jensen-Shannon divergence of two softmax distributions, in nats, in [0, ln 2].
+
+    With m = (p + q) / 2 it is [KL(p, m) + KL(q, m)] / 2 = sum_v (p + q) g(|log p - log q|) / 4,
+    g(x) = x tanh(x / 2) + log(1 - tanh(x / 2)^2): a sum of terms that are 0 where p = q and never
+    negative, so equal logits give exactly 0. Logits of -inf are probabilities of 0.
+
+    Returns:
+        float32, or float64 for float64 logits.
+    """
+    log_p = full_precision(logits_p).log_softmax(-1)
+    log_q = full_precision(logits_q).log_softmax(-1)
+    return _js(log_p, log_q)
+
+
+@torch.no_grad()
+def js_from_states(
+    states_p: Tensor,
+    head_p: Head,
+    states_q: Tensor,
+    head_q: Head,
+    block_size: int = BLOCK_SIZE,
+) -> Tensor:
+    """The same from hidden states; logits exist for a block of positions at a time.
+
+    Args:
+        states_p: [M, D] states that predict the M response tokens under the row's own clip.
+        head_p: The head they go through.
+        states_q: [M, D] under another clip, or [K, M, D] under K of them: the first is then put
+            through its head once.
+        head_q: The head they go through.
+        block_size: Most positions at a time.
+
+    Returns:
+        [M] or [K, M], float32 or wider.
+    """
+    dtype = compute_dtype(states_p)
+    head_p, head_q = _cast(head_p, dtype), _cast(head_q, dtype)
+    clips = states_q.unsqueeze(0) if states_q.dim() == 2 else states_q  # [K, M, D]
+    rows = block_rows(block_size, head_p.weight)
+    wide = torch.promote_types(dtype, torch.float32)
+    out = torch.empty(clips.shape[:2], dtype=wide, device=states_p.device)  # [K, M]
+    with torch.autocast(states_p.device.type, enabled=False):
+        for start in range(0, len(states_p), rows):
+            block = slice(start, start + rows)
+            log_p = head_p.logits(states_p[block].to(dtype)).log_softmax(-1)
+            for k, states in enumerate(clips):
+                log_q = head_q.logits(states[block].to(dtype)).log_softmax(-1)
+                out[k, block] = _js(log_p, log_q)
+    return out.squeeze(0) if states_q.dim() == 2 else out
+
+
+def far_scores(divergence: Tensor, lengths: Sequence[int]) -> Tensor:  # [K, M] -> [B, K]
+    """Mean over the response positions of each row; 0 for a row without any.
+
+    Args:
+        divergence: [K, M], the rows' positions one after another.
+        lengths: Positions of each row, M in sum.
+    """
+    parts = divergence.split(list(lengths), dim=1)
+    return torch.stack([part.sum(1) / max(part.shape[1], 1) for part in parts])
+
+
+@torch.no_grad()
+def close_scores(own: Tensor, clips: Tensor) -> Tensor:  # [B, D], [B, K, D] -> [B, K]
+    """Cosine of the mean visual features of a row's clip and of its augmented ones."""
+    return F.cosine_similarity(full_precision(own).unsqueeze(1), full_precision(clips), dim=-1)
+
+
+@torch.no_grad()
+def aggregate(
+    close: Tensor,
+    far: Tensor,
+    *,
+    tau_close: float,
+    mode: Mode = "hard",
+    temperature: float = 0.05,
+    noise_floor: float = 0.0,
+) -> Selection:
+    """Weights of the augmented clips of each row.
+
+    Of the clips with close >= tau_close, or the closest where there is none, `hard` takes the one
+    with the largest far score (the first of equal ones), `soft` weighs by softmax(far /
+    temperature), `mean` equally. A row counts min(1, largest far score / noise_floor).
+
+    Args:
+        close: [B, K] from `close_scores`.
+        far: [B, K] from `far_scores`, in nats.
+        tau_close: Least cosine.
+        mode: How the kept clips share the weight.
+        temperature: In nats; read by `soft`.
+        noise_floor: In nats; 0 counts every row fully.
+    """
+    far = full_precision(far)
+    kept = close >= tau_close
+    closest = F.one_hot(close.argmax(1), close.shape[1]).bool()
+    kept = torch.where(kept.any(1, keepdim=True), kept, closest)
+    reach = far.masked_fill(~kept, -math.inf)
+    farthest = reach.argmax(1)
+    if mode == "hard":
+        weights = F.one_hot(farthest, far.shape[1]).to(far.dtype)
+    elif mode == "soft":
+        weights = (reach / temperature).softmax(1)
+    else:
+        weights = kept / kept.sum(1, keepdim=True).to(far.dtype)
+    row_weight = torch.ones_like(far[:, 0])
+    if noise_floor > 0:
+        row_weight = (reach.amax(1) / noise_floor).clamp(max=1.0)
+    return Selection(weights, row_weight, farthest if mode == "hard" else None, kept)
+
+
+def tau_at(spec: SelectionSpec, step: int, num_steps: int) -> float:
+    """The gate at a step: from tau_start at step 0 straight to tau_close at the last one."""
+    if spec.tau_start is None:
+        return spec.tau_close
+    share = min(step / max(num_steps - 1, 1), 1.0)
+    return spec.tau_start + share * (spec.tau_close - spec.tau_start)
+
+
+def _js(log_p: Tensor, log_q: Tensor) -> Tensor:  # [..., V], [..., V] -> [...]
+    x = (log_p - log_q).abs_()
+    # Where both are 0 the gap is nan and weighs nothing; beyond 200, g is 2 ln 2 in any type.
+    x.nan_to_num_(nan=0.0).clamp_(max=200.0)
+    t = torch.tanh(0.5 * x)
+    near = x * t + torch.log1p(-t.square())
+    e = torch.exp(-x)
+    far = 2.0 * (math.log(2.0) - x * e / (1.0 + e) - torch.log1p(e))
+    g = torch.where(x < 1.0, near, far)
+    total = 0.25 * ((log_p.exp() + log_q.exp()) * g).sum(-1)
+    return total.clamp_(max=math.log(2.0))
+
+
+def _cast(head: Head, dtype: torch.dtype) -> Head:
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return Head(head.weight.to(dtype), bias, head.scale, head.softcap)
+
+
+# PaMi-VDPO's choice among augmented clips, by the policy's own outputs, without a gradient.
+#
+# Close first: a clip must still show what the row's own shows (cosine of mean features). Then far:
+# of those the one under which the policy answers most differently (divergence of its distributions
+# at the response's tokens).
+#
+# Source: Ding et al. 2025, arXiv:2504.05810; reconstructed, see `mmalign.video.select`.
 
 
 @dataclass(frozen=True, slots=True)

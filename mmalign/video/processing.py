@@ -1,26 +1,24 @@
-"""Decoded media through the model's own processor: tensors, and what a placeholder becomes.
-
-A processor is called once for the media of a prompt, with the placeholders alone as text. What each
-placeholder was replaced by (a run of ids, timestamps between them) then serves every prompt that
-shows the same media, through the processor's own replacement.
-"""
+"""Decoded media through the model's own processor: tensors, and what a placeholder becomes."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
+from mmalign.data.example import Asked, Message
 from mmalign.errors import ConfigError, DataError
+from mmalign.text.messages import PlainText
 from mmalign.text.model import FAULTS
+from mmalign.text.render import ChatTemplate
 from mmalign.text.tokenizer import leading, pad_id
-from mmalign.video.frames import SOUND_RATE
-from mmalign.video.given import joined_tensors, metadata, tensors_of, without_pixels, writable
-from mmalign.video.prompt import KINDS
-from mmalign.video.sizes import Sizes
+from mmalign.video.sizes import SOUND_RATE, Sizes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,7 +27,165 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmalign.config import RunConfig
-    from mmalign.video.frames import Frames, Wave
+    from mmalign.data.example import Media, Prompt
+    from mmalign.video.sizes import Array, Frames, Wave
+
+
+# What a processor is given of decoded media, and what it gives back.
+
+_NAMES = {"pixel_values_images": "pixel_values"}  # Video-LLaVA's processor, and its model
+
+
+def tensors_of(output: Mapping[str, Any], shown: Shown) -> dict[str, Tensor]:
+    """What a processor gave, by the names that models know; whether clips are heard beside it."""
+    tensors = {_NAMES.get(k, k): torch.as_tensor(v) for k, v in output.items() if v is not None}
+    if any(track is not None for _, track in shown.clips):
+        tensors["audio_in_video"] = torch.ones(1, dtype=torch.bool)
+    return tensors
+
+
+def writable(pixels: Array) -> Array:
+    """Frames as torch takes them without a warning; kept ones are shared and locked."""
+    return pixels if pixels.flags.writeable else pixels.copy()
+
+
+def without_pixels(pixels: Array) -> Tensor:
+    """Frames of which only the shape is known."""
+    return torch.empty(pixels.shape, dtype=torch.uint8, device="meta")
+
+
+def metadata(frames: Frames) -> dict[str, Any]:
+    """Times as a processor counts them: numbers of frames in the clip's part, and a rate."""
+    first, count = (0, frames.num_source) if frames.span is None else frames.span
+    rate = frames.rate or frames.source_fps
+    return {
+        "fps": rate,
+        "frames_indices": [number - first for number in frames.indices],
+        "total_num_frames": count,
+        "duration": count / rate,
+        "height": int(frames.pixels.shape[1]),
+        "width": int(frames.pixels.shape[2]),
+    }
+
+
+def joined_tensors(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of media that were processed apart, as if they had been together.
+
+    Sounds are padded to the longest; their masks say how far each goes.
+    """
+    joined: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        tensors = [part[name] for part in parts if name in part]
+        of_text = name in ("input_ids", "attention_mask") or name.endswith("token_type_ids")
+        if name == "audio_in_video":
+            joined[name] = tensors[0]
+        elif of_text:
+            joined[name] = torch.cat(tensors, 1)
+        else:
+            most = max(tensor.shape[-1] for tensor in tensors) if tensors[0].dim() > 1 else 0
+            pads = [(0, most - t.shape[-1]) if most else (0, 0) for t in tensors]
+            tensors = [
+                F.pad(t, pad) if any(pad) else t for t, pad in zip(tensors, pads, strict=True)
+            ]
+            joined[name] = torch.cat(tensors)
+    return joined
+
+
+# Prompts that show and play: where their media stand, and how they become text.
+
+KINDS = ("video", "image", "audio")
+MARK = re.compile(r"<(video|image|audio)>")
+"""What stands in a prompt's text for a clip, a picture or a sound."""
+
+
+def place(prompt: Prompt, media: Media, where: str) -> tuple[Message, ...]:
+    """The conversation with a mark for every medium.
+
+    A kind that the prompt does not name stands before the text of the first user turn.
+
+    Raises:
+        DataError: The prompt names more or fewer than there are.
+    """
+    turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    counts = {"video": media.videos, "image": media.images, "audio": media.sounds}
+    named = Counter(mark for turn in turns for mark in MARK.findall(turn.content))
+    front = ""
+    for kind, items in counts.items():
+        if named[kind] not in (0, len(items)):
+            raise DataError(
+                f"{where}: the prompt names <{kind}> {named[kind]} times, but the row has "
+                f"{len(items)}; name each once, or none"
+            )
+        front += f"<{kind}>" * (len(items) - named[kind])
+    if not front:
+        return turns
+    first = next((i for i, turn in enumerate(turns) if turn.role == "user"), None)
+    if first is None:
+        raise DataError(f"{where}: no user turn in the prompt that could show the media")
+    shown = replace(turns[first], content=front + turns[first].content)
+    return (*turns[:first], shown, *turns[first + 1 :])
+
+
+def parts(content: str) -> list[dict[str, str]]:
+    """A turn's text as the parts that chat templates of processors read."""
+    found: list[dict[str, str]] = []
+    for index, piece in enumerate(MARK.split(content)):
+        if index % 2:
+            found.append({"type": piece})
+        elif piece.strip():
+            # A line break between a mark and the words belongs to the template, not to the words.
+            found.append({"type": "text", "text": piece.lstrip("\n") if index else piece})
+    return found
+
+
+class MediaTemplate(ChatTemplate):
+    """The processor's chat template; turns are lists of parts."""
+
+    def content(self, text: str) -> Any:
+        """A turn's text as parts."""
+        return parts(text)
+
+    def said(self, answer: str) -> Any:
+        """An answer as a part, whatever marks it holds."""
+        return [{"type": "text", "text": answer}]
+
+    def told(self, turns: Sequence[Message]) -> Sequence[Message]:
+        """The turns without the marks, which become tokens of media."""
+        return [replace(turn, content=MARK.sub(" ", turn.content)) for turn in turns]
+
+
+class MarkedText(PlainText):
+    """No template: marks become the tokens that the processor replaces."""
+
+    def __init__(self, tokens: dict[str, str]) -> None:
+        """`tokens` holds the processor's own token of each kind."""
+        self.tokens = tokens
+
+    def context(self, prompt: Prompt | Asked, where: str) -> str:
+        """The prompt's text, or the transcript, with the processor's tokens."""
+        turns = prompt.prompt if isinstance(prompt, Asked) else prompt
+        if isinstance(turns, tuple) and len(turns) == 1 and turns[0].role == "user":
+            text = turns[0].content
+            prompt = Asked(text, prompt.template) if isinstance(prompt, Asked) else text
+        return MARK.sub(lambda mark: self._token(mark[1], where), super().context(prompt, where))
+
+    def _opens(self, prompt: Prompt | Asked, context: str) -> bool:
+        return False  # the words of an answer stand as the record has them
+
+    def _token(self, kind: str, where: str) -> str:
+        if kind not in self.tokens:
+            raise ConfigError(
+                f"{where}: the prompt has <{kind}>, which the model's processor does not know; it "
+                f"takes {', '.join(self.tokens) or 'text only'}"
+            )
+        return self.tokens[kind]
+
+
+# Decoded media through the model's own processor: tensors, and what a placeholder becomes.
+#
+# A processor is called once for the media of a prompt, with the placeholders alone as text. What
+# each placeholder was replaced by (a run of ids, timestamps between them) then serves every prompt
+# that shows the same media, through the processor's own replacement.
 
 _SECONDS_KEPT = 30.0  # of a sound, by feature extractors of the Whisper family
 

@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
+import torch
+from cachetools import LRUCache
 
-from mmalign.data.cache import plain
+from mmalign.data.cache import TensorCache, plain
 from mmalign.data.pictures import open_picture
 from mmalign.errors import DataError
+from mmalign.models.files import fingerprint
+from mmalign.text.cache import cache_folder
 from mmalign.video.augment import augment
-from mmalign.video.frame_cache import FrameCache
-from mmalign.video.frames import Frames
+from mmalign.video.media import FrameCache
+from mmalign.video.model import Encoded
 from mmalign.video.processing import Processed, Processor, Shown
+from mmalign.video.sizes import Frames
 from mmalign.video.sound import has_sound, read_sound, sound_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Hashable, Mapping
 
     from PIL.Image import Image
     from torch import Tensor
 
     from mmalign.config import RunConfig
-    from mmalign.data.example import Clip, Media
-    from mmalign.video.features import FeatureStore
-    from mmalign.video.frames import Wave
-    from mmalign.video.model import Encoded
+    from mmalign.data.example import Clip, Media, Picture, Sound
+    from mmalign.video.checks import Seen, Use
+    from mmalign.video.sizes import Wave
+
+
+# From media by reference to what the model takes: decoded, altered, processed; each once.
 
 _NOTES = 1000  # kept
 _VERSION = 2  # raise it when the same media are shown otherwise
@@ -178,3 +186,166 @@ def _still(images: list[Image]) -> Frames:
 def _without_pixels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Grids, masks and times: what positions depend on."""
     return {k: v for k, v in tensors.items() if v.numel() <= 4096 or not v.is_floating_point()}
+
+
+# Encoded media kept for the next time they are shown, in memory and on disk.
+
+
+class FeatureStore:
+    """Features by key of their media, the least recently used let go first.
+
+    Attributes:
+        hits, misses: Look-ups so far.
+    """
+
+    def __init__(self, megabytes: int, disk: TensorCache | None = None) -> None:
+        """Keep nothing yet.
+
+        Args:
+            megabytes: MiB in memory; 0 keeps nothing there.
+            disk: Written by `mmalign cache`, only read here.
+        """
+        self.limit = megabytes << 20
+        self.disk = disk
+        self.hits = self.misses = 0
+        self._kept: OrderedDict[str, Encoded] = OrderedDict()
+        self._bytes = 0
+
+    @property
+    def active(self) -> bool:
+        """Whether anything can be found again."""
+        return self.limit > 0 or self.disk is not None
+
+    def get(self, key: str) -> Encoded | None:
+        """The features of these media, on the CPU; None when they must be made."""
+        found = self._kept.get(key)
+        if found is not None:
+            self._kept.move_to_end(key)
+        elif self.disk is not None:
+            found = self._read(key)
+        self.hits, self.misses = self.hits + (found is not None), self.misses + (found is None)
+        return found
+
+    def put(self, key: str, encoded: Encoded) -> None:
+        """Keep features that were made, without their graph."""
+        if key in self._kept or encoded.nbytes > self.limit:
+            return
+        kept = encoded.detached()
+        self._kept[key] = kept
+        self._bytes += kept.nbytes
+        while self._bytes > self.limit:
+            _, oldest = self._kept.popitem(last=False)
+            self._bytes -= oldest.nbytes
+
+    def write(self, key: str, encoded: Encoded) -> None:
+        """Put features on the disk."""
+        assert self.disk is not None
+        kept = encoded.detached()
+        tensors = {name.replace("/", "_"): tensor for name, tensor in kept.named().items()}
+        self.disk.put(self.disk.key(key), {name: _bits(t).numpy() for name, t in tensors.items()})
+
+    def _read(self, key: str) -> Encoded | None:
+        assert self.disk is not None
+        name = self.disk.key(key)
+        if self.disk.missing([name]):
+            return None
+        arrays = self.disk.get(name)
+        if arrays is None:
+            return None
+        tensors = {k: _tensor(torch.from_numpy(array.copy())) for k, array in arrays.items()}
+        return Encoded.of({name.replace("_", "/"): tensor for name, tensor in tensors.items()})
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """bfloat16, which numpy lacks, as its bits."""
+    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+
+
+def _tensor(stored: Tensor) -> Tensor:
+    return stored.view(torch.bfloat16) if stored.dtype == torch.int16 else stored
+
+
+# What media take of a prompt, known without their pixels: a reader for looking at all rows.
+
+_KEPT = 64  # kinds of media, which rows share
+
+
+class PlannedReader(MediaReader):
+    """A reader that counts tokens and shows nothing.
+
+    It decodes what was not seen before, and for processors that look at pixels to count.
+    """
+
+    def __init__(self, processor: Processor, config: RunConfig, seen: Mapping[Use, Seen]) -> None:
+        """`seen` comes from `check_media`."""
+        super().__init__(processor, config, FeatureStore(0))
+        self.seen = seen
+        self._kept: LRUCache[Hashable, Processed] = LRUCache(_KEPT)
+
+    def key(self, media: Media) -> str:
+        """As ever: altered media take as many tokens, and are counted as they were."""
+        return super().key(media.unchanged())
+
+    def prepare(
+        self, media: Media, where: str, *, key: str | None = None, pixels: bool = False
+    ) -> Prepared:
+        """The replacements of the media; of tensors, those that need no pixels.
+
+        Raises:
+            DataError: The processor does not take them.
+        """
+        bare = media.unchanged()
+        return Prepared(key or self.key(bare), self.processed(bare, where))
+
+    def processed(self, media: Media, where: str) -> Processed:
+        """The same, but for the key; of media that are not altered."""
+        try:
+            facts = self._facts(media)
+        except KeyError:  # decoded by nobody
+            facts = None
+        # What was read of pixels says nothing of others.
+        found = self._kept.get(media) or self._kept.get(facts)
+        if found is None:
+            planned = None if facts is None else self.processor.plan(self._known(media), where)
+            found = planned or super().prepare(media, where).processed
+            self._kept[media if planned is None else facts] = found
+        return found
+
+    def _facts(self, media: Media) -> Hashable:
+        """All that is known of the media: those alike take the same tokens where that is enough."""
+        heard = self.hears_clip(media)
+        return (
+            tuple((self.seen[clip, heard], clip.start, clip.max_pixels) for clip in media.videos),
+            tuple(self._of(picture) for picture in media.images),
+            tuple(self._of(sound) for sound in media.sounds),
+        )
+
+    def _known(self, media: Media) -> Shown:
+        heard = self.hears_clip(media)
+        return Shown(
+            clips=[self._seen_clip(clip, heard=heard) for clip in media.videos],
+            starts=[clip.start for clip in media.videos],
+            images=[self._of(picture).image() for picture in media.images],
+            sounds=[wave for s in media.sounds if (wave := self._of(s).wave()) is not None],
+        )
+
+    def _of(self, reference: Picture | Sound) -> Seen:
+        return self.seen[reference, False]
+
+    def _seen_clip(self, clip: Clip, *, heard: bool) -> tuple[Frames, Wave | None]:
+        seen = self.seen[clip, heard]
+        return seen.frames(clip), seen.wave()
+
+
+def open_features(config: RunConfig) -> TensorCache:
+    """The folder with the features of a model's frozen towers; empty before it is written to."""
+    model = config.model
+    return TensorCache(
+        cache_folder(config),
+        {
+            "model": fingerprint(model.path, model.revision),
+            "quantization": str(model.quantization),
+            "dtype": model.dtype,
+            "holds": "media_features",
+        },
+    )

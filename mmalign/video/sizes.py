@@ -1,12 +1,9 @@
-"""How large frames and pictures become, whatever a processor means by its sizes.
-
-Some processors count the area of one frame, some that of all frames of a clip together, some allow
-a budget of tokens besides. None of that is repeated here: the processor is run on pixels without
-memory (torch's meta device), and the size to which it brings them is noted.
-"""
+"""Decoded media, and how large frames and pictures become on a screen and for a processor."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -17,9 +14,133 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from mmalign.config import VideoConfig
-    from mmalign.video.frames import Array
+    from av.video.frame import VideoFrame
 
+    from mmalign.config import VideoConfig
+
+
+# Decoded media: frames with their times, and sound in step with them.
+
+if TYPE_CHECKING:
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+SOUND_RATE = 16_000  # Hz
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """Chosen frames of a clip.
+
+    Attributes:
+        pixels: [T, H, W, 3] uint8, RGB.
+        indices: Number of each frame in the file, in display order, from 0.
+        times: Seconds from the start of the file at which each is shown.
+        source_fps: Average frames a second of the file.
+        num_source: Frames of the file (by its header or its end).
+        duration: Seconds of the file.
+        span: Number of the first frame of the clip's part of the file, and how many that has;
+            None: the whole file.
+        area: Most pixels a frame, of this clip alone; None: as the config says.
+        size: Height and width of the file's frames, before they were made smaller; None: as here.
+        rate: Frames a second by the file's header; None: `source_fps`.
+        drawn: Whether the time of each is drawn on it, as the model's processor does it.
+    """
+
+    pixels: Array
+    indices: tuple[int, ...]
+    times: tuple[float, ...]
+    source_fps: float
+    num_source: int
+    duration: float
+    span: tuple[int, int] | None = None
+    area: int | None = None
+    size: tuple[int, int] | None = None
+    rate: float | None = None
+    drawn: bool = False
+
+    @property
+    def fps(self) -> float:
+        """Average rate of the chosen frames, a second; the file's where there is only one."""
+        span = self.times[-1] - self.times[0] if len(self.times) > 1 else 0.0
+        return (len(self.times) - 1) / span if span > 0 else self.source_fps
+
+
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """Mono sound in [-1, 1] at `SOUND_RATE`."""
+
+    samples: Array  # [S] float32
+
+    @property
+    def seconds(self) -> float:
+        """Length."""
+        return len(self.samples) / SOUND_RATE
+
+
+# How a player shows a decoded frame: turned and mirrored by its matrix, in its proportions.
+
+_SQUARE = Fraction(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One of the eight ways to lay a picture: exchanged axes first, then mirrored ones."""
+
+    axes: bool = False  # rows become columns
+    down: bool = False  # the last row comes first
+    across: bool = False  # the last column comes first
+
+    def __call__(self, image: Array) -> Array:  # [H, W, 3] -> [H, W, 3] or [W, H, 3]
+        """The picture as it is shown, a view."""
+        image = image.transpose(1, 0, 2) if self.axes else image
+        return image[:: -1 if self.down else 1, :: -1 if self.across else 1]
+
+
+def turn_of(frame: VideoFrame) -> Turn:
+    """The turn that the frame's display matrix asks for, to the nearest right angle.
+
+    Its first entries say where a place (x, y) of the picture is shown: x' = a x + c y and
+    y' = b x + d y (ISO/IEC 14496-12, matrix of a track's header).
+    """
+    from av.sidedata.sidedata import SideDataContainer, Type
+
+    # Made here: the frame's own would refer to the frame, and keep its pixels until a collection.
+    data = SideDataContainer(frame)  # pyright: ignore[reportCallIssue]
+    found = [bytes(item) for item in data if item.type == Type.DISPLAYMATRIX]
+    if not found or len(found[0]) < 20:
+        return Turn()
+    a, b, _, c, d = np.frombuffer(found[0][:20], np.int32).tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return Turn(axes=True, down=b < 0, across=c < 0)
+    return Turn(down=d < 0, across=a < 0)
+
+
+def shown_size(
+    height: int, width: int, ratio: Fraction | None, most: int
+) -> tuple[int, int]:  # height, width
+    """The size at which a picture has the proportions in which it was filmed.
+
+    Args:
+        height: Rows of stored pixels.
+        width: Pixels a row.
+        ratio: Width of a pixel to its height; None or 0: not known, square.
+        most: Longest side, which a header that is wrong does not exceed.
+    """
+    ratio = ratio or _SQUARE
+    if ratio == 1:
+        return height, width
+    wide = Fraction(width) * ratio
+    share = min(Fraction(1), Fraction(most) / max(wide, height))
+    return max(1, round(height * share)), max(1, round(wide * share))
+
+
+# How large frames and pictures become, whatever a processor means by its sizes.
+#
+# Some processors count the area of one frame, some that of all frames of a clip together, some
+# allow a budget of tokens besides. None of that is repeated here: the processor is run on pixels
+# without memory (torch's meta device), and the size to which it brings them is noted.
+
+if TYPE_CHECKING:
     Size = tuple[int, int]  # height, width
 
 _EDGES = ("shortest_edge", "longest_edge")  # areas, in the processors that resize freely

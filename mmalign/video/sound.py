@@ -9,11 +9,17 @@ import numpy as np
 
 from mmalign.data.example import Sound
 from mmalign.errors import DataError
-from mmalign.video.container import Deadline, open_media, sound_stream, video_stream
-from mmalign.video.decode import decoded, packets_of
-from mmalign.video.frames import SOUND_RATE, Wave
 from mmalign.video.media import span_numbers
-from mmalign.video.timeline import timeline
+from mmalign.video.sizes import SOUND_RATE, Wave
+from mmalign.video.timeline import (
+    Deadline,
+    decoded,
+    open_media,
+    packets_of,
+    sound_stream,
+    timeline,
+    video_stream,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +30,7 @@ if TYPE_CHECKING:
 
     from mmalign.config import VideoConfig
     from mmalign.data.example import Clip
-    from mmalign.video.frames import Array
+    from mmalign.video.sizes import Array
 
 _LEAD = 1.0  # seconds decoded before a span, which a decoder needs to come to the right values
 _JUMP = 0.05  # seconds between two blocks from which on they are not heard as following each other

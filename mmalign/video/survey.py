@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from mmalign.data.opening import in_mib
 from mmalign.errors import ConfigError, DataError
 from mmalign.models.adapter import Surveyed
 from mmalign.text.cache import cache_folder
+from mmalign.text.encode import Encoder
 from mmalign.text.masks import with_spans
 from mmalign.text.model import Limits, model_limits
 from mmalign.text.survey import (
@@ -25,14 +27,11 @@ from mmalign.text.survey import (
 )
 from mmalign.video.augment import seed_for
 from mmalign.video.candidates import Corruptor
-from mmalign.video.check_journal import FILE
-from mmalign.video.checks import check_media, keep_usable, leave_out, uses_of
-from mmalign.video.clue_hook import CLUE_TOKEN
-from mmalign.video.costs import token_counts
-from mmalign.video.encode import VideoEncoder
-from mmalign.video.planned import PlannedReader
+from mmalign.video.checks import FILE, check_media, keep_usable, leave_out, usable_rows, uses_of
+from mmalign.video.clue_part import CLUE_TOKEN
+from mmalign.video.encode import VideoEncoder, token_counts
 from mmalign.video.processing import Processor, load_processor
-from mmalign.video.rows import taken
+from mmalign.video.reader import PlannedReader
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -42,9 +41,67 @@ if TYPE_CHECKING:
     from mmalign.data.example import Example, Media
     from mmalign.text.masks import EncodedCandidate
     from mmalign.text.survey import Found
-    from mmalign.video.checks import MediaReport, Use
-    from mmalign.video.seen import Seen
+    from mmalign.video.checks import MediaReport, Seen, Use
 
+
+# The rows of a run that can be learned from.
+
+log = logging.getLogger(__name__)
+
+
+def usable_parts(config: RunConfig, parts: Sequence[Sequence[Example]]) -> list[list[Example]]:
+    """The rows whose media can be decoded and, where only spans are scored, that have one.
+
+    Args:
+        config: The run's configuration.
+        parts: Rows to train on, rows held out; files of both are looked at and named once.
+    """
+    processor = load_processor(config)
+    wrapped = Processor(processor, config)
+    usable = usable_rows(
+        taken(parts, wrapped),
+        config.video,
+        hears=wrapped.hears_clips,
+        journal=cache_folder(config) / FILE,
+        longest=wrapped.longest_sound,
+    )
+    # What differs between two answers is found without anything shown: nothing is decoded.
+    words = config.text.model_copy(update={"chat_template": False, "system_prompt": None})
+    encoder = Encoder(processor.tokenizer, config.model_copy(update={"text": words}))
+    return [with_spans(config.text.masks, rows, encoder.encode_example) for rows in usable]
+
+
+def taken(parts: Sequence[Sequence[Example]], processor: Processor) -> list[list[Example]]:
+    """The rows with nothing but media of kinds that the model takes; others are counted.
+
+    Raises:
+        DataError: There are others, and `video.bad_media` is stop, or no row of the first part is
+            left.
+    """
+
+    def foreign(row: Example) -> set[str]:
+        shown = [row.media, *(c.media for c in row.candidates if c.media is not None)]
+        kinds = {"video" for media in shown if media.videos}
+        kinds |= {"image" for media in shown if media.images}
+        kinds |= {"audio" for media in shown if media.sounds}
+        return kinds - set(processor.tokens)
+
+    found = [(row, kinds) for part in parts for row in part if (kinds := foreign(row))]
+    if not found:
+        return [list(part) for part in parts]
+    kept = [[row for row in part if not foreign(row)] for part in parts]
+    row, kinds = found[0]
+    said = (
+        f"{len(found)} of {sum(map(len, parts))} rows have {' and '.join(sorted(kinds))} "
+        f"(the first is {row.id!r}), which {type(processor.inner).__name__} does not take"
+    )
+    if processor.video.bad_media == "stop" or not kept[0]:
+        raise DataError(f"{said}. Take them out, or use a model that does")
+    log.warning("%s; they are left out", said)
+    return kept
+
+
+# The rows of a run with media, all looked at before a model is loaded: files, sizes, tokens.
 
 _MUCH = 200 * 2**20  # bytes of the frames of one clip
 
@@ -128,7 +185,7 @@ def counting_encoder(
     """An encoder that needs no pixels of what a report has seen."""
     count = None
     if config.video.clues is not None:
-        from mmalign.video.show import clue_count
+        from mmalign.video.clues import clue_count
 
         processor.tokenizer.add_tokens([CLUE_TOKEN], special_tokens=True)
         count = clue_count(config.video.clues)

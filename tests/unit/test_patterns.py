@@ -21,7 +21,7 @@ from mmalign.data.doubts import bare
 from mmalign.data.media_layouts import read_cat
 from mmalign.pairs.judge import options_of
 from mmalign.text.masks import mark_steps
-from mmalign.video.operations import allowed
+from mmalign.video.candidates import allowed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

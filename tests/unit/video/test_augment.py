@@ -14,19 +14,19 @@ import pytest
 from mmalign.config.video import Operation
 from mmalign.errors import ConfigError, DataError, NeedsError
 from mmalign.video.augment import (
+    MOVES,
     NEEDS_DONOR,
     NEEDS_SOUND,
     NEEDS_TIME,
     OPERATIONS,
     Augmented,
     augment,
+    normal_quantiles,
     rng_for,
     seed_for,
 )
-from mmalign.video.augment_space import normal_quantiles
-from mmalign.video.augment_time import MOVES
-from mmalign.video.frames import Frames, Wave
-from mmalign.video.operations import allowed, draw
+from mmalign.video.candidates import allowed, draw
+from mmalign.video.sizes import Frames, Wave
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmalign.config import SelectionSpec
 from mmalign.core import CandidateLogps, presets
 from mmalign.text.logps import Head
-from mmalign.video.select import (
+from mmalign.video.pami import (
     Selection,
     aggregate,
     close_scores,

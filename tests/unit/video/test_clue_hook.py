@@ -11,7 +11,7 @@ from clue_rows import question_embeddings
 from tiny_video import KINDS
 
 from mmalign.errors import ConfigError, DataError
-from mmalign.video.clue_hook import CLUE_TOKEN, ClueHook, add_clue_token, insert_clues
+from mmalign.video.clue_part import CLUE_TOKEN, ClueHook, add_clue_token, insert_clues
 from mmalign.video.clues import ClueAggregator
 from mmalign.video.model import language_model, media_ids
 

@@ -13,7 +13,7 @@ from media_files import numbers, write_numbered
 from mmalign.config import VideoConfig
 from mmalign.data.example import Clip
 from mmalign.errors import DataError
-from mmalign.video.frame_cache import FrameCache
+from mmalign.video.media import FrameCache
 
 TIMES = [100 * i for i in range(8)]
 LARGE = {"size": (480, 360)}  # of which two frames take 1 MiB

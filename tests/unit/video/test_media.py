@@ -19,10 +19,9 @@ from mmalign.config import VideoConfig
 from mmalign.data.example import Clip
 from mmalign.errors import DataError
 from mmalign.video import media
-from mmalign.video.container import Deadline
-from mmalign.video.display import shown_size
 from mmalign.video.media import Stack, choose, pixels_by_pyav, read_frames
-from mmalign.video.timeline import timeline
+from mmalign.video.sizes import shown_size
+from mmalign.video.timeline import Deadline, timeline
 
 CONSTANT = [100 * i for i in range(60)]
 VARIABLE = [0, 40, 90, 400, 410, 420, 1500, 1600, 1633, 2000, 3500, 3510]
@@ -326,7 +325,7 @@ def test_real_files(shared_data: Path, name: str, frames: int, fps: float) -> No
 )
 @pytest.mark.parametrize("name", ["plain.mp4", "open_gop.mkv", "hidden.webm"])
 def test_torchcodec_gives_the_same_pixels(folder: Path, name: str) -> None:
-    from mmalign.video.other_decoder import pixels_by_torchcodec
+    from mmalign.video.media import pixels_by_torchcodec
 
     path = write_numbered(folder / f"tc_{name}", CONSTANT, **KINDS[name])
     line, some = timeline(path, every(2)), (7, 3, 3, 59)

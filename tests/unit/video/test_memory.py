@@ -13,7 +13,7 @@ from media_files import cut, damaged, numbers, write_numbered
 from mmalign.config import VideoConfig
 from mmalign.data.example import Clip
 from mmalign.errors import DataError
-from mmalign.video.frame_cache import FrameCache
+from mmalign.video.media import FrameCache
 from mmalign.video.sound import has_sound, sound_of
 
 DECODES = 2000

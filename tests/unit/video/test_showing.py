@@ -16,11 +16,11 @@ from video_rows import make_adapter, pair, run_config
 
 from mmalign.core import Needs, presets
 from mmalign.data.example import Clip, Media, Message, Picture, Sound
-from mmalign.video import strips
-from mmalign.video.frames import SOUND_RATE, Frames, Wave
+from mmalign.video import samples
 from mmalign.video.processing import Shown
-from mmalign.video.show import show_rows
-from mmalign.video.showing import describe, in_words
+from mmalign.video.samples import describe, in_words
+from mmalign.video.sizes import SOUND_RATE, Frames, Wave
+from mmalign.video.tools import show_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +42,7 @@ def clip(count: int, *, side: int = 16, noise: bool = False) -> Frames:
 
 
 def seen(shown: Shown) -> Image.Image:
-    image = strips.sheet(shown)
+    image = samples.sheet(shown)
     assert image is not None
     return image
 
@@ -79,13 +79,13 @@ def test_sound_is_a_curve_as_wide_as_the_frames() -> None:
     frames = Shown([(clip(4), None)], [0.0])
     heard = seen(Shown([(clip(4), Wave(loud))], [0.0]))
     assert heard.width == seen(frames).width
-    assert strips.sheet(Shown()) is None
+    assert samples.sheet(Shown()) is None
 
 
 def test_sheets_stay_small(tmp_path: Path) -> None:
     """Noise does not compress."""
     image = seen(Shown([(clip(64, side=120, noise=True), None)], [0.0]))
-    strips.write(image, tmp_path / "a" / "sheet.webp")
+    samples.write(image, tmp_path / "a" / "sheet.webp")
     assert [file.name for file in (tmp_path / "a").iterdir()] == ["sheet.webp"]
     assert (tmp_path / "a" / "sheet.webp").stat().st_size < 250_000
     wide, high = Image.open(tmp_path / "a" / "sheet.webp").size
@@ -96,13 +96,13 @@ def test_an_altered_clip_stands_below_itself() -> None:
     own = clip(4)
     other = replace(own, pixels=own.pixels[::-1])
     wave = Wave(np.ones(SOUND_RATE, dtype=np.float32))
-    image = np.asarray(strips.compared(Shown([(own, wave)], [0.0]), Shown([(other, wave)], [0.0])))
+    image = np.asarray(samples.compared(Shown([(own, wave)], [0.0]), Shown([(other, wave)], [0.0])))
     top, below = ([int(image[y, 16 + c * 70, 0]) for c in range(4)] for y in (40, 132))
     assert top == [0, 2, 4, 6]
     assert below == top[::-1]
     assert len(image) == 6 + 2 * (22 + 70), "an unaltered sound is not drawn"
     silent = Wave(np.zeros(SOUND_RATE, dtype=np.float32))
-    louder = strips.compared(Shown([(own, wave)], [0.0]), Shown([(own, silent)], [0.0]))
+    louder = samples.compared(Shown([(own, wave)], [0.0]), Shown([(own, silent)], [0.0]))
     assert louder.height == len(image) + 2 * 66
 
 

@@ -17,12 +17,9 @@ from video_rows import run_config
 from mmalign.config import VideoConfig
 from mmalign.data.example import Clip
 from mmalign.errors import ConfigError, DataError
-from mmalign.video.frame_cache import FrameCache
-from mmalign.video.frames import Frames, Wave
-from mmalign.video.given import metadata
-from mmalign.video.media import read_frames
-from mmalign.video.processing import Processor, Shown
-from mmalign.video.sizes import Sizes
+from mmalign.video.media import FrameCache, read_frames
+from mmalign.video.processing import Processor, Shown, metadata
+from mmalign.video.sizes import Frames, Sizes, Wave
 
 QWEN, QWEN3 = "qwen2_5_vl", "qwen3_vl"
 CLIPS = [(16, 720, 1280), (5, 1280, 720), (3, 480, 640), (2, 64, 64)]

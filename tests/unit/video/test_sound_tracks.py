@@ -13,8 +13,8 @@ from mmalign.config import VideoConfig
 from mmalign.data.example import Clip, Sound
 from mmalign.errors import DataError
 from mmalign.video import sound
-from mmalign.video.frames import SOUND_RATE
 from mmalign.video.media import read_frames
+from mmalign.video.sizes import SOUND_RATE
 from mmalign.video.sound import has_sound, read_sound, sound_of
 
 TIMES = [100 * i for i in range(40)]

@@ -16,8 +16,8 @@ from mmalign.data.example import Clip, Media, Picture
 from mmalign.errors import ConfigError
 from mmalign.models.adapter import build_adapter
 from mmalign.text.model import causal_model
-from mmalign.video import contexts, truth
-from mmalign.video.handed import handed
+from mmalign.video import contexts
+from mmalign.video.model import encode, handed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -201,7 +201,7 @@ def test_a_keyword_that_is_not_carried_on_is_refused_by_its_name(
 
 def _nudged(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Features are laid out in another order than the model's: nothing else would notice."""
-    made = contexts.encode
+    made = encode
 
     def turned(*arguments: Any) -> Any:
         encoded = made(*arguments)
@@ -227,7 +227,7 @@ def test_the_first_rows_of_a_run_that_show_something_are_tried(
     video_models: Models, clips_dir: Path, pictures: list[Picture], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[str] = []
-    require = truth.require_true
+    require = contexts.require_true
 
     def noted(*arguments: Any) -> None:
         tried.append(arguments[3].id)

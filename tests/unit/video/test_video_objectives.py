@@ -148,13 +148,13 @@ def test_a_cached_reference_is_the_live_one(
 def test_features_on_disk_are_found(
     video_models: Models, clips_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmalign.video import contexts, write_cache
+    from mmalign.video import contexts, tools
     from mmalign.video.adapter import VideoAdapter
 
     rows = [pair(clips_dir / f"clip{i}.mp4", f"row-{i}") for i in range(3)]
     sections: dict[str, Any] = {"output": str(tmp_path / "run"), "model": {"dtype": "float32"}}
     config = run_config(video_models(KIND), **sections)
-    monkeypatch.setattr(write_cache, "load_usable", lambda *_: (rows[:2], rows[2:]))
+    monkeypatch.setattr(tools, "load_usable", lambda *_: (rows[:2], rows[2:]))
     said = VideoAdapter.write_cache(config, Needs(reference=True))
     assert "features of 3 media written, 0 were there" in said
     assert "0 media written, 3 were" in VideoAdapter.write_cache(config, Needs(reference=True))

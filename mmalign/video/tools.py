@@ -1,0 +1,353 @@
+"""What commands do with video models beside training: show rows, plan a cache and write it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Group
+from rich.text import Text
+
+from mmalign.config import ReferenceConfig
+from mmalign.core import Needs, presets
+from mmalign.data.jobs import only_writer
+from mmalign.errors import ConfigError
+from mmalign.models.adapter import load_usable
+from mmalign.text.cache import ReferenceCache, cache_folder
+from mmalign.text.model import causal_model
+from mmalign.text.tools import CONTEXT, counted, legend, response, write_reference
+from mmalign.video.augment import seed_for
+from mmalign.video.candidates import Corruptor
+from mmalign.video.clue_part import CLUE_TOKEN
+from mmalign.video.clues import clue_count
+from mmalign.video.encode import VideoEncoder, media_tensors
+from mmalign.video.model import encode
+from mmalign.video.processing import Processor, load_processor
+from mmalign.video.reader import FeatureStore, MediaReader, open_features
+from mmalign.video.samples import described
+from mmalign.video.survey import counting_encoder, look_at, shown_by
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from mmalign.config import RunConfig
+    from mmalign.data.example import Example, Media
+    from mmalign.video.adapter import VideoAdapter
+    from mmalign.video.survey import CountingEncoder
+
+
+# What a model will see of rows, for a terminal: media with their times, context, scored tokens.
+
+_MEDIA, _CUT = "cyan", "yellow"
+_MOST_TIMES = 12
+
+
+def show_rows(config: RunConfig, examples: Sequence[Example]) -> Group:
+    """Rows as training will encode them, with their answers under altered clips; no weights.
+
+    Clips that an alteration takes from are those of the rows shown.
+    """
+    processor = Processor(load_processor(config), config)
+    count = None
+    if config.video.clues is not None:
+        processor.tokenizer.add_tokens([CLUE_TOKEN], special_tokens=True)
+        count = clue_count(config.video.clues)
+    reader = MediaReader(processor, config, FeatureStore(0))
+    encoder = VideoEncoder(processor, config, reader, lambda ids, prepared: None, count)
+    roles = presets.from_config(config.objective).needs.roles
+    clips = dict.fromkeys(clip for row in examples for clip in row.media.videos)
+    alter = Corruptor(config.video, processor.hears_clips, tuple(clips))
+    blocks = [legend()]
+    for row in examples:
+        blocks += _row(encoder, alter(row, roles, seed_for(0, row.id, 0, 0)))
+    return Group(*blocks, *counted(encoder))
+
+
+def _row(encoder: VideoEncoder, row: Example) -> Iterator[Text]:
+    yield Text(f"\n{row.id}  {row.kind}, weight {row.weight:g}", "bold")
+    encoded = encoder.encode_example(row)
+    masks = encoder.span_masks(encoded) if encoder.uses_spans else [item.spans for item in encoded]
+    seen: object = None
+    for item, spans, candidate, label in zip(
+        encoded, masks, row.candidates, row.labels, strict=True
+    ):
+        media = row.media if candidate.media is None else candidate.media
+        if seen != (media, item.prompt):
+            seen = (media, item.prompt)
+            yield from _media(encoder, media, row.id)
+            yield _context(encoder, item.prompt)
+        name = candidate.role or f"label {label:g}"
+        head = f"[{name}] {len(item.prompt):,} + {len(item.response)} tokens: "
+        item = replace(item, spans=spans)
+        yield Text(head, "bold") + response(encoder.tokenizer, encoder.end_ids, item)
+
+
+def _media(encoder: VideoEncoder, media: Media, where: str) -> Iterator[Text]:
+    """A line for each medium, and one for what was done to them or left out."""
+    reader, video = encoder.reader, encoder.reader.video
+    for about in described(encoder, media, reader.show(media), where):
+        line = f"{about['kind']} {about['file']}: "
+        at = " at {} x {}".format(*about["shown"]) if "shown" in about else ""
+        cost = f"shown{at} in {about['tokens']:,} tokens"
+        if about["kind"] == "audio":
+            yield Text(f"{line}{about['seconds']:.2f} s, in {about['tokens']:,} tokens", _MEDIA)
+            continue
+        size = f"{about['width']} x {about['height']}"
+        if about["kind"] == "image":
+            yield Text(f"{line}{size}, {cost}", _MEDIA)
+            continue
+        times: list[float] = about["times"]
+        heard = "with its sound" if about["heard"] else "without sound"
+        number = f"{len(times)} frame{'' if len(times) == 1 else 's'}"
+        yield Text(f"{line}{number} of {size} at {_seconds(times)}, {heard}, {cost}", _MEDIA)
+        rate = (len(times) - 1) / (times[-1] - times[0]) if times[-1] > times[0] else None
+        if video.fps and rate and len(times) == video.max_frames and rate < 0.95 * video.fps:
+            yield Text(
+                f"cut: {rate:.2g} frames a second and not {video.fps:g}, since video.max_frames is "
+                f"{video.max_frames}",
+                _CUT,
+            )
+    if media.change is not None:
+        note = dict(reader.notes[reader.key(media)])
+        name, changed = note.pop("operation"), note.pop("changed")
+        drawn = "; ".join(f"{key} {value}" for key, value in note.items())
+        nothing = "" if changed else ", which changes nothing"
+        yield Text(f"altered: {name}{nothing}{f' ({drawn})' if drawn else ''}", _CUT)
+
+
+def _seconds(times: Sequence[float]) -> str:
+    """The times of frames; of many only the first and the last ones."""
+    shown = [f"{time:.2f}" for time in times]
+    if len(shown) > _MOST_TIMES:
+        half = _MOST_TIMES // 2
+        shown = [*shown[:half], "...", *shown[-half:]]
+    return f"{' '.join(shown)} s"
+
+
+def _context(encoder: VideoEncoder, ids: Sequence[int]) -> Text:
+    """The prompt, each run of tokens that stand for media as one and how many there are."""
+    parts: list[str] = []
+    for medium, run in groupby(ids, lambda token: token if token in encoder.media_ids else None):
+        tokens = list(run)
+        if medium is None:
+            parts.append(str(encoder.tokenizer.decode(tokens)))
+        else:
+            name = str(encoder.tokenizer.convert_ids_to_tokens(medium))
+            parts.append(f"{name} x {len(tokens):,} " if len(tokens) > 1 else name)
+    return Text("".join(parts), CONTEXT)
+
+
+# Encoding the media of all rows beforehand, and the reference's scores where a run reads them.
+
+
+def write_caches(config: RunConfig, needs: Needs, adapter: type[VideoAdapter]) -> str:
+    """Store what training would compute again and again.
+
+    Args:
+        config: The run's configuration.
+        needs: Of its objective.
+        adapter: Makes the model.
+
+    Returns:
+        What was done, a sentence a line.
+
+    Raises:
+        ConfigError: Nothing of it can be stored.
+    """
+    said: list[str] = []
+    if not {"tower", "projector"} & set(config.video.train):
+        with only_writer(cache_folder(config), "cache", wait=True):
+            said.append(_write_features(config, needs, adapter))
+    if config.reference.kind == "cached":
+        said.append(write_reference(config, needs, adapter.build))
+    if not said:
+        raise ConfigError(
+            "cache: with a trained tower or projector (video.train) features are other ones at "
+            "every step, and the reference is not read from a cache (reference.kind: cached)"
+        )
+    return "\n".join(said)
+
+
+@torch.no_grad()
+def _write_features(config: RunConfig, needs: Needs, make: type[VideoAdapter]) -> str:
+    from accelerate import Accelerator
+    from rich.console import Console
+    from rich.progress import track
+
+    rows = [row for part in load_usable(config, needs) for row in part]
+    own = [row.media for row in rows]
+    own += [c.media for row in rows for c in row.candidates if c.media is not None]
+    shown: list[Media] = [media for media in dict.fromkeys(own) if media]
+    live = config.model_copy(update={"reference": ReferenceConfig()})
+    device = Accelerator().device
+    adapter = make.build(live, Needs()).to(device).eval()
+    reader, store = adapter.encoder.reader, open_features(config)
+    adapter.features.disk = store
+    store.sweep()
+    keys = {reader.key(media): media for media in shown}
+    absent = set(store.missing(map(store.key, keys), read=True))
+    store.repair()
+    todo = [(key, media) for key, media in keys.items() if store.key(key) in absent]
+    console = Console(stderr=True)
+    with store:
+        for key, media in track(todo, "features", console=console, disable=not console.is_terminal):
+            prepared = reader.prepare(media, str(media.videos or media.images or media.sounds))
+            tensors = {k: v.to(device) for k, v in media_tensors(prepared).items()}
+            inner, encoder = causal_model(adapter.policy), adapter.encoder
+            encoded = encode(inner, tensors, encoder.shown_ids, encoder.kinds)
+            adapter.features.write(key, encoded)
+    return (
+        f"{store.folder}: features of {len(todo)} media written, {len(keys) - len(todo)} were "
+        "there; runs with this config find them"
+    )
+
+
+# What the cache of a run on media would hold and lacks: tokens counted, nothing encoded.
+
+_HEADER_BYTES = 220  # of a tensor in a shard: its name, shape, place and checksum
+_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of the caches: entries that the run needs, those that are missing, and their bytes."""
+
+    name: str
+    total: int
+    missing: int
+    num_bytes: int
+
+    def text(self) -> str:
+        """A line."""
+        return f"{self.name}: {self.missing:,} of {self.total:,} to write, {size(self.num_bytes)}"
+
+
+def plan_caches(config: RunConfig, needs: Needs, make: type[VideoAdapter]) -> str:
+    """What `write_caches` would write, how large it is and how long it takes, in words.
+
+    Raises:
+        ConfigError: Nothing of it can be stored.
+    """
+    frozen = not {"tower", "projector"} & set(config.video.train)
+    if not frozen and config.reference.kind != "cached":
+        raise ConfigError(
+            "cache: with a trained tower or projector (video.train) features are other ones at "
+            "every step, and the reference is not read from a cache (reference.kind: cached)"
+        )
+    rows = [row for part in load_usable(config, needs) for row in part]
+    processor = Processor(load_processor(config), config)
+    encoder = counting_encoder(config, processor, look_at(config, processor, [rows]))
+    parts: list[Part] = []
+    said: list[str] = []
+    if frozen:
+        part, todo = _features(config, encoder, rows)
+        parts.append(part)
+        if todo is not None:
+            seconds = part.missing * _seconds_each(config, make, todo)
+            said.append(f"about {_duration(seconds)} for the features, by timing one of them")
+    if config.reference.kind == "cached":
+        parts.append(_reference(config, needs, encoder, rows))
+    folder = cache_folder(config).absolute()
+    total = sum(part.num_bytes for part in parts)
+    there = folder
+    while not there.is_dir():
+        there = there.parent
+    room = shutil.disk_usage(there).free
+    short = "" if room > total else ", which is not enough"
+    lines = [part.text() for part in parts]
+    return "\n".join(
+        [*lines, *said, f"{size(total)} in {folder}, with room for {size(room)}{short}"]
+    )
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in words."""
+    for unit in _UNITS:
+        if num_bytes < 1024 or unit == _UNITS[-1]:
+            break
+        num_bytes /= 1024
+    return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
+
+
+def _features(
+    config: RunConfig, encoder: CountingEncoder, rows: Sequence[Example]
+) -> tuple[Part, Media | None]:
+    """The features of all media, and one of those that are missing."""
+    store = open_features(config)
+    shown = dict.fromkeys(media for row in rows for media in shown_by(row))
+    keys = {encoder.reader.key(media): media for media in shown}
+    absent = set(store.missing(map(store.key, keys)))
+    todo = [media for key, media in keys.items() if store.key(key) in absent]
+    each, tensors = _width(config)
+    tokens = sum(_places(encoder, media) for media in todo)
+    num_bytes = tokens * each * tensors + len(todo) * tensors * _HEADER_BYTES
+    return Part("features of media", len(keys), len(todo), num_bytes), next(iter(todo), None)
+
+
+def _places(encoder: CountingEncoder, media: Media) -> int:
+    """Tokens in whose place features stand."""
+    ids = encoder.reader.prepare(media, "cache").processed.tensors["input_ids"]
+    wanted = torch.tensor(sorted(encoder.shown_ids))
+    return int(torch.isin(ids, wanted).sum())
+
+
+def _width(config: RunConfig) -> tuple[int, int]:
+    """Bytes of a token's features, and tensors of an entry: one, and one a deeper layer."""
+    from transformers import AutoConfig
+
+    model = config.model
+    settings: Any = AutoConfig.from_pretrained(
+        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    settings = getattr(settings, "thinker_config", settings)
+    width = settings.get_text_config().hidden_size
+    deep = getattr(getattr(settings, "vision_config", None), "deepstack_visual_indexes", None)
+    return width * getattr(torch, model.dtype).itemsize, 1 + len(deep or ())
+
+
+def _reference(
+    config: RunConfig, needs: Needs, encoder: CountingEncoder, rows: Sequence[Example]
+) -> Part:
+    """A log-probability a response token, or its last hidden state where a KL needs it."""
+    cache = ReferenceCache(config, encoder, needs)
+    rows = list({id(row): row for row in rows}.values())
+    absent = set(cache.store.missing(map(cache.key, rows)))
+    todo = [row for row in rows if cache.key(row) in absent]
+    tokens = 0
+    for row in todo:
+        encoded = encoder.encode_example(row)
+        tokens += len(encoded) * max(len(item.response) for item in encoded)
+    each = _width(config)[0] if cache.name == "ref_hidden" else 4
+    num_bytes = tokens * each + len(todo) * _HEADER_BYTES
+    return Part("rows of the reference", len(rows), len(todo), num_bytes)
+
+
+@torch.no_grad()
+def _seconds_each(config: RunConfig, make: type[VideoAdapter], media: Media) -> float:
+    """To decode and encode one entry, the second time: the first one also sets things up."""
+    from accelerate import Accelerator
+
+    live = config.model_copy(update={"reference": ReferenceConfig()})
+    device = Accelerator().device
+    adapter = make.build(live, Needs()).to(device).eval()
+    inner, encoder = causal_model(adapter.policy), adapter.encoder
+    found = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        prepared = encoder.reader.prepare(media, "cache", pixels=True)
+        tensors = {k: v.to(device) for k, v in media_tensors(prepared).items()}
+        encode(inner, tensors, encoder.shown_ids, encoder.kinds)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        found = time.perf_counter() - began
+    return found
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
