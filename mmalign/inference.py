@@ -306,30 +306,26 @@ def write_cache(config: RunConfig) -> str:
     Raises:
         ConfigError: What no cache can hold.
     """
-    from mmalign.models.adapter import adapter_class
+    from mmalign.models.adapter import tools_of
 
     needs = check_config(config).needs
     _device(config)  # sets the number of threads
-    return adapter_class(config.modality).write_cache(config, needs)
+    return tools_of(config.modality).write_cache(config, needs)
 
 
 def plan_cache(config: RunConfig) -> str:
     """What `write_cache` would write, in words, bytes and time."""
     _device(config)  # sets the number of threads
-    from mmalign.models.adapter import adapter_class
+    from mmalign.models.adapter import tools_of
 
-    return adapter_class(config.modality).plan_cache(config, check_config(config).needs)
+    return tools_of(config.modality).plan_cache(config, check_config(config).needs)
 
 
-def show_rows(config: RunConfig, count: int) -> None:
-    """Print the first training rows as the model will see them."""
-    from rich.console import Console
-
-    from mmalign.cli.parts import Shown
-    from mmalign.models.adapter import adapter_class, load_usable
+def show_rows(config: RunConfig, count: int) -> Any:
+    """The first training rows as the model will see them, for a rich console."""
+    from mmalign.models.adapter import adapter_class, load_usable, tools_of
 
     objective = check_config(config)
     config = adapter_class(config.modality).begun(config)
     rows, _ = load_usable(config, objective.needs, first=count)
-    shown = adapter_class(config.modality).show_rows(config, rows)
-    Console(highlight=False).print(Shown(shown))
+    return tools_of(config.modality).show_rows(config, rows)

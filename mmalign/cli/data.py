@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmalign.cli.parts import Config, Overrides, argument, group, option, say
+from mmalign.cli.parts import Config, Overrides, Shown, argument, group, option, say
 from mmalign.cli.pictures import (
     BatchSize,
     Device,
@@ -325,10 +325,13 @@ def data_show(
     ] = 3,
 ) -> None:
     """Print rows as the model will see them: context dim, scored tokens coloured."""
+    from rich.console import Console
+
     from mmalign import config as configs
     from mmalign.inference import show_rows
 
-    show_rows(configs.load(config, overrides or ()), rows)
+    shown = show_rows(configs.load(config, overrides or ()), rows)
+    Console(highlight=False).print(Shown(shown))
 
 
 @app.command("convert", short_help="Write any known layout as mmalign's own.")

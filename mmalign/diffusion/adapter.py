@@ -30,7 +30,6 @@ from mmalign.diffusion.samples import (
     write_samples,
 )
 from mmalign.diffusion.scores import Scoring
-from mmalign.diffusion.tools import show_rows
 from mmalign.errors import ConfigError, DataError
 from mmalign.models import lora
 from mmalign.models.adapter import Adapter, LogpUnit
@@ -359,22 +358,6 @@ class DiffusionAdapter(Adapter):
         return 2e-3 if half else 1e-5
 
     @classmethod
-    def write_cache(cls, config: RunConfig, needs: Needs) -> str:
-        """Store latents, prompt embeddings and, with reference.kind cached, reference errors."""
-        from mmalign.diffusion.tools import write_cache
-
-        return write_cache(config, needs)
-
-    @classmethod
-    def plan_cache(cls, config: RunConfig, needs: Needs) -> str:
-        """Sizes of latents, prompt embeddings and errors, and the time they take to compute."""
-        from mmalign.diffusion.cache_plan import plan
-        from mmalign.diffusion.tools import forecast
-
-        planned = plan(config, needs)
-        return f"{planned.text()}\n{forecast(planned, config, needs)}"
-
-    @classmethod
     def for_bank(cls, config: RunConfig, needs: Needs) -> Self:
         """An adapter with a live reference that uses the stored draws."""
         from mmalign.config import ReferenceConfig
@@ -382,11 +365,6 @@ class DiffusionAdapter(Adapter):
         live = config.model_copy(update={"reference": ReferenceConfig()})
         components = load_components(config.model, config.diffusion)
         return cls(live, needs, components, banked=True)
-
-    @classmethod
-    def show_rows(cls, config: RunConfig, examples: Sequence[Example]) -> Any:
-        """Captions, files, sizes and crops."""
-        return show_rows(config, examples)
 
     # -- pictures ----------------------------------------------------------------------------
 

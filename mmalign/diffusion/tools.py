@@ -35,6 +35,7 @@ from mmalign.diffusion.cache_plan import (
     plan_rows,
     progress,
 )
+from mmalign.diffusion.cache_plan import plan as plan_needed
 from mmalign.diffusion.conditioning import PromptEncoder
 from mmalign.diffusion.pictures import (
     Frame,
@@ -381,6 +382,12 @@ _TIMERS: dict[str, Callable[[RunConfig, Needs], float]] = {
     "prompts": _prompts,
     "reference errors": _errors,
 }
+
+
+def plan_cache(config: RunConfig, needs: Needs) -> str:
+    """Sizes of latents, prompt embeddings and errors, and the time they take to compute."""
+    planned = plan_needed(config, needs)
+    return f"{planned.text()}\n{forecast(planned, config, needs)}"
 
 
 def show_rows(config: RunConfig, examples: Sequence[Example]) -> Any:

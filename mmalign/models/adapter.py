@@ -9,7 +9,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, cast
 
 import torch
 from torch import nn
@@ -373,21 +373,6 @@ class Adapter(nn.Module, ABC):
         """Restore what `extra_state` gave."""
 
     @classmethod
-    def write_cache(cls, config: RunConfig, needs: Needs) -> str:
-        """Store what training would compute again and again; returns what was done, in words."""
-        raise ConfigError(f"{cls.__name__} has nothing to cache")
-
-    @classmethod
-    def plan_cache(cls, config: RunConfig, needs: Needs) -> str:
-        """What `write_cache` would write, and how large it is."""
-        raise ConfigError(f"--plan: the size of a {config.modality} cache is not known beforehand")
-
-    @classmethod
-    def show_rows(cls, config: RunConfig, examples: Sequence[Example]) -> Any:
-        """The rows as the model will see them, for a terminal."""
-        raise ConfigError(f"{cls.__name__} cannot show rows")
-
-    @classmethod
     def question(cls, example: Example) -> Any:
         """What `sample` takes to answer a row, or to answer it again; hashable.
 
@@ -449,10 +434,36 @@ ADAPTERS: dict[str, str] = {
 
 def adapter_class(modality: str) -> type[Adapter]:
     """The adapter of a modality, imported on first use."""
+    module, name = _place(modality).split(":")
+    return getattr(import_module(module), name)
+
+
+class Tools(Protocol):
+    """What commands do with a modality beside training: the module `tools` of its package."""
+
+    def write_cache(self, config: RunConfig, needs: Needs) -> str:
+        """Store what training would compute again and again; returns what was done, in words."""
+        ...
+
+    def plan_cache(self, config: RunConfig, needs: Needs) -> str:
+        """What `write_cache` would write, and how large it is."""
+        ...
+
+    def show_rows(self, config: RunConfig, examples: Sequence[Example]) -> Any:
+        """The rows as the model will see them, for a terminal."""
+        ...
+
+
+def tools_of(modality: str) -> Tools:
+    """The tools of a modality, imported on first use."""
+    package = _place(modality).partition(":")[0].rpartition(".")[0]
+    return cast("Tools", import_module(f"{package}.tools"))
+
+
+def _place(modality: str) -> str:
     if modality not in ADAPTERS:
         raise ConfigError(f"modality is {modality!r}; it must be one of {sorted(ADAPTERS)}")
-    module, name = ADAPTERS[modality].split(":")
-    return getattr(import_module(module), name)
+    return ADAPTERS[modality]
 
 
 def load_usable(

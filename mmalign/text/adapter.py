@@ -16,12 +16,10 @@ from mmalign.text.model import FAULTS, in_mode, load_model
 from mmalign.text.survey import survey_parts
 from mmalign.text.token_adapter import TokenAdapter
 from mmalign.text.tokenizer import load_tokenizer
-from mmalign.text.tools import show, write_reference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.console import Group
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -132,16 +130,6 @@ class TextAdapter(TokenAdapter):
     ) -> Surveyed:
         """All rows encoded once; those that have a span, where only spans are scored."""
         return survey_parts(config, needs, parts)
-
-    @classmethod
-    def write_cache(cls, config: RunConfig, needs: Needs) -> str:
-        """Store the reference's log-probabilities, or hidden states where a KL is needed."""
-        return write_reference(config, needs, cls.build)
-
-    @classmethod
-    def show_rows(cls, config: RunConfig, examples: Sequence[Example]) -> Group:
-        """Context dim, scored tokens coloured."""
-        return show(Encoder(load_tokenizer(config), config), examples)
 
     def sample(
         self,

@@ -30,9 +30,8 @@ from mmalign.text.tokenizer import (
 
 if TYPE_CHECKING:
     from collections import Counter
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
-    from rich.console import Group
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     from mmalign.core import Needs
     from mmalign.data.example import Candidate, Example, Prompt
     from mmalign.text.messages import Response
-    from mmalign.text.model import Limits
-    from mmalign.text.survey import Found
     from mmalign.text.tokenizer import Offsets
 
 
@@ -296,15 +293,6 @@ class Encoder:
         """Fills padded positions, which are masked."""
         return self._tokenize.pad_id
 
-    def survey(self, examples: Sequence[Example], limits: Limits | None = None) -> Found:
-        """Encode every row once, to know before the first step what training would meet.
-
-        What this encoder noted before is lost.
-        """
-        from mmalign.text.survey import survey
-
-        return survey(self, examples, limits)
-
     def writes_special(self, text: str) -> bool:
         """Whether a special token of the tokenizer is written in a text."""
         return self._ends.first(text) is not None
@@ -337,12 +325,6 @@ class Encoder:
     def collate(self, examples: Sequence[Example], needs: Needs) -> Batch:
         """A batch on the CPU: rated candidates, then the extra roles of `needs`; see `batch`."""
         return collate(self, examples, needs)
-
-    def show(self, examples: Iterable[Example]) -> Group:
-        """What the model will see of these rows, masks coloured; print it on a rich console."""
-        from mmalign.text.tools import show
-
-        return show(self, examples)
 
     def fingerprint(self) -> str:
         """Hash of everything that decides the tokens: tokenizer, template, limits, code version."""

@@ -13,15 +13,17 @@ from mmalign.data.jobs import only_writer
 from mmalign.errors import ConfigError
 from mmalign.models.adapter import load_usable
 from mmalign.text import cache as dates
+from mmalign.text.adapter import TextAdapter
 from mmalign.text.cache import ReferenceCache, cache_folder, check_cacheable
+from mmalign.text.encode import Encoder
+from mmalign.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from mmalign.config import RunConfig
     from mmalign.core import Needs
     from mmalign.data.example import Example
-    from mmalign.text.encode import Encoder
     from mmalign.text.masks import EncodedCandidate
     from mmalign.text.token_adapter import TokenAdapter
 
@@ -158,3 +160,18 @@ def _write(
         f"{cache.store.folder}: {len(todo)} rows written, {len(rows) - len(todo)} were there. "
         "Train with reference.kind=cached"
     )
+
+
+def write_cache(config: RunConfig, needs: Needs) -> str:
+    """Store the reference's log-probabilities, or hidden states where a KL is needed."""
+    return write_reference(config, needs, TextAdapter.build)
+
+
+def plan_cache(config: RunConfig, needs: Needs) -> str:
+    """Refused: what a reference of text takes is known only when its rows are scored."""
+    raise ConfigError(f"--plan: the size of a {config.modality} cache is not known beforehand")
+
+
+def show_rows(config: RunConfig, examples: Sequence[Example]) -> Group:
+    """Context dim, scored tokens coloured."""
+    return show(Encoder(load_tokenizer(config), config), examples)

@@ -39,13 +39,11 @@ from mmalign.video.processing import Processor, load_processor
 from mmalign.video.reader import FeatureStore, MediaReader, open_features
 from mmalign.video.samples import write_samples
 from mmalign.video.survey import survey_parts, usable_parts
-from mmalign.video.tools import show_rows, write_caches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from rich.console import Group
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
@@ -269,23 +267,6 @@ class VideoAdapter(TokenAdapter):
     ) -> list[dict[str, Any]]:
         """Answers, and sheets of what the questions show and of their altered clips."""
         return write_samples(self, prompts, folder, step, options)
-
-    @classmethod
-    def show_rows(cls, config: RunConfig, examples: Sequence[Example]) -> Group:
-        """What the prompts show, context dim, scored tokens coloured."""
-        return show_rows(config, examples)
-
-    @classmethod
-    def write_cache(cls, config: RunConfig, needs: Needs) -> str:
-        """Store the features of all media, and the reference's scores where they are read."""
-        return write_caches(config, needs, cls)
-
-    @classmethod
-    def plan_cache(cls, config: RunConfig, needs: Needs) -> str:
-        """What `write_cache` would write, how large it is, and how long it takes."""
-        from mmalign.video.tools import plan_caches
-
-        return plan_caches(config, needs, cls)
 
     def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
         """The policy, learned position weights, and the clue aggregator."""

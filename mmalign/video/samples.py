@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -17,12 +17,16 @@ from mmalign.video.processing import MARK
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mmalign.config import SampleConfig
+    from torch import nn
+
+    from mmalign.config import RunConfig, SampleConfig
+    from mmalign.core import Needs
     from mmalign.data.example import Asked, Candidate, Example, Media, Picture, Prompt
+    from mmalign.models.adapter import Batch
     from mmalign.text.masks import EncodedCandidate
-    from mmalign.video.adapter import VideoAdapter
     from mmalign.video.encode import VideoEncoder
     from mmalign.video.generate import Question
+    from mmalign.video.pami import Chosen
     from mmalign.video.processing import Shown
     from mmalign.video.sizes import Wave
 
@@ -189,8 +193,33 @@ FRAMES = "samples/frames"
 """Folder of the sheets, inside the run folder; they are the same at every step."""
 
 
+class Answering(Protocol):
+    """What samples ask of a video adapter."""
+
+    config: RunConfig
+    needs: Needs
+    encoder: VideoEncoder
+    policy: nn.Module
+
+    def sample(self, prompts: Sequence[Any], **options: Any) -> list[str]:
+        """One answer a question."""
+        ...
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Rows to a batch."""
+        ...
+
+    def altered(self, example: Example) -> Example:
+        """The row with its answers under altered clips, always the same ones."""
+        ...
+
+    def choose(self, batch: Batch) -> Chosen:
+        """Compare the augmented clips of a batch with the rows' own."""
+        ...
+
+
 def write_samples(
-    adapter: VideoAdapter,
+    adapter: Answering,
     prompts: Mapping[str, Question],
     folder: Path,
     step: int,
@@ -276,7 +305,7 @@ def _name(picture: Picture) -> str:
     return str(replace(picture, path=Path(picture.path.name)))
 
 
-def _answers(adapter: VideoAdapter, row: Example) -> list[dict[str, Any]]:
+def _answers(adapter: Answering, row: Example) -> list[dict[str, Any]]:
     """The rated answers of a row: `name`, `text`, and the `spans` that the loss reads, if any."""
     rated = row.candidates[: row.num_rated]
     masks = adapter.config.text.masks
@@ -301,7 +330,7 @@ def _names(row: Example) -> list[str]:
     return [f"Label {label:g}" for label in labels]
 
 
-def _differing(adapter: VideoAdapter, row: Example) -> list[list[tuple[int, int]]]:
+def _differing(adapter: Answering, row: Example) -> list[list[tuple[int, int]]]:
     """Character ranges of the tokens in which the answers differ."""
     encoder = adapter.encoder
     encoded = encoder.encode_example(row)
@@ -333,7 +362,7 @@ def _ranges(
 
 
 def _alterations(
-    adapter: VideoAdapter, row: Example, folder: Path, number: int
+    adapter: Answering, row: Example, folder: Path, number: int
 ) -> list[dict[str, Any]]:
     """The row's altered clips, the same ones at every step.
 

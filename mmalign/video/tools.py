@@ -20,6 +20,7 @@ from mmalign.models.adapter import load_usable
 from mmalign.text.cache import ReferenceCache, cache_folder
 from mmalign.text.model import causal_model
 from mmalign.text.tools import CONTEXT, counted, legend, response, write_reference
+from mmalign.video.adapter import VideoAdapter
 from mmalign.video.augment import seed_for
 from mmalign.video.candidates import Corruptor
 from mmalign.video.clue_part import CLUE_TOKEN
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
     from mmalign.config import RunConfig
     from mmalign.data.example import Example, Media
-    from mmalign.video.adapter import VideoAdapter
     from mmalign.video.survey import CountingEncoder
 
 
@@ -144,13 +144,12 @@ def _context(encoder: VideoEncoder, ids: Sequence[int]) -> Text:
 # Encoding the media of all rows beforehand, and the reference's scores where a run reads them.
 
 
-def write_caches(config: RunConfig, needs: Needs, adapter: type[VideoAdapter]) -> str:
+def write_cache(config: RunConfig, needs: Needs) -> str:
     """Store what training would compute again and again.
 
     Args:
         config: The run's configuration.
         needs: Of its objective.
-        adapter: Makes the model.
 
     Returns:
         What was done, a sentence a line.
@@ -161,9 +160,9 @@ def write_caches(config: RunConfig, needs: Needs, adapter: type[VideoAdapter]) -
     said: list[str] = []
     if not {"tower", "projector"} & set(config.video.train):
         with only_writer(cache_folder(config), "cache", wait=True):
-            said.append(_write_features(config, needs, adapter))
+            said.append(_write_features(config, needs))
     if config.reference.kind == "cached":
-        said.append(write_reference(config, needs, adapter.build))
+        said.append(write_reference(config, needs, VideoAdapter.build))
     if not said:
         raise ConfigError(
             "cache: with a trained tower or projector (video.train) features are other ones at "
@@ -173,7 +172,7 @@ def write_caches(config: RunConfig, needs: Needs, adapter: type[VideoAdapter]) -
 
 
 @torch.no_grad()
-def _write_features(config: RunConfig, needs: Needs, make: type[VideoAdapter]) -> str:
+def _write_features(config: RunConfig, needs: Needs) -> str:
     from accelerate import Accelerator
     from rich.console import Console
     from rich.progress import track
@@ -184,7 +183,7 @@ def _write_features(config: RunConfig, needs: Needs, make: type[VideoAdapter]) -
     shown: list[Media] = [media for media in dict.fromkeys(own) if media]
     live = config.model_copy(update={"reference": ReferenceConfig()})
     device = Accelerator().device
-    adapter = make.build(live, Needs()).to(device).eval()
+    adapter = VideoAdapter.build(live, Needs()).to(device).eval()
     reader, store = adapter.encoder.reader, open_features(config)
     adapter.features.disk = store
     store.sweep()
@@ -226,8 +225,8 @@ class Part:
         return f"{self.name}: {self.missing:,} of {self.total:,} to write, {size(self.num_bytes)}"
 
 
-def plan_caches(config: RunConfig, needs: Needs, make: type[VideoAdapter]) -> str:
-    """What `write_caches` would write, how large it is and how long it takes, in words.
+def plan_cache(config: RunConfig, needs: Needs) -> str:
+    """What `write_cache` would write, how large it is and how long it takes, in words.
 
     Raises:
         ConfigError: Nothing of it can be stored.
@@ -247,7 +246,7 @@ def plan_caches(config: RunConfig, needs: Needs, make: type[VideoAdapter]) -> st
         part, todo = _features(config, encoder, rows)
         parts.append(part)
         if todo is not None:
-            seconds = part.missing * _seconds_each(config, make, todo)
+            seconds = part.missing * _seconds_each(config, todo)
             said.append(f"about {_duration(seconds)} for the features, by timing one of them")
     if config.reference.kind == "cached":
         parts.append(_reference(config, needs, encoder, rows))
@@ -327,13 +326,13 @@ def _reference(
 
 
 @torch.no_grad()
-def _seconds_each(config: RunConfig, make: type[VideoAdapter], media: Media) -> float:
+def _seconds_each(config: RunConfig, media: Media) -> float:
     """To decode and encode one entry, the second time: the first one also sets things up."""
     from accelerate import Accelerator
 
     live = config.model_copy(update={"reference": ReferenceConfig()})
     device = Accelerator().device
-    adapter = make.build(live, Needs()).to(device).eval()
+    adapter = VideoAdapter.build(live, Needs()).to(device).eval()
     inner, encoder = causal_model(adapter.policy), adapter.encoder
     found = 0.0
     for _ in range(2):

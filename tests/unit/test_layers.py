@@ -6,7 +6,7 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,28 +16,36 @@ import pytest
 import mmalign
 
 ROOT = Path(mmalign.__file__).resolve().parent
-BELOW = {"safe", "errors", "core", "data", "models", "config"}
+BASE = {"safe", "errors", "config", "core", "data"}
+MODALITIES = {"text", "diffusion", "video"}
+RUNS = BASE | {"models", "evaluate", "preflight", "train"}
 ALLOWED: dict[str, set[str]] = {
     "safe": set(),
     "errors": {"safe"},
-    "core": {"errors"},
-    "data": {"safe", "errors"},
     "config": {"safe", "errors"},
-    "models": {"errors", "core", "data", "config"},
-    "text": BELOW,
-    "diffusion": BELOW | {"evaluate"},  # intervals of win rates
-    "video": BELOW | {"text"},
-    "evaluate": BELOW,
-    "benchmark": {"safe", "errors", "data", "evaluate"},
-    "preflight": {"errors", "core", "data", "models", "config"},
-    "train": BELOW | {"evaluate", "preflight"},
+    "core": {"errors"},
+    "data": {"safe", "errors", "config"},
+    "models": BASE,
+    "evaluate": BASE | {"models"},
+    "preflight": BASE | {"models"},
+    "bench": {"safe", "errors", "data"},
+    "text": BASE | {"models"},
+    "diffusion": BASE | {"models", "evaluate"},  # intervals of win rates
+    "video": BASE | {"models", "text"},
+    "train": BASE | {"models", "evaluate", "preflight"},
+    "inference": RUNS,
+    "report": BASE | {"evaluate"},
+    "pairs": RUNS | {"bench", "inference", "video"},
+    "quickstart": RUNS | MODALITIES | {"inference", "report"},
+    "cli": RUNS | MODALITIES | {"inference", "report", "bench", "pairs", "quickstart"},
+    "__main__": {"cli"},
 }
-"""What a part of the package may import when it loads; parts not listed may import everything."""
+"""The rooms, from the ground up, and what each may import: when it loads, later or for types."""
 
-FOR_TYPES = {"config", "core", "models"}
-"""What annotations may name from anywhere but the core: nothing is imported at run time."""
+MOST_ROOMS = 20
 
-MODALITIES = {"text", "diffusion", "video"}
+FOR_TYPES: dict[str, set[str]] = {"data": {"config"}}
+"""What a room may only name in annotations."""
 
 HEAVY = {
     "accelerate", "av", "bitsandbytes", "datasets", "diffusers", "matplotlib", "open_clip", "peft",
@@ -58,8 +66,8 @@ class Import:
         return f"{self.source.relative_to(ROOT.parent)}:{self.line} imports {self.module}"
 
 
-def parts(module: str) -> str:
-    """The layer of a module: `mmalign.text.logps` is text."""
+def room(module: str) -> str:
+    """The room of a module: `mmalign.text.logps` is in text."""
     pieces = module.split(".")
     return pieces[1] if len(pieces) > 1 else "mmalign"
 
@@ -112,41 +120,86 @@ def ours(item: Import) -> bool:
     return item.module.split(".")[0] == "mmalign" and item.module != "mmalign"
 
 
-def layer(item: Import) -> str:
-    return parts(module_of(item.source))
+def source_room(item: Import) -> str:
+    return room(module_of(item.source))
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """A way through a graph that comes back to where it began; empty where there is none."""
+    done: set[str] = set()
+
+    def visit(node: str, trail: tuple[str, ...]) -> list[str]:
+        if node in trail:
+            return [*trail[trail.index(node) :], node]
+        if node not in done:
+            for other in sorted(graph.get(node, ())):
+                found = visit(other, (*trail, node))
+                if found:
+                    return found
+            done.add(node)
+        return []
+
+    return next((found for node in sorted(graph) if (found := visit(node, ()))), [])
 
 
 def test_the_reader_sees_imports_of_every_kind() -> None:
     """A test of the test: an empty list would let everything pass."""
     assert {item.when for item in imports()} == {"loading", "later", "types"}
-    assert any(layer(i) == "core" and i.module == "mmalign.errors" for i in imports())
-    assert any(layer(i) == "text" and i.module.startswith("mmalign.core") for i in imports())
+    assert any(source_room(i) == "core" and i.module == "mmalign.errors" for i in imports())
+    assert any(source_room(i) == "text" and i.module.startswith("mmalign.core") for i in imports())
+
+
+def test_a_circle_is_found() -> None:
+    """Another one: of graphs with and without a way back."""
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 def test_imports_are_absolute() -> None:
     assert [str(item) for item in imports() if item.module.startswith(".")] == []
 
 
+def test_every_room_is_listed_and_there_are_few() -> None:
+    rooms = {module_of(path).split(".")[1] for path in ROOT.rglob("*.py") if path.parent != ROOT}
+    rooms |= {path.stem for path in ROOT.glob("*.py")} - {"__init__"}
+    assert rooms == set(ALLOWED)
+    assert len(rooms) <= MOST_ROOMS
+
+
+def test_rooms_are_listed_from_the_ground_up() -> None:
+    """So that arrows between rooms point one way, whatever two rooms are asked."""
+    below: set[str] = set()
+    for name, allowed in ALLOWED.items():
+        assert allowed <= below, f"{name} may import {sorted(allowed - below)} above it"
+        below.add(name)
+
+
 @pytest.mark.parametrize("name", ALLOWED)
-def test_layers_know_only_what_is_below(name: str) -> None:
-    allowed = ALLOWED[name] | {name}
-    wrong = []
+def test_rooms_know_only_what_is_below(name: str) -> None:
+    """Inside functions and for annotations too."""
+    wrong: list[str] = []
     for item in imports():
-        if layer(item) != name or not ours(item):
+        if source_room(item) != name or not ours(item) or room(item.module) == name:
             continue
-        more = FOR_TYPES - {name} if item.when == "types" else set()
-        if name in ("core", "errors"):
-            more = set()
-        if parts(item.module) not in allowed | more:
-            wrong.append(str(item))
+        only_types = room(item.module) in FOR_TYPES.get(name, set()) and item.when != "types"
+        if room(item.module) not in ALLOWED[name] or only_types:
+            wrong.append(f"{item} ({item.when})")
     assert wrong == []
 
 
+def test_no_module_comes_back_to_itself() -> None:
+    """By imports of any kind: a reader follows those inside functions and for types too."""
+    graph: dict[str, set[str]] = {}
+    for item in imports():
+        if ours(item) and item.module != module_of(item.source):
+            graph.setdefault(module_of(item.source), set()).add(item.module)
+    assert " -> ".join(circle(graph)) == ""
+
+
 @pytest.mark.parametrize("name", ["train", "evaluate", "models", "core", "data"])
-def test_lower_layers_never_name_a_modality_package(name: str) -> None:
-    """Not even for types, and not by comparing `modality`."""
-    found = [i for i in imports() if layer(i) == name and ours(i)]
-    assert [str(i) for i in found if parts(i.module) in MODALITIES] == []
+def test_lower_rooms_never_name_a_modality(name: str) -> None:
+    """Not even by comparing `modality`."""
+    assert not ALLOWED[name] & MODALITIES
     folder = ROOT / name
     for path in (
         [ROOT / f"{name}.py"] if folder.with_suffix(".py").is_file() else folder.rglob("*.py")
@@ -158,7 +211,11 @@ def test_lower_layers_never_name_a_modality_package(name: str) -> None:
 
 def test_core_imports_torch_errors_and_the_standard_library_only() -> None:
     known = sys.stdlib_module_names | {"torch", "mmalign"}
-    outside = [i for i in imports() if layer(i) == "core" and i.module.split(".")[0] not in known]
+    outside = [
+        item
+        for item in imports()
+        if source_room(item) == "core" and item.module.split(".")[0] not in known
+    ]
     assert [str(item) for item in outside] == []
 
 
@@ -167,7 +224,7 @@ def test_data_loads_numpy_and_the_standard_library_only() -> None:
     outside = [
         item
         for item in imports()
-        if layer(item) == "data"
+        if source_room(item) == "data"
         and item.when == "loading"
         and item.module.split(".")[0] not in known
     ]
@@ -180,27 +237,11 @@ def test_heavy_libraries_load_where_they_are_needed() -> None:
     early = [
         item
         for item in imports()
-        if item.when == "loading" and item.module.split(".")[0] in HEAVY and layer(item) not in free
+        if item.when == "loading"
+        and item.module.split(".")[0] in HEAVY
+        and source_room(item) not in free
     ]
     assert [str(item) for item in early] == []
-
-
-def test_no_module_loads_itself_through_others() -> None:
-    graph: dict[str, set[str]] = {}
-    for item in imports():
-        if item.when == "loading" and ours(item):
-            graph.setdefault(module_of(item.source), set()).add(item.module)
-    done: set[str] = set()
-
-    def visit(module: str, trail: tuple[str, ...]) -> None:
-        assert module not in trail, " -> ".join((*trail[trail.index(module) :], module))
-        if module not in done:
-            for other in graph.get(module, ()):
-                visit(other, (*trail, module))
-            done.add(module)
-
-    for module in graph:
-        visit(module, ())
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -16,6 +16,7 @@ from mmalign.data.example import Candidate, Example, Message
 from mmalign.errors import ConfigError, DataError, NeedsError
 from mmalign.text.encode import Encoder
 from mmalign.text.tokenizer import load_tokenizer
+from mmalign.text.tools import show
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -546,7 +547,7 @@ def test_show_colours_what_is_scored() -> None:
 
     encoder = plain(text={"masks": {"kind": "spans"}})
     console = Console(width=120, force_terminal=True, color_system="standard", record=True)
-    console.print(encoder.show([pair("The cat sat.", spans=((4, 7),))]))
+    console.print(show(encoder, [pair("The cat sat.", spans=((4, 7),))]))
     html = console.export_html(inline_styles=True)
     for text in ("The", " cat", " sat.", "&lt;/s&gt;"):
         assert f">{text}<" in html  # each in a style of its own

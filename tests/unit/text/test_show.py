@@ -7,7 +7,7 @@ from tiny import CHATML, make_tokenizer, run_config
 
 from mmalign.data.example import Candidate, Example, Message
 from mmalign.text.encode import Encoder
-from mmalign.text.tools import CONTEXT, response
+from mmalign.text.tools import CONTEXT, response, show
 
 ANSWER = (
     Message("assistant", "The cat."),
@@ -26,7 +26,7 @@ def test_turns_that_are_not_trained_on_look_like_context(trained_on: str) -> Non
     assert "And then?" in dim
     assert ("The cat." in dim) is (trained_on == "last")
     assert "The sun." not in dim
-    heads = encoder.show([example]).renderables
+    heads = show(encoder, [example]).renderables
     assert f"{sum(several.mask)} of them scored" in str(heads[3])
     assert "of them scored" not in str(heads[4]), "all tokens of a single turn are"
     assert not single.scored

@@ -149,15 +149,14 @@ def test_features_on_disk_are_found(
     video_models: Models, clips_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mmalign.video import contexts, tools
-    from mmalign.video.adapter import VideoAdapter
 
     rows = [pair(clips_dir / f"clip{i}.mp4", f"row-{i}") for i in range(3)]
     sections: dict[str, Any] = {"output": str(tmp_path / "run"), "model": {"dtype": "float32"}}
     config = run_config(video_models(KIND), **sections)
     monkeypatch.setattr(tools, "load_usable", lambda *_: (rows[:2], rows[2:]))
-    said = VideoAdapter.write_cache(config, Needs(reference=True))
+    said = tools.write_cache(config, Needs(reference=True))
     assert "features of 3 media written, 0 were there" in said
-    assert "0 media written, 3 were" in VideoAdapter.write_cache(config, Needs(reference=True))
+    assert "0 media written, 3 were" in tools.write_cache(config, Needs(reference=True))
     fresh = make_adapter(video_models(KIND), model={"dtype": "float32"})
     expected = fresh(fresh.collate(rows), Needs()).policy
     adapter = make_adapter(video_models(KIND), **sections)
