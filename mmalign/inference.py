@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mmalign import config as configs
 from mmalign.errors import CheckpointError, ConfigError, DataError
 from mmalign.preflight.check import check_config
+from mmalign.safe import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -291,8 +292,6 @@ def _media(row: Example) -> dict[str, list[str]]:
 
 
 def _write(path: Path, text: str) -> None:
-    from mmalign.train.files import write_text
-
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
 

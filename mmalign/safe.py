@@ -1,7 +1,8 @@
-"""What may come from strangers: texts as a terminal shows them, and files as they are opened.
+"""Texts as a terminal may show them, files as they may be opened, and files written whole.
 
 A name in a config or a data file may lead to a pipe or a device, which never ends, and a text in it
-may hold what moves a terminal's cursor or turns the direction of its writing.
+may hold what moves a terminal's cursor or turns the direction of its writing. A file that is
+written in place is half a file where the process is killed.
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ import errno
 import os
 import re
 import stat
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 MOST_SHOWN = 1_800
 """Characters of a message; of longer ones the middle is left out."""
@@ -90,6 +95,41 @@ def read_bytes(path: str | Path, most: int) -> bytes:
     if len(data) > most:
         raise OSError(errno.EFBIG, f"has more than {most // 2**10:,} KiB", str(path))
     return data
+
+
+@contextmanager
+def replacing(path: str | Path, *, several: bool = False, flush: bool = False) -> Generator[Path]:
+    """A temporary file name beside `path`; what was written there takes its place at the end.
+
+    Readers see the old file or the whole new one. Where the block raises, `path` stays as it was
+    and the temporary file is removed; one that a killed process left is removed first.
+
+    Args:
+        path: The file to write, in a folder that exists.
+        several: Other processes may write the same file now; each has a temporary name of its own.
+        flush: Bring it to the disk first, so that not even a power failure leaves an empty file.
+
+    Raises:
+        OSError: The disk is full, or the folder is not there or not writable.
+    """
+    path = Path(path)
+    ending = f"{os.getpid()}.part" if several else "tmp"
+    temporary = path.with_name(f".{path.name}.{ending}")
+    temporary.unlink(missing_ok=True)
+    try:
+        yield temporary
+        if flush:
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 file, whole or not at all; see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _kind(mode: int) -> str:

@@ -20,6 +20,7 @@ from mmalign.data.fields import is_deep, number, show
 from mmalign.data.files import read_rows
 from mmalign.data.opening import open_data
 from mmalign.errors import DataError
+from mmalign.safe import write_text
 
 # Files of benchmarks as they are published: lists and objects of JSON, JSONL, parquet.
 
@@ -260,7 +261,7 @@ def write_predictions(path: Path, rows: Iterable[Prediction]) -> None:
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write a JSON object a line."""
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    path.write_text("".join(lines), encoding="utf-8")
+    write_text(path, "".join(lines))
 
 
 def distinct(rows: Sequence[Prediction], where: str) -> dict[str, Prediction]:

@@ -26,6 +26,7 @@ from mmalign.bench.base import (
 )
 from mmalign.bench.registry import BENCHMARKS
 from mmalign.errors import DataError
+from mmalign.safe import write_text
 
 # The numbers of one run on one benchmark, with intervals.
 
@@ -82,7 +83,7 @@ class Score:
         """Write `score.json`, and `rows.jsonl` with what was made of each answer."""
         folder.mkdir(parents=True, exist_ok=True)
         summary, rows = folder / "score.json", folder / "rows.jsonl"
-        summary.write_text(json.dumps(self.summary(), indent=2) + "\n", encoding="utf-8")
+        write_text(summary, json.dumps(self.summary(), indent=2) + "\n")
         write_lines(rows, self.rows)
         return summary, rows
 

@@ -184,7 +184,7 @@ def sample_pictures(
     from mmalign.diffusion.sample import load_negative
     from mmalign.diffusion.samples import grid, shown, write_picture
     from mmalign.inference import trained_adapter
-    from mmalign.train.files import write_text
+    from mmalign.safe import write_text
 
     if out is None:
         raise ConfigError("sample: name a folder for the pictures with --out DIR")

@@ -15,6 +15,7 @@ from mmalign.data.folders import SUFFIXES
 from mmalign.diffusion.scorers.files import Item, score_items
 from mmalign.errors import DataError
 from mmalign.evaluate import bootstrap_interval
+from mmalign.safe import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -230,7 +231,7 @@ class Comparison:
             raise DataError(f"--out {out}: give a name that ends in .json; the rows go to .jsonl")
         out.parent.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-        table.write_text("".join(lines), encoding="utf-8")
+        write_text(table, "".join(lines))
         summary = {
             "a": self.folders[0],
             "b": self.folders[1],
@@ -239,7 +240,7 @@ class Comparison:
             "scorers": {name: asdict(rate) for name, rate in self.rates.items()},
             "rows": table.name,
         }
-        out.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_text(out, json.dumps(summary, indent=2) + "\n")
         return table
 
 

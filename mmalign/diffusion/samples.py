@@ -16,6 +16,7 @@ from PIL import Image as pil
 
 from mmalign.diffusion.components import factor_of
 from mmalign.diffusion.sample import generate, load_negative, picture_size, scheduler_for
+from mmalign.safe import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -98,9 +99,8 @@ def write_sheet(
 def write_picture(image: Image.Image, path: Path) -> Path:
     """Write a PNG file, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    image.save(unfinished, format="PNG")
-    unfinished.replace(path)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")
     return path
 
 

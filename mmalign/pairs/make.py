@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from mmalign.data.words import differing_phrases, words
 from mmalign.errors import DataError
 from mmalign.pairs.answers import Answer, Answers, Row, Sampled, Source, answers_record
 from mmalign.pairs.judge import Scores, Vague, Verdict, consistency, judge, most_agreed, vagueness
+from mmalign.safe import replacing
 
 # From a record and a model's answers to pairs: wrong against right, vague against specific.
 
@@ -329,10 +329,9 @@ def _write(
 
 
 def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as handle:
+    with (
+        replacing(path, flush=True) as temporary,
+        temporary.open("w", encoding="utf-8") as handle,
+    ):
         # Dates and such, which only tables hold, are written as text.
         handle.writelines(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in records)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)

@@ -17,6 +17,7 @@ from mmalign.quickstart.digits import STYLES, ink, prompt, write_means, write_sa
 from mmalign.report import Section, blocks, figures, write_report
 from mmalign.report.pictures import picture
 from mmalign.report.run import read_run
+from mmalign.safe import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -116,7 +117,6 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
     from mmalign.quickstart import digits
     from mmalign.quickstart.chat_model import free_folder
     from mmalign.quickstart.digits import Painter, each_digit, make, write_pairs
-    from mmalign.train.files import write_text
 
     began = clock = time.perf_counter()
     stages: dict[str, float] = {}

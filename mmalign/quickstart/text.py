@@ -15,6 +15,7 @@ from markupsafe import Markup
 from mmalign import __version__
 from mmalign.errors import ConfigError
 from mmalign.report import Section, blocks, figures, write_report
+from mmalign.safe import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -59,7 +60,6 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
     """
     from mmalign.quickstart import chat_model
     from mmalign.quickstart.chat_model import free_folder
-    from mmalign.train.files import write_text
 
     began = clock = time.perf_counter()
     stages: dict[str, float] = {}

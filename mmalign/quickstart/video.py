@@ -19,6 +19,7 @@ from mmalign.quickstart.video_pairs import SHARE_OF_YES
 from mmalign.report import Section, blocks, figures, write_report
 from mmalign.report.pictures import picture
 from mmalign.report.run import read_run
+from mmalign.safe import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -101,7 +102,6 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
     from mmalign.quickstart.chat_model import free_folder
     from mmalign.quickstart.clips import make_model, make_processor, save
     from mmalign.quickstart.video_pairs import sit, write_paper
-    from mmalign.train.files import write_text
 
     began = clock = time.perf_counter()
     stages: dict[str, float] = {}

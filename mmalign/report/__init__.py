@@ -11,6 +11,7 @@ from mmalign import __version__
 from mmalign.report.blocks import Section
 from mmalign.report.page import describe, lead, run_sections, state
 from mmalign.report.run import read_run
+from mmalign.safe import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,11 +80,5 @@ def write_report(
     )
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.tmp")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(out)
-    except OSError:  # a full disk
-        unfinished.unlink(missing_ok=True)
-        raise
+    write_text(out, text)
     return out

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mmalign.data.example import as_text
+from mmalign.safe import replacing
 from mmalign.video.encode import costs
 from mmalign.video.processing import MARK
 
@@ -99,14 +100,13 @@ def compared(own: Shown, altered: Shown) -> Image.Image:
 def write(image: Image.Image, path: Path) -> None:
     """Write a WebP file of at most 250 kB, complete or not at all; of less size if it must be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    for quality, share in _TRIES:
-        size = (round(image.width * share), round(image.height * share))
-        smaller = image if share == 1.0 else image.resize(size, Image.Resampling.LANCZOS)
-        smaller.save(unfinished, format="WEBP", quality=quality)
-        if unfinished.stat().st_size <= _MOST_BYTES:
-            break
-    unfinished.replace(path)
+    with replacing(path) as temporary:
+        for quality, share in _TRIES:
+            size = (round(image.width * share), round(image.height * share))
+            smaller = image if share == 1.0 else image.resize(size, Image.Resampling.LANCZOS)
+            smaller.save(temporary, format="WEBP", quality=quality)
+            if temporary.stat().st_size <= _MOST_BYTES:
+                break
 
 
 def _places(count: int, most: int) -> list[int]:

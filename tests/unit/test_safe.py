@@ -64,3 +64,24 @@ def test_a_file_may_have_so_many_bytes(tmp_path: Path) -> None:
     assert safe.read_bytes(tmp_path / "a", 5) == b"12345"
     with pytest.raises(OSError, match="has more than"):
         safe.read_bytes(tmp_path / "a", 4)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "out.txt"
+    safe.write_text(file, "old")
+    (tmp_path / ".out.txt.tmp").write_text("of a killed process")
+
+    def fail(temporary: Path) -> None:
+        assert not temporary.exists(), "what was left before is not continued"
+        temporary.write_text("half")
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"), safe.replacing(file) as temporary:
+        fail(temporary)
+    assert file.read_text() == "old"
+    with safe.replacing(file, several=True, flush=True) as temporary:
+        assert str(os.getpid()) in temporary.name
+        temporary.write_text("new")
+        assert file.read_text() == "old"
+    assert file.read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.txt"]
