@@ -209,9 +209,9 @@ def test_second_start_reads_what_the_first_found_and_mends_a_damaged_file(
     def counted(*given: Any) -> Any:
         nonlocal looked
         looked += 1
-        return whole(*given)
+        return survey(*given)
 
-    whole = surveying.survey
+    survey = surveying.survey
     monkeypatch.setattr(surveying, "survey", counted)
     first = notes(config)
     assert len(first) == 1

@@ -10,7 +10,6 @@ import torch
 
 from mmalign.data.example import Clip
 from mmalign.quickstart import clips, video_pairs
-from mmalign.quickstart import clips as questions
 from mmalign.quickstart.clips import EVENTS, REVERSED, Scene
 from mmalign.quickstart.video_pairs import Marks, Paper, _plan, answer, three_questions, write_paper
 
@@ -82,11 +81,11 @@ def test_files_hold_what_was_drawn_and_a_seed_makes_them_again(
 
 
 def test_answers_are_true_and_in_known_words() -> None:
-    assert questions.does(SCENE, "shrink").answer == "yes , the blue bar shrinks ."
-    assert questions.does(SCENE, "grow").answer == "no , the blue bar shrinks ."
-    assert questions.is_it(SCENE, "red").answer == "no , the shape is blue ."
-    assert [questions.happens(e) for e in ("move left", "vanish")] == ["moves left", "vanishes"]
-    known = set(questions.vocabulary())
+    assert clips.does(SCENE, "shrink").answer == "yes , the blue bar shrinks ."
+    assert clips.does(SCENE, "grow").answer == "no , the blue bar shrinks ."
+    assert clips.is_it(SCENE, "red").answer == "no , the shape is blue ."
+    assert [clips.happens(e) for e in ("move left", "vanish")] == ["moves left", "vanishes"]
+    known = set(clips.vocabulary())
     assert {"vanish", "vanishes", "yes", "no", "?"} <= known
 
 
@@ -115,8 +114,8 @@ def test_pairs_mark_yes_and_no_alone_or_what_differs() -> None:
                 assert not set(said[0].split()) & set(said[1].split())
                 kinds.add(pair["prompt"])
             if number < 2:
-                assert questions.sentence(SCENE) in chosen
-                assert questions.sentence(SCENE) not in rejected
+                assert clips.sentence(SCENE) in chosen
+                assert clips.sentence(SCENE) not in rejected
     assert len(kinds) == 3
 
 
@@ -139,7 +138,7 @@ def test_base_learns_from_what_the_processor_gives(
 
     model, processor = small
     reader = Reader(processor)
-    asked = [questions.what_happens(eight.scenes[0]), questions.does(eight.scenes[1], "move up")]
+    asked = [clips.what_happens(eight.scenes[0]), clips.does(eight.scenes[1], "move up")]
     rows = reader.rows(asked)
     with torch.inference_mode():
         found = logits(model, features(model, reader.pixels(eight.pixels)), torch.arange(2), rows)
@@ -161,7 +160,7 @@ def test_answers_in_a_batch_are_those_given_alone(
 ) -> None:
     """Prompts of unequal length are padded; the padding changes nothing."""
     model, processor = small
-    asked = [questions.what_happens(eight.scenes[0]), questions.does(eight.scenes[1], "move up")]
+    asked = [clips.what_happens(eight.scenes[0]), clips.does(eight.scenes[1], "move up")]
     together = answer(model, processor, eight.pixels[:2], asked)
     alone = [answer(model, processor, eight.pixels[i : i + 1], asked[i : i + 1]) for i in (0, 1)]
     assert together == [one for many in alone for one in many]

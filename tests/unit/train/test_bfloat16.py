@@ -18,8 +18,7 @@ from mmalign.config import TrainConfig
 from mmalign.core import Needs
 from mmalign.errors import ConfigError
 from mmalign.preflight.check import check_config
-from mmalign.train import run as bfloat16
-from mmalign.train import run as launch
+from mmalign.train import run as training
 from mmalign.train.check import Movement, require_sensible
 from mmalign.train.loop import train
 from mmalign.train.run import (
@@ -165,7 +164,7 @@ def test_many_at_a_time_or_few_is_the_same(monkeypatch: pytest.MonkeyPatch) -> N
         return parts
 
     together = run()
-    monkeypatch.setattr(bfloat16, "_CHUNK", 6_000)
+    monkeypatch.setattr(training, "_CHUNK", 6_000)
     assert all(torch.equal(a, b) for a, b in zip(run(), together, strict=True))
 
 
@@ -219,10 +218,10 @@ def test_sharded_weights_are_refused_by_name(tmp_path: Path) -> None:
         )
         adapter = build_run(config, check_config(config)).adapter
         if not refused:
-            launch.ready_for_sharding(accelerator, adapter, config)
+            training.ready_for_sharding(accelerator, adapter, config)
             continue
         with pytest.raises(ConfigError, match=r"bf16_weights is stochastic, but FSDP shards"):
-            launch.ready_for_sharding(accelerator, adapter, config)
+            training.ready_for_sharding(accelerator, adapter, config)
 
 
 HALF = (

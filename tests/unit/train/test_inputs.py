@@ -13,7 +13,6 @@ from toy_adapter import toy_config
 from mmalign.config import RunConfig
 from mmalign.data.example import Candidate, Clip, Example, Media, Picture
 from mmalign.train import files as inputs
-from mmalign.train import files as prints
 from mmalign.train.files import rows_hash
 
 
@@ -94,8 +93,7 @@ def test_what_is_no_folder_is_known_by_its_name(tmp_path: Path) -> None:
 def test_a_large_file_is_looked_at_from_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (inputs, prints):
-        monkeypatch.setattr(module, "WHOLE", 4096)
+    monkeypatch.setattr(inputs, "WHOLE", 4096)
     model = make_model(tmp_path / "m")
     weights = model / "model.safetensors"
     data = bytearray(os.urandom(40_000))
@@ -195,14 +193,14 @@ def test_what_is_read_of_all_files_together_is_bounded(
     for n in range(64):
         (tmp_path / f"{n}.mp4").write_bytes(bytes([n]) * 2**16)
     read = 0
-    plain = prints._of_parts
+    plain = inputs._of_parts
 
     def counted(stream: Any, length: int, size: int) -> str:
         nonlocal read
         read += size
         return plain(stream, length, size)
 
-    monkeypatch.setattr(prints, "_of_parts", counted)
+    monkeypatch.setattr(inputs, "_of_parts", counted)
     table = inputs.look(config_of(tmp_path), rows)
     assert read == 2**18
     assert len({found["hash"] for found in table["media"].values()}) == 64
