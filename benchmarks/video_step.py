@@ -105,7 +105,7 @@ def run_mmalign(folder: Path, given: dict[str, Any], options: dict[str, Any]) ->
     model, optimizer = accelerator.prepare(adapter, build_optimizer(adapter, config.train))
     model.train()
     rows = make_rows(folder, given["rows"])
-    adapter.before_training(rows)
+    adapter.setup(rows)
     trained = [p for p in model.parameters() if p.requires_grad]
     steps = 0
     while True:  # the body of train/loop.py

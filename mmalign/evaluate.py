@@ -159,7 +159,7 @@ def evaluate(
     *,
     needs: Needs | None = None,
     beta: float | None = None,
-    facts: Callable[[Batch], dict[str, list[Any]]] | None = None,
+    columns: Callable[[Batch], dict[str, list[Any]]] | None = None,
     summary: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, float]] | None = None,
 ) -> Evaluation:
     """Score held-out batches and summarise them.
@@ -171,12 +171,12 @@ def evaluate(
         needs: What to ask of the adapter; by default what the objective needs. Ask for more, e.g.
             the reference or the KL, to have more reported: only what is available is.
         beta: Inverse temperature for the idealised accuracy, in 1/nats; without it, it is left out.
-        facts: `Adapter.facts`: more columns to keep of every row.
+        columns: `Adapter.per_row_columns`: more columns to keep of every row.
         summary: `Adapter.summarise`: more metrics made of the rows.
     """
     tally = Tally()
     for batch in batches:
-        tally += score(adapter, objective, batch, needs or objective.needs, facts)
+        tally += score(adapter, objective, batch, needs or objective.needs, columns)
     return summarise(tally, beta=beta, also=summary(tally.rows) if summary else None)
 
 
@@ -186,11 +186,11 @@ def score(
     objective: Objective,
     batch: Batch,
     needs: Needs,
-    facts: Callable[[Batch], dict[str, list[Any]]] | None = None,
+    columns: Callable[[Batch], dict[str, list[Any]]] | None = None,
 ) -> Tally:
     """Score one batch. The objective is in evaluation mode meanwhile, so its statistics stay.
 
-    `facts` gives more columns to keep of every row, e.g. the timestep at which it was scored.
+    `columns` gives more to keep of every row, e.g. the timestep at which it was scored.
     """
     was_training = objective.training
     objective.eval()
@@ -208,7 +208,7 @@ def score(
     # Of a plain record one response is rated: the others are the same under other inputs.
     num_rated = 1 if needs.rows == "plain" else logps.policy.shape[1] - len(needs.roles)
     columns: dict[str, list[Any]] = {
-        **(facts(batch) if facts else {}),
+        **(columns(batch) if columns else {}),
         "labels": logps.labels[:, :num_rated].tolist(),
         "logps": _summed(logps.policy, logps.mask, num_rated),
         "lengths": logps.mask[:, :num_rated].sum(-1).tolist(),

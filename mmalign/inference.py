@@ -54,7 +54,7 @@ def evaluate_checkpoint(
     from mmalign.evaluate import evaluate
     from mmalign.models.adapter import adapter_class, build_adapter
     from mmalign.train.holdout import reward_beta
-    from mmalign.train.order import held_out
+    from mmalign.train.order import eval_batches
 
     if not own_loss:
         _refuse_own_loss(config)
@@ -65,17 +65,17 @@ def evaluate_checkpoint(
     device = _device(config)
     adapter = build_adapter(config, objective.needs).to(device).eval()
     restore(adapter, folder, objective)
-    rows = adapter.held_out(rows)
-    adapter.before_training(rows)
+    rows = adapter.eval_examples(rows)
+    adapter.setup(rows)
     has_kl = objective.needs.reference and adapter.provides(config).kl
     size = config.train.eval_batch_size or config.train.batch_size
     result = evaluate(
         adapter,
         objective.to(device).eval(),
-        (adapter.collate([rows[i] for i in b]).to(device) for b in held_out(len(rows), size)),
+        (adapter.collate([rows[i] for i in b]).to(device) for b in eval_batches(len(rows), size)),
         needs=objective.needs | Needs(kl=True) if has_kl else objective.needs,
         beta=reward_beta(objective),
-        facts=adapter.facts,
+        columns=adapter.per_row_columns,
         summary=adapter.summarise,
     )
     if out is not None:
@@ -128,7 +128,7 @@ def sample_checkpoint(
     """
     from mmalign.models.adapter import adapter_class, answer_seeds
 
-    asked = [adapter_class(config.modality).question(row) for row in rows]
+    asked = [adapter_class(config.modality).to_prompt(row) for row in rows]
     adapter = trained_adapter(config, checkpoint, base=base)
     options = config.sample.model_dump(exclude={"num_prompts", "prompts"})
     size = config.train.eval_batch_size or config.train.batch_size

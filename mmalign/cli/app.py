@@ -189,7 +189,7 @@ def sample(
         from mmalign.cli.pictures import sample_pictures
         from mmalign.models.adapter import adapter_class
 
-        texts = [adapter_class(settings.modality).question(row) for row in asked]
+        texts = [adapter_class(settings.modality).to_prompt(row) for row in asked]
         records = sample_pictures(
             settings, texts, checkpoint, out, base=base, seeds=seeds, columns=grid
         )

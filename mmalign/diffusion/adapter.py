@@ -18,7 +18,7 @@ from mmalign.data.example import as_text
 from mmalign.diffusion import export, methods, pictures
 from mmalign.diffusion.components import load_components, load_denoiser
 from mmalign.diffusion.conditioning import load_tokenizers
-from mmalign.diffusion.inputs import STRATUM, Inputs, parts
+from mmalign.diffusion.inputs import TIMESTEP_BIN, Inputs, parts
 from mmalign.diffusion.methods import names_of
 from mmalign.diffusion.pictures import cache_folder, caption_of, look
 from mmalign.diffusion.process import process_from
@@ -239,7 +239,7 @@ class DiffusionAdapter(Adapter):
         return LogpUnit("errors", settings.logp_scale / 0.5, "diffusion.logp_scale / 0.5")
 
     @classmethod
-    def usable(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
+    def filter_examples(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
         """Without rows whose pictures cannot be decoded or whose captions are too long."""
         return usable(config, examples)
 
@@ -253,16 +253,16 @@ class DiffusionAdapter(Adapter):
         self.policy.eval()
         return self
 
-    def held_out(self, examples: Sequence[Example]) -> list[Example]:
+    def eval_examples(self, examples: Sequence[Example]) -> list[Example]:
         """Every row at `eval_draws` timesteps, spread evenly over their distribution."""
         num = self.config.diffusion.eval_draws
         return [
-            replace(row, id=f"{row.id}@{k}", meta={**row.meta, STRATUM: (k, num)})
+            replace(row, id=f"{row.id}@{k}", meta={**row.meta, TIMESTEP_BIN: (k, num)})
             for row in examples
             for k in range(num)
         ]
 
-    def before_training(self, examples: Sequence[Example]) -> None:
+    def setup(self, examples: Sequence[Example]) -> None:
         """Find out what caches hold of the rows; load what is needed for the rest."""
         self.inputs.open(examples, self.policy)
 
@@ -311,7 +311,7 @@ class DiffusionAdapter(Adapter):
         """Denoising errors of policy and reference, and their difference."""
         return batch_metrics(logps, self.config.diffusion.logp_scale, self.needs)
 
-    def facts(self, batch: Batch) -> dict[str, list[Any]]:
+    def per_row_columns(self, batch: Batch) -> dict[str, list[Any]]:
         """The noise level of each row, as a share of the schedule."""
         # A row's timesteps are not independent of each other: intervals are over rows.
         found: dict[str, list[Any]] = {"row": [name.partition("@")[0] for name in batch.ids]}

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 # Rows of pictures to a Batch: pixels or latents, captions, and what is drawn at random.
 
-STRATUM = "stratum"
+TIMESTEP_BIN = "timestep_bin"
 """Key of `Example.meta`: (k, n) for the k-th of the n timesteps a held-out row is scored at."""
 
 
@@ -179,7 +179,7 @@ class Collator:
 
     def _number(self, example: Example, draw: int | None) -> int:
         """Which of the stored draws a visit uses."""
-        which: int = example.meta.get(STRATUM, (0, 1))[0] if draw is None else draw
+        which: int = example.meta.get(TIMESTEP_BIN, (0, 1))[0] if draw is None else draw
         return which % self.config.diffusion.num_draws
 
     def _quantiles(
@@ -193,7 +193,7 @@ class Collator:
             if self.banked:
                 strata.append((self._number(example, draw), self.config.diffusion.num_draws))
             else:
-                strata.append(example.meta.get(STRATUM, (0, 1)) if draw is None else (0, 1))
+                strata.append(example.meta.get(TIMESTEP_BIN, (0, 1)) if draw is None else (0, 1))
         first, count = torch.tensor(strata, dtype=u.dtype).unbind(-1)
         return (first + u) / count
 

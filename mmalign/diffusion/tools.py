@@ -279,7 +279,7 @@ def _write_errors(
     if not todo:
         return 0
     policy = DiffusionAdapter.for_bank(config, Needs()).to(place.device).eval()
-    policy.before_training(todo)
+    policy.setup(todo)
     size = config.train.eval_batch_size or config.train.batch_size
     half = config.train.mixed_precision == "bf16"
     autocast = torch.autocast(place.device.type, torch.bfloat16, enabled=half)
@@ -359,7 +359,7 @@ def _errors(config: RunConfig, needs: Needs) -> float:
     rows = load_usable(config, needs)[0][:1]
     place, draws = Processes.launched(), config.diffusion.num_draws
     policy = DiffusionAdapter.for_bank(config, Needs()).to(place.device).eval()
-    policy.before_training(rows)
+    policy.setup(rows)
     size = min(draws, config.train.eval_batch_size or config.train.batch_size)
     batch = policy.collate(rows * size, list(range(size))).to(place.device)
     return _seconds(lambda: policy(batch, Needs())) * draws / size

@@ -269,16 +269,16 @@ class Adapter(nn.Module, ABC):
         return LogpUnit()
 
     @classmethod
-    def usable(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
+    def filter_examples(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
         """The rows that can be learned from; what is left out is counted, named and logged."""
         return list(examples)
 
     @classmethod
-    def usable_parts(
+    def filter_parts(
         cls, config: RunConfig, parts: Sequence[Sequence[Example]]
     ) -> list[list[Example]]:
         """The same for rows to train on and rows held out, which may share files."""
-        return [cls.usable(config, part) for part in parts]
+        return [cls.filter_examples(config, part) for part in parts]
 
     @classmethod
     def begun(cls, config: RunConfig) -> RunConfig:
@@ -294,7 +294,7 @@ class Adapter(nn.Module, ABC):
         Raises:
             DataError, ConfigError: They cannot be trained on, whatever `data.bad_rows` is.
         """
-        return Surveyed(cls.usable_parts(config, parts))
+        return Surveyed(cls.filter_parts(config, parts))
 
     @abstractmethod
     def collate(self, examples: Sequence[Example], draws: Sequence[int] | None = None) -> Batch:
@@ -327,7 +327,7 @@ class Adapter(nn.Module, ABC):
         """Optimiser groups; the default is one group of all trainable parameters."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
-    def before_training(self, examples: Sequence[Example]) -> None:
+    def setup(self, examples: Sequence[Example]) -> None:
         """Called once with the training rows, before the first step; e.g. to open a cache."""
 
     @property
@@ -341,7 +341,7 @@ class Adapter(nn.Module, ABC):
     def after_step(self, step: int) -> None:
         """Called after every optimiser step: EMA, reference refresh."""
 
-    def held_out(self, examples: Sequence[Example]) -> list[Example]:
+    def eval_examples(self, examples: Sequence[Example]) -> list[Example]:
         """The rows to evaluate on; more than were given where one row is scored several times."""
         return list(examples)
 
@@ -357,12 +357,12 @@ class Adapter(nn.Module, ABC):
         """What to log beside the objective's metrics, detached, means over rows."""
         return {}
 
-    def facts(self, batch: Batch) -> dict[str, list[Any]]:
+    def per_row_columns(self, batch: Batch) -> dict[str, list[Any]]:
         """What to keep of each held-out row beside its scores, one value a row."""
         return {}
 
     def summarise(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Held-out metrics that follow from the rows' scores and `facts`."""
+        """Held-out metrics that follow from the rows' scores and `per_row_columns`."""
         return {}
 
     def extra_state(self) -> dict[str, Tensor]:
@@ -373,7 +373,7 @@ class Adapter(nn.Module, ABC):
         """Restore what `extra_state` gave."""
 
     @classmethod
-    def question(cls, example: Example) -> Any:
+    def to_prompt(cls, example: Example) -> Any:
         """What `sample` takes to answer a row, or to answer it again; hashable.
 
         Raises:

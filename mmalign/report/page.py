@@ -109,7 +109,7 @@ _PICTURE_METRICS = (
 )
 
 
-def held_out(runs: Sequence[Run]) -> Section | None:
+def eval_section(runs: Sequence[Run]) -> Section | None:
     """The first and the last evaluation of a run; of several runs the last of each."""
     runs = [pictures.with_error_intervals(run) if run.has_pictures else run for run in runs]
     runs = [run for run in runs if run.evals]
@@ -291,7 +291,7 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
         _remarks(runs),
         pictures.sheets(runs),
         pictures.questions([run for run in runs if run.has_media]),
-        held_out(runs),
+        eval_section(runs),
         pictures.by_noise_level(runs),
         _completions([run for run in runs if not run.has_pictures and not run.has_media]),
         pictures.alterations(runs),

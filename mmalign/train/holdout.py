@@ -12,7 +12,7 @@ from mmalign.core.terms import Preference
 from mmalign.evaluate import Evaluation, Tally, score, summarise
 from mmalign.models.adapter import Adapter
 from mmalign.train.metrics import append_json
-from mmalign.train.order import held_out, own_random_stream
+from mmalign.train.order import eval_batches, own_random_stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -27,13 +27,13 @@ class HeldOut:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._rows = run.adapter.held_out(run.eval_rows)
+        self._rows = run.adapter.eval_examples(run.eval_rows)
         needs = run.objective.needs
         has_kl = needs.reference and run.adapter.provides(run.config).kl
         self._needs = needs | Needs(kl=True) if has_kl else needs  # reported, if not trained on
         shown = run.config.sample
         given = {f"prompt-{i}": prompt for i, prompt in enumerate(shown.prompts)}
-        ask = run.adapter.question
+        ask = run.adapter.to_prompt
         self._prompts = given or _first_prompts(run.eval_rows, shown.num_prompts, ask)
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -49,7 +49,7 @@ class HeldOut:
 
     def _score(self) -> Evaluation:
         run, train = self._run, self._run.config.train
-        batches = held_out(len(self._rows), train.eval_batch_size or train.batch_size)
+        batches = eval_batches(len(self._rows), train.eval_batch_size or train.batch_size)
         here, num = run.accelerator.process_index, run.accelerator.num_processes
         tallies: list[tuple[int, Tally]] = []
         run.model.eval()
@@ -60,7 +60,9 @@ class HeldOut:
                 # all processes, wait for each other. What is scored twice is counted once.
                 rows = [self._rows[i] for i in batches[index % len(batches)]]
                 batch = run.adapter.collate(rows).to(run.accelerator.device)
-                tally = score(run.model, run.objective, batch, self._needs, run.adapter.facts)
+                tally = score(
+                    run.model, run.objective, batch, self._needs, run.adapter.per_row_columns
+                )
                 if index < len(batches):
                     tallies.append((index, tally))
         run.model.train()

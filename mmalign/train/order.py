@@ -159,7 +159,7 @@ def _collate(adapter: Adapter, visits: Sequence[tuple[Example, int]]) -> Batch |
         return error
 
 
-def held_out(num_rows: int, batch_size: int) -> list[range]:
+def eval_batches(num_rows: int, batch_size: int) -> list[range]:
     """Row numbers of evaluation batches, in order; no batch of one row where that can be helped.
 
     A single left-over row joins the batch before it: KTO's mismatched response comes from another

@@ -464,7 +464,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     model.train()
     objective.to(accelerator.device).train()
     adapter.plan(num_steps)
-    adapter.before_training([*train_rows, *eval_rows])
+    adapter.setup([*train_rows, *eval_rows])
     set_seed(train.seed, device_specific=True)  # dropout and noise differ between processes
     return Run(
         config=config,

@@ -38,7 +38,7 @@ from mmalign.video.pami import tau_at
 from mmalign.video.processing import Processor, load_processor
 from mmalign.video.reader import FeatureStore, MediaReader, open_features
 from mmalign.video.samples import write_samples
-from mmalign.video.survey import survey_parts, usable_parts
+from mmalign.video.survey import filter_parts, survey_parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -158,16 +158,16 @@ class VideoAdapter(TokenAdapter):
         yield "clues", config.video.clues.path if config.video.clues else None, None
 
     @classmethod
-    def usable(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
+    def filter_examples(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
         """The rows whose media can be decoded and, where only spans are scored, that have one."""
-        return usable_parts(config, [examples])[0]
+        return filter_parts(config, [examples])[0]
 
     @classmethod
-    def usable_parts(
+    def filter_parts(
         cls, config: RunConfig, parts: Sequence[Sequence[Example]]
     ) -> list[list[Example]]:
         """The same for several lists of rows, whose files are each looked at and named once."""
-        return usable_parts(config, parts)
+        return filter_parts(config, parts)
 
     @classmethod
     def survey(
@@ -248,7 +248,7 @@ class VideoAdapter(TokenAdapter):
         return found
 
     @classmethod
-    def question(cls, example: Example) -> Question:
+    def to_prompt(cls, example: Example) -> Question:
         """The row's prompt with what it shows."""
         row = example.template
         prompt = Asked(example.prompt, row) if row else example.prompt
@@ -299,12 +299,12 @@ class VideoAdapter(TokenAdapter):
         """False where the clue aggregator alone is trained; the model is the base's then."""
         return any(p.requires_grad for p in self.policy.parameters())
 
-    def before_training(self, examples: Sequence[Example]) -> None:
+    def setup(self, examples: Sequence[Example]) -> None:
         """Know the other rows' clips, to take frames from; check a cache."""
         clips = dict.fromkeys(clip for row in examples for clip in row.media.videos)
         self._corruptor = replace(self._corruptor, donors=tuple(clips))
         self._shown = first_shown(examples)
-        super().before_training(examples)
+        super().setup(examples)
 
     def plan(self, num_steps: int) -> None:
         """Know how long the run is, for a gate that moves."""

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def usable_parts(config: RunConfig, parts: Sequence[Sequence[Example]]) -> list[list[Example]]:
+def filter_parts(config: RunConfig, parts: Sequence[Sequence[Example]]) -> list[list[Example]]:
     """The rows whose media can be decoded and, where only spans are scored, that have one.
 
     Args:

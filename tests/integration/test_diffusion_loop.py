@@ -373,7 +373,7 @@ def test_a_step_never_waits_for_the_device(
     objective = check_config(config)
     rows, _ = load_usable(config, objective.needs)
     adapter: Any = build_adapter(config, objective.needs)
-    adapter.before_training(rows)
+    adapter.setup(rows)
     batch = adapter.collate(rows[:2], [3, 4])
     adapter.inputs.empty(torch.device("cpu"))  # embedded once a run
     adapter.to("meta")
@@ -398,7 +398,7 @@ def test_encoders_are_let_go_where_their_output_is_cached(
     needs = check_config(config).needs
     rows, _ = load_usable(config, needs)
     adapter: Any = build_adapter(config, needs)
-    adapter.before_training(rows)
+    adapter.setup(rows)
     told = {"p": "a red dog"}
     first = adapter.write_samples(told, tmp_path, 0, config.sample)
     picture = (tmp_path / first[0]["image"]).read_bytes()

@@ -18,7 +18,7 @@ from mmalign.errors import ConfigError
 from mmalign.evaluate import Tally, summarise
 from mmalign.report import Section, blocks, place_of, write_report
 from mmalign.report.figures import colour, svg
-from mmalign.report.page import held_out
+from mmalign.report.page import eval_section
 from mmalign.report.run import read_run, remarks
 
 CONFIG = """\
@@ -200,7 +200,7 @@ def test_figures_have_axes_text_and_a_description(whole_page: Path) -> None:
 
 def test_held_out_numbers_have_intervals_and_a_paired_change(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run", chosen=2.0, rejected=-12.0))
-    section = held_out([run])
+    section = eval_section([run])
     assert section is not None
     text = Page(str(section.html)).text
     first, last = run.evals
@@ -242,7 +242,7 @@ def test_a_page_of_several_runs_takes_nobodys_place(tmp_path: Path) -> None:
 def test_a_tied_start_is_no_number_to_gain_from(tmp_path: Path) -> None:
     """Every log-ratio is 0 before the first step, so that an accuracy says nothing then."""
     run = read_run(make_run(tmp_path / "run"))
-    section = held_out([run])
+    section = eval_section([run])
     assert section is not None
     text = Page(str(section.html)).text
     (told,) = re.findall(r"Reward accuracy pairs whose .*? one (.*?) Loss", text)

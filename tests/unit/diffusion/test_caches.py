@@ -134,17 +134,17 @@ def test_training_from_caches_loads_no_vae_and_no_encoder(
     rows, needs = rows_of(live), check(live).needs
     draws = [3, 4, 5]
     adapter = build_adapter(live, needs)
-    adapter.before_training(rows)
+    adapter.setup(rows)
     expected = adapter(adapter.collate(rows, draws), needs).policy
 
     stored = configured(pipeline, tmp_path, diffusion={"cache": "on", **size})
     with pytest.raises(ConfigError, match="mmalign cache CONFIG"):
-        build_adapter(stored, needs).before_training(rows)
+        build_adapter(stored, needs).setup(rows)
     write(stored)
     monkeypatch.setattr(components.Vae, "load", refuse)
     monkeypatch.setattr(PromptEncoder, "load", refuse)
     adapter = build_adapter(stored, needs)
-    adapter.before_training(rows)
+    adapter.setup(rows)
     found = adapter(adapter.collate(rows, draws), needs).policy
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-5)
 
@@ -176,11 +176,11 @@ def test_a_cached_reference_gives_log_2(
     assert "reference errors: 3 written, 0 were there" in said
     objective, rows = check(config), rows_of(config)
     adapter = build_adapter(config, objective.needs)
-    held_out = adapter.held_out(rows)
-    adapter.before_training([*rows, *held_out])
+    held_out = adapter.eval_examples(rows)
+    adapter.setup([*rows, *held_out])
     bank, seen = ErrorBank(config), set()
     live = DiffusionAdapter.for_bank(config, objective.needs)
-    live.before_training(rows)
+    live.setup(rows)
     with torch.no_grad():
         scores = live(live.collate([rows[1]] * 3, [0, 1, 2]), Needs(reference=True))
     errors = -scores.reference[..., 0] / config.diffusion.logp_scale

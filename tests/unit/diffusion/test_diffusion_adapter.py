@@ -61,7 +61,7 @@ def built(config: RunConfig) -> tuple[DiffusionAdapter, list[Example], Any]:
     objective = check(config)
     rows, _ = load_usable(config, objective.needs)
     adapter = DiffusionAdapter.build(config, objective.needs)
-    adapter.before_training(rows)
+    adapter.setup(rows)
     return adapter.train(), rows, objective
 
 
@@ -281,17 +281,21 @@ def test_held_out_rows_are_scored_at_spread_timesteps(sd15_dir: Path, tmp_path: 
         configured(sd15_dir, write_rows(tmp_path / "data"), tmp_path, model={"lora": {"rank": 4}})
     )
     moved(adapter)
-    held = adapter.held_out(rows)
+    held = adapter.eval_examples(rows)
     assert [row.id for row in held[:5]] == [*(f"row-0@{k}" for k in range(4)), "row-1@0"]
     batches = [adapter.collate(held[i : i + 4]) for i in range(0, len(held), 4)]
     for batch in batches:
         quarters = (batch.inputs["timesteps"] // 250).tolist()
         assert quarters == [0, 1, 2, 3]
     adapter.eval()
-    result = evaluate(adapter, objective, batches, facts=adapter.facts, summary=adapter.summarise)
+    result = evaluate(
+        adapter, objective, batches, columns=adapter.per_row_columns, summary=adapter.summarise
+    )
     names = {f"reward_accuracy/t{low:03d}-{low + 249:03d}" for low in (0, 250, 500, 750)}
     assert names <= result.metrics.keys()
-    again = evaluate(adapter, objective, batches, facts=adapter.facts, summary=adapter.summarise)
+    again = evaluate(
+        adapter, objective, batches, columns=adapter.per_row_columns, summary=adapter.summarise
+    )
     assert result.metrics == again.metrics
 
 

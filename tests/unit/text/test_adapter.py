@@ -187,13 +187,13 @@ def test_cached_reference_equals_the_live_one(name: str, tmp_path: Path) -> None
     live_config = run_config(**sections)
     cached_config = run_config(**sections, reference={"kind": "cached"})
     with pytest.raises(ConfigError, match="mmalign cache"):
-        TextAdapter.build(cached_config, objective.needs).before_training(examples())
+        TextAdapter.build(cached_config, objective.needs).setup(examples())
     assert "3 rows written" in write_cache(live_config)
     adapters = [TextAdapter.build(c, objective.needs) for c in (live_config, cached_config)]
     from mmalign.data.sources import load_examples
 
     rows, _ = load_examples(cached_config.data, objective.needs, seed=0)
-    adapters[1].before_training(rows)
+    adapters[1].setup(rows)
     results = []
     for adapter in adapters:
         with torch.no_grad():  # a policy that has moved

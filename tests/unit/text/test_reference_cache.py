@@ -50,7 +50,7 @@ def sections(tmp_path: Path) -> dict[str, Any]:
 def opened(config: RunConfig) -> tuple[TextAdapter, list[Any]]:
     rows, _ = load_examples(config.data, OBJECTIVE.needs, seed=0)
     adapter = TextAdapter.build(config, OBJECTIVE.needs)
-    adapter.before_training(rows)
+    adapter.setup(rows)
     return adapter, rows
 
 

@@ -11,7 +11,7 @@ from mmalign.core import Needs
 from mmalign.data.sources import load_examples
 from mmalign.errors import DataError
 from mmalign.models.adapter import build_adapter
-from mmalign.train.order import Order, batches, held_out
+from mmalign.train.order import Order, batches, eval_batches
 
 
 def stream(order: Order, num: int) -> list[int]:
@@ -95,7 +95,7 @@ def test_what_is_wrong_with_a_row_is_one_sentence_from_a_worker_too(num_workers:
 
 
 def test_held_out_batches_cover_all_rows_and_never_hold_one_row_alone() -> None:
-    assert held_out(9, 4) == [range(0, 4), range(4, 9)]
-    assert held_out(10, 4) == [range(0, 4), range(4, 8), range(8, 10)]
-    assert held_out(1, 4) == [range(0, 1)]
-    assert held_out(0, 4) == []
+    assert eval_batches(9, 4) == [range(0, 4), range(4, 9)]
+    assert eval_batches(10, 4) == [range(0, 4), range(4, 8), range(8, 10)]
+    assert eval_batches(1, 4) == [range(0, 1)]
+    assert eval_batches(0, 4) == []

@@ -149,11 +149,11 @@ def test_samples_hold_what_was_seen_and_where_the_answers_differ(
     candidates = [replace(c, response=a) for c, a in zip(row.candidates, answers, strict=True)]
     row = replace(row, candidates=tuple(candidates), prompt="<video>What does the cat do?")
     options = adapter.config.sample.model_copy(update={"max_new_tokens": 3})
-    asked = {"row": adapter.question(row)}
+    asked = {"row": adapter.to_prompt(row)}
     (record,) = adapter.write_samples(asked, tmp_path, 0, options)
     assert record["id"] == "row"
     assert record["prompt"] == "What does the cat do?"
-    assert record["response"] == adapter.sample([adapter.question(row)], max_new_tokens=3)[0]
+    assert record["response"] == adapter.sample([adapter.to_prompt(row)], max_new_tokens=3)[0]
     assert record["media"][0]["file"] == "clip0.mp4"
     assert len(record["media"][0]["times"]) == 8
     assert [record["media"][0][key] for key in ("width", "height", "shown", "tokens")] == [
@@ -184,7 +184,7 @@ def test_samples_of_pami_hold_its_choice(
     row = pair(clips_dir / "clip0.mp4")
     row = replace(row, candidates=row.candidates[:1], labels=(1.0,), kind="plain")
     options = adapter.config.sample.model_copy(update={"max_new_tokens": 1})
-    (record,) = adapter.write_samples({"row": adapter.question(row)}, tmp_path, 0, options)
+    (record,) = adapter.write_samples({"row": adapter.to_prompt(row)}, tmp_path, 0, options)
     clips = record["altered"]
     assert sorted(c["operation"] for c in clips) == sorted(
         adapter.config.video.corruption.operations
@@ -206,7 +206,7 @@ def test_a_corrupted_clip_of_two_answers_is_shown_once(
     assert {"corrupted", "rejected_corrupted"} <= set(needs.roles)
     adapter = make_adapter(video_models(KIND), needs)
     options = adapter.config.sample.model_copy(update={"max_new_tokens": 1})
-    question = adapter.question(pair(clips_dir / "clip0.mp4"))
+    question = adapter.to_prompt(pair(clips_dir / "clip0.mp4"))
     (record,) = adapter.write_samples({"row": question}, tmp_path, 0, options)
     assert [c["role"] for c in record["altered"]] == ["corrupted"]
     assert "far" not in record["altered"][0]

@@ -241,7 +241,7 @@ def test_the_first_rows_of_a_run_that_show_something_are_tried(
         pair(clips_dir, f"picture-{i}", media=shown("picture", i, clips_dir, pictures))
         for i in range(2)
     ]
-    adapter.before_training(rows)
+    adapter.setup(rows)
     for row in (words, rows[2]):
         adapter(adapter.collate([row]), Needs(reference=True))
     assert tried == ["row-0", "picture-0"], "once, for policy and frozen copy together"
@@ -287,7 +287,7 @@ def test_answers_are_those_of_the_model_on_its_processor_s_output(
 ) -> None:
     adapter = as_it_is(vision_models(kind))
     row = pair(clips_dir, media=shown(what, 0, clips_dir, pictures))
-    said = adapter.sample([adapter.question(row)], max_new_tokens=5)
+    said = adapter.sample([adapter.to_prompt(row)], max_new_tokens=5)
     tokens: list[int] = []
     for _ in range(5):
         _, scores = own_logps(adapter, row, [*tokens, 0], all_tokens=True)

@@ -168,7 +168,7 @@ def test_pami_gate_moves_with_the_steps(video_models: Models, clips_dir: Path) -
         video={"selection": selection},
         train={"num_steps": 5},
     )
-    adapter.before_training([plain(clips_dir / "clip0.mp4")])
+    adapter.setup([plain(clips_dir / "clip0.mp4")])
     seen = []
     for step in range(5):
         seen.append(adapter.tau())
