@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
@@ -13,6 +13,8 @@ from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+Unit = Literal["nat", "error"]
 
 
 class Objective(nn.Module):
@@ -26,6 +28,8 @@ class Objective(nn.Module):
         needs: What the objective asks for beyond its terms (roles of extra candidates).
         names: Of the terms, for metrics; their own, numbered where they repeat, if left out.
         coefs: Weights of the terms in place of their own.
+        unit: Of the log-probabilities that its constants are made for: nats of tokens, or "error",
+            where they are -1/2 times the mean squared error of a denoiser.
 
     Raises:
         ConfigError: A term scores single responses under a divergence that does not define them.
@@ -38,6 +42,7 @@ class Objective(nn.Module):
         needs: Needs | None = None,
         names: Sequence[str] | None = None,
         coefs: Sequence[float] | None = None,
+        unit: Unit = "nat",
     ) -> None:
         super().__init__()
         if not terms:
@@ -52,6 +57,7 @@ class Objective(nn.Module):
             if term.state is not None
         }
         self.states = nn.ModuleDict(states)
+        self.unit: Unit = unit
         self.needs = needs or Needs()
         for term in terms:
             self.needs = self.needs | term.needs
@@ -67,7 +73,9 @@ class Objective(nn.Module):
                 terms[name if len(objective.terms) == 1 else f"{name}/{label}"] = term
             coefs += [weight * coef for coef in objective.coefs]
             needs = needs | objective.needs
-        return cls(*terms.values(), needs=needs, names=tuple(terms), coefs=coefs)
+        in_errors = any(objective.unit == "error" for _, objective in parts.values())
+        unit: Unit = "error" if in_errors else "nat"
+        return cls(*terms.values(), needs=needs, names=tuple(terms), coefs=coefs, unit=unit)
 
     def forward(self, c: CandidateLogps) -> Loss:
         """The loss of a batch.

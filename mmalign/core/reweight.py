@@ -86,7 +86,11 @@ def reweight(
     if all(new is old for new, old in zip(terms, objective.terms.values(), strict=True)):
         raise ConfigError("ld_alpha and wpo act on pairs, but this objective does not read any")
     return Objective(
-        *terms, needs=objective.needs, names=tuple(objective.terms), coefs=objective.coefs
+        *terms,
+        needs=objective.needs,
+        names=tuple(objective.terms),
+        coefs=objective.coefs,
+        unit=objective.unit,
     )
 
 

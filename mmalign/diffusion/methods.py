@@ -16,17 +16,6 @@ if TYPE_CHECKING:
     from mmalign.diffusion.components import Components
     from mmalign.diffusion.process import NoiseProcess
 
-IN_ERRORS = frozenset(
-    {
-        *("diffusion_dpo", "smpo", "inpo", "diffusion_npo", "self_npo", "dcpo", "flow_dpo"),
-        *("mapo", "diffusion_orpo", "diffusion_kto"),
-    }
-)
-"""Presets whose constants are per unit of error: they count on a log-probability of -e/2."""
-
-PER_TOKEN = ("ld_alpha",)
-"""Keywords that act on the tokens of a response; a picture has one score."""
-
 
 def check_method(config: RunConfig) -> list[str]:
     """What the objective, the estimator and the reference ask of each other and do not get."""
@@ -129,19 +118,22 @@ def check_process(config: RunConfig, process: NoiseProcess) -> list[str]:
 
 
 def _objective(config: RunConfig) -> list[str]:
+    from mmalign.core.presets import PRESETS
+
     problems: list[str] = []
     names, settings = names_of(config), config.diffusion
-    in_errors = sorted(IN_ERRORS.intersection(names))
+    in_errors = sorted(
+        name for name in names if name in PRESETS and PRESETS[name]().unit == "error"
+    )
     if in_errors and settings.logp_scale != 0.5:
         problems.append(
             f"diffusion.logp_scale is {settings.logp_scale}, but objective {in_errors[0]!r} has "
             "its constants per unit of error, which is logp_scale 0.5. Change beta instead"
         )
-    for key in PER_TOKEN:
-        if key in config.objective.keywords:
-            problems.append(
-                f"objective.{key} acts on the tokens of a response; a picture has none. Remove it"
-            )
+    if "ld_alpha" in config.objective.keywords:
+        problems.append(
+            "objective.ld_alpha acts on the tokens of a response; a picture has none. Remove it"
+        )
     if "diffusion_npo" in names and not config.data.swap:
         problems.append(
             "objective 'diffusion_npo' learns from exchanged pairs, but data.swap is false. Set "

@@ -10,7 +10,7 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmalign.core.presets import ALIASES, PRESETS, diffusion
+from mmalign.core.presets import ALIASES, PRESETS
 from mmalign.errors import MmalignError
 from mmalign.models.adapter import adapter_class
 from mmalign.models.files import ADAPTER_CONFIG, read_json, weight_files
@@ -272,7 +272,7 @@ def _constants(name: str, *, in_errors: bool) -> dict[str, Range]:
     """What was published of a loss's constants, in the unit of the log-probabilities."""
     if name not in PRESETS:
         return {}  # a loss of the user's own
-    if in_errors == (PRESETS[name].__module__ == diffusion.__name__):
+    if in_errors == (PRESETS[name]().unit == "error"):
         others = OF_ERRORS if in_errors else OF_NATS
         known = STRENGTHS.get(name, others)
     elif in_errors:  # a loss of log-probabilities, whose beta is then per unit of error

@@ -1,152 +1,21 @@
 """Every published method as a function that composes an `Objective`; objectives by name."""
 
-from __future__ import annotations
+# ruff: noqa: F403  (each family says in `__all__` what it exports)
 
+from mmalign.core.presets import diffusion, pairwise, pointwise, reference_free, regularised, video
 from mmalign.core.presets.build import ALIASES, PRESETS, build, build_mix, from_config, preset
-from mmalign.core.presets.diffusion import (
-    dcpo,
-    diffusion_dpo,
-    diffusion_kto,
-    diffusion_npo,
-    diffusion_orpo,
-    flow_dpo,
-    inpo,
-    mapo,
-    self_npo,
-    smpo,
-    spo,
-)
+from mmalign.core.presets.diffusion import *
 from mmalign.core.presets.own import source
-from mmalign.core.presets.pairwise import (
-    cdpo,
-    chi_po,
-    discopop,
-    dpo,
-    dpo_gamma,
-    exo,
-    f_dpo,
-    flex_dpo,
-    gpo,
-    hinge,
-    inpo_nash,
-    ipo,
-    mcts_dpo,
-    online_ipo,
-    rdpo,
-    rso,
-    sem_dpo,
-    sigmoid_norm,
-    soft_dpo,
-    sppo,
-    upo,
-    wpo,
-)
-from mmalign.core.presets.pointwise import (
-    aot,
-    aot_unpaired,
-    apo_down,
-    apo_zero,
-    apo_zero_unpaired,
-    bco,
-    dpop,
-    kto,
-    kto_pair,
-    nca,
-    plackett_luce,
-    tpo_tree,
-)
-from mmalign.core.presets.reference_free import alphapo, asft, cpo, orpo, sft, simpo
-from mmalign.core.presets.regularised import hypo, mpo, rationale, rpo, sparse_po, tdpo1, tdpo2, vpo
-from mmalign.core.presets.video import (
-    adpo,
-    chip,
-    ha_dpo,
-    mdpo,
-    pami_vdpo,
-    povid,
-    rrpo,
-    tpo_temporal,
-    vdpo,
-    vdpo_symmetric,
-    vista_dpo,
-)
+from mmalign.core.presets.pairwise import *
+from mmalign.core.presets.pointwise import *
+from mmalign.core.presets.reference_free import *
+from mmalign.core.presets.regularised import *
+from mmalign.core.presets.video import *
 
-__all__ = [
-    "ALIASES",
-    "PRESETS",
-    "adpo",
-    "alphapo",
-    "aot",
-    "aot_unpaired",
-    "apo_down",
-    "apo_zero",
-    "apo_zero_unpaired",
-    "asft",
-    "bco",
-    "build",
-    "build_mix",
-    "cdpo",
-    "chi_po",
-    "chip",
-    "cpo",
-    "dcpo",
-    "diffusion_dpo",
-    "diffusion_kto",
-    "diffusion_npo",
-    "diffusion_orpo",
-    "discopop",
-    "dpo",
-    "dpo_gamma",
-    "dpop",
-    "exo",
-    "f_dpo",
-    "flex_dpo",
-    "flow_dpo",
-    "from_config",
-    "gpo",
-    "ha_dpo",
-    "hinge",
-    "hypo",
-    "inpo",
-    "inpo_nash",
-    "ipo",
-    "kto",
-    "kto_pair",
-    "mapo",
-    "mcts_dpo",
-    "mdpo",
-    "mpo",
-    "nca",
-    "online_ipo",
-    "orpo",
-    "pami_vdpo",
-    "plackett_luce",
-    "povid",
-    "preset",
-    "rationale",
-    "rdpo",
-    "rpo",
-    "rrpo",
-    "rso",
-    "self_npo",
-    "sem_dpo",
-    "sft",
-    "sigmoid_norm",
-    "simpo",
-    "smpo",
-    "soft_dpo",
-    "source",
-    "sparse_po",
-    "spo",
-    "sppo",
-    "tdpo1",
-    "tdpo2",
-    "tpo_temporal",
-    "tpo_tree",
-    "upo",
-    "vdpo",
-    "vdpo_symmetric",
-    "vista_dpo",
-    "vpo",
-    "wpo",
-]
+__all__ = ["ALIASES", "PRESETS", "build", "build_mix", "from_config", "preset", "source"]
+__all__ += diffusion.__all__
+__all__ += pairwise.__all__
+__all__ += pointwise.__all__
+__all__ += reference_free.__all__
+__all__ += regularised.__all__
+__all__ += video.__all__

@@ -105,80 +105,17 @@ def _describe(annotation: Any) -> str:
     return names.get(annotation, f"a {getattr(annotation, '__name__', annotation)}")
 
 
-# Presets by name: the literal table, keyword checks, mixes, and a user's own functions.
+# Presets by name, mixes, and a user's own functions.
+
+_FAMILIES = (pairwise, pointwise, reference_free, regularised, diffusion, video)
 
 PRESETS: dict[str, Callable[..., Objective]] = {
-    "dpo": pairwise.dpo,
-    "f_dpo": pairwise.f_dpo,
-    "chi_po": pairwise.chi_po,
-    "cdpo": pairwise.cdpo,
-    "rdpo": pairwise.rdpo,
-    "ipo": pairwise.ipo,
-    "hinge": pairwise.hinge,
-    "rso": pairwise.rso,
-    "sigmoid_norm": pairwise.sigmoid_norm,
-    "exo": pairwise.exo,
-    "discopop": pairwise.discopop,
-    "wpo": pairwise.wpo,
-    "dpo_gamma": pairwise.dpo_gamma,
-    "flex_dpo": pairwise.flex_dpo,
-    "soft_dpo": pairwise.soft_dpo,
-    "upo": pairwise.upo,
-    "mcts_dpo": pairwise.mcts_dpo,
-    "sem_dpo": pairwise.sem_dpo,
-    "nca": pointwise.nca,
-    "bco": pointwise.bco,
-    "apo_zero": pointwise.apo_zero,
-    "apo_down": pointwise.apo_down,
-    "dpop": pointwise.dpop,
-    "kto_pair": pointwise.kto_pair,
-    "aot": pointwise.aot,
-    "aot_unpaired": pointwise.aot_unpaired,
-    "sppo": pairwise.sppo,
-    "gpo": pairwise.gpo,
-    "inpo_nash": pairwise.inpo_nash,
-    "online_ipo": pairwise.online_ipo,
-    "kto": pointwise.kto,
-    "apo_zero_unpaired": pointwise.apo_zero_unpaired,
-    "sft": reference_free.sft,
-    "simpo": reference_free.simpo,
-    "alphapo": reference_free.alphapo,
-    "cpo": reference_free.cpo,
-    "orpo": reference_free.orpo,
-    "asft": reference_free.asft,
-    "rpo": regularised.rpo,
-    "mpo": regularised.mpo,
-    "vpo": regularised.vpo,
-    "hypo": regularised.hypo,
-    "rationale": regularised.rationale,
-    "tdpo1": regularised.tdpo1,
-    "tdpo2": regularised.tdpo2,
-    "sparse_po": regularised.sparse_po,
-    "plackett_luce": pointwise.plackett_luce,
-    "tpo_tree": pointwise.tpo_tree,
-    "diffusion_dpo": diffusion.diffusion_dpo,
-    "smpo": diffusion.smpo,
-    "inpo": diffusion.inpo,
-    "diffusion_npo": diffusion.diffusion_npo,
-    "self_npo": diffusion.self_npo,
-    "dcpo": diffusion.dcpo,
-    "flow_dpo": diffusion.flow_dpo,
-    "mapo": diffusion.mapo,
-    "diffusion_orpo": diffusion.diffusion_orpo,
-    "diffusion_kto": diffusion.diffusion_kto,
-    "rrpo": video.rrpo,
-    "adpo": video.adpo,
-    "vdpo": video.vdpo,
-    "pami_vdpo": video.pami_vdpo,
-    "mdpo": video.mdpo,
-    "vdpo_symmetric": video.vdpo_symmetric,
-    "povid": video.povid,
-    "chip": video.chip,
-    "vista_dpo": video.vista_dpo,
-    "tpo_temporal": video.tpo_temporal,
-    "ha_dpo": video.ha_dpo,
+    name: getattr(family, name)
+    for family in _FAMILIES
+    for name in family.__all__
+    if name != "spo"  # its pairs are made while a model trains, by a loop that is not built
 }
-"""Every method: name to the function that builds it."""
+"""Every method: name to the function that builds it, as the families' `__all__` name them."""
 
 ALIASES: dict[str, str] = {
     "sigmoid": "dpo",

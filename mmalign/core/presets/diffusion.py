@@ -16,6 +16,11 @@ from mmalign.core.objective import Objective
 from mmalign.core.score import Score
 from mmalign.core.terms import Nll, Preference
 
+__all__ = [  # noqa: RUF022
+    "diffusion_dpo", "smpo", "inpo", "diffusion_npo", "self_npo", "dcpo", "flow_dpo", "mapo",
+    "diffusion_orpo", "diffusion_kto", "spo",
+]  # fmt: skip
+
 
 def diffusion_dpo(
     beta: float = 5000.0,
@@ -40,7 +45,7 @@ def diffusion_dpo(
         chosen = Hinge()
     elif link == "ipo":
         chosen = Squared(0.5, scale=scale)
-    return Objective(Preference(Score(2.0 * scale), chosen))  # policy is -e/2
+    return Objective(Preference(Score(2.0 * scale), chosen), unit="error")  # policy is -e/2
 
 
 def inpo(beta: float = 2000.0) -> Objective:
@@ -85,7 +90,7 @@ def self_npo() -> Objective:
     Departs: the loss does not; the walk's last estimate is always made, whichever rows are in a
         batch together.
     """
-    return Objective(Nll(2.0, "sum"))  # policy is -d/2
+    return Objective(Nll(2.0, "sum"), unit="error")  # policy is -d/2
 
 
 def dcpo(beta: float = 500.0) -> Objective:
@@ -151,7 +156,7 @@ def smpo(beta: float = 50000.0) -> Objective:
     Departs: each row has its own label; the release applies the first row's to the whole
         micro-batch.
     """
-    return Objective(Preference(Score(beta), Smoothed()))
+    return Objective(Preference(Score(beta), Smoothed()), unit="error")
 
 
 def mapo(beta: float = 0.1, s: float = 0.5, temperature: float = 1000.0) -> Objective:
@@ -170,7 +175,8 @@ def mapo(beta: float = 0.1, s: float = 0.5, temperature: float = 1000.0) -> Obje
     """
     require(0.0 <= beta < math.inf, "beta", beta, "at least 0")
     score = Score(temperature, MapoScore(s), reference_weight=0.0)
-    return Objective(Preference(score, Logistic(), coef=beta), Nll(2.0, "sum"))
+    term = Preference(score, Logistic(), coef=beta)
+    return Objective(term, Nll(2.0, "sum"), unit="error")
 
 
 def diffusion_orpo(beta: float = 0.1, compat: Literal["official"] | None = None) -> Objective:
@@ -188,7 +194,8 @@ def diffusion_orpo(beta: float = 0.1, compat: Literal["official"] | None = None)
     require(0.0 <= beta < math.inf, "beta", beta, "at least 0")
     sides = None if compat is None else (1, 0)
     score = Score(2.0, reference_weight=0.0)
-    return Objective(Preference(score, Logistic(), coef=beta, candidates=sides), Nll(2.0, "sum"))
+    term = Preference(score, Logistic(), coef=beta, candidates=sides)
+    return Objective(term, Nll(2.0, "sum"), unit="error")
 
 
 def diffusion_kto(
@@ -215,4 +222,5 @@ def diffusion_kto(
     Departs: baselines are means over all processes.
     """
     score = Score(2.0 * beta)  # policy is -e/2, and this method's beta has no half
-    return Objective(Kahneman(score, desirable_weight, undesirable_weight, baseline, utility))
+    term = Kahneman(score, desirable_weight, undesirable_weight, baseline, utility)
+    return Objective(term, unit="error")

@@ -29,6 +29,12 @@ from mmalign.core.reweight import Wpo, reweight
 from mmalign.core.score import Score
 from mmalign.core.terms import Nll, Preference
 
+__all__ = [  # noqa: RUF022
+    "dpo", "f_dpo", "chi_po", "cdpo", "rdpo", "ipo", "hinge", "rso", "sigmoid_norm", "exo",
+    "discopop", "wpo", "dpo_gamma", "flex_dpo", "soft_dpo", "upo", "mcts_dpo", "sem_dpo",
+    "sppo", "gpo", "inpo_nash", "online_ipo",
+]  # fmt: skip
+
 # Losses on the margin of a pair: defined under every valid divergence.
 
 

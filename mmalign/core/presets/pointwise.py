@@ -10,6 +10,11 @@ from mmalign.core.objective import Objective
 from mmalign.core.score import Score
 from mmalign.core.terms import Preference
 
+__all__ = [  # noqa: RUF022
+    "nca", "bco", "apo_zero", "apo_down", "dpop", "kto_pair", "aot", "aot_unpaired", "kto",
+    "apo_zero_unpaired", "plackett_luce", "tpo_tree",
+]  # fmt: skip
+
 # Losses on pairs that look at each response alone: reverse KL only.
 
 

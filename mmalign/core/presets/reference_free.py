@@ -12,6 +12,10 @@ from mmalign.core.objective import Objective
 from mmalign.core.score import Score
 from mmalign.core.terms import Nll, NllReduce, Preference, Term
 
+__all__ = [  # noqa: RUF022
+    "sft", "simpo", "alphapo", "cpo", "orpo", "asft",
+]  # fmt: skip
+
 
 def sft(reduce: NllReduce = "batch_token") -> Objective:
     """Supervised fine-tuning on the (chosen) response.

@@ -16,6 +16,10 @@ from mmalign.core.score import Score
 from mmalign.core.terms import LogRatio, Nll, NllReduce, OnlineKl, Preference, Term, WeightL1
 from mmalign.core.types import Needs
 
+__all__ = [  # noqa: RUF022
+    "rpo", "mpo", "vpo", "hypo", "rationale", "tdpo1", "tdpo2", "sparse_po",
+]  # fmt: skip
+
 # Preference losses with a further term: likelihood, value, online KL, rationale.
 
 

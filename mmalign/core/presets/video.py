@@ -14,6 +14,11 @@ from mmalign.core.score import Score
 from mmalign.core.terms import KlGap, KlPenalty, Nll, NllReduce, Preference, Term
 from mmalign.core.types import Needs
 
+__all__ = [  # noqa: RUF022
+    "rrpo", "adpo", "vdpo", "pami_vdpo", "mdpo", "vdpo_symmetric", "povid", "chip", "vista_dpo",
+    "tpo_temporal", "ha_dpo",
+]  # fmt: skip
+
 # Losses of video papers: pairs with spans or likelihood, and one response under two inputs.
 #
 # `video_cells` holds those that compare responses and inputs at once.

@@ -9,7 +9,7 @@ from nets import table
 
 from mmalign.config import RunConfig
 from mmalign.core import presets
-from mmalign.diffusion.methods import IN_ERRORS, check_method, check_process
+from mmalign.diffusion.methods import check_method, check_process
 from mmalign.diffusion.process import RectifiedFlow, VPTable, zero_terminal
 
 
@@ -127,8 +127,10 @@ def test_processes() -> None:
         assert sentence in problem
 
 
-def test_the_list_of_methods_on_errors_is_complete() -> None:
+def test_the_methods_on_errors_say_so() -> None:
     from mmalign.core.presets import diffusion
 
     own = {name for name, made in presets.PRESETS.items() if made.__module__ == diffusion.__name__}
-    assert own == IN_ERRORS
+    assert own == {name for name, made in presets.PRESETS.items() if made().unit == "error"}
+    assert presets.build_mix({"smpo": 1.0, "sft": 0.1}).unit == "error"
+    assert presets.build("smpo", wpo=True).unit == "error"
