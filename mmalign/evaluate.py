@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from mmalign.stats import bootstrap_interval
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -105,20 +107,6 @@ def separation(scores: Floats, desirable: NDArray[np.bool_]) -> float:
         return float("nan")
     below = np.searchsorted(bad, good, side="left") + np.searchsorted(bad, good, side="right")
     return float(below.mean() / 2 / len(bad))
-
-
-def bootstrap_interval(
-    values: Floats, *, level: float = 0.95, num_resamples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values` [N], rows drawn with replacement."""
-    rng = np.random.default_rng(seed)
-    size = len(values)
-    resampled: list[float] = []
-    while len(resampled) < num_resamples:  # many at once, in a small buffer
-        count = min(num_resamples - len(resampled), max(1, 2**14 // size))
-        resampled += values[rng.integers(0, size, (count, size))].mean(1).tolist()
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 @dataclass(frozen=True, slots=True)

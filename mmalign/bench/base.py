@@ -21,6 +21,7 @@ from mmalign.data.files import read_rows
 from mmalign.data.opening import open_data
 from mmalign.errors import DataError
 from mmalign.safe import write_text
+from mmalign.stats import NUM_RESAMPLES, resample_counts
 
 # Files of benchmarks as they are published: lists and objects of JSON, JSONL, parquet.
 
@@ -294,9 +295,6 @@ def named(ids: Iterable[str], most: int = 3) -> str:
 Floats = NDArray[np.float64]
 Sums = Mapping[str, Floats]
 
-NUM_RESAMPLES = 1000
-_CHUNK = 64
-
 
 class Sheet:
     """Columns of numbers with a row a unit."""
@@ -336,22 +334,13 @@ class Sheet:
     def resampled(self, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> dict[str, Floats]:
         """Sums over units drawn with replacement, [resamples] each.
 
-        The draws are those of `mmalign.evaluate.bootstrap_interval`, unit by unit.
+        The draws are those of `mmalign.stats.bootstrap_interval`, unit by unit.
         """
         columns = self.columns()
         matrix = self.matrix(columns)  # [U, C]
-        size = len(matrix)
-        sums = [counts @ matrix for counts in _draws(size, num_resamples, seed)]  # [chunk, C]
+        counts = resample_counts(len(matrix), num_resamples, seed)
+        sums = [drawn @ matrix for drawn in counts]  # [chunk, C]
         return _named(columns, np.concatenate(sums))
-
-
-def _draws(size: int, num_resamples: int, seed: int) -> Iterator[Floats]:
-    """How often each unit is drawn, [chunk, units] at a time."""
-    rng = np.random.default_rng(seed)
-    for start in range(0, num_resamples, _CHUNK):
-        count = min(_CHUNK, num_resamples - start)
-        drawn = [np.bincount(rng.integers(0, size, size), minlength=size) for _ in range(count)]
-        yield np.asarray(drawn, dtype=np.float64)
 
 
 def _named(columns: list[str], sums: Floats) -> dict[str, Floats]:
@@ -368,15 +357,6 @@ def mean(values: list[Floats]) -> Floats:
     stacked = np.stack(values)  # [groups, R]
     present = ~np.isnan(stacked)
     return share(np.where(present, stacked, 0.0).sum(0), present.sum(0).astype(np.float64))
-
-
-def interval(values: Floats, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval; resamples in which a metric has no value do not count."""
-    present = values[~np.isnan(values)]
-    if not len(present):
-        return (float("nan"), float("nan"))
-    low, high = np.quantile(present, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 # What a benchmark is: how its files are read, how an answer is judged, what is counted.

@@ -16,17 +16,16 @@ from rich.console import Console
 from rich.table import Table
 
 from mmalign.bench.base import (
-    NUM_RESAMPLES,
     Benchmark,
     Prediction,
     distinct,
-    interval,
     named,
     write_lines,
 )
 from mmalign.bench.registry import BENCHMARKS
 from mmalign.errors import DataError
 from mmalign.safe import write_text
+from mmalign.stats import NUM_RESAMPLES, percentile_interval
 
 # The numbers of one run on one benchmark, with intervals.
 
@@ -119,7 +118,7 @@ def score(
         legacy,
         benchmark.headline,
         metrics={name: float(value[0]) for name, value in values.items()},
-        intervals={name: interval(resampled[name]) for name in values},
+        intervals={name: percentile_interval(resampled[name]) for name in values},
         sizes=benchmark.sizes(total),
         counts={
             "questions": len(rows),
@@ -257,7 +256,7 @@ def compare(
             first,
             second,
             second - first,
-            interval(change),
+            percentile_interval(change),
             above=float((present > 0).mean()) if len(present) else float("nan"),
             below=float((present < 0).mean()) if len(present) else float("nan"),
         )

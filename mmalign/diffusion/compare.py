@@ -7,20 +7,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mmalign.data.example import Picture
 from mmalign.data.files import read_rows
 from mmalign.data.folders import SUFFIXES
 from mmalign.diffusion.scorers.files import Item, score_items
 from mmalign.errors import DataError
-from mmalign.evaluate import bootstrap_interval
 from mmalign.safe import write_text
+from mmalign.stats import WinRate, win_rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-
-    from numpy.typing import ArrayLike
 
     from mmalign.diffusion.scorers import Scorer
 
@@ -124,68 +120,6 @@ def _some(names: Sequence[str]) -> str:
 #
 # Source: G-U-N/Diffusion-NPO, compare_rate.py.
 # Departs: all pictures are compared, not at most 500 drawn at random; intervals.
-
-"""How many names a message lists."""
-
-
-@dataclass(frozen=True, slots=True)
-class WinRate:
-    """Scores of two sets of pictures, compared prompt by prompt.
-
-    Attributes:
-        a: Share of prompts whose first picture has the greater score.
-        b: The same for the second.
-        ties: Share with equal scores; the three add to 1.
-        interval: 95 % of `a`, bootstrapped over prompts.
-        mean_a: Mean score of the first pictures.
-        mean_b: Mean score of the second.
-        mean_difference: mean_a - mean_b.
-        difference_interval: 95 % of it, bootstrapped over prompts.
-        num_prompts: How many were compared.
-    """
-
-    a: float
-    b: float
-    ties: float
-    interval: tuple[float, float]
-    mean_a: float
-    mean_b: float
-    mean_difference: float
-    difference_interval: tuple[float, float]
-    num_prompts: int
-
-
-def win_rate(scores_a: ArrayLike, scores_b: ArrayLike, *, seed: int = 0) -> WinRate:
-    """Compare scores of the same prompts.
-
-    Args:
-        scores_a: [N] under any scorer, more is better.
-        scores_b: [N] of the same prompts in the same order.
-        seed: Of the bootstrap's draws.
-
-    Raises:
-        DataError: The two differ in shape, are empty, or hold what is not a finite number.
-    """
-    a, b = (np.asarray(scores, dtype=np.float64) for scores in (scores_a, scores_b))
-    if a.ndim != 1 or a.shape != b.shape or not len(a):
-        raise DataError(
-            f"scores of shapes {list(a.shape)} and {list(b.shape)} cannot be compared; give one "
-            "score a prompt, of the same prompts"
-        )
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise DataError("scores to compare must be finite numbers; some are nan or infinite")
-    wins, difference = (a > b).astype(np.float64), a - b
-    return WinRate(
-        a=float(wins.mean()),
-        b=float((a < b).mean()),
-        ties=float((a == b).mean()),
-        interval=bootstrap_interval(wins, seed=seed),
-        mean_a=float(a.mean()),
-        mean_b=float(b.mean()),
-        mean_difference=float(difference.mean()),
-        difference_interval=bootstrap_interval(difference, seed=seed),
-        num_prompts=len(a),
-    )
 
 
 @dataclass(frozen=True, slots=True)

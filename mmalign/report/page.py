@@ -171,7 +171,8 @@ def _caption(run: Run) -> str:
 
 def _changes(first: Record, last: Record, metrics: Sequence[_Metric]) -> dict[str, Markup]:
     """Change of each metric, with its interval over the same rows where there are such."""
-    from mmalign.evaluate import bootstrap_interval, row_values
+    from mmalign.evaluate import row_values
+    from mmalign.stats import bootstrap_interval
 
     old, new = first.get("rows") or [], last.get("rows") or []
     paired = bool(old) and [row.get("id") for row in old] == [row.get("id") for row in new]

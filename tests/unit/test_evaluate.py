@@ -13,6 +13,7 @@ import torch
 from mmalign import evaluate as ev
 from mmalign.core import CandidateLogps, Needs, presets
 from mmalign.models.adapter import Batch
+from mmalign.stats import bootstrap_interval
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "seed_losses.json"
 CASES = [
@@ -117,15 +118,15 @@ def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     hits = 0
     for _ in range(200):
-        low, high = ev.bootstrap_interval(rng.random(50), num_resamples=200)
+        low, high = bootstrap_interval(rng.random(50), num_resamples=200)
         hits += low <= 0.5 <= high
     assert 180 <= hits <= 199  # 95 % of 200, within four standard deviations
 
 
 def test_the_interval_is_the_same_every_time_and_holds_the_mean() -> None:
     values = np.arange(20.0)
-    assert ev.bootstrap_interval(values) == ev.bootstrap_interval(values)
-    low, high = ev.bootstrap_interval(values)
+    assert bootstrap_interval(values) == bootstrap_interval(values)
+    low, high = bootstrap_interval(values)
     assert low < 9.5 < high
 
 

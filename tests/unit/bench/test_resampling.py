@@ -18,9 +18,9 @@ from mmalign.bench import (
     score,
     write_predictions,
 )
-from mmalign.bench.base import Sheet, interval
+from mmalign.bench.base import Sheet
 from mmalign.errors import DataError
-from mmalign.evaluate import bootstrap_interval
+from mmalign.stats import bootstrap_interval, percentile_interval
 
 
 def rows(right: str, *, videos: int = 0) -> list[Prediction]:
@@ -69,8 +69,8 @@ def test_resamples_are_sums_of_units() -> None:
 
 
 def test_resamples_without_a_value_do_not_count() -> None:
-    assert interval(np.asarray([1.0, np.nan, 1.0])) == (1.0, 1.0)
-    assert np.isnan(interval(np.asarray([np.nan]))).all()
+    assert percentile_interval(np.asarray([1.0, np.nan, 1.0])) == (1.0, 1.0)
+    assert np.isnan(percentile_interval(np.asarray([np.nan]))).all()
 
 
 def test_runs_are_compared_pair_by_pair() -> None:

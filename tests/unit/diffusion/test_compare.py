@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 
 from mmalign.cli import pictures as cli_compare
 from mmalign.cli.parts import group
-from mmalign.diffusion.compare import compare, win_rate
+from mmalign.diffusion.compare import compare
 from mmalign.diffusion.scorers import load_scorer
 from mmalign.errors import DataError
+from mmalign.stats import win_rate
 
 GOLDEN = json.loads(
     (Path(__file__).parents[2] / "golden" / "diffusion.json").read_text(encoding="utf-8")
