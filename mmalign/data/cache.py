@@ -19,7 +19,7 @@ import numpy as np
 
 from mmalign.data.opening import OpenFiles
 from mmalign.errors import DataError
-from mmalign.safe import open_file
+from mmalign.safe import open_file, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from mmalign.data.example import Example
 
-
-if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 log = logging.getLogger(__name__)
@@ -38,8 +36,6 @@ _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BOOL": "?",
     "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1",
 }  # fmt: skip
-
-
 _SIZES = {name: np.dtype(kind).itemsize for name, kind in _DTYPES.items()}
 _MOST_HEADER = 100_000_000  # bytes, as the library that writes it has it
 
@@ -47,7 +43,7 @@ _Layout = tuple[tuple[str, str, tuple[int, ...]], ...]  # name, dtype and shape 
 
 _OWN_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")  # of a shard; other files are not ours
 
-_PARTIAL = re.compile(r"\.[0-9a-f]{32}\.\d+\.part")  # one that is being written
+_PARTIAL = re.compile(r"\.[0-9a-f]{32}(\.safetensors)?\.\d+\.part")  # one that is being written
 
 _PLACE = struct.Struct("<QI")  # offset in the shard, checksum
 
@@ -201,17 +197,12 @@ class TensorCache:
         sums = {name: str(zlib.crc32(array.tobytes())) for name, array in tensors.items()}
         name = hashlib.sha256("".join(sorted(tensors)).encode()).hexdigest()[:32]
         shard = self.folder / f"{name}.safetensors"
-        partial = self.folder / f".{name}.{os.getpid()}.part"
         self._files.close(shard)  # a damaged one of the same entries
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as stream:
-                stream.write(save(tensors, metadata=sums))
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(shard)
+            with replacing(shard, several=True, flush=True) as partial:
+                partial.write_bytes(save(tensors, metadata=sums))
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise DataError(f"{shard}: cannot be written: {error}") from error
         self._pending, self._pending_bytes = {}, 0
         self._read_header(shard)
@@ -315,11 +306,6 @@ def content_of(example: Example) -> dict[str, Any]:
     """
     names = ("prompt", "candidates", "media", *(("template",) if example.template else ()))
     return {name: plain(getattr(example, name)) for name in names}
-
-
-def estimate_bytes(arrays: Mapping[str, Array], num_rows: int) -> int:
-    """Size on disk of `num_rows` entries like this one, in bytes."""
-    return num_rows * sum(array.nbytes for array in arrays.values())
 
 
 def plain(value: Any) -> Any:

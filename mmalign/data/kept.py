@@ -10,7 +10,6 @@ import gc
 import hashlib
 import json
 import logging
-import os
 import zlib
 from contextlib import contextmanager
 from functools import cache
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mmalign.data.example import Candidate, Example, Message, Template
 from mmalign.data.jobs import waiting
+from mmalign.safe import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -80,17 +80,16 @@ class KeptRows:
             return
         numbers = {key: number for number, key in enumerate(rows)}
         places = [[numbers[id(row)] for row in part] for part in parts]
-        partial = self.file.with_name(f".{self.file.name}.{os.getpid()}.part")
         try:
             with no_collection():
                 packed = [[_packed(row) for row in rows.values()], places]
                 body = json.dumps(packed, ensure_ascii=False).encode()
             self.file.parent.mkdir(parents=True, exist_ok=True)
             head = json.dumps([zlib.crc32(body), list(lines)]).encode()
-            partial.write_bytes(head + b"\n" + body)
-            partial.replace(self.file)
+            with replacing(self.file, several=True) as partial:
+                partial.write_bytes(head + b"\n" + body)
         except (OSError, _NotTextError, TypeError, UnicodeEncodeError):  # dates in meta, say
-            partial.unlink(missing_ok=True)
+            return
 
 
 @contextmanager

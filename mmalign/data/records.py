@@ -24,7 +24,7 @@ from mmalign.data.pictures import PictureRoot, picture_bytes
 from mmalign.data.turns import as_tools, read_back
 from mmalign.data.unread import unread_of
 from mmalign.errors import DataError
-from mmalign.safe import message, printable
+from mmalign.safe import message, printable, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -383,31 +383,28 @@ def convert_file(
     target.parent.mkdir(parents=True, exist_ok=True)
     problems = ProblemList()
     written = 0
-    partial = target.with_name(target.name + ".partial")
     copies = PictureCopies(target, _root(Path(source), pictures))
     try:
-        with partial.open("w", encoding="utf-8") as handle:
-            for record in read_records(source, split=split, layout=layout, pictures=pictures):
-                problems.add(record, *record.problems)
-                if record.example is None:
-                    continue
-                try:
-                    named = copies.columns(record.example)
-                    named |= copies.media(record.value, record.example)
-                    value = {**record.value, **named}
-                except DataError as error:
-                    problems.add(record, Problem(str(error)))
-                    continue
-                handle.write(json_line(value))
-                written += 1
-        if problems.groups and not drop_bad:
-            raise problems.error(str(source))
-        if not written:
-            raise DataError(f"{source}: holds no records that can be used")
-        os.replace(partial, target)
+        with replacing(target) as partial:
+            with partial.open("w", encoding="utf-8") as handle:
+                for record in read_records(source, split=split, layout=layout, pictures=pictures):
+                    problems.add(record, *record.problems)
+                    if record.example is None:
+                        continue
+                    try:
+                        named = copies.columns(record.example)
+                        named |= copies.media(record.value, record.example)
+                        value = {**record.value, **named}
+                    except DataError as error:
+                        problems.add(record, Problem(str(error)))
+                        continue
+                    handle.write(json_line(value))
+                    written += 1
+            if problems.groups and not drop_bad:
+                raise problems.error(str(source))
+            if not written:
+                raise DataError(f"{source}: holds no records that can be used")
     except BaseException:
         copies.remove()
         raise
-    finally:
-        partial.unlink(missing_ok=True)
     return written, problems.num_records

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.errors import CheckpointError
+from mmalign.safe import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -138,11 +139,10 @@ def save_tensors(
     """Write a safetensors file, whole or not at all, that others may read as the umask says."""
     from safetensors.torch import save_file
 
-    unfinished = file.with_name(f".{file.name}.tmp")
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(ready, unfinished, metadata=None if metadata is None else dict(metadata))
-    usual_mode(unfinished)
-    unfinished.replace(file)
+    with replacing(file) as unfinished:
+        save_file(ready, unfinished, metadata=None if metadata is None else dict(metadata))
+        usual_mode(unfinished)
 
 
 def usual_mode(path: Path) -> None:

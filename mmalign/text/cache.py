@@ -15,6 +15,7 @@ from mmalign.config import yaml
 from mmalign.data.cache import TensorCache, content_of
 from mmalign.errors import ConfigError
 from mmalign.models.files import fingerprint
+from mmalign.safe import write_text
 from mmalign.text.model import base_path
 from mmalign.text.tokenizer import CLOCK, template_file
 
@@ -182,7 +183,7 @@ def keep(config: RunConfig) -> None:
     if config.text.date is None or _of_cache(folder) is not None:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _FILE).write_text(json.dumps({"date": str(config.text.date)}), encoding="utf-8")
+    write_text(folder / _FILE, json.dumps({"date": str(config.text.date)}))
 
 
 def writes_date(config: RunConfig) -> bool:

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from mmalign.data.jobs import track
 from mmalign.data.records import ProblemList, Record
 from mmalign.errors import ConfigError, DataError
 from mmalign.models.adapter import Surveyed
+from mmalign.safe import replacing
 from mmalign.text.cache import cache_folder
 from mmalign.text.encode import Encoder
 from mmalign.text.masks import with_spans
@@ -291,14 +293,11 @@ class SurveyCache:
     @staticmethod
     def put(file: Path, found: Found) -> None:
         """Keep it; where that cannot be written, the next start looks again."""
-        partial = file.with_name(f".{file.name}.{os.getpid()}.part")
-        try:
+        value = {item.name: getattr(found, item.name) for item in fields(found)}
+        with suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
-            value = {item.name: getattr(found, item.name) for item in fields(found)}
-            partial.write_text(json.dumps(value), encoding="utf-8")
-            partial.replace(file)
-        except OSError:
-            return
+            with replacing(file, several=True) as partial:
+                partial.write_text(json.dumps(value), encoding="utf-8")
 
 
 def _content(row: Example) -> tuple[Any, ...]:

@@ -28,6 +28,7 @@ from mmalign.data.jobs import LOCK
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models.adapter import adapter_class
 from mmalign.models.files import ADAPTER_CONFIG, read_json, weight_files
+from mmalign.safe import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -482,10 +483,3 @@ def begin(run: Run, environment: Mapping[str, Any], made_of: Mapping[str, Any]) 
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             write_text(output / name, text)
     run.accelerator.wait_for_everyone()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is whole or not there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

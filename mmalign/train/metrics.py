@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mmalign.data.fields import left_out, read_lines
+from mmalign.safe import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -72,10 +72,8 @@ def keep_until(path: Path, step: int) -> None:
     records, odd = read_lines(path)
     if odd:
         log.warning("%s", left_out(path, odd))
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    append_json(temporary, [record for record in records if record["step"] <= step])
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        append_json(temporary, [record for record in records if record["step"] <= step])
 
 
 def last_values(path: Path) -> dict[str, float]:

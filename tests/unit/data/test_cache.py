@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from mmalign.data.cache import TensorCache, content_of, estimate_bytes
+from mmalign.data.cache import TensorCache, content_of
 from mmalign.data.example import Candidate, Clip, Example, Media, Message, Template
 from mmalign.errors import DataError
 
@@ -242,14 +242,6 @@ def test_shards_are_ordinary_safetensors(tmp_path: Path) -> None:
     _, keys = filled(tmp_path, num=1)
     tensors = load_file(next(tmp_path.glob("*.safetensors")))
     np.testing.assert_array_equal(tensors[f"{keys[0]}/ref_logps"], arrays(0)["ref_logps"])
-
-
-def test_size_estimate_is_that_of_the_files(tmp_path: Path) -> None:
-    filled(tmp_path, num=50)
-    written = next(tmp_path.glob("*.safetensors")).stat().st_size
-    big = {"ref_hidden": np.zeros((2, 100, 64), np.int16)}
-    assert estimate_bytes(big, 10) == 10 * 2 * 100 * 64 * 2
-    assert estimate_bytes(arrays(0), 50) < written
 
 
 def test_cache_travels_to_loader_workers(tmp_path: Path) -> None:
