@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import tiny_diffusion
 import tiny_video
+import typer.testing
 from tiny import CHATML, make_model, make_tokenizer
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Commands are invoked hundreds of times; building all of them anew takes longer than most do.
+typer.testing._get_command = lru_cache(typer.testing._get_command)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared" / "data"

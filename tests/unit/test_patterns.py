@@ -123,21 +123,19 @@ def called(pattern: re.Pattern[str], method: str) -> Callable[[str], object]:
     return getattr(pattern, method)
 
 
-def some_now_all_when_slow() -> list[Any]:
-    """Every eighth in the default run: half a second each is too much for all of them."""
-    slow = pytest.mark.slow
-    return [
-        pytest.param(place, marks=() if number % 16 == 0 else slow)
-        for number, place in enumerate(sorted(patterns()))
-    ]
+PARTS = 16  # of the patterns: half a second each is too much for all of them in the default run
 
 
-@pytest.mark.parametrize("place", some_now_all_when_slow())
-def test_a_pattern_takes_time_in_proportion(place: str) -> None:
-    pattern, method = patterns()[place]
-    call = called(pattern, method)
-    for parts in parts_of_texts(pattern):
-        assert not is_steep(call, parts), parts
+@pytest.mark.parametrize(
+    "part", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, PARTS))]
+)
+def test_patterns_take_time_in_proportion(part: int) -> None:
+    found = patterns()
+    assert len(found) > 5 * PARTS
+    for place in sorted(found)[part::PARTS]:
+        call = called(*found[place])
+        for parts in parts_of_texts(found[place][0]):
+            assert not is_steep(call, parts), (place, parts)
 
 
 READERS: dict[str, tuple[Callable[[str], object], str, str, str]] = {
