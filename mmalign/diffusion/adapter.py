@@ -32,7 +32,7 @@ from mmalign.diffusion.samples import (
 from mmalign.diffusion.scores import Scoring
 from mmalign.errors import ConfigError, DataError
 from mmalign.models import lora
-from mmalign.models.adapter import Adapter, LogpUnit
+from mmalign.models.adapter import Adapter, LogpUnit, Surveyed
 from mmalign.models.reference import Ema, build_reference, copy_of
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ log = logging.getLogger("mmalign.data")
 _NAMED = 8
 
 
-def usable(config: RunConfig, examples: Sequence[Example]) -> list[Example]:
+def filter_examples(config: RunConfig, examples: Sequence[Example]) -> list[Example]:
     """The rows whose pictures can be decoded and whose captions the model can read to their end.
 
     Raises:
@@ -239,9 +239,11 @@ class DiffusionAdapter(Adapter):
         return LogpUnit("errors", settings.logp_scale / 0.5, "diffusion.logp_scale / 0.5")
 
     @classmethod
-    def filter_examples(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
+    def survey(
+        cls, config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]
+    ) -> Surveyed:
         """Without rows whose pictures cannot be decoded or whose captions are too long."""
-        return usable(config, examples)
+        return Surveyed([filter_examples(config, part) for part in parts])
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for all but the denoiser.
@@ -262,7 +264,7 @@ class DiffusionAdapter(Adapter):
             for k in range(num)
         ]
 
-    def setup(self, examples: Sequence[Example]) -> None:
+    def setup(self, examples: Sequence[Example], num_steps: int | None = None) -> None:
         """Find out what caches hold of the rows; load what is needed for the rest."""
         self.inputs.open(examples, self.policy)
 

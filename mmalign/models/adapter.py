@@ -269,18 +269,6 @@ class Adapter(nn.Module, ABC):
         return LogpUnit()
 
     @classmethod
-    def filter_examples(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
-        """The rows that can be learned from; what is left out is counted, named and logged."""
-        return list(examples)
-
-    @classmethod
-    def filter_parts(
-        cls, config: RunConfig, parts: Sequence[Sequence[Example]]
-    ) -> list[list[Example]]:
-        """The same for rows to train on and rows held out, which may share files."""
-        return [cls.filter_examples(config, part) for part in parts]
-
-    @classmethod
     def begun(cls, config: RunConfig) -> RunConfig:
         """The config with what is decided on the day that a run begins, and kept by it."""
         return config
@@ -289,12 +277,17 @@ class Adapter(nn.Module, ABC):
     def survey(
         cls, config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]
     ) -> Surveyed:
-        """All that can be known of rows to train on and rows held out before a model is loaded.
+        """The rows that can be learned from, and all that can be known of them without a model.
+
+        Args:
+            config: Of the run.
+            needs: Of its objective.
+            parts: Rows to train on and rows held out, which may share files.
 
         Raises:
             DataError, ConfigError: They cannot be trained on, whatever `data.bad_rows` is.
         """
-        return Surveyed(cls.filter_parts(config, parts))
+        return Surveyed([list(part) for part in parts])
 
     @abstractmethod
     def collate(self, examples: Sequence[Example], draws: Sequence[int] | None = None) -> Batch:
@@ -327,16 +320,18 @@ class Adapter(nn.Module, ABC):
         """Optimiser groups; the default is one group of all trainable parameters."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
-    def setup(self, examples: Sequence[Example]) -> None:
-        """Called once with the training rows, before the first step; e.g. to open a cache."""
+    def setup(self, examples: Sequence[Example], num_steps: int | None = None) -> None:
+        """Called once before the first step or evaluation; e.g. to open a cache.
+
+        Args:
+            examples: All rows of the run.
+            num_steps: Optimiser steps that the run takes; None: nothing is trained.
+        """
 
     @property
     def num_choices(self) -> int | None:
         """Among how many a model that knows nothing guesses at a position; None: of no number."""
         return None
-
-    def plan(self, num_steps: int) -> None:
-        """Told before the first step how many optimiser steps the run takes."""
 
     def after_step(self, step: int) -> None:
         """Called after every optimiser step: EMA, reference refresh."""

@@ -256,7 +256,7 @@ class TokenAdapter(Adapter):
         """The config with the date that its chat template writes, where it writes one."""
         return cache.settle(config)
 
-    def setup(self, examples: Sequence[Example]) -> None:
+    def setup(self, examples: Sequence[Example], num_steps: int | None = None) -> None:
         """Refuse a cache that lacks rows, before the first step."""
         if self._cache is not None:
             self._cache.require(examples)

@@ -463,8 +463,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     model, optimizer = accelerator.prepare(adapter, build_optimizer(adapter, train))
     model.train()
     objective.to(accelerator.device).train()
-    adapter.plan(num_steps)
-    adapter.setup([*train_rows, *eval_rows])
+    adapter.setup([*train_rows, *eval_rows], num_steps)
     set_seed(train.seed, device_specific=True)  # dropout and noise differ between processes
     return Run(
         config=config,

@@ -38,7 +38,7 @@ from mmalign.video.pami import tau_at
 from mmalign.video.processing import Processor, load_processor
 from mmalign.video.reader import FeatureStore, MediaReader, open_features
 from mmalign.video.samples import write_samples
-from mmalign.video.survey import filter_parts, survey_parts
+from mmalign.video.survey import survey_parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -156,18 +156,6 @@ class VideoAdapter(TokenAdapter):
         """The model, what it starts from and is compared with, and the aggregator of clues."""
         yield from super().named_models(config)
         yield "clues", config.video.clues.path if config.video.clues else None, None
-
-    @classmethod
-    def filter_examples(cls, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
-        """The rows whose media can be decoded and, where only spans are scored, that have one."""
-        return filter_parts(config, [examples])[0]
-
-    @classmethod
-    def filter_parts(
-        cls, config: RunConfig, parts: Sequence[Sequence[Example]]
-    ) -> list[list[Example]]:
-        """The same for several lists of rows, whose files are each looked at and named once."""
-        return filter_parts(config, parts)
 
     @classmethod
     def survey(
@@ -299,16 +287,13 @@ class VideoAdapter(TokenAdapter):
         """False where the clue aggregator alone is trained; the model is the base's then."""
         return any(p.requires_grad for p in self.policy.parameters())
 
-    def setup(self, examples: Sequence[Example]) -> None:
-        """Know the other rows' clips, to take frames from; check a cache."""
+    def setup(self, examples: Sequence[Example], num_steps: int | None = None) -> None:
+        """Know the other rows' clips, to take frames from, and the run's length; check a cache."""
         clips = dict.fromkeys(clip for row in examples for clip in row.media.videos)
         self._corruptor = replace(self._corruptor, donors=tuple(clips))
         self._shown = first_shown(examples)
+        self._num_steps = num_steps or self._num_steps
         super().setup(examples)
-
-    def plan(self, num_steps: int) -> None:
-        """Know how long the run is, for a gate that moves."""
-        self._num_steps = num_steps
 
     def _make_encoder(self, tokenizer: Any, model: PreTrainedModel) -> VideoEncoder:
         processor = Processor(tokenizer, self.config)

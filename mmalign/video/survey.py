@@ -13,7 +13,6 @@ from mmalign.data.opening import in_mib
 from mmalign.errors import ConfigError, DataError
 from mmalign.models.adapter import Surveyed
 from mmalign.text.cache import cache_folder
-from mmalign.text.encode import Encoder
 from mmalign.text.masks import with_spans
 from mmalign.text.model import Limits, model_limits
 from mmalign.text.survey import (
@@ -27,7 +26,7 @@ from mmalign.text.survey import (
 )
 from mmalign.video.augment import seed_for
 from mmalign.video.candidates import Corruptor
-from mmalign.video.checks import FILE, check_media, keep_usable, leave_out, usable_rows, uses_of
+from mmalign.video.checks import FILE, check_media, keep_usable, leave_out, uses_of
 from mmalign.video.clue_part import CLUE_TOKEN
 from mmalign.video.encode import VideoEncoder, token_counts
 from mmalign.video.processing import Processor, load_processor
@@ -47,28 +46,6 @@ if TYPE_CHECKING:
 # The rows of a run that can be learned from.
 
 log = logging.getLogger(__name__)
-
-
-def filter_parts(config: RunConfig, parts: Sequence[Sequence[Example]]) -> list[list[Example]]:
-    """The rows whose media can be decoded and, where only spans are scored, that have one.
-
-    Args:
-        config: The run's configuration.
-        parts: Rows to train on, rows held out; files of both are looked at and named once.
-    """
-    processor = load_processor(config)
-    wrapped = Processor(processor, config)
-    usable = usable_rows(
-        taken(parts, wrapped),
-        config.video,
-        hears=wrapped.hears_clips,
-        journal=cache_folder(config) / FILE,
-        longest=wrapped.longest_sound,
-    )
-    # What differs between two answers is found without anything shown: nothing is decoded.
-    words = config.text.model_copy(update={"chat_template": False, "system_prompt": None})
-    encoder = Encoder(processor.tokenizer, config.model_copy(update={"text": words}))
-    return [with_spans(config.text.masks, rows, encoder.encode_example) for rows in usable]
 
 
 def taken(parts: Sequence[Sequence[Example]], processor: Processor) -> list[list[Example]]:

@@ -95,7 +95,7 @@ def test_rrpo_without_spans_counts_whole_answers_or_not_at_all(
     for on_empty in ("drop", "full"):
         masks = {"masks": {"kind": "spans", "on_empty": on_empty}}
         adapter = make_adapter(video_models(KIND), objective.needs, text=masks)
-        kept = type(adapter).filter_examples(adapter.config, [row, bare])
+        kept = adapter.survey(adapter.config, objective.needs, [[row, bare], []]).train
         assert kept == ([row] if on_empty == "drop" else [row, bare])
         logps = adapter(adapter.collate(kept), objective.needs)
         if on_empty == "full":
