@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
+from mmalign import moved
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -20,3 +22,6 @@ def objective(function: Function) -> Function:
     """
     function.__mmalign_objective__ = True  # type: ignore[attr-defined]
     return function
+
+
+moved.install()

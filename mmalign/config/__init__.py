@@ -22,6 +22,7 @@ from mmalign.config.sections import (
     TrainConfig,
 )
 from mmalign.config.video import ClueSpec, CorruptionSpec, SelectionSpec, VideoConfig
+from mmalign.moved import function
 
 __all__ = [
     "ClueSpec",
@@ -50,3 +51,7 @@ __all__ = [
     "load",
     "schema",
 ]
+
+
+def __getattr__(name: str) -> object:
+    return function(__name__, name)
