@@ -195,20 +195,20 @@ def score(
     }
     # Of a plain record one response is rated: the others are the same under other inputs.
     num_rated = 1 if needs.rows == "plain" else logps.policy.shape[1] - len(needs.roles)
-    columns: dict[str, list[Any]] = {
+    kept: dict[str, list[Any]] = {
         **(columns(batch) if columns else {}),
         "labels": logps.labels[:, :num_rated].tolist(),
         "logps": _summed(logps.policy, logps.mask, num_rated),
         "lengths": logps.mask[:, :num_rated].sum(-1).tolist(),
     }
     if logps.reference is not None:
-        columns["ref_logps"] = _summed(logps.reference, logps.mask, num_rated)
+        kept["ref_logps"] = _summed(logps.reference, logps.mask, num_rated)
     if logps.kl is not None:
-        columns["kl"] = _summed(logps.kl, logps.mask, num_rated)
+        kept["kl"] = _summed(logps.kl, logps.mask, num_rated)
     if loss.rows is not None:
-        columns["loss"] = loss.rows.tolist()
+        kept["loss"] = loss.rows.tolist()
     rows = [
-        {"id": row, **{name: column[i] for name, column in columns.items()}}
+        {"id": row, **{name: column[i] for name, column in kept.items()}}
         for i, row in enumerate(batch.ids)
     ]
     return Tally(rows, sums)

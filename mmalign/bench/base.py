@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from mmalign.data.fields import is_deep, number, show
 from mmalign.data.files import read_rows
+from mmalign.data.jobs import write_lines
 from mmalign.data.opening import open_data
 from mmalign.errors import DataError
-from mmalign.safe import write_text
 from mmalign.stats import NUM_RESAMPLES, resample_counts
 
 # Files of benchmarks as they are published: lists and objects of JSON, JSONL, parquet.
@@ -257,12 +257,6 @@ def write_predictions(path: Path, rows: Iterable[Prediction]) -> None:
     """Write the common file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_lines(path, (row.record() for row in rows))
-
-
-def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write a JSON object a line."""
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_text(path, "".join(lines))
 
 
 def distinct(rows: Sequence[Prediction], where: str) -> dict[str, Prediction]:

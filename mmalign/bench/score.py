@@ -20,9 +20,9 @@ from mmalign.bench.base import (
     Prediction,
     distinct,
     named,
-    write_lines,
 )
 from mmalign.bench.registry import BENCHMARKS
+from mmalign.data.jobs import write_lines
 from mmalign.errors import DataError
 from mmalign.safe import write_text
 from mmalign.stats import NUM_RESAMPLES, percentile_interval

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mmalign.cli.parts import Config, Overrides, argument, group, option, say
-from mmalign.cli.pictures import shown
+from mmalign.cli.pictures import resumable
 from mmalign.errors import ConfigError
 
 app = group("Numbers on video benchmarks, from files of questions and answers.")
@@ -186,12 +186,6 @@ def bench_predict(
     asked = [question for file in questions for question in questions_of(name, file)]
     settings = configs.load(config, overrides or ())
     weights = Weights(checkpoint, base)
-    try:
-        with shown("predict") as progress:
-            found = predict(
-                settings, name, asked, media, out, weights, batch=batch, progress=progress
-            )
-    except KeyboardInterrupt:
-        say(f"stopped; the answers are in {out}.partial: run it again to go on", err=True)
-        raise typer.Exit(130) from None
+    with resumable("predict", out) as progress:
+        found = predict(settings, name, asked, media, out, weights, batch=batch, progress=progress)
     say(found.text())

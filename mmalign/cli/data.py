@@ -18,7 +18,7 @@ from mmalign.cli.pictures import (
     Scorers,
     load_scorers,
     parse_scorers,
-    shown,
+    resumable,
 )
 from mmalign.errors import ConfigError
 
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mmalign.data.example import Example
+    from mmalign.data.jobs import Source
     from mmalign.data.validate import Decode
-    from mmalign.pairs.answers import Answers, Source
+    from mmalign.pairs.answers import Answers
     from mmalign.pairs.make import Recipe
 
 
@@ -128,7 +129,7 @@ def make_hallucinate(
     For example: mmalign data make hallucinate configs/rrpo_llavaov.yaml
     --data qa.jsonl --out pairs.jsonl --num 8 sample.temperature=0.8
     """
-    from mmalign.pairs.answers import Source
+    from mmalign.data.jobs import Source
     from mmalign.pairs.make import Hallucinate
 
     if answers is not None and change:
@@ -136,7 +137,7 @@ def make_hallucinate(
     source = _answers(
         config, overrides, checkpoint, answers, num, seed, tuple(change or ["mask_frames"])
     )
-    _make(Source(data, layout, drop_bad), out, source, Hallucinate(keep, likeness))
+    _make(Source(data, layout=layout, drop_bad=drop_bad), out, source, Hallucinate(keep, likeness))
 
 
 @make_app.command("ambiguous", short_help="Vague answers against specific ones.")
@@ -187,7 +188,7 @@ def make_ambiguous(
     For example: mmalign data make ambiguous configs/adpo_qwen25omni.yaml --data qa.jsonl
     --out pairs.jsonl sample.temperature=0.8
     """
-    from mmalign.pairs.answers import Source
+    from mmalign.data.jobs import Source
     from mmalign.pairs.judge import Scores
     from mmalign.pairs.make import Ambiguous
 
@@ -198,7 +199,7 @@ def make_ambiguous(
     source = _answers(config, overrides, checkpoint, answers, num, seed, ())
     scores = None if judge is None else Scores(judge)
     recipe = Ambiguous(keep, threshold, consistency, scores, own, weigh)
-    _make(Source(data, layout, drop_bad), out, source, recipe)
+    _make(Source(data, layout=layout, drop_bad=drop_bad), out, source, recipe)
 
 
 def _answers(
@@ -229,12 +230,8 @@ def _answers(
 def _make(source: Source, out: Path, answers: Answers, recipe: Recipe) -> None:
     from mmalign.pairs.make import make
 
-    try:
-        with shown("make") as progress:
-            result = make(source, out, answers, recipe, progress=progress)
-    except KeyboardInterrupt:
-        say(f"stopped; the answers are in {out}.partial: run it again to go on", err=True)
-        raise typer.Exit(130) from None
+    with resumable("make", out) as progress:
+        result = make(source, out, answers, recipe, progress=progress)
     say(result.text())
 
 
@@ -386,27 +383,24 @@ def data_score(
 
     For example: mmalign data score pairs.jsonl --out scored.jsonl --scorer pickscore --relabel
     """
-    from mmalign.diffusion.scorers.files import Source, parse_smooth, score_file
+    from mmalign.data.jobs import Source
+    from mmalign.diffusion.scorers.files import parse_smooth, score_file
 
     weights = dict(parse_scorers(scorer, dtype))
     wanted = None if smooth is None else parse_smooth(smooth, next(iter(weights)))
     rows = Source(source, split, layout, pictures)
-    try:
-        with shown("score") as progress:
-            result = score_file(
-                rows,
-                out,
-                list(weights),
-                lambda: load_scorers(scorer, device, dtype),
-                relabel=relabel,
-                smooth=wanted,
-                settings={"weights": weights, "dtype": dtype},
-                batch_size=batch_size,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        say(f"stopped; the scores are in {out}.partial: run it again to go on", err=True)
-        raise typer.Exit(130) from None
+    with resumable("score", out, "scores") as progress:
+        result = score_file(
+            rows,
+            out,
+            list(weights),
+            lambda: load_scorers(scorer, device, dtype),
+            relabel=relabel,
+            smooth=wanted,
+            settings={"weights": weights, "dtype": dtype},
+            batch_size=batch_size,
+            progress=progress,
+        )
     say(result.text())
 
 

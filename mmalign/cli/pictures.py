@@ -141,6 +141,17 @@ def shown(what: str) -> Iterator[Callable[[int, int], Any]]:
         yield lambda done, total: bar.update(task, advance=done, total=total)
 
 
+@contextmanager
+def resumable(what: str, out: Path, kept: str = "answers") -> Iterator[Callable[[int, int], Any]]:
+    """The same for a pass that goes on when it is run again, which is said where it is stopped."""
+    try:
+        with shown(what) as progress:
+            yield progress
+    except KeyboardInterrupt:
+        say(f"stopped; the {kept} are in {out}.partial: run it again to go on", err=True)
+        raise typer.Exit(130) from None
+
+
 # What `mmalign sample` does with a model of pictures.
 
 SAMPLES, GRID = "samples.jsonl", "grid.png"

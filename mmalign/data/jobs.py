@@ -1,4 +1,4 @@
-"""Long jobs: one writer a folder, progress, and a journal of what is done."""
+"""Long jobs: one writer a folder, passes over records that can be resumed, and progress."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmalign.data.fields import as_object
+from mmalign.data.pictures import PictureRoot
+from mmalign.data.records import Record, json_line, read_records
 from mmalign.errors import ConfigError, DataError
+from mmalign.safe import replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable
+    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 
     from rich.progress import Progress
 
@@ -163,7 +168,111 @@ def _owner(descriptor: int) -> str:
     return f"process {number} on {host} (since {since})"
 
 
-# What is done of a long job, line by line, so that a killed one goes on where it was.
+# A pass over records whose results become one file: each result goes to a journal beside that file
+# at once, so that a killed pass goes on where it was; the file itself is written at the end.
+
+NAMED = 8
+"""How many of the rows that were left out a message names."""
+
+OnProgress = Callable[[int, int], Any]
+"""Told how many more rows are done, and how many there are in all."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """Where nobody looks on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Records to go through, as `read_records` takes them.
+
+    Attributes:
+        path: File, saved dataset or hub name.
+        split: Only these rows.
+        layout: Of its records; None to recognise it.
+        pictures: Where paths of pictures start; None: the folder of `path`.
+        drop_bad: Leave out records with problems instead of stopping.
+    """
+
+    path: str
+    split: str | None = None
+    layout: str | None = None
+    pictures: Path | None = None
+    drop_bad: bool = False
+
+    def records(self) -> Iterator[Record]:
+        """Its records, in order."""
+        return read_records(self.path, split=self.split, layout=self.layout, pictures=self.pictures)
+
+    def facts(self) -> dict[str, Any]:
+        """What tells it from another, and from itself before a change."""
+        file = Path(self.path)
+        state = file.stat() if file.is_file() else None
+        return {
+            "source": self.path,
+            "source_size": state and state.st_size,
+            "source_time": state and state.st_mtime_ns,
+            "split": self.split,
+            "layout": self.layout,
+            "pictures": None if self.pictures is None else str(self.pictures),
+            "drop_bad": self.drop_bad,
+        }
+
+    def root(self) -> PictureRoot:
+        """Where paths of its pictures start."""
+        file = Path(self.path)
+        own = None if not file.exists() else file if file.is_dir() else file.parent
+        return PictureRoot(self.pictures or own)
+
+
+def require_new(*files: Path) -> None:
+    """Refuse to write over files, unless an interrupted pass to the first of them goes on.
+
+    Raises:
+        DataError: One is there, and the first has no journal.
+    """
+    found = next((file for file in files if file.exists()), None)
+    if found is not None and not _journal_of(files[0]).exists():
+        raise DataError(f"{found}: already exists; delete it, or give another --out")
+
+
+@contextmanager
+def resumable(out: Path, asked: Mapping[str, Any]) -> Generator[Journal]:
+    """The journal of a pass that writes `out` at the end of the block, and needs it no longer then.
+
+    Args:
+        out: The file to write; its folder is made. The journal is OUT.partial.
+        asked: What results depend on, so that others are not mixed with these.
+
+    Raises:
+        DataError: The journal there is of another pass, or damaged.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    journal = Journal(_journal_of(out), dict(asked))
+    try:
+        yield journal
+    finally:
+        journal.close()
+    journal.remove()
+
+
+def _journal_of(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSON object a line; the file is there whole, and on the disk, or not at all."""
+    with (
+        replacing(path, flush=True) as temporary,
+        temporary.open("w", encoding="utf-8") as handle,
+    ):
+        handle.writelines(map(json_line, records))
+
+
+def first_few(texts: Sequence[str], most: int = NAMED) -> list[str]:
+    """The first of some texts, and how many more there are."""
+    more = len(texts) - most
+    return [*texts[:most], *([f"and {more} more"] if more > 0 else [])]
 
 
 class Journal:
@@ -183,9 +292,9 @@ class Journal:
         self.done: dict[str, dict[str, Any]] = {}
         lines = self._whole_lines()
         if lines:
-            before = as_object(lines[0]["asked"]) or {}
-            if before != asked:
-                keys = sorted(key for key in asked if before.get(key) != asked[key])
+            before, now = _given(as_object(lines[0]["asked"]) or {}), _given(asked)
+            if before != now:
+                keys = sorted(key for key in now if before.get(key) != now[key])
                 raise DataError(
                     f"{path}: was begun for something else ({', '.join(keys) or 'another job'} "
                     "differs). Run that command again to end it, or delete the file"
@@ -214,6 +323,16 @@ class Journal:
             lines.append(line)
         return lines
 
+    @property
+    def broken(self) -> dict[str, str]:
+        """Why a row has no result, by id."""
+        return {key: line["broken"] for key, line in self.done.items() if "broken" in line}
+
+    @property
+    def finished(self) -> set[str]:
+        """What need not be done again; a file that was broken may have been repaired."""
+        return self.done.keys() - self.broken.keys()
+
     def add(self, results: dict[str, dict[str, Any]]) -> None:
         """Write down the results of some ids."""
         self._write([{"id": key, **result} for key, result in results.items()])
@@ -223,6 +342,10 @@ class Journal:
         self._handle.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         self._handle.flush()
 
+    def add_broken(self, key: str, error: DataError) -> None:
+        """Write down why a row has no result."""
+        self.add({key: {"broken": str(error)}})
+
     def close(self) -> None:
         """Close the file; it stays."""
         self._handle.close()
@@ -231,6 +354,11 @@ class Journal:
         """Close and delete it: the job is done."""
         self.close()
         self.path.unlink(missing_ok=True)
+
+
+def _given(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked, without what is left at nothing: a journal from before need not name it."""
+    return {key: value for key, value in asked.items() if value is not None and value is not False}
 
 
 # How far a long job is, on a terminal and nowhere else; short jobs show nothing.

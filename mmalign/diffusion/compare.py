@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from mmalign.data.example import Picture
 from mmalign.data.files import read_rows
 from mmalign.data.folders import SUFFIXES
+from mmalign.data.jobs import NAMED, OnProgress, first_few, no_progress, write_lines
 from mmalign.diffusion.scorers.files import Item, score_items
 from mmalign.errors import DataError
 from mmalign.safe import write_text
 from mmalign.stats import WinRate, win_rate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from mmalign.diffusion.scorers import Scorer
 
@@ -28,9 +29,6 @@ SAMPLES = "samples.jsonl"
 
 SHEETS = ("grid.png", "sheet.png")
 """Pictures of pictures that it writes too; they belong to no prompt."""
-
-NAMED = 8
-"""How many names a message lists."""
 
 
 def same_samples(first: Path, second: Path, prompts: Path | None) -> list[dict[str, Any]]:
@@ -164,8 +162,7 @@ class Comparison:
         if table == out:
             raise DataError(f"--out {out}: give a name that ends in .json; the rows go to .jsonl")
         out.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
-        write_text(table, "".join(lines))
+        write_lines(table, self.rows)
         summary = {
             "a": self.folders[0],
             "b": self.folders[1],
@@ -189,9 +186,7 @@ def _sampled(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 def _left_out(dropped: Sequence[str]) -> list[str]:
     if not dropped:
         return []
-    shown = "; ".join(dropped[:NAMED])
-    more = f"; and {len(dropped) - NAMED} more" if len(dropped) > NAMED else ""
-    return [f"{len(dropped)} prompts left out: {shown}{more}"]
+    return [f"{len(dropped)} prompts left out: {'; '.join(first_few(dropped))}"]
 
 
 def compare(
@@ -201,7 +196,7 @@ def compare(
     *,
     prompts: Path | None = None,
     batch_size: int = 16,
-    progress: Callable[[int, int], Any] = lambda done, total: None,
+    progress: OnProgress = no_progress,
 ) -> Comparison:
     """Score two folders of pictures that belong to the same prompts and seeds.
 

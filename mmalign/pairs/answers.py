@@ -22,7 +22,8 @@ from mmalign.data.example import (
 )
 from mmalign.data.fields import Fields, as_list, show
 from mmalign.data.files import read_rows
-from mmalign.data.records import ProblemList, Record, read_records
+from mmalign.data.jobs import Source
+from mmalign.data.records import ProblemList, Record
 from mmalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -57,55 +58,27 @@ class Row:
     clues: Mapping[str, str] | None = None
 
 
-@dataclass(slots=True)
-class Source:
-    """Where records come from.
+def rows_of(source: Source, out: Path) -> tuple[list[Row], int]:
+    """All records of a source that can be used, and how many were left out.
 
-    Attributes:
-        path: File, saved dataset or hub name.
-        layout: Of its records; None to recognise it.
-        drop_bad: Leave out records with problems instead of stopping.
-        left_out: How many were.
+    Args:
+        source: The records; those with problems are left out where it says so.
+        out: The file that pairs go to.
+
+    Raises:
+        DataError: Records have problems, or media do not lie below the folder of `out`.
     """
-
-    path: str
-    layout: str | None = None
-    drop_bad: bool = False
-    left_out: int = field(default=0, init=False)
-
-    def rows(self, out: Path) -> list[Row]:
-        """All rows that can be used.
-
-        Args:
-            out: The file that pairs go to.
-
-        Raises:
-            DataError: Records have problems, or media do not lie below the folder of `out`.
-        """
-        problems = ProblemList()
-        rows: list[Row] = []
-        for record in read_records(self.path, layout=self.layout):
-            problems.add(record, *record.problems)
-            if record.example is not None:
-                rows.append(_row(record, record.example, out))
-        self.left_out = problems.num_records
-        if problems.groups and not self.drop_bad:
-            raise problems.error(self.path)
-        if not rows:
-            raise DataError(f"{self.path}: holds no records that can be used")
-        return rows
-
-    def facts(self) -> dict[str, Any]:
-        """What tells it from another, and from itself before a change."""
-        file = Path(self.path)
-        state = file.stat() if file.is_file() else None
-        return {
-            "source": self.path,
-            "source_size": state and state.st_size,
-            "source_time": state and state.st_mtime_ns,
-            "layout": self.layout,
-            "drop_bad": self.drop_bad,
-        }
+    problems = ProblemList()
+    rows: list[Row] = []
+    for record in source.records():
+        problems.add(record, *record.problems)
+        if record.example is not None:
+            rows.append(_row(record, record.example, out))
+    if problems.groups and not source.drop_bad:
+        raise problems.error(source.path)
+    if not rows:
+        raise DataError(f"{source.path}: holds no records that can be used")
+    return rows, problems.num_records
 
 
 def _row(record: Record, example: Example, out: Path) -> Row:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from mmalign.data.jobs import Journal
+from mmalign.data.jobs import (
+    OnProgress,
+    Source,
+    first_few,
+    no_progress,
+    require_new,
+    resumable,
+    write_lines,
+)
 from mmalign.data.words import differing_phrases, words
 from mmalign.errors import DataError
-from mmalign.pairs.answers import Answer, Answers, Row, Sampled, Source, answers_record
+from mmalign.pairs.answers import Answer, Answers, Row, Sampled, answers_record, rows_of
 from mmalign.pairs.judge import Scores, Vague, Verdict, consistency, judge, most_agreed, vagueness
-from mmalign.safe import replacing
 
 # From a record and a model's answers to pairs: wrong against right, vague against specific.
 
@@ -199,9 +205,6 @@ def _numbered(row: Row, pairs: Sequence[Pair]) -> list[Pair]:
 
 # A file of records to a file of pairs; `mmalign data make`.
 
-NAMED = 8
-"""How many unusable files a message names."""
-
 
 @dataclass(slots=True)
 class Made:
@@ -235,9 +238,7 @@ class Made:
             lines.append(f"{self.left_out} records with problems left out")
         if self.broken:
             lines.append(f"{self.broken.total()} records left out, which cannot be asked:")
-            lines += [f"  {text}" for text in list(self.broken)[:NAMED]]
-            more = len(self.broken) - NAMED
-            lines += [f"  and {more} more"] if more > 0 else []
+            lines += [f"  {text}" for text in first_few(list(self.broken))]
         if self.answers is not None:
             lines.append(f"all answers: {self.answers}")
         return "\n".join(lines)
@@ -249,7 +250,7 @@ def make(
     answers: Answers,
     recipe: Recipe,
     *,
-    progress: Callable[[int, int], Any] = lambda done, total: None,
+    progress: OnProgress = no_progress,
 ) -> Made:
     """Write pairs of records and a model's answers to them, in mmalign's own layout.
 
@@ -270,37 +271,28 @@ def make(
     if out.suffix != ".jsonl":
         raise DataError(f"--out {out}: must end in .jsonl")
     kept = out.with_name(f"{out.stem}.answers.jsonl") if isinstance(answers, Sampled) else None
-    partial = out.with_name(out.name + ".partial")
-    for file in (out, kept):
-        if file is not None and file.exists() and not partial.exists():
-            raise DataError(f"{file}: is there already; delete it, or give another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    rows = source.rows(out)
+    require_new(out, *([kept] if kept else []))
+    rows, left_out = rows_of(source, out)
     recipe.check(rows)
-    result = Made(out, len(rows), left_out=source.left_out, answers=kept)
+    result = Made(out, len(rows), left_out=left_out, answers=kept)
     if not isinstance(answers, Sampled):
+        out.parent.mkdir(parents=True, exist_ok=True)
         _write(rows, [answers(row) for row in rows], recipe, result)
         return result
-    journal = Journal(partial, {**source.facts(), **answers.facts()})
-    try:
-        # A clip that was broken may have been repaired.
-        done = {key for key, line in journal.done.items() if "broken" not in line}
+    with resumable(out, {**source.facts(), **answers.facts()}) as journal:
+        done = journal.finished
         progress(len(done), len(rows))
         for row in rows:
-            if row.id not in done:
-                journal.add({row.id: _line(answers(row))})
-                progress(1, len(rows))
+            if row.id in done:
+                continue
+            said = answers(row)
+            if isinstance(said, DataError):
+                journal.add_broken(row.id, said)
+            else:
+                journal.add({row.id: {"answers": [answer.record() for answer in said]}})
+            progress(1, len(rows))
         _write(rows, [_read(journal.done[row.id]) for row in rows], recipe, result)
-    finally:
-        journal.close()
-    journal.remove()
     return result
-
-
-def _line(said: list[Answer] | DataError) -> dict[str, Any]:
-    if isinstance(said, DataError):
-        return {"broken": str(said)}
-    return {"answers": [answer.record() for answer in said]}
 
 
 def _read(line: Mapping[str, Any]) -> list[Answer] | DataError:
@@ -323,15 +315,6 @@ def _write(
     for row, answers in asked:
         pairs += recipe(row, answers, result.counts)
     result.num_pairs = len(pairs)
-    _write_lines(result.out, pairs)
+    write_lines(result.out, pairs)
     if result.answers is not None:
-        _write_lines(result.answers, (answers_record(row, answers) for row, answers in asked))
-
-
-def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    with (
-        replacing(path, flush=True) as temporary,
-        temporary.open("w", encoding="utf-8") as handle,
-    ):
-        # Dates and such, which only tables hold, are written as text.
-        handle.writelines(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in records)
+        write_lines(result.answers, (answers_record(row, answers) for row, answers in asked))

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from mmalign.bench.base import Question, write_predictions
 from mmalign.data.example import Clip, Media
-from mmalign.data.jobs import Journal
+from mmalign.data.jobs import Journal, OnProgress, first_few, no_progress, require_new, resumable
 from mmalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from mmalign.config import RunConfig
     from mmalign.video.adapter import VideoAdapter
-
-NAMED = 8
-"""How many unusable clips a message names."""
 
 _SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".gif")
 
@@ -54,9 +51,7 @@ class Predicted:
         lines = [f"{self.out}: {self.num_questions} questions answered{before}"]
         if self.broken:
             lines.append(f"{self.broken.total()} of them have no answer (null):")
-            lines += [f"  {text}" for text in list(self.broken)[:NAMED]]
-            more = len(self.broken) - NAMED
-            lines += [f"  and {more} more"] if more > 0 else []
+            lines += [f"  {text}" for text in first_few(list(self.broken))]
         return "\n".join(lines)
 
 
@@ -69,7 +64,7 @@ def predict(
     weights: Weights,
     *,
     batch: int | None = None,
-    progress: Callable[[int, int], Any] = lambda done, total: None,
+    progress: OnProgress = no_progress,
 ) -> Predicted:
     """Ask a model every question of a benchmark, with the settings of the config's `sample`.
 
@@ -99,23 +94,16 @@ def predict(
     ids = Counter(question.id for question in questions)
     if len(ids) < len(questions):
         raise DataError(f"--questions: {ids.most_common(1)[0][0]!r} comes twice among the ids")
-    partial = out.with_name(out.name + ".partial")
-    if out.exists() and not partial.exists():
-        raise DataError(f"{out}: is there already; delete it, or give another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    journal = Journal(partial, _asked(config, benchmark, questions, media, weights))
-    result = Predicted(out, len(questions), resumed=len(_answered(journal)))
-    try:
+    require_new(out)
+    with resumable(out, _asked(config, benchmark, questions, media, weights)) as journal:
+        result = Predicted(out, len(questions), resumed=len(journal.finished))
         progress(result.resumed, len(questions))
         _answer(config, questions, media, journal, weights, batch, progress)
         said = {key: line.get("prediction") for key, line in journal.done.items()}
-        result.broken = Counter(v["broken"] for v in journal.done.values() if "broken" in v)
+        result.broken = Counter(journal.broken.values())
         if result.broken.total() == len(questions):
             raise DataError(f"no question can be asked; the first: {next(iter(result.broken))}")
         write_predictions(out, [q.answered(benchmark, said[q.id]) for q in questions])
-    finally:
-        journal.close()
-    journal.remove()
     return result
 
 
@@ -144,11 +132,6 @@ def _asked(
     }
 
 
-def _answered(journal: Journal) -> set[str]:
-    """What need not be asked again; a clip that was broken may have been repaired."""
-    return {key for key, line in journal.done.items() if "broken" not in line}
-
-
 def _answer(
     config: RunConfig,
     questions: Sequence[Question],
@@ -156,19 +139,19 @@ def _answer(
     journal: Journal,
     weights: Weights,
     batch: int | None,
-    progress: Callable[[int, int], Any],
+    progress: OnProgress,
 ) -> None:
     """Ask what is not answered yet."""
     from mmalign.video.generate import Question as Asked
 
-    before = _answered(journal)
+    before = journal.finished
     waiting: list[tuple[Question, Asked]] = []
     for question in questions:
         if question.id not in before:
             try:
                 clip = Clip(find_clip(media, question.video), question.start or 0.0, question.end)
             except DataError as error:
-                journal.add({question.id: {"broken": str(error)}})
+                journal.add_broken(question.id, error)
                 progress(1, len(questions))
             else:
                 waiting.append((question, Asked(question.prompt, Media((clip,)))))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,9 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from mmalign.data.example import Picture, as_text
-from mmalign.data.jobs import Journal
-from mmalign.data.pictures import PictureRoot, decode_all, num_pixels
-from mmalign.data.records import PictureCopies, ProblemList, Record, read_records
+from mmalign.data.jobs import (
+    Journal,
+    OnProgress,
+    Source,
+    first_few,
+    no_progress,
+    require_new,
+    resumable,
+    write_lines,
+)
+from mmalign.data.pictures import decode_all, num_pixels
+from mmalign.data.records import PictureCopies, ProblemList
 from mmalign.diffusion.scorers.towers import CosineScorer
 from mmalign.errors import ConfigError, DataError
 
@@ -273,42 +280,6 @@ def label_list(
 
 # A file of picture pairs or lists to the same with scores; `mmalign data score`.
 
-NAMED = 8
-"""How many left-out rows a message names."""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Rows to score, as `read_records` takes them."""
-
-    path: str
-    split: str | None = None
-    layout: str | None = None
-    pictures: Path | None = None  # where their paths start; None: the folder of `path`
-
-    def records(self) -> Iterator[Record]:
-        """Its rows."""
-        return read_records(self.path, split=self.split, layout=self.layout, pictures=self.pictures)
-
-    def facts(self) -> dict[str, Any]:
-        """What tells it from another, and from itself before a change."""
-        file = Path(self.path)
-        state = file.stat() if file.is_file() else None
-        return {
-            "source": self.path,
-            "source_size": state and state.st_size,
-            "source_time": state and state.st_mtime_ns,
-            "split": self.split,
-            "layout": self.layout,
-            "pictures": None if self.pictures is None else str(self.pictures),
-        }
-
-    def root(self) -> PictureRoot:
-        """Where paths of its pictures start."""
-        file = Path(self.path)
-        own = None if not file.exists() else file if file.is_dir() else file.parent
-        return PictureRoot(self.pictures or own)
-
 
 @dataclass(slots=True)
 class Scored:
@@ -330,9 +301,7 @@ class Scored:
         if self.swapped or self.tied:
             lines.append(f"of {self.num_pairs} pairs {self.swapped} swapped, {self.tied} tied")
         if self.left_out:
-            shown = "; ".join(self.left_out[:NAMED])
-            more = len(self.left_out) - NAMED
-            shown += f"; and {more} more" if more > 0 else ""
+            shown = "; ".join(first_few(self.left_out))
             lines.append(f"{len(self.left_out)} rows left out: {shown}")
         return "\n".join(lines)
 
@@ -347,7 +316,7 @@ def score_file(
     smooth: Smooth | None = None,
     settings: Mapping[str, Any] | None = None,
     batch_size: int = 16,
-    progress: Callable[[int, int], Any] = lambda done, total: None,
+    progress: OnProgress = no_progress,
 ) -> Scored:
     """Write pairs or lists of pictures with their scores, in mmalign's own layout.
 
@@ -371,23 +340,17 @@ def score_file(
     Raises:
         DataError: The file is there, rows have problems or no pictures, or none can be used.
     """
-    partial = out.with_name(out.name + ".partial")
-    if out.exists() and not partial.exists():
-        raise DataError(f"{out}: is there already; delete it, or give another --out")
+    require_new(out)
     total = _check(source, smooth is not None)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    journal = Journal(partial, {**source.facts(), "scorers": list(names), **(settings or {})})
-    result = Scored(out, resumed=len(journal.done))
-    try:
+    asked = {**source.facts(), "scorers": list(names), **(settings or {})}
+    with resumable(out, asked) as journal:
+        result = Scored(out, resumed=len(journal.done))
         progress(result.resumed, total)
         if result.resumed < total:
             for part in score_items(_items(source, journal), _raw(load()), batch_size):
                 journal.add({item.key: _line(found) for item, found in part})
                 progress(len(part), total)
-        _write(source, out, journal, relabel, smooth, result)
-    finally:
-        journal.close()
-    journal.remove()
+        _write(source, journal, relabel, smooth, result)
     return result
 
 
@@ -438,37 +401,30 @@ def _items(source: Source, journal: Journal) -> Iterator[Item[str]]:
 
 
 def _write(
-    source: Source,
-    out: Path,
-    journal: Journal,
-    relabel: bool,
-    smooth: Smooth | None,
-    result: Scored,
+    source: Source, journal: Journal, relabel: bool, smooth: Smooth | None, result: Scored
 ) -> None:
     """Labels from the journal's scores; the file replaces nothing until it is whole."""
     found = {key: line["scores"] for key, line in journal.done.items() if "scores" in line}
-    result.left_out = [f"{k}: {v['broken']}" for k, v in journal.done.items() if "broken" in v]
+    result.left_out = [f"{key}: {error}" for key, error in journal.broken.items()]
     if not found:
         raise DataError(f"{source.path}: no row can be scored. {'; '.join(result.left_out[:2])}")
     limits = score_range(smooth, [s for own in found.values() for s in next(iter(own.values()))])
-    copies = PictureCopies(out, source.root())
-    temporary = out.with_name(f".{out.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as handle:
+    copies = PictureCopies(result.out, source.root())
+
+    def labelled() -> Iterator[dict[str, Any]]:
         for record in source.records():
             if record.example is None or record.id not in found:
                 continue
             value = {**record.value, "id": record.id, **copies.columns(record.example)}
             own = found[record.id]
             if record.example.kind == "pair":
-                labelled = label_pair(value, own, relabel=relabel, limits=limits)
+                row = label_pair(value, own, relabel=relabel, limits=limits)
                 result.num_pairs += 1
-                result.swapped += labelled.swapped
-                result.tied += labelled.tied
+                result.swapped += row.swapped
+                result.tied += row.tied
             else:
-                labelled = label_list(value, own, relabel=relabel)
-            line = json.dumps(labelled.record, ensure_ascii=False, default=str)
-            handle.write(line + "\n")
+                row = label_list(value, own, relabel=relabel)
             result.num_written += 1
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, out)
+            yield row.record
+
+    write_lines(result.out, labelled())

@@ -19,12 +19,11 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from mmalign.cli import app
-from mmalign.data.jobs import Journal
+from mmalign.data.jobs import Journal, Source
 from mmalign.data.records import read_records
 from mmalign.diffusion.scorers import load_scorer
 from mmalign.diffusion.scorers.files import (
     PUBLISHED_RANGE,
-    Source,
     label_list,
     label_pair,
     parse_smooth,
@@ -196,7 +195,7 @@ def test_a_file_in_and_out(tmp_path: Path) -> None:
     assert records[2].example is not None
     assert records[2].example.is_tie
     assert not (tmp_path / "data" / "out.jsonl.partial").exists()
-    with pytest.raises(DataError, match="there already"):
+    with pytest.raises(DataError, match="already exists"):
         score(file, tmp_path / "data" / "out.jsonl")
 
 
@@ -365,6 +364,6 @@ def test_the_command(tmp_path: Path) -> None:
 
     again = CliRunner().invoke(app, [*arguments, "--scorer", "clip"])
     assert again.exit_code == 1
-    assert "there already" in again.stderr
+    assert "already exists" in again.stderr
     wrong = CliRunner().invoke(app, [*arguments, "--scorer", "clip", "--smooth", "published"])
     assert "that of pickscore" in wrong.stderr

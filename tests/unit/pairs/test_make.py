@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from mmalign import config as configs
 from mmalign.cli import app
+from mmalign.data.jobs import Source
 from mmalign.data.records import read_records
 from mmalign.errors import DataError
-from mmalign.pairs.answers import Sampled, Source
+from mmalign.pairs.answers import Sampled, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -174,7 +175,7 @@ def test_options_that_would_be_ignored_are_refused(
 
 def test_a_file_is_not_written_over(tmp_path: Path) -> None:
     run("hallucinate", *files(tmp_path))
-    assert "is there already" in run("hallucinate", *files(tmp_path), code=1)
+    assert "already exists" in run("hallucinate", *files(tmp_path), code=1)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +270,7 @@ def test_a_model_s_wrong_answers_become_pairs_that_train(
 
 
 def test_a_model_s_answers_are_the_same_in_every_batch(work: Path) -> None:
-    row = Source(str(work / "qa.jsonl")).rows(work / "out.jsonl")[0]
+    row = rows_of(Source(str(work / "qa.jsonl")), work / "out.jsonl")[0][0]
     found: list[list[str]] = []
     for size in (1, 2, 5):
         config = configs.load(work / "config.yaml", [f"train.batch_size={size}"])

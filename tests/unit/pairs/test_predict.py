@@ -95,7 +95,7 @@ def test_predictions_are_a_common_file_also_after_an_interruption(
     assert "6 questions answered, of which 2 had been before" in said
     assert parts.read_bytes() == out.read_bytes()
     assert batches[:3] == [2, 2, 2]
-    assert "is there already" in run(*command, "--out", parts, code=1)
+    assert "already exists" in run(*command, "--out", parts, code=1)
 
 
 @pytest.mark.slow
