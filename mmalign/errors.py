@@ -19,6 +19,13 @@ class ConfigError(MmalignError):
     """A config value, a combination of values, or a missing optional package."""
 
 
+class ArgumentError(ConfigError):
+    """An argument of a loss that it cannot take; the message begins with the argument's name.
+
+    Code that reads losses from a config puts the section before it: `beta` is `objective.beta`.
+    """
+
+
 class DataError(MmalignError):
     """A record, a file or a dataset that cannot be used as it is."""
 

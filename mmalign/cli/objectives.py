@@ -6,6 +6,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,10 +125,20 @@ def _arguments(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _keywords(function: Callable[..., Objective], about: Description) -> list[str]:
+    from mmalign.core import presets
+
     rows: list[tuple[str, str]] = []
-    for key, parameter in inspect.signature(function).parameters.items():
-        default = "" if parameter.default is parameter.empty else f" = {_plain(parameter.default)}"
-        rows.append((key + default, about.keywords.get(key, "")))
+    parameters = inspect.signature(function).parameters
+    for key, parameter in parameters.items():
+        label = (
+            key if parameter.default is parameter.empty else f"{key} = {_plain(parameter.default)}"
+        )
+        if parameter.kind is parameter.VAR_KEYWORD:  # by their own names, where they have some
+            label = (
+                ", ".join(k for k in presets.annotations_of(function)[0] if k not in parameters)
+                or key
+            )
+        rows.append((label, about.keywords.get(key, "")))
     if not rows:
         return _entry("keywords", ["none"])
     width = max(len(left) for left, _ in rows)
@@ -139,36 +150,26 @@ def _keywords(function: Callable[..., Objective], about: Description) -> list[st
     return _entry("keywords", lines, wrap=False)
 
 
-def _is_complete(function: Callable[..., Objective]) -> bool:
-    """Whether every keyword has a default; a user's own function may ask for some."""
-    parameters = inspect.signature(function).parameters.values()
-    return all(parameter.default is not parameter.empty for parameter in parameters)
-
-
 def _needs(name: str, function: Callable[..., Objective]) -> str:
     from mmalign.core import presets
 
-    if not _is_complete(function):
+    if presets.required_keywords(function):
         return "depend on its keywords"
     return presets.build(name).needs.describe()
 
 
 def _modifiers(name: str, function: Callable[..., Objective]) -> list[str]:
-    """The keywords of `build` that this preset accepts beside its own."""
+    """The keywords of any pair loss that this one takes beside its own."""
     from mmalign.core import presets
 
-    if not _is_complete(function):
+    if presets.required_keywords(function):
         return []
-    modifiers: dict[str, dict[str, Any]] = {"ld_alpha": {"ld_alpha": 0.5}, "wpo": {"wpo": True}}
-    if presets.build(name).needs.log_sum_p2:
-        del modifiers["wpo"]  # the loss has it already
+    has_wpo = presets.build(name).needs.log_sum_p2
     accepted: list[str] = []
-    for keyword, value in modifiers.items():
-        try:
-            presets.build(name, **value)
-        except ConfigError:  # not defined on this loss, which is what is asked here
-            continue
-        accepted.append(f"`{keyword}`, the modifier of any pair loss")
+    for keyword, value in {"ld_alpha": 0.5, "wpo": not has_wpo}.items():
+        with suppress(ConfigError):  # not defined on this loss, which is what is asked here
+            presets.build(name, **{keyword: value})
+            accepted += [f"`{keyword}`, the modifier of any pair loss"] if value else []
     return accepted
 
 

@@ -1,7 +1,7 @@
 """The shared core: it knows log-probabilities only; imports torch and errors, nothing else."""
 
 from mmalign.core import links, presets, terms, weights
-from mmalign.core.batchwide import Aot, AotUnpaired, Bco, Kahneman, KahnemanPair, RunningMean
+from mmalign.core.batchwide import Aot, AotUnpaired, Bco, Kto, KtoPair, RunningMean
 from mmalign.core.divergence import (
     DIVERGENCES,
     Alpha,
@@ -37,10 +37,10 @@ __all__ = [
     "Hellinger",
     "Jeffreys",
     "JensenShannon",
-    "Kahneman",
-    "KahnemanPair",
     "KlGap",
     "KlPenalty",
+    "Kto",
+    "KtoPair",
     "Link",
     "LogOdds",
     "LogRatio",

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from mmalign.core.links import nll
 from mmalign.core.numerics import full_precision, gather_rows, global_mean, global_sum, require
-from mmalign.core.score import Score
-from mmalign.core.terms import Term, preference_metrics
+from mmalign.core.terms import Scored
 from mmalign.core.types import CandidateLogps, Needs, Rows
 
 # Terms that look across the batch, or keep a running state: KTO, BCO and AOT.
@@ -19,32 +18,6 @@ from mmalign.core.types import CandidateLogps, Needs, Rows
 # Their rows are not independent: results depend on how many rows meet in one step. What they
 # compare is gathered over all processes, so splitting a batch over processes changes nothing;
 # splitting it over accumulation steps does.
-
-
-@dataclass(frozen=True)
-class Scored(Term):
-    """A term on scores of rated candidates, reverse KL only; `rated` columns are compared."""
-
-    score: Score
-
-    rated: ClassVar[tuple[int, ...]] = (0, 1)
-
-    @property
-    def alone(self) -> Score:
-        """The score: responses of different rows meet here."""
-        return self.score
-
-    def rated_columns(self, c: CandidateLogps) -> CandidateLogps:
-        """The candidates that are compared."""
-        return c.columns(self.rated)
-
-    def rewards(self, c: CandidateLogps) -> Tensor:  # [B, K]
-        """The scores of the rated candidates."""
-        return self.score.rewards(self.rated_columns(c))
-
-    def report(self, c: CandidateLogps) -> dict[str, Tensor]:
-        """Rewards, margins, accuracy and log-probabilities with TRL's names."""
-        return preference_metrics(self.rated_columns(c), self.score)
 
 
 class RunningMean(nn.Module):
@@ -94,11 +67,6 @@ class Bco(Scored):
         rows: Rows = self.kind
         count = 2 if self.kind == "pair" else 1
         return self.score.needs | Needs(rows=rows, candidates=count, labels=True)
-
-    @property
-    def state(self) -> nn.Module | None:
-        """The running shift."""
-        return self.shift
 
     def rated_columns(self, c: CandidateLogps) -> CandidateLogps:
         """The pair, or the one response of the row."""
@@ -184,7 +152,7 @@ Utility = Literal["sigmoid", "loss_averse", "risk_seeking_1", "risk_seeking_3"]
 
 
 @dataclass(frozen=True)
-class Kahneman(Scored):
+class Kto(Scored):
     """Prospect-theoretic utility of single rated responses: KTO and its relatives.
 
     loss = lambda_y * (1 - h(z)),  z = +-(score - z0), + where the label is desirable (above 1/2)
@@ -263,7 +231,7 @@ class Kahneman(Scored):
 
 
 @dataclass(frozen=True)
-class KahnemanPair(Scored):
+class KtoPair(Scored):
     """KTO on pairs: each side's z0 is the other side's batch mean, at least 0.
 
     loss = [sigmoid(-(s_0 - z_1)) + sigmoid(s_1 - z_0)] / 2,  z_k = max(0, mean over rows of s_k)

@@ -6,17 +6,15 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypedDict, Unpack, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmalign.core.numerics import expm1_linear, log1mexp, require
-from mmalign.errors import ConfigError
+from mmalign.errors import ArgumentError, ConfigError
 
-# Divergences as transforms of a log-ratio: f'(u) with f'(1) = 0, written in log u.
-#
 # A transform turns the log-ratio of one response into its score. Valid are the convex f whose f' is
 # strictly increasing and unbounded below at u = 0: then the optimum of the regularised problem
 # keeps every response possible, and reward = beta * f'(policy / reference) + c(prompt). The unknown
@@ -316,31 +314,39 @@ _INVALID_ALIASES: dict[str, str] = {
 }
 
 
-def resolve_divergence(divergence: str | Transform, **parameters: float | None) -> Transform:
-    """The transform that a preset's `divergence` keyword means.
+class DivergenceFields(TypedDict, total=False):
+    """Fields of a divergence beside its name: the older spelling of {name: alpha, alpha: 0.3}."""
+
+    alpha: float | None
+    p: float | None
+
+
+Divergence = str | dict[str, Any] | Transform
+"""A name of `DIVERGENCES` or an alias, {name: ..., alpha: ...} with its fields, or a transform."""
+
+
+def resolve_divergence(
+    divergence: Divergence, compat: str | None = None, **fields: Unpack[DivergenceFields]
+) -> Transform:
+    """The transform that a preset's `divergence` means.
 
     Args:
-        divergence: A name of `DIVERGENCES`, an alias, or a transform object.
-        parameters: Fields of the named divergence to change (`alpha`, `p`); None is left alone.
+        divergence: A name, a name with fields, or a transform object.
+        compat: "trl-1.16" reads alpha as TRL's f_alpha_divergence_coef, which is 1 - alpha.
+        fields: Of the divergence, to change; None is left alone.
 
     Raises:
-        ConfigError: An unknown name, an invalid generator, or a parameter it does not have.
+        ArgumentError: An unknown name, an invalid generator, or a field it does not have.
     """
-    given = {name: value for name, value in parameters.items() if value is not None}
+    given: dict[str, Any] = {**fields}
+    if isinstance(divergence, dict):
+        if "name" not in divergence:
+            raise ArgumentError("divergence has no name; write e.g. {name: alpha, alpha: 0.3}")
+        given = {**divergence, **fields}
+        divergence = cast("str | Transform", given.pop("name"))
+    given = {field: value for field, value in given.items() if value is not None}
     if isinstance(divergence, str):
-        name = divergence.lower().replace("-", "_")
-        name = ALIASES.get(name, name)
-        invalid = _INVALID_ALIASES.get(name, name)
-        if name not in DIVERGENCES and invalid in INVALID:
-            raise ConfigError(f"objective.divergence is {divergence!r}: {INVALID[invalid]}")
-        if name not in DIVERGENCES:
-            near = difflib.get_close_matches(name, [*DIVERGENCES, *ALIASES], 1)
-            hint = f"Did you mean {near[0]!r}? " if near else ""
-            raise ConfigError(
-                f"objective.divergence is {divergence!r}, which is not known. {hint}"
-                f"Known: {', '.join(DIVERGENCES)}"
-            )
-        transform = DIVERGENCES[name]
+        name, transform = _named(divergence)
     else:
         name, transform = type(divergence).__name__, divergence
     known = (
@@ -348,14 +354,34 @@ def resolve_divergence(divergence: str | Transform, **parameters: float | None) 
         if dataclasses.is_dataclass(transform)
         else set[str]()
     )
-    for parameter in given:
-        if parameter not in known:
-            raise ConfigError(
-                f"objective.{parameter} is given, but the divergence {name!r} has no such parameter"
+    for field in given:
+        if field not in known:
+            raise ArgumentError(
+                f"{field} is given, but the divergence {name!r} has no such parameter"
             )
+    if compat == "trl-1.16" and "alpha" in given:
+        if isinstance(transform, Alpha):
+            return Alpha.from_trl(given["alpha"], transform.limit)
+        given["alpha"] = 1.0 - given["alpha"]
     if not given:
         return transform
     return cast("Transform", dataclasses.replace(cast("Any", transform), **given))
+
+
+def _named(divergence: str) -> tuple[str, Transform]:
+    """The name in `DIVERGENCES` that is meant, and what it stands for."""
+    name = divergence.lower().replace("-", "_")
+    name = ALIASES.get(name, name)
+    if name in DIVERGENCES:
+        return name, DIVERGENCES[name]
+    invalid = _INVALID_ALIASES.get(name, name)
+    if invalid in INVALID:
+        raise ArgumentError(f"divergence is {divergence!r}: {INVALID[invalid]}")
+    near = difflib.get_close_matches(name, [*DIVERGENCES, *ALIASES], 1)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    raise ArgumentError(
+        f"divergence is {divergence!r}, which is not known. {hint}Known: {', '.join(DIVERGENCES)}"
+    )
 
 
 def register_divergence(name: str, transform: Transform) -> None:

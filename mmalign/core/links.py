@@ -14,8 +14,6 @@ from torch import Tensor
 from mmalign.core.numerics import expm1_linear, require
 from mmalign.core.types import Rows
 
-# Links: scores of one row's candidates to a loss. They never see log-probabilities or betas.
-#
 # m is the margin score[:, 0] - score[:, 1]; nll(m) = -log sigmoid(m). `margin_only` links stay the
 # same when a constant is added to all scores of a row, so they are defined under every valid
 # divergence; the others look at one response alone and need reverse KL (or log-odds).
@@ -50,11 +48,14 @@ class _Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class _EachOfPair:
-    candidates: ClassVar[int] = 2
-    rows: ClassVar[Rows] = "pair"
+class _EachOfPair(_Pair):
     margin_only: ClassVar[bool] = False
-    reads_labels: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranked(_Pair):
+    rows: ClassVar[Rows] = "list"
+    reads_labels: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +248,7 @@ class ApoDown(_EachOfPair):
 
 
 @dataclass(frozen=True, slots=True)
-class Positive(_EachOfPair):
+class Dpop(_EachOfPair):
     """nll(m - penalty * relu(-s_0)): DPO-positive, which keeps the chosen response likely."""
 
     penalty: float = 50.0
@@ -283,14 +284,12 @@ class SquaredEach(_EachOfPair):
 
 
 @dataclass(frozen=True, slots=True)
-class Anchor:
+class Anchor(_EachOfPair):
     """nll(s_0 - target): one response's score above a floor (mDPO's anchor, rationales)."""
 
     target: float = 0.0
     candidates: ClassVar[int] = 1
     rows: ClassVar[Rows] = "any"
-    margin_only: ClassVar[bool] = False
-    reads_labels: ClassVar[bool] = False
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
         return nll(score[:, 0] - self.target)
@@ -299,7 +298,8 @@ class Anchor:
 # Links that set one candidate against several others at once.
 
 
-class Several(ABC):
+@dataclass(frozen=True, slots=True)
+class MultiNegative(_Pair, ABC):
     """A link of candidate 0 against the others, which says how much each of them counts."""
 
     @abstractmethod
@@ -312,13 +312,11 @@ class Several(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class Contrast(Several):
+class Povid(MultiNegative):
     """nll(score_0 - sum of the other scores): one response against several (POVID, VistaDPO)."""
 
     candidates: ClassVar[int] = 3
-    rows: ClassVar[Rows] = "pair"
     margin_only: ClassVar[bool] = False  # one constant enters, two leave
-    reads_labels: ClassVar[bool] = False
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
         """The loss of each row."""
@@ -330,16 +328,14 @@ class Contrast(Several):
 
 
 @dataclass(frozen=True, slots=True)
-class Bag(Several):
+class Pami(MultiNegative):
     """sum over k >= 1 of label_k nll(score_0 - score_k): one response under K + 1 inputs (PaMi).
 
     Candidate 0 has the true input. The labels of the others are their weights a_k, usually of sum
     1; the label of candidate 0 is not read. K = 1 with weight 1 is Logistic.
     """
 
-    candidates: ClassVar[int] = 2
     rows: ClassVar[Rows] = "plain"
-    margin_only: ClassVar[bool] = True
     reads_labels: ClassVar[bool] = True
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
@@ -357,17 +353,12 @@ class Bag(Several):
 
 
 @dataclass(frozen=True, slots=True)
-class PlackettLuce:
+class PlackettLuce(_Ranked):
     """-log likelihood of the ranking: sum over k of logsumexp(scores not ranked above k) - s_k.
 
     Tied responses share their denominator (Breslow), so the loss does not depend on their order.
     K = 2 gives Logistic.
     """
-
-    candidates: ClassVar[int] = 2
-    rows: ClassVar[Rows] = "list"
-    margin_only: ClassVar[bool] = True
-    reads_labels: ClassVar[bool] = True
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
         above = labels[:, None, :] > labels[:, :, None]  # [B, K, K] j is ranked above k
@@ -376,18 +367,13 @@ class PlackettLuce:
 
 
 @dataclass(frozen=True, slots=True)
-class LambdaRank:
+class LambdaRank(_Ranked):
     """Sum over pairs with label_i > label_j of lambda_ij nll(s_i - s_j).
 
     lambda_ij = |2^label_i - 2^label_j| |1/log(1 + rank_i) - 1/log(1 + rank_j)|, natural logarithm;
     rank counts from 1 by the current score and carries no gradient. Ties contribute nothing. Labels
     are grades; use small ones, the gain is exponential.
     """
-
-    candidates: ClassVar[int] = 2
-    rows: ClassVar[Rows] = "list"
-    margin_only: ClassVar[bool] = True
-    reads_labels: ClassVar[bool] = True
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
         order = score.argsort(dim=1, descending=True, stable=True)

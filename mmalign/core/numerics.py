@@ -9,15 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmalign.errors import ConfigError
+from mmalign.errors import ArgumentError
 
 Reduce = Literal["sum", "mean"]
 
 
 def require(condition: bool, key: str, value: object, rule: str) -> None:
-    """Raise ConfigError `objective.KEY is VALUE; it must be RULE` unless `condition` holds."""
+    """Raise ArgumentError `KEY is VALUE; it must be RULE` unless `condition` holds."""
     if not condition:
-        raise ConfigError(f"objective.{key} is {value!r}; it must be {rule}")
+        raise ArgumentError(f"{key} is {value!r}; it must be {rule}")
 
 
 def full_precision(x: Tensor) -> Tensor:

@@ -52,9 +52,10 @@ class Objective(nn.Module):
         self.terms = dict(zip(names or _numbered(terms), terms, strict=True))
         self.coefs = tuple(coefs or [term.coef for term in terms])
         states = {
-            name.replace("/", "_"): term.state
+            name.replace("/", "_"): part
             for name, term in self.terms.items()
-            if term.state is not None
+            for part in vars(term).values()
+            if isinstance(part, nn.Module)
         }
         self.states = nn.ModuleDict(states)
         self.unit: Unit = unit
@@ -122,12 +123,13 @@ def _mean(rows: Tensor, row_weight: Tensor | None) -> Tensor:  # [B] -> []
 
 
 def _refuse_undefined(term: Term) -> None:
-    if term.alone is None or is_pointwise(term.alone.transform):
+    score = term.pointwise_score
+    if score is None or is_pointwise(score.transform):
         return
     what = type(term.link if isinstance(term, Preference) else term).__name__
     raise ConfigError(
         f"{what} looks at one response alone, which is not defined under "
-        f"{type(term.alone.transform).__name__}: the reward is f'(u) plus an unknown constant of "
+        f"{type(score.transform).__name__}: the reward is f'(u) plus an unknown constant of "
         "the prompt, and only a difference between responses of one row cancels it. Use "
         "reverse_kl, or a loss on margins"
     )

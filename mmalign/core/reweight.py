@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from mmalign.core.batchwide import Scored
 from mmalign.core.numerics import over_positions, require
 from mmalign.core.objective import Objective
-from mmalign.core.terms import Preference, Term
+from mmalign.core.terms import Preference, Scored, Term
 from mmalign.core.types import CandidateLogps, Needs
 from mmalign.errors import ConfigError
 
@@ -74,7 +73,7 @@ def reweight(
     """The same objective with the weights on its terms that compare the two sides of a pair.
 
     Args:
-        objective: A preset's, a mix, or a user's own.
+        objective: A preset's, a mix, or a user's own; itself where there is no weight.
         ld_alpha: LD-DPO: weight in [0, 1] of the positions beyond the length of the pair's shorter
             response; 1 changes nothing.
         wpo: The weight of a row.
@@ -82,6 +81,8 @@ def reweight(
     Raises:
         ConfigError: No term reads a pair, or one that does has no such form.
     """
+    if ld_alpha is None and wpo is None:
+        return objective
     terms = [_reweighted(term, ld_alpha, wpo) for term in objective.terms.values()]
     if all(new is old for new, old in zip(terms, objective.terms.values(), strict=True)):
         raise ConfigError("ld_alpha and wpo act on pairs, but this objective does not read any")

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmalign.core.divergence import LogOdds, ReverseKL, Transform, is_pointwise
 from mmalign.core.numerics import Reduce, full_precision, num_positions, over_positions, require
 from mmalign.core.types import CandidateLogps, Needs
-from mmalign.errors import ConfigError, NeedsError
+from mmalign.errors import ArgumentError, ConfigError, NeedsError
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,9 @@ class Score:
         kl_detach_chosen: No gradient through candidate 0's KL (TDPO2).
         reward_kl: KL weight in logged rewards, where a paper reports another; None for `kl_coef`.
         weighted: A position weight must be present. One that is present is always applied.
-        gain: How it is applied: None as it is; a number as 1 + (gain - 1) * weight, so that under
-            0 / 1 weights every position counts and spans count `gain` times. 1 is the plain score.
+        span_weight: How it is applied: None as it is; a number as 1 + (span_weight - 1) * weight,
+            so that under 0 / 1 weights every position counts and those of spans count
+            `span_weight` times. 1 is the plain score.
         ld_alpha: LD-DPO: weight of the positions beyond the length of the pair's shorter response.
     """
 
@@ -47,7 +48,7 @@ class Score:
     kl_detach_chosen: bool = False
     reward_kl: float | None = None
     weighted: bool = False
-    gain: float | None = None
+    span_weight: float | None = None
     ld_alpha: float | None = None
 
     def __post_init__(self) -> None:
@@ -58,12 +59,13 @@ class Score:
                 "different betas per candidate are defined for reverse KL only: under another "
                 "divergence the reward's unknown constant does not cancel between candidates"
             )
-        require(self.gain is None or 0.0 <= self.gain < math.inf, "gain", self.gain, "at least 0")
+        span = self.span_weight
+        require(span is None or 0.0 <= span < math.inf, "span_weight", span, "at least 0")
         if self.ld_alpha is not None:
             require(0.0 <= self.ld_alpha <= 1.0, "ld_alpha", self.ld_alpha, "in [0, 1]")
             if isinstance(self.transform, LogOdds):
-                raise ConfigError(
-                    "objective.ld_alpha is not defined on log-odds, which read a mean "
+                raise ArgumentError(
+                    "ld_alpha is not defined on log-odds, which read a mean "
                     "log-probability; leave it out"
                 )
 
@@ -113,8 +115,9 @@ class Score:
 
     def _weight(self, c: CandidateLogps) -> Tensor | None:  # [B, K, L]
         given = c.weight
-        if given is not None and self.gain is not None:
-            given = None if self.gain == 1.0 else 1.0 + (self.gain - 1.0) * given
+        span = self.span_weight
+        if given is not None and span is not None:
+            given = None if span == 1.0 else 1.0 + (span - 1.0) * given
         if self.ld_alpha is None:
             return given
         shared = c.mask.sum(-1).amin(dim=1)[:, None, None]  # [B, 1, 1] length of the shorter side

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mmalign.core.links import Link, Several
+from mmalign.core.links import Link, MultiNegative
 from mmalign.core.numerics import (
     full_precision,
     global_mean,
@@ -22,8 +22,6 @@ from mmalign.core.types import CandidateLogps, Needs, Rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from torch import nn
 
 
 # What a preference term reports, with TRL's names, so that one dashboard fits both.
@@ -44,8 +42,9 @@ def preference_metrics(
     Args:
         c: The candidates that the loss compares.
         score: Gives the rewards.
-        shares: `Several.shares` of a link of candidate 0 against all others. Then the rejected
-            reward is the others' sum by share, as the loss has it, and the other numbers are means.
+        shares: `MultiNegative.shares` of a link of candidate 0 against all others. Then the
+            rejected reward is the others' sum by share, as the loss has it, and the other numbers
+            are means.
     """
     values = {"rewards": score.rewards(c), "logps": over_positions(c.policy, c.mask)}
     if not score.is_log_ratio:
@@ -91,7 +90,10 @@ def _by_label(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # [B, K
 
 
 class Term(ABC):
-    """A summand: `coef` times a loss per row, what it needs, and what it has to report."""
+    """A summand: `coef` times a loss per row, what it needs, and what it has to report.
+
+    A module among its attributes is running state, which checkpoints keep.
+    """
 
     name: ClassVar[str]
     coef: float
@@ -102,12 +104,7 @@ class Term(ABC):
         """What this term reads of the candidates."""
 
     @property
-    def state(self) -> nn.Module | None:
-        """The module that holds running state, for checkpoints; most terms have none."""
-        return None
-
-    @property
-    def alone(self) -> Score | None:
+    def pointwise_score(self) -> Score | None:
         """The score that is read one response at a time, which only reverse KL defines, or None."""
         return None
 
@@ -125,7 +122,32 @@ class Term(ABC):
 
 
 @dataclass(frozen=True)
-class Preference(Term):
+class Scored(Term):
+    """A term on the scores of rated candidates, which is what rewards and margins are read of."""
+
+    score: Score
+    rated: ClassVar[tuple[int, ...]] = (0, 1)
+
+    def rated_columns(self, c: CandidateLogps) -> CandidateLogps:
+        """The candidates that are compared."""
+        return c.columns(self.rated)
+
+    @property
+    def pointwise_score(self) -> Score | None:
+        """The score, unless only differences within a row are read."""
+        return self.score
+
+    def rewards(self, c: CandidateLogps) -> Tensor:  # [B, K]
+        """The scores of the rated candidates."""
+        return self.score.rewards(self.rated_columns(c))
+
+    def report(self, c: CandidateLogps) -> dict[str, Tensor]:
+        """Rewards, margins, accuracy and log-probabilities with TRL's names."""
+        return preference_metrics(self.rated_columns(c), self.score)
+
+
+@dataclass(frozen=True)
+class Preference(Scored):
     """A link on the scores of some candidates.
 
     Args:
@@ -138,7 +160,6 @@ class Preference(Term):
             response under two inputs.
     """
 
-    score: Score
     link: Link
     coef: float = 1.0
     candidates: tuple[int, ...] | None = None
@@ -156,7 +177,7 @@ class Preference(Term):
         )
 
     @property
-    def alone(self) -> Score | None:
+    def pointwise_score(self) -> Score | None:
         """The score, unless the link reads differences only."""
         return None if self.link.margin_only else self.score
 
@@ -165,14 +186,10 @@ class Preference(Term):
         c = self.rated_columns(c)
         return self.link(self.score(c), full_precision(c.labels))
 
-    def rewards(self, c: CandidateLogps) -> Tensor:  # [B, K]
-        """The scores of the link's candidates."""
-        return self.score.rewards(self.rated_columns(c))
-
     def report(self, c: CandidateLogps) -> dict[str, Tensor]:
         """Rewards, margins, accuracy and log-probabilities with TRL's names."""
         c = self.rated_columns(c)
-        shares = self.link.shares if isinstance(self.link, Several) else None
+        shares = self.link.shares if isinstance(self.link, MultiNegative) else None
         return preference_metrics(c, self.score, shares)
 
     def rated_columns(self, c: CandidateLogps) -> CandidateLogps:

@@ -1,76 +1,127 @@
-"""Presets by name: the table, checks of keywords, and mixes of several."""
+"""Presets by name: the table, checks of keywords, and mixes of several.
+
+The one place of the core that speaks of the config: what is wrong with an argument is said of
+`objective.KEY`.
+"""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-import re
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, get_origin
+from contextlib import contextmanager
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    Protocol,
+    Union,
+    Unpack,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
+from mmalign.core.divergence import Transform
 from mmalign.core.objective import Objective
 from mmalign.core.presets import diffusion, pairwise, pointwise, reference_free, regularised, video
 from mmalign.core.presets.own import imported, is_own
 from mmalign.core.reweight import Wpo, reweight
-from mmalign.errors import ConfigError
+from mmalign.errors import ArgumentError, ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Generator, Mapping
     from pathlib import Path
+
+MODIFIERS = ("ld_alpha", "wpo")
+"""Keywords of any pair loss beside its own: they reweight it."""
+
+
+@contextmanager
+def _as_a_config_says() -> Generator[None]:
+    """Put the section before the name of an argument."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise ConfigError(f"objective.{error.args[0]}") from error
 
 
 # Keywords of a preset against its signature: names, types and missing ones.
 
 _LARGEST = 1e12  # beyond, products of it overflow 32 bits
-_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+def required_keywords(function: Callable[..., Objective]) -> list[str]:
+    """The keywords without a default; a preset has none, a user's own function may."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [
+        key
+        for key, one in inspect.signature(function).parameters.items()
+        if one.default is one.empty and one.kind not in variadic
+    ]
+
+
+def annotations_of(function: Callable[..., Objective]) -> tuple[dict[str, Any], bool]:
+    """Keywords with their annotations, and whether any others are taken too."""
+    try:
+        signature = inspect.signature(function, eval_str=True)
+    except NameError:  # a user's annotations that exist for type checkers only
+        signature = inspect.signature(function)
+    known: dict[str, Any] = {}
+    takes_any = False
+    for key, one in signature.parameters.items():
+        if one.kind is one.VAR_KEYWORD and get_origin(one.annotation) is Unpack:
+            known |= get_type_hints(get_args(one.annotation)[0])
+        elif one.kind is one.VAR_KEYWORD:
+            takes_any = True
+        elif one.kind is not one.VAR_POSITIONAL:
+            known[key] = one.annotation
+    return known, takes_any
 
 
 def check_keywords(
     name: str, function: Callable[..., Objective], keywords: Mapping[str, Any]
 ) -> None:
-    """Raise ConfigError for a keyword the preset does not know, of a wrong type, or missing."""
-    try:
-        signature = inspect.signature(function, eval_str=True)
-    except NameError:  # a user's annotations that exist for type checkers only
-        signature = inspect.signature(function)
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    free = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in signature.parameters.values())
-    known = [key for key, one in signature.parameters.items() if one.kind not in variadic]
+    """Raise ArgumentError for a keyword a preset does not know, of a wrong type, or missing."""
+    known, takes_any = annotations_of(function)
     for key, value in keywords.items():
         if key in known:
-            check_type(key, value, signature.parameters[key].annotation)
-        elif free:
+            check_type(key, value, known[key])
+            if key == "divergence" and isinstance(value, dict):
+                for field, one in cast("dict[str, Any]", value).items():
+                    kind = str | Transform if field == "name" else float | None
+                    check_type(f"{key}.{field}", one, kind)
+        elif takes_any:
             continue
         elif key == "divergence":
-            raise ConfigError(
-                f"objective.divergence is given, but {name!r} is defined for its own score only: "
-                "losses on single responses need reverse KL. Use f_dpo, or another loss on margins"
+            raise ArgumentError(
+                f"divergence is given, but {name!r} is defined for its own score only: losses on "
+                "single responses need reverse KL. Use f_dpo, or another loss on margins"
             )
         elif key == "compat":
-            raise ConfigError(
-                f"objective.compat is given, but released codes of {name!r} agree with ours; "
-                "leave it out"
+            raise ArgumentError(
+                f"compat is given, but released codes of {name!r} agree with ours; leave it out"
             )
         else:
             near = difflib.get_close_matches(key, known, 1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
-            raise ConfigError(
-                f"objective.{key} is not a keyword of {name!r}. {hint}"
-                f"Its keywords: {', '.join(known) or 'none'}; on any pair loss also ld_alpha, wpo"
+            raise ArgumentError(
+                f"{key} is not a keyword of {name!r}. {hint}Its keywords: "
+                f"{', '.join(known) or 'none'}; on any pair loss also {', '.join(MODIFIERS)}"
             )
-    for key in known:
-        if signature.parameters[key].default is inspect.Parameter.empty and key not in keywords:
-            raise ConfigError(f"objective.{key} is missing; {name!r} has no default for it")
+    for key in required_keywords(function):
+        if key not in keywords:
+            raise ArgumentError(f"{key} is missing; {name!r} has no default for it")
 
 
 def check_type(key: str, value: object, annotation: Any) -> None:
-    """Raise ConfigError unless a value from YAML fits the annotation of a preset's keyword."""
+    """Raise ArgumentError unless a value from YAML fits the annotation of a preset's keyword."""
     if not _fits(value, annotation):
-        text = isinstance(value, str) and _NUMBER.fullmatch(value)
-        hint = " (YAML reads a number such as 1e-6 as text; write 1.0e-6)" if text else ""
-        raise ConfigError(f"objective.{key} is {value!r}; it must be {_describe(annotation)}{hint}")
+        raise ArgumentError(f"{key} is {value!r}; it must be {_describe(annotation)}")
     if isinstance(value, int | float) and not -_LARGEST <= value <= _LARGEST:
-        raise ConfigError(
-            f"objective.{key} is {value!r}; it must be between {-_LARGEST:g} and {_LARGEST:g}"
+        raise ArgumentError(
+            f"{key} is {value!r}; it must be between {-_LARGEST:g} and {_LARGEST:g}"
         )
 
 
@@ -78,8 +129,9 @@ def _fits(value: object, annotation: Any) -> bool:
     arguments = get_args(annotation)
     if get_origin(annotation) is Literal:
         return value in arguments
-    if arguments:
+    if get_origin(annotation) in (Union, UnionType):
         return any(_fits(value, one) for one in arguments)
+    annotation = get_origin(annotation) or annotation  # dict[str, Any] is checked as a dict
     if annotation is None or annotation is type(None):
         return value is None
     if annotation is float:
@@ -97,9 +149,13 @@ def _describe(annotation: Any) -> str:
     arguments = get_args(annotation)
     if get_origin(annotation) is Literal:
         return " or ".join(repr(one) for one in arguments)
-    if arguments:
+    if get_origin(annotation) in (Union, UnionType):
         return " or ".join(_describe(one) for one in arguments)
-    names = {float: "a number", int: "a whole number", bool: "true or false", str: "a name"}
+    annotation = get_origin(annotation) or annotation
+    names = {
+        float: "a number", int: "a whole number", bool: "true or false", str: "a name",
+        dict: "a section of keys",
+    }  # fmt: skip
     if annotation is None or annotation is type(None):
         return "null"
     return names.get(annotation, f"a {getattr(annotation, '__name__', annotation)}")
@@ -166,129 +222,101 @@ def preset(name: str, folder: Path | None = None) -> Callable[..., Objective]:
     Raises:
         ConfigError: Nothing goes by that name; the nearest one is suggested.
     """
-    if is_own(name):
-        return imported(name, folder)
-    known = ALIASES.get(name, name)
-    if known not in PRESETS:
-        near = difflib.get_close_matches(name, [*PRESETS, *ALIASES], 1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(PRESETS)}"
-        raise ConfigError(f"objective.name is {name!r}, which is not a preset. {hint}")
-    return PRESETS[known]
+    with _as_a_config_says():
+        if is_own(name):
+            return imported(name, folder)
+        known = ALIASES.get(name, name)
+        if known not in PRESETS:
+            near = difflib.get_close_matches(name, [*PRESETS, *ALIASES], 1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(PRESETS)}"
+            raise ArgumentError(f"name is {name!r}, which is not a preset. {hint}")
+        return PRESETS[known]
 
 
-def build(
-    name: str,
-    *,
-    ld_alpha: float | None = None,
-    wpo: bool | Mapping[str, Any] = False,
-    **keywords: Any,
-) -> Objective:
+def build(name: str, folder: Path | None = None, /, **keywords: Any) -> Objective:
     """An objective from a preset's name and its keyword arguments.
 
     Args:
         name: A preset, an alias, or `package.module:function`.
-        ld_alpha: LD-DPO on any pair loss: weight in [0, 1] of the tokens beyond the length of the
-            shorter response; 1 changes nothing.
-        wpo: WPO's weight on any pair loss: true, or {"clamp_max": number or null}.
-        keywords: The preset's own.
+        folder: Of the config, where a user's module is looked for first.
+        keywords: The preset's own; on any pair loss also `ld_alpha`, LD-DPO's weight in [0, 1] of
+            the tokens beyond the length of the shorter response (1 changes nothing), and `wpo`,
+            WPO's weight of a pair: true, or {"clamp_max": number or null}.
 
     Raises:
         ConfigError: An unknown name or keyword, a wrong type or range, or a modifier that the
             method does not define.
     """
-    return _build(name, None, ld_alpha, wpo, keywords)
-
-
-def _build(
-    name: str,
-    folder: Path | None,
-    ld_alpha: float | None,
-    wpo: bool | Mapping[str, Any],
-    keywords: Mapping[str, Any],
-) -> Objective:
+    modifiers = {key: keywords.pop(key) for key in MODIFIERS if key in keywords}
     function = preset(name, folder)
-    check_keywords(name, function, keywords)
-    objective = function(**keywords)
-    weight = _wpo(wpo)
-    if ld_alpha is None and weight is None:
-        return objective
-    if ld_alpha is not None:
-        check_type("ld_alpha", ld_alpha, float)
-    return reweight(objective, ld_alpha, weight)
+    with _as_a_config_says():
+        check_keywords(name, function, keywords)
+        return _modified(function(**keywords), **modifiers)
 
 
 def build_mix(
-    mix: Mapping[str, float | Mapping[str, Any]],
-    *,
-    ld_alpha: float | None = None,
-    wpo: bool | Mapping[str, Any] = False,
-    folder: Path | None = None,
+    mix: Mapping[str, float | Mapping[str, Any]], folder: Path | None = None, **modifiers: Any
 ) -> Objective:
     """A weighted sum of presets, e.g. {"dpo": 1.0, "sft": {"weight": 0.1, "reduce": "mean"}}.
 
     Args:
         mix: Preset to weight, or to keyword arguments with a `weight` (1 if left out).
-        ld_alpha: As in `build`, on every part that reads pairs.
-        wpo: As in `build`, on every part that reads pairs.
         folder: Of the config, where a user's module is looked for first.
+        modifiers: `ld_alpha` and `wpo` as in `build`, on every part that reads pairs.
 
     Raises:
         ConfigError: An empty mix, a bad weight, or what `build` refuses.
         NeedsError: Parts that need different kinds of rows or extra candidates.
     """
-    if not mix:
-        raise ConfigError(
-            "objective.mix is empty; give presets with weights, e.g. {dpo: 1, sft: 0.1}"
-        )
-    modifies = ld_alpha is not None or wpo is not False
-    takers: list[str] = []
-    parts: dict[str, tuple[float, Objective]] = {}
-    for name, value in mix.items():
-        check_type(f"mix.{name}", value, float | dict)
-        keywords: dict[str, Any] = {}
-        keywords.update({"weight": value} if isinstance(value, float | int) else value)
-        weight = keywords.pop("weight", 1.0)
-        check_type(f"mix.{name}.weight", weight, float)
-        ld, weighs = keywords.pop("ld_alpha", None), keywords.pop("wpo", False)
-        objective = _build(name, folder, ld, weighs, keywords)
-        if modifies and objective.needs.rows in ("pair", "plain"):
-            objective = reweight(objective, ld_alpha, _wpo(wpo))
-            takers.append(name)
-        parts[name] = (float(weight), objective)
-    if modifies and not takers:
-        raise ConfigError(
-            f"objective.ld_alpha and objective.wpo act on pairs, but no part of the mix "
-            f"({', '.join(mix)}) reads any; leave them out"
-        )
-    return Objective.mix(parts)
+    with _as_a_config_says():
+        if not mix:
+            raise ArgumentError("mix is empty; give presets with weights, e.g. {dpo: 1, sft: 0.1}")
+        unknown = sorted(modifiers.keys() - set(MODIFIERS))
+        if unknown:
+            raise ArgumentError(
+                f"{unknown[0]} is given beside `mix`; keywords of a preset belong to its entry in "
+                f"the mix. Beside it stand only {' and '.join(MODIFIERS)}"
+            )
+        parts: dict[str, tuple[float, Objective]] = {}
+        for name, value in mix.items():
+            check_type(f"mix.{name}", value, float | dict)
+            keywords: dict[str, Any] = {}
+            keywords.update({"weight": value} if isinstance(value, float | int) else value)
+            weight = keywords.pop("weight", 1.0)
+            check_type(f"mix.{name}.weight", weight, float)
+            parts[name] = (float(weight), build(name, folder, **keywords))
+        mixed = Objective.mix(parts)
+        modifiers = {k: v for k, v in modifiers.items() if v is not None and v is not False}
+        if modifiers and mixed.needs.rows not in ("pair", "plain"):
+            raise ArgumentError(
+                f"ld_alpha and wpo act on pairs, but no part of the mix ({', '.join(mix)}) reads "
+                "any; leave them out"
+            )
+        return _modified(mixed, **modifiers)
 
 
 def from_config(config: ObjectiveConfigLike) -> Objective:
-    """The objective that a configuration's `objective` section describes."""
+    """The objective that a configuration's `objective` section describes.
+
+    Raises:
+        ConfigError: As `build` and `build_mix`, or neither a name nor a mix.
+        NeedsError: As `build_mix`.
+    """
     if config.mix is not None:
-        unknown = sorted(set(config.keywords) - {"ld_alpha", "wpo"})
-        if unknown:
-            raise ConfigError(
-                f"objective.{unknown[0]} is given beside `mix`; keywords of a preset belong to its "
-                "entry in the mix. Beside it stand only ld_alpha and wpo"
-            )
-        return build_mix(config.mix, folder=config.folder, **config.keywords)
+        return build_mix(config.mix, config.folder, **config.keywords)
     if config.name is None:
         raise ConfigError("objective has neither `name` nor `mix`; give one of them")
-    keywords = dict(config.keywords)
-    ld_alpha, wpo = keywords.pop("ld_alpha", None), keywords.pop("wpo", False)
-    return _build(config.name, config.folder, ld_alpha, wpo, keywords)
+    return build(config.name, config.folder, **config.keywords)
 
 
-def _wpo(value: bool | Mapping[str, Any]) -> Wpo | None:
-    if value is False:
-        return None
-    if value is True:
-        return Wpo()
-    check_type("wpo", value, dict)
-    unknown = set(value) - {"clamp_max"}
-    if unknown:
-        raise ConfigError(f"objective.wpo has unknown keys {sorted(unknown)}; it knows clamp_max")
-    clamp_max = value.get("clamp_max", 1.0)
-    check_type("wpo.clamp_max", clamp_max, float | None)
-    return Wpo(clamp_max)
+def _modified(
+    objective: Objective, ld_alpha: float | None = None, wpo: bool | Mapping[str, Any] = False
+) -> Objective:
+    check_type("ld_alpha", ld_alpha, float | None)
+    if isinstance(wpo, bool):
+        return reweight(objective, ld_alpha, Wpo() if wpo else None)
+    check_type("wpo", wpo, dict)
+    if unknown := sorted(wpo.keys() - {"clamp_max"}):
+        raise ArgumentError(f"wpo has unknown keys {unknown}; it knows clamp_max")
+    check_type("wpo.clamp_max", wpo.get("clamp_max"), float | None)
+    return reweight(objective, ld_alpha, Wpo(**wpo))

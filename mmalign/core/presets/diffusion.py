@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from mmalign.core.batchwide import Baseline, Kahneman, Utility
+from mmalign.core.batchwide import Baseline, Kto, Utility
 from mmalign.core.divergence import MapoScore
 from mmalign.core.links import ClippedRatio, Hinge, Link, Logistic, Smoothed, Squared
 from mmalign.core.numerics import require
@@ -222,5 +222,5 @@ def diffusion_kto(
     Departs: baselines are means over all processes.
     """
     score = Score(2.0 * beta)  # policy is -e/2, and this method's beta has no half
-    term = Kahneman(score, desirable_weight, undesirable_weight, baseline, utility)
+    term = Kto(score, desirable_weight, undesirable_weight, baseline, utility)
     return Objective(term, unit="error")

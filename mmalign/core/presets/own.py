@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.core.objective import Objective
-from mmalign.errors import ConfigError, MmalignError
+from mmalign.errors import ArgumentError, MmalignError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -39,7 +39,7 @@ def source(name: str, folder: Path | None) -> tuple[Path, Path] | None:
     Looked for beside the config first, then in the current directory; None where neither has it.
 
     Raises:
-        ConfigError: The name is not written as `module:function`.
+        ArgumentError: The name is not written as `module:function`.
     """
     path = Path(*_parts(name)[0].split("."))
     for place in (folder, Path.cwd()):
@@ -57,7 +57,7 @@ def imported(name: str, folder: Path | None) -> Callable[..., Objective]:
         folder: Of the config; None where there is none.
 
     Raises:
-        ConfigError: No such module or function, one that a config may not name, a module that
+        ArgumentError: No such module or function, one that a config may not name, a module that
             cannot be imported, or (when it is called) a function that fails or returns no
             Objective.
     """
@@ -66,8 +66,8 @@ def imported(name: str, folder: Path | None) -> Callable[..., Objective]:
     must_be_marked = folder is not None and (found is None or found[0] != folder.absolute())
     file = found[0] / found[1] if found else _installed(module_name)
     if must_be_marked and file and not _is_marked(module_name, function_name, file):
-        raise ConfigError(
-            f"objective.name is {name!r}, but {module_name!r} does not lie beside the config, and "
+        raise ArgumentError(
+            f"name is {name!r}, but {module_name!r} does not lie beside the config, and "
             f"holds no function {function_name!r} marked by @mmalign.objective: put the module "
             "beside the config, or mark the function"
         )
@@ -78,18 +78,18 @@ def imported(name: str, folder: Path | None) -> Callable[..., Objective]:
             "" if found else f", and there is no {module_name.replace('.', '/')}.py beside the "
         )
         sought += "" if found else "config or in the current directory"
-        raise ConfigError(
-            f"objective.name is {name!r}, but {module_name!r} cannot be imported: {error}{sought}"
+        raise ArgumentError(
+            f"name is {name!r}, but {module_name!r} cannot be imported: {error}{sought}"
         ) from error
     except Exception as error:  # the user's code, which may raise anything
-        raise ConfigError(
-            f"objective.name is {name!r}, but {module_name!r} fails when it is imported: "
+        raise ArgumentError(
+            f"name is {name!r}, but {module_name!r} fails when it is imported: "
             f"{type(error).__name__}: {error}"
         ) from error
     function: Any = getattr(module, function_name, None)
     if not callable(function):
-        raise ConfigError(
-            f"objective.name is {name!r}, but {module_name!r} has no such function"
+        raise ArgumentError(
+            f"name is {name!r}, but {module_name!r} has no such function"
             f"{f' (read from {found[0] / found[1]})' if found else ''}"
         )
 
@@ -99,12 +99,12 @@ def imported(name: str, folder: Path | None) -> Callable[..., Objective]:
         except MmalignError:
             raise
         except Exception as error:  # the user's code again
-            raise ConfigError(
-                f"objective.name is {name!r}, which fails: {type(error).__name__}: {error}"
+            raise ArgumentError(
+                f"name is {name!r}, which fails: {type(error).__name__}: {error}"
             ) from error
         if not isinstance(objective, Objective):
-            raise ConfigError(
-                f"objective.name is {name!r}, but it returned {objective!r}, not an Objective"
+            raise ArgumentError(
+                f"name is {name!r}, but it returned {objective!r}, not an Objective"
             )
         return objective
 
@@ -114,8 +114,8 @@ def imported(name: str, folder: Path | None) -> Callable[..., Objective]:
 def _parts(name: str) -> tuple[str, str]:
     module_name, _, function_name = name.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), function_name]):
-        raise ConfigError(
-            f"objective.name is {name!r}; a loss of your own is written as module:function, e.g. "
+        raise ArgumentError(
+            f"name is {name!r}; a loss of your own is written as module:function, e.g. "
             "my_losses:cautious_dpo for a function in my_losses.py beside the config"
         )
     return module_name, function_name

@@ -6,9 +6,14 @@ DPO under every valid divergence, its variants, soft labels, regression.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, Unpack
 
-from mmalign.core.divergence import Alpha, ChiSquaredKL, Transform, resolve_divergence
+from mmalign.core.divergence import (
+    ChiSquaredKL,
+    Divergence,
+    DivergenceFields,
+    resolve_divergence,
+)
 from mmalign.core.links import (
     ClippedLogistic,
     Conservative,
@@ -38,18 +43,6 @@ __all__ = [  # noqa: RUF022
 # Losses on the margin of a pair: defined under every valid divergence.
 
 
-def _transform(
-    divergence: str | Transform, alpha: float | None, p: float | None, compat: str | None = None
-) -> Transform:
-    """The divergence that a preset's keywords mean; under `compat` alpha is TRL's coefficient."""
-    if compat != "trl-1.16" or alpha is None:
-        return resolve_divergence(divergence, alpha=alpha, p=p)
-    named = resolve_divergence(divergence, p=p)
-    if isinstance(named, Alpha):
-        return Alpha.from_trl(alpha, named.limit)
-    return resolve_divergence(divergence, alpha=1.0 - alpha, p=p)
-
-
 def dpo(beta: float = 0.1) -> Objective:
     """Direct preference optimisation.
 
@@ -65,11 +58,10 @@ def dpo(beta: float = 0.1) -> Objective:
 
 
 def f_dpo(
-    divergence: str | Transform = "js",
+    divergence: Divergence = "js",
     beta: float = 0.1,
-    alpha: float | None = None,
-    p: float | None = None,
     compat: Literal["trl-1.16"] | None = None,
+    **fields: Unpack[DivergenceFields],
 ) -> Objective:
     """DPO under another divergence than reverse KL.
 
@@ -78,27 +70,25 @@ def f_dpo(
     On diffusion a non-linear f' is a per-timestep heuristic, not a bound on a trajectory's loss.
 
     Args:
-        divergence: Name in DIVERGENCES, or a transform object.
+        divergence: Name in DIVERGENCES, {name: ..., alpha: ...}, or a transform object.
         beta: Scale of the implicit reward, no unit beyond that of f'.
-        alpha: Parameter of the alpha divergence, the paper's: 0 reverse KL, 1 forward KL.
-        p: Policy's share of the mixture, for skewed_js.
         compat: "trl-1.16" reads alpha as TRL's f_alpha_divergence_coef, which is 1 - alpha.
+        fields: Of the divergence, where it is a name alone: the older spelling.
 
     Source: Wang et al. 2023, arXiv:2309.16240.
     Departs: constants are kept so that equal policies score 0 (they cancel in the loss and shift
         the logged rewards); exponentials beyond exp(30) follow their tangent line instead of being
         clamped.
     """
-    transform = _transform(divergence, alpha, p, compat)
+    transform = resolve_divergence(divergence, compat, **fields)
     return Objective(Preference(Score(beta, transform), Logistic()))
 
 
 def cdpo(
     beta: float = 0.1,
     flip: float = 0.1,
-    divergence: str | Transform = "reverse_kl",
-    alpha: float | None = None,
-    p: float | None = None,
+    divergence: Divergence = "reverse_kl",
+    **fields: Unpack[DivergenceFields],
 ) -> Objective:
     """Conservative DPO: label smoothing.
 
@@ -107,24 +97,22 @@ def cdpo(
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats.
         flip: Assumed share of wrong labels, in [0, 0.5].
-        divergence: Name in DIVERGENCES, or a transform object.
-        alpha: Parameter of the alpha divergence.
-        p: Parameter of skewed_js.
+        divergence: Name in DIVERGENCES, {name: ..., alpha: ...}, or a transform object.
+        fields: Of the divergence, where it is a name alone: the older spelling.
 
     Source: Mitchell 2023, a note on DPO with noisy preferences; eric-mitchell released code.
     Departs: nothing. TRL 1.16 accepts label_smoothing with its sigmoid loss and ignores it.
     """
-    transform = _transform(divergence, alpha, p)
+    transform = resolve_divergence(divergence, **fields)
     return Objective(Preference(Score(beta, transform), Conservative(flip)))
 
 
 def rdpo(
     beta: float = 0.1,
     flip: float = 0.1,
-    divergence: str | Transform = "reverse_kl",
-    alpha: float | None = None,
-    p: float | None = None,
+    divergence: Divergence = "reverse_kl",
     compat: Literal["trl-1.16"] | None = None,
+    **fields: Unpack[DivergenceFields],
 ) -> Objective:
     """Provably robust DPO: unbiased under random label flips.
 
@@ -135,26 +123,24 @@ def rdpo(
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats.
         flip: Share of wrong labels, in [0, 0.5).
-        divergence: Name in DIVERGENCES, or a transform object.
-        alpha: Parameter of the alpha divergence.
-        p: Parameter of skewed_js.
+        divergence: Name in DIVERGENCES, {name: ..., alpha: ...}, or a transform object.
         compat: "trl-1.16" reads alpha as TRL's f_alpha_divergence_coef, which is 1 - alpha.
+        fields: Of the divergence, where it is a name alone: the older spelling.
 
     Source: Chowdhury et al. 2024, arXiv:2403.00409.
     Departs: flip = 0.5 is an error, not a division by zero.
     """
-    transform = _transform(divergence, alpha, p, compat)
+    transform = resolve_divergence(divergence, compat, **fields)
     return Objective(Preference(Score(beta, transform), Robust(flip)))
 
 
 def ipo(
     tau: float = 0.1,
     reduce: Reduce = "mean",
-    divergence: str | Transform = "reverse_kl",
-    alpha: float | None = None,
-    p: float | None = None,
+    divergence: Divergence = "reverse_kl",
     length_norm: Literal["log_ratio", "score"] = "log_ratio",
     compat: Literal["trl-1.16", "official"] | None = None,
+    **fields: Unpack[DivergenceFields],
 ) -> Objective:
     """Identity preference optimisation.
 
@@ -164,12 +150,11 @@ def ipo(
         tau: Regularisation, in 1/nats; the target margin is 1 / (2 tau).
         reduce: "mean" divides each log-ratio by its response's length; "sum" is the paper's
             equation.
-        divergence: Name in DIVERGENCES, or a transform object.
-        alpha: Parameter of the alpha divergence.
-        p: Parameter of skewed_js.
+        divergence: Name in DIVERGENCES, {name: ..., alpha: ...}, or a transform object.
         length_norm: What "mean" divides under a divergence: the log_ratio before f', or the score.
         compat: "trl-1.16" is reduce mean with length_norm score, and alpha is TRL's coefficient;
             "official" (the DPO repository) sums.
+        fields: Of the divergence, where it is a name alone: the older spelling.
 
     Source: Azar et al. 2023, arXiv:2310.12036, eq. 17; TRL reports that its authors use the mean.
     Departs: the mean is the default; lengths are counted on the scored tokens.
@@ -179,17 +164,16 @@ def ipo(
         reduce, length_norm = "mean", "score"
     elif compat == "official":
         reduce = "sum"
-    transform = _transform(divergence, alpha, p, compat)
+    transform = resolve_divergence(divergence, compat, **fields)
     score = Score(tau, transform, reduce=reduce, length_norm=length_norm)
     return Objective(Preference(score, Squared(0.5, scale=tau)))
 
 
 def hinge(
     beta: float = 0.1,
-    divergence: str | Transform = "reverse_kl",
-    alpha: float | None = None,
-    p: float | None = None,
+    divergence: Divergence = "reverse_kl",
     compat: Literal["trl-1.16"] | None = None,
+    **fields: Unpack[DivergenceFields],
 ) -> Objective:
     """Hinge loss on the log-ratio margin (SLiC with a reference).
 
@@ -197,15 +181,14 @@ def hinge(
 
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats.
-        divergence: Name in DIVERGENCES, or a transform object.
-        alpha: Parameter of the alpha divergence.
-        p: Parameter of skewed_js.
+        divergence: Name in DIVERGENCES, {name: ..., alpha: ...}, or a transform object.
         compat: "trl-1.16" reads alpha as TRL's f_alpha_divergence_coef, which is 1 - alpha.
+        fields: Of the divergence, where it is a name alone: the older spelling.
 
     Source: Zhao et al. 2023, arXiv:2305.10425; Liu et al. 2023, arXiv:2309.06657.
     Departs: nothing.
     """
-    transform = _transform(divergence, alpha, p, compat)
+    transform = resolve_divergence(divergence, compat, **fields)
     return Objective(Preference(Score(beta, transform), Hinge()))
 
 
@@ -225,11 +208,10 @@ def rso(gamma: float = 0.05) -> Objective:
 
 def sigmoid_norm(
     beta: float = 2.0,
-    divergence: str | Transform = "reverse_kl",
-    alpha: float | None = None,
-    p: float | None = None,
+    divergence: Divergence = "reverse_kl",
     length_norm: Literal["log_ratio", "score"] = "log_ratio",
     compat: Literal["trl-1.16"] | None = None,
+    **fields: Unpack[DivergenceFields],
 ) -> Objective:
     """DPO on per-token mean log-ratios.
 
@@ -237,18 +219,17 @@ def sigmoid_norm(
 
     Args:
         beta: Inverse temperature, in 1/nats per token; 2 to 10, larger than DPO's.
-        divergence: Name in DIVERGENCES, or a transform object.
-        alpha: Parameter of the alpha divergence.
-        p: Parameter of skewed_js.
+        divergence: Name in DIVERGENCES, {name: ..., alpha: ...}, or a transform object.
         length_norm: What is divided under a divergence: the log_ratio before f', or the score.
         compat: "trl-1.16" divides the score, and alpha is TRL's coefficient.
+        fields: Of the divergence, where it is a name alone: the older spelling.
 
     Source: TRL 1.16 loss_type sigmoid_norm; Lambert et al. 2024, arXiv:2411.15124.
     Departs: under a divergence, f' is taken of the per-token ratio, not divided afterwards.
     """
     if compat is not None:
         length_norm = "score"
-    transform = _transform(divergence, alpha, p, compat)
+    transform = resolve_divergence(divergence, compat, **fields)
     score = Score(beta, transform, reduce="mean", length_norm=length_norm)
     return Objective(Preference(score, Logistic()))
 
@@ -256,10 +237,9 @@ def sigmoid_norm(
 def exo(
     beta: float = 0.5,
     flip: float = 1e-3,
-    divergence: str | Transform = "reverse_kl",
-    alpha: float | None = None,
-    p: float | None = None,
+    divergence: Divergence = "reverse_kl",
     compat: Literal["trl-1.16", "official"] | None = None,
+    **fields: Unpack[DivergenceFields],
 ) -> Objective:
     """Exact optimisation on pairs: reverse KL to the smoothed label.
 
@@ -268,29 +248,27 @@ def exo(
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats.
         flip: Label smoothing, in (0, 0.5].
-        divergence: Name in DIVERGENCES, or a transform object.
-        alpha: Parameter of the alpha divergence.
-        p: Parameter of skewed_js.
+        divergence: Name in DIVERGENCES, {name: ..., alpha: ...}, or a transform object.
         compat: "official" uses the released targets (0, -10) as log-probabilities: flip is exp(-10)
             and they do not sum to one; "trl-1.16" reads alpha as TRL's f_alpha_divergence_coef,
             which is 1 - alpha.
+        fields: Of the divergence, where it is a name alone: the older spelling.
 
     Source: Ji et al. 2024, arXiv:2402.00856, eq. 16.
     Departs: the label is normalised.
     """
     require(0.0 < flip <= 0.5, "flip", flip, "in (0, 0.5], the label smoothing")
     link = Exo(0.0, -10.0) if compat == "official" else Exo(math.log1p(-flip), math.log(flip))
-    transform = _transform(divergence, alpha, p, compat)
+    transform = resolve_divergence(divergence, compat, **fields)
     return Objective(Preference(Score(beta, transform), link))
 
 
 def discopop(
     beta: float = 0.05,
     tau: float = 0.05,
-    divergence: str | Transform = "reverse_kl",
-    alpha: float | None = None,
-    p: float | None = None,
+    divergence: Divergence = "reverse_kl",
     compat: Literal["trl-1.16"] | None = None,
+    **fields: Unpack[DivergenceFields],
 ) -> Objective:
     """Discovered preference optimisation: a blend of logistic and exponential loss.
 
@@ -301,15 +279,14 @@ def discopop(
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats.
         tau: Width of the blend, no unit.
-        divergence: Name in DIVERGENCES, or a transform object.
-        alpha: Parameter of the alpha divergence.
-        p: Parameter of skewed_js.
+        divergence: Name in DIVERGENCES, {name: ..., alpha: ...}, or a transform object.
         compat: "trl-1.16" reads alpha as TRL's f_alpha_divergence_coef, which is 1 - alpha.
+        fields: Of the divergence, where it is a name alone: the older spelling.
 
     Source: Lu et al. 2024, arXiv:2406.08414, eq. 5.
     Departs: computed as one exponential, finite for all margins.
     """
-    transform = _transform(divergence, alpha, p, compat)
+    transform = resolve_divergence(divergence, compat, **fields)
     return Objective(Preference(Score(beta, transform), DiscoPop(tau)))
 
 

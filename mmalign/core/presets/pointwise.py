@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mmalign.core.batchwide import Aot, AotUnpaired, Bco, Kahneman, KahnemanPair, RunningMean
-from mmalign.core.links import ApoDown, ApoZero, LambdaRank, Link, Nca, PlackettLuce, Positive
+from mmalign.core.batchwide import Aot, AotUnpaired, Bco, Kto, KtoPair, RunningMean
+from mmalign.core.links import ApoDown, ApoZero, Dpop, LambdaRank, Link, Nca, PlackettLuce
 from mmalign.core.objective import Objective
 from mmalign.core.score import Score
 from mmalign.core.terms import Preference
@@ -99,7 +99,7 @@ def dpop(beta: float = 0.3, penalty: float = 50.0) -> Objective:
     Source: Pal et al. 2024, arXiv:2402.13228.
     Departs: nothing.
     """
-    return Objective(Preference(Score(beta), Positive(penalty)))
+    return Objective(Preference(Score(beta), Dpop(penalty)))
 
 
 def kto_pair(beta: float = 0.1, compat: Literal["official"] | None = None) -> Objective:
@@ -115,7 +115,7 @@ def kto_pair(beta: float = 0.1, compat: Literal["official"] | None = None) -> Ob
     Source: uclaml/SPPO released code, loss_type kto_pair; prefer kto.
     Departs: the baselines are means over all processes and carry no gradient.
     """
-    return Objective(KahnemanPair(Score(beta), detach=compat is None))
+    return Objective(KtoPair(Score(beta), detach=compat is None))
 
 
 def aot(beta: float = 0.1, flip: float = 0.0) -> Objective:
@@ -172,7 +172,7 @@ def kto(
     Source: Ethayarajh et al. 2024, arXiv:2402.01306.
     Departs: nothing.
     """
-    return Objective(Kahneman(Score(beta), desirable_weight, undesirable_weight))
+    return Objective(Kto(Score(beta), desirable_weight, undesirable_weight))
 
 
 def apo_zero_unpaired(
@@ -190,7 +190,7 @@ def apo_zero_unpaired(
     Source: D'Oosterlinck et al. 2024, arXiv:2408.06266; TRL 1.16 KTOTrainer.
     Departs: nothing.
     """
-    term = Kahneman(Score(beta), desirable_weight, undesirable_weight, baseline="zero")
+    term = Kto(Score(beta), desirable_weight, undesirable_weight, baseline="zero")
     return Objective(term)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from mmalign.core.links import Anchor, Bag, Contrast, Logistic
+from mmalign.core.links import Anchor, Logistic, Pami, Povid
 from mmalign.core.numerics import require
 from mmalign.core.objective import Objective
 from mmalign.core.score import Score
@@ -94,7 +94,7 @@ def pami_vdpo(beta: float = 0.1) -> Objective:
     Source: Ding et al. 2025, arXiv:2504.05810; reconstructed, no public code.
     Departs: constants and the formulas of the weights are ours.
     """
-    return Objective(Preference(Score(beta), Bag()), needs=Needs(roles=("augmented",)))
+    return Objective(Preference(Score(beta), Pami()), needs=Needs(roles=("augmented",)))
 
 
 def tpo_temporal(
@@ -198,7 +198,7 @@ def povid(beta: float = 0.1, beta_rejected: float = 0.1) -> Objective:
     """
     score = Score((beta, beta_rejected, beta_rejected))
     return Objective(
-        Preference(score, Contrast(), candidates=(0, 1, 2)),
+        Preference(score, Povid(), candidates=(0, 1, 2)),
         needs=Needs(roles=("rejected_corrupted",)),
     )
 
@@ -226,13 +226,14 @@ def chip(beta: float = 0.1, lam: float = 1.0, gamma: float = 0.1, gain: float = 
     """
     require(0.0 <= lam < math.inf, "lam", lam, "at least 0")
     require(0.0 <= gamma < math.inf, "gamma", gamma, "at least 0")
-    plain = Score(beta, gain=1.0)
+    require(0.0 <= gain < math.inf, "gain", gain, "at least 0")
+    plain = Score(beta, span_weight=1.0)
     terms: list[Term] = [
         Preference(plain, Logistic()),
         Preference(plain, Logistic(), candidates=(0, 2)),
     ]
     if lam:
-        terms.append(Preference(Score(beta, weighted=True, gain=gain), Logistic(), coef=lam))
+        terms.append(Preference(Score(beta, weighted=True, span_weight=gain), Logistic(), coef=lam))
     if gamma:
         terms.append(KlGap(gamma * beta))
     return Objective(*terms, needs=Needs(rows="pair", roles=("corrupted",)))
@@ -278,7 +279,7 @@ def vista_dpo(
     shared = Score((beta, relevant * beta, (1.0 - relevant) * beta))
     tokens = Score(beta, kl_coef=alpha, kl_detach_chosen=True, reward_kl=1.0)
     return Objective(
-        Preference(shared, Contrast()),
+        Preference(shared, Povid()),
         Preference(score, Logistic(), coef=video, candidates=(0, 3)),
         Preference(score, Logistic(), coef=clip, candidates=(0, 4)),
         Preference(score, Logistic(), coef=frame, candidates=(0, 5)),

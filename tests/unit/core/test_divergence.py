@@ -82,7 +82,7 @@ def test_unknown_name_suggests_the_nearest() -> None:
 
 
 def test_a_parameter_the_divergence_lacks_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"objective.alpha .* 'js' has no such parameter"):
+    with pytest.raises(ConfigError, match=r"alpha .* 'js' has no such parameter"):
         resolve_divergence("js", alpha=0.3)
 
 
@@ -211,3 +211,12 @@ def test_an_invalid_divergence_is_refused_with_the_reason(kind: str, reason: str
 def test_a_taken_name_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="exists already"):
         register_divergence(name, Shifted())
+
+
+def test_a_divergence_with_fields_is_the_older_spelling_in_one_argument() -> None:
+    new = presets.build("hinge", divergence={"name": "alpha", "alpha": 0.3})
+    old = presets.build("hinge", divergence="alpha", alpha=0.3)
+    assert str(new) == str(old) == str(presets.hinge(divergence="alpha", alpha=0.3))
+    assert resolve_divergence({"name": "skewed_js", "p": 0.2}) == SkewedJensenShannon(0.2)
+    released = presets.hinge(divergence={"name": "alpha", "alpha": 0.3}, compat="trl-1.16")
+    assert str(released) == str(presets.hinge(divergence={"name": "alpha", "alpha": 0.7}))

@@ -93,7 +93,12 @@ def test_unknown_preset_suggests_the_nearest() -> None:
     [
         ("dpo", {"betta": 0.1}, r"objective.betta is not a keyword of 'dpo'. Did you mean 'beta'"),
         ("dpo", {"beta": "0.1"}, r"objective.beta is '0.1'; it must be a number"),
-        ("dpo", {"beta": "1e-3"}, r"YAML reads a number such as 1e-6 as text"),
+        ("dpo", {"beta": "1e-3"}, r"objective.beta is '1e-3'; it must be a number"),
+        ("rdpo", {"divergence": {"name": "js", "alpha": 0.3}}, "'js' has no such parameter"),
+        ("rdpo", {"divergence": {"name": "alpha", "alpha": "x"}}, r"objective.divergence.alpha is"),
+        ("rdpo", {"divergence": {"alpha": 0.3}}, "objective.divergence has no name"),
+        ("rdpo", {"divergence": "js", "alpha": "x"}, "objective.alpha is 'x'; it must be a number"),
+        ("rdpo", {"divergence": 3}, "it must be a name or a section of keys or a Transform"),
         ("dpo", {"beta": True}, r"objective.beta is True; it must be a number"),
         ("dpo", {"beta": 0.0}, r"objective.beta is 0.0; it must be above 0"),
         ("dpo", {"beta": float("nan")}, r"objective.beta is nan"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmalign.core import CandidateLogps, KlGap, Objective, Preference, Score, presets
-from mmalign.core.links import Bag, Logistic
+from mmalign.core.links import Logistic, Pami
 from mmalign.errors import ConfigError, NeedsError
 
 LOG2 = math.log(2.0)
@@ -173,14 +173,14 @@ def test_gain_counts_spans_more_and_one_ignores_them() -> None:
     def value(given: CandidateLogps, **keywords: Any) -> float:
         return Objective(Preference(Score(0.5, **keywords), link))(given).value.item()
 
-    assert value(c, gain=1.0) == value(bare) == value(bare, gain=7.0)
-    assert value(c, gain=0.0) == pytest.approx(nll(0.5 * 1.0))
-    assert value(c, gain=3.0) == pytest.approx(nll(0.5 * (3 * 0.4 + 1.0)))
+    assert value(c, span_weight=1.0) == value(bare) == value(bare, span_weight=7.0)
+    assert value(c, span_weight=0.0) == pytest.approx(nll(0.5 * 1.0))
+    assert value(c, span_weight=3.0) == pytest.approx(nll(0.5 * (3 * 0.4 + 1.0)))
     assert value(c) == pytest.approx(nll(0.5 * 0.4))
     short = c.replace(mask=torch.tensor([[[True, True], [True, False]]]))
-    assert value(short, gain=3.0, ld_alpha=0.5) == pytest.approx(nll(0.5 * (3 * 0.4 + 1.0)))
-    with pytest.raises(ConfigError, match=r"objective.gain is -1.0; it must be at least 0"):
-        Score(0.5, gain=-1.0)
+    assert value(short, span_weight=3.0, ld_alpha=0.5) == pytest.approx(nll(0.5 * (3 * 0.4 + 1.0)))
+    with pytest.raises(ConfigError, match=r"span_weight is -1.0; it must be at least 0"):
+        Score(0.5, span_weight=-1.0)
 
 
 def test_chip_asks_only_for_what_its_terms_read() -> None:
@@ -248,9 +248,9 @@ def test_wpo_weighs_pairs_of_inputs_too(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "keywords", "message"),
     [
-        ("pami_vdpo", {"wpo": True}, "defined for pairs of responses, which Bag does not read"),
-        ("povid", {"wpo": True}, "which Contrast does not read"),
-        ("vista_dpo", {"ld_alpha": 0.5}, "which Contrast does not read"),
+        ("pami_vdpo", {"wpo": True}, "defined for pairs of responses, which Pami does not read"),
+        ("povid", {"wpo": True}, "which Povid does not read"),
+        ("vista_dpo", {"ld_alpha": 0.5}, "which Povid does not read"),
         ("vdpo", {"ld_alpha": 0.5}, "ld_alpha compares the lengths of two responses"),
         ("chip", {"lam": -1.0}, r"objective.lam is -1.0; it must be at least 0"),
         ("chip", {"gain": -2.0}, r"objective.gain is -2.0"),
@@ -324,5 +324,5 @@ def test_hound_dpo_is_dpo_by_another_name() -> None:
 
 def test_a_bag_never_reads_the_first_label() -> None:
     score = tensor([[0.3, -0.2, 0.4]])
-    first, second = (Bag()(score, tensor([[p, 0.5, 0.5]])) for p in (1.0, 0.2))
+    first, second = (Pami()(score, tensor([[p, 0.5, 0.5]])) for p in (1.0, 0.2))
     assert torch.equal(first, second)

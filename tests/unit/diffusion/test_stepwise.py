@@ -79,5 +79,5 @@ def test_the_whole_step_keeps_the_variance_of_the_process() -> None:
 
 @pytest.mark.parametrize("eps", [0.0, 1.0])
 def test_bad_clip(eps: float) -> None:
-    with pytest.raises(ConfigError, match=r"objective.eps is .*in \(0, 1\)"):
+    with pytest.raises(ConfigError, match=r"eps is .*in \(0, 1\)"):
         presets.spo(eps=eps)
