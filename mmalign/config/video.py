@@ -153,6 +153,11 @@ class VideoConfig(Section):
     selection: SelectionSpec = SelectionSpec()
     clues: ClueSpec | None = None
 
+    @property
+    def freezes_media(self) -> bool:
+        """Whether features of media stay what they are: neither tower nor projector is trained."""
+        return not {"tower", "projector"} & set(self.train)
+
     @model_validator(mode="after")
     def _one_way_to_choose_frames(self) -> Self:
         if (self.num_frames is None) == (self.fps is None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from mmalign.config import ModelConfig, RunConfig
+    from mmalign.config import RunConfig
     from mmalign.core import Needs
     from mmalign.data.example import Asked, Example, Prompt
     from mmalign.models.adapter import Surveyed
@@ -92,18 +92,25 @@ def _reasons(model: PreTrainedModel, length: int) -> dict[str, str]:
 class TextAdapter(TokenAdapter):
     """A causal language model as policy, and its reference."""
 
-    @classmethod
-    def _load_tokenizer(cls, config: RunConfig) -> PreTrainedTokenizerBase:
-        return load_tokenizer(config)
+    def __init__(
+        self,
+        config: RunConfig,
+        needs: Needs,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        """Make a loaded model trainable as `config` says."""
+        super().__init__(config, needs, model, Encoder(tokenizer, config))
 
     @classmethod
-    def _load_model(
-        cls, path: str, config: ModelConfig, revision: str | None = None
-    ) -> PreTrainedModel:
-        return load_model(path, config, revision)
+    def build(cls, config: RunConfig, needs: Needs) -> Self:
+        """Load tokenizer and model; what cannot work is refused before."""
+        cls.refuse(config, needs)
+        tokenizer = load_tokenizer(config)
+        model = load_model(config.model.path, config.model, config.model.revision)
+        return cls(config, needs, model, tokenizer)
 
-    def _make_encoder(self, tokenizer: Any, model: PreTrainedModel) -> Encoder:
-        return Encoder(tokenizer, self.config)
+    _load_model = staticmethod(load_model)
 
     def _make_trainable(self, model: PreTrainedModel) -> nn.Module:
         return lora.apply(model, self.config.model, unfit=lambda: unfit_layers(model))

@@ -44,8 +44,16 @@ if TYPE_CHECKING:
 
 # Encoded rows to one batch: extra roles, mismatched answers, padding to [B, K, ...].
 
+if TYPE_CHECKING:
+    Encoded = list[list[EncodedCandidate]]  # by row and candidate
 
-def collate(encoder: Encoder, examples: Sequence[Example], needs: Needs) -> Batch:
+
+def collate(
+    encoder: Encoder,
+    examples: Sequence[Example],
+    needs: Needs,
+    encode: Callable[[Example], Sequence[EncodedCandidate]],
+) -> tuple[Batch, Encoded]:
     """A batch on the CPU: the rated candidates, then the extra roles in the order of `needs`.
 
     Inputs, right-padded to the longest of the batch:
@@ -55,21 +63,29 @@ def collate(encoder: Encoder, examples: Sequence[Example], needs: Needs) -> Batc
             assistant did not write, or that it is not trained on.
         span_mask (text.masks.kind spans, diff): [B, K, L] bool.
         step_index (text.masks.kind steps): [B, K, L] long; 0 is no step.
-        context_index: [B, K] long, only where prompts show something.
 
     A "mismatched" candidate is the response of the row before under this prompt, tokenised on its
     own: no label of a row depends on the rows beside it.
+
+    Args:
+        encoder: Whose pad token, masks and notes are used.
+        examples: The rows.
+        needs: Of the objective.
+        encode: Every candidate of a row, as `Encoder.encode_example`.
+
+    Returns:
+        The batch, and the candidates that it was made from.
 
     Raises:
         NeedsError: when a row lacks a role, or rows differ in their number of candidates.
     """
     rows = [_selected(example, needs) for example in examples]
-    encoded = [list(encoder.encode_example(example)) for example in rows]
+    encoded = [list(encode(example)) for example in rows]
     labels = [list(example.labels) for example in rows]
     if "mismatched" in needs.roles:
         for index, example in enumerate(rows):
             other = replace(rows[index - 1].candidates[0], prompt=None, role="mismatched")
-            encoded[index] += encoder.encode_example(replace(example, candidates=(other,)))
+            encoded[index] += encode(replace(example, candidates=(other,)))
             labels[index].append(0.0)
     sizes = sorted({len(row) for row in encoded})
     if len(sizes) > 1 or sizes[0] < needs.candidates:
@@ -82,15 +98,16 @@ def collate(encoder: Encoder, examples: Sequence[Example], needs: Needs) -> Batc
         why = "alone in its batch: nothing to mismatch"
         encoder.notes.count("without_mismatch", rows[0].id, why, surveyed=False)
         inputs["response_mask"][:, -1] = False
-    return Batch(
+    batch = Batch(
         inputs=inputs,
         labels=torch.tensor(labels, dtype=torch.float32),
         row_weight=torch.tensor([example.weight for example in rows], dtype=torch.float32),
         ids=tuple(example.id for example in rows),
     )
+    return batch, encoded
 
 
-def _inputs(encoder: Encoder, encoded: Sequence[Sequence[EncodedCandidate]]) -> dict[str, Tensor]:
+def _inputs(encoder: Encoder, encoded: Encoded) -> dict[str, Tensor]:
     inputs: dict[str, Tensor] = {}
     for name in ("prompt", "response"):
         ids = [[getattr(item, name) for item in row] for row in encoded]
@@ -103,9 +120,6 @@ def _inputs(encoder: Encoder, encoded: Sequence[Sequence[EncodedCandidate]]) -> 
         inputs["span_mask"] = _pad([encoder.span_masks(row) for row in encoded], 0).bool()
     if encoder.uses_steps:
         inputs["step_index"] = _pad([[item.steps for item in row] for row in encoded], 0)
-    if any(item.context for row in encoded for item in row):
-        contexts = [[item.context for item in row] for row in encoded]
-        inputs["context_index"] = torch.tensor(contexts, dtype=torch.long)
     return inputs
 
 
@@ -323,8 +337,8 @@ class Encoder:
         return tuple(encoded[index] for index in range(len(encoded)))
 
     def collate(self, examples: Sequence[Example], needs: Needs) -> Batch:
-        """A batch on the CPU: rated candidates, then the extra roles of `needs`; see `batch`."""
-        return collate(self, examples, needs)
+        """A batch on the CPU: rated candidates, then the extra roles of `needs`; see `collate`."""
+        return collate(self, examples, needs, self.encode_example)[0]
 
     def fingerprint(self) -> str:
         """Hash of everything that decides the tokens: tokenizer, template, limits, code version."""

@@ -7,7 +7,7 @@ import re
 from bisect import bisect_right
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -410,7 +410,7 @@ class EncodedCandidate:
     response: list[int]  # L  at least one token; ends in the end token when nothing was cut
     spans: list[bool]  # L  True on tokens that overlap a span of the record
     steps: list[int]  # L  reasoning step, from 1; 0 outside of every step
-    context: int = 0  # number of what the prompt shows, where it is more than text
+    context: Any = None  # what the prompt shows, where it is more than text
     # L  False on tokens of an answer of several turns that the assistant did not write, or is not
     # trained on; empty: all are scored.
     scored: list[bool] = field(default_factory=list[bool])

@@ -159,16 +159,26 @@ class TokenAdapter(Adapter):
         config: RunConfig,
         needs: Needs,
         model: PreTrainedModel,
-        tokenizer: Any,
+        encoder: Encoder,
+        **parts: nn.Module | None,
     ) -> None:
-        """Make a loaded model trainable as `config` says; `build` is this after loading."""
+        """Make a loaded model trainable as `config` says; `build` is this after loading.
+
+        Args:
+            config: The run's.
+            needs: Of its objective.
+            model: Without an adapter.
+            encoder: Turns examples into batches.
+            **parts: What a modality trains beside the model, by the names of its attributes.
+        """
         super().__init__()
-        self.config, self.needs = config, needs
-        self.encoder = self._make_encoder(tokenizer, model)
-        self.encoder.notes.quiet = True  # the survey has said it
+        self.config, self.needs, self.encoder = config, needs, encoder
+        for name, part in parts.items():
+            setattr(self, name, part)
+        encoder.notes.quiet = True  # the survey has said it
         self._num_tokens = num_embedded(model)
-        self.encoder.use_ids_below(self._num_tokens)
-        compare(model, self.encoder.tokenizer)
+        encoder.use_ids_below(self._num_tokens)
+        compare(model, encoder.tokenizer)
         no_dropout(model)
         always_as_in_training(model)
         if config.model.gradient_checkpointing:
@@ -184,7 +194,7 @@ class TokenAdapter(Adapter):
         self._start_head: Head | None = None
         self._cache: ReferenceCache | None = None
         if isinstance(self.reference, Cached):
-            self._cache = ReferenceCache(config, self.encoder, needs)
+            self._cache = ReferenceCache(config, encoder, needs)
             if needs.kl:  # states come from the cache, the head that reads them is the start's
                 self._start_head = self.heads.of(model).detached()
         self._layout: Layout | None = None
@@ -196,31 +206,17 @@ class TokenAdapter(Adapter):
         """Tokens that the model knows."""
         return self._num_tokens
 
-    @classmethod
-    def build(cls, config: RunConfig, needs: Needs) -> Self:
-        """Load tokenizer and model; what cannot work is refused before."""
+    @staticmethod
+    def refuse(config: RunConfig, needs: Needs) -> None:
+        """Raise a ConfigError for what cannot work, before anything is loaded."""
         lora.check(config.model)
         if resolve(config, needs) == "cached":
             check_cacheable(config, needs)
-        tokenizer = cls._load_tokenizer(config)
-        model = cls._load_model(config.model.path, config.model, config.model.revision)
-        return cls(config, needs, model, tokenizer)
 
-    @classmethod
+    @staticmethod
     @abstractmethod
-    def _load_tokenizer(cls, config: RunConfig) -> Any:
-        """The tokenizer, or the whole processor of a model that is fed more than text."""
-
-    @classmethod
-    @abstractmethod
-    def _load_model(
-        cls, path: str, config: ModelConfig, revision: str | None = None
-    ) -> PreTrainedModel:
+    def _load_model(path: str, config: ModelConfig, revision: str | None = None) -> PreTrainedModel:
         """The model of a folder or hub name."""
-
-    @abstractmethod
-    def _make_encoder(self, tokenizer: Any, model: PreTrainedModel) -> Encoder:
-        """What turns examples into batches."""
 
     @abstractmethod
     def _make_trainable(self, model: PreTrainedModel) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -14,7 +14,6 @@ from mmalign.data.example import Asked
 from mmalign.data.select import MADE
 from mmalign.models import lora
 from mmalign.models.adapter import answer_seeds
-from mmalign.text.cache import cache_folder
 from mmalign.text.model import causal_model
 from mmalign.text.packing import arrange
 from mmalign.text.passes import run_model, scoring_models
@@ -36,7 +35,7 @@ from mmalign.video.model import (
 )
 from mmalign.video.pami import tau_at
 from mmalign.video.processing import Processor, load_processor
-from mmalign.video.reader import FeatureStore, MediaReader, open_features
+from mmalign.video.reader import FeatureStore, MediaReader
 from mmalign.video.samples import write_samples
 from mmalign.video.survey import survey_parts
 
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from mmalign.config import ModelConfig, RunConfig, SampleConfig, TrainConfig
+    from mmalign.config import RunConfig, SampleConfig, TrainConfig
     from mmalign.core import CandidateLogps, Needs
     from mmalign.data.example import Example
     from mmalign.models.adapter import Batch, Surveyed
@@ -108,8 +107,6 @@ def problems(config: RunConfig) -> list[str]:
     return found
 
 
-# The video adapter: language models that see and hear, scored on response tokens.
-#
 # A token model fed more than tokens: everything about scoring is the text adapter's. What is added
 # is what a prompt shows: media decoded and processed (`reader`), expanded in the prompt (`encode`),
 # encoded once for all that look at them (`contexts`), and answers under altered clips
@@ -123,28 +120,59 @@ class VideoAdapter(TokenAdapter):
     """
 
     encoder: VideoEncoder
+    clues: CluePart | None
     _shorten = "lower video.num_frames, max_frames or frame_pixels, or"
+    _load_model = staticmethod(load_model)
 
     def __init__(
-        self, config: RunConfig, needs: Needs, model: PreTrainedModel, tokenizer: Any
+        self,
+        config: RunConfig,
+        needs: Needs,
+        model: PreTrainedModel,
+        processor: Processor,
+        reader: MediaReader,
+        clues: CluePart | None = None,
     ) -> None:
-        """Make a loaded model trainable as `config` says; `tokenizer` is its whole processor."""
-        super().__init__(config, needs, model, tokenizer)
+        """Make a loaded model trainable as `config` says; `build` is this after loading.
+
+        Args:
+            config: The run's.
+            needs: Of its objective.
+            model: Without an adapter.
+            processor: The model's.
+            reader: Of its media.
+            clues: The clue aggregator, whose token the model has already.
+        """
+
+        def positions(ids: Tensor, prepared: Prepared) -> Tensor | None:
+            types = processor.token_types(ids).get("mm_token_type_ids")
+            return rope_positions(model, ids, prepared.processed.tensors, types)
+
+        count = clues.count if clues else None
+        encoder = VideoEncoder(processor, config, reader, positions, count, media_ids(model))
+        encoder.kinds.read_by(model)  # refuses a model of prefixes before anything is encoded
+        super().__init__(config, needs, model, encoder, clues=clues)
         self._step = 0
         self._num_steps = config.train.num_steps  # of the run; else unknown until it is planned
         self._shown: tuple[Example, ...] = ()  # of the run's rows, the first with media
-        self._corruptor = Corruptor(config.video, self.encoder.processor.hears_clips)
+        self._corruptor = Corruptor(config.video, processor.hears_clips)
         self._choice: pami.Chosen | None = None
 
     @classmethod
-    def _load_tokenizer(cls, config: RunConfig) -> Any:
-        return load_processor(config)
+    def build(cls, config: RunConfig, needs: Needs) -> Self:
+        """Load processor, model and clue aggregator; what cannot work is refused before."""
+        cls.refuse(config, needs)
+        processor = Processor(load_processor(config), config)
+        model = load_model(config.model.path, config.model, config.model.revision)
+        reader = MediaReader(processor, config, FeatureStore.of(config))
+        spec = config.video.clues
+        clues = CluePart(spec, model, processor.tokenizer, processor.token_ids) if spec else None
+        return cls(config, needs, model, processor, reader, clues)
 
-    @classmethod
-    def _load_model(
-        cls, path: str, config: ModelConfig, revision: str | None = None
-    ) -> PreTrainedModel:
-        return load_model(path, config, revision)
+    @property
+    def features(self) -> FeatureStore:
+        """The features of media that are kept."""
+        return self.encoder.reader.features
 
     @classmethod
     def problems(cls, config: RunConfig) -> list[str]:
@@ -295,28 +323,6 @@ class VideoAdapter(TokenAdapter):
         self._num_steps = num_steps or self._num_steps
         super().setup(examples)
 
-    def _make_encoder(self, tokenizer: Any, model: PreTrainedModel) -> VideoEncoder:
-        processor = Processor(tokenizer, self.config)
-        video = self.config.video
-        self.frozen = not {"tower", "projector"} & set(video.train)
-        self.features = FeatureStore(video.feature_cache if self.frozen else 0)
-        if self.frozen and cache_folder(self.config).is_dir():
-            self.features.disk = open_features(self.config)
-        reader = MediaReader(processor, self.config, self.features)
-
-        spec = video.clues
-        kinds = processor.token_ids
-        self.clues = CluePart(spec, model, processor.tokenizer, kinds) if spec else None
-        count = self.clues.count if self.clues else None
-
-        def positions(ids: Tensor, prepared: Prepared) -> Tensor | None:
-            types = processor.token_types(ids).get("mm_token_type_ids")
-            return rope_positions(model, ids, prepared.processed.tensors, types)
-
-        encoder = VideoEncoder(processor, self.config, reader, positions, count, media_ids(model))
-        encoder.kinds.read_by(model)  # refuses a model of prefixes before anything is encoded
-        return encoder
-
     def _make_trainable(self, model: PreTrainedModel) -> nn.Module:
         trained, spec = self.config.video.train, self.config.model.lora
         if spec is not None:
@@ -363,5 +369,5 @@ class VideoAdapter(TokenAdapter):
             return super()._run_reference(batch, rows, needs, layers=layers)
 
     def _contexts(self, batch: Batch) -> Contexts:
-        encoder = self.encoder
-        return Contexts(batch.inputs, encoder.shown_ids, self.frozen, self.features, encoder.kinds)
+        encoder, frozen = self.encoder, self.config.video.freezes_media
+        return Contexts(batch.inputs, encoder.shown_ids, frozen, self.features, encoder.kinds)

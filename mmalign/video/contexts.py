@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -219,12 +220,9 @@ def require_true(
         DataError: The row cannot be shown.
     """
     name = type(model).__name__
-    before = encoder.num_clues, encoder.uses_spans
-    encoder.num_clues, encoder.uses_spans = None, False  # the class knows nothing of them
-    try:
-        batch = encoder.collate([row], Needs()).to(model.device)
-    finally:
-        encoder.num_clues, encoder.uses_spans = before
+    bare = copy(encoder)
+    bare.num_clues, bare.uses_spans = None, False  # the class knows nothing of them
+    batch = bare.collate([row], Needs()).to(model.device)
     prompt, response = (
         batch.inputs[f"{part}_ids"][0, 0][batch.inputs[f"{part}_mask"][0, 0]]
         for part in ("prompt", "response")

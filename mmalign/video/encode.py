@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +13,16 @@ from jinja2 import TemplateError
 
 from mmalign.data.example import Asked, Media, Template
 from mmalign.errors import ConfigError, DataError
-from mmalign.text.encode import Encoder
+from mmalign.text.encode import Encoder, collate
 from mmalign.text.model import FAULTS
 from mmalign.video import candidates
 from mmalign.video.clue_part import CLUE_TOKEN, insert_clues
+from mmalign.video.clues import clue_count
 from mmalign.video.model import TokenKinds
 from mmalign.video.processing import MarkedText, MediaTemplate, place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -35,17 +37,28 @@ if TYPE_CHECKING:
     from mmalign.video.processing import Processed, Processor, Shown
     from mmalign.video.reader import MediaReader, Prepared
 
-
-# Examples to token ids where prompts show and play: every medium expanded, its run verified.
-
-if TYPE_CHECKING:
     Positions = Callable[[Tensor, Prepared], Tensor | None]
+    _Named = tuple[str, tuple[int, ...]]  # a context: the key of its media, the ids of its prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What the prompt of a candidate shows.
+
+    Attributes:
+        prepared: Its media, ready for the model.
+        operation: How they are altered, by number; see `mmalign.video.candidates`.
+    """
+
+    prepared: Prepared
+    operation: int = 0
 
 
 class VideoEncoder(Encoder):
     """Turns examples into batches for one processor and one config.
 
-    Inputs of a batch beside those of a text batch, all of them `whole`:
+    Inputs of a batch beside those of a text batch, all but the first of them `whole`:
+        context_index: [B, K] long, the context of each candidate.
         context_media: [C] long, the media that context c shows, counted from 1; 0 for none.
         context_operation: [C] long, how they are altered; see `mmalign.video.candidates`.
         positions/C: [3, P] of the tokens of a context's prompt, for models that count so.
@@ -59,7 +72,7 @@ class VideoEncoder(Encoder):
         processor: Processor,
         config: RunConfig,
         reader: MediaReader,
-        positions: Positions,
+        positions: Positions | None = None,
         num_clues: Callable[[bool, bool], int] | None = None,
         shown_ids: frozenset[int] | None = None,
     ) -> None:
@@ -69,7 +82,8 @@ class VideoEncoder(Encoder):
             processor: Of the model.
             config: The run's.
             reader: Decodes and processes media.
-            positions: Positions of a prompt's ids [P] that shows something.
+            positions: Positions of a prompt's ids [P] that shows something; None where no model is
+                there to count them.
             num_clues: Clue tokens of a prompt that is seen, and heard; None for a model without.
             shown_ids: Tokens in whose place features stand, where the model is there to ask; they
                 may be others than the text of a prompt has.
@@ -84,9 +98,17 @@ class VideoEncoder(Encoder):
         self.media_ids = self.shown_ids | written
         if num_clues is not None:
             self.media_ids |= {processor.tokenizer.convert_tokens_to_ids(CLUE_TOKEN)}
-        self._contexts: dict[tuple[str, tuple[int, ...]], int] = {}
-        self._prepared: dict[str, Prepared] = {}
-        self._operations: dict[str, int] = {}
+
+    @classmethod
+    def without_model(
+        cls, processor: Processor, config: RunConfig, reader: MediaReader
+    ) -> VideoEncoder:
+        """One that writes the rows of a run as ever, but has no model to ask for positions."""
+        count = None
+        if config.video.clues is not None:
+            processor.tokenizer.add_tokens([CLUE_TOKEN], special_tokens=True)
+            count = clue_count(config.video.clues)
+        return cls(processor, config, reader, num_clues=count)
 
     def _renderers(self) -> tuple[ChatTemplate | None, PlainText]:
         plain = MarkedText(self.processor.tokens)
@@ -105,6 +127,12 @@ class VideoEncoder(Encoder):
         Raises:
             DataError: when a response has no token, or media cannot be shown.
         """
+        return self._encoded(example, {})
+
+    def _encoded(
+        self, example: Example, prepared: dict[str, Prepared]
+    ) -> tuple[EncodedCandidate, ...]:
+        """The same; `prepared` holds media that were read before, by key, and gets those read."""
         groups: dict[tuple[Prompt, Media], list[int]] = {}
         for index, candidate in enumerate(example.candidates):
             prompt = example.prompt if candidate.prompt is None else candidate.prompt
@@ -113,7 +141,7 @@ class VideoEncoder(Encoder):
         encoded: dict[int, EncodedCandidate] = {}
         for (prompt, media), indices in groups.items():
             members = [example.candidates[index] for index in indices]
-            placed, expand, key = self._placed(prompt, media, example.id)
+            placed, expand, context = self._placed(prompt, media, example.id, prepared)
             asked = Asked(placed, example.template) if example.template else placed
             if not self.render.is_chat and not isinstance(prompt, str):
                 self.count("without_template", example.id)
@@ -125,7 +153,7 @@ class VideoEncoder(Encoder):
                         f"{example.id}: a response writes one of the model's own tokens for media "
                         f"({', '.join(self.processor.tokens.values())}); change the text"
                     )
-                encoded[index] = replace(item, context=self._context(key, item.prompt))
+                encoded[index] = replace(item, context=context)
         return tuple(encoded[index] for index in range(len(encoded)))
 
     def encode_question(
@@ -135,23 +163,27 @@ class VideoEncoder(Encoder):
         words, row = (
             (prompt.prompt, prompt.template) if isinstance(prompt, Asked) else (prompt, Template())
         )
-        self._prepared = {}
+        known: dict[str, Prepared] = {}
         if media:
             key = self.reader.key(media)
-            self._prepared[key] = self.reader.prepare(media, where, key=key, pixels=True)
-        placed, expand, key = self._placed(words, media, where)
+            known[key] = self.reader.prepare(media, where, key=key, pixels=True)
+        placed, expand, context = self._placed(words, media, where, known)
         ids, _ = self._ids(expand(self.render.context(Asked(placed, row), where)))
         ids = self._known(self._cut_prompt(self._started(ids, where), where), where)
-        return ids, self._prepared.get(key)
+        return ids, None if context is None else context.prepared
 
     def collate(self, examples: Sequence[Example], needs: Needs) -> Batch:
         """A batch on the CPU; see the class for its inputs."""
-        self._contexts, self._prepared, self._operations = {}, {}, {}
-        batch = super().collate(examples, needs)
-        whole = self._media_inputs()
-        inputs = {**batch.inputs, **whole}
-        if "context_index" not in inputs:
-            inputs["context_index"] = torch.zeros(batch.labels.shape, dtype=torch.long)
+        encode = partial(self._encoded, prepared={})
+        batch, encoded = collate(self, examples, needs, encode)
+        contexts: dict[_Named, Context] = {}
+        for item in chain.from_iterable(encoded):
+            if item.context is not None:
+                contexts.setdefault(_name(item), item.context)
+        numbers = {name: number for number, name in enumerate(contexts, 1)}
+        index = [[numbers.get(_name(item), 0) for item in row] for row in encoded]
+        whole = self._media_inputs(contexts)
+        inputs = {**batch.inputs, "context_index": torch.tensor(index, dtype=torch.long), **whole}
         return replace(batch, inputs=inputs, whole=frozenset(whole))
 
     def fingerprint(self) -> str:
@@ -159,12 +191,12 @@ class VideoEncoder(Encoder):
         return f"{super().fingerprint()}-{self.reader.key(Media())}"
 
     def _placed(
-        self, prompt: Prompt, media: Media, where: str
-    ) -> tuple[Prompt, Callable[[str], str], str]:
-        """The prompt with its marks, how its text is expanded, and the key of its media."""
+        self, prompt: Prompt, media: Media, where: str, known: dict[str, Prepared]
+    ) -> tuple[Prompt, Callable[[str], str], Context | None]:
+        """The prompt with its marks, how its text is expanded, and what it shows."""
         if not media:
             place(prompt, media, where)  # refuses marks of what is not there
-            return prompt, partial(self._bare, where=where), ""
+            return prompt, partial(self._bare, where=where), None
         if media.videos and not self._writes_clips:
             raise ConfigError(
                 f"model.path: {type(self.processor.inner).__name__} writes prompts with clips by a "
@@ -172,10 +204,9 @@ class VideoEncoder(Encoder):
                 "meant as text.chat_template"
             )
         key = self.reader.key(media)
-        if key not in self._prepared:
-            self._prepared[key] = self.reader.prepare(media, where, key=key)
-        self._operations[key] = candidates.number(media.change)
-        prepared = self._prepared[key]
+        if key not in known:
+            known[key] = self.reader.prepare(media, where, key=key)
+        prepared = known[key]
         counts = {"video": media.videos, "image": media.images, "audio": media.sounds}
 
         def expand(text: str) -> str:
@@ -192,7 +223,8 @@ class VideoEncoder(Encoder):
                 text = self._with_clues(text, media)
             return self.processor.expand(text, prepared.processed)
 
-        return place(prompt, media, where), expand, key
+        context = Context(prepared, candidates.number(media.change))
+        return place(prompt, media, where), expand, context
 
     @cached_property
     def _writes_clips(self) -> bool:
@@ -228,26 +260,22 @@ class VideoEncoder(Encoder):
         count = self.num_clues(bool(media.videos or media.images), heard)
         return insert_clues(text, count, self.processor.tokens.values())
 
-    def _context(self, key: str, prompt: list[int]) -> int:
-        """The number of a context, from 1; 0 for one of text alone."""
-        if not key:
-            return 0
-        return self._contexts.setdefault((key, tuple(prompt)), len(self._contexts) + 1)
-
-    def _media_inputs(self) -> dict[str, Tensor]:
-        keys = list(dict.fromkeys(key for key, _ in self._contexts))
-        shown = [0, *(keys.index(key) + 1 for key, _ in self._contexts)]
-        done = [0, *(self._operations[key] for key, _ in self._contexts)]
+    def _media_inputs(self, contexts: Mapping[_Named, Context]) -> dict[str, Tensor]:
+        media = {context.prepared.key: context.prepared for context in contexts.values()}
+        places = {key: number for number, key in enumerate(media, 1)}
+        shown = [0, *(places[key] for key, _ in contexts)]
+        done = [0, *(context.operation for context in contexts.values())]
         inputs: dict[str, Tensor] = {
             "context_media": torch.tensor(shown, dtype=torch.long),
             "context_operation": torch.tensor(done, dtype=torch.long),
         }
-        for (key, ids), number in self._contexts.items():
-            positions = self.positions(torch.tensor(ids), self._prepared[key])
-            if positions is not None:
-                inputs[f"positions/{number}"] = positions
-        for number, key in enumerate(keys, 1):
-            for name, tensor in media_tensors(self._prepared[key]).items():
+        if self.positions is not None:
+            for number, ((key, ids), _) in enumerate(contexts.items(), 1):
+                positions = self.positions(torch.tensor(ids), media[key])
+                if positions is not None:
+                    inputs[f"positions/{number}"] = positions
+        for key, number in places.items():
+            for name, tensor in media_tensors(media[key]).items():
                 inputs[f"media/{number}/{name}"] = tensor
         return inputs
 
@@ -277,6 +305,10 @@ class VideoEncoder(Encoder):
         return ids[:start] + ids[start + excess :]
 
 
+def _name(item: EncodedCandidate) -> _Named:
+    return ("" if item.context is None else item.context.prepared.key, tuple(item.prompt))
+
+
 def media_tensors(prepared: Prepared) -> dict[str, Any]:
     """What a batch carries of the media of a prompt."""
     encoded = prepared.encoded
@@ -286,9 +318,6 @@ def media_tensors(prepared: Prepared) -> dict[str, Any]:
         return dict(prepared.processed.tensors)
     key = torch.frombuffer(bytearray(bytes.fromhex(prepared.key)), dtype=torch.uint8)
     return {"key": key, **prepared.processed.tensors}
-
-
-# What media become in the model's processor: sizes of frames and pictures, tokens of a prompt.
 
 
 def token_counts(encoder: VideoEncoder, processed: Processed) -> dict[str, list[int]]:

@@ -197,12 +197,14 @@ class Shown:
     Attributes:
         clips: Frames, and the sound that is played with them where the model hears it.
         starts: Seconds of the file at which each clip begins; times are told from there.
+        note: Of altered media, the `operation` and what was drawn for it; see `Augmented`.
     """
 
     clips: Sequence[tuple[Frames, Wave | None]] = ()
     starts: Sequence[float] = ()
     images: Sequence[Image] = ()
     sounds: Sequence[Wave] = ()
+    note: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
@@ -32,14 +31,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmalign.config import RunConfig
-    from mmalign.data.example import Clip, Media, Picture, Sound
+    from mmalign.data.example import Change, Clip, Media, Picture, Sound
     from mmalign.video.checks import Seen, Use
     from mmalign.video.sizes import Wave
 
 
-# From media by reference to what the model takes: decoded, altered, processed; each once.
-
-_NOTES = 1000  # kept
 _VERSION = 2  # raise it when the same media are shown otherwise
 _DECIDING = {"num_frames", "fps", "max_frames", "min_frames", "frame_pixels", "image_pixels",
              "cap_pixels_per_frame", "sound"}  # fmt: skip
@@ -63,11 +59,7 @@ class Prepared:
 
 
 class MediaReader:
-    """Reads the media of prompts under one config.
-
-    Attributes:
-        notes: Key of altered media to what was done to them, for reports; the newest ones.
-    """
+    """Reads the media of prompts under one config."""
 
     def __init__(self, processor: Processor, config: RunConfig, features: FeatureStore) -> None:
         """Remember nothing yet."""
@@ -75,7 +67,6 @@ class MediaReader:
         self.video = config.video
         self.features = features
         self.frames = FrameCache(config.video, processor.sizes)
-        self.notes: dict[str, Mapping[str, Any]] = {}
         self._settings = config.video.model_dump(mode="json", include=_DECIDING)
         self._identity = processor.identity()
         self.longest = processor.longest_sound
@@ -129,14 +120,8 @@ class MediaReader:
         clips = [self._clip(clip, heard=heard, bare=bare) for clip in media.videos]
         images = [open_picture(picture) for picture in media.images]
         sounds = [read_sound(sound, self.video, self.longest) for sound in media.sounds]
-        if media.change is not None:
-            self._alter(media, clips, images, sounds)
-        return Shown(
-            clips=clips,
-            starts=[clip.start for clip in media.videos],
-            images=images,
-            sounds=sounds,
-        )
+        shown = Shown(clips, [clip.start for clip in media.videos], images, sounds)
+        return shown if media.change is None else self._altered(media.change, shown)
 
     def hears_clip(self, media: Media) -> bool:
         """Whether the clips of a prompt are heard: the model can, and no track is given instead."""
@@ -150,16 +135,9 @@ class MediaReader:
             return frames, None
         return frames, sound_of(clip, self.video, self.longest)
 
-    def _alter(
-        self,
-        media: Media,
-        clips: list[tuple[Frames, Wave | None]],
-        images: list[Image],
-        sounds: list[Wave],
-    ) -> None:
-        """Apply the change to what is shown first, and to the sound that goes with it."""
-        change = media.change
-        assert change is not None
+    def _altered(self, change: Change, shown: Shown) -> Shown:
+        """The change made to what is shown first, and to the sound that goes with it."""
+        clips, images, sounds = [*shown.clips], [*shown.images], [*shown.sounds]
         frames, wave = clips[0] if clips else (_still(images), None)
         heard = wave is not None
         donor = None if change.donor is None else self._clip(change.donor, heard=heard, bare=True)
@@ -172,9 +150,8 @@ class MediaReader:
             images[0] = PIL.Image.fromarray(altered.frames.pixels[0])
         if sounds and not heard and altered.wave is not None:
             sounds[0] = altered.wave
-        self.notes[self.key(media)] = {"operation": altered.operation, **altered.note}
-        if len(self.notes) > _NOTES:
-            del self.notes[next(iter(self.notes))]
+        note = {"operation": altered.operation, **altered.note}
+        return Shown(clips, shown.starts, images, sounds, note)
 
 
 def _still(images: list[Image]) -> Frames:
@@ -208,8 +185,15 @@ class FeatureStore:
         self.limit = megabytes << 20
         self.disk = disk
         self.hits = self.misses = 0
-        self._kept: OrderedDict[str, Encoded] = OrderedDict()
-        self._bytes = 0
+        self._kept: LRUCache[str, Encoded] = LRUCache(self.limit, lambda encoded: encoded.nbytes)
+
+    @classmethod
+    def of(cls, config: RunConfig) -> FeatureStore:
+        """What a run keeps: nothing where a tower or projector is trained."""
+        if not config.video.freezes_media:
+            return cls(0)
+        is_written = cache_folder(config).is_dir()
+        return cls(config.video.feature_cache, open_features(config) if is_written else None)
 
     @property
     def active(self) -> bool:
@@ -219,23 +203,15 @@ class FeatureStore:
     def get(self, key: str) -> Encoded | None:
         """The features of these media, on the CPU; None when they must be made."""
         found = self._kept.get(key)
-        if found is not None:
-            self._kept.move_to_end(key)
-        elif self.disk is not None:
+        if found is None and self.disk is not None:
             found = self._read(key)
         self.hits, self.misses = self.hits + (found is not None), self.misses + (found is None)
         return found
 
     def put(self, key: str, encoded: Encoded) -> None:
         """Keep features that were made, without their graph."""
-        if key in self._kept or encoded.nbytes > self.limit:
-            return
-        kept = encoded.detached()
-        self._kept[key] = kept
-        self._bytes += kept.nbytes
-        while self._bytes > self.limit:
-            _, oldest = self._kept.popitem(last=False)
-            self._bytes -= oldest.nbytes
+        if key not in self._kept and encoded.nbytes <= self.limit:
+            self._kept[key] = encoded.detached()
 
     def write(self, key: str, encoded: Encoded) -> None:
         """Put features on the disk."""

@@ -382,8 +382,7 @@ def _alterations(
         if not (folder / file).exists():
             own = reader.show(media.unchanged())
             write(compared(own, altered), folder / file)
-        note = reader.notes[reader.key(media)]
-        found.append({"role": role, **note, "frames": file})
+        found.append({"role": role, **altered.note, "frames": file})
     if "augmented" in adapter.needs.roles:
         device = next(adapter.policy.parameters()).device
         choice = adapter.choose(adapter.collate([row]).to(device))

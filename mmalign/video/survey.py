@@ -27,7 +27,6 @@ from mmalign.text.survey import (
 from mmalign.video.augment import seed_for
 from mmalign.video.candidates import Corruptor
 from mmalign.video.checks import FILE, check_media, keep_usable, leave_out, uses_of
-from mmalign.video.clue_part import CLUE_TOKEN
 from mmalign.video.encode import VideoEncoder, token_counts
 from mmalign.video.processing import Processor, load_processor
 from mmalign.video.reader import PlannedReader
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from mmalign.config import RunConfig
     from mmalign.core import Needs
     from mmalign.data.example import Example, Media
-    from mmalign.text.masks import EncodedCandidate
     from mmalign.text.survey import Found
     from mmalign.video.checks import MediaReport, Seen, Use
 
@@ -81,17 +79,6 @@ def taken(parts: Sequence[Sequence[Example]], processor: Processor) -> list[list
 # The rows of a run with media, all looked at before a model is loaded: files, sizes, tokens.
 
 _MUCH = 200 * 2**20  # bytes of the frames of one clip
-
-
-class CountingEncoder(VideoEncoder):
-    """An encoder of rows one after another, which forgets what each of them showed."""
-
-    reader: PlannedReader
-
-    def encode_example(self, example: Example) -> tuple[EncodedCandidate, ...]:
-        """As ever."""
-        self._contexts, self._prepared, self._operations = {}, {}, {}
-        return super().encode_example(example)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,18 +143,10 @@ def look_at(
     )
 
 
-def counting_encoder(
-    config: RunConfig, processor: Processor, report: MediaReport
-) -> CountingEncoder:
+def counting_encoder(config: RunConfig, processor: Processor, report: MediaReport) -> VideoEncoder:
     """An encoder that needs no pixels of what a report has seen."""
-    count = None
-    if config.video.clues is not None:
-        from mmalign.video.clues import clue_count
-
-        processor.tokenizer.add_tokens([CLUE_TOKEN], special_tokens=True)
-        count = clue_count(config.video.clues)
     reader = PlannedReader(processor, config, report.seen)
-    encoder = CountingEncoder(processor, config, reader, lambda ids, prepared: None, count)
+    encoder = VideoEncoder.without_model(processor, config, reader)
     encoder.notes.quiet = True
     return encoder
 
@@ -178,13 +157,13 @@ def shown_by(row: Example) -> Iterable[Media]:
     return dict.fromkeys(item for item in media if item)
 
 
-def _fitting(parts: list[list[Example]], encoder: CountingEncoder) -> list[list[Example]]:
+def _fitting(parts: list[list[Example]], encoder: VideoEncoder) -> list[list[Example]]:
     """The rows whose media the processor takes."""
     faults: dict[int, str] = {}
     for row in {id(row): row for part in parts for row in part}.values():
         for media in shown_by(row):
             try:
-                encoder.reader.processed(media.unchanged(), row.id)
+                encoder.reader.prepare(media.unchanged(), row.id)
             except DataError as error:
                 text = str(error).removeprefix(f"{row.id}: ")
                 faults[id(row)] = f"{_files(media)}: {text}"
@@ -239,7 +218,7 @@ def _within(
     rows: Sequence[Example],
     found: Found,
     limits: Limits,
-    encoder: CountingEncoder,
+    encoder: VideoEncoder,
 ) -> list[list[Example]]:
     """The rows with media that are not beyond the model's positions; others stay problems."""
     if limits.positions is None:
@@ -277,7 +256,7 @@ def _files(media: Media) -> str:
 
 def _found(
     config: RunConfig,
-    encoder: CountingEncoder,
+    encoder: VideoEncoder,
     rows: Sequence[Example],
     limits: Limits,
     report: MediaReport,

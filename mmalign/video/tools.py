@@ -23,8 +23,6 @@ from mmalign.text.tools import CONTEXT, counted, legend, response, write_referen
 from mmalign.video.adapter import VideoAdapter
 from mmalign.video.augment import seed_for
 from mmalign.video.candidates import Corruptor
-from mmalign.video.clue_part import CLUE_TOKEN
-from mmalign.video.clues import clue_count
 from mmalign.video.encode import VideoEncoder, media_tensors
 from mmalign.video.model import encode
 from mmalign.video.processing import Processor, load_processor
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
 
     from mmalign.config import RunConfig
     from mmalign.data.example import Example, Media
-    from mmalign.video.survey import CountingEncoder
 
 
 # What a model will see of rows, for a terminal: media with their times, context, scored tokens.
@@ -52,12 +49,8 @@ def show_rows(config: RunConfig, examples: Sequence[Example]) -> Group:
     Clips that an alteration takes from are those of the rows shown.
     """
     processor = Processor(load_processor(config), config)
-    count = None
-    if config.video.clues is not None:
-        processor.tokenizer.add_tokens([CLUE_TOKEN], special_tokens=True)
-        count = clue_count(config.video.clues)
     reader = MediaReader(processor, config, FeatureStore(0))
-    encoder = VideoEncoder(processor, config, reader, lambda ids, prepared: None, count)
+    encoder = VideoEncoder.without_model(processor, config, reader)
     roles = presets.from_config(config.objective).needs.roles
     clips = dict.fromkeys(clip for row in examples for clip in row.media.videos)
     alter = Corruptor(config.video, processor.hears_clips, tuple(clips))
@@ -88,8 +81,8 @@ def _row(encoder: VideoEncoder, row: Example) -> Iterator[Text]:
 
 def _media(encoder: VideoEncoder, media: Media, where: str) -> Iterator[Text]:
     """A line for each medium, and one for what was done to them or left out."""
-    reader, video = encoder.reader, encoder.reader.video
-    for about in described(encoder, media, reader.show(media), where):
+    video, decoded = encoder.reader.video, encoder.reader.show(media)
+    for about in described(encoder, media, decoded, where):
         line = f"{about['kind']} {about['file']}: "
         at = " at {} x {}".format(*about["shown"]) if "shown" in about else ""
         cost = f"shown{at} in {about['tokens']:,} tokens"
@@ -112,7 +105,7 @@ def _media(encoder: VideoEncoder, media: Media, where: str) -> Iterator[Text]:
                 _CUT,
             )
     if media.change is not None:
-        note = dict(reader.notes[reader.key(media)])
+        note = dict(decoded.note)
         name, changed = note.pop("operation"), note.pop("changed")
         drawn = "; ".join(f"{key} {value}" for key, value in note.items())
         nothing = "" if changed else ", which changes nothing"
@@ -158,7 +151,7 @@ def write_cache(config: RunConfig, needs: Needs) -> str:
         ConfigError: Nothing of it can be stored.
     """
     said: list[str] = []
-    if not {"tower", "projector"} & set(config.video.train):
+    if config.video.freezes_media:
         with only_writer(cache_folder(config), "cache", wait=True):
             said.append(_write_features(config, needs))
     if config.reference.kind == "cached":
@@ -231,7 +224,7 @@ def plan_cache(config: RunConfig, needs: Needs) -> str:
     Raises:
         ConfigError: Nothing of it can be stored.
     """
-    frozen = not {"tower", "projector"} & set(config.video.train)
+    frozen = config.video.freezes_media
     if not frozen and config.reference.kind != "cached":
         raise ConfigError(
             "cache: with a trained tower or projector (video.train) features are other ones at "
@@ -273,7 +266,7 @@ def size(num_bytes: float) -> str:
 
 
 def _features(
-    config: RunConfig, encoder: CountingEncoder, rows: Sequence[Example]
+    config: RunConfig, encoder: VideoEncoder, rows: Sequence[Example]
 ) -> tuple[Part, Media | None]:
     """The features of all media, and one of those that are missing."""
     store = open_features(config)
@@ -287,7 +280,7 @@ def _features(
     return Part("features of media", len(keys), len(todo), num_bytes), next(iter(todo), None)
 
 
-def _places(encoder: CountingEncoder, media: Media) -> int:
+def _places(encoder: VideoEncoder, media: Media) -> int:
     """Tokens in whose place features stand."""
     ids = encoder.reader.prepare(media, "cache").processed.tensors["input_ids"]
     wanted = torch.tensor(sorted(encoder.shown_ids))
@@ -309,7 +302,7 @@ def _width(config: RunConfig) -> tuple[int, int]:
 
 
 def _reference(
-    config: RunConfig, needs: Needs, encoder: CountingEncoder, rows: Sequence[Example]
+    config: RunConfig, needs: Needs, encoder: VideoEncoder, rows: Sequence[Example]
 ) -> Part:
     """A log-probability a response token, or its last hidden state where a KL needs it."""
     cache = ReferenceCache(config, encoder, needs)
