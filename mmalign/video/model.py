@@ -9,6 +9,7 @@ import inspect
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,9 +41,6 @@ _DEEP = {
     "deepstack_features": "vision_mask",  # by the number of their layer
 }
 """What language models take features for deeper layers as, and the tokens that have them."""
-
-LANGUAGE = ("language_model", "text_model")
-"""What classes call the part that reads tokens."""
 
 _CARRIED = {"inputs_embeds", "position_ids", "attention_mask", *_DEEP, *_DEEP.values()}
 _TRIED = 4  # tokens of a trial, the second and third of a picture
@@ -76,10 +74,10 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ConfigError: The class keeps it elsewhere.
     """
-    for name in LANGUAGE:
-        found = getattr(model.base_model, name, None)
-        if found is not None:
-            return found
+    body: Any = model.base_model
+    found = body.get_decoder()
+    if found is not body:
+        return found
     raise ConfigError(
         f"model.path: {type(model).__name__} has no language model inside that could be fed "
         "media; modality video takes e.g. Qwen2.5-VL, Qwen3-VL, LLaVA-OneVision, Qwen2.5-Omni"
@@ -252,15 +250,18 @@ def _recorded(module: nn.Module) -> Iterator[dict[str, Any]]:
         del vars(module)["forward"]
 
 
-# Video language models of transformers: loading one, its parts, what it hands its language model.
+# Loading a model, and its parts.
 #
 # Every class prepares its context in its own way (newline tokens, sound between frames, features
 # for deeper layers). None of that is repeated here: the model runs with its language model replaced
 # by a recorder, and what would have gone in is read off.
 
-_PROJECTORS = ("visual.merger", "visual.deepstack_merger_list", "audio_tower.proj")
-_TOWERS = ("visual", "vision_tower", "image_tower", "video_tower", "audio_tower", "vision_model")
-_LANGUAGE = (*LANGUAGE, "lm_head")
+_BETWEEN = re.compile(
+    "projector|connector|merger|resampler|newline|embed_(vision|audio)|visual_embeddings_table"
+)
+"""What classes call the projectors beside their towers; the library has a way to ask for neither
+these nor those inside."""
+_INSIDE = ("merger", "deepstack_merger_list", "proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,28 +323,68 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
             f"model.path {path!r}: cannot be loaded as a model of text and media with "
             f"model.attention {config.attention} and dtype {config.dtype}: {describe(error)}"
         ) from error
-    language_model(model)  # refuses a model without one
+    parts_of(model)  # refuses a model without a language model, or with a part that is unknown
     return model
 
 
-def part_of(name: str) -> str:
-    """The part that a parameter or module belongs to: language, tower or projector.
+def parts_of(model: PreTrainedModel) -> dict[str, str]:
+    """The start of names to the part that modules and parameters belong to.
 
-    What is neither is a projector: it lies between the two, whatever its class calls it.
+    Language model and towers are what the class itself says (`get_decoder`, `get_encoder`); another
+    tower of the same class as one of them is one (Video-LLaVA's for clips).
+
+    Returns:
+        Names to `language`, `tower` or `projector`; what lies inside of something else comes first.
+
+    Raises:
+        ConfigError: There is no language model, or a part is of neither kind.
     """
-    parts = name.removeprefix("model.")
-    first = parts.split(".")[0]
-    if first in _LANGUAGE:
-        return "language"
-    if any(parts == p or parts.startswith(f"{p}.") for p in _PROJECTORS):
-        return "projector"
-    return "tower" if first in _TOWERS else "projector"
+    body: Any = model.base_model
+    known: dict[nn.Module | None, str] = {
+        **dict.fromkeys(_towers(model), "tower"),
+        language_model(model): "language",
+        model.get_output_embeddings(): "language",
+    }
+    kinds = {type(module) for module, part in known.items() if part == "tower"}
+    root = next(name for name, module in model.named_modules() if module is body)
+    outer = f"{root}." if root else ""
+    found: dict[str, str] = {}
+    for name, _ in model.named_parameters():
+        depth = outer.count(".") + 1 if name.startswith(outer) else 1
+        start = ".".join(name.split(".")[:depth])
+        if start in found:
+            continue
+        held = attrgetter(start)(model)
+        part = known.get(held) or ("tower" if type(held) in kinds else "")
+        if not part and _BETWEEN.search(start):
+            part = "projector"
+        if not part:
+            raise ConfigError(
+                f"model.path: {type(model).__name__} has a part {start!r} "
+                f"({type(held).__name__}) that is neither its language model nor a tower, nor a "
+                "projector by its name, so that video.train cannot say whether it is trained. Use "
+                "a class of another family"
+            )
+        found[start] = part
+    inside = [f"{name}.{part}" for name in found if found[name] == "tower" for part in _INSIDE]
+    return {**dict.fromkeys(inside, "projector"), **found}
 
 
-def select_parts(model: nn.Module, trained: Sequence[str]) -> None:
+def _towers(model: PreTrainedModel) -> list[nn.Module]:
+    body: Any = model.base_model
+    found = [body.get_encoder(modality=kind) for kind in ("image", "video", "audio")]
+    return [tower for tower in dict.fromkeys(found) if tower is not body]
+
+
+def _part(name: str, parts: Mapping[str, str]) -> str:
+    return next(part for start, part in parts.items() if f"{name}.".startswith(f"{start}."))
+
+
+def select_parts(model: PreTrainedModel, trained: Sequence[str]) -> None:
     """Freeze every parameter outside of the named parts."""
+    parts = parts_of(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in trained)
+        parameter.requires_grad_(_part(name, parts) in trained)
 
 
 def lora_targets(model: PreTrainedModel, trained: Sequence[str], wanted: Sequence[str]) -> str:
@@ -351,17 +392,19 @@ def lora_targets(model: PreTrainedModel, trained: Sequence[str], wanted: Sequenc
 
     Args:
         model: Without adapters.
-        trained: Parts of `part_of`.
+        trained: Parts of `parts_of`.
         wanted: Last names of modules; empty for all linear layers but the output head.
 
     Raises:
         ConfigError: It fits nothing.
     """
-    head = model.get_output_embeddings()
+    head, parts = model.get_output_embeddings(), parts_of(model)
     there = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head and part_of(name) in trained
+        if isinstance(module, torch.nn.Linear)
+        and module is not head
+        and _part(name, parts) in trained
     ]
     names = [
         name
@@ -492,7 +535,8 @@ def rope_positions(
 
 def tower_dtype(model: PreTrainedModel) -> torch.dtype:
     """What the pixels must be in: that of the first convolution or projection of a tower."""
-    for name, parameter in model.named_parameters():
-        if part_of(name) == "tower" and parameter.is_floating_point():
-            return parameter.dtype
+    for tower in _towers(model):
+        for parameter in tower.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
     return model.dtype

@@ -17,7 +17,7 @@ from mmalign.errors import ConfigError
 from mmalign.models.adapter import build_adapter
 from mmalign.text.model import causal_model
 from mmalign.video import contexts
-from mmalign.video.model import encode, handed
+from mmalign.video.model import encode, handed, parts_of, select_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -171,6 +171,19 @@ def test_a_processor_with_a_template_of_its_own_for_clips_is_refused(
 def test_a_prompt_that_is_read_both_ways_is_refused(vision_models: Models) -> None:
     with pytest.raises(ConfigError, match=r"PaliGemma.* reads the words of a prompt both ways"):
         as_it_is(vision_models("paligemma"))
+
+
+def test_a_part_that_is_neither_language_nor_tower_nor_projector_is_refused_by_its_name(
+    video_models: Models,
+) -> None:
+    model = causal_model(make_adapter(video_models("video_llava"), Needs(), moved=False).policy)
+    parts = parts_of(model)
+    assert parts["model.video_tower"] == parts["model.image_tower"] == "tower"
+    assert parts["model.multi_modal_projector"] == "projector"
+    model.model.talker = torch.nn.Linear(4, 4)
+    for refused in (parts_of, lambda model: select_parts(model, ["language"])):
+        with pytest.raises(ConfigError, match=r"VideoLlava.* a part 'model.talker' \(Linear\)"):
+            refused(model)
 
 
 def test_a_keyword_that_is_not_carried_on_is_refused_by_its_name(
