@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections import OrderedDict
-from functools import lru_cache
-from itertools import islice
 from math import inf
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from cachetools import LRUCache
 
 from mmalign.errors import DataError
-from mmalign.video.sizes import Frames, Turn, shown_size, turn_of
+from mmalign.video.sizes import Frames, shown_size, turn_of
 from mmalign.video.timeline import (
     Deadline,
-    GuardedFile,
     Timeline,
     decoded,
     decoded_stretches,
+    file_state,
     open_media,
     packets_of,
     pictures_of,
@@ -37,73 +35,6 @@ if TYPE_CHECKING:
     from mmalign.data.example import Clip
     from mmalign.video.sizes import Array
 
-
-# Decoding by torchcodec where it is installed: the same frames by number, the same pixels.
-
-_AT_ONCE = 8  # frames decoded together, at their full size
-
-
-@lru_cache(maxsize=1)
-def _decoder() -> Any:
-    try:
-        from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportMissingImports]
-    except (ImportError, OSError, RuntimeError):  # it is there, but its shared libraries are not
-        return None
-    return VideoDecoder
-
-
-def pixels_by_torchcodec(
-    stack: Stack, line: Timeline, numbers: Sequence[int], deadline: Deadline
-) -> bool:
-    """Fill a stack with frames of a file that PyAV has opened and found whole; whether it is full.
-
-    It is not where torchcodec is missing or fails, counts other frames or gives them other times,
-    so that it never changes what a number means; nor where a player turns or widens the frames,
-    which it does in its own way. PyAV then decodes what is missing. It does not say which frames
-    were patched up.
-
-    Args:
-        stack: Of the file's frames by number.
-        line: Its timeline.
-        numbers: Of the frames, in any order; may repeat.
-        deadline: Checked at each read.
-    """
-    make = _decoder()
-    if make is None or line.claimed is not None or not line.packets:
-        return False
-    if not _is_plain(stack, deadline):
-        return False
-    wanted = sorted(set(numbers))
-    with GuardedFile(stack.path, deadline) as file:
-        try:
-            decoder = make(file, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
-            if decoder.metadata.num_frames != len(line):
-                return False
-            for start in range(0, len(wanted), _AT_ONCE):
-                part = wanted[start : start + _AT_ONCE]
-                found = decoder.get_frames_at(part)
-                times = np.array([float(line.ticks[number] * line.unit) for number in part])
-                if np.abs(found.pts_seconds.numpy() - times).max() > 0.5 * float(line.unit):
-                    return False
-                for number, image in zip(part, found.data.numpy(), strict=True):
-                    stack.put_image(number, image)
-        except (RuntimeError, ValueError, IndexError):
-            deadline.check()
-            return False
-    return True
-
-
-def _is_plain(stack: Stack, deadline: Deadline) -> bool:
-    """Whether frames are shown as they are stored, by the first one that can be decoded."""
-    with open_media(stack.path, deadline) as container:
-        stream = pictures_of(container, stack.path, stack.max_side)
-        if (stream.sample_aspect_ratio or 1) != 1:
-            return False
-        frames = decoded(stream, packets_of(container, deadline, stream))
-        return all(turn_of(frame) == Turn() for frame in islice(frames, 1))
-
-
-# Frames of a clip: which ones, and their pixels.
 
 MOST_HELD = 2 * 2**30
 """Bytes of pixels of one clip."""
@@ -171,8 +102,7 @@ def read_frames(clip: Clip, settings: VideoConfig, scale: Scale | None = None) -
         first, last = span_numbers(line, clip, settings)
         first, last = min(first, *numbers), max(last, *numbers)
     stack = Stack(clip, numbers, settings.max_side, scale, begin=first, rate=line.told_fps)
-    if not pixels_by_torchcodec(stack, line, numbers, deadline):
-        pixels_by_pyav(stack, line, deadline)
+    _fill(stack, line, deadline)
     assert stack.pixels is not None
     return Frames(
         pixels=stack.pixels,
@@ -264,19 +194,8 @@ def _nearest(
         yield before if closer else after
 
 
-def pixels_by_pyav(stack: Stack, line: Timeline, deadline: Deadline) -> None:
-    """Fill a stack with its frames.
-
-    If the stretches that hold them do not give each, all is decoded from the start.
-
-    Args:
-        stack: Of the file's frames by number.
-        line: Its timeline.
-        deadline: Checked at each packet and each read.
-
-    Raises:
-        DataError: The file cannot be read, or a frame not be decoded.
-    """
+def _fill(stack: Stack, line: Timeline, deadline: Deadline) -> None:
+    """Put all its frames into a stack; from the file's start where its stretches give not each."""
     if not line.packets:
         _decode(stack, line, deadline, [])
     else:
@@ -331,15 +250,9 @@ class Stack:
         if self.pixels is None:
             size = shown_size(frame.height, frame.width, ratio, self.max_side)
             self._begin(size[::-1] if turn.axes else size)
+        assert self.pixels is not None
         height, width = self.size[::-1] if turn.axes else self.size
         image = turn(frame.to_ndarray(format="rgb24", height=height, width=width))
-        self.put_image(number, image)
-
-    def put_image(self, number: int, image: Array) -> None:
-        """The same for a frame [H, W, 3] as it is shown."""
-        if self.pixels is None:
-            self._begin(image.shape[:2])
-        assert self.pixels is not None
         size = self.pixels.shape[1:3]
         if image.shape[:2] != size and self._scale is not None:
             second = (number - self._begin_at) / self._rate
@@ -421,21 +334,28 @@ class FrameCache:
     May be used from several threads. What it gives out is shared, so its pixels cannot be written.
 
     Attributes:
+        budget: Bytes of pixels that it holds at most.
         hits, misses: Lookups so far.
-        num_bytes: Pixels held now.
     """
 
     def __init__(self, settings: VideoConfig, scale: Scale | None = None) -> None:
         """Hold nothing yet; `settings.frame_cache` MiB at most, of frames as `scale` wants them."""
         self.settings, self.scale = settings, scale
-        self.budget = settings.frame_cache * 2**20
-        self.hits = self.misses = self.num_bytes = 0
-        self._kept: OrderedDict[Hashable, Frames] = OrderedDict()
+        self.budget = settings.frame_cache << 20
+        self.hits = self.misses = 0
+        self._kept: LRUCache[Hashable, Frames] = LRUCache(
+            self.budget, lambda frames: frames.pixels.nbytes
+        )
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """Clips held."""
         return len(self._kept)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the pixels held now."""
+        return int(self._kept.currsize)
 
     def get(self, clip: Clip, *, bare: bool = False) -> Frames:
         """The chosen frames of a clip, decoded if they are not held.
@@ -448,37 +368,17 @@ class FrameCache:
             DataError: The file cannot be decoded.
         """
         scale = None if bare and self.scale is not None and self.scale.draws else self.scale
-        key = self._key(clip), scale is None
+        key = *file_state(clip.path), clip.start, clip.end, clip.frames, clip.fps, clip.max_pixels
+        key = *key, scale is None
         with self._lock:
             found = self._kept.get(key)
-            if found is not None:
-                self._kept.move_to_end(key)
-                self.hits += 1
-                return found
-            self.misses += 1
+            self.hits, self.misses = self.hits + (found is not None), self.misses + (found is None)
+        if found is not None:
+            return found
         # Two threads that miss the same clip both decode it, to the same pixels.
         frames = read_frames(clip, self.settings, scale)
         frames.pixels.flags.writeable = False
-        self._keep(key, frames)
+        if frames.pixels.nbytes <= self.budget:
+            with self._lock:
+                self._kept.setdefault(key, frames)
         return frames
-
-    def _keep(self, key: Hashable, frames: Frames) -> None:
-        size = frames.pixels.nbytes
-        if size > self.budget:
-            return
-        with self._lock:
-            if key in self._kept:
-                return
-            self._kept[key] = frames
-            self.num_bytes += size
-            while self.num_bytes > self.budget:
-                _, oldest = self._kept.popitem(last=False)
-                self.num_bytes -= oldest.pixels.nbytes
-
-    def _key(self, clip: Clip) -> Hashable:
-        try:
-            info = clip.path.stat()
-        except OSError as error:
-            raise DataError(f"{clip.path}: cannot be read: {error.strerror or error}") from error
-        asked = clip.start, clip.end, clip.frames, clip.fps, clip.max_pixels
-        return clip.path, info.st_size, info.st_mtime_ns, asked

@@ -68,39 +68,17 @@ class Deadline:
             )
 
 
-class GuardedFile(io.RawIOBase):
+class GuardedFile(io.FileIO):
     """A file for reading that looks at the clock before each read."""
 
     def __init__(self, path: Path, deadline: Deadline) -> None:
-        super().__init__()
-        self._file = path.open("rb", buffering=0)
+        super().__init__(path, "rb")
         self._deadline = deadline
 
-    def readinto(self, buffer: Any) -> int:
-        """Fill a buffer; returns the bytes read."""
+    def read(self, size: int | None = -1) -> bytes:
+        """The next bytes, at most `size`."""
         self._deadline.check()
-        return self._file.readinto(buffer)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """Move to a place."""
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        """The place."""
-        return self._file.tell()
-
-    def readable(self) -> bool:
-        """True."""
-        return True
-
-    def seekable(self) -> bool:
-        """True."""
-        return True
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-        super().close()
+        return super().read(size)
 
 
 @contextmanager
@@ -351,12 +329,20 @@ def timeline(path: Path, settings: VideoConfig) -> Timeline:
     Raises:
         DataError: There are no frames, they are too large, or the file cannot be read.
     """
+    return _kept(*file_state(path), settings.max_side, settings.decode_timeout)
+
+
+def file_state(path: Path) -> tuple[Path, int, int]:
+    """A file, its size and its time of change, by which what is kept of it is found again.
+
+    Raises:
+        DataError: It is not there.
+    """
     try:
         info = path.stat()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    limits = settings.max_side, settings.decode_timeout
-    return _kept(path, info.st_size, info.st_mtime_ns, *limits)
+    return path, info.st_size, info.st_mtime_ns
 
 
 @lru_cache(maxsize=16)  # an hour's takes 3 MiB

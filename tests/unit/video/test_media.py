@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import os
 import shutil
 import time
@@ -19,9 +18,9 @@ from mmalign.config import VideoConfig
 from mmalign.data.example import Clip
 from mmalign.errors import DataError
 from mmalign.video import media
-from mmalign.video.media import Stack, choose, pixels_by_pyav, read_frames
+from mmalign.video.media import choose, read_frames
 from mmalign.video.sizes import shown_size
-from mmalign.video.timeline import Deadline, timeline
+from mmalign.video.timeline import timeline
 
 CONSTANT = [100 * i for i in range(60)]
 VARIABLE = [0, 40, 90, 400, 410, 420, 1500, 1600, 1633, 2000, 3500, 3510]
@@ -318,23 +317,6 @@ def test_real_files(shared_data: Path, name: str, frames: int, fps: float) -> No
                 assert np.array_equal(pixels, frame.to_ndarray(format="rgb24"))
             if number == found.indices[-1]:
                 break
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("torchcodec") is None, reason="torchcodec is not installed"
-)
-@pytest.mark.parametrize("name", ["plain.mp4", "open_gop.mkv", "hidden.webm"])
-def test_torchcodec_gives_the_same_pixels(folder: Path, name: str) -> None:
-    from mmalign.video.media import pixels_by_torchcodec
-
-    path = write_numbered(folder / f"tc_{name}", CONSTANT, **KINDS[name])
-    line, some = timeline(path, every(2)), (7, 3, 3, 59)
-    ours, theirs = (Stack(Clip(path), some, 8192) for _ in range(2))
-    if not pixels_by_torchcodec(theirs, line, some, Deadline(path, 60)):
-        pytest.skip("torchcodec is installed without the libraries it needs")
-    pixels_by_pyav(ours, line, Deadline(path, 60))
-    assert ours.pixels is not None
-    assert np.array_equal(ours.pixels, theirs.pixels)
 
 
 def test_random_damage_gives_frames_or_an_error_that_names_the_file(folder: Path) -> None:
