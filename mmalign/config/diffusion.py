@@ -202,6 +202,12 @@ class DiffusionConfig(Section):
     time_ids: Literal["measured", "constant"] = Field(
         default="measured", description="SDXL: true size and crop, or (R, R, 0, 0, R, R)"
     )
+    embedded_guidance: float = Field(
+        default=3.5,
+        ge=0,
+        le=1000,
+        description="scale that models distilled with guidance (FLUX.1-dev) are given in training",
+    )
     noise_offset: float = Field(default=0.0, ge=0, le=10, description="noise shared by all pixels")
     timesteps: TimestepSpec = TimestepSpec()
     estimator: EstimatorSpec = EstimatorSpec()

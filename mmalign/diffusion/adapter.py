@@ -21,7 +21,6 @@ from mmalign.diffusion.conditioning import load_tokenizers
 from mmalign.diffusion.inputs import TIMESTEP_BIN, Inputs, parts
 from mmalign.diffusion.methods import names_of
 from mmalign.diffusion.pictures import cache_folder, caption_of, look
-from mmalign.diffusion.process import process_from
 from mmalign.diffusion.samples import (
     batch_metrics,
     by_timestep,
@@ -155,12 +154,6 @@ def _readable(config: RunConfig, examples: list[Example]) -> list[Example]:
 
 # The diffusion adapter: denoisers scored by their error at a drawn timestep.
 
-ATTENTION = (
-    *("to_q", "to_k", "to_v", "to_out.0"),
-    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),  # of a flow transformer
-)
-"""What a LoRA with targets `auto` adapts: the projections of every attention."""
-
 
 class DiffusionAdapter(Adapter):
     """A U-Net or flow transformer as policy, and its reference.
@@ -185,15 +178,13 @@ class DiffusionAdapter(Adapter):
         super().__init__()
         self.config, self.needs, self.components = config, needs, components
         settings = config.diffusion
-        self.process = process_from(
-            components.scheduler_config, settings.prediction, settings.zero_terminal_snr
-        )
+        self.process = components.process(settings)
         problems = methods.check_process(config, self.process)
         if problems := [*problems, *methods.check_pipeline(config, components)]:
             raise ConfigError("; ".join(problems))
         if config.sample.num_prompts or config.sample.prompts:
             check_sampling(components, settings)
-        self.policy = _trainable(components.denoiser, config)
+        self.policy = _trainable(components, config)
         self.reference = build_reference(config, self.policy, needs, load=self._load_reference)
         self.teacher: Ema | None = None
         if settings.estimator.kind == "truncated":
@@ -382,10 +373,11 @@ class DiffusionAdapter(Adapter):
         return write_samples(self.inputs, self.policy, asked, folder, step)
 
 
-def _trainable(denoiser: nn.Module, config: RunConfig) -> nn.Module:
+def _trainable(components: Components, config: RunConfig) -> nn.Module:
     """The denoiser with a fresh LoRA, with one to go on training, or as it is."""
+    denoiser = components.denoiser
     if config.model.adapter is None:
-        return lora.apply(denoiser, config.model, task=None, auto=ATTENTION)
+        return lora.apply(denoiser, config.model, task=None, auto=components.family.lora_targets)
     if config.model.lora is not None:
         raise ConfigError(
             "model.lora and model.adapter are both set, but an existing LoRA brings its own rank "

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from mmalign.data.example import as_text
-from mmalign.diffusion.conditioning import T5_LIMIT, encoders_of
+from mmalign.diffusion.conditioning import encoders_of
+from mmalign.diffusion.families import family_of
 from mmalign.diffusion.pictures import (
     Contents,
     Frame,
@@ -26,7 +27,6 @@ from mmalign.diffusion.pictures import (
 )
 from mmalign.diffusion.pipeline import (
     denoiser_config,
-    family_of,
     has_component,
     model_index,
     scheduler_config,
@@ -257,8 +257,9 @@ def encoders_fingerprint(config: RunConfig) -> str:
     """Hash of the files of the text encoders and tokenizers, and of what else embeds a prompt."""
     path, revision = config.model.path, config.model.revision
     family = family_of(path, revision)
-    rest = [family, T5_LIMIT, model_index(path, revision).get("force_zeros_for_empty_prompt")]
-    if family == "sd3":
+    zeros = model_index(path, revision).get("force_zeros_for_empty_prompt")
+    rest = [family.name, family.t5_limit, zeros]
+    if family.optional:  # as many zeros stand for it
         rest.append(denoiser_config(path, revision).get("joint_attention_dim"))
     parts = [
         [name, fingerprint_of(config, part)]
@@ -352,13 +353,15 @@ class ErrorBank:
 
 def _error_settings(config: RunConfig) -> dict[str, str]:
     model, path, revision = config.model, config.model.path, config.model.revision
+    family = family_of(path, revision)
     settings = config.diffusion.model_dump(mode="json", exclude=_NOT_IN_ERRORS)
-    denoiser = "transformer" if family_of(path, revision) == "sd3" else "unet"
+    if not family.is_distilled(denoiser_config(path, revision)):
+        del settings["embedded_guidance"]
     return {
         "holds": "reference errors",
         "settings": json.dumps(settings, sort_keys=True),
         "latents": "float16" if has_latents(config) else "live",
-        "denoiser": fingerprint_of(config, denoiser),
+        "denoiser": fingerprint_of(config, family.part),
         "adapter": fingerprint(model.adapter) if model.adapter else "none",
         "vae": fingerprint_of(config, "vae") if has_component(path, "vae", revision) else "none",
         "encoders": encoders_fingerprint(config),

@@ -26,16 +26,9 @@ from mmalign.diffusion.cache import (
     has_latents,
 )
 from mmalign.diffusion.components import Vae
-from mmalign.diffusion.conditioning import OPTIONAL, T5_LIMIT, load_tokenizers
+from mmalign.diffusion.conditioning import load_tokenizers
 from mmalign.diffusion.pictures import cache_folder, caption_of, row_pictures
-from mmalign.diffusion.pipeline import (
-    NUM_TIME_IDS,
-    component,
-    denoiser_config,
-    family_of,
-    has_component,
-    read_json,
-)
+from mmalign.diffusion.pipeline import component, denoiser_config, read_json
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -220,19 +213,10 @@ def _prompts(config: RunConfig, rows: Sequence[Example]) -> Part:
     cache = PromptCache(config)
     captions = captions_to_store(config, rows)
     path, revision = config.model.path, config.model.revision
-    family, network = family_of(path, revision), denoiser_config(path, revision)
-    limits = load_tokenizers(path, revision).limits
-    places, pooled = limits["text_encoder"], 0
-    if family == "sd3":
-        width, pooled = network["joint_attention_dim"], network["pooled_projection_dim"]
-        # Without T5 its places hold zeros, which are not stored.
-        places += T5_LIMIT if has_component(path, OPTIONAL, revision) else 0
-    else:
-        width = network["cross_attention_dim"]
-        if family == "sdxl":
-            pooled = network["projection_class_embeddings_input_dim"]
-            pooled -= NUM_TIME_IDS * network["addition_time_embed_dim"]
-    numbers = places * width + pooled
+    tokenizers, network = load_tokenizers(path, revision), denoiser_config(path, revision)
+    family = tokenizers.family
+    pooled = family.pooled_width(network)
+    numbers = family.num_places(tokenizers.limits) * network[family.width] + pooled
     itemsize = getattr(torch, config.model.dtype).itemsize
     each = itemsize * numbers + 4 + (3 if pooled else 2) * HEADER_BYTES
     missing = len(cache.missing(captions))

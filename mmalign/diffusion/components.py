@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
+from mmalign.diffusion.families import Family, family_of
 from mmalign.diffusion.pipeline import (
-    Family,
     component,
     component_fingerprint,
     denoiser_config,
-    family_of,
     has_component,
     load_part,
     pipeline_folder,
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmalign.config import DiffusionConfig, ModelConfig
+    from mmalign.diffusion.process import NoiseProcess
 
 
 # Tiny autoencoders whose middle blocks pool over the whole picture, which diffusers lacks.
@@ -319,7 +319,7 @@ def load_vae(
     Raises:
         ConfigError: It cannot be loaded, or its latents are not those of the denoiser.
     """
-    channels = int(denoiser_config(path, revision).get("in_channels", 4))
+    channels = family_of(path, revision).latent_channels(denoiser_config(path, revision))
     if not has_component(path, "vae", revision):
         return PixelSpace(channels)
     vae = Vae.load(path, getattr(torch, diffusion.vae_dtype), revision=revision)
@@ -370,12 +370,13 @@ class Components:
 
     Attributes:
         model: The config it was loaded by.
-        family: "sd", "sdxl" or "sd3".
+        family: Whose it is.
         folder: The pipeline's local folder (of a hub name: the copy's).
         scheduler_config: Of the noise process it was trained with.
         denoiser_config: The denoiser's config.json.
         latent_channels: C of the latents, which are the pixels where there is no VAE.
         has_vae: Whether the pipeline has one.
+        factor: Pixels a side of one latent; 1 without a VAE.
     """
 
     model: ModelConfig
@@ -385,11 +386,27 @@ class Components:
     denoiser_config: dict[str, Any] = field(repr=False)
     latent_channels: int
     has_vae: bool
+    factor: int
 
     @cached_property
     def denoiser(self) -> nn.Module:
         """The U-Net or transformer, loaded on first use."""
         return load_denoiser(self.model.path, self.model)
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the denoiser is given the scale of guidance, and needs no second call for it."""
+        return self.family.is_distilled(self.denoiser_config)
+
+    def process(self, diffusion: DiffusionConfig) -> NoiseProcess:
+        """The noise process of the pipeline's scheduler.
+
+        Raises:
+            ConfigError: It is not supported, or `diffusion` contradicts it.
+        """
+        return self.family.process(
+            self.scheduler_config, diffusion.prediction, diffusion.zero_terminal_snr
+        )
 
 
 def load_components(
@@ -407,16 +424,16 @@ def load_components(
     """
     family = family_of(model.path, model.revision)
     config = denoiser_config(model.path, model.revision)
-    channels = int(config.get("in_channels", 4))
+    channels = family.latent_channels(config)
     has_vae = has_component(model.path, "vae", model.revision)
     if not has_vae and channels not in (1, 3):
         raise ConfigError(
             f"pipeline {model.path}: has no vae/, and its denoiser reads {channels} channels. "
             "Without a VAE a denoiser must read pixels (1 or 3 channels)"
         )
+    factor = factor_of(model.path, model.revision)
     # A flow transformer joins latents to patches, which must come out even too.
-    unit = factor_of(model.path, model.revision) * int(config.get("patch_size", 1))
-    _check_sizes(model.path, diffusion, unit)
+    _check_sizes(model.path, diffusion, factor * family.patch_size(config))
     components = Components(
         model=model,
         family=family,
@@ -425,6 +442,7 @@ def load_components(
         denoiser_config=config,
         latent_channels=channels,
         has_vae=has_vae,
+        factor=factor,
     )
     if denoiser:
         _ = components.denoiser

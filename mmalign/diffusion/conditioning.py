@@ -1,173 +1,35 @@
-"""Prompts to embeddings, and one call for all denoisers that read them."""
+"""Prompts to embeddings, as each family's denoiser was trained to read them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from mmalign.diffusion.families import Condition, Family, family_of
 from mmalign.diffusion.pipeline import (
-    NUM_TIME_IDS,
-    Family,
     component,
     component_fingerprint,
     denoiser_config,
-    family_of,
     has_component,
     load_part,
     model_index,
     read_json,
 )
-from mmalign.errors import ConfigError, NeedsError
+from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
-
-# One call for all denoisers: noisy latents, timesteps and a condition to the raw prediction.
-
-
-@dataclass(frozen=True, slots=True)
-class Condition:
-    """What a denoiser is told of N pictures.
-
-    Attributes:
-        embeds: [N, S, D] the prompt, S places.
-        pooled: [N, P] the whole prompt in one vector; SDXL and SD3.
-        time_ids: [N, 6] height and width of the original, top and left of the crop, height and
-            width of the target, in pixels; SDXL. Kept in float32: bfloat16 has no 1025.
-    """
-
-    embeds: Tensor
-    pooled: Tensor | None = None
-    time_ids: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.embeds)
-
-    def rows(self, index: Tensor | slice) -> Self:
-        """Some of the pictures, by number."""
-        return self._each(lambda value: value[index])
-
-    def repeat(self, times: int) -> Self:
-        """Each picture `times` times in a row: a, a, b, b."""
-        return self._each(lambda value: value.repeat_interleave(times, dim=0))
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """On another device; `dtype` changes all but the time ids."""
-        told = self._each(lambda value: value.to(device))
-        if dtype is None:
-            return told
-        pooled = None if told.pooled is None else told.pooled.to(dtype)
-        return type(self)(told.embeds.to(dtype), pooled, told.time_ids)
-
-    @classmethod
-    def cat(cls, parts: Sequence[Condition]) -> Self:
-        """All pictures of several conditions, which must have the same fields."""
-
-        def join(name: str) -> Any:
-            values = [getattr(part, name) for part in parts]
-            given = [value for value in values if value is not None]
-            if given and len(given) < len(values):
-                raise NeedsError(f"conditions cannot be joined: only some of them have {name}")
-            return torch.cat(given) if given else None
-
-        return cls(join("embeds"), join("pooled"), join("time_ids"))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        fields = (self.embeds, self.pooled, self.time_ids)
-        return type(self)(*(None if value is None else change(value) for value in fields))  # pyright: ignore[reportArgumentType]
-
-
-def predict(
-    model: nn.Module, family: str, x_t: Tensor, t_input: Tensor, cond: Condition
-) -> Tensor:  # [N, C, H, W]
-    """The network's raw output, in its own dtype: noise, velocity or picture, as it was trained.
-
-    Args:
-        model: U-Net or transformer, perhaps in a peft wrapper.
-        family: "sd", "sdxl" or "sd3".
-        x_t: [N, C, H, W] noisy latents; cast to the network's dtype.
-        t_input: [N] what the network is told of the noise level (`NoiseProcess.timestep_input`).
-        cond: N conditions; cast likewise.
-
-    Raises:
-        NeedsError: The family needs a part of the condition that is not there.
-        ConfigError: The condition is of another model.
-    """
-    dtype = next(model.parameters()).dtype
-    return _CALLS[family](model, x_t.to(dtype), t_input, cond.to(x_t.device, dtype))
-
-
-def _sd(model: nn.Module, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-    _check_width(model, "cross_attention_dim", cond.embeds)
-    return model(x, t, encoder_hidden_states=cond.embeds, return_dict=False)[0]
-
-
-def _sdxl(model: nn.Module, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-    _check_width(model, "cross_attention_dim", cond.embeds)
-    pooled = _given(cond.pooled, "SDXL", "pooled embeddings (those of text_encoder_2)")
-    time_ids = _given(cond.time_ids, "SDXL", "time ids (original size, crop, target size)")
-    if time_ids.shape[-1] != NUM_TIME_IDS:
-        raise NeedsError(
-            f"SDXL needs {NUM_TIME_IDS} time ids a picture (height, width, top, left, target "
-            f"height, target width); found {time_ids.shape[-1]}"
-        )
-    added = {"text_embeds": pooled, "time_ids": time_ids}
-    told = {"encoder_hidden_states": cond.embeds, "added_cond_kwargs": added}
-    return model(x, t, **told, return_dict=False)[0]
-
-
-def _sd3(model: nn.Module, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-    _check_width(model, "joint_attention_dim", cond.embeds)
-    pooled = _given(cond.pooled, "SD3", "pooled embeddings (those of both CLIP encoders)")
-    told = {"encoder_hidden_states": cond.embeds, "pooled_projections": pooled, "timestep": t}
-    return model(hidden_states=x, **told, return_dict=False)[0]
-
-
-_CALLS: dict[str, Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]] = {
-    "sd": _sd,
-    "sdxl": _sdxl,
-    "sd3": _sd3,
-}
-
-
-def _given(value: Tensor | None, family: str, what: str) -> Tensor:
-    if value is None:
-        raise NeedsError(f"a denoiser of {family} needs {what} in its condition; there are none")
-    return value
-
-
-def _check_width(model: nn.Module, name: str, embeds: Tensor) -> None:
-    """Refuse prompt embeddings of another model, where the numbers alone can tell."""
-    config: Any = model.config
-    expected = config[name]
-    if isinstance(expected, int) and embeds.shape[-1] != expected:
-        raise ConfigError(
-            f"the prompt embeddings have {embeds.shape[-1]} numbers a token, but the denoiser "
-            f"reads {expected}: they are of another model's text encoders. Write the cache anew, "
-            "or give the pipeline its own text encoders"
-        )
-
-
-# Prompts to embeddings, as each family's denoiser was trained to read them.
-
-ENCODERS: dict[Family, tuple[str, ...]] = {
-    "sd": ("text_encoder",),
-    "sdxl": ("text_encoder", "text_encoder_2"),
-    "sd3": ("text_encoder", "text_encoder_2", "text_encoder_3"),
-}
-_CLIPS = ("text_encoder", "text_encoder_2")
-OPTIONAL = "text_encoder_3"  # SD3's T5: zeros stand for it where it was left out
-T5_LIMIT = 256  # places that SD3's T5 fills; what diffusers takes by default
-
-_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
+ENCODER_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 
 
 @dataclass(frozen=True)
@@ -223,14 +85,14 @@ def load_tokenizers(path: str | Path, revision: str | None = None) -> Tokenizers
     found: dict[str, Any] = {}
     limits: dict[str, int] = {}
     for encoder in encoders_of(path, family, revision):
-        name = encoder.replace("text_encoder", "tokenizer")
+        name = _tokenizer_of(encoder)
         folder = component(path, name, revision)
         try:
             found[encoder] = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, ImportError) as error:
             raise ConfigError(f"pipeline {path}: {name}/ cannot be loaded: {error}") from error
-        limits[encoder] = T5_LIMIT
-        if encoder != OPTIONAL:
+        limits[encoder] = family.t5_limit
+        if encoder != family.t5:
             places = _encoder_config(path, encoder, revision).get("max_position_embeddings", 77)
             limits[encoder] = min(found[encoder].model_max_length, int(places))
     return Tokenizers(family, found, limits)
@@ -242,8 +104,8 @@ def encoders_of(path: str | Path, family: Family, revision: str | None = None) -
     Raises:
         ConfigError: One that the family cannot be without is missing.
     """
-    found = [name for name in ENCODERS[family] if has_component(path, name, revision)]
-    lacking = [name for name in ENCODERS[family] if name not in found and name != OPTIONAL]
+    found = [name for name in family.encoders if has_component(path, name, revision)]
+    lacking = [n for n in family.encoders if n not in found and n not in family.optional]
     if lacking:
         raise ConfigError(
             f"pipeline {path}: has no {lacking[0]}/ by its model_index.json, and prompts cannot "
@@ -253,11 +115,7 @@ def encoders_of(path: str | Path, family: Family, revision: str | None = None) -
 
 
 class PromptEncoder:
-    """Text encoders and tokenizers of a pipeline.
-
-    sd: the last hidden states of the one encoder. sdxl: the last but one hidden states of both side
-    by side, and the projected summary of the second. sd3: those of both CLIP encoders side by side,
-    filled up with zeros to T5's width and followed by T5's states; both projected summaries.
+    """Text encoders and tokenizers of a pipeline; prompts go through its own `encode_prompt`.
 
     An empty prompt is embedded like any other, but for pipelines with
     `force_zeros_for_empty_prompt` (SDXL), where it is zeros: what the model takes for "no prompt".
@@ -272,21 +130,21 @@ class PromptEncoder:
         tokenizers: Tokenizers,
         models: Mapping[str, PreTrainedModel],
         *,
-        zero_empty: bool,
-        joint_width: int | None,
         path: str | Path,
         revision: str | None,
     ) -> None:
         self.tokenizers, self.family = tokenizers, tokenizers.family
         self._models = dict(models)
-        self._zero_empty, self._joint_width = zero_empty, joint_width
         self._path, self._revision = path, revision
+        self._zero_empty = self.family.zeroes_empty(model_index(path, revision))
+        self._given = {name: _GivenIds(tokenizers.limits[name]) for name in models}
+        self._pipe = self._pipeline()
 
     @classmethod
     def load(
         cls,
         path: str | Path,
-        family: str | None = None,
+        family: Family | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         *,
@@ -305,21 +163,12 @@ class PromptEncoder:
             ConfigError: A part is missing or of a class that is not supported.
         """
         tokenizers = load_tokenizers(path, revision)
-        if family is not None and family != tokenizers.family:
+        if family is not None and family.name != tokenizers.family.name:
             raise ConfigError(f"pipeline {path}: its family is {tokenizers.family}, not {family}")
         models = {
             name: _load_encoder(path, name, dtype, revision) for name in tokenizers.by_encoder
         }
-        joint = None
-        if tokenizers.family == "sd3":
-            joint = int(denoiser_config(path, revision)["joint_attention_dim"])
-        zeros = tokenizers.family == "sdxl" and bool(
-            model_index(path, revision).get("force_zeros_for_empty_prompt", True)
-        )
-        encoder = cls(
-            tokenizers, models, zero_empty=zeros, joint_width=joint, path=path, revision=revision
-        )
-        return encoder.to(device)
+        return cls(tokenizers, models, path=path, revision=revision).to(device)
 
     @property
     def limit(self) -> int:
@@ -351,40 +200,39 @@ class PromptEncoder:
         Autocast is switched off, so that an embedding of a cache is that of a training step.
         """
         device = next(iter(self._models.values())).device
-        ids = {name: value.to(device) for name, value in ids.items()}
+        for name, given in self._given.items():
+            given.ids = ids[name].to(device)
+        prompts = [""] * len(next(iter(ids.values())))  # their ids are given
         with torch.autocast(device.type, enabled=False):
-            if self.family == "sd":
-                (name,) = self._models
-                return Condition(self._models[name](ids[name]).last_hidden_state)
-            clips = [self._clip(name, ids[name]) for name in _CLIPS]
-            embeds = torch.cat([states for states, _ in clips], dim=-1)
-            if self.family == "sdxl":
-                return self._zeroed(Condition(embeds, clips[1][1]), ids)
-            pooled = torch.cat([summary for _, summary in clips], dim=-1)
-            states = self._t5(ids.get(OPTIONAL), embeds)
-        width = states.shape[-1] - embeds.shape[-1]
-        embeds = torch.nn.functional.pad(embeds, (0, width))
-        return Condition(torch.cat([embeds, states], dim=1), pooled)
+            return self._zeroed(self.family.encode(self._pipe, prompts, device), ids)
 
-    def _clip(self, name: str, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The last but one hidden states, and the summary (projected, or as the encoder has it)."""
-        output = self._models[name](ids, output_hidden_states=True)
-        summary = getattr(output, "text_embeds", None)
-        return output.hidden_states[-2], output.pooler_output if summary is None else summary
+    def _pipeline(self) -> Any:
+        """The pipeline with its text encoders and nothing else."""
+        import diffusers
 
-    def _t5(self, ids: Tensor | None, like: Tensor) -> Tensor:
-        if ids is not None:
-            return self._models[OPTIONAL](ids)[0]
-        assert self._joint_width is not None
-        return like.new_zeros(len(like), T5_LIMIT, self._joint_width)
+        kind = getattr(diffusers, self.family.pipeline)
+        names = inspect.signature(kind.__init__).parameters
+        parts: dict[str, Any] = {
+            name: None for name, known in names.items() if known.default is known.empty
+        }
+        del parts["self"]
+        if "requires_safety_checker" in names:
+            parts["requires_safety_checker"] = False
+        for name, model in self._models.items():
+            parts |= {name: model, _tokenizer_of(name): self._given[name]}
+        pipe = kind(**parts)
+        # Where an encoder is left out, the denoiser's settings say how many zeros stand for it.
+        settings = SimpleNamespace(**denoiser_config(self._path, self._revision))
+        object.__setattr__(pipe, self.family.part, SimpleNamespace(config=settings))
+        return pipe
 
     def _zeroed(self, told: Condition, ids: Mapping[str, Tensor]) -> Condition:
-        """SDXL: zeros where the prompt is empty, if the pipeline says so."""
+        """Zeros where the prompt is empty, if the pipeline says so."""
         if not self._zero_empty or told.pooled is None:
             return told
         (name, value), *_ = ids.items()
         keep = (value != self._empty_ids[name].to(value.device)).any(-1)
-        keep = keep.to(told.embeds.dtype)
+        keep = keep.to(told.embeds)
         return Condition(told.embeds * keep[:, None, None], told.pooled * keep[:, None])
 
     @cached_property
@@ -394,12 +242,28 @@ class PromptEncoder:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the files of all encoders and tokenizers, their dtype, and the empty prompt."""
-        digest = hashlib.sha256(f"{self.family} {self._zero_empty} {self._joint_width}".encode())
+        digest = hashlib.sha256(f"{self.family} {self._zero_empty}".encode())
         for name, model in self._models.items():
-            for part in (name, name.replace("text_encoder", "tokenizer")):
+            for part in (name, _tokenizer_of(name)):
                 digest.update(component_fingerprint(self._path, part, self._revision).encode())
             digest.update(str(model.dtype).encode())
         return digest.hexdigest()
+
+
+class _GivenIds:
+    """Stands in for a tokenizer in `encode_prompt`: the prompts were tokenized in a data worker."""
+
+    ids: Tensor
+
+    def __init__(self, model_max_length: int) -> None:
+        self.model_max_length = model_max_length
+
+    def __call__(self, prompts: list[str], **_: Any) -> Any:
+        return SimpleNamespace(input_ids=self.ids, attention_mask=torch.ones_like(self.ids))
+
+    def tokenize(self, prompt: str) -> list[str]:
+        """No tokens that stand for several: textual inversions are not loaded."""
+        return []
 
 
 def _load_encoder(
@@ -409,9 +273,9 @@ def _load_encoder(
 
     folder = component(path, name, revision)
     kind = (_encoder_config(path, name, revision).get("architectures") or ["none"])[0]
-    if kind not in _CLASSES:
+    if kind not in ENCODER_CLASSES:
         raise ConfigError(
-            f"pipeline {path}: {name}/ is a {kind}; supported are {', '.join(_CLASSES)}"
+            f"pipeline {path}: {name}/ is a {kind}; supported are {', '.join(ENCODER_CLASSES)}"
         )
     model = load_part(getattr(transformers, kind), folder, dtype)
     return model.requires_grad_(False)
@@ -419,3 +283,7 @@ def _load_encoder(
 
 def _encoder_config(path: str | Path, name: str, revision: str | None) -> dict[str, Any]:
     return read_json(component(path, name, revision, weights=False) / "config.json")
+
+
+def _tokenizer_of(encoder: str) -> str:
+    return encoder.replace("text_encoder", "tokenizer")

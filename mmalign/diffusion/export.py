@@ -12,7 +12,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 
 from mmalign import __version__
-from mmalign.diffusion.process import process_from
 from mmalign.errors import CheckpointError
 from mmalign.models.adapter import Saved
 from mmalign.models.files import denoiser_folder, read_tensors, save_tensors, weight_files
@@ -20,10 +19,7 @@ from mmalign.models.lora import comfyui_scale, wide_norms
 from mmalign.models.lora_files import (
     DIFFUSERS_LORA,
     LoraWeights,
-    is_known,
     is_lora,
-    kohya_reads,
-    place_of,
     read_lora,
 )
 from mmalign.models.lora_load import TRAINED
@@ -37,38 +33,25 @@ if TYPE_CHECKING:
 
     from mmalign.config import RunConfig
     from mmalign.diffusion.components import Components
+    from mmalign.diffusion.families.base import KohyaNames
     from mmalign.models.lora_files import Encoders, Place
 
 
 # A trained LoRA or DoRA in the layout of kohya's trainer, which ComfyUI and others read.
 
-_VERSIONS = {"sd": "sd_v1", "sdxl": "sdxl_base_v1-0", "sd3": "sd3"}
-_ARCHITECTURES = {
-    "sd": "stable-diffusion-v1",
-    "sdxl": "stable-diffusion-xl-v1-base",
-    "sd3": "stable-diffusion-3",
-}
-_IMPLEMENTATIONS = {
-    "sd": "diffusers",
-    "sdxl": "https://github.com/Stability-AI/generative-models",
-    "sd3": "diffusers",
-}
-_MODULES = {"sd": "networks.lora", "sdxl": "networks.lora", "sd3": "networks.lora_sd3"}
-_SD2_WIDTH = 1024  # of the text encoder's output; 768 in SD 1
-
 
 def kohya_tensors(
-    lora: LoraWeights, family: str, layers: int, weight_of: Callable[[str], Tensor]
+    lora: LoraWeights, names: KohyaNames, layers: int, weight_of: Callable[[str], Tensor]
 ) -> dict[str, Tensor]:
     """The tensors of the file; `dora_scale` is ComfyUI's.
 
     Args:
         lora: By diffusers' name of a layer: A [r, in], B [out, r], alpha, and a DoRA's magnitude.
-        family: sd, sdxl or sd3; they name layers in different ways.
-        layers: `layers_per_block` of the U-Net, `num_layers` of SD3's transformer.
+        names: Of the family's layers.
+        layers: The setting that layers are numbered by, `names.layers`.
         weight_of: The weight of a layer of the base, for a DoRA.
     """
-    places = dict.fromkeys(place_of(module, family, layers) for module in lora.parts)
+    places = dict.fromkeys(names.place(module, layers) for module in lora.parts)
     tensors: dict[str, Tensor] = {}
     for place in places:
         tensors |= _factors(lora, place)
@@ -113,39 +96,35 @@ def _dora_scale(
 
 def kohya_metadata(
     config: RunConfig,
-    family: str,
+    components: Components,
+    names: KohyaNames,
     *,
     rank: int,
     alpha: float,
-    prediction: str,
-    text_width: int | None = None,
     for_kohya: bool = True,
 ) -> dict[str, str]:
     """The header that programs show to who picks a file: all values are text.
 
     Args:
         config: The run.
-        family: sd, sdxl or sd3.
+        components: What the pipeline's files say.
+        names: Of the family.
         rank: The LoRA's.
         alpha: Its numerator: the scale is alpha / rank.
-        prediction: What the network predicts.
-        text_width: Width of the prompt embeddings; tells SD 2 from SD 1.
         for_kohya: Whether kohya's trainer reads all of it, and so is told with what.
     """
-    version, architecture = _VERSIONS[family], _ARCHITECTURES[family]
-    is_v2 = family == "sd" and text_width == _SD2_WIDTH
-    has_velocity = prediction == "v_prediction"
-    if is_v2:
-        version = "sd_v2_v" if has_velocity else "sd_v2"
-        architecture = "stable-diffusion-v2-768-v" if has_velocity else "stable-diffusion-v2-512"
+    prediction = components.process(config.diffusion).prediction
+    version, architecture = components.family.kohya_version(
+        names, components.denoiser_config, prediction
+    )
     spec, resolution = config.objective, config.diffusion.resolution
     objective = spec.name or " + ".join(spec.mix or {})
-    told = {"modelspec.prediction_type": "v" if has_velocity else "epsilon"}
+    told = {"modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon"}
     return {
         "format": "pt",
         "ss_base_model_version": version,
-        "ss_v2": str(is_v2),
-        **({"ss_network_module": _MODULES[family]} if for_kohya else {}),
+        "ss_v2": str(version.startswith("sd_v2")),
+        **({"ss_network_module": names.network} if for_kohya else {}),
         "ss_network_dim": str(rank),
         "ss_network_alpha": f"{alpha:g}",
         "ss_sd_model_name": config.model.path,
@@ -154,7 +133,7 @@ def kohya_metadata(
         "ss_learning_rate": f"{config.train.lr:g}",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": _IMPLEMENTATIONS[family],
+        "modelspec.implementation": names.implementation,
         "modelspec.title": f"{config.output.name} ({objective})",
         "modelspec.description": f"{objective} on {config.model.path}, mmalign {__version__}",
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -164,20 +143,15 @@ def kohya_metadata(
 
 
 def diffusers_reads(
-    tensors: Mapping[str, Tensor], modules: Sequence[str], family: str, layers_per_block: int
+    tensors: Mapping[str, Tensor], modules: Sequence[str], names: KohyaNames, layers_per_block: int
 ) -> bool:
     """Whether diffusers finds just these layers in a file of kohya's layout, and no DoRA in it."""
-    if family == "sd3" or any(name.endswith(".dora_scale") for name in tensors):
+    if names.loader is None or any(name.endswith(".dora_scale") for name in tensors):
         return False
-    from diffusers.loaders.lora_pipeline import (
-        StableDiffusionLoraLoaderMixin,
-        StableDiffusionXLLoraLoaderMixin,
-    )
+    from diffusers.loaders import lora_pipeline
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
-    loader: Any = StableDiffusionLoraLoaderMixin
-    if family == "sdxl":
-        loader = StableDiffusionXLLoraLoaderMixin
+    loader: Any = getattr(lora_pipeline, names.loader)
     config = SimpleNamespace(layers_per_block=layers_per_block)
     try:
         found = loader.lora_state_dict(dict(tensors), unet_config=config)[0]
@@ -212,23 +186,27 @@ def write_lora(
     notes: list[str] = []
     write(_for_diffusers(policy, lora, components), folder / DIFFUSERS_LORA, dtype, notes)
     readers = {DIFFUSERS_LORA: "diffusers (`pipeline.load_lora_weights`), mmalign"}
-    unknown = [module for module in lora.parts if not is_known(module, components.family)]
-    layers = _layers(components)
+    names = components.family.kohya
+    if names is None:
+        return readers, notes
+    unknown = [module for module in lora.parts if not names.is_known(module)]
+    layers = _layers(names, components.denoiser_config)
     if unknown or layers is None:
         why = f"ComfyUI has no name for {_few(unknown)}" if unknown else "its blocks differ in size"
         return readers, [f"{KOHYA_LORA} is not written: {why}; use {DIFFUSERS_LORA}", *notes]
-    lacks = _what_kohya_lacks(lora, components.family)
-    name = COMFYUI_LORA if lacks else KOHYA_LORA
+    lacks = _what_kohya_lacks(lora, names)
+    file = COMFYUI_LORA if lacks else KOHYA_LORA
     if lacks:
         notes.append(f"{KOHYA_LORA} is not written: {lacks}; ComfyUI reads {COMFYUI_LORA}")
-    tensors = kohya_tensors(
-        lora, components.family, layers, lambda module: _weight_of(policy, module)
+    tensors = kohya_tensors(lora, names, layers, lambda module: _weight_of(policy, module))
+    spec: Any = policy.peft_config[TRAINED]
+    metadata = kohya_metadata(
+        config, components, names, rank=spec.r, alpha=spec.lora_alpha, for_kohya=not lacks
     )
-    metadata = _kohya_metadata(policy, components, config, for_kohya=not lacks)
-    write((tensors, metadata), folder / name, dtype, notes)
-    readers[name] = "ComfyUI" if lacks else "ComfyUI, kohya's sd-scripts"
-    if diffusers_reads(tensors, list(lora.parts), components.family, layers):
-        readers[name] += ", diffusers"
+    write((tensors, metadata), folder / file, dtype, notes)
+    readers[file] = "ComfyUI" if lacks else "ComfyUI, kohya's sd-scripts"
+    if diffusers_reads(tensors, list(lora.parts), names, layers):
+        readers[file] += ", diffusers"
     return readers, notes
 
 
@@ -268,18 +246,13 @@ def times(tensor: Tensor, factor: float) -> Tensor:
     return (tensor.double() * factor).to(tensor.dtype)
 
 
-def part_of(family: str) -> str:
-    """The folder of a family's denoiser in a pipeline."""
-    return "transformer" if family == "sd3" else "unet"
-
-
 def _for_diffusers(
     policy: PeftModel, lora: LoraWeights, components: Components
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header; B is multiplied by the scale, which some readers do not know."""
     tensors: dict[str, Tensor] = {}
     for name, parts in lora.parts.items():
-        key = f"{part_of(components.family)}.{name}"
+        key = f"{components.family.part}.{name}"
         tensors[f"{key}.lora_A.weight"] = parts["A"]
         tensors[f"{key}.lora_B.weight"] = times(parts["B"], lora.scale(name))
         if "magnitude" in parts:
@@ -289,45 +262,28 @@ def _for_diffusers(
     return tensors, {"format": "pt", "mmalign": json.dumps(record)}
 
 
-def _what_kohya_lacks(lora: LoraWeights, family: str) -> str | None:
+def _what_kohya_lacks(lora: LoraWeights, names: KohyaNames) -> str | None:
     """What kohya's own reader would lose of a file, in words."""
     if any("magnitude" in parts for parts in lora.parts.values()):
         return "kohya's sd-scripts know no DoRA and would leave its magnitudes out"
-    lost = [module for module in lora.parts if not kohya_reads(module, family)]
+    lost = [module for module in lora.parts if not names.kohya_reads(module)]
     if not lost:
         return None
     return f"kohya's reader passes over {len(lost)} of {len(lora.parts)} layers ({_few(lost)})"
 
 
-def _layers(components: Components) -> int | None:
+def _layers(names: KohyaNames, config: Mapping[str, Any]) -> int | None:
     """What the names of layers depend on; None where one number does not say it."""
-    key = "num_layers" if components.family == "sd3" else "layers_per_block"
-    found = components.denoiser_config.get(key, 2)
-    if isinstance(found, int):
-        return found
-    same = {int(number) for number in found}
-    return same.pop() if len(same) == 1 else (None if components.family == "sdxl" else 0)
+    if names.layers is None:
+        return 0
+    found = config.get(names.layers, 2)
+    same = {found} if isinstance(found, int) else {int(number) for number in found}
+    return same.pop() if len(same) == 1 else None
 
 
 def _weight_of(policy: PeftModel, module: str) -> Tensor:
     layer: Any = policy.get_base_model().get_submodule(module)
     return getattr(layer, "base_layer", layer).weight.detach()
-
-
-def _kohya_metadata(
-    policy: PeftModel, components: Components, config: RunConfig, *, for_kohya: bool
-) -> dict[str, str]:
-    spec: Any = policy.peft_config[TRAINED]
-    process = process_from(components.scheduler_config, config.diffusion.prediction)
-    return kohya_metadata(
-        config,
-        components.family,
-        rank=spec.r,
-        alpha=spec.lora_alpha,
-        prediction=process.prediction,
-        text_width=components.denoiser_config.get("cross_attention_dim"),
-        for_kohya=for_kohya,
-    )
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -362,7 +318,7 @@ def save_trained(
     if isinstance(policy, PeftModel):
         readers, notes = write_lora(policy, components, folder, config)
         return Saved(readers, tuple(notes))
-    part = part_of(components.family)
+    part = components.family.part
     policy.save_pretrained(str(folder / part))  # pyright: ignore[reportCallIssue]
     notes: list[str] = []
     if config.export.dtype is not None:

@@ -18,9 +18,10 @@ from mmalign.diffusion.cache import (
     has_latents,
 )
 from mmalign.diffusion.cache_plan import Processes, progress
-from mmalign.diffusion.components import PixelSpace, Vae, factor_of, load_vae
-from mmalign.diffusion.conditioning import Condition, PromptEncoder
+from mmalign.diffusion.components import PixelSpace, Vae, load_vae
+from mmalign.diffusion.conditioning import PromptEncoder
 from mmalign.diffusion.estimators import Draws, seed_of
+from mmalign.diffusion.families import Condition
 from mmalign.diffusion.pictures import (
     Frame,
     cache_folder,
@@ -104,12 +105,12 @@ class Collator:
         prompts: PromptCache | None,
         latents: LatentCache | Generated | None,
         bank: ErrorBank | None,
-        has_time_ids: bool,
+        components: Components,
         banked: bool = False,
     ) -> None:
         self.config, self.needs, self.process = config, needs, process
         self.encoder, self.prompts, self.latents, self.bank = encoder, prompts, latents, bank
-        self.has_time_ids = has_time_ids
+        self.components = components
         self.banked = banked  # draws are numbers of stored ones
 
     def __call__(self, examples: Sequence[Example], draws: Sequence[int] | None) -> Batch:
@@ -133,13 +134,11 @@ class Collator:
         inputs: dict[str, Tensor] = self._conditions(captions)
         pictures, frames = self._pictures(examples, None if fixed else row_seeds)
         inputs |= pictures
-        if self.has_time_ids:
+        if self.components.family.has_time_ids:
             inputs["time_ids"] = torch.tensor(
                 [[self._time_ids(frame) for frame in row] for row in frames], dtype=torch.float32
             )
-        inputs["timesteps"] = draw_timesteps(
-            settings.timesteps, self.process, self._quantiles(examples, chance, draws)
-        )
+        inputs["timesteps"] = self._timesteps(self._quantiles(examples, chance, draws), frames)
         # By name and not by place: exchanging two pictures exchanges all that is theirs.
         own = torch.tensor(
             [
@@ -196,6 +195,19 @@ class Collator:
                 strata.append(example.meta.get(TIMESTEP_BIN, (0, 1)) if draw is None else (0, 1))
         first, count = torch.tensor(strata, dtype=u.dtype).unbind(-1)
         return (first + u) / count
+
+    def _timesteps(self, quantiles: Tensor, frames: Sequence[Sequence[Frame]]) -> Tensor:  # [B]
+        """Timesteps of the rows, each by the noise process of its images' size."""
+        groups: dict[NoiseProcess, list[int]] = defaultdict(list)
+        for i, (frame, *_) in enumerate(frames):
+            height, width = (side // self.components.factor for side in frame.target)
+            groups[self.process.at((height, width))].append(i)
+        drawn = [
+            draw_timesteps(self.config.diffusion.timesteps, process, quantiles[rows])
+            for process, rows in groups.items()
+        ]
+        order = torch.tensor([i for rows in groups.values() for i in rows])
+        return torch.cat(drawn)[order.argsort()]
 
     # -- captions ----------------------------------------------------------------------------
 
@@ -304,7 +316,7 @@ class Generated:
         """
         config, components = inputs.config, inputs.components
         self._inputs, self._model = inputs, model
-        self._factor = factor_of(components.folder)
+        self._factor = components.factor
         self._size = picture_size(config.diffusion, self._factor)
         sampling = config.diffusion.sampling.model_dump(mode="json", exclude={"seed", "negative"})
         self._seed = config.train.seed
@@ -463,7 +475,7 @@ class Inputs:
             latents=latents,
             bank=bank,
             banked=self.banked or bank is not None,
-            has_time_ids=self.components.family == "sdxl",
+            components=self.components,
         )
 
     # -- captions ----------------------------------------------------------------------------
@@ -482,12 +494,14 @@ class Inputs:
     def condition(self, batch: Batch) -> Condition:
         """What the network is told of every picture, [B * K] rows."""
         flat = {name: value.flatten(0, 1) for name, value in batch.inputs.items() if _is_told(name)}
-        time_ids = flat.get("time_ids")
         if "embeds" in flat:
-            return Condition(flat["embeds"], flat.get("pooled"), time_ids)
-        ids = {n.removeprefix("ids."): v for n, v in flat.items() if n.startswith("ids.")}
-        told = self.encoder.to(batch.labels.device).embed(ids)
-        return Condition(told.embeds, told.pooled, time_ids)
+            told = Condition(flat["embeds"], flat.get("pooled"))
+        else:
+            ids = {n.removeprefix("ids."): v for n, v in flat.items() if n.startswith("ids.")}
+            told = self.encoder.to(batch.labels.device).embed(ids)
+        if self.components.is_distilled:
+            told = told.with_guidance(self.config.diffusion.embedded_guidance)
+        return replace(told, time_ids=flat.get("time_ids"))
 
     def empty(self, device: torch.device) -> Condition:
         """The empty prompt, one row, without time ids."""

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmalign.config import DiffusionConfig, TimestepSpec
-from mmalign.diffusion.pipeline import denoiser_config, family_of, pipeline_folder, scheduler_config
-from mmalign.diffusion.process import VPTable, process_from
+from mmalign.diffusion.families import family_of
+from mmalign.diffusion.pipeline import denoiser_config, pipeline_folder, scheduler_config
+from mmalign.diffusion.process import VPTable
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,10 +27,21 @@ def check_pipeline(config: RunConfig, components: Components) -> list[str]:
     """Settings that this pipeline has no use for."""
     problems: list[str] = []
     settings = config.diffusion
-    if settings.time_ids != "measured" and components.family != "sdxl":
+    if settings.time_ids != "measured" and not components.family.has_time_ids:
         problems.append(
             f"diffusion.time_ids is {settings.time_ids}, but only SDXL is told sizes, and "
             f"{config.model.path} is of the family {components.family}. Remove it"
+        )
+    default = DiffusionConfig().embedded_guidance
+    if settings.embedded_guidance != default and not components.is_distilled:
+        problems.append(
+            f"diffusion.embedded_guidance is {settings.embedded_guidance:g}, but only models "
+            f"distilled with guidance are given one, and {config.model.path} is not. Remove it"
+        )
+    if settings.sampling.negative is not None and components.is_distilled:
+        problems.append(
+            "diffusion.sampling.negative takes the place of the empty prompt, but models distilled "
+            f"with guidance, as {config.model.path} is, are sampled without. Remove it"
         )
     if settings.vae_dtype != "float32" and not components.has_vae:
         problems.append(
@@ -51,8 +63,9 @@ def check_other(path: str, config: RunConfig, components: Components) -> None:
     Raises:
         ConfigError: Another family, other inputs, another prediction type or noise schedule.
     """
-    own = {"family": components.family} | _inputs(components.denoiser_config)
-    other = {"family": family_of(path)} | _inputs(denoiser_config(path))
+    family = family_of(path)
+    own = {"family": components.family.name} | _inputs(components.denoiser_config)
+    other = {"family": family.name} | _inputs(denoiser_config(path))
     different = next((key for key in own if own[key] != other[key]), None)
     if different is not None:
         raise ConfigError(
@@ -63,9 +76,9 @@ def check_other(path: str, config: RunConfig, components: Components) -> None:
     if not (pipeline_folder(path) / "scheduler").is_dir():
         return
     settings = config.diffusion
-    policy = process_from(components.scheduler_config, settings.prediction)
+    policy = family.process(components.scheduler_config, settings.prediction)
     said = scheduler_config(path)
-    reference = process_from(said, "auto" if "prediction_type" in said else settings.prediction)
+    reference = family.process(said, "auto" if "prediction_type" in said else settings.prediction)
     if policy.prediction != reference.prediction:
         raise ConfigError(
             f"reference {path}: predicts {reference.prediction}, model.path {config.model.path} "

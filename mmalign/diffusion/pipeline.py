@@ -1,16 +1,12 @@
-"""Pipelines of diffusers as files.
-
-Which family a folder holds, where its parts lie, and their weights.
-"""
+"""Pipelines of diffusers as files: where their parts lie, and the weights of those."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,26 +80,14 @@ def variant_of(folder: Path) -> str | None:
     return names[0].split(".")[1].split("-")[0] if names[0].count(".") > 1 else None
 
 
-# Pipelines of diffusers as files: which family a folder holds, and where its parts lie.
+# Pipelines of diffusers as files, and where their parts lie.
 #
 # A pipeline is read by its component folders, so that the VAE and the text encoders are neither
 # loaded nor fetched before they are needed. Weights are read from safetensors only, and no code.
 
-Family = Literal["sd", "sdxl", "sd3"]
-
-PIPELINES: dict[str, Family] = {
-    "StableDiffusionPipeline": "sd",
-    "StableDiffusionXLPipeline": "sdxl",
-    "StableDiffusion3Pipeline": "sd3",
-}
-DENOISERS: dict[str, tuple[Family, ...]] = {
-    "UNet2DConditionModel": ("sd", "sdxl"),
-    "SD3Transformer2DModel": ("sd3",),
-}
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 SETTINGS = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model")  # of tokenizers too
 _WITHOUT_WEIGHTS = ("tokenizer", "scheduler", "feature_extractor")
-NUM_TIME_IDS = 6  # original size, crop, target size; the SDXL refiner has a score in place of one
 
 
 def component(
@@ -206,80 +190,6 @@ def scheduler_config(path: str | Path, revision: str | None = None) -> dict[str,
     """
     file = component(path, "scheduler", revision) / "scheduler_config.json"
     return read_json(file)
-
-
-def family_of(path: str | Path, revision: str | None = None) -> Family:
-    """Which wiring the pipeline has: "sd" (1.x, 2.x and pipelines built like them), "sdxl", "sd3".
-
-    By model_index.json; a folder that holds nothing but a denoiser is told by its settings.
-
-    Raises:
-        ConfigError: A pipeline that cannot be trained here, with the reason.
-    """
-    index = model_index(path, revision)
-    config = denoiser_config(path, revision)
-    kind = str(config.get("_class_name", "none"))
-    pipeline = index.get("_class_name")
-    if index.get("requires_aesthetics_score"):
-        raise ConfigError(f"pipeline {path}: {_REFINER}")
-    if pipeline is not None and pipeline not in PIPELINES:
-        raise ConfigError(f"pipeline {path}: is a {pipeline}; supported are {', '.join(PIPELINES)}")
-    if "model_type" in config and "_class_name" not in config:
-        raise ConfigError(
-            f"pipeline {path}: is a model of transformers ({config['model_type']}), not a pipeline "
-            "of diffusers; a language model is trained with modality: text"
-        )
-    if kind not in DENOISERS:
-        raise ConfigError(
-            f"pipeline {path}: its denoiser is a {kind}; supported are {', '.join(DENOISERS)}"
-        )
-    found: Family = (
-        "sd3" if kind == "SD3Transformer2DModel" else _unet_family(path, config, revision)
-    )
-    if pipeline is not None and PIPELINES[pipeline] != found:
-        raise ConfigError(
-            f"pipeline {path}: model_index.json says {pipeline}, but the denoiser is wired as "
-            f"{found}; the folder's parts are of different models"
-        )
-    return found
-
-
-_REFINER = (
-    "is an SDXL refiner, which is told an aesthetic score and continues another model's pictures; "
-    "preference data has neither. Train the base model"
-)
-
-
-def _unet_family(path: str | Path, config: Mapping[str, Any], revision: str | None) -> Family:
-    """`sd` or `sdxl`, after refusing U-Nets that are told more than a prompt."""
-    ins, outs = config.get("in_channels", 4), config.get("out_channels", 4)
-    if ins != outs:
-        known = {9: "an inpainting", 8: "an image-editing", 7: "an upscaling", 5: "a depth-guided"}
-        what = known.get(ins, "another")
-        raise ConfigError(
-            f"pipeline {path}: is {what} model: its U-Net reads {ins} channels and returns "
-            f"{outs}, so it needs more than a prompt and a picture. Use the text-to-image model"
-        )
-    for name in ("class_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type"):
-        if config.get(name) is not None:
-            raise ConfigError(
-                f"pipeline {path}: its U-Net has {name} {config[name]!r}, an input that "
-                "text-to-image training does not have"
-            )
-    embed = config.get("addition_embed_type")
-    if embed is None:
-        return "sd"
-    if embed != "text_time":
-        raise ConfigError(
-            f"pipeline {path}: its U-Net has addition_embed_type {embed!r}; supported are none "
-            "(SD) and 'text_time' (SDXL)"
-        )
-    pooled = config["projection_class_embeddings_input_dim"]
-    pooled -= NUM_TIME_IDS * config["addition_time_embed_dim"]
-    encoder = pipeline_folder(path, revision) / "text_encoder_2" / "config.json"
-    if read_json(encoder, missing={}).get("projection_dim", pooled) != pooled:
-        raise ConfigError(f"pipeline {path}: {_REFINER}")
-    return "sdxl"
 
 
 def component_fingerprint(path: str | Path, name: str, revision: str | None = None) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -80,6 +80,7 @@ def zero_terminal(table: Tensor) -> Tensor:  # [T] -> [T]
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 Weighting = Literal["constant", "epsilon", "sample", "min_snr"]
+Size = tuple[int, int]  # height and width of latents
 
 
 class NoiseProcess(ABC):
@@ -95,6 +96,10 @@ class NoiseProcess(ABC):
     prediction: Prediction
     num_timesteps: int
     ends_in_noise: bool = False
+
+    def at(self, size: Size) -> NoiseProcess:
+        """The process of latents of one size, where its levels depend on that."""
+        return self
 
     @abstractmethod
     def timestep(self, u: Tensor) -> Tensor:  # [N] -> [N]
@@ -289,13 +294,28 @@ class RectifiedFlow(NoiseProcess):
     Args:
         num_timesteps: Levels of the schedule; the network is given num_timesteps * sigma.
         shift: s moves level u to s u / (1 + (s - 1) u): more noise for s > 1 (3 for SD3).
+        shift_at: s for latents of a size, where it depends on that; `at` gives the process.
     """
 
     prediction: Prediction = "flow"
 
-    def __init__(self, num_timesteps: int = 1000, shift: float = 1.0) -> None:
+    def __init__(
+        self,
+        num_timesteps: int = 1000,
+        shift: float = 1.0,
+        shift_at: Callable[[Size], float] | None = None,
+    ) -> None:
         self.num_timesteps = num_timesteps
-        self.shift = shift
+        self.shift, self._shift_at = shift, shift_at
+        self._by_size: dict[Size, RectifiedFlow] = {}
+
+    def at(self, size: Size) -> NoiseProcess:
+        """The flow with the shift of this size; the same object each time."""
+        if self._shift_at is None:
+            return self
+        if size not in self._by_size:
+            self._by_size[size] = RectifiedFlow(self.num_timesteps, self._shift_at(size))
+        return self._by_size[size]
 
     def timestep(self, u: Tensor) -> Tensor:  # [N] -> [N] float32
         """The shifted level (floor(T u) + 1) / T: the levels of the scheduler, never 0."""
@@ -324,7 +344,10 @@ class RectifiedFlow(NoiseProcess):
 
 
 def process_from(
-    scheduler_config: Mapping[str, Any], prediction: str = "auto", zero_terminal_snr: bool = False
+    scheduler_config: Mapping[str, Any],
+    prediction: str = "auto",
+    zero_terminal_snr: bool = False,
+    shift_at: Callable[[Size], float] | None = None,
 ) -> NoiseProcess:
     """The noise process that a model's scheduler describes.
 
@@ -333,6 +356,8 @@ def process_from(
         prediction: `diffusion.prediction`; other than "auto" it must agree with the scheduler, or
             fill in what that leaves out.
         zero_terminal_snr: Rescale the table so that it ends in pure noise.
+        shift_at: A flow's shift for latents of a size, read with `use_dynamic_shifting` alone;
+            None: the family has none.
 
     Raises:
         ConfigError: A prediction that contradicts the scheduler, or a schedule that is not known.
@@ -346,7 +371,7 @@ def process_from(
         or bool(scheduler_config.get("use_flow_sigmas"))
     )
     if is_flow:
-        return _flow(scheduler_config, prediction, zero_terminal_snr)
+        return _flow(scheduler_config, prediction, zero_terminal_snr, shift_at)
     if said not in (None, "epsilon", "v_prediction", "sample"):
         raise ConfigError(
             f"the model's scheduler {name or 'without a name'} has prediction_type {said!r}; known "
@@ -400,7 +425,12 @@ def _refuse_others(name: str, config: Mapping[str, Any]) -> None:
             )
 
 
-def _flow(config: Mapping[str, Any], prediction: str, zero_terminal_snr: bool) -> RectifiedFlow:
+def _flow(
+    config: Mapping[str, Any],
+    prediction: str,
+    zero_terminal_snr: bool,
+    shift_at: Callable[[Size], float] | None,
+) -> RectifiedFlow:
     if prediction not in ("auto", "flow"):
         raise ConfigError(
             f"diffusion.prediction is {prediction!r}, but the model's scheduler is one of flow "
@@ -410,13 +440,15 @@ def _flow(config: Mapping[str, Any], prediction: str, zero_terminal_snr: bool) -
         raise ConfigError(
             "diffusion.zero_terminal_snr is true, but a flow always ends in pure noise; remove it"
         )
-    if config.get("use_dynamic_shifting"):
+    num = int(config.get("num_train_timesteps", 1000))
+    if not config.get("use_dynamic_shifting"):
+        return RectifiedFlow(num, float(config.get("flow_shift", config.get("shift", 1.0))))
+    if shift_at is None:
         raise ConfigError(
             "the model's scheduler shifts its levels by the size of the picture "
-            "(use_dynamic_shifting), which is not built; models with a fixed shift are"
+            "(use_dynamic_shifting), which is not built for its family; a fixed shift is"
         )
-    shift = config.get("flow_shift", config.get("shift", 1.0))
-    return RectifiedFlow(int(config.get("num_train_timesteps", 1000)), float(shift))
+    return RectifiedFlow(num, shift_at=shift_at)
 
 
 # Steps between noise levels: the sampler's, forwards and backwards, and more noise.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,20 +11,20 @@ from torch import Tensor
 
 from mmalign.core.numerics import full_precision
 from mmalign.diffusion.components import load_denoiser
-from mmalign.diffusion.conditioning import Condition, predict
 from mmalign.diffusion.export import lora_of
-from mmalign.diffusion.process import process_from
+from mmalign.diffusion.families import Condition
 from mmalign.errors import ConfigError
 from mmalign.models.merge import Change, LoraDelta, combined, open_delta
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from PIL.Image import Image
     from torch import nn
 
     from mmalign.config import DiffusionConfig, ModelConfig, PictureSampleSpec
     from mmalign.diffusion.components import Components, PixelSpace, Vae
+    from mmalign.diffusion.process import Size
     from mmalign.models.merge import Delta
 
 
@@ -153,7 +152,7 @@ def denoise(
         [N, C, H, W] in float32, or float64 where the noise is.
     """
     spec, family = diffusion.sampling, components.family
-    has_guidance = spec.guidance > 1.0
+    has_guidance = spec.guidance > 1.0 and not components.is_distilled
     if negative_model is not None and not has_guidance:
         raise ConfigError(
             f"diffusion.sampling.negative is only read with guidance above 1 (found "
@@ -161,17 +160,19 @@ def denoise(
         )
     if has_guidance and empty is None:
         raise ConfigError(f"guidance {spec.guidance:g} needs the empty prompt's embedding")
-    scheduler = scheduler_for(components.scheduler_config, diffusion)
+    scheduler = scheduler_for(components, diffusion, (noise.shape[-2], noise.shape[-1]))
     device, count = noise.device, len(noise)
     dtype = torch.promote_types(noise.dtype, torch.float32)
-    positive = _sized(prompts.to(device), family, pixels)
+    positive = family.sized(prompts.to(device), pixels)
+    if components.is_distilled:
+        positive = positive.with_guidance(spec.guidance)
     negative = None
     if has_guidance and empty is not None:
-        negative = _sized(empty.to(device).repeat(count), family, pixels)
+        negative = family.sized(empty.to(device).repeat(count), pixels)
 
     def run(network: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         times = t.to(device).expand(len(x))
-        return predict(network, family, x, times, condition).to(dtype)
+        return family.predict(network, x, times, condition).to(dtype)
 
     latents = noise.to(dtype) * getattr(scheduler, "init_noise_sigma", 1.0)
     with _evaluating(model, negative_model):
@@ -225,12 +226,13 @@ def picture_size(diffusion: DiffusionConfig, factor: int) -> tuple[int, int]:
     return size
 
 
-def scheduler_for(config: Mapping[str, Any], diffusion: DiffusionConfig) -> Any:
+def scheduler_for(components: Components, diffusion: DiffusionConfig, size: Size) -> Any:
     """diffusers' scheduler for `diffusion.sampling`, with its timesteps set.
 
     Args:
-        config: The pipeline's scheduler_config.json.
+        components: What the pipeline's files say.
         diffusion: Sampler, number of steps, prediction and noise table.
+        size: Height and width of the latents.
 
     Raises:
         ConfigError: A sampler that does not fit the prediction, or too many steps.
@@ -243,7 +245,7 @@ def scheduler_for(config: Mapping[str, Any], diffusion: DiffusionConfig) -> Any:
     )
 
     spec = diffusion.sampling
-    process = process_from(config, diffusion.prediction, diffusion.zero_terminal_snr)
+    config, process = components.scheduler_config, components.process(diffusion)
     is_flow = process.prediction == "flow"
     if spec.num_steps > process.num_timesteps:
         raise ConfigError(
@@ -280,18 +282,8 @@ def scheduler_for(config: Mapping[str, Any], diffusion: DiffusionConfig) -> Any:
         # The last level is pure noise and must be the first step, which "leading" leaves out.
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     scheduler = kind.from_config(dict(config), **changes)
-    scheduler.set_timesteps(spec.num_steps)
+    components.family.set_timesteps(scheduler, spec.num_steps, size)
     return scheduler
-
-
-def _sized(condition: Condition, family: str, pixels: tuple[int, int]) -> Condition:
-    """SDXL: told that the picture is of this size and not cropped."""
-    if family != "sdxl":
-        return condition
-    ids = torch.tensor([*pixels, 0, 0, *pixels], dtype=torch.float32)  # bfloat16 has no 1025
-    return replace(
-        condition, time_ids=ids.to(condition.embeds.device).repeat(len(condition.embeds), 1)
-    )
 
 
 @contextmanager

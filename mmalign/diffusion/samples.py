@@ -14,7 +14,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL import Image as pil
 
-from mmalign.diffusion.components import factor_of
 from mmalign.diffusion.sample import generate, load_negative, picture_size, scheduler_for
 from mmalign.safe import replacing
 
@@ -205,8 +204,8 @@ def check_sampling(components: Components, diffusion: DiffusionConfig) -> None:
     Raises:
         ConfigError: A sampler that does not fit the model, or a size that does not fit the VAE.
     """
-    scheduler_for(components.scheduler_config, diffusion)
-    picture_size(diffusion, factor_of(components.folder))
+    height, width = picture_size(diffusion, components.factor)
+    scheduler_for(components, diffusion, (height // components.factor, width // components.factor))
 
 
 def paint(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mmalign.core.numerics import full_precision
-from mmalign.diffusion.conditioning import Condition, predict
 from mmalign.diffusion.estimators import Draws, Estimator, Point, Truncated, build_estimator
 from mmalign.diffusion.process import NoiseProcess
 
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
     from mmalign.config import DiffusionConfig
     from mmalign.core import Needs
     from mmalign.diffusion.estimators import Predict
+    from mmalign.diffusion.families import Condition, Family
     from mmalign.diffusion.inputs import Inputs, Part
-    from mmalign.diffusion.pipeline import Family
     from mmalign.models.adapter import Batch
     from mmalign.models.reference import Ema, Reference
 
@@ -173,21 +172,22 @@ class Scoring:
         self, policy: nn.Module, x0: Tensor, t: Tensor, draws: Draws, condition: Condition
     ) -> Point:
         """Where these pictures are scored, and what should be predicted there."""
+        process = self.process.at((x0.shape[-2], x0.shape[-1]))
         if isinstance(self.estimator, Truncated):
             assert self.teacher is not None
             empty = self.inputs.empty(x0.device).repeat(len(x0))
             empty = replace(empty, time_ids=condition.time_ids)  # they differ by the prompt alone
             with self.teacher.active() as model:
                 seen = [self._noise_seen(model, given) for given in (condition, empty)]
-                return self.estimator(x0, draws, self.process, *seen)
+                return self.estimator(x0, draws, process, *seen)
         if not self.estimator.needs_network:
-            return self.estimator(x0, t, draws, self.process, None)
+            return self.estimator(x0, t, draws, process, None)
         if self.settings.estimator.network == "reference":
             with self.reference.active() as model:
                 seen = self._noise_seen(model, condition)
-                return self.estimator(x0, t, draws, self.process, seen)
+                return self.estimator(x0, t, draws, process, seen)
         seen = self._noise_seen(policy, condition)
-        return self.estimator(x0, t, draws, self.process, seen)
+        return self.estimator(x0, t, draws, process, seen)
 
     def _noise_seen(self, model: nn.Module, condition: Condition) -> Predict:
         """The noise that a network sees under a condition."""
@@ -203,4 +203,4 @@ class Scoring:
 
     def _raw(self, model: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         times = self.process.timestep_input(t)
-        return predict(model, self.family, x, times, condition)
+        return self.family.predict(model, x, times, condition)

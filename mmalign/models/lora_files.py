@@ -196,35 +196,24 @@ def sd3_place(module: str, num_layers: int) -> Place:
     return Place(_flat(name), (module,), swapped)
 
 
-def place_of(module: str, family: str, layers: int) -> Place:
-    """Where a layer lies in a file.
+def in_unet_block(module: str) -> bool:
+    """Whether a layer of a U-Net is inside a transformer, residual block or change of size.
 
-    Args:
-        module: Its name in diffusers.
-        family: sd, sdxl or sd3.
-        layers: `layers_per_block` of SDXL's U-Net, `num_layers` of SD3's transformer.
+    kohya's own reader applies those; others it passes over without a word.
     """
-    if family == "sd3":
-        return sd3_place(module, layers)
-    name = sdxl_name(module, layers) if family == "sdxl" else sd_name(module)
-    return Place(name, (module,))
+    return bool(_BLOCK.fullmatch(module) or _MIDDLE.fullmatch(module))
 
 
-def is_known(module: str, family: str) -> bool:
-    """Whether ComfyUI has a name for a layer; there are others in models of other builds."""
-    if family != "sd3":
-        return module in _OUTSIDE or kohya_reads(module, family)
+def in_unet_file(module: str) -> bool:
+    """Whether ComfyUI has a name for a U-Net's layer; models of other builds have more."""
+    return module in _OUTSIDE or in_unet_block(module)
+
+
+def in_sd3_file(module: str) -> bool:
+    """The same of a layer of SD3."""
     match = _SD3_BLOCK.fullmatch(module)
     inside = {*_IN_SD3_BLOCK, *(layer for layers in _FUSED.values() for layer in layers)}
     return match[2] in inside if match else module in _SD3_OUTSIDE
-
-
-def kohya_reads(module: str, family: str) -> bool:
-    """Whether kohya's own reader applies a layer; others it passes over without a word.
-
-    In U-Nets it looks inside transformers, residual blocks and changes of size only.
-    """
-    return family == "sd3" or bool(_BLOCK.fullmatch(module) or _MIDDLE.fullmatch(module))
 
 
 def layers_of(modules: Iterable[str]) -> int:

@@ -24,7 +24,8 @@ from mmalign.diffusion import pictures as notes
 from mmalign.diffusion.adapter import DiffusionAdapter
 from mmalign.diffusion.cache import ErrorBank, LatentCache, PromptCache
 from mmalign.diffusion.cache_plan import Processes, ahead, duration, progress
-from mmalign.diffusion.conditioning import Condition, PromptEncoder
+from mmalign.diffusion.conditioning import PromptEncoder
+from mmalign.diffusion.families import Condition
 from mmalign.diffusion.pictures import prepare, row_pictures
 from mmalign.errors import ConfigError
 from mmalign.inference import plan_cache

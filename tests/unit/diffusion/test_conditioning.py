@@ -12,6 +12,7 @@ import tiny_diffusion
 import torch
 
 from mmalign.diffusion.conditioning import PromptEncoder, load_tokenizers
+from mmalign.diffusion.families import FAMILIES
 from mmalign.errors import ConfigError
 
 PROMPTS = ["a red cat", "A dog, and another DOG!"]
@@ -144,4 +145,4 @@ def test_what_is_missing_or_foreign_is_named(sd15_dir: Path, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="has no text_encoder/"):
         PromptEncoder.load(folder)
     with pytest.raises(ConfigError, match="family is sd, not sdxl"):
-        PromptEncoder.load(sd15_dir, "sdxl")
+        PromptEncoder.load(sd15_dir, FAMILIES["sdxl"])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mmalign.config import DiffusionConfig, LoraSpec, ModelConfig
 from mmalign.diffusion.components import load_components
 from mmalign.diffusion.export import COMFYUI_LORA, KOHYA_LORA, save_trained
-from mmalign.diffusion.pipeline import family_of
+from mmalign.diffusion.families import family_of
 from mmalign.models import lora
 
 EVERYTHING = {
@@ -182,7 +182,7 @@ class Trained:
         self.components = load_components(
             ModelConfig(path=str(folder)), DiffusionConfig(resolution=64)
         )
-        self.family = self.components.family
+        self.family = self.components.family.name
         self.base: Any = deepcopy(self.components.denoiser)
         self.policy: Any = lora.attach(self.components.denoiser, spec, task=None)
         with torch.no_grad():
@@ -219,7 +219,7 @@ def pipeline(request: pytest.FixtureRequest) -> Path:
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_comfyui_computes_the_trained_weights(pipeline: Path, tmp_path: Path, dora: bool) -> None:
     """Every kind of layer, linear and convolution, by either program's names."""
-    family = family_of(pipeline)
+    family = family_of(pipeline).name
     spec = LoraSpec(rank=3, alpha=8, targets=EVERYTHING[family], dora=dora)
     trained = Trained(pipeline, tmp_path, spec)
     (name,) = [n for n in trained.saved.readers if n.startswith("mmalign_")]

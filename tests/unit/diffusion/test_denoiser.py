@@ -10,7 +10,7 @@ import torch
 
 from mmalign.config import ModelConfig
 from mmalign.diffusion.components import load_denoiser
-from mmalign.diffusion.conditioning import Condition, predict
+from mmalign.diffusion.families import FAMILIES, Condition
 from mmalign.errors import ConfigError, NeedsError
 
 
@@ -45,7 +45,7 @@ def test_equal_to_the_pipelines_own_networks(sd15_dir: Path, sdxl_dir: Path, sd3
     x, t, told = inputs("sd")
     unet = diffusers.StableDiffusionPipeline.from_pretrained(sd15_dir).unet
     expected = unet(x, t, encoder_hidden_states=told.embeds).sample
-    close(predict(denoiser_of(sd15_dir), "sd", x, t, told), expected)
+    close(FAMILIES["sd"].predict(denoiser_of(sd15_dir), x, t, told), expected)
 
     x, t, told = inputs("sdxl")
     unet = diffusers.StableDiffusionXLPipeline.from_pretrained(sdxl_dir).unet
@@ -53,7 +53,7 @@ def test_equal_to_the_pipelines_own_networks(sd15_dir: Path, sdxl_dir: Path, sd3
     expected = unet(
         x, t, encoder_hidden_states=told.embeds, added_cond_kwargs=added, return_dict=False
     )[0]
-    close(predict(denoiser_of(sdxl_dir), "sdxl", x, t, told), expected)
+    close(FAMILIES["sdxl"].predict(denoiser_of(sdxl_dir), x, t, told), expected)
 
     x, t, told = inputs("sd3")
     transformer = diffusers.StableDiffusion3Pipeline.from_pretrained(sd3_dir).transformer
@@ -63,7 +63,7 @@ def test_equal_to_the_pipelines_own_networks(sd15_dir: Path, sdxl_dir: Path, sd3
         encoder_hidden_states=told.embeds,
         pooled_projections=told.pooled,
     ).sample
-    close(predict(denoiser_of(sd3_dir), "sd3", x, t, told), expected)
+    close(FAMILIES["sd3"].predict(denoiser_of(sd3_dir), x, t, told), expected)
 
 
 @torch.no_grad()
@@ -72,10 +72,10 @@ def test_rows_do_not_see_each_other(name: str, family: str, request: pytest.Fixt
     folder = request.getfixturevalue(f"{name}_dir")
     model = denoiser_of(folder, dtype="float64")
     x, t, told = inputs(family, dtype=torch.float64)
-    both = predict(model, family, x, t, told)
+    both = FAMILIES[family].predict(model, x, t, told)
     for row in range(2):
         one = slice(row, row + 1)
-        alone = predict(model, family, x[one], t[one], told.rows(one))
+        alone = FAMILIES[family].predict(model, x[one], t[one], told.rows(one))
         torch.testing.assert_close(alone, both[one], rtol=1e-9, atol=1e-11)
 
 
@@ -85,22 +85,22 @@ def test_every_part_of_a_condition_counts(sdxl_dir: Path) -> None:
     x, t, told = inputs("sdxl")
     assert told.pooled is not None
     assert told.time_ids is not None
-    first = predict(model, "sdxl", x, t, told)
+    first = FAMILIES["sdxl"].predict(model, x, t, told)
     others = [
         Condition(told.embeds + 1, told.pooled, told.time_ids),
         Condition(told.embeds, told.pooled + 1, told.time_ids),
         Condition(told.embeds, told.pooled, told.time_ids + 40),
     ]
-    assert all(not torch.equal(first, predict(model, "sdxl", x, t, c)) for c in others)
+    assert all(not torch.equal(first, FAMILIES["sdxl"].predict(model, x, t, c)) for c in others)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_inputs_follow_the_networks_dtype(sdxl_dir: Path, dtype: str) -> None:
     x, t, told = inputs("sdxl")
-    found = predict(denoiser_of(sdxl_dir, dtype=dtype), "sdxl", x, t, told)
+    found = FAMILIES["sdxl"].predict(denoiser_of(sdxl_dir, dtype=dtype), x, t, told)
     assert found.dtype == getattr(torch, dtype)
-    exact = predict(denoiser_of(sdxl_dir), "sdxl", x, t, told)
+    exact = FAMILIES["sdxl"].predict(denoiser_of(sdxl_dir), x, t, told)
     tolerance = 0.05 if dtype == "bfloat16" else 1e-4
     torch.testing.assert_close(found.float(), exact, rtol=tolerance, atol=tolerance)
 
@@ -109,25 +109,25 @@ def test_what_sdxl_misses_is_named(sdxl_dir: Path) -> None:
     model = denoiser_of(sdxl_dir)
     x, t, told = inputs("sdxl")
     with pytest.raises(NeedsError, match="SDXL needs time ids"):
-        predict(model, "sdxl", x, t, Condition(told.embeds, told.pooled))
+        FAMILIES["sdxl"].predict(model, x, t, Condition(told.embeds, told.pooled))
     with pytest.raises(NeedsError, match="SDXL needs pooled embeddings"):
-        predict(model, "sdxl", x, t, Condition(told.embeds, None, told.time_ids))
+        FAMILIES["sdxl"].predict(model, x, t, Condition(told.embeds, None, told.time_ids))
     five = told.time_ids[:, :5]
     with pytest.raises(NeedsError, match=r"6 time ids a picture .* found 5"):
-        predict(model, "sdxl", x, t, Condition(told.embeds, told.pooled, five))
+        FAMILIES["sdxl"].predict(model, x, t, Condition(told.embeds, told.pooled, five))
 
 
 def test_what_sd3_misses_is_named(sd3_dir: Path) -> None:
     x, t, told = inputs("sd3")
     with pytest.raises(NeedsError, match="SD3 needs pooled embeddings"):
-        predict(denoiser_of(sd3_dir), "sd3", x, t, Condition(told.embeds))
+        FAMILIES["sd3"].predict(denoiser_of(sd3_dir), x, t, Condition(told.embeds))
 
 
 def test_embeddings_of_another_model_are_refused(sd15_dir: Path) -> None:
     x, t, _ = inputs("sd")
     _, _, other = inputs("sdxl")
     with pytest.raises(ConfigError, match="80 numbers a token, but the denoiser reads 32"):
-        predict(denoiser_of(sd15_dir), "sd", x, t, other)
+        FAMILIES["sd"].predict(denoiser_of(sd15_dir), x, t, other)
 
 
 def test_conditions_are_cut_repeated_and_joined() -> None:

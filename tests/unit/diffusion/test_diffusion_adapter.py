@@ -375,17 +375,16 @@ def test_what_is_drawn_for_a_picture_goes_with_it(
 def test_teacher_without_a_prompt_is_told_the_same_sizes(
     sdxl_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmalign.diffusion import scores
-    from mmalign.diffusion.conditioning import predict
+    from mmalign.diffusion.families import FAMILIES
 
     told: list[torch.Tensor] = []
-    plain = predict
+    plain = FAMILIES["sdxl"].predict
 
     def watched(*given: Any) -> torch.Tensor:
         told.append(given[-1].time_ids)
         return plain(*given)
 
-    monkeypatch.setattr(scores, "predict", watched)
+    monkeypatch.setattr(FAMILIES["sdxl"], "predict", watched)
     config = configured(
         sdxl_dir,
         tiny_pictures.captioned(tmp_path / "data", 2, size=(40, 56)),

@@ -27,6 +27,7 @@ from mmalign.diffusion.export import (
     load_trained,
     save_trained,
 )
+from mmalign.diffusion.families import FAMILIES
 from mmalign.errors import CheckpointError
 from mmalign.models import lora
 from mmalign.models.lora_files import DIFFUSERS_LORA, LoraWeights, places_by_name
@@ -63,7 +64,7 @@ class Trained:
 
     @property
     def part(self) -> str:
-        return "transformer" if self.components.family == "sd3" else "unet"
+        return self.components.family.part
 
     def pipeline(self, denoiser: nn.Module | None = None) -> Any:
         """diffusers' pipeline with its own denoiser (a copy, to be changed) or with another."""
@@ -134,7 +135,7 @@ def test_every_lora_file_loads_with_diffusers_and_merges(trained: Trained, tmp_p
     names, expected = trained.save(tmp_path / "final"), trained.expected()
     assert names == [DIFFUSERS_LORA, KOHYA_LORA]
     for name in names:
-        if name == DIFFUSERS_LORA or trained.components.family != "sd3":
+        if name == DIFFUSERS_LORA or trained.components.family.name != "sd3":
             pipe = trained.pipeline()
             pipe.load_lora_weights(str(tmp_path / "final"), weight_name=name)
             close(paint(pipe), expected)
@@ -179,7 +180,7 @@ def test_whole_weights_load_with_diffusers_and_merge(tmp_path: Path, trained: Tr
 def test_other_kinds_of_lora(trained: Trained, tmp_path: Path, spec: LoraSpec) -> None:
     trained = Trained(trained.folder, spec)
     names, expected = trained.save(tmp_path), trained.expected()
-    sd3 = trained.components.family == "sd3"
+    sd3 = trained.components.family.name == "sd3"
     assert names == [DIFFUSERS_LORA, KOHYA_LORA if sd3 and not spec.dora else COMFYUI_LORA]
     for name in names if not (sd3 or spec.dora) else names[:1]:
         pipe = trained.pipeline()
@@ -258,9 +259,11 @@ def test_diffusers_finds_every_layer_of_the_true_unets(family: str) -> None:
     one = torch.ones(1, 1)
     parts = {name: {"A": one, "B": one, "alpha": torch.tensor(1.0)} for name in modules}
     lora_file = LoraWeights(Path(), {}, parts)
-    tensors = kohya_tensors(lora_file, family, 2, lambda _: one)
-    assert diffusers_reads(tensors, modules, family, 2)
-    assert not diffusers_reads(tensors, modules[1:], family, 2)
+    names = FAMILIES[family].kohya
+    assert names is not None
+    tensors = kohya_tensors(lora_file, names, 2, lambda _: one)
+    assert diffusers_reads(tensors, modules, names, 2)
+    assert not diffusers_reads(tensors, modules[1:], names, 2)
     back = places_by_name(name for name, _ in unet.named_modules())
     assert {back[name.split(".")[0]].layers for name in tensors} == {(m,) for m in modules}
 

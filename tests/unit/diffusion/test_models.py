@@ -14,8 +14,9 @@ import torch
 from mmalign.config import DiffusionConfig, LoraSpec, ModelConfig
 from mmalign.diffusion import pipeline
 from mmalign.diffusion.components import load_components, load_denoiser, load_vae
-from mmalign.diffusion.conditioning import Condition, PromptEncoder, predict
-from mmalign.diffusion.pipeline import component_fingerprint, family_of, plain_weights
+from mmalign.diffusion.conditioning import PromptEncoder
+from mmalign.diffusion.families import FAMILIES, Condition, family_of
+from mmalign.diffusion.pipeline import component_fingerprint, plain_weights
 from mmalign.errors import ConfigError
 from mmalign.models import lora
 from mmalign.models.cpu import CpuLinear
@@ -40,7 +41,7 @@ def test_family_and_facts_of_every_pipeline(
         folder: load_components(model_of(folder), DiffusionConfig())
         for folder in (sd15_dir, sdxl_dir, sd3_dir, digits_dir)
     }
-    facts = [(c.family, c.latent_channels, c.has_vae) for c in found.values()]
+    facts = [(c.family.name, c.latent_channels, c.has_vae) for c in found.values()]
     assert facts == [("sd", 4, True), ("sdxl", 4, True), ("sd3", 16, True), ("sd", 1, False)]
     assert found[sd3_dir].scheduler_config["shift"] == 3.0
     assert found[digits_dir].scheduler_config["beta_schedule"] == "squaredcos_cap_v2"
@@ -84,16 +85,16 @@ def test_denoisers_of_folders_without_a_pipeline(
     whole = load_denoiser(str(sd15_dir), model).state_dict()
     bare = load_denoiser(str(sd15_dir / "unet"), model).state_dict()
     assert all(torch.equal(whole[name], bare[name]) for name in whole)
-    assert family_of(sd15_dir / "unet") == "sd"
-    assert family_of(sdxl_dir / "unet") == "sdxl"
-    assert family_of(sd3_dir / "transformer") == "sd3"
+    assert family_of(sd15_dir / "unet").name == "sd"
+    assert family_of(sdxl_dir / "unet").name == "sdxl"
+    assert family_of(sd3_dir / "transformer").name == "sd3"
 
 
 def test_sd2_with_velocity_is_family_sd(tmp_path: Path) -> None:
     folder = tiny_diffusion.make_sd15(tmp_path, use_linear_projection=True)
     changed(folder, "scheduler/scheduler_config.json", prediction_type="v_prediction")
     components = load_components(model_of(folder), DiffusionConfig(), denoiser=False)
-    assert components.family == "sd"
+    assert components.family.name == "sd"
     assert components.scheduler_config["prediction_type"] == "v_prediction"
 
 
@@ -295,7 +296,7 @@ def test_a_hub_name_loads_from_the_cache_without_network(sd15_dir: Path, hub: Pa
     (hub / "models--maker--tiny" / "refs" / "v2").write_text(commit)
     model = ModelConfig(path="maker/tiny", revision="v2")
     components = load_components(model, DiffusionConfig())
-    assert components.family == "sd"
+    assert components.family.name == "sd"
     assert components.folder == folder
     assert components.denoiser.config["cross_attention_dim"] == 32
 
@@ -336,7 +337,9 @@ def test_plain_weights_are_preferred_to_variants() -> None:
 def loss(model: torch.nn.Module) -> torch.Tensor:
     torch.manual_seed(0)
     x, embeds = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
-    return predict(model, "sd", x, torch.tensor([3, 700]), Condition(embeds)).square().mean()
+    return (
+        FAMILIES["sd"].predict(model, x, torch.tensor([3, 700]), Condition(embeds)).square().mean()
+    )
 
 
 def test_no_dropout_is_left(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from mmalign.config import DiffusionConfig, LoraSpec, ModelConfig, PictureSampleSpec
 from mmalign.diffusion.components import Components, load_components, load_denoiser, load_vae
-from mmalign.diffusion.conditioning import Condition, PromptEncoder
+from mmalign.diffusion.conditioning import PromptEncoder
 from mmalign.diffusion.export import save_trained
+from mmalign.diffusion.families import Condition
 from mmalign.diffusion.sample import denoise, generate, load_negative, scheduler_for, start_noise
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models import lora
@@ -185,7 +187,7 @@ def test_the_negative_model_sees_the_empty_prompt_and_the_same_latents(digits_di
     positive = studio.components.denoiser
     negative = shaken(load_denoiser(str(digits_dir), studio.model_config))
     noise = start_noise([5, 6], (1, 8, 8))
-    scheduler = scheduler_for(studio.components.scheduler_config, studio.config)
+    scheduler = scheduler_for(studio.components, studio.config, (8, 8))
     t = scheduler.timesteps[0]
     with torch.no_grad():
         e_pos = positive(noise, t, studio.prompts.embeds).sample
@@ -288,7 +290,7 @@ def test_what_cannot_be_sampled_is_refused(digits_dir: Path, sd15_dir: Path, sd3
     config = {**studio.components.scheduler_config, "prediction_type": "sample"}
     euler = DiffusionConfig(sampling=PictureSampleSpec(sampler="euler"))
     with pytest.raises(ConfigError, match="predicts the clean picture"):
-        scheduler_for(config, euler)
+        scheduler_for(replace(studio.components, scheduler_config=config), euler, (8, 8))
 
 
 def test_a_negative_model_of_another_base_is_refused(
@@ -306,7 +308,9 @@ def test_zero_terminal_snr_starts_at_pure_noise(sd15_dir: Path) -> None:
     studio = Studio(sd15_dir, size=64)
     config = {**studio.components.scheduler_config, "prediction_type": "v_prediction"}
     spec = PictureSampleSpec(sampler="ddim", num_steps=4)
-    scheduler = scheduler_for(config, DiffusionConfig(zero_terminal_snr=True, sampling=spec))
+    components = replace(studio.components, scheduler_config=config)
+    settings = DiffusionConfig(zero_terminal_snr=True, sampling=spec)
+    scheduler = scheduler_for(components, settings, (8, 8))
     assert scheduler.timesteps[0] == 999
     assert scheduler.alphas_cumprod[999] == 0.0
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from mmalign.models.lora_files import (
-    is_known,
-    kohya_reads,
+    in_sd3_file,
+    in_unet_block,
+    in_unet_file,
     layers_of,
     places_by_name,
     sd3_place,
@@ -77,8 +78,8 @@ def test_layers_of_sd3_share_a_place() -> None:
 
 
 def test_what_kohya_passes_over() -> None:
-    outside = [module for module in SDXL if not kohya_reads(module, "sdxl")]
+    outside = [module for module in SDXL if not in_unet_block(module)]
     assert outside == ["time_embedding.linear_2", "add_embedding.linear_1", "conv_in", "conv_out"]
-    assert all(is_known(module, "sdxl") for module in SDXL)
-    assert not is_known("encoder_hid_proj", "sd")
-    assert not is_known("transformer_blocks.0.attn.norm_q", "sd3")
+    assert all(in_unet_file(module) for module in SDXL)
+    assert not in_unet_file("encoder_hid_proj")
+    assert not in_sd3_file("transformer_blocks.0.attn.norm_q")
