@@ -12,8 +12,7 @@ import io
 import lzma
 import os
 import zlib
-from collections import OrderedDict
-from contextlib import suppress
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
@@ -208,7 +207,8 @@ class OpenFiles:
     """
 
     def __init__(self) -> None:
-        self._open: OrderedDict[Path, _Descriptor] = OrderedDict()
+        # Unlike the one of cachetools, this cache needs no lock, which a fork might copy locked.
+        self._opened = lru_cache(MOST)(_Descriptor)
 
     def read(self, path: Path, offset: int, count: int) -> bytes:
         """`count` bytes from `offset` on, fewer where the file ends."""
@@ -216,23 +216,12 @@ class OpenFiles:
             with path.open("rb") as stream:
                 stream.seek(offset)
                 return stream.read(count)
-        file = self._open.get(path)
-        if file is None:
-            file = self._open[path] = _Descriptor(path)
-            if len(self._open) > MOST:
-                self._open.popitem(last=False)  # closed when the last thread is done with it
-        else:
-            with suppress(KeyError):  # closed by another thread just now
-                self._open.move_to_end(path)
+        file = self._opened(path)  # held: another thread may make the cache forget it
         return os.pread(file.number, count, offset)
 
-    def close(self, path: Path) -> None:
-        """Forget a file."""
-        self._open.pop(path, None)
-
     def clear(self) -> None:
-        """Forget all files."""
-        self._open.clear()
+        """Forget all files; each is closed when the last thread is done with it."""
+        self._opened.cache_clear()
 
     def __reduce__(self) -> tuple[type[OpenFiles], tuple[()]]:
         return (OpenFiles, ())

@@ -51,7 +51,10 @@ class _Piece:
 
 
 class _Pieces:
-    """The last pieces read. Pictures are mostly read in file order, many from one piece."""
+    """The last pieces read. Pictures are mostly read in file order, many from one piece.
+
+    By file, since a row must find its piece: an LRUCache would have to be looked through whole.
+    """
 
     def __init__(self) -> None:
         self.reset()

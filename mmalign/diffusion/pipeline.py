@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import nn
 
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models.cpu import use_onednn, use_products
-from mmalign.models.files import denoiser_folder, fingerprint
+from mmalign.models.files import denoiser_folder, files_hash, fingerprint
 
 # Weights of one part of a pipeline: safetensors only, complete, and never any code.
 
@@ -204,10 +203,7 @@ def component_fingerprint(path: str | Path, name: str, revision: str | None = No
             return fingerprint(folder)
         except CheckpointError as error:
             raise ConfigError(f"pipeline {path}: {error}") from error
-    digest = hashlib.sha256()
-    for file in sorted(item for item in folder.iterdir() if item.is_file()):
-        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
+    return files_hash(sorted(item for item in folder.iterdir() if item.is_file()))
 
 
 def read_json(file: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:

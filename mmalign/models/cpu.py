@@ -1,4 +1,8 @@
-"""Float32 products and convolutions on a CPU, written for the shapes in which torch is slow."""
+"""Float32 products and convolutions on a CPU, written for the shapes in which torch is slow.
+
+`benchmarks/text_vs_trl.py` runs the products beside torch's own ("no oneDNN");
+`benchmarks/diffusion_vs_diffusers.py --usual` both products and convolutions ("usual layers").
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from mmalign.errors import CheckpointError
 from mmalign.safe import replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor, nn
 
@@ -160,9 +160,14 @@ def usual_mode(path: Path) -> None:
 def fingerprint(path: str | Path, revision: str | None = None) -> str:
     """Hash of a checkpoint's weights and settings, read from its files; the same on any machine."""
     folder = local_folder(path, revision)
-    digest = hashlib.sha256()
     settings = [folder / name for name in ("config.json", ADAPTER_CONFIG)]
-    for file in [*weight_files(folder), *(item for item in settings if item.is_file())]:
+    return files_hash([*weight_files(folder), *(item for item in settings if item.is_file())])
+
+
+def files_hash(files: Iterable[Path]) -> str:
+    """Hash of files by name and content, in this order."""
+    digest = hashlib.sha256()
+    for file in files:
         with file.open("rb") as stream:
             digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

@@ -88,7 +88,8 @@ def left_out(weights: LoraWeights, adapted: Collection[str], modules: Iterable[s
 # Source: kohya-ss/sd-scripts `networks/lora.py`, `networks/sdxl_merge_lora.py`,
 #     `networks/lora_sd3.py` (what is written and read), comfyanonymous/ComfyUI `comfy/lora.py`,
 #     `comfy/utils.py` (what is read).
-# Departs: nothing.
+# Departs: nothing. diffusers' own converters are no substitute: they write SD 1.5's names for every
+#     model and the rank as alpha, read no file of kohya's for SD3, and leave out DoRA's scales.
 
 PREFIX = "lora_unet_"
 

@@ -128,6 +128,9 @@ class Change(NamedTuple):
 class LoraDelta:
     """The change of each base tensor under an adapter in the layout of peft, diffusers or kohya.
 
+    Computed from the files in float64, one tensor at a time. peft's `get_delta_weight` needs the
+    whole model in memory and multiplies in the adapter's own precision.
+
     LoRA: scale * B A, scale = alpha / r (alpha / sqrt(r) with use_rslora).
     DoRA: magnitude * (W + scale * B A) / |W + scale * B A| - W, with the norm of each output.
     PiSSA, OLoRA: the start's product is subtracted, which is a part of the base.

@@ -9,7 +9,7 @@ import torch
 from rich.console import Group
 from rich.text import Text
 
-from mmalign.data.jobs import only_writer
+from mmalign.data.jobs import only_writer, track
 from mmalign.errors import ConfigError
 from mmalign.models.adapter import load_usable
 from mmalign.text import cache as dates
@@ -125,8 +125,6 @@ def _write(
     config: RunConfig, needs: Needs, build: Callable[[RunConfig, Needs], TokenAdapter]
 ) -> str:
     from accelerate import Accelerator
-    from rich.console import Console
-    from rich.progress import track
 
     from mmalign.config import ReferenceConfig
 
@@ -144,11 +142,9 @@ def _write(
     size = config.train.eval_batch_size or config.train.batch_size
     half = config.train.mixed_precision == "bf16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
-    console = Console(stderr=True)
     with cache.store:
-        for start in track(
-            range(0, len(todo), size), "reference", console=console, disable=not console.is_terminal
-        ):
+        starts = range(0, len(todo), size)
+        for start in track(starts, "scoring the reference", total=len(todo), size=size):
             part = todo[start : start + size]
             batch = adapter.collate(part).to(device)
             with autocast:  # as a run scores its policy

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from mmalign.config import ReferenceConfig
 from mmalign.core import Needs, presets
-from mmalign.data.jobs import only_writer
+from mmalign.data.jobs import only_writer, track
 from mmalign.errors import ConfigError
 from mmalign.models.adapter import load_usable
 from mmalign.text.cache import ReferenceCache, cache_folder
@@ -167,8 +167,6 @@ def write_cache(config: RunConfig, needs: Needs) -> str:
 @torch.no_grad()
 def _write_features(config: RunConfig, needs: Needs) -> str:
     from accelerate import Accelerator
-    from rich.console import Console
-    from rich.progress import track
 
     rows = [row for part in load_usable(config, needs) for row in part]
     own = [row.media for row in rows]
@@ -184,9 +182,8 @@ def _write_features(config: RunConfig, needs: Needs) -> str:
     absent = set(store.missing(map(store.key, keys), read=True))
     store.repair()
     todo = [(key, media) for key, media in keys.items() if store.key(key) in absent]
-    console = Console(stderr=True)
     with store:
-        for key, media in track(todo, "features", console=console, disable=not console.is_terminal):
+        for key, media in track(todo, "encoding media", total=len(todo), unit="media"):
             prepared = reader.prepare(media, str(media.videos or media.images or media.sounds))
             tensors = {k: v.to(device) for k, v in media_tensors(prepared).items()}
             inner, encoder = causal_model(adapter.policy), adapter.encoder
