@@ -14,7 +14,18 @@ import typer
 from mmalign import __version__
 from mmalign.cli import bench, pictures
 from mmalign.cli import data as cli_data
-from mmalign.cli.parts import Config, Message, Overrides, argument, group, option, say, warning_text
+from mmalign.cli.parts import (
+    Base,
+    Checkpoint,
+    Config,
+    Message,
+    Overrides,
+    argument,
+    group,
+    option,
+    say,
+    warning_text,
+)
 from mmalign.errors import ConfigError
 
 EXIT_STATUS = (
@@ -27,16 +38,6 @@ quickstart_app = group("See an alignment run from start to report, on shipped da
 app.add_typer(bench.app, name="bench")
 app.add_typer(cli_data.app, name="data")
 app.add_typer(quickstart_app, name="quickstart")
-
-Checkpoint = Annotated[
-    Path | None,
-    option(
-        "--checkpoint",
-        metavar="DIR",
-        text="trained weights: a checkpoint-N or final folder, or its name in `output`; by "
-        "default the newest of `output`",
-    ),
-]
 
 
 def _version(wanted: bool) -> None:
@@ -146,9 +147,7 @@ def sample(
         Path | None, option("--run", metavar="DIR", text="run folder whose config is used")
     ] = None,
     checkpoint: Checkpoint = None,
-    base: Annotated[
-        bool, option("--base", text="the model as it was before training, for comparison")
-    ] = False,
+    base: Base = False,
     out: Annotated[
         Path | None,
         option(
@@ -174,6 +173,7 @@ def sample(
     from mmalign import config as configs
     from mmalign.data.records import read_prompts
     from mmalign.inference import last_asked, sample_checkpoint
+    from mmalign.models.adapter import adapter_class, tools_of
 
     overrides = list(overrides or ())
     if run is not None and config is not None:  # the first KEY=VALUE lands in CONFIG's place
@@ -185,9 +185,8 @@ def sample(
     path = run / "config.yaml" if run is not None else Path(str(config))
     settings = configs.load(path, overrides)
     asked = read_prompts(prompts)
-    if settings.modality == "diffusion":
+    if tools_of(settings.modality).samples_images:
         from mmalign.cli.pictures import sample_pictures
-        from mmalign.models.adapter import adapter_class
 
         texts = [adapter_class(settings.modality).to_prompt(row) for row in asked]
         records = sample_pictures(
@@ -309,19 +308,16 @@ def _quickstart() -> None:
     pass
 
 
+Output = Annotated[
+    Path | None,
+    option("--output", metavar="DIR", text="run folder; by default runs/quickstart-NAME"),
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="of all that is drawn at random")]
+Fast = Annotated[bool, option("--fast", text="a smoke run of seconds, whose numbers mean nothing")]
+
+
 @quickstart_app.command("text", short_help="A chat model that answers in one sentence.")
-def quickstart_text(
-    output: Annotated[
-        Path | None,
-        option("--output", metavar="DIR", text="run folder; by default runs/quickstart-text"),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="order of rows, start of LoRA")
-    ] = 0,
-    fast: Annotated[
-        bool, option("--fast", text="a smoke run of seconds, whose numbers mean nothing")
-    ] = False,
-) -> None:
+def quickstart_text(output: Output = None, seed: Seed = 0, fast: Fast = False) -> None:
     """Teach a 135-million-parameter chat model to answer in one sentence, and report on it."""
     from mmalign.quickstart import text
 
@@ -329,18 +325,7 @@ def quickstart_text(
 
 
 @quickstart_app.command("diffusion", short_help="Handwritten digits with bolder strokes.")
-def quickstart_diffusion(
-    output: Annotated[
-        Path | None,
-        option("--output", metavar="DIR", text="run folder; by default runs/quickstart-diffusion"),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="base, pairs, order of rows, noise")
-    ] = 0,
-    fast: Annotated[
-        bool, option("--fast", text="a smoke run of seconds, whose numbers mean nothing")
-    ] = False,
-) -> None:
+def quickstart_diffusion(output: Output = None, seed: Seed = 0, fast: Fast = False) -> None:
     """Train a small diffusion model on real digits, teach it bold strokes, and report on it."""
     from mmalign.quickstart import diffusion
 
@@ -348,18 +333,7 @@ def quickstart_diffusion(
 
 
 @quickstart_app.command("video", short_help="A video model that learns to say no.")
-def quickstart_video(
-    output: Annotated[
-        Path | None,
-        option("--output", metavar="DIR", text="run folder; by default runs/quickstart-video"),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="clips, start of the base, order of rows")
-    ] = 0,
-    fast: Annotated[
-        bool, option("--fast", text="a smoke run of seconds, whose numbers mean nothing")
-    ] = False,
-) -> None:
+def quickstart_video(output: Output = None, seed: Seed = 0, fast: Fast = False) -> None:
     """Train a small video model that says yes to everything, teach it to say no, and report."""
     from mmalign.quickstart import video
 

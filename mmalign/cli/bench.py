@@ -8,8 +8,18 @@ from typing import Annotated
 
 import typer
 
-from mmalign.cli.parts import Config, Overrides, argument, group, option, say
-from mmalign.cli.pictures import resumable
+from mmalign.cli.parts import (
+    Base,
+    Checkpoint,
+    Config,
+    Overrides,
+    Written,
+    argument,
+    group,
+    option,
+    resumable,
+    say,
+)
 from mmalign.errors import ConfigError
 
 app = group("Numbers on video benchmarks, from files of questions and answers.")
@@ -120,7 +130,7 @@ def bench_compare(
 def bench_convert(
     files: Annotated[list[Path], argument("FILE", "the benchmark's own files with answers")],
     benchmark: Name,
-    out: Annotated[Path, option("--out", metavar="FILE", text="the JSONL file to write")],
+    out: Written,
     questions: QuestionFiles = None,
 ) -> None:
     """Write answers in a benchmark's own layout as the JSONL that all benchmarks share."""
@@ -144,18 +154,10 @@ def bench_predict(
     media: Annotated[
         Path, option("--media", metavar="DIR", text="folder that the paths of clips start from")
     ],
-    out: Annotated[Path, option("--out", metavar="FILE", text="the common JSONL file to write")],
+    out: Written,
     overrides: Overrides = None,
-    checkpoint: Annotated[
-        Path | None,
-        option(
-            "--checkpoint",
-            metavar="DIR",
-            text="trained weights: a checkpoint-N or final folder; by default the newest of "
-            "`output`",
-        ),
-    ] = None,
-    base: Annotated[bool, option("--base", text="the model as it was before training")] = False,
+    checkpoint: Checkpoint = None,
+    base: Base = False,
     batch: Annotated[
         int | None,
         typer.Option(

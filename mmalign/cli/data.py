@@ -10,16 +10,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmalign.cli.parts import Config, Overrides, Shown, argument, group, option, say
-from mmalign.cli.pictures import (
-    BatchSize,
-    Device,
-    Dtype,
-    Scorers,
-    load_scorers,
-    parse_scorers,
+from mmalign.cli.parts import (
+    Config,
+    DropBad,
+    Layout,
+    Overrides,
+    Shown,
+    Split,
+    Written,
+    argument,
+    group,
+    option,
     resumable,
+    say,
 )
+from mmalign.cli.pictures import BatchSize, Device, Dtype, Scorers, load_scorers, parse_scorers
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -80,12 +85,6 @@ AnswersFile = Annotated[
         "`answers`; `wrong: true` says that they are",
     ),
 ]
-ClipLayout = Annotated[
-    str | None, option("--layout", metavar="NAME", text="of FILE; found by itself when left out")
-]
-DropBad = Annotated[
-    bool, option("--drop-bad", text="leave out records with problems instead of stopping")
-]
 
 
 @make_app.command(
@@ -117,7 +116,7 @@ def make_hallucinate(
     ] = 0.5,
     seed: Seed = None,
     answers: AnswersFile = None,
-    layout: ClipLayout = None,
+    layout: Layout = None,
     drop_bad: DropBad = False,
 ) -> None:  # fmt: skip
     """Ask a model about clips with hidden frames, keep what it says wrongly, mark what differs.
@@ -176,7 +175,7 @@ def make_ambiguous(
     weigh: Annotated[bool, option("--weigh", text="the score is the pair's weight")] = False,
     seed: Seed = None,
     answers: AnswersFile = None,
-    layout: ClipLayout = None,
+    layout: Layout = None,
     drop_bad: DropBad = False,
 ) -> None:  # fmt: skip
     """Ask a model several times, find what it answers vaguely, pair that with a specific answer.
@@ -239,10 +238,6 @@ def _make(source: Source, out: Path, answers: Answers, recipe: Recipe) -> None:
 
 app = group("Look at preference data before training on it, or make some.")
 app.add_typer(make_app, name="make")
-
-Layout = Annotated[
-    str | None, option("--layout", metavar="NAME", text="found by itself when left out")
-]
 
 
 @app.command("check", short_help="Report every problem of preference files.")
@@ -334,14 +329,10 @@ def data_show(
 @app.command("convert", short_help="Write any known layout as mmalign's own.")
 def data_convert(
     source: Annotated[str, argument("FILE", "file, saved dataset or hub name")],
-    out: Annotated[Path, option("--out", metavar="FILE", text="the JSONL file to write")],
+    out: Written,
     layout: Layout = None,
-    split: Annotated[
-        str | None, option("--split", metavar="NAME", text="only the rows of this split")
-    ] = None,
-    drop_bad: Annotated[
-        bool, option("--drop-bad", text="leave out records with problems instead of stopping")
-    ] = False,
+    split: Split = None,
+    drop_bad: DropBad = False,
 ) -> None:
     """Write a file in any known layout as JSONL in mmalign's own layout."""
     from mmalign.data.records import convert_file
@@ -353,7 +344,7 @@ def data_convert(
 @app.command("score", short_help="Score the pictures of pairs or lists, and label by the scores.")
 def data_score(
     source: Annotated[str, argument("FILE", "file or folder of picture pairs or lists")],
-    out: Annotated[Path, option("--out", metavar="FILE", text="the JSONL file to write")],
+    out: Written,
     scorer: Scorers,
     relabel: Annotated[
         bool, option("--relabel", text="the higher score wins; equal scores are a tie")
@@ -368,9 +359,7 @@ def data_score(
         ),
     ] = None,
     layout: Layout = None,
-    split: Annotated[
-        str | None, option("--split", metavar="NAME", text="only the rows of this split")
-    ] = None,
+    split: Split = None,
     pictures: Annotated[
         Path | None,
         option("--pictures", metavar="DIR", text="where paths start; by default FILE's folder"),

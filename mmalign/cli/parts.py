@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from mmalign import safe
 from mmalign.errors import MmalignError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 class Message(logging.LogRecord):
@@ -75,6 +75,29 @@ class Commands(TyperGroup):
             raise typer.Exit(1) from error
 
 
+@contextmanager
+def shown(what: str) -> Iterator[Callable[[int, int], Any]]:
+    """A progress bar on a terminal, nothing elsewhere; told how many more are done, of how many."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, advance=done, total=total)
+
+
+@contextmanager
+def resumable(what: str, out: Path, kept: str = "answers") -> Iterator[Callable[[int, int], Any]]:
+    """The same for a pass that goes on when it is run again, which is said where it is stopped."""
+    try:
+        with shown(what) as progress:
+            yield progress
+    except KeyboardInterrupt:
+        say(f"stopped; the {kept} are in {out}.partial: run it again to go on", err=True)
+        raise typer.Exit(130) from None
+
+
 def group(help_text: str) -> typer.Typer:
     """A command that has commands."""
     return typer.Typer(
@@ -102,4 +125,23 @@ Config = Annotated[str, argument("CONFIG", "YAML file; see configs/ for one per 
 Overrides = Annotated[
     list[str] | None,
     argument("KEY=VALUE", "override one value of CONFIG, e.g. objective.beta=0.05"),
+]
+
+Checkpoint = Annotated[
+    Path | None,
+    option(
+        "--checkpoint",
+        metavar="DIR",
+        text="trained weights: a checkpoint-N or final folder, or its name in `output`; by default "
+        "the newest of `output`",
+    ),
+]
+Base = Annotated[bool, option("--base", text="the model as it was before training")]
+Written = Annotated[Path, option("--out", metavar="FILE", text="the JSONL file to write")]
+Layout = Annotated[
+    str | None, option("--layout", metavar="NAME", text="of FILE; found by itself when left out")
+]
+Split = Annotated[str | None, option("--split", metavar="NAME", text="only the rows of this split")]
+DropBad = Annotated[
+    bool, option("--drop-bad", text="leave out records with problems instead of stopping")
 ]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmalign.cli.parts import argument, option, say
+from mmalign.cli.parts import argument, option, say, shown
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -129,29 +127,6 @@ def load_scorers(asked: list[str], device: str | None, dtype: str) -> dict[str, 
     return {name: load_scorer(name, path, device, kind) for name, path in parsed.items()}
 
 
-@contextmanager
-def shown(what: str) -> Iterator[Callable[[int, int], Any]]:
-    """A progress bar on a terminal, nothing elsewhere; told how many more are done, of how many."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, advance=done, total=total)
-
-
-@contextmanager
-def resumable(what: str, out: Path, kept: str = "answers") -> Iterator[Callable[[int, int], Any]]:
-    """The same for a pass that goes on when it is run again, which is said where it is stopped."""
-    try:
-        with shown(what) as progress:
-            yield progress
-    except KeyboardInterrupt:
-        say(f"stopped; the {kept} are in {out}.partial: run it again to go on", err=True)
-        raise typer.Exit(130) from None
-
-
 # What `mmalign sample` does with a model of pictures.
 
 SAMPLES, GRID = "samples.jsonl", "grid.png"
@@ -193,7 +168,8 @@ def sample_pictures(
 
     from mmalign.data.example import as_text
     from mmalign.diffusion.sample import load_negative
-    from mmalign.diffusion.samples import grid, shown, write_picture
+    from mmalign.diffusion.samples import grid, write_picture
+    from mmalign.diffusion.samples import shown as thumbnail
     from mmalign.inference import trained_adapter
     from mmalign.safe import write_text
 
@@ -229,7 +205,7 @@ def sample_pictures(
         for (prompt, seed), image in zip(part, images, strict=True):
             name = _name(len(records), len(chosen), seed)
             write_picture(image, out / f"{name}.png")
-            small.append(shown(image))
+            small.append(thumbnail(image))
             record = {"id": name, "prompt": prompt, "seed": seed, "image": f"{name}.png"}
             records.append({**record, "weights": weights, "settings": settings})
     write_picture(

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from mmalign.data.example import Example
     from mmalign.diffusion.cache_plan import Plan
 
+samples_images = True
 
 # `mmalign cache` for diffusion: pictures, captions and reference errors, each computed once.
 #

@@ -436,6 +436,8 @@ def adapter_class(modality: str) -> type[Adapter]:
 class Tools(Protocol):
     """What commands do with a modality beside training: the module `tools` of its package."""
 
+    samples_images: bool  # what the model makes; else texts
+
     def write_cache(self, config: RunConfig, needs: Needs) -> str:
         """Store what training would compute again and again; returns what was done, in words."""
         ...

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mmalign.text.masks import EncodedCandidate
     from mmalign.text.token_adapter import TokenAdapter
 
+samples_images = False
 
 # What the model will see, in colours: context, scored tokens, end token, spans, steps.
 

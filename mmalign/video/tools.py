@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from mmalign.config import RunConfig
     from mmalign.data.example import Example, Media
 
+samples_images = False
 
 # What a model will see of rows, for a terminal: media with their times, context, scored tokens.
 
