@@ -28,6 +28,7 @@ from mmalign.inference import evaluate_checkpoint
 from mmalign.quickstart import diffusion as demo
 from mmalign.quickstart import digits
 from mmalign.quickstart.digits import PAIRS, Painter, each_digit, write_pairs
+from mmalign.quickstart.driver import one_thread
 from mmalign.train.loop import train
 
 BETA = 20000.0  # of the demonstration; published ones are for latents a hundred times as large
@@ -381,7 +382,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke run: numbers mean nothing")
     options = parser.parse_args()
 
-    demo.one_thread()
+    one_thread()
     for seed in options.seeds:
         bench = Bench(options.output, seed, options.quick)
         for name in ["base", *options.methods]:

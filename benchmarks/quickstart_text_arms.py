@@ -53,7 +53,7 @@ def main() -> None:
                 "data": plain.data.model_copy(update={"max_response_length": length}),
             }
         )
-        _, answers = text.train_arm(config, keywords)
+        _, answers = text.answers_of(config, keywords)
         numbers = text.numbers_of(answers, text.pair_metrics(scored, folder / "final"))
         shown = next(answer.text for answer in answers if answer.prompt == SHOWN)
         table.append({"arm": name, **numbers, "answer": shown})

