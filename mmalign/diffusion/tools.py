@@ -358,6 +358,9 @@ def _errors(config: RunConfig, needs: Needs) -> float:
     from mmalign.models.adapter import load_usable
 
     rows = load_usable(config, needs)[0][:1]
+    if config.diffusion.cache == "on":  # latents and prompts are not written yet either
+        settings = config.diffusion.model_copy(update={"cache": "auto"})
+        config = config.model_copy(update={"diffusion": settings})
     place, draws = Processes.launched(), config.diffusion.num_draws
     policy = DiffusionAdapter.for_bank(config, Needs()).to(place.device).eval()
     policy.setup(rows)

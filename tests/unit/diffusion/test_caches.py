@@ -548,7 +548,8 @@ def test_loader_workers_get_copies(written: tuple[Path, RunConfig]) -> None:
 
 
 def test_the_time_is_forecast_for_what_is_missing(sd15_dir: Path, tmp_path: Path) -> None:
-    config = configured(sd15_dir, tmp_path, reference={"kind": "cached"})
+    """Also where the run asks for a complete cache, which there is not yet."""
+    config = configured(sd15_dir, tmp_path, reference={"kind": "cached"}, diffusion={"cache": "on"})
     said = plan_cache(config)
     assert re.search(r"about \d.* \(latents .*prompts .*reference errors .*\)", said), said
     write(config)
