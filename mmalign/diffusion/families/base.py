@@ -83,7 +83,8 @@ class Condition:
 
     def _each(self, change: Callable[[str, Tensor], Tensor]) -> Self:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return type(self)(**{k: None if v is None else change(k, v) for k, v in values.items()})
+        changed = {k: None if v is None else change(k, v) for k, v in values.items()}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True, slots=True)
