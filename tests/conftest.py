@@ -113,6 +113,18 @@ def sd3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def flux_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FLUX.1 dev in miniature."""
+    return tiny_diffusion.make_flux(tmp_path_factory.mktemp("flux"))
+
+
+@pytest.fixture(scope="session")
+def schnell_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FLUX.1 schnell in miniature."""
+    return tiny_diffusion.make_flux(tmp_path_factory.mktemp("schnell"), schnell=True)
+
+
+@pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline on pixels, without a VAE: one channel of 8 x 8."""
     return tiny_diffusion.make_digits_like(tmp_path_factory.mktemp("digits"))

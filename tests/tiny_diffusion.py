@@ -136,6 +136,45 @@ def make_sd3(folder: Path, *, t5: bool = True) -> Path:
         )
 
 
+def make_flux(folder: Path, *, schnell: bool = False) -> Path:
+    """FLUX.1 dev: packed latents, CLIP pooled, T5, a guidance scale, a shift by the image's size.
+
+    Args:
+        folder: Where the pipeline goes.
+        schnell: No guidance scale and no shift, as in FLUX.1 schnell.
+    """
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+    from transformers import T5Config, T5EncoderModel
+
+    with _seeded():
+        transformer = FluxTransformer2DModel(
+            in_channels=4 * 16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=64,
+            pooled_projection_dim=24,
+            guidance_embeds=not schnell,
+            axes_dims_rope=(4, 6, 6),
+        )
+        settings = T5Config(vocab_size=160, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4)
+        vae = _vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159)
+        plain = {"use_quant_conv": False, "use_post_quant_conv": False}
+        shift = {"shift": 1.0} if schnell else {"shift": 3.0, "use_dynamic_shifting": True}
+        return _write(
+            folder,
+            "FluxPipeline",
+            transformer=transformer,
+            vae=AutoencoderKL(**vae, **plain),
+            text_encoder=_clip(24, projected=False),
+            text_encoder_2=T5EncoderModel(settings).eval(),
+            tokenizer=clip_tokenizer(),
+            tokenizer_2=t5_tokenizer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(**shift),
+        )
+
+
 def make_digits_like(folder: Path) -> Path:
     """A pipeline on pixels: no VAE, one channel of 8 x 8, a cosine table; as the demo's digits."""
     from diffusers import DDPMScheduler, UNet2DConditionModel

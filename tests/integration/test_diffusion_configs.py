@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 CONFIGS = sorted(
     path
-    for model in ("sd15", "sdxl", "sd3")
+    for model in ("sd15", "sdxl", "sd3", "flux")
     for path in (Path(__file__).resolve().parents[2] / "configs").glob(f"*_{model}.yaml")
 )
 DATA: dict[str, Callable[..., Path]] = {

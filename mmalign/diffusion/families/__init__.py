@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mmalign.diffusion.families.base import Condition, Family
+from mmalign.diffusion.families.flux import FLUX
 from mmalign.diffusion.families.sd import SD
 from mmalign.diffusion.families.sd3 import SD3
 from mmalign.diffusion.families.sdxl import REFINER, SDXL
@@ -20,6 +21,7 @@ FAMILIES: dict[str, Family] = {
     "sd": SD(),
     "sdxl": SDXL(),
     "sd3": SD3(),
+    "flux": FLUX(),
 }
 
 
