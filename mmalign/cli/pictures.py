@@ -167,9 +167,8 @@ def sample_pictures(
     from rich.progress import track
 
     from mmalign.data.example import as_text
+    from mmalign.data.sheet import fitted, grid, write_image
     from mmalign.diffusion.sample import load_negative
-    from mmalign.diffusion.samples import grid, write_picture
-    from mmalign.diffusion.samples import shown as thumbnail
     from mmalign.inference import trained_adapter
     from mmalign.safe import write_text
 
@@ -204,11 +203,11 @@ def sample_pictures(
         )
         for (prompt, seed), image in zip(part, images, strict=True):
             name = _name(len(records), len(chosen), seed)
-            write_picture(image, out / f"{name}.png")
-            small.append(thumbnail(image))
+            write_image(image, out / f"{name}.png")
+            small.append(fitted(image))
             record = {"id": name, "prompt": prompt, "seed": seed, "image": f"{name}.png"}
             records.append({**record, "weights": weights, "settings": settings})
-    write_picture(
+    write_image(
         grid(small, columns or len(chosen) or _COLUMNS, [prompt for prompt, _ in asked]),
         out / GRID,
     )

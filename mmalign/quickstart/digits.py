@@ -17,7 +17,7 @@ from PIL import Image as pil
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from mmalign.diffusion.samples import sheet, write_picture
+from mmalign.data.sheet import sheet, write_image
 from mmalign.errors import ConfigError
 from mmalign.models.files import usual_mode
 
@@ -426,7 +426,7 @@ def write_same_noise(file: Path, count: int, in_row: int, columns: Mapping[str, 
         for i, digit in enumerate(many[0].digits[:count])
     ]
     pictures = [(name, [_on_paper(p) for p in s.pixels[:count]]) for name, s in columns.items()]
-    write_picture(sheet(labels, pictures, pairs_in_row=in_row), file)
+    write_image(sheet(labels, pictures, pairs_in_row=in_row), file)
 
 
 def write_means(file: Path, before: Shown, after: Shown) -> None:
@@ -446,7 +446,7 @@ def write_means(file: Path, before: Shown, after: Shown) -> None:
         f"{NAMES[digit]}: {old.mean():.3f} → {new.mean():.3f}"
         for digit, old, new in zip(known, *means, strict=True)
     ]
-    write_picture(sheet(names, columns, pairs_in_row=5), file)
+    write_image(sheet(names, columns, pairs_in_row=5), file)
 
 
 def _on_paper(pixels: NDArray[np.float32]) -> pil.Image:

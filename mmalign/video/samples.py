@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mmalign.data.example import as_text
+from mmalign.data.sheet import arranged, fitted
 from mmalign.safe import replacing
 from mmalign.video.encode import costs
 from mmalign.video.processing import MARK
@@ -117,34 +118,17 @@ def _places(count: int, most: int) -> list[int]:
 def _grid(images: Sequence[Image.Image], labels: Sequence[str]) -> Block:
     """Pictures in rows of eight, or of as many as fit, each over its label."""
     side = min(_LARGE, (_WIDTH + _GAP) // min(len(images), _COLUMNS) - _GAP)
-    cells = [_fitted(image, side) for image in images]
-    width, height = max(c.width for c in cells), max(c.height for c in cells)
+    pictures = [fitted(image, _SMALL, side) for image in images]
+    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
     columns = max(1, (_WIDTH + _GAP) // (width + _GAP))
-    columns = min(len(cells), _COLUMNS, columns)
     line = _LINE if any(labels) else 0
-    rows = -(-len(cells) // columns)
-    size = (columns * (width + _GAP) - _GAP, rows * (height + line + _GAP) - _GAP)
-    block = Image.new("RGB", size, _PAPER)
-    draw = ImageDraw.Draw(block)
-    for index, (cell, label) in enumerate(zip(cells, labels, strict=True)):
-        left = index % columns * (width + _GAP)
-        top = index // columns * (height + line + _GAP)
-        block.paste(cell, (left, top))
-        draw.text((left, top + height + 1), label, font=_font(), fill=_INK)
-    return block
-
-
-def _fitted(image: Image.Image, side: int) -> Image.Image:
-    """RGB, made smaller to `side`; below 64 pixels larger by a whole factor, pixel by pixel."""
-    picture = image.convert("RGB")
-    longest = max(picture.size)
-    if longest > side:
-        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-    elif longest < _SMALL:
-        factor = -(-_SMALL // longest)
-        size = (picture.width * factor, picture.height * factor)
-        picture = picture.resize(size, Image.Resampling.NEAREST)
-    return picture
+    cells: list[Block] = []
+    for picture, label in zip(pictures, labels, strict=True):
+        cell = Image.new("RGB", (width, height + line), _PAPER)
+        cell.paste(picture, (0, 0))
+        ImageDraw.Draw(cell).text((0, height + 1), label, font=_font(), fill=_INK)
+        cells.append(cell)
+    return arranged(cells, min(_COLUMNS, columns), gap=_GAP, margin=0, paper=_PAPER)
 
 
 def _first_sound(shown: Shown) -> Wave | None:
@@ -172,14 +156,7 @@ def _words(text: str) -> Block:
 
 
 def _stacked(blocks: Sequence[Block]) -> Image.Image:
-    width = max(block.width for block in blocks) + 2 * _GAP
-    height = sum(block.height + _GAP for block in blocks) + _GAP
-    page = Image.new("RGB", (width, height), _PAPER)
-    top = _GAP
-    for block in blocks:
-        page.paste(block, (_GAP, top))
-        top += block.height + _GAP
-    return page
+    return arranged(blocks, 1, gap=_GAP, margin=_GAP, paper=_PAPER)
 
 
 @cache

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmalign.diffusion.samples import grid, sheet, shown, write_sheet
+from mmalign.data.sheet import fitted, grid, sheet, write_image
 
 
 def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
@@ -33,21 +33,21 @@ def find(page: Image.Image, part: Image.Image) -> list[tuple[int, int]]:
 
 def test_small_pictures_are_enlarged_without_smoothing() -> None:
     picture = noise((8, 8))
-    large = np.asarray(shown(picture))
+    large = np.asarray(fitted(picture))
     assert large.shape == (96, 96, 3)
     expected = np.asarray(picture).repeat(12, axis=0).repeat(12, axis=1)
     assert (large == expected[..., None]).all()
 
 
 def test_other_sizes_are_kept_or_made_smaller() -> None:
-    assert shown(noise((100, 200))).size == (100, 200)
-    assert shown(noise((1024, 512))).size == (256, 128)
+    assert fitted(noise((100, 200))).size == (100, 200)
+    assert fitted(noise((1024, 512))).size == (256, 128)
 
 
 def test_the_models_stand_side_by_side_in_the_order_given() -> None:
     first, second = [noise((8, 8), i) for i in (1, 2)], [noise((8, 8), i) for i in (3, 4)]
     page = sheet(["a cat", "a dog"], [("reference", first), ("policy", second)])
-    places = [find(page, shown(picture)) for picture in (first[0], second[0], first[1], second[1])]
+    places = [find(page, fitted(picture)) for picture in (first[0], second[0], first[1], second[1])]
     assert all(len(place) == 1 for place in places)
     lefts, tops = zip(*(place[0] for place in places), strict=True)
     assert list(lefts) == sorted(lefts)
@@ -66,7 +66,7 @@ def test_a_sheet_is_as_wide_as_a_page() -> None:
 def test_rows_of_a_grid() -> None:
     pictures = [noise((8, 8), i) for i in range(5)]
     page = grid(pictures, 3, labels=[f"picture {i}" for i in range(5)])
-    places = [find(page, shown(picture))[0] for picture in pictures]
+    places = [find(page, fitted(picture))[0] for picture in pictures]
     lefts, tops = zip(*places, strict=True)
     assert tops[0] == tops[1] == tops[2] < tops[3] == tops[4]
     assert lefts[:2] == lefts[3:]
@@ -84,7 +84,7 @@ def test_long_captions_are_wrapped_and_cut_within_their_width() -> None:
 
 
 def test_files_are_complete_or_absent(tmp_path: Path) -> None:
-    file = write_sheet(tmp_path / "step-3" / "sheet.png", ["x"], [("a", [noise((8, 8))])])
+    file = write_image(sheet(["x"], [("a", [noise((8, 8))])]), tmp_path / "step-3" / "sheet.png")
     with Image.open(file) as image:
         image.load()
     assert [item.name for item in file.parent.iterdir()] == ["sheet.png"]
