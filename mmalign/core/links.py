@@ -35,12 +35,15 @@ def nll(margin: Tensor) -> Tensor:
     return -F.logsigmoid(margin)
 
 
-def _margin(score: Tensor) -> Tensor:  # [B, K] -> [B]
+def margin_of(score: Tensor) -> Tensor:  # [B, K] -> [B]
+    """m: the score of candidate 0 less that of candidate 1."""
     return score[:, 0] - score[:, 1]
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class PairLink:
+    """Base of links on the margin of a pair."""
+
     candidates: ClassVar[int] = 2
     rows: ClassVar[Rows] = "pair"
     margin_only: ClassVar[bool] = True
@@ -48,28 +51,32 @@ class _Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class _EachOfPair(_Pair):
+class PointwiseLink(PairLink):
+    """Base of links on pairs that look at each response alone."""
+
     margin_only: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, slots=True)
-class _Ranked(_Pair):
+class ListLink(PairLink):
+    """Base of links on ranked responses of one prompt."""
+
     rows: ClassVar[Rows] = "list"
     reads_labels: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, slots=True)
-class Logistic(_Pair):
+class Logistic(PairLink):
     """nll(m - target_margin): DPO, SimPO, TDPO, RRPO."""
 
     target_margin: float = 0.0
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
-        return nll(_margin(score) - self.target_margin)
+        return nll(margin_of(score) - self.target_margin)
 
 
 @dataclass(frozen=True, slots=True)
-class ClippedLogistic(_Pair):
+class ClippedLogistic(PairLink):
     """nll(m clipped to [-bound, bound]): chi-PO. The gradient outside is zero, as published."""
 
     bound: float
@@ -78,11 +85,11 @@ class ClippedLogistic(_Pair):
         require(0.0 < self.bound < math.inf, "r_max", self.bound, "above 0")
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
-        return nll(_margin(score).clamp(-self.bound, self.bound))
+        return nll(margin_of(score).clamp(-self.bound, self.bound))
 
 
 @dataclass(frozen=True, slots=True)
-class ClippedRatio(_EachOfPair):
+class ClippedRatio(PointwiseLink):
     """nll(clip(s_0) - clip(s_1)), each score clipped to [low, high]: SPO.
 
     With scores beta * log(pi / pi_ref) and bounds beta * log(1 -+ eps) the ratio pi / pi_ref is
@@ -94,11 +101,11 @@ class ClippedRatio(_EachOfPair):
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
         clipped = score.clamp(self.low, self.high)
-        return nll(_margin(clipped))
+        return nll(margin_of(clipped))
 
 
 @dataclass(frozen=True, slots=True)
-class Conservative(_Pair):
+class Conservative(PairLink):
     """(1 - flip) nll(m) + flip nll(-m): cDPO, SimPO with label smoothing; m less target_margin."""
 
     flip: float = 0.1
@@ -110,12 +117,12 @@ class Conservative(_Pair):
         )
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
-        margin = _margin(score) - self.target_margin
+        margin = margin_of(score) - self.target_margin
         return (1.0 - self.flip) * nll(margin) + self.flip * nll(-margin)
 
 
 @dataclass(frozen=True, slots=True)
-class Robust(_Pair):
+class Robust(PairLink):
     """Logistic loss made unbiased under random label flips.
 
     [(1 - flip) nll(m) - flip nll(-m)] / (1 - 2 flip). Can be negative and is unbounded below for
@@ -128,66 +135,66 @@ class Robust(_Pair):
         require(0.0 <= self.flip < 0.5, "flip", self.flip, "in [0, 0.5), the share of wrong labels")
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
-        margin = _margin(score)
+        margin = margin_of(score)
         kept, flipped = nll(margin), nll(-margin)
         return ((1.0 - self.flip) * kept - self.flip * flipped) / (1.0 - 2.0 * self.flip)
 
 
 @dataclass(frozen=True, slots=True)
-class CrossEntropy(_Pair):
+class CrossEntropy(PairLink):
     """label_0 nll(m) + label_1 nll(-m): soft labels, per-pair smoothing (UPO, MCTS-DPO)."""
 
     reads_labels: ClassVar[bool] = True
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
-        margin = _margin(score)
+        margin = margin_of(score)
         return labels[:, 0] * nll(margin) + labels[:, 1] * nll(-margin)
 
 
 @dataclass(frozen=True, slots=True)
-class Smoothed(_Pair):
+class Smoothed(PairLink):
     """nll((label_0 - label_1) m): SmPO's averaged preference; hard labels give Logistic."""
 
     reads_labels: ClassVar[bool] = True
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
-        return nll((labels[:, 0] - labels[:, 1]) * _margin(score))
+        return nll((labels[:, 0] - labels[:, 1]) * margin_of(score))
 
 
 @dataclass(frozen=True, slots=True)
-class Squared(_Pair):
+class Squared(PairLink):
     """((m - target) / scale)^2: IPO, INPO. With scale = beta the square is in log-ratio units."""
 
     target: float = 0.5
     scale: float = 1.0
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
-        return ((_margin(score) - self.target) / self.scale) ** 2
+        return ((margin_of(score) - self.target) / self.scale) ** 2
 
 
 @dataclass(frozen=True, slots=True)
-class SquaredToLabels(_Pair):
+class SquaredToLabels(PairLink):
     """((m - (label_0 - label_1)) / scale)^2, labels being win rates: online IPO, EGPO."""
 
     scale: float = 1.0
     reads_labels: ClassVar[bool] = True
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
-        return ((_margin(score) - (labels[:, 0] - labels[:, 1])) / self.scale) ** 2
+        return ((margin_of(score) - (labels[:, 0] - labels[:, 1])) / self.scale) ** 2
 
 
 @dataclass(frozen=True, slots=True)
-class Hinge(_Pair):
+class Hinge(PairLink):
     """relu(1 + target_margin - m): SLiC, RSO."""
 
     target_margin: float = 0.0
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
-        return F.relu(1.0 + self.target_margin - _margin(score))
+        return F.relu(1.0 + self.target_margin - margin_of(score))
 
 
 @dataclass(frozen=True, slots=True)
-class Exo(_Pair):
+class Exo(PairLink):
     """KL(sigmoid(m) || target), the reverse direction of cross-entropy, for log targets given.
 
     p (log p - log_target) + (1 - p) (log(1 - p) - log_other), p = sigmoid(m).
@@ -197,7 +204,7 @@ class Exo(_Pair):
     log_other: float
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
-        margin = _margin(score)
+        margin = margin_of(score)
         log_p, log_q = F.logsigmoid(margin), F.logsigmoid(-margin)
         return torch.sigmoid(margin) * (log_p - self.log_target) + torch.sigmoid(-margin) * (
             log_q - self.log_other
@@ -205,7 +212,7 @@ class Exo(_Pair):
 
 
 @dataclass(frozen=True, slots=True)
-class DiscoPop(_Pair):
+class DiscoPop(PairLink):
     """nll(m) sigmoid(-m / tau) + exp(-m) sigmoid(m / tau): the discovered blend.
 
     Not monotone: a shoulder near m = 0 for small tau. The second term is one exponential of a sum:
@@ -218,13 +225,13 @@ class DiscoPop(_Pair):
         require(0.0 < self.tau < math.inf, "tau", self.tau, "above 0")
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
-        margin = _margin(score)
+        margin = margin_of(score)
         exponential = 1.0 + expm1_linear(-margin + F.logsigmoid(margin / self.tau))
         return nll(margin) * torch.sigmoid(-margin / self.tau) + exponential
 
 
 @dataclass(frozen=True, slots=True)
-class Nca(_EachOfPair):
+class Nca(PointwiseLink):
     """nll(s_0) + [nll(-s_0) + nll(-s_1)] / 2: noise-contrastive alignment."""
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
@@ -232,7 +239,7 @@ class Nca(_EachOfPair):
 
 
 @dataclass(frozen=True, slots=True)
-class ApoZero(_EachOfPair):
+class ApoZero(PointwiseLink):
     """sigmoid(-s_0) + sigmoid(s_1): raises the chosen response and lowers the rejected one."""
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
@@ -240,15 +247,15 @@ class ApoZero(_EachOfPair):
 
 
 @dataclass(frozen=True, slots=True)
-class ApoDown(_EachOfPair):
+class ApoDown(PointwiseLink):
     """sigmoid(s_0) + sigmoid(-m): lowers both responses, the rejected one more."""
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
-        return torch.sigmoid(score[:, 0]) + torch.sigmoid(-_margin(score))
+        return torch.sigmoid(score[:, 0]) + torch.sigmoid(-margin_of(score))
 
 
 @dataclass(frozen=True, slots=True)
-class Dpop(_EachOfPair):
+class Dpop(PointwiseLink):
     """nll(m - penalty * relu(-s_0)): DPO-positive, which keeps the chosen response likely."""
 
     penalty: float = 50.0
@@ -257,11 +264,11 @@ class Dpop(_EachOfPair):
         require(0.0 <= self.penalty < math.inf, "penalty", self.penalty, "at least 0")
 
     def __call__(self, score: Tensor, labels: Tensor) -> Tensor:  # [B, K], [B, K] -> [B]
-        return nll(_margin(score) - self.penalty * F.relu(-score[:, 0]))
+        return nll(margin_of(score) - self.penalty * F.relu(-score[:, 0]))
 
 
 @dataclass(frozen=True, slots=True)
-class Bernoulli(_EachOfPair):
+class Bernoulli(PointwiseLink):
     """sum over k of label_k nll(s_k) + (1 - label_k) nll(-s_k): ASFT."""
 
     reads_labels: ClassVar[bool] = True
@@ -271,7 +278,7 @@ class Bernoulli(_EachOfPair):
 
 
 @dataclass(frozen=True, slots=True)
-class SquaredEach(_EachOfPair):
+class SquaredEach(PointwiseLink):
     """share * sum over k of ((s_k - (label_k - offset)) / scale)^2: SPPO, GPO."""
 
     scale: float
@@ -284,7 +291,7 @@ class SquaredEach(_EachOfPair):
 
 
 @dataclass(frozen=True, slots=True)
-class Anchor(_EachOfPair):
+class Anchor(PointwiseLink):
     """nll(s_0 - target): one response's score above a floor (mDPO's anchor, rationales)."""
 
     target: float = 0.0
@@ -299,7 +306,7 @@ class Anchor(_EachOfPair):
 
 
 @dataclass(frozen=True, slots=True)
-class MultiNegative(_Pair, ABC):
+class MultiNegative(PairLink, ABC):
     """A link of candidate 0 against the others, which says how much each of them counts."""
 
     @abstractmethod
@@ -353,7 +360,7 @@ class Pami(MultiNegative):
 
 
 @dataclass(frozen=True, slots=True)
-class PlackettLuce(_Ranked):
+class PlackettLuce(ListLink):
     """-log likelihood of the ranking: sum over k of logsumexp(scores not ranked above k) - s_k.
 
     Tied responses share their denominator (Breslow), so the loss does not depend on their order.
@@ -367,7 +374,7 @@ class PlackettLuce(_Ranked):
 
 
 @dataclass(frozen=True, slots=True)
-class LambdaRank(_Ranked):
+class LambdaRank(ListLink):
     """Sum over pairs with label_i > label_j of lambda_ij nll(s_i - s_j).
 
     lambda_ij = |2^label_i - 2^label_j| |1/log(1 + rank_i) - 1/log(1 + rank_j)|, natural logarithm;
