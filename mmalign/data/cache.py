@@ -23,7 +23,6 @@ from mmalign.safe import open_file, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from types import TracebackType
 
     from mmalign.data.example import Example
 
@@ -55,7 +54,7 @@ class _Entry:
     shard: Path
     layout: _Layout  # shared with the entries like it
     places: bytes  # a `_PLACE` for each tensor of the layout
-    older: _Entry | None  # of the same key in another shard: written anew, it stands beside it
+    older: _Entry | None  # of the same key in another shard: written again, it stands beside it
 
 
 class TensorCache:
@@ -114,12 +113,7 @@ class TensorCache:
         """The cache itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Write what is left, also when the work was interrupted."""
         self.flush()
 
@@ -143,7 +137,7 @@ class TensorCache:
         return [k for k in wanted if k not in self._index and k not in self._pending]
 
     def repair(self) -> int:
-        """Write what is whole in damaged shards anew, and delete them; returns how many.
+        """Write what is whole in damaged shards again, and delete them; returns how many.
 
         Without it, a run would meet them again, though their entries have been written elsewhere.
         """
@@ -286,7 +280,7 @@ class TensorCache:
         self.bad_shards.append(shard)
         if self.bad_shards.count(shard) > 1:  # said already
             return
-        log.warning("%s cannot be used (%s); its entries are made anew", shard, reason)
+        log.warning("%s cannot be used (%s); its entries are computed again", shard, reason)
 
 
 def _shape(entry: Mapping[str, Any]) -> tuple[int, ...]:

@@ -195,7 +195,7 @@ def to_record(raw: Mapping[str, Any], layout: str | None = None) -> dict[str, An
 
 
 def _require_few(raw: Mapping[str, Any]) -> None:
-    """Refuse columns that are no names: each is compared with all that is known."""
+    """Refuse columns that are not names: each is compared with all that is known."""
     if len(raw) > MOST_COLUMNS:
         raise DataError(f"has {len(raw):,} columns; at most {MOST_COLUMNS:,} are read")
     longest = max(map(len, raw), default=0)

@@ -287,7 +287,9 @@ def prefers_rejected(record: Mapping[str, Any]) -> str:
     Labels that cannot be read say nothing: reading the record names what is wrong with them.
     """
     given = {key: record[key] for key in PREFERENCE if record.get(key) is not None}
-    if not given or not any(_has_sides(record, names) for names in _SIDES):
+    if not given or not any(
+        all(record.get(name) is not None for name in names) for names in _SIDES
+    ):
         return ""
     fields = Fields(given)
     chosen, rejected = _pair_labels(fields)
@@ -313,10 +315,6 @@ def in_order(record: Mapping[str, Any]) -> Mapping[str, Any]:
         if p is not None:
             turned[key] = 1.0 - p
     return turned
-
-
-def _has_sides(record: Mapping[str, Any], names: tuple[str, str]) -> bool:
-    return all(record.get(name) is not None for name in names)
 
 
 def _other_side(key: str, record: Mapping[str, Any]) -> str:

@@ -430,7 +430,7 @@ class JsonText:
                 raise NotJsonError("not JSON: a comma or the end of the object is missing")
 
     def peek(self) -> str:
-        """The next character that is no space; "" at the end."""
+        """The next character that is not a space; "" at the end."""
         while True:
             space = _SPACE.match(self._text, self._at)
             self._at = space.end() if space else self._at
@@ -480,7 +480,7 @@ class JsonText:
 if TYPE_CHECKING:
     Record = dict[str, Any]
 
-_LARGEST = 2**53  # a step beyond it is no count
+_LARGEST = 2**53  # a step beyond it is not a count
 
 
 def read_lines(path: Path) -> tuple[list[Record], int]:
@@ -504,7 +504,7 @@ def read_lines(path: Path) -> tuple[list[Record], int]:
 
 
 def left_out(path: Path, odd: int) -> str:
-    """The sentence about lines that are no records."""
+    """The sentence about lines that are not records."""
     return f"{path.name}: {odd} unreadable line{'s' if odd > 1 else ''} left out"
 
 

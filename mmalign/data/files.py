@@ -251,7 +251,7 @@ class _Lines:
             yield line
 
     def end_record(self) -> None:
-        """Begin to count anew."""
+        """Count from 0 again."""
         self._length = 0
 
 

@@ -52,7 +52,7 @@ Names = dict[str, list[str]]  # name without suffix -> files of that name
 
 
 def folder_rows(folder: Path, read: Callable[[Path], Iterator[Row]]) -> Iterator[Row] | None:
-    """The rows of a folder of pictures, or None when it is no such folder.
+    """The rows of a folder of pictures, or None when it is not such a folder.
 
     Args:
         folder: Holds chosen/ and rejected/, or pictures.

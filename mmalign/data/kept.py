@@ -39,7 +39,7 @@ class KeptRows:
     """One file for each set of sources and each way to read them."""
 
     def __init__(self, folder: Path, config: DataConfig, needs: Needs, seed: int) -> None:
-        """`folder` is made when it is first written to; nothing is kept of what is no file."""
+        """`folder` is made when it is first written to; nothing is kept of what is not a file."""
         sources = [Path(source.path) for source in (*config.train, *config.eval)]
         self.file: Path | None = None
         if any(not path.is_file() for path in sources):

@@ -145,7 +145,7 @@ def with_system(row: Columns, record: Columns) -> Columns:
     """The record with a `system` column of the row as a system turn before each of its prompts.
 
     Raises:
-        DataError: The column is no text, or a prompt has another system text.
+        DataError: The column is not text, or a prompt has another system text.
     """
     named = {name: row.pop(name) for name in SYSTEM if name in row}
     texts: dict[str, str] = {}

@@ -56,7 +56,7 @@ def order_of(row: Columns, names: tuple[str, str]) -> int:
             f"or `votes_a` and `votes_b`; the winner found is {show(winner)}"
         )
     if won < 0:
-        won, row["tie"] = 0, row.get("tie") or True  # what is no flag is named when it is read
+        won, row["tie"] = 0, row.get("tie") or True  # what is not a flag is named when it is read
     if votes:
         row["votes_chosen"], row["votes_rejected"] = votes[won], votes[1 - won]
     for stem in (*HIGHER, *LOWER):

@@ -389,7 +389,8 @@ def read_record(
     kind = "plain" if alone else _kind(fields)
     if kind is None:
         return None, fields.problems
-    prompt = read_prompt(fields, "prompt") if "prompt" in fields or not _own_prompts(fields) else ""
+    have_own = "prompt_chosen" in fields and "prompt_rejected" in fields
+    prompt = read_prompt(fields, "prompt") if "prompt" in fields or not have_own else ""
     media = Media() if pictures else read_media(fields, root)
     extra: list[Candidate | None] = []
     rated: list[Candidate | None]
@@ -459,10 +460,6 @@ def _kind(fields: Fields) -> ExampleKind | None:
     elif len(kinds) > 1:
         fields.fail("more than one kind of record at once", f"found {' and '.join(kinds)}")
     return kinds[0] if len(kinds) == 1 else None
-
-
-def _own_prompts(fields: Fields) -> bool:
-    return "prompt_chosen" in fields and "prompt_rejected" in fields
 
 
 def _check_unread(fields: Fields, unread: Mapping[str, Any], kind: ExampleKind) -> None:

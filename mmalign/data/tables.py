@@ -294,7 +294,7 @@ def require_saved(folder: Path) -> None:
     parts = [folder] if splits is None else [folder / str(name) for name in as_list(splits) or ()]
     for part in parts:
         if part != folder and part.parent != folder:
-            raise DataError(f"{folder}: names a split {part.name!r} that is no folder in it")
+            raise DataError(f"{folder}: names a split {part.name!r} that is not a folder in it")
         state = _described(fence, part / "state.json")
         if not state:
             continue

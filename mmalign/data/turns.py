@@ -42,7 +42,7 @@ def as_calls(value: Any, column: str) -> list[dict[str, Any]]:
 
 
 def calls_of(value: Any) -> list[dict[str, Any]]:
-    """The same, [] where a value is no calls."""
+    """The same, [] where a value holds no calls."""
     parsed = _parsed(value)
     items = as_list(parsed)
     calls = [_call(item) for item in ([parsed] if items is None else items)]
@@ -68,7 +68,7 @@ def _call(item: Any) -> dict[str, Any] | None:
 
 
 def as_tools(value: Any) -> Any:
-    """Tools with the object around each that templates expect; what are no tools stays as it is."""
+    """Tools with the object around each that templates expect; what is not tools stays as it is."""
     items = as_list(_parsed(value))
     tools = [as_object(_parsed(item)) for item in items or ()]
     if not tools or None in tools:
@@ -128,7 +128,7 @@ def turns(value: Any, column: str) -> Turns:
     function_call and observation, OpenAI's former function_call. What else a message has it keeps.
 
     Raises:
-        DataError: `value` is no list of messages, or a call cannot be read.
+        DataError: `value` is not a list of messages, or a call cannot be read.
     """
     whole = as_object(value) or {}
     inside = [whole[key] for key in _WRAPPERS if as_list(whole.get(key))]

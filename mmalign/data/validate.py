@@ -75,8 +75,8 @@ class MediaBook:
 
     def _add_absent(self, problems: ProblemList) -> None:
         """Clips and sounds that are not there; pictures are opened anyway."""
-        kinds = ("clip", "sound")
-        absent = {file for kind in kinds for file in self.files[kind] if not _is_there(file)}
+        files = self.files["clip"] | self.files["sound"]
+        absent = {file for file in files if isinstance(file, Path) and not file.is_file()}
         for record, row in self.rows if absent else ():
             media = [row.media, *(c.media for c in row.candidates if c.media is not None)]
             for file in dict.fromkeys(file for item in media for file in item.files()):
@@ -96,10 +96,6 @@ class MediaBook:
     def _count(self, name: str, files: Sequence[Path | Picture]) -> None:
         self.counts[name] += len(files)
         self.files[name].update(files)
-
-
-def _is_there(file: Path | Picture) -> bool:
-    return isinstance(file, Picture) or file.is_file()
 
 
 def _times(count: int, name: str) -> str:

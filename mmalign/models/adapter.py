@@ -393,7 +393,7 @@ class Adapter(nn.Module, ABC):
     def write_samples(
         self, prompts: Mapping[str, Any], folder: Path, step: int, options: SampleConfig
     ) -> list[dict[str, Any]]:
-        """Generate for the prompts in the course of a run; here: texts, by `sample`.
+        """Generate for the prompts during training; here: texts, by `sample`.
 
         Args:
             prompts: Row id to prompt.

@@ -38,7 +38,7 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is no folder, and cannot be had from the hub: {error}"
+            f"{path} is not a folder, and cannot be fetched from the hub: {error}"
         ) from error
 
 
@@ -175,14 +175,11 @@ def files_hash(files: Iterable[Path]) -> str:
 
 def state_fingerprint(model: nn.Module) -> str:
     """Hash of a model's parameters and buffers in memory: names, dtypes, shapes and values."""
+    import torch
+
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    import torch
-
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

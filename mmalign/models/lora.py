@@ -198,7 +198,7 @@ def attach(
         target_modules=targets,
         exclude_modules=lora_settings.pattern_of(reasons, layers.keys() - reasons.keys()),
         use_dora=spec.dora,
-        fan_in_fan_out=_is_transposed(model),
+        fan_in_fan_out=any(map(lora_settings.is_conv1d, model.modules())),  # GPT-2's, [in, out]
         task_type=task,  # pyright: ignore[reportArgumentType]
     )
     try:
@@ -346,11 +346,6 @@ def _fits_nothing(model: nn.Module, target: str) -> str:
         f"model.lora.targets: {target!r} fits no module of {type(model).__name__}; it has "
         f"{', '.join(available) or 'none that takes a LoRA'}. Or use all-linear"
     )
-
-
-def _is_transposed(model: nn.Module) -> bool:
-    """Whether the layers are GPT-2's Conv1D, whose weight is stored [in, out]."""
-    return any(lora_settings.is_conv1d(module) for module in model.modules())
 
 
 def _head(model: nn.Module) -> nn.Module | None:

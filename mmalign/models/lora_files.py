@@ -284,11 +284,6 @@ def part_of(name: str) -> str:
     return next((part for part in _ENCODERS if name.startswith(f"{part}.")), "")
 
 
-def without_part(name: str, part: str) -> str:
-    """The name of a tensor within its encoder, in the layout of diffusers."""
-    return name.removeprefix(f"{part}.")
-
-
 def layers_by_name(part: str, modules: Iterable[str]) -> dict[str, Place]:
     """kohya's names of an encoder's layers, each with the layer as the encoder's files have it."""
     found: dict[str, Place] = {}
@@ -468,7 +463,7 @@ def _diffusers_parts(
         module, kind = _split(path, _key(name, part), _DIFFUSERS)
         if kind == "full":
             raise CheckpointError(
-                f"{path}: {name} is no part of a LoRA as peft, diffusers or kohya write it"
+                f"{path}: {name} is not a part of a LoRA as peft, diffusers or kohya write it"
             )
         module = module.replace(".processor.", ".")
         module = f"{module}.0" if module.endswith(".to_out") else module
@@ -505,7 +500,7 @@ def _kohya_parts(
 
 def _key(name: str, part: str) -> str:
     if part:
-        return without_part(name, part)
+        return name.removeprefix(f"{part}.")
     for prefix in _DENOISERS:
         name = name.removeprefix(prefix)
     return name

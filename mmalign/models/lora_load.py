@@ -263,7 +263,7 @@ def _with_adapter(model: nn.Module, folder: Path, *, tied: bool) -> Any:
         check_settings(folder, settings)
     policy: Any = load_adapter(model, folder, trainable=False)
     if not hasattr(policy.base_model, "merge_and_unload"):
-        raise CheckpointError(f"{folder} is a {kind} adapter, which is no change of the weights")
+        raise CheckpointError(f"{folder} is a {kind} adapter, which is not a change of the weights")
     ends = (policy.get_input_embeddings(), policy.get_output_embeddings())
     if tied and any(isinstance(layer, LoraLayer) for layer in ends):  # peft would change both
         raise _untied(folder)

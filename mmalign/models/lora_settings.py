@@ -27,7 +27,7 @@ _STARTS = ("gaussian", "eva", "orthogonal", "mica", *RECOMPUTED)  # the first fo
 
 # Neither B A, nor the settings below, nor notes for people.
 _REFUSED = {
-    "alora_invocation_tokens": "it acts behind an invocation string only, so it is no change of "
+    "alora_invocation_tokens": "it acts behind an invocation string only, so it is not a change of "
     "the weights (aLoRA)",
     "layer_replication": "its model has more layers than the base",
     "megatron_config": "it belongs to layers of Megatron",
@@ -207,7 +207,7 @@ def _check_pattern(where: Path, name: str, pattern: str, value: Any) -> None:
         re.compile(pattern)
     except re.error as error:
         raise CheckpointError(
-            f"{where}: {name} has {pattern!r}, which is no regular expression: {error}"
+            f"{where}: {name} has {pattern!r}, which is not a regular expression: {error}"
         ) from error
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise CheckpointError(

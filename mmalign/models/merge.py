@@ -290,7 +290,7 @@ def merge_checkpoints(
         `out`.
 
     Raises:
-        ConfigError: nothing to add, a coefficient that is no number, `out` exists.
+        ConfigError: nothing to add, a coefficient that is not a number, `out` exists.
         CheckpointError: a checkpoint that is missing or does not fit the base.
     """
     source, target = local_folder(base), Path(out)

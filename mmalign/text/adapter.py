@@ -117,7 +117,7 @@ class TextAdapter(TokenAdapter):
 
     @classmethod
     def problems(cls, config: RunConfig) -> list[str]:
-        """Losses that compare answers under altered media, which text has not."""
+        """Losses that compare responses under corrupted media, which text does not support."""
         roles = presets.from_config(config.objective).needs.roles
         unknown = [role for role in dict.fromkeys(roles) if role not in cls._roles]
         if not unknown:

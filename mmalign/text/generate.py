@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import contextmanager
 from functools import cache
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -67,7 +68,8 @@ def complete(
     draws = [Draw(seeds, temperature, top_p, inner.device)] if temperature > 0 else []
     with _without_own_settings(inner):
         output = inner.generate(**moved, generation_config=settings, logits_processor=draws)
-    return [_before_end(row, ends) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
+    new = output[:, inputs["input_ids"].shape[1] :].tolist()
+    return [list(takewhile(lambda token: token not in ends, row)) for row in new]
 
 
 @torch.no_grad()
@@ -138,11 +140,6 @@ def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-
-
-def _before_end(tokens: list[int], ends: Collection[int]) -> list[int]:
-    stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:stop]
 
 
 # Which prompts are answered in one batch: padding and neighbours may not change an answer.
@@ -229,7 +226,7 @@ def _is_padded_freely(model: Any, rows: Sequence[list[int]], pad: int, steps: in
         gap = (beside[:, :2] - torch.cat(alone, dim=1)).abs()
         is_half = model.dtype in _HALF or torch.is_autocast_enabled(model.device.type)
         found, limit = (gap.mean(), _LIMIT_HALF) if is_half else (gap.max(), _LIMIT)
-        _pads_freely[model] = bool(found <= limit)  # not where it is no number
+        _pads_freely[model] = bool(found <= limit)  # not where it is nan
     return _pads_freely[model]
 
 

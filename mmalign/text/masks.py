@@ -143,7 +143,7 @@ def record_activations(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     resid (embeddings, every layer, the final norm), each a list of [rows, T] tensors. Modules are
     found by the names that transformers gives them.
 
-    Departs: MaPO also hooks rotated queries and keys, which are no modules; points inside a layer;
+    Departs: MaPO also hooks rotated queries and keys, which are not modules; points inside a layer;
         and the logits, which never exist whole here.
     """
     means: dict[str, list[Tensor]] = {}
@@ -235,11 +235,6 @@ def raw_step_weights(
     return (2.0 - w if contrast else w).clamp(min=0.0), count
 
 
-def sparsity(weight: Tensor, mask: Tensor) -> Tensor:
-    """Share of response positions whose weight is exactly 0; both [..., L], result []."""
-    return ((weight == 0) & mask).sum() / mask.sum().clamp(min=1)
-
-
 # What differs between the two responses of a pair, token by token.
 
 
@@ -302,7 +297,7 @@ def mark_spans(offsets: Sequence[Range], spans: Sequence[Range]) -> list[bool]:
 def mark_ranges(offsets: Sequence[Range], ranges: Sequence[Range]) -> list[bool]:
     """Which tokens lie in one of some ranges, by their last character.
 
-    A token that is no text (an end token put after it) belongs to the range that ends there.
+    A token that is not text (an end token put after it) belongs to the range that ends there.
 
     Args:
         offsets: Character range [start, end) of each token.

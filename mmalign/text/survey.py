@@ -218,11 +218,6 @@ def too_long(limit: int) -> str:
     )
 
 
-def kind_of(problem: str) -> str:
-    """What problems of one kind have in common: the message without its values."""
-    return _VALUES.sub("...", problem)
-
-
 def _looked_at(chunks: _Chunks) -> Iterator[Found]:
     workers = min(len(os.sched_getaffinity(0)), _MOST_WORKERS) if sys.platform == "linux" else 1
     if len(chunks.rows) < _FEW or workers < 2:
@@ -371,7 +366,8 @@ def problems(found: Found, rows: Sequence[Example]) -> ProblemList:
     for number, what, value in found.problems:
         row = rows[number]
         record = Record(row.place or row.id, row.id, "", None)
-        group = result.groups.setdefault(kind_of(what), [])
+        kind = _VALUES.sub("...", what)  # what problems of one kind have in common
+        group = result.groups.setdefault(kind, [])
         group.append((record, Problem(what, value)))
     return result
 

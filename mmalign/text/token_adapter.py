@@ -331,7 +331,9 @@ class TokenAdapter(Adapter):
             return None, batch.inputs["ref_logps"]
         if "ref_hidden" in batch.inputs:
             states = rows.from_responses(batch.inputs["ref_hidden"])
-            parts = [(1.0, Scored(states, self._head_of_start(states.device)))]
+            assert self._start_head is not None
+            self._start_head = self._start_head.to(states.device)
+            parts = [(1.0, Scored(states, self._start_head))]
         else:
             parts: list[tuple[float, Scored]] = []
             for share, member in self.reference.members():
@@ -343,11 +345,6 @@ class TokenAdapter(Adapter):
         with torch.no_grad():
             logps = sum(share * score(part, rows, Needs(), size).policy for share, part in parts)
         return parts[0][1], rows.responses(torch.as_tensor(logps))
-
-    def _head_of_start(self, device: torch.device) -> Head:
-        assert self._start_head is not None
-        self._start_head = self._start_head.to(device)
-        return self._start_head
 
     def _arrange(self, batch: Batch, *, prompts: bool = False) -> Rows:
         check_length(self._inner, batch.inputs, self._shorten)

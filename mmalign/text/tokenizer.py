@@ -55,7 +55,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError, ImportError) as error:  # ImportError: it asks for protobuf then
         there = Path(model.path).exists()
-        what = "cannot read a tokenizer" if there else "is no folder here, and cannot be fetched"
+        what = "cannot read a tokenizer" if there else "is not a folder here, and cannot be fetched"
         raise ConfigError(f"model.path {model.path!r}: {what}: {one_line(error)}") from error
     except (KeyError, TypeError, AttributeError) as error:  # JSON, but of something else
         raise ConfigError(
@@ -323,7 +323,7 @@ def template_file(path: Path) -> str:
     """The text of `text.chat_template`, where that is a file.
 
     Raises:
-        ConfigError: There is none, or it is no template.
+        ConfigError: There is none, or it is not a template.
     """
     if not os.path.isfile(path):
         raise ConfigError(f"text.chat_template {path}: cannot be read: there is no such file")
@@ -334,7 +334,7 @@ def template_file(path: Path) -> str:
     _looked_at(text, f"text.chat_template {path}")
     if "messages" not in _looked_at(text)[0]:
         raise ConfigError(
-            f"text.chat_template {path}: does not read `messages`, so it is no chat template"
+            f"text.chat_template {path}: does not read `messages`, so it is not a chat template"
         )
     return text
 
@@ -350,7 +350,7 @@ def dated(source: str, date: datetime.date) -> str:
         return source
     midnight = datetime.datetime.combine(date, datetime.time())
     names = [f"%{flag}{letter}" for flag in ("", *"-_0^#") for letter in ascii_letters]
-    # What is no directive comes back as it is.
+    # What is not a directive comes back as it is.
     values = {name: value for name in names if (value := midnight.strftime(name)) != name}
     known = json.dumps({"%%": "\0", **values, "\0": "%"}, ensure_ascii=False)
     return (
@@ -391,7 +391,7 @@ def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
 
     Another end token alone says little of a tokenizer with a chat template that writes it: whoever
     teaches a model to chat gives the tokenizer one. It is in doubt where what the model's config
-    names is no special token here, or where the sizes differ too.
+    names is not a special token here, or where the sizes differ too.
     """
     end: Any = tokenizer.eos_token_id
     stops, embedded = _stops(model), num_embedded(model)

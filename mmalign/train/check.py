@@ -115,7 +115,7 @@ def worse_than_guessing(logps: CandidateLogps, num_choices: int | None) -> str:
 
     Args:
         logps: Of some rows, before the first step.
-        num_choices: Tokens that the model knows; None: positions are no choice among any.
+        num_choices: Tokens that the model knows; None: positions are not a choice among any.
     """
     best, mask = logps.policy[:, 0], logps.mask[:, 0]  # the others may be made to be unlikely
     if num_choices is None or not bool(mask.any()):

@@ -94,7 +94,7 @@ def _about(folder: Path) -> dict[str, Any]:
 def _damaged(folder: Path, what: str) -> CheckpointError:
     return CheckpointError(
         f"{folder} is not as it was saved: {what}. Copy it again, or delete this folder: then "
-        "--resume goes on from the checkpoint before it, or begins anew where there is none"
+        "--resume goes on from the checkpoint before it, or starts again where there is none"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of a training: its size, its progress, and in one sentence what stopped it."""
+"""Console output of a training run: its size, its progress, and in one sentence what stopped it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from mmalign.train.files import sweep
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
-    from types import TracebackType
 
     from rich.progress import Progress, TaskID
 
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from mmalign.train.run import Run
 
 
-# What a person sees of a running training: a bar in a terminal, a line now and then elsewhere.
+# Progress of a run: a bar in a terminal, a line now and then elsewhere.
 
 _SHOWN = (  # metric, label, format
     ("loss", "loss", ".4f"),
@@ -99,12 +98,7 @@ class Display:
             )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def say(self, text: str) -> None:

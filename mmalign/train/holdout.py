@@ -1,4 +1,4 @@
-"""Held-out evaluation and sample completions in the course of a run."""
+"""Held-out evaluation and sample completions during training."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ from mmalign.train.run import Run, build_run, lr_scale, require_launcher, set_lr
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-    from types import FrameType, TracebackType
+    from types import FrameType
 
     from mmalign.config import RunConfig
     from mmalign.models.adapter import Batch
@@ -64,12 +64,7 @@ class StopRequest:
             self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._restore()
 
     def _restore(self) -> None:
@@ -184,7 +179,9 @@ def _train(run: Run, *, resume: bool) -> Path | None:
     with trackers(run), Display(run) as display, StopRequest() as stop:
         display.say(start_note if saved is None else f"{start_note}, from {saved}")
         if resume and saved is None:
-            display.say(f"{config.output} holds no checkpoint, so the run begins anew")
+            display.say(
+                f"{config.output} holds no checkpoint, so the run starts from the beginning"
+            )
         if position.step == 0:
             _hold_out(run, held, display)
             held.sample(0)

@@ -93,7 +93,7 @@ def test_a_snapshot_of_the_hub_may_link_to_its_blobs(tmp_path: Path) -> None:
         ("state.json", {"_data_files": None}, "names no files"),
         ("state.json", [], "must hold an object"),
         ("state.json", "{", "not JSON"),
-        ("dataset_dict.json", {"splits": ["../b"]}, "is no folder in it"),
+        ("dataset_dict.json", {"splits": ["../b"]}, "is not a folder in it"),
     ],
 )
 def test_a_saved_dataset_names_its_own_files(

@@ -180,7 +180,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "setting new_in_2027 = 'yes'": {"new_in_2027": "yes"},
     "r must be a number above 0, found 'two'": {"r": "two"},
     "lora_alpha must be a number above 0, found -1": {"lora_alpha": -1},
-    "rank_pattern .*no regular expression": {"rank_pattern": {"(": 3}},
+    "rank_pattern .*not a regular expression": {"rank_pattern": {"(": 3}},
 }
 
 

@@ -213,7 +213,7 @@ def test_wrong_input_is_refused(tmp_path: Path) -> None:
         merge_checkpoints(base, [(other, 1.0)], tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"no \.safetensors file"):
         merge_checkpoints(base, [(empty, 1.0)], tmp_path / "out")
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         merge_checkpoints(tmp_path / "missing" / "path", [(base, 1.0)], tmp_path / "out")
     with pytest.raises(ConfigError, match="exists; name a new folder"):
         merge_checkpoints(base, [(base, 1.0)], empty)

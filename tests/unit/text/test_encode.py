@@ -501,7 +501,9 @@ def test_missing_pad_token_is_filled_without_a_new_token(tmp_path: Path) -> None
 def test_missing_tokenizer_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.path .*cannot read a tokenizer"):
         load_tokenizer(run_config(model={"path": str(tmp_path)}))
-    with pytest.raises(ConfigError, match=r"'no/such': is no folder here, and cannot be") as told:
+    with pytest.raises(
+        ConfigError, match=r"'no/such': is not a folder here, and cannot be"
+    ) as told:
         load_tokenizer(run_config(model={"path": "no/such"}))
     assert "\n" not in str(told.value)
 

@@ -19,7 +19,6 @@ from mmalign.text.masks import (
     raw_step_weights,
     record_activations,
     span_weights,
-    sparsity,
     step_weights,
 )
 
@@ -244,9 +243,3 @@ def test_response_without_steps_weighs_nothing_and_is_finite() -> None:
     weight = step_weights(torch.zeros(1, 2, 2, 3), torch.zeros(1, 2, 2).long(), torch.ones(1, 2))
     assert (weight == 0).all()
     assert math.isfinite(weight.sum().item())
-
-
-def test_sparsity_counts_exact_zeros_of_the_response() -> None:
-    weight = torch.tensor([[0.0, 0.5, 0.0, 1.0]])
-    response = torch.tensor([[True, True, False, True]])
-    assert sparsity(weight, response).item() == pytest.approx(1 / 3)
