@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, Protocol, Self
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -48,6 +48,23 @@ class Predict(Protocol):
             rows: [M] which of the N pictures these are; None: all of them, in order.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What an estimator may call. Each gives the noise that one network sees under one prompt.
+
+    Attributes:
+        policy: The network to train, under the images' prompts.
+        reference: The frozen one, likewise; None: the run has none.
+        teacher: The average of the policy, likewise; None: there is none.
+        teacher_empty: The teacher under the empty prompt.
+    """
+
+    policy: Predict | None = None
+    reference: Predict | None = None
+    teacher: Predict | None = None
+    teacher_empty: Predict | None = None
 
 
 # Random numbers that belong to rows: the same on every device, in every batch, after a resume.
@@ -139,16 +156,9 @@ Semantics = Literal["landing", "legacy", "modern"]
 class Estimator(ABC):
     """Turns clean pictures into the points at which they are scored."""
 
-    needs_network: ClassVar[bool]
-
     @abstractmethod
     def __call__(
-        self,
-        x0: Tensor,
-        t: Tensor,
-        draws: Draws,
-        process: NoiseProcess,
-        predict: Predict | None,
+        self, x0: Tensor, t: Tensor, draws: Draws, process: NoiseProcess, networks: Networks
     ) -> Point:
         """The point of every picture.
 
@@ -157,7 +167,7 @@ class Estimator(ABC):
             t: [N] timesteps.
             draws: N streams of random numbers; pictures with the same stream get the same noise.
             process: The noise process.
-            predict: The network that inverts; None where `needs_network` is false.
+            networks: Called by those that look for the point with one.
         """
 
 
@@ -177,7 +187,6 @@ class ForwardNoise(Estimator):
     """
 
     noise_offset: float = 0.0
-    needs_network: ClassVar[bool] = False
 
     @torch.no_grad()
     def __call__(
@@ -186,7 +195,7 @@ class ForwardNoise(Estimator):
         t: Tensor,
         draws: Draws,
         process: NoiseProcess,
-        predict: Predict | None = None,
+        networks: Networks | None = None,
     ) -> Point:
         """The point of every picture; see `Estimator`."""
         x0 = full_precision(x0)
@@ -234,6 +243,7 @@ class DDIMInversion(Estimator):
         semantics: Which grid; pictures with different t keep their own.
         eta: After a move, eta * sqrt(variance) of fresh noise, the variance being that of the
             sampler between the two levels of the move (modern: between this level and the next).
+        network: Whose sampler is inverted.
 
     Source: Lu et al. 2025, InPO, released code; legacy is its pinned diffusers 0.20, modern the
         same script with diffusers from 0.22 on.
@@ -247,18 +257,14 @@ class DDIMInversion(Estimator):
     num_steps: int = 10
     semantics: Semantics = "landing"
     eta: float = 0.0
-    needs_network: ClassVar[bool] = True
+    network: Literal["policy", "reference"] = "policy"
 
     @torch.no_grad()
     def __call__(
-        self,
-        x0: Tensor,
-        t: Tensor,
-        draws: Draws,
-        process: NoiseProcess,
-        predict: Predict | None,
+        self, x0: Tensor, t: Tensor, draws: Draws, process: NoiseProcess, networks: Networks
     ) -> Point:
         """The point of every picture; see `Estimator`."""
+        predict = networks.policy if self.network == "policy" else networks.reference
         assert predict is not None, "an inversion needs a network"
         x0 = full_precision(x0)
         x = x0
@@ -357,31 +363,6 @@ class ReNoise(DDIMInversion):
         return ddim_move(x, noise, move.source, move.goal, process)
 
 
-def build_estimator(settings: DiffusionConfig) -> Estimator:
-    """The estimator that a configuration describes; Self-NPO's is `teacher.Truncated`.
-
-    Args:
-        settings: Its section has refused settings of the estimator that its kind does not read.
-
-    Raises:
-        ConfigError: An offset of the noise where no noise of that kind is drawn, or the kind
-            truncated, which has a teacher and timesteps of its own.
-    """
-    spec = settings.estimator
-    if spec.kind == "forward":
-        return ForwardNoise(settings.noise_offset)
-    if settings.noise_offset:
-        raise ConfigError(
-            f"diffusion.noise_offset is {settings.noise_offset}, but estimator.kind {spec.kind!r} "
-            "does not read it; only forward does"
-        )
-    if spec.kind == "ddim_inversion":
-        return DDIMInversion(spec.steps, spec.semantics, spec.eta)
-    if spec.kind == "renoise":
-        return ReNoise(spec.steps, spec.semantics)
-    raise ConfigError("estimator.kind is truncated; build it with mmalign.diffusion.estimators")
-
-
 # Self-NPO's place to score at: where a slow copy of the model, without its prompt, would arrive.
 #
 # The student learns towards the clean picture that its teacher estimates a few steps later, under
@@ -405,7 +386,7 @@ class Walk:
 
 
 @dataclass(frozen=True)
-class Truncated:
+class Truncated(Estimator):
     """A truncated walk of the teacher, then more noise: Self-NPO.
 
     With k = floor(T / num_steps) a picture is noised to t = (i + 1) k - 1, i uniform; the teacher
@@ -419,38 +400,33 @@ class Truncated:
     """
 
     spec: EstimatorSpec
-    needs_network: ClassVar[bool] = True
 
     @torch.no_grad()
     def __call__(
-        self,
-        x0: Tensor,
-        draws: Draws,
-        process: NoiseProcess,
-        predict_cond: Predict,
-        predict_empty: Predict,
+        self, x0: Tensor, t: Tensor, draws: Draws, process: NoiseProcess, networks: Networks
     ) -> Point:
         """The point of every picture, with the teacher's clean picture as the target.
 
         Args:
             x0: [N, ...] clean pictures, from data or generated.
+            t: Not read: the walk has timesteps of its own.
             draws: N streams of random numbers.
             process: A noise table that does not end in pure noise.
-            predict_cond: The teacher with the prompts.
-            predict_empty: The teacher with the empty prompt.
+            networks: Of them the teacher, with the prompts and with the empty one.
 
         Raises:
             ConfigError: Another noise process.
         """
+        teacher, empty = networks.teacher, networks.teacher_empty
+        assert teacher is not None, "the walk is the teacher's"
+        assert empty is not None, "with the empty prompt too"
         x0 = full_precision(x0)
         last = process.num_timesteps - 1
         stride = self._stride(process)
         index = (draws.uniform("start") * self.spec.steps).long()
         start = ((index + 1) * stride - 1).to(x0.device)
         noise = draws.normal("noise", tuple(x0.shape[1:]), x0.device, x0.dtype)
-        walk = self.walk(
-            process.add_noise(x0, noise, start), start, process, predict_cond, predict_empty
-        )
+        walk = self.walk(process.add_noise(x0, noise, start), start, process, teacher, empty)
         share = draws.uniform("student").to(x0.device)
         s = walk.t + 1 + (share * (last - walk.t)).long()
         more = draws.normal("more", tuple(x0.shape[1:]), x0.device, x0.dtype)
@@ -515,3 +491,27 @@ class Truncated:
             )
         grid = process.grid(self.spec.steps)
         return int(grid[1] - grid[0])
+
+
+def build_estimator(settings: DiffusionConfig) -> Estimator:
+    """The estimator that a configuration describes.
+
+    Args:
+        settings: Its section has refused settings of the estimator that its kind does not read.
+
+    Raises:
+        ConfigError: An offset of the noise where no noise of that kind is drawn.
+    """
+    spec = settings.estimator
+    if spec.kind == "forward":
+        return ForwardNoise(settings.noise_offset)
+    if settings.noise_offset:
+        raise ConfigError(
+            f"diffusion.noise_offset is {settings.noise_offset}, but estimator.kind {spec.kind!r} "
+            "does not read it; only forward does"
+        )
+    if spec.kind == "ddim_inversion":
+        return DDIMInversion(spec.steps, spec.semantics, spec.eta, spec.network)
+    if spec.kind == "renoise":
+        return ReNoise(spec.steps, spec.semantics, network=spec.network)
+    return Truncated(spec)

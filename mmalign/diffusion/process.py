@@ -5,7 +5,6 @@ How a clean picture becomes a noisy one, what is predicted, and which timesteps 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -19,44 +18,30 @@ from mmalign.errors import ConfigError
 
 # Noise tables from a scheduler's settings, in float32 as the models were trained with them.
 
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
 
 def betas(scheduler_config: Mapping[str, Any]) -> Tensor:  # [T] float32
-    """The variances added at each step.
-
-    scaled_linear: squares of a line between square roots; linear: a line; squaredcos_cap_v2:
-    1 - f((i + 1) / T) / f(i / T), at most 0.999, with f(s) = cos^2(pi/2 (s + .008) / 1.008).
+    """The variances added at each step, as diffusers computes them.
 
     Args:
         scheduler_config: Contents of `scheduler_config.json`; what is missing has the value that
             diffusers gives it.
 
     Raises:
-        ConfigError: Another name of a schedule.
+        ConfigError: A schedule that no supported model was trained with.
     """
-    listed = scheduler_config.get("trained_betas")
-    if listed is not None:
-        return torch.tensor(listed, dtype=torch.float32)
-    num = int(scheduler_config.get("num_train_timesteps", 1000))
-    low = float(scheduler_config.get("beta_start", 0.0001))
-    high = float(scheduler_config.get("beta_end", 0.02))
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
     kind = scheduler_config.get("beta_schedule", "linear")
-    if kind == "linear":
-        return torch.linspace(low, high, num, dtype=torch.float32)
-    if kind == "scaled_linear":
-        return torch.linspace(low**0.5, high**0.5, num, dtype=torch.float32) ** 2
-    if kind == "squaredcos_cap_v2":
-        kept = [math.cos((i / num + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(num + 1)]
-        steps = [min(1.0 - kept[i + 1] / kept[i], 0.999) for i in range(num)]
-        return torch.tensor(steps, dtype=torch.float32)
-    raise ConfigError(
-        f"the model's scheduler has beta_schedule {kind!r}; known are linear, scaled_linear, "
-        "squaredcos_cap_v2 and a list in trained_betas"
-    )
-
-
-def alphas_cumprod(betas: Tensor) -> Tensor:  # [T] -> [T]
-    """Share of the signal's variance left at each step: the running product of 1 - beta."""
-    return torch.cumprod(1.0 - betas, dim=0)
+    if scheduler_config.get("trained_betas") is None and kind not in BETA_SCHEDULES:
+        raise ConfigError(
+            f"the model's scheduler has beta_schedule {kind!r}; known are "
+            f"{', '.join(BETA_SCHEDULES)} and a list in trained_betas"
+        )
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    own = {name: scheduler_config[name] for name in names if name in scheduler_config}
+    return DDPMScheduler(**own).betas
 
 
 def zero_terminal(table: Tensor) -> Tensor:  # [T] -> [T]
@@ -65,6 +50,7 @@ def zero_terminal(table: Tensor) -> Tensor:  # [T] -> [T]
     s <- (s - s_last) * s_first / (s_first - s_last), s the square root of the table.
 
     Source: Lin et al. 2023, arXiv:2305.08891, algorithm 1.
+    Departs: diffusers goes back to betas from here and rounds on the way, by up to 8e-7.
     """
     root = table.sqrt()
     first, last = root[0], root[-1]
@@ -383,7 +369,7 @@ def process_from(
             f"{said or 'a noise table'!r}. Training on another target would undo what the model "
             "has learned; use auto, or correct scheduler/scheduler_config.json"
         )
-    table = alphas_cumprod(betas(scheduler_config))
+    table = torch.cumprod(1.0 - betas(scheduler_config), dim=0)
     if zero_terminal_snr or scheduler_config.get("rescale_betas_zero_snr"):
         table = zero_terminal(table)
     kind: Any = (said or "epsilon") if prediction == "auto" else prediction

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,10 +10,13 @@ import torch
 from torch import Tensor
 
 from mmalign.core.numerics import full_precision
-from mmalign.diffusion.estimators import Draws, Estimator, Point, Truncated, build_estimator
+from mmalign.diffusion.estimators import Draws, Networks, Point, build_estimator
 from mmalign.diffusion.process import NoiseProcess
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
     from torch import nn
 
     from mmalign.config import DiffusionConfig
@@ -102,11 +106,7 @@ class Scoring:
     ) -> None:
         self.settings, self.family, self.process, self.inputs = settings, family, process, inputs
         self.reference, self.teacher = reference, teacher
-        self.estimator: Estimator | Truncated
-        if teacher is not None:
-            self.estimator = Truncated(settings.estimator)
-        else:
-            self.estimator = build_estimator(settings)
+        self.estimator = build_estimator(settings)
 
     def __call__(
         self,
@@ -136,7 +136,9 @@ class Scoring:
         x0 = self.inputs.latents(part.pictures, own)
         rows = part.rows.to(x0.device, non_blocking=True)
         t = batch.inputs["timesteps"][rows].repeat_interleave(num)
-        point = self._place(policy, x0, t, draws, condition)
+        process = self.process.at((x0.shape[-2], x0.shape[-1]))
+        networks = self._networks(policy, x0.device, condition)
+        point = self.estimator(x0, t, draws, process, networks)
 
         spec = settings.timesteps
         weight = None
@@ -167,36 +169,27 @@ class Scoring:
             kl = -score(prediction, gap, **options)
         return Scores(own_score, reference, kl)
 
-    @torch.no_grad()
-    def _place(
-        self, policy: nn.Module, x0: Tensor, t: Tensor, draws: Draws, condition: Condition
-    ) -> Point:
-        """Where these pictures are scored, and what should be predicted there."""
-        process = self.process.at((x0.shape[-2], x0.shape[-1]))
-        if isinstance(self.estimator, Truncated):
-            assert self.teacher is not None
-            empty = self.inputs.empty(x0.device).repeat(len(x0))
-            empty = replace(empty, time_ids=condition.time_ids)  # they differ by the prompt alone
-            with self.teacher.active() as model:
-                seen = [self._noise_seen(model, given) for given in (condition, empty)]
-                return self.estimator(x0, draws, process, *seen)
-        if not self.estimator.needs_network:
-            return self.estimator(x0, t, draws, process, None)
-        if self.settings.estimator.network == "reference":
-            with self.reference.active() as model:
-                seen = self._noise_seen(model, condition)
-                return self.estimator(x0, t, draws, process, seen)
-        seen = self._noise_seen(policy, condition)
-        return self.estimator(x0, t, draws, process, seen)
+    def _networks(self, policy: nn.Module, device: torch.device, condition: Condition) -> Networks:
+        """What the estimator may call."""
 
-    def _noise_seen(self, model: nn.Module, condition: Condition) -> Predict:
-        """The noise that a network sees under a condition."""
+        def seen_by(
+            active: Callable[[], AbstractContextManager[nn.Module]], given: Condition
+        ) -> Predict:
+            def noise(x: Tensor, t: Tensor, rows: Tensor | None = None, /) -> Tensor:
+                told = given if rows is None else given.rows(rows)
+                with active() as model:
+                    return self.process.eps_from(self._raw(model, x, t, told), x, t)
 
-        def noise(x: Tensor, t: Tensor, rows: Tensor | None = None, /) -> Tensor:
-            told = condition if rows is None else condition.rows(rows)
-            return self.process.eps_from(self._raw(model, x, t, told), x, t)
+            return noise
 
-        return noise
+        own = seen_by(lambda: nullcontext(policy), condition)
+        reference = seen_by(self.reference.active, condition)
+        if self.teacher is None:
+            return Networks(own, reference)
+        empty = self.inputs.empty(device).repeat(len(condition))
+        empty = replace(empty, time_ids=condition.time_ids)  # they differ by the prompt alone
+        teacher = (seen_by(self.teacher.active, given) for given in (condition, empty))
+        return Networks(own, reference, *teacher)
 
     def _predict(self, model: nn.Module, point: Point, condition: Condition) -> Tensor:
         return self._raw(model, point.x_t, point.t, condition)

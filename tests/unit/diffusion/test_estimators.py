@@ -14,7 +14,9 @@ from mmalign.diffusion.estimators import (
     DDIMInversion,
     Draws,
     ForwardNoise,
+    Networks,
     ReNoise,
+    Truncated,
     build_estimator,
 )
 from mmalign.diffusion.process import (
@@ -64,19 +66,26 @@ def test_the_offset_is_one_number_a_channel_and_shared_by_the_row() -> None:
 
 
 def test_a_network_is_called_where_one_is_needed() -> None:
-    assert not ForwardNoise.needs_network
-    assert DDIMInversion.needs_network
-    assert ReNoise.needs_network
+    x0, t, draws = pictures(2), torch.tensor([400, 500]), Draws([1, 2])
+    policy, reference = (Net([a, 0.1], torch.ones(2, 3)) for a in (0.3, 0.2))
+    networks = Networks(policy, reference)
+    ForwardNoise()(x0, t, draws, table(), networks)
+    assert not policy.called
+    DDIMInversion()(x0, t, draws, table(), networks)
+    assert policy.called
+    assert not reference.called
+    ReNoise(network="reference")(x0, t, draws, table(), networks)
+    assert reference.called
 
 
 @pytest.mark.parametrize("estimator", INVERSIONS, ids=NAMES)
 def test_every_picture_has_its_own_path(estimator: DDIMInversion) -> None:
     x0, condition = pictures(5), torch.randn(5, 3, dtype=torch.float64)
     t, draws = torch.tensor([0, 1, 333, 950, 999]), Draws(range(5))
-    together = estimator(x0, t, draws, table(), Net([0.3, 0.1], condition))
+    together = estimator(x0, t, draws, table(), Networks(Net([0.3, 0.1], condition)))
     for i in range(5):
         net = Net([0.3, 0.1], condition[[i]])
-        alone = estimator(x0[[i]], t[[i]], draws.rows([i]), table(), net)
+        alone = estimator(x0[[i]], t[[i]], draws.rows([i]), table(), Networks(net))
         torch.testing.assert_close(together.x_t[i], alone.x_t[0])
         torch.testing.assert_close(together.target[i], alone.target[0])
 
@@ -90,10 +99,10 @@ def test_a_picture_that_has_arrived_is_not_given_to_the_network(kind: Any, seman
     alone: list[list[float]] = []
     for i in range(5):
         net = Net([0.3, 0.1], condition[[i]])
-        kind(semantics=semantics)(x0[[i]], t[[i]], draws.rows([i]), table(), net)
+        kind(semantics=semantics)(x0[[i]], t[[i]], draws.rows([i]), table(), Networks(net))
         alone += net.called
     net = Net([0.3, 0.1], condition)
-    kind(semantics=semantics)(x0, t, draws, table(), net)
+    kind(semantics=semantics)(x0, t, draws, table(), Networks(net))
     together = [level for call in net.called for level in call]
     assert sorted(together) == sorted(level for call in alone for level in call)
     assert len(together) < 0.7 * 5 * len(net.called)
@@ -109,7 +118,7 @@ def test_landing_ends_at_the_drawn_timestep(process: NoiseProcess) -> None:
         return noise if rows is None else noise[rows]
 
     for estimator in (DDIMInversion(7), ReNoise(3)):
-        point = estimator(x0, t, Draws(range(6)), process, sees)
+        point = estimator(x0, t, Draws(range(6)), process, Networks(sees))
         start = process.level(torch.zeros_like(t), x0)  # where the path takes x0 to be
         alpha, sigma = process.level(t, x0)
         clean = (x0 - start[1] * noise) / start[0]
@@ -129,10 +138,10 @@ def test_landing_calls_the_network_at_its_sources() -> None:
         (999, [0, *range(1, 902, 100)]),
     ]:
         net = Net([0.3, 0.1], torch.ones(1, 3))
-        DDIMInversion(10)(x0, torch.tensor([t]), Draws([0]), table(), net)
+        DDIMInversion(10)(x0, torch.tensor([t]), Draws([0]), table(), Networks(net))
         assert [call[0] for call in net.called if call[0] < t] == sources
     net = Net([0.3, 0.1], torch.ones(1, 3))
-    ReNoise(10)(x0, torch.tensor([150]), Draws([0]), table(), net)
+    ReNoise(10)(x0, torch.tensor([150]), Draws([0]), table(), Networks(net))
     assert [call[0] for call in net.called] == [0, 0, 1, 1, 101, 101]
 
 
@@ -150,9 +159,11 @@ def test_an_inversion_in_a_flow_is_eulers_method() -> None:
     x = x0
     for source, goal in zip(grid, [*grid[1:], 0.8], strict=True):
         x = x + (goal - source) * velocity(x, torch.tensor([source]))
-    point = DDIMInversion(5)(x0, t, Draws([0]), process, sees)
+    point = DDIMInversion(5)(x0, t, Draws([0]), process, Networks(sees))
     torch.testing.assert_close(point.x_t, x)
-    assert torch.isfinite(DDIMInversion(5, eta=0.1)(x0, t, Draws([0]), process, sees).x_t).all()
+    assert torch.isfinite(
+        DDIMInversion(5, eta=0.1)(x0, t, Draws([0]), process, Networks(sees)).x_t
+    ).all()
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -182,7 +193,7 @@ def test_modern_is_the_inverse_scheduler_of_diffusers(prediction: Any) -> None:
         if t < 951:
             x = scheduler.step(network(x, t), int(t), x, return_dict=False)[0]
     ends = torch.full((2,), 951)
-    found = DDIMInversion(10, "modern")(start, ends, Draws([1, 2]), process, seen)
+    found = DDIMInversion(10, "modern")(start, ends, Draws([1, 2]), process, Networks(seen))
     torch.testing.assert_close(found.x_t, x, rtol=1e-5, atol=1e-6)
 
 
@@ -194,7 +205,7 @@ def test_released_grids_have_no_meaning_in_a_flow(semantics: Any) -> None:
             torch.tensor([0.5]),
             Draws([0]),
             RectifiedFlow(),
-            Net([0.1, 0.1], pictures(1)),
+            Networks(Net([0.1, 0.1], pictures(1))),
         )
 
 
@@ -205,7 +216,7 @@ def test_extremes_are_finite(estimator: DDIMInversion, kind: Any) -> None:
     t = torch.tensor([0, 1, 998, 999])
     for process in (table(kind), VPTable(zero_terminal(table().table), kind)):
         net = Net([0.3, 0.1], torch.ones(4, 3))
-        point = estimator(x0, t, Draws(range(4)), process, net)
+        point = estimator(x0, t, Draws(range(4)), process, Networks(net))
         assert point.x_t.dtype == torch.float32
         assert torch.isfinite(point.x_t).all()
         assert torch.isfinite(point.target).all()
@@ -217,7 +228,7 @@ def test_any_number_of_steps(num_steps: int, semantics: Any) -> None:
     estimator = DDIMInversion(num_steps, semantics, eta=0.1)
     net = Net([0.3, 0.1], torch.ones(1, 3))
     for t in (0, 999):
-        point = estimator(pictures(1), torch.tensor([t]), Draws([0]), table(), net)
+        point = estimator(pictures(1), torch.tensor([t]), Draws([0]), table(), Networks(net))
         assert torch.isfinite(point.x_t).all()
 
 
@@ -226,7 +237,7 @@ def test_no_gradient_flows_into_a_point() -> None:
     net = Net([0.3, 0.1], torch.ones(2, 3))
     t = torch.tensor([400, 500])
     for estimator in (ForwardNoise(), DDIMInversion(), ReNoise()):
-        point = estimator(x0, t, Draws([1, 2]), table(), net)
+        point = estimator(x0, t, Draws([1, 2]), table(), Networks(net))
         assert not point.x_t.requires_grad
         assert not point.target.requires_grad
 
@@ -244,5 +255,5 @@ def test_built_from_a_configuration() -> None:
     assert built(kind="renoise") == ReNoise(5, "landing")
     with pytest.raises(ConfigError, match=r"noise_offset is 0.05.*only forward"):
         built(0.05, kind="renoise")
-    with pytest.raises(ConfigError, match="kind is truncated"):
-        built(kind="truncated")
+    assert built(kind="ddim_inversion", network="reference").network == "reference"
+    assert built(kind="truncated") == Truncated(EstimatorSpec(kind="truncated"))

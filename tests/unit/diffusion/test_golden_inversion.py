@@ -10,7 +10,7 @@ from goldens import compare, tensor
 from nets import GOLDEN, Given, Net, halves, pair_results, rows, table
 
 from mmalign.core import presets
-from mmalign.diffusion.estimators import DDIMInversion, ReNoise
+from mmalign.diffusion.estimators import DDIMInversion, Networks, ReNoise
 
 CASES = GOLDEN["inversion"]["cases"]
 INPUTS = (
@@ -47,7 +47,7 @@ def test_inversion(case: dict[str, Any]) -> None:
     t = torch.full((len(x0),), case["t"])
     policy = Net(case["policy_ab"], conditions(case))
     reference = Net(case["ref_ab"], conditions(case))
-    point = estimator(case)(x0, t, given(case), process, policy)
+    point = estimator(case)(x0, t, given(case), process, Networks(policy))
     calls = [call[0] for call in policy.called]
     labels = None
     if case["method"] == "smpo":
@@ -75,13 +75,13 @@ def test_the_recorded_index_error_is_none_here() -> None:
     t = torch.full((len(x0),), BROKEN["t"])
     noise = {f"eta {i}": torch.randn_like(x0) for i in range(10)}
     net = Net(BROKEN["policy_ab"], conditions(BROKEN))
-    point = estimator(BROKEN)(x0, t, Given(noise), process, net)
+    point = estimator(BROKEN)(x0, t, Given(noise), process, Networks(net))
     assert torch.isfinite(point.x_t).all()
     assert [call[0] for call in net.called] == BROKEN["grid"]
     # Where the release does not fail, the last entry is never read: same result as before.
     below = {f"eta {i}": noise[f"eta {i}"] for i in range(9)}
     t = torch.full((len(x0),), 850)
-    assert torch.isfinite(estimator(BROKEN)(x0, t, Given(below), process, net).x_t).all()
+    assert torch.isfinite(estimator(BROKEN)(x0, t, Given(below), process, Networks(net)).x_t).all()
 
 
 @pytest.mark.parametrize("case", WORKING, ids=name)
@@ -89,7 +89,7 @@ def test_landing_differs_from_the_release_and_lands(case: dict[str, Any]) -> Non
     process, x0 = table(), rows(case["latents"])
     t = torch.full((len(x0),), case["t"])
     net = Net(case["policy_ab"], conditions(case))
-    point = estimator(case, "landing")(x0, t, Given(_enough(case)), process, net)
+    point = estimator(case, "landing")(x0, t, Given(_enough(case)), process, Networks(net))
     assert all(0 <= call[0] < max(case["t"], 1) for call in net.called)
     if case["t"] > 0:
         assert (halves(point.x_t) - tensor(case["x_t"])).abs().max() > 1e-6

@@ -13,7 +13,7 @@ from nets import Net, logps, table
 from torch import Tensor
 
 from mmalign.core import presets
-from mmalign.diffusion.estimators import DDIMInversion, Draws, ForwardNoise, Point
+from mmalign.diffusion.estimators import DDIMInversion, Draws, ForwardNoise, Networks, Point
 from mmalign.diffusion.process import NoiseProcess, RectifiedFlow, VPTable, zero_terminal
 from mmalign.diffusion.scores import denoising_error
 
@@ -141,7 +141,7 @@ def test_extreme_pictures_and_timesteps_are_finite_with_finite_slopes(
     at = process.timestep(torch.tensor([t / 1000.0 + 1e-6]))
     net = Net([0.3, 0.1], torch.ones(1, 5))
     estimator = DDIMInversion(4) if inverted else ForwardNoise()
-    place = estimator(size * torch.ones(1, 4, 2, 2), at, Draws([t]), process, net)
+    place = estimator(size * torch.ones(1, 4, 2, 2), at, Draws([t]), process, Networks(net))
     error = denoising_error(net(place.x_t, process.timestep_input(at)), place, process)
     slopes = torch.autograd.grad(error.sum(), [net.a, net.b])
     assert torch.isfinite(error).all()

@@ -12,7 +12,7 @@ from torch import nn
 
 from mmalign.config import EstimatorSpec
 from mmalign.core import CandidateLogps, presets
-from mmalign.diffusion.estimators import Draws, Truncated
+from mmalign.diffusion.estimators import Draws, Networks, Truncated
 from mmalign.diffusion.process import RectifiedFlow, VPTable, zero_terminal
 from mmalign.diffusion.scores import denoising_error
 from mmalign.errors import ConfigError
@@ -20,6 +20,11 @@ from mmalign.models.reference import Ema, copy_of
 
 CASES = GOLDEN["self_npo"]["cases"]
 LATE, EARLY = CASES  # in the second all pictures arrive before the last evaluation
+NONE = torch.empty(0)  # timesteps of the row, which a walk does not read
+
+
+def teachers(cond: Any, empty: Any) -> Networks:
+    return Networks(teacher=cond, teacher_empty=empty)
 
 
 def truncated(case: dict[str, Any]) -> Truncated:
@@ -107,7 +112,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 
     def point(index: list[int]) -> Any:
         nets = [Net([0.3, 0.1], given[index]) for given in (cond, empty)]
-        return estimator(x0[index], draws.rows(index), process, nets[0], nets[1])
+        return estimator(x0[index], NONE, draws.rows(index), process, teachers(*nets))
 
     together = point([0, 1, 2, 3])
     assert together.in_x0
@@ -126,10 +131,12 @@ def test_guidance_minus_one_calls_the_empty_prompt_alone() -> None:
 
     x0 = torch.randn(2, 4, 3, 3)
     net = Net([0.3, 0.1], torch.randn(2, 5))
-    Truncated(EstimatorSpec(kind="truncated"))(x0, Draws([1, 2]), table(), never, net)
+    Truncated(EstimatorSpec(kind="truncated"))(
+        x0, NONE, Draws([1, 2]), table(), teachers(never, net)
+    )
     assert len(net.called) == 6
     zero = Truncated(EstimatorSpec(kind="truncated", guidance=0.0))
-    zero(x0, Draws([1, 2]), table(), net, never)
+    zero(x0, NONE, Draws([1, 2]), table(), teachers(net, never))
 
 
 @pytest.mark.parametrize("num_moves", [0, 5])
@@ -138,7 +145,7 @@ def test_extreme_walks_stay_finite(num_steps: int, num_moves: int) -> None:
     spec = EstimatorSpec(kind="truncated", num_steps=num_steps, num_moves=num_moves)
     x0 = 1e4 * torch.randn(8, 4, 2, 2)
     net = Net([0.3, 0.1], torch.randn(8, 5))
-    point = Truncated(spec)(x0, Draws(range(8)), table(), net, net)
+    point = Truncated(spec)(x0, NONE, Draws(range(8)), table(), teachers(net, net))
     assert torch.isfinite(point.x_t).all()
     assert torch.isfinite(point.target).all()
     assert (point.t <= 999).all()
@@ -149,5 +156,5 @@ def test_processes_without_a_picture_at_the_end_are_refused(process: Any) -> Non
     net = Net([0.3, 0.1], torch.randn(1, 5))
     with pytest.raises(ConfigError, match="truncated, which starts at the last level"):
         Truncated(EstimatorSpec(kind="truncated"))(
-            torch.randn(1, 4, 2, 2), Draws([0]), process, net, net
+            torch.randn(1, 4, 2, 2), NONE, Draws([0]), process, teachers(net, net)
         )
