@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from mmalign.report.run import Run
+    from mmalign.report.run import Run, Scores
 
 
 # Figures as inline SVG. Colours are CSS variables, so they follow the page, light or dark.
@@ -50,6 +50,7 @@ class Plot:
     title: str
     unit: str
     curves: tuple[Curve, ...]
+    of: Scores | None = None  # runs that are scored by it; None: all
     note: str = ""
     bounds: tuple[float, float] | None = None
     level: float | None = None  # a thin reference line
@@ -201,94 +202,15 @@ def _thin(steps: list[float], values: list[float]) -> tuple[list[float], list[fl
 
 # Which metrics of a run are drawn, and how.
 
-_LOSS = Plot(
-    "Loss",
-    "loss",
-    (Curve("loss", "training", 0), Curve("loss", "held out", 1, held_out=True)),
-)
-_MARGIN = Plot(
-    "Margin",
-    "chosen minus rejected",
-    (
-        Curve("rewards/margins", "training", 0),
-        Curve("rewards/margins", "held out", 1, held_out=True),
-    ),
-    level=0.0,
-)
-_STEPS = (
-    Plot("Learning rate", "learning rate", (Curve("learning_rate", "training", 0),)),
-    Plot("Gradient norm", "before clipping", (Curve("grad_norm", "training", 0),)),
-)
+_KL = (Curve("kl", "training", 0),)
+_EARLY = "It reaches 1 early, in good runs and in ruined ones."
 
 PLOTS = (
-    _LOSS,
     Plot(
-        "Log-ratio of each side, held out",
-        "nats",
-        (
-            Curve("drift/chosen", "chosen", CHOSEN, held_out=True),
-            Curve("drift/rejected", "rejected", REJECTED, "--", held_out=True),
-            Curve("drift/desirable", "desirable", CHOSEN, held_out=True),
-            Curve("drift/undesirable", "undesirable", REJECTED, "--", held_out=True),
-        ),
-        note="How much more (above 0) or less likely each answer became than under the reference. "
-        "The margin can grow while both sides fall.",
-        level=0.0,
+        "Loss",
+        "loss",
+        (Curve("loss", "training", 0), Curve("loss", "held out", 1, held_out=True)),
     ),
-    Plot(
-        "Implicit reward of each side, training",
-        "implicit reward",
-        (
-            Curve("rewards/chosen", "chosen", CHOSEN),
-            Curve("rewards/rejected", "rejected", REJECTED, "--"),
-        ),
-        note="What the objective compares: for DPO beta times the log-ratio.",
-    ),
-    _MARGIN,
-    Plot(
-        "Reward accuracy",
-        "share of pairs",
-        (
-            Curve("rewards/accuracies", "training", 0),
-            Curve("rewards/accuracies", "held out", 1, held_out=True),
-        ),
-        note="It reaches 1 early, in good runs and in ruined ones.",
-        bounds=(-0.03, 1.03),
-        level=0.5,
-    ),
-    Plot(
-        "Ranking accuracy, held out",
-        "share of pairs",
-        (
-            Curve("ranking_accuracy", "summed", 0, held_out=True),
-            Curve("ranking_accuracy_per_token", "per token", 1, "--", held_out=True),
-        ),
-        note="Share of pairs whose chosen answer the model itself finds at least as likely.",
-        bounds=(-0.03, 1.03),
-        level=0.5,
-    ),
-    Plot(
-        "KL to the reference, held out",
-        "nats per token",
-        (Curve("kl_per_token", "held out", 0, held_out=True),),
-    ),
-    Plot(
-        "KL to the reference, training",
-        "nats per response",
-        (Curve("kl", "training", 0),),
-    ),
-    Plot(
-        "Divergence under altered clips, training",
-        "nats",
-        (Curve("pami/far", "chosen", 0), Curve("pami/far_max", "farthest", 1, "--")),
-        note="How differently the model answers when it sees the altered clip. Near 0 the clips "
-        "teach nothing.",
-    ),
-    *_STEPS,
-)
-
-PICTURE_PLOTS = (
-    _LOSS,
     Plot(
         "Error on preferred pictures, against the reference",
         "policy minus reference",
@@ -296,6 +218,7 @@ PICTURE_PLOTS = (
             Curve("errors/chosen_diff", "training", CHOSEN),
             Curve("errors/chosen_diff", "held out", 2, held_out=True),
         ),
+        of="errors",
         note="Below 0 the model explains the preferred pictures better than the reference does; in "
         "the red band it explains them worse, and picture quality falls soon after.",
         level=0.0,
@@ -308,6 +231,7 @@ PICTURE_PLOTS = (
             Curve("errors/rejected_diff", "training", REJECTED),
             Curve("errors/rejected_diff", "held out", 2, held_out=True),
         ),
+        of="errors",
         note="Above 0: the model has moved away from them.",
         level=0.0,
     ),
@@ -318,6 +242,7 @@ PICTURE_PLOTS = (
             Curve("errors/policy_chosen", "policy", 0),
             Curve("errors/ref_chosen", "reference", 1, "--"),
         ),
+        of="errors",
         note="It depends on the noise level drawn far more than on the model.",
     ),
     Plot(
@@ -327,8 +252,53 @@ PICTURE_PLOTS = (
             Curve("errors/policy_rejected", "policy", 0),
             Curve("errors/ref_rejected", "reference", 1, "--"),
         ),
+        of="errors",
     ),
-    _MARGIN,
+    Plot(
+        "Log-ratio of each side, held out",
+        "nats",
+        (
+            Curve("drift/chosen", "chosen", CHOSEN, held_out=True),
+            Curve("drift/rejected", "rejected", REJECTED, "--", held_out=True),
+            Curve("drift/desirable", "desirable", CHOSEN, held_out=True),
+            Curve("drift/undesirable", "undesirable", REJECTED, "--", held_out=True),
+        ),
+        of="tokens",
+        note="How much more (above 0) or less likely each answer became than under the reference. "
+        "The margin can grow while both sides fall.",
+        level=0.0,
+    ),
+    Plot(
+        "Implicit reward of each side, training",
+        "implicit reward",
+        (
+            Curve("rewards/chosen", "chosen", CHOSEN),
+            Curve("rewards/rejected", "rejected", REJECTED, "--"),
+        ),
+        of="tokens",
+        note="What the objective compares: for DPO beta times the log-ratio.",
+    ),
+    Plot(
+        "Margin",
+        "chosen minus rejected",
+        (
+            Curve("rewards/margins", "training", 0),
+            Curve("rewards/margins", "held out", 1, held_out=True),
+        ),
+        level=0.0,
+    ),
+    Plot(
+        "Reward accuracy",
+        "share of pairs",
+        (
+            Curve("rewards/accuracies", "training", 0),
+            Curve("rewards/accuracies", "held out", 1, held_out=True),
+        ),
+        of="tokens",
+        note=_EARLY,
+        bounds=(-0.03, 1.03),
+        level=0.5,
+    ),
     Plot(
         "Implicit accuracy",
         "share of pairs",
@@ -336,10 +306,39 @@ PICTURE_PLOTS = (
             Curve("rewards/accuracies", "training", 0),
             Curve("reward_accuracy", "held out", 1, held_out=True),
         ),
-        note="It reaches 1 early, in good runs and in ruined ones.",
+        of="errors",
+        note=_EARLY,
         bounds=(-0.03, 1.03),
         level=0.5,
     ),
-    Plot("KL to the reference, training", "error gap", (Curve("kl", "training", 0),)),
-    *_STEPS,
+    Plot(
+        "Ranking accuracy, held out",
+        "share of pairs",
+        (
+            Curve("ranking_accuracy", "summed", 0, held_out=True),
+            Curve("ranking_accuracy_per_token", "per token", 1, "--", held_out=True),
+        ),
+        of="tokens",
+        note="Share of pairs whose chosen answer the model itself finds at least as likely.",
+        bounds=(-0.03, 1.03),
+        level=0.5,
+    ),
+    Plot(
+        "KL to the reference, held out",
+        "nats per token",
+        (Curve("kl_per_token", "held out", 0, held_out=True),),
+        of="tokens",
+    ),
+    Plot("KL to the reference, training", "nats per response", _KL, of="tokens"),
+    Plot("KL to the reference, training", "error gap", _KL, of="errors"),
+    Plot(
+        "Divergence under altered clips, training",
+        "nats",
+        (Curve("pami/far", "chosen", 0), Curve("pami/far_max", "farthest", 1, "--")),
+        of="tokens",
+        note="How differently the model answers when it sees the altered clip. Near 0 the clips "
+        "teach nothing.",
+    ),
+    Plot("Learning rate", "learning rate", (Curve("learning_rate", "training", 0),)),
+    Plot("Gradient norm", "before clipping", (Curve("grad_norm", "training", 0),)),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
@@ -10,14 +10,14 @@ from markupsafe import Markup, escape
 from mmalign.config import yaml
 from mmalign.report import blocks, pictures
 from mmalign.report.blocks import Answers, Section
-from mmalign.report.figures import PICTURE_PLOTS, PLOTS, plot
+from mmalign.report.figures import PLOTS, plot
 from mmalign.report.run import Remark, is_number, remarks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from mmalign.report.figures import Plot
-    from mmalign.report.run import Record, Run
+    from mmalign.report.run import Record, Run, Scores
 
 
 # Held-out numbers before and after, with their intervals.
@@ -28,75 +28,69 @@ class _Metric:
     key: str
     label: str
     meaning: str
+    of: Scores | None = None  # None: of all runs
     is_share: bool = False
     changes: bool = True
     is_tiny: bool = False  # shown with significant digits
 
 
-_METRICS = (
-    _Metric(
-        "ranking_accuracy",
-        "Ranking accuracy",
-        "pairs whose chosen answer the model itself finds at least as likely",
-        is_share=True,
-    ),
-    _Metric(
-        "ranking_accuracy_per_token",
-        "Ranking accuracy per token",
-        "the same by mean log-probability, which does not favour short answers",
-        is_share=True,
-    ),
-    _Metric(
-        "reward_accuracy",
-        "Reward accuracy",
-        "pairs whose chosen answer gained more than the rejected one",
-        is_share=True,
-    ),
-    _Metric(
-        "idealised_accuracy",
-        "Idealised ranking accuracy",
-        "what the exact optimum would reach from this reference",
-        is_share=True,
-        changes=False,
-    ),
-    _Metric(
-        "separation",
-        "Separation",
-        "how often a desirable answer scores above an undesirable one of another row",
-        is_share=True,
-    ),
-    _Metric("loss", "Loss", "the objective on held-out rows"),
-    _Metric("log_ratio_margin", "Log-ratio margin", "chosen minus rejected, in nats"),
-    _Metric("drift/chosen", "Log-ratio of the chosen answers", "nats against the reference"),
-    _Metric("drift/rejected", "Log-ratio of the rejected answers", "nats against the reference"),
-    _Metric("drift/desirable", "Log-ratio of desirable answers", "nats against the reference"),
-    _Metric("drift/undesirable", "Log-ratio of undesirable answers", "nats against the reference"),
-    _Metric("kl_per_token", "KL per token", "KL(reference, policy), in nats"),
-)
+_AGAINST = "nats against the reference"
 
-_PICTURE_METRICS = (
+_METRICS = (
     _Metric(
         "errors/chosen_diff",
         "Error on preferred pictures",
         "policy minus reference; above 0 the model explains them worse than before",
+        of="errors",
         is_tiny=True,
     ),
     _Metric(
         "errors/rejected_diff",
         "Error on rejected pictures",
         "policy minus reference; above 0 the model has moved away from them",
+        of="errors",
         is_tiny=True,
+    ),
+    _Metric(
+        "ranking_accuracy",
+        "Ranking accuracy",
+        "pairs whose chosen answer the model itself finds at least as likely",
+        of="tokens",
+        is_share=True,
+    ),
+    _Metric(
+        "ranking_accuracy_per_token",
+        "Ranking accuracy per token",
+        "the same by mean log-probability, which does not favour short answers",
+        of="tokens",
+        is_share=True,
+    ),
+    _Metric(
+        "reward_accuracy",
+        "Reward accuracy",
+        "pairs whose chosen answer gained more than the rejected one",
+        of="tokens",
+        is_share=True,
     ),
     _Metric(
         "reward_accuracy",
         "Implicit accuracy",
         "pairs whose preferred picture gained more than the rejected one",
+        of="errors",
         is_share=True,
+    ),
+    _Metric(
+        "idealised_accuracy",
+        "Idealised ranking accuracy",
+        "what the exact optimum would reach from this reference",
+        of="tokens",
+        is_share=True,
+        changes=False,
     ),
     _Metric(
         "separation",
         "Separation",
-        "how often a desirable picture scores above an undesirable one of another row",
+        "how often a desirable {item} scores above an undesirable one of another row",
         is_share=True,
     ),
     _Metric("loss", "Loss", "the objective on held-out rows"),
@@ -104,9 +98,21 @@ _PICTURE_METRICS = (
         "errors/policy_chosen",
         "Denoising error of preferred pictures",
         "under the trained model",
+        of="errors",
         is_tiny=True,
     ),
+    _Metric("log_ratio_margin", "Log-ratio margin", "chosen minus rejected, in nats", of="tokens"),
+    _Metric("drift/chosen", "Log-ratio of the chosen answers", _AGAINST, of="tokens"),
+    _Metric("drift/rejected", "Log-ratio of the rejected answers", _AGAINST, of="tokens"),
+    _Metric("drift/desirable", "Log-ratio of desirable answers", _AGAINST, of="tokens"),
+    _Metric("drift/undesirable", "Log-ratio of undesirable answers", _AGAINST, of="tokens"),
+    _Metric("kl_per_token", "KL per token", "KL(reference, policy), in nats", of="tokens"),
 )
+
+
+def _scores(runs: Sequence[Run]) -> Scores:
+    """What the numbers of all runs can be read as."""
+    return "errors" if all(run.scores == "errors" for run in runs) else "tokens"
 
 
 def eval_section(runs: Sequence[Run]) -> Section | None:
@@ -115,7 +121,13 @@ def eval_section(runs: Sequence[Run]) -> Section | None:
     runs = [run for run in runs if run.evals]
     if not runs:
         return None
-    shown = _PICTURE_METRICS if all(run.has_pictures for run in runs) else _METRICS
+    scores = _scores(runs)
+    item = "picture" if scores == "errors" else "answer"
+    shown = [
+        replace(metric, meaning=metric.meaning.format(item=item))
+        for metric in _METRICS
+        if metric.of in (None, scores)
+    ]
     table = _before_and_after(runs[0], shown) if len(runs) == 1 else _compared(runs, shown)
     return Section("Held-out numbers", table)
 
@@ -285,7 +297,8 @@ def model(run: Run) -> str:
 def run_sections(runs: Sequence[Run]) -> list[Section]:
     """All sections that have something to say."""
     many = len(runs) > 1
-    are_pictures = all(run.has_pictures for run in runs)
+    scores = _scores(runs)
+    terms = pictures.TERMS if scores == "errors" else _TERMS
     sections: list[Section | None] = [
         _setup(runs),
         _rows(runs),
@@ -296,8 +309,8 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
         pictures.by_noise_level(runs),
         _completions([run for run in runs if not run.has_pictures and not run.has_media]),
         pictures.alterations(runs),
-        _curves(runs, PICTURE_PLOTS if are_pictures else PLOTS),
-        Section("How to read the numbers", _terms(pictures.TERMS if are_pictures else _TERMS)),
+        _curves(runs, [spec for spec in PLOTS if spec.of in (None, scores)]),
+        Section("How to read the numbers", _terms(terms)),
         Section("Configurations" if many else "Configuration", _configs(runs)),
     ]
     return [section for section in sections if section is not None]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from mmalign.config import yaml
 from mmalign.data.fields import left_out, read_lines
@@ -257,6 +257,9 @@ def fitting_lines(
 # A run folder, read for the report; whatever an interrupted run left out is simply absent.
 
 Record = dict[str, Any]
+Scores = Literal["tokens", "errors"]
+"""What candidates are scored by: log-probabilities of tokens, or denoising errors."""
+
 _LARGEST_ENV = 64 * 2**20  # bytes of env.json
 
 
@@ -281,6 +284,11 @@ class Run:
     def has_pictures(self) -> bool:
         """Whether candidates are pictures, so that scores are denoising errors."""
         return self.config.get("modality") == "diffusion"
+
+    @property
+    def scores(self) -> Scores:
+        """What stands for the log-probability of a candidate."""
+        return "errors" if self.has_pictures else "tokens"
 
     @property
     def has_media(self) -> bool:
@@ -375,7 +383,7 @@ class Remark:
 
 def remarks(run: Run) -> list[Remark]:
     """What went wrong or may mislead; empty for a run without anything to explain."""
-    checks = _PICTURE_CHECKS if run.has_pictures else _CHECKS
+    checks = [check for check, of in _CHECKS if of in (None, run.scores)]
     found = [remark for check in checks if (remark := check(run)) is not None]
     return found + [Remark(problem) for problem in run.problems]
 
@@ -489,22 +497,15 @@ def _last(run: Run, key: str) -> float | None:
     return values[-1] if values else None
 
 
-_CHECKS = (
-    _unfinished,
-    _not_finite,
-    _loss_rises,
-    _coin,
-    _chosen_falls,
-    _rejected_dominates,
-    _accuracies_disagree,
-    _accuracy_is_spent,
+_CHECKS: tuple[tuple[Callable[[Run], Remark | None], Scores | None], ...] = (
+    (_unfinished, None),
+    (_not_finite, None),
+    (_preferred_explained_worse, "errors"),
+    (_loss_rises, None),
+    (_coin, None),
+    (_chosen_falls, "tokens"),
+    (_rejected_dominates, "tokens"),
+    (_accuracies_disagree, "tokens"),
+    (_accuracy_is_spent, None),
 )
-
-_PICTURE_CHECKS = (
-    _unfinished,
-    _not_finite,
-    _preferred_explained_worse,
-    _loss_rises,
-    _coin,
-    _accuracy_is_spent,
-)
+"""What is looked at in this order, and in which runs; None: in all."""
