@@ -60,14 +60,18 @@ def page(name: str) -> str:
     function = presets.preset(name)
     known = presets.ALIASES.get(name, name)
     about = describe(function)
+    objective = None if presets.required_keywords(function) else presets.build(known)
     lines = [f"{known}    {about.title}"]
     lines += _entry("loss", about.formula)
     for remark in about.remarks:
         lines += _entry("", [remark])
     lines += _keywords(function, about)
-    lines += _entry("needs", [_needs(known, function)])
-    lines += _entry("also", _modifiers(known, function))
-    lines += _entry("works on", [_modalities(known, function)])
+    if objective is None:
+        lines += _entry("needs", ["depend on its keywords"])
+    else:
+        lines += _entry("needs", [objective.needs.describe()])
+        lines += _entry("also", _modifiers(known, objective))
+        lines += _entry("works on", [_modalities(objective)])
     others = [alias for alias, target in presets.ALIASES.items() if target == known]
     lines += _entry("also called", [", ".join(others)])
     lines += _entry("paper", [about.source])
@@ -150,26 +154,17 @@ def _keywords(function: Callable[..., Objective], about: Description) -> list[st
     return _entry("keywords", lines, wrap=False)
 
 
-def _needs(name: str, function: Callable[..., Objective]) -> str:
-    from mmalign.core import presets
-
-    if presets.required_keywords(function):
-        return "depend on its keywords"
-    return presets.build(name).needs.describe()
-
-
-def _modifiers(name: str, function: Callable[..., Objective]) -> list[str]:
+def _modifiers(name: str, objective: Objective) -> list[str]:
     """The keywords of any pair loss that this one takes beside its own."""
     from mmalign.core import presets
 
-    if presets.required_keywords(function):
-        return []
-    has_wpo = presets.build(name).needs.log_sum_p2
     accepted: list[str] = []
-    for keyword, value in {"ld_alpha": 0.5, "wpo": not has_wpo}.items():
+    for keyword, value in {"ld_alpha": 0.5, "wpo": True}.items():
+        if keyword == "wpo" and objective.needs.log_sum_p2:
+            continue  # the loss has it already
         with suppress(ConfigError):  # not defined on this loss, which is what is asked here
             presets.build(name, **{keyword: value})
-            accepted += [f"`{keyword}`, the modifier of any pair loss"] if value else []
+            accepted.append(f"`{keyword}`, the modifier of any pair loss")
     return accepted
 
 
@@ -179,15 +174,17 @@ def _plain(default: Any) -> str:
     return str(default)
 
 
-def _modalities(name: str, function: Callable[..., Objective]) -> str:
-    from mmalign.core import presets
+def _modalities(objective: Objective) -> str:
+    """Where its candidates can come from, and what it reads of them is known."""
     from mmalign.models.adapter import ADAPTERS
 
-    family = function.__module__.rpartition(".")[2].partition("_")[0]  # video, video_cells
-    if family == "video":
-        # Answers under altered clips are made by its adapter alone; the rest reads any tokens.
-        return "video" if presets.build(name).needs.roles else "video, text"
-    return family if family == "diffusion" else ", ".join(ADAPTERS)
+    needs = objective.needs
+    if objective.unit == "error":
+        return "diffusion"
+    if any("corrupted" in role or role == "augmented" for role in needs.roles):
+        return "video"  # a response under another clip is made by its adapter alone
+    reads_tokens = needs.kl or needs.weight or needs.log_sum_p2 or needs.prompt
+    return ", ".join(kind for kind in ADAPTERS if kind != "diffusion" or not reads_tokens)
 
 
 def _paper(source: str) -> str:

@@ -1,4 +1,9 @@
-"""Terms that look across the batch, or keep a running state: KTO and its relatives, BCO and AOT."""
+"""Terms that look across the batch, or keep a running state: KTO and its relatives, BCO and AOT.
+
+Their rows are not independent: results depend on how many rows meet in one step. What they compare
+is gathered over all processes, so splitting a batch over processes changes nothing; splitting it
+over accumulation steps does.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +17,6 @@ from mmalign.core.links import nll
 from mmalign.core.numerics import full_precision, gather_rows, global_mean, global_sum, require
 from mmalign.core.terms import Scored
 from mmalign.core.types import CandidateLogps, Needs, Rows
-
-# Terms that look across the batch, or keep a running state: KTO, BCO and AOT.
-#
-# Their rows are not independent: results depend on how many rows meet in one step. What they
-# compare is gathered over all processes, so splitting a batch over processes changes nothing;
-# splitting it over accumulation steps does.
 
 
 class RunningMean(nn.Module):

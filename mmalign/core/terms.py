@@ -86,9 +86,6 @@ def _by_label(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # [B, K
     return values.gather(1, best).squeeze(1), values.gather(1, worst).squeeze(1)
 
 
-# Terms: the summands of an objective. Each turns the candidates of a batch into a loss per row.
-
-
 class Term(ABC):
     """A summand: `coef` times a loss per row, what it needs, and what it has to report.
 

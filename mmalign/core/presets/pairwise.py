@@ -1,7 +1,4 @@
-"""Losses on the margin of a pair.
-
-DPO under every valid divergence, its variants, soft labels, regression.
-"""
+"""Losses on the margin of a pair: DPO under every divergence, variants, soft labels, regression."""
 
 from __future__ import annotations
 
@@ -39,8 +36,6 @@ __all__ = [  # noqa: RUF022
     "discopop", "wpo", "dpo_gamma", "flex_dpo", "soft_dpo", "upo", "mcts_dpo", "sem_dpo",
     "sppo", "gpo", "inpo_nash", "online_ipo",
 ]  # fmt: skip
-
-# Losses on the margin of a pair: defined under every valid divergence.
 
 
 def dpo(beta: float = 0.1) -> Objective:

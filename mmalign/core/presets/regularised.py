@@ -1,7 +1,4 @@
-"""Preference losses with a further term.
-
-Likelihood, value, online KL, rationale, or the KL at every position.
-"""
+"""Preference losses with a further term: likelihood, value, rationale, KL at every position."""
 
 from __future__ import annotations
 
@@ -19,8 +16,6 @@ from mmalign.core.types import Needs
 __all__ = [  # noqa: RUF022
     "rpo", "mpo", "vpo", "hypo", "rationale", "tdpo1", "tdpo2", "sparse_po",
 ]  # fmt: skip
-
-# Preference losses with a further term: likelihood, value, online KL, rationale.
 
 
 def rpo(beta: float = 0.05, eta: float = 0.005, nll_reduce: NllReduce = "sum") -> Objective:

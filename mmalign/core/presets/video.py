@@ -1,7 +1,4 @@
-"""Losses of video papers.
-
-Pairs with spans, one response under two inputs, and cells of responses and inputs.
-"""
+"""Losses of video papers: pairs with spans, a response under two inputs, and cells of both."""
 
 from __future__ import annotations
 
@@ -18,10 +15,6 @@ __all__ = [  # noqa: RUF022
     "rrpo", "adpo", "vdpo", "pami_vdpo", "mdpo", "vdpo_symmetric", "povid", "chip", "vista_dpo",
     "tpo_temporal", "ha_dpo",
 ]  # fmt: skip
-
-# Losses of video papers: pairs with spans or likelihood, and one response under two inputs.
-#
-# `video_cells` holds those that compare responses and inputs at once.
 
 
 def rrpo(beta: float = 0.1, alpha: float = 0.01) -> Objective:
@@ -224,9 +217,8 @@ def chip(beta: float = 0.1, lam: float = 1.0, gamma: float = 0.1, gain: float = 
         spans `gain` times in each of them. The KL has the direction of the release and of TDPO2:
         the other one rewards drifting from the reference. lam is ours.
     """
-    require(0.0 <= lam < math.inf, "lam", lam, "at least 0")
-    require(0.0 <= gamma < math.inf, "gamma", gamma, "at least 0")
-    require(0.0 <= gain < math.inf, "gain", gain, "at least 0")
+    for key, value in {"lam": lam, "gamma": gamma, "gain": gain}.items():
+        require(0.0 <= value < math.inf, key, value, "at least 0")
     plain = Score(beta, span_weight=1.0)
     terms: list[Term] = [
         Preference(plain, Logistic()),
