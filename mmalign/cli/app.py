@@ -128,7 +128,7 @@ def evaluate(
     say(table(result))
 
 
-@app.command(short_help="Complete prompts, or paint them, with a trained model.")
+@app.command(short_help="Complete prompts, or generate images, with a trained model.")
 def sample(
     config: Annotated[
         str | None, argument("CONFIG", "YAML file; or give a run folder with --run")
@@ -153,20 +153,20 @@ def sample(
         option(
             "--out",
             metavar="PATH",
-            text="text: write JSONL here instead of printing; pictures: folder to write to",
+            text="text: write JSONL here instead of printing; images: folder to write to",
         ),
     ] = None,
     seeds: Annotated[
         str | None,
-        option("--seeds", metavar="N,N", text="pictures: one of each prompt for each seed"),
+        option("--seeds", metavar="N,N", text="images: one of each prompt for each seed"),
     ] = None,
     grid: Annotated[
-        int | None, option("--grid", metavar="N", text="pictures: columns of grid.png")
+        int | None, option("--grid", metavar="N", text="images: columns of grid.png")
     ] = None,
 ) -> None:
     """Complete prompts with a trained model, with the settings of CONFIG's `sample`.
 
-    A model of pictures paints them, with the settings of its `diffusion.sampling`.
+    An image model generates images, with the settings of its `diffusion.sampling`.
 
     For example: mmalign sample --run runs/dpo --prompts questions.txt sample.temperature=0.7
     """
@@ -192,11 +192,11 @@ def sample(
         records = sample_pictures(
             settings, texts, checkpoint, out, base=base, seeds=seeds, columns=grid
         )
-        say(f"{len(records)} pictures: {out}")
+        say(f"{len(records)} images: {out}")
         return
     if seeds is not None or grid is not None:
         raise ConfigError(
-            f"sample: --seeds and --grid are for pictures, but modality is {settings.modality}"
+            f"sample: --seeds and --grid are for images, but modality is {settings.modality}"
         )
     texts = sample_checkpoint(settings, asked, checkpoint, base=base, out=out)
     if out is None:
@@ -261,7 +261,7 @@ def merge(
         typer.Option(
             "--text-encoders",
             metavar="NAME",
-            help="LoRA files of pictures that change text encoders too: stop, apply or ignore",
+            help="LoRA files of image models that change text encoders too: stop, apply or ignore",
         ),
     ] = "stop",
 ) -> None:

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from mmalign.pairs.make import Recipe
 
 
-# `mmalign data make`: new preference pairs out of a model's own answers.
+# `mmalign data make`: preference pairs from a model's own answers.
 
-make_app = group("Make preference pairs out of a model's own answers about clips.")
+make_app = group("Make preference pairs from a model's own answers about videos.")
 
 AnswerConfig = Annotated[
     str | None, argument("CONFIG", "YAML file of the model; not with --answers, which needs none")
@@ -49,11 +49,11 @@ AnswerOverrides = Annotated[
     argument("KEY=VALUE", "override one value of CONFIG, e.g. sample.temperature=0.8"),
 ]
 Data = Annotated[
-    str, option("--data", metavar="FILE", text="records with a clip, a question and its answer")
+    str, option("--data", metavar="FILE", text="records with a video, a question and its answer")
 ]
 Out = Annotated[
     Path,
-    option("--out", metavar="FILE", text="the JSONL file to write, in or above the clips' folder"),
+    option("--out", metavar="FILE", text="the JSONL file to write, in or above the videos' folder"),
 ]
 Checkpoint = Annotated[
     Path | None,
@@ -74,7 +74,7 @@ Num = Annotated[
 Keep = Annotated[int, typer.Option("--keep", metavar="N", min=1, help="pairs a record, at most")]
 Seed = Annotated[
     int | None,
-    option("--seed", metavar="N", text="of altered clips and answers; by default 0"),
+    option("--seed", metavar="N", text="of corrupted videos and answers; by default 0"),
 ]
 AnswersFile = Annotated[
     Path | None,
@@ -88,7 +88,7 @@ AnswersFile = Annotated[
 
 
 @make_app.command(
-    "hallucinate", short_help="Wrong answers to altered clips against the right ones."
+    "hallucinate", short_help="Wrong answers about corrupted videos against the right ones."
 )
 def make_hallucinate(
     data: Data,
@@ -103,8 +103,8 @@ def make_hallucinate(
         option(
             "--change",
             metavar="NAME",
-            text="how the clip is altered, an operation of video.corruption; repeat it, then they "
-            "take turns; by default mask_frames, 25 to 50 % of the frames",
+            text="how the video is corrupted, an operation of video.corruption; repeat it to take "
+            "turns; by default mask_frames, 25 to 50 % of the frames",
         ),
     ] = None,
     likeness: Annotated[
@@ -119,7 +119,7 @@ def make_hallucinate(
     layout: Layout = None,
     drop_bad: DropBad = False,
 ) -> None:  # fmt: skip
-    """Ask a model about clips with hidden frames, keep what it says wrongly, mark what differs.
+    """Ask a model about videos with hidden frames, keep its wrong answers, mark what differs.
 
     The record's answer is `chosen`, the model's is `rejected`, and the phrases in which they differ
     are the spans that RRPO scores. Rules tell what is wrong; what they cannot tell is left out.
@@ -132,7 +132,7 @@ def make_hallucinate(
     from mmalign.pairs.make import Hallucinate
 
     if answers is not None and change:
-        raise ConfigError("--change alters clips before they are asked about; not with --answers")
+        raise ConfigError("--change corrupts videos before the model sees them; not with --answers")
     source = _answers(
         config, overrides, checkpoint, answers, num, seed, tuple(change or ["mask_frames"])
     )
@@ -180,7 +180,7 @@ def make_ambiguous(
 ) -> None:  # fmt: skip
     """Ask a model several times, find what it answers vaguely, pair that with a specific answer.
 
-    Hedges, words for anything and answers that name nothing of the clip's clues are vague, and so
+    Hedges, words for anything and answers that name nothing of the video's clues are vague, and so
     are answers that differ each time; or an outside judge says it. To have one, run this once, let
     it score the written NAME.answers.jsonl, and run it again with --answers and --judge.
 
@@ -192,7 +192,7 @@ def make_ambiguous(
     from mmalign.pairs.make import Ambiguous
 
     if judge is not None and answers is None:
-        raise ConfigError("--judge scores answers that are there already: give them by --answers")
+        raise ConfigError("--judge scores existing answers: give them by --answers")
     if judge is not None and consistency != 0.2:
         raise ConfigError("--consistency is a rule, and --judge takes the place of all rules")
     source = _answers(config, overrides, checkpoint, answers, num, seed, ())
@@ -264,7 +264,7 @@ def data_check(
         int, typer.Option("--show", metavar="N", min=0, help="places named for each problem")
     ] = 20,
     decode: Annotated[
-        bool, option("--decode", text="decode clips and sounds too; minutes where there are many")
+        bool, option("--decode", text="decode video and audio too; minutes where there are many")
     ] = False,
 ) -> None:
     """Report every problem of preference files in one pass, with lines, and what is in them."""
@@ -341,9 +341,9 @@ def data_convert(
     say(f"{out}: {written} records written, {left_out} left out")
 
 
-@app.command("score", short_help="Score the pictures of pairs or lists, and label by the scores.")
+@app.command("score", short_help="Score the images of pairs or lists, and label by the scores.")
 def data_score(
-    source: Annotated[str, argument("FILE", "file or folder of picture pairs or lists")],
+    source: Annotated[str, argument("FILE", "file or folder of image pairs or lists")],
     out: Written,
     scorer: Scorers,
     relabel: Annotated[
@@ -368,7 +368,7 @@ def data_score(
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> None:
-    """Score the pictures of pairs or lists; the first scorer labels. Run it again to go on.
+    """Score the images of pairs or lists; the first scorer labels. Run it again to go on.
 
     For example: mmalign data score pairs.jsonl --out scored.jsonl --scorer pickscore --relabel
     """

@@ -71,7 +71,7 @@ def page(name: str) -> str:
     else:
         lines += _entry("needs", [objective.needs.describe()])
         lines += _entry("also", _modifiers(known, objective))
-        lines += _entry("works on", [_modalities(objective)])
+        lines += _entry("works on", [_modalities(function, objective)])
     others = [alias for alias, target in presets.ALIASES.items() if target == known]
     lines += _entry("also called", [", ".join(others)])
     lines += _entry("paper", [about.source])
@@ -174,17 +174,14 @@ def _plain(default: Any) -> str:
     return str(default)
 
 
-def _modalities(objective: Objective) -> str:
-    """Where its candidates can come from, and what it reads of them is known."""
+def _modalities(function: Callable[..., Objective], objective: Objective) -> str:
+    from mmalign.core.presets import video
     from mmalign.models.adapter import ADAPTERS
 
-    needs = objective.needs
-    if objective.unit == "error":
-        return "diffusion"
-    if any("corrupted" in role or role == "augmented" for role in needs.roles):
-        return "video"  # a response under another clip is made by its adapter alone
-    reads_tokens = needs.kl or needs.weight or needs.log_sum_p2 or needs.prompt
-    return ", ".join(kind for kind in ADAPTERS if kind != "diffusion" or not reads_tokens)
+    if function.__module__ == video.__name__:
+        # Its adapter alone makes other inputs of a response; what asks for none reads any tokens.
+        return "video" if objective.needs.roles else "video, text"
+    return "diffusion" if objective.unit == "error" else ", ".join(ADAPTERS)
 
 
 def _paper(source: str) -> str:

@@ -77,7 +77,7 @@ class Commands(TyperGroup):
 
 @contextmanager
 def shown(what: str) -> Iterator[Callable[[int, int], Any]]:
-    """A progress bar on a terminal, nothing elsewhere; told how many more are done, of how many."""
+    """A progress bar on a terminal, none elsewhere; it takes the newly done and the total."""
     from rich.console import Console
     from rich.progress import Progress
 

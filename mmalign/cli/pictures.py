@@ -46,11 +46,11 @@ Dtype = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the command to the one that has commands."""
-    app.command("compare", short_help="Win rate of two folders of same-seed pictures.")(compare)
+    app.command("compare", short_help="Win rate of two folders of same-seed images.")(compare)
 
 
 def compare(
-    folder_a: Annotated[Path, argument("DIR_A", "pictures of the one model")],
+    folder_a: Annotated[Path, argument("DIR_A", "images of the one model")],
     folder_b: Annotated[Path, argument("DIR_B", "of the other, with the same file names")],
     scorer: Scorers,
     out: Annotated[
@@ -69,7 +69,7 @@ def compare(
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> None:
-    """Score the pictures of two models for the same prompts and seeds, and say who wins.
+    """Score the images of two models for the same prompts and seeds, and say who wins.
 
     For example: mmalign compare samples/dpo samples/base --scorer pickscore --out compare.json
     """
@@ -78,7 +78,7 @@ def compare(
 
     if out is not None and out.suffix != ".json":
         raise ConfigError(f"--out {out}: must end in .json; the rows go beside it, to .jsonl")
-    # What is wrong with the command is told before weights of gigabytes are read.
+    # Errors of the command are reported before gigabytes of weights are read.
     parse_scorers(scorer, dtype)
     same_samples(folder_a, folder_b, prompts)
     with shown("compare") as progress:
@@ -116,7 +116,7 @@ def load_scorers(asked: list[str], device: str | None, dtype: str) -> dict[str, 
 
     Raises:
         ConfigError: As `parse_scorers`.
-        CheckpointError: Weights that are not to be had.
+        CheckpointError: Weights are unavailable.
     """
     import torch
 
@@ -127,7 +127,7 @@ def load_scorers(asked: list[str], device: str | None, dtype: str) -> dict[str, 
     return {name: load_scorer(name, path, device, kind) for name, path in parsed.items()}
 
 
-# What `mmalign sample` does with a model of pictures.
+# `mmalign sample` for image models.
 
 SAMPLES, GRID = "samples.jsonl", "grid.png"
 _COLUMNS = 4
@@ -143,19 +143,19 @@ def sample_pictures(
     seeds: str | None = None,
     columns: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Generate pictures with the config's `diffusion.sampling`, and write them as files.
+    """Generate images with the config's `diffusion.sampling`, and write them as files.
 
-    `out` gets ID.png for each picture, samples.jsonl with a record each, and grid.png with all.
+    `out` gets ID.png for each image, samples.jsonl with a record each, and grid.png with all.
 
     Args:
         config: The run's configuration.
-        prompts: One picture each, or one for each seed.
+        prompts: One image each, or one for each seed.
         checkpoint: A `checkpoint-N` or `final` folder; None for the newest of `config.output`.
         out: Folder to write to.
         base: Use the model as it was before training.
-        seeds: Numbers with commas between, for several pictures a prompt. None: one picture a
+        seeds: Numbers with commas between, for several images a prompt. None: one image a
             prompt, the first with `diffusion.sampling.seed`, each next one with the next number.
-        columns: Pictures in a row of the grid; by default one prompt's, or four.
+        columns: Images in a row of the grid; by default one prompt's, or four.
 
     Returns:
         The records: id, prompt, seed, image (file name in `out`), weights and settings.
@@ -173,7 +173,7 @@ def sample_pictures(
     from mmalign.safe import write_text
 
     if out is None:
-        raise ConfigError("sample: name a folder for the pictures with --out DIR")
+        raise ConfigError("sample: name a folder for the images with --out DIR")
     if columns is not None and columns < 1:
         raise ConfigError(f"sample: --grid is {columns}; it is a number of columns, 1 or more")
     spec = config.diffusion.sampling
@@ -192,7 +192,7 @@ def sample_pictures(
     records: list[dict[str, Any]] = []
     small: list[Image] = []
     for start in track(
-        range(0, len(asked), size), "pictures", console=console, disable=not console.is_terminal
+        range(0, len(asked), size), "images", console=console, disable=not console.is_terminal
     ):
         part = asked[start : start + size]
         images = adapter.sample(

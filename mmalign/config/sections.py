@@ -130,7 +130,7 @@ class DataSource(Section):
     """One file or dataset."""
 
     path: str = Field(
-        description="JSONL, JSON, parquet, CSV, a folder of pictures, of parquet or of "
+        description="JSONL, JSON, parquet, CSV, a folder of images, of parquet or of "
         "save_to_disk, a .txt of prompts, or a hub name"
     )
     name: str | None = Field(default=None, description="configuration of a hub dataset")
@@ -145,7 +145,7 @@ class DataSource(Section):
         default=None, description="record layout; found by itself when left out"
     )
     pictures: Path | None = Field(
-        default=None, description="folder that picture paths start from; default: the file's own"
+        default=None, description="folder that image paths start from; default: the file's own"
     )
 
 
@@ -302,7 +302,7 @@ class TrainConfig(Section):
 
 
 class SampleConfig(Section):
-    """Completions or pictures made during training and shown in the report."""
+    """Completions or images made during training and shown in the report."""
 
     num_prompts: int = Field(default=4, ge=0, le=65_536, description="taken from the eval rows")
     prompts: list[str] = Field(

@@ -30,7 +30,7 @@ MOST_VALUES = 20_000
 DEEPEST = 32
 """How deep its lists and sections may lie in each other."""
 MOST_PROBLEMS = 20
-"""Problems of a config that are told one by one."""
+"""Problems of a config that are listed one by one."""
 
 # YAML 1.1 reads `1e-6` as text, `no` and `on` as booleans, `1:30` as 90 and dates as objects. Only
 # these plain forms are kept, so a value means what it looks like.

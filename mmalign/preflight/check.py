@@ -39,20 +39,20 @@ def check_rows(
     """
     needs = check_config(config).needs
     report = check_files(config.data.train, eval_paths=config.data.eval, decode=decode, sizes=False)
-    told = report.text(show)
+    said = report.text(show)
     with waiting("loading libraries"):
         from mmalign.models.adapter import find_rows, logged
 
-    # Problems of the records are told already; those of the others are to be found now.
+    # Problems of the records are in the report already; find those of the rows that are left.
     lenient = config.data.model_copy(update={"bad_rows": "drop"})
     try:
-        with logged("mmalign", quiet=True) as heard:
+        with logged("mmalign", quiet=True) as logged_lines:
             found = find_rows(config.model_copy(update={"data": lenient}), needs)
     except MmalignError as error:
-        return f"{told}\nwith {config.model.path} and this config:\n  {error}", 1
+        return f"{said}\nwith {config.model.path} and this config:\n  {error}", 1
     problems = found.problems.lines(show)
     lines = [f"{len(found.train):,} rows to train on, {len(found.held_out):,} held out"]
-    lines += [line for line in heard if line not in told and _LEFT_OUT not in line]
+    lines += [line for line in logged_lines if line not in said and _LEFT_OUT not in line]
     lines += found.notes
     if problems:
         lines += [
@@ -60,11 +60,11 @@ def check_rows(
             *_indented(problems),
         ]
     stops = config.data.bad_rows == "stop" and bool(problems or report.exit_code)
-    text = "\n".join([told, f"with {config.model.path} and this config:", *_indented(lines)])
+    text = "\n".join([said, f"with {config.model.path} and this config:", *_indented(lines)])
     return text, int(stops)
 
 
-_LEFT_OUT = "have problems and are left out"  # told in full before
+_LEFT_OUT = "have problems and are left out"  # reported in full before
 
 
 def _indented(lines: Sequence[str]) -> list[str]:

@@ -158,13 +158,13 @@ OF_NATS: dict[str, Range] = {"beta": _NATS}
 """Constants of every other loss on log-probabilities of tokens."""
 
 OF_ERRORS: dict[str, Range] = {"beta": _ERRORS}
-"""Constants of every other loss on errors of a picture, which are per unit of mean error."""
+"""Constants of every other loss on errors of an image, which are per unit of mean error."""
 
 EPOCHS = {
     "text": Range(1.0, 5.0, "Zephyr, SmolLM2, ORPO"),
     "video": Range(1.0, 10.0, "RRPO, LLaVA-Hound, RLAIF-V", slack=5.0),
 }
-"""Passes over the rows, by modality; small sets of pictures are often seen a hundred times."""
+"""Passes over the rows, by modality; small sets of images are often seen a hundred times."""
 WARM_UP = Range(0.0, 0.5, "InPO and SmPO; most papers have 0 to 0.25", slack=1.0)
 """Share of a run."""
 

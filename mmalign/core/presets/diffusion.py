@@ -49,9 +49,9 @@ def diffusion_dpo(
 
 
 def inpo(beta: float = 2000.0) -> Objective:
-    """InPO: diffusion_dpo at pictures that the model's own sampler would come through.
+    """InPO: diffusion_dpo at images on the path of the model's own sampler.
 
-    loss = -log sigmoid((beta / 2) * [m in errors]), errors at inverted pictures
+    loss = -log sigmoid((beta / 2) * [m in errors]), errors at inverted images
 
     Args:
         beta: Regularisation, per unit of mean squared error; 2000 for SD 1.5, 5000 for SDXL.
@@ -66,7 +66,7 @@ def inpo(beta: float = 2000.0) -> Objective:
 def diffusion_npo(beta: float = 1000.0) -> Objective:
     """Diffusion-NPO: a negative model, from pairs exchanged (data.swap: true).
 
-    loss = -log sigmoid((beta / 2) * [m in errors]), the rejected picture in the chosen one's place
+    loss = -log sigmoid((beta / 2) * [m in errors]), rejected and chosen exchanged
 
     Args:
         beta: Regularisation, per unit of mean squared error; 1000 for SD 1.5 (the released script's
@@ -94,9 +94,9 @@ def self_npo() -> Objective:
 
 
 def dcpo(beta: float = 500.0) -> Objective:
-    """DCPO: diffusion_dpo where each picture of a pair has its own caption.
+    """DCPO: diffusion_dpo where each image of a pair has its own caption.
 
-    loss = -log sigmoid((beta / 2) * [m in errors]), each error under the picture's own caption
+    loss = -log sigmoid((beta / 2) * [m in errors]), each error under the image's own caption
 
     Args:
         beta: Regularisation, per unit of mean squared error; 500 for SD 2.1.
@@ -123,7 +123,7 @@ def flow_dpo(beta: float = 100.0) -> Objective:
 
 
 def spo(beta: float = 10.0, eps: float = 0.1) -> Objective:
-    """SPO: pairs of next pictures of one step of the sampler, with clipped ratios.
+    """SPO: pairs of the next latents of one sampler step, with clipped ratios.
 
     loss = -log sigmoid(beta * [log r_w - log r_l]), r = pi / pi_ref clipped to [1 - eps, 1 + eps]
 

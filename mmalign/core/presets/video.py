@@ -37,7 +37,7 @@ def rrpo(beta: float = 0.1, alpha: float = 0.01) -> Objective:
 
 
 def adpo(beta: float = 0.1, nll_weight: float = 0.0) -> Objective:
-    """CAT's ambiguity-aware DPO: DPO on pairs of precise and vague answers.
+    """CAT's ambiguity-aware DPO: DPO on pairs of precise and vague responses.
 
     loss = -log sigmoid(beta * m) + nll_weight * NLL(chosen)
 
@@ -74,12 +74,12 @@ def vdpo(beta: float = 0.1) -> Objective:
 
 
 def pami_vdpo(beta: float = 0.1) -> Objective:
-    """PaMi-VDPO: the response under its clip against the same under augmented clips.
+    """PaMi-VDPO: the response under its own clip against the same under augmented clips.
 
     loss = -w * sum over k of a_k * log sigmoid(beta * [h(y|v) - h(y|v_k)]), h the log-ratio, v_k
     the augmented clips, a_k their weights, w the row weight
 
-    The adapter makes the clips and weighs them: those close to v that change the answer most count.
+    The adapter makes the clips and weights them: those close to v that change the response most.
 
     Args:
         beta: Inverse temperature of the implicit reward, in 1/nats.
@@ -110,7 +110,7 @@ def tpo_temporal(
 
 
 def ha_dpo(beta: float = 0.1, nll_weight: float = 0.5) -> Objective:
-    """Hallucination-aware DPO: DPO plus the summed likelihood of style-consistent answers.
+    """Hallucination-aware DPO: DPO plus the summed likelihood of style-consistent responses.
 
     loss = -log sigmoid(beta * m) - nll_weight * log pi(chosen)
 

@@ -65,7 +65,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 def test_pictures_records_and_a_grid(run: Path, tmp_path: Path) -> None:
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("a cat\na dog\n", encoding="utf-8")
-    assert "2 pictures" in sample("--run", run, "--prompts", prompts, "--out", out)
+    assert "2 images" in sample("--run", run, "--prompts", prompts, "--out", out)
     found = records(out)
     assert [(r["id"], r["prompt"], r["seed"], r["image"]) for r in found] == [
         ("0000", "a cat", 7, "0000.png"),
@@ -107,7 +107,7 @@ def test_several_seeds_and_a_negative_model(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "name a folder for the pictures"),
+        ((), "name a folder for the images"),
         (("--out", "OUT", "--seeds", "1,x"), "--seeds is '1,x'"),
         (("--out", "OUT", "--seeds", "1,1"), "different whole numbers"),
         (("--out", "OUT", "--grid", "0"), "--grid is 0"),

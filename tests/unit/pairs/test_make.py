@@ -163,7 +163,7 @@ def test_a_judge_takes_the_place_of_the_rules(tmp_path: Path) -> None:
     ("more", "told"),
     [
         (["--num", 2], "leave out CONFIG"),
-        (["--change", "reverse"], "--change alters clips"),
+        (["--change", "reverse"], "--change corrupts videos"),
         (["--out", "x.json"], "must end in .jsonl"),
     ],
 )
