@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from statistics import NormalDist
@@ -20,16 +20,15 @@ from PIL import Image, ImageFilter
 from mmalign.errors import ConfigError, DataError, NeedsError
 from mmalign.video.sizes import Frames, Wave
 
+if TYPE_CHECKING:
+    from mmalign.video.sizes import Array
+
 # Changes of time: which of a clip's frames is shown at each of its T places.
 #
 # Each function takes the number of frames T > 1 and a generator, and returns the source of every
 # place, [T] int64 in [0, T), with what was drawn. None returns the clip as it was.
 
-if TYPE_CHECKING:
-    Array = np.ndarray[Any, np.dtype[Any]]
-
 Drawn = Mapping[str, Any]
-
 
 def between(rng: np.random.Generator, low: float, high: float) -> float:
     """A number in [low, high), computed in Python: the same on every processor."""
@@ -119,15 +118,11 @@ def _share(count: int, rng: np.random.Generator) -> int:
     return min(max(round(between(rng, 0.25, 0.5) * count), 1), count - 1)
 
 
-MOVES: dict[str, Callable[[int, np.random.Generator], tuple[Array, Drawn]]] = {
-    "shuffle": shuffle,
-    "reverse": reverse,
-    "clip_crop": clip_crop,
-    "shift": shift,
-    "drop_frames": drop_frames,
-    "repeat_frame": repeat_frame,
-    "freeze": freeze,
-    "speed": speed,
+MOVES = {
+    change.__name__: change
+    for change in (
+        shuffle, reverse, clip_crop, shift, drop_frames, repeat_frame, freeze, speed
+    )
 }
 
 
@@ -242,16 +237,11 @@ def blur(pixels: Array, rng: np.random.Generator) -> tuple[Array, Drawn]:
     return _each(pixels, lambda f: f.filter(ImageFilter.BoxBlur(radius))), {"radius": radius}
 
 
-PICTURES: dict[str, Callable[[Array, np.random.Generator], tuple[Array, Drawn]]] = {
-    "crop": crop,
-    "mask_boxes": mask_boxes,
-    "hflip": hflip,
-    "vflip": vflip,
-    "rotate90": rotate90,
-    "color_jitter": color_jitter,
-    "grayscale": grayscale,
-    "gaussian_noise": gaussian_noise,
-    "blur": blur,
+PICTURES = {
+    change.__name__: change
+    for change in (
+        crop, mask_boxes, hflip, vflip, rotate90, color_jitter, grayscale, gaussian_noise, blur
+    )
 }
 
 
@@ -332,10 +322,11 @@ def fitted(samples: Array, count: int) -> Array:  # [count]
     return np.resize(samples, count)
 
 
-SOUNDS: dict[str, Callable[[Array, np.random.Generator], tuple[Array, Drawn]]] = {
-    "silence": silence,
-    "time_shift": time_shift,
-    "noise": noise,
+SOUNDS = {
+    change.__name__: change
+    for change in (
+        silence, time_shift, noise
+    )
 }
 
 

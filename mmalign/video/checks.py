@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from mmalign.data.example import Clip, Picture, Sound
 from mmalign.data.jobs import is_main_process
@@ -68,31 +69,6 @@ class Seen:
             seconds=None if wave is None else wave.seconds,
         )
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """What `to_json` wrote.
-
-        Raises:
-            ValueError, TypeError: It is something else.
-        """
-        height, width = map(int, value["size"])
-        seconds, (first, count) = value["seconds"], map(int, value["span"])
-        return cls(
-            size=(height, width),
-            indices=tuple(map(int, value["indices"])),
-            times=tuple(map(float, value["times"])),
-            fps=float(value["fps"]),
-            total=int(value["total"]),
-            duration=float(value["duration"]),
-            span=(first, count),
-            rate=float(value["rate"]),
-            seconds=None if seconds is None else float(seconds),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
-
     def frames(self, clip: Clip) -> Frames:
         """Frames of the right shape and times that show nothing, and take no memory."""
         black = np.broadcast_to(np.zeros((), np.uint8), (len(self.indices), *self.size, 3))
@@ -135,7 +111,7 @@ class Glimpse:
         return image[:1, :1]
 
 
-# What is known of media from earlier runs: a JSONL file in the cache folder, found by every run.
+# What earlier runs found, in a JSONL file of the cache folder.
 #
 # A file that was found whole is not decoded again until it, or how it is read, changes. What was
 # found broken is looked at again by the next run: a disk may have been away for a moment.
@@ -159,6 +135,9 @@ class Verdict:
     fault: str = ""
     silent: bool = False
     seen: Seen | None = None
+
+
+_VERDICT = TypeAdapter(Verdict)
 
 
 class CheckJournal:
@@ -215,11 +194,9 @@ class CheckJournal:
         key = self._key(reference, heard)
         if self._handle is None or not key:
             return
-        said: dict[str, Any] = {}
-        if verdict.fault:
-            said = {"fault": verdict.fault, "silent": verdict.silent}
-        elif verdict.seen is not None:
-            said = {"seen": verdict.seen.to_json()}
+        said: dict[str, Any] = {"fault": verdict.fault, "silent": verdict.silent}
+        if verdict.seen is not None:
+            said = {"seen": asdict(verdict.seen)}
         line = json.dumps({"of": json.loads(key), **said}, ensure_ascii=False)
         self._handle.write(line.encode() + b"\n")
         self._handle.flush()
@@ -228,11 +205,9 @@ class CheckJournal:
         try:
             entry = json.loads(line)
             key = json.dumps(entry["of"], sort_keys=True)
-            seen = Seen.from_json(entry["seen"]) if "seen" in entry else None
-            verdict = Verdict(str(entry.get("fault", "")), bool(entry.get("silent", False)), seen)
-        except (ValueError, KeyError, TypeError, AttributeError):
+            self._known[key] = _VERDICT.validate_python(entry)
+        except (ValueError, KeyError, TypeError):
             return  # cut off or damaged: its file is decoded again
-        self._known[key] = verdict
 
     def _key(self, reference: Clip | Picture | Sound, heard: bool) -> str:
         """Of the file as it is now; "" where it cannot be looked at."""

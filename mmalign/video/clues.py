@@ -87,21 +87,9 @@ class ClueAggregator(nn.Module):
         Raises:
             ConfigError: Heads do not divide a width.
         """
+        settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.settings: dict[str, Any] = {
-            "feature_dim_v": feature_dim_v,
-            "feature_dim_a": feature_dim_a,
-            "text_dim": text_dim,
-            "num_queries": num_queries,
-            "width": width,
-            "num_layers": num_layers,
-            "cross_every": cross_every,
-            "num_heads": num_heads,
-            "encoder_dim": encoder_dim,
-            "dropout": dropout,
-            "use_global": use_global,
-            "residual": residual,
-        }
+        self.settings: dict[str, Any] = settings
         for dim in (feature_dim_v, feature_dim_a or feature_dim_v, text_dim):
             if dim % num_heads:
                 raise ConfigError(

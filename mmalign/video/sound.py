@@ -213,7 +213,7 @@ class _Span:
 
     def __init__(self, seconds: float) -> None:
         self._most = inf if seconds == inf else round(seconds * SOUND_RATE)
-        self._samples = np.zeros(SOUND_RATE, np.float32)  # more room is made where it is needed
+        self._blocks: list[tuple[int, Array]] = []
         self._length = 0
 
     def __len__(self) -> int:
@@ -230,26 +230,17 @@ class _Span:
         A gap before it stays silent.
         """
         at = round(seconds * SOUND_RATE)
-        if at < 0:
-            at, samples = 0, samples[-at:]
-        if at + len(samples) > self._most:
-            samples = samples[: max(int(self._most) - at, 0)]
-            self._length = int(self._most)
+        at, samples = max(at, 0), samples[max(-at, 0) :]
         if len(samples):
-            self._make_room(at + len(samples))
-            self._samples[at : at + len(samples)] = samples
-            self._length = max(self._length, at + len(samples))
+            end = int(min(at + len(samples), self._most))
+            self._length = max(self._length, end)
+            self._blocks.append((at, samples[: max(end - at, 0)]))
         return not self.full
 
     def samples(self) -> Array:
         """[S] float32 in [-1, 1]."""
-        self._make_room(self._length)
-        joined = np.nan_to_num(self._samples[: self._length], copy=False)
+        joined = np.zeros(self._length, np.float32)
+        for at, samples in self._blocks:
+            joined[at : at + len(samples)] = samples
+        np.nan_to_num(joined, copy=False)
         return np.clip(joined, -1.0, 1.0, out=joined)
-
-    def _make_room(self, length: int) -> None:
-        if length > len(self._samples):
-            room = int(min(max(length, 2 * len(self._samples)), max(self._most, length)))
-            larger = np.zeros(room, np.float32)
-            larger[: len(self._samples)] = self._samples
-            self._samples = larger
