@@ -267,10 +267,14 @@ class Encoder:
         ids = set(self._ends.stops)
         if self._tokenize.eos_id is not None:
             ids.add(self._tokenize.eos_id)
-        if isinstance(self.render, ChatTemplate):
-            tokens, _ = self._tokenize(self.render.end(), add_leading=False)
-            ids |= set(tokens[-1:]) & self._tokenize.ends
-        return frozenset(ids)
+        return frozenset(ids | self._end_ids(self.render))
+
+    def _end_ids(self, render: ChatTemplate | PlainText) -> set[int]:
+        """The token in which a template ends an answer."""
+        if not isinstance(render, ChatTemplate):
+            return set()
+        tokens, _ = self._tokenize(render.end(), add_leading=False)
+        return set(tokens[-1:]) & self._tokenize.ends
 
     @cached_property
     def _end_id(self) -> int | None:
@@ -333,7 +337,8 @@ class Encoder:
             asked = Asked(prompt, example.template) if example.template else prompt
             if not self.render.is_chat and not isinstance(prompt, str):
                 self.count("without_template", example.id)
-            encoded.update(zip(indices, self._group(asked, members, example.id), strict=True))
+            items = self._group(asked, members, example.id, self.render)
+            encoded.update(zip(indices, items, strict=True))
         return tuple(encoded[index] for index in range(len(encoded)))
 
     def collate(self, examples: Sequence[Example], needs: Needs) -> Batch:
@@ -367,15 +372,16 @@ class Encoder:
         prompt: Prompt | Asked,
         candidates: Sequence[Candidate],
         row: str,
+        render: ChatTemplate | PlainText,
         expand: Callable[[str], str] | None = None,
     ) -> list[EncodedCandidate]:
         """Candidates under one prompt, whose ids are cut to what all of them start with.
 
         Prompt and response are tokenised as one text. Where the prompt's last tokens merge with a
         response, the responses of all sides start at the first token that any side changed.
-        `expand` rewrites the context before it is tokenised.
+        `render` writes them, and `expand` rewrites the context before it is tokenised.
         """
-        context, responses = self.render.responses(
+        context, responses = render.responses(
             prompt, candidates, row, last=self.text.train_on == "last"
         )
         if expand is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from statistics import NormalDist
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # place, [T] int64 in [0, T), with what was drawn. None returns the clip as it was.
 
 Drawn = Mapping[str, Any]
+
 
 def between(rng: np.random.Generator, low: float, high: float) -> float:
     """A number in [low, high), computed in Python: the same on every processor."""
@@ -120,9 +121,7 @@ def _share(count: int, rng: np.random.Generator) -> int:
 
 MOVES = {
     change.__name__: change
-    for change in (
-        shuffle, reverse, clip_crop, shift, drop_frames, repeat_frame, freeze, speed
-    )
+    for change in (shuffle, reverse, clip_crop, shift, drop_frames, repeat_frame, freeze, speed)
 }
 
 
@@ -240,7 +239,15 @@ def blur(pixels: Array, rng: np.random.Generator) -> tuple[Array, Drawn]:
 PICTURES = {
     change.__name__: change
     for change in (
-        crop, mask_boxes, hflip, vflip, rotate90, color_jitter, grayscale, gaussian_noise, blur
+        crop,
+        mask_boxes,
+        hflip,
+        vflip,
+        rotate90,
+        color_jitter,
+        grayscale,
+        gaussian_noise,
+        blur,
     )
 }
 
@@ -322,12 +329,7 @@ def fitted(samples: Array, count: int) -> Array:  # [count]
     return np.resize(samples, count)
 
 
-SOUNDS = {
-    change.__name__: change
-    for change in (
-        silence, time_shift, noise
-    )
-}
+SOUNDS = {change.__name__: change for change in (silence, time_shift, noise)}
 
 
 # Clips that no longer show (or sound like) what an answer says: one operation on a clip.

@@ -257,7 +257,7 @@ def _own_inputs(
     processor, where = encoder.processor, row.id
     placed = place(row.prompt, row.media, where)
     asked = Asked(placed, row.template) if row.template else placed
-    text = encoder.render.context(asked, where)
+    text = encoder.renderer(row.media).context(asked, where)
     tensors = processor.whole(text, encoder.reader.show(row.media), where)
     own = tensors["input_ids"][0].tolist()
     _require_same(encoder, own, prompt.tolist(), where)

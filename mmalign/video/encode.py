@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -9,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jinja2 import TemplateError
 
 from mmalign.data.example import Asked, Media, Template
-from mmalign.errors import ConfigError, DataError
+from mmalign.errors import DataError
 from mmalign.text.encode import Encoder, collate
-from mmalign.text.model import FAULTS
+from mmalign.text.render import ChatTemplate
 from mmalign.video import candidates
 from mmalign.video.clue_part import CLUE_TOKEN, insert_clues
 from mmalign.video.clues import clue_count
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from mmalign.models.adapter import Batch
     from mmalign.text.masks import EncodedCandidate
     from mmalign.text.messages import PlainText
-    from mmalign.text.render import ChatTemplate
     from mmalign.text.tokenizer import Offsets
     from mmalign.video.processing import Processed, Processor, Shown
     from mmalign.video.reader import MediaReader, Prepared
@@ -145,9 +146,8 @@ class VideoEncoder(Encoder):
             asked = Asked(placed, example.template) if example.template else placed
             if not self.render.is_chat and not isinstance(prompt, str):
                 self.count("without_template", example.id)
-            for index, item in zip(
-                indices, self._group(asked, members, example.id, expand), strict=True
-            ):
+            items = self._group(asked, members, example.id, self.renderer(media), expand)
+            for index, item in zip(indices, items, strict=True):
                 if self.media_ids & set(item.response):
                     raise DataError(
                         f"{example.id}: a response writes one of the model's own tokens for media "
@@ -168,7 +168,8 @@ class VideoEncoder(Encoder):
             key = self.reader.key(media)
             known[key] = self.reader.prepare(media, where, key=key, pixels=True)
         placed, expand, context = self._placed(words, media, where, known)
-        ids, _ = self._ids(expand(self.render.context(Asked(placed, row), where)))
+        text = self.renderer(media).context(Asked(placed, row), where)
+        ids, _ = self._ids(expand(text))
         ids = self._known(self._cut_prompt(self._started(ids, where), where), where)
         return ids, None if context is None else context.prepared
 
@@ -188,7 +189,11 @@ class VideoEncoder(Encoder):
 
     def fingerprint(self) -> str:
         """Hash of everything that decides tokens and features."""
-        return f"{super().fingerprint()}-{self.reader.key(Media())}"
+        found = f"{super().fingerprint()}-{self.reader.key(Media())}"
+        if not isinstance(self._clip_render, ChatTemplate) or self._clip_render is self.render:
+            return found
+        own = json.dumps(self._clip_render.identity(), sort_keys=True)
+        return f"{found}-{hashlib.sha256(own.encode()).hexdigest()}"
 
     def _placed(
         self, prompt: Prompt, media: Media, where: str, known: dict[str, Prepared]
@@ -197,12 +202,6 @@ class VideoEncoder(Encoder):
         if not media:
             place(prompt, media, where)  # refuses marks of what is not there
             return prompt, partial(self._bare, where=where), None
-        if media.videos and not self._writes_clips:
-            raise ConfigError(
-                f"model.path: {type(self.processor.inner).__name__} writes prompts with clips by a "
-                "template of its own and not by the model's chat template; give the one that is "
-                "meant as text.chat_template"
-            )
         key = self.reader.key(media)
         if key not in known:
             known[key] = self.reader.prepare(media, where, key=key)
@@ -226,22 +225,26 @@ class VideoEncoder(Encoder):
         context = Context(prepared, candidates.number(media.change))
         return place(prompt, media, where), expand, context
 
+    def renderer(self, media: Media) -> ChatTemplate | PlainText:
+        """What writes a prompt that shows these media."""
+        return self._clip_render if media.videos else self.render
+
     @cached_property
-    def _writes_clips(self) -> bool:
-        """Whether the chat template in use is the one by which the processor writes clips."""
-        inner: Any = self.processor.inner
-        own = getattr(inner, "chat_template", None)
+    def _clip_render(self) -> ChatTemplate | PlainText:
+        """By a template of the processor's own for clips, unless the config gives one."""
         if not self.render.is_chat or isinstance(self.text.chat_template, Path):
-            return True
-        turns = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "a"}]}]
-        try:
-            texts = {
-                inner.apply_chat_template(turns, tokenize=False, chat_template=template)
-                for template in (None, own)
-            }
-        except (*FAULTS, TemplateError):  # rows say what it cannot write
-            return True
-        return len(texts) == 1
+            return self.render
+        owner = copy(self.processor.inner)
+        owner.chat_template = self.processor.clip_template()
+        template = self._template(owner)
+        if template is None:
+            return self.render
+        return MediaTemplate(template, self.text.system_prompt, self._ends, self.notes)
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end an answer, after a clip as well."""
+        return super().end_ids | self._end_ids(self._clip_render)
 
     def _bare(self, text: str, where: str) -> str:
         """The text of a prompt that shows nothing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -275,6 +276,26 @@ class Processor:
         if not self.hears or getattr(self.inner, "audio_kwargs", {}).get("truncation") is False:
             return None
         return float(getattr(self.inner.feature_extractor, "chunk_length", _SECONDS_KEPT))
+
+    def clip_template(self) -> str | None:
+        """The template of its own by which the processor writes prompts with clips.
+
+        None where that is its chat template. SmolVLM's takes another one as soon as a conversation
+        has a clip, unless it is given one: what it hands on to the library's method is read off.
+        """
+        from transformers import ProcessorMixin
+
+        class HandedOn(ProcessorMixin):
+            def apply_chat_template(self, conversation: Any, chat_template: Any = None, **_: Any):
+                return chat_template
+
+        own = copy(self.inner)
+        own.__class__ = type(type(own).__name__, (type(own), HandedOn), {})
+        try:
+            found = own.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
+        except FAULTS:  # rows say what it cannot write
+            return None
+        return found if isinstance(found, str) else None
 
     def identity(self) -> str:
         """Hash of all settings of the processor that decide its tensors."""

@@ -144,6 +144,7 @@ if TYPE_CHECKING:
     Size = tuple[int, int]  # height, width
 
 _EDGES = ("shortest_edge", "longest_edge")  # areas, in the processors that resize freely
+_SIDE = "longest_edge"  # alone: a side, not an area
 _FLOOR = 1.05  # a capped processor lets a frame have so much more than its least area
 _TRIED = ((96, 128), (240, 320), (720, 1280), (900, 1600), (1440, 2560), (2160, 3840))
 _TYPICAL = (720, 1280)  # to see beforehand whether a setting can be kept to
@@ -210,8 +211,7 @@ class Sizes:
             return {}  # nothing is resized; the processor refuses such media by their kind
         area = self._area if area is None else area
         if area is not None:
-            least, most = self._chosen(count, height, width, area)
-            return {"size": {"shortest_edge": least, "longest_edge": most}, **self._cap}
+            return {"size": dict(self._chosen(count, height, width, area)), **self._cap}
         size = dict(self._own.size or {})
         # A processor may have other defaults than its parts.
         return {"size": size, **self._cap} if set(_EDGES) <= set(size) else dict(self._cap)
@@ -330,7 +330,7 @@ class Sizes:
     def _check(self, area: int, count: int) -> None:
         """Refuse an area that nothing can be brought to."""
         size = dict(self._own.size or {})
-        if not set(_EDGES) <= set(size):
+        if not set(_EDGES) <= set(size) and set(size) != {_SIDE}:
             kind, one = ("video", "frame") if self._kind == "videos" else ("image", "picture")
             raise ConfigError(
                 f"video.{self._name} is set, but the model's {kind} processor brings every {one} "
@@ -341,9 +341,11 @@ class Sizes:
         except DataError as error:
             raise ConfigError(f"video.{self._name} is {area}: {error}") from error
 
-    def _choose(self, count: int, height: int, width: int, area: int) -> tuple[int, int]:
-        """The processor's two edges under which a frame is largest within the area."""
+    def _choose(self, count: int, height: int, width: int, area: int) -> dict[str, int]:
+        """The processor's own size under which a frame is largest within the area."""
         own = dict(self._own.size or {})
+        if set(own) == {_SIDE}:
+            return {_SIDE: self._side(count, height, width, area, int(own[_SIDE]))}
         if not set(_EDGES) <= set(own):
             raise DataError(
                 f"{type(self._own).__name__} brings every frame to one size ({own}) and to no "
@@ -357,25 +359,50 @@ class Sizes:
             if self._cap.get("cap_pixels_per_frame"):
                 least = min(least, int(area / _FLOOR))
             for edge in dict.fromkeys((least, least // 4, 1)):  # a frame is made larger, too
-                edges = max(edge, 1), most
-                options = {"size": dict(zip(_EDGES, edges, strict=True)), **self._cap}
-                seen = self._last(count, height, width, options)
-                if seen is None:
-                    raise DataError(
-                        f"{type(self._own).__name__} does not say to which size it brings "
-                        f"{self._described(count, height, width)}; leave the area to it"
-                    )
+                edges = dict(zip(_EDGES, (max(edge, 1), most), strict=True))
+                seen = self._told(count, height, width, {"size": edges, **self._cap})
                 least_seen = min(least_seen, seen, key=lambda size: size[0] * size[1])
                 if seen[0] * seen[1] <= area:
                     if seen[0] * seen[1] > best:
                         best, kept = seen[0] * seen[1], edges
                     break
         if kept is None:
-            raise DataError(
-                f"{type(self._own).__name__} brings {self._described(count, height, width)} to no "
-                f"size of at most {area:,} pixels; the least is {least_seen[1]} x {least_seen[0]}"
-            )
+            raise self._too_large(count, height, width, area, least_seen)
         return kept
+
+    def _side(self, count: int, height: int, width: int, area: int, most: int) -> int:
+        """The longest side, of at most the processor's own, that keeps a frame within the area."""
+
+        def seen(side: int) -> Size:
+            options = {"size": {_SIDE: side}}
+            self._told(count, height, width, options)
+            sizes = self._found(count, height, width, options) or ((height, width),)
+            # The first of several is a step on the way; of a picture, the second is cut into tiles.
+            return max(sizes[1:] or sizes, key=lambda size: size[0] * size[1])
+
+        side, size = most, seen(most)
+        while size[0] * size[1] > area:
+            before = size
+            side = max(min(side - 1, int(side * (area / (size[0] * size[1])) ** 0.5)), 1)
+            size = seen(side)
+            if side == 1 or size == before == seen(max(side // 2, 1)):  # it follows no side
+                raise self._too_large(count, height, width, area, size)
+        return side
+
+    def _told(self, count: int, height: int, width: int, options: dict[str, Any]) -> Size:
+        seen = self._last(count, height, width, options)
+        if seen is None:
+            raise DataError(
+                f"{type(self._own).__name__} does not say to which size it brings "
+                f"{self._described(count, height, width)}; leave the area to it"
+            )
+        return seen
+
+    def _too_large(self, count: int, height: int, width: int, area: int, least: Size) -> DataError:
+        return DataError(
+            f"{type(self._own).__name__} brings {self._described(count, height, width)} to no "
+            f"size of at most {area:,} pixels; the least is {least[1]} x {least[0]}"
+        )
 
     def _described(self, count: int, height: int, width: int) -> str:
         if self._kind == "images":

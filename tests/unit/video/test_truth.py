@@ -151,21 +151,40 @@ def test_rows_beside_others_and_without_media_keep_their_scores(
             torch.testing.assert_close(together[i, :, : alone.shape[1]], alone, rtol=0, atol=1e-5)
 
 
-def test_a_processor_with_a_template_of_its_own_for_clips_is_refused(
+def test_a_processor_with_a_template_of_its_own_for_clips_writes_them_by_it(
     video_models: Models, clips_dir: Path, pictures: list[Picture], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = make_adapter(video_models("llava_onevision"), Needs(), moved=False, **PLAIN)
     inner: Any = adapter.encoder.processor.inner
-    apply = type(inner).apply_chat_template
+    template = inner.chat_template.replace("im_start|>", "im_start|>Film, ")
 
     def own(self: Any, turns: Any, chat_template: Any = None, **more: Any) -> Any:
-        return apply(self, turns, chat_template or "{{ 'A clip: <video>' }}", **more)
+        has_clip = any(part["type"] == "video" for part in turns[0]["content"])
+        given = chat_template or (template if has_clip else None)
+        return super(type(inner), self).apply_chat_template(turns, given, **more)
 
     monkeypatch.setattr(type(inner), "apply_chat_template", own)
-    row = pair(clips_dir, media=shown("picture", 0, clips_dir, pictures))
-    adapter.collate([row])
-    with pytest.raises(ConfigError, match=r"LlavaOnevisionProcessor .* a template of its own"):
-        adapter.collate([pair(clips_dir / "clip0.mp4")])
+    rows = [
+        pair(clips_dir, "picture", media=shown("picture", 0, clips_dir, pictures)),
+        pair(clips_dir / "clip0.mp4", "clip"),
+        pair(clips_dir, "words", media=Media()),
+    ]
+    batch = adapter.collate(rows)
+    scored = adapter(batch, Needs()).policy.detach()
+    for b, row in enumerate(rows[:2]):
+        mask = batch.inputs["response_mask"][b, 0]
+        answer = batch.inputs["response_ids"][b, 0][mask].tolist()
+        prompt = batch.inputs["prompt_ids"][b, 0][batch.inputs["prompt_mask"][b, 0]].tolist()
+        ids, truth = own_logps(adapter, row, answer)
+        assert prompt == ids
+        torch.testing.assert_close(scored[b, 0][mask], truth, rtol=0, atol=1e-5)
+    words = [adapter.encoder.tokenizer.decode(ids) for ids in batch.inputs["prompt_ids"][:, 0]]
+    assert ["Film, " in text for text in words] == [False, True, False]
+    text = {"chat_template": clips_dir / "given.jinja"}
+    text["chat_template"].write_text(inner.chat_template)
+    given = make_adapter(video_models("llava_onevision"), Needs(), moved=False, text=text, **PLAIN)
+    ids = given.encoder.encode_example(rows[1])[0].prompt
+    assert "Film, " not in given.encoder.tokenizer.decode(ids)
 
 
 def test_a_prompt_that_is_read_both_ways_is_refused(vision_models: Models) -> None:
