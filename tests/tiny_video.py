@@ -6,14 +6,22 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tiny_video_text import KINDS, LLAVA, OMNI, OMNI_MARKS, chat_template, make_media_tokenizer
+from tiny_video_text import (
+    KINDS,
+    LLAVA,
+    OMNI,
+    OMNI_MARKS,
+    SMOL,
+    chat_template,
+    make_media_tokenizer,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast, ProcessorMixin
 
-__all__ = ["KINDS", "make_video_model", "write_clip"]
+__all__ = ["KINDS", "SMOL", "make_video_model", "write_clip"]
 
 WIDTH = 32
 SIDE = 56  # pixels a side of every picture in the LLaVA classes: 4 x 4 patches of 14
@@ -24,7 +32,7 @@ def make_video_model(kind: str, folder: Path) -> Path:
     """Save a model of two text and two vision layers, random weights, with its processor.
 
     Args:
-        kind: One of `KINDS`, the `model_type` of the config.
+        kind: One of `KINDS` or `SMOL`, the `model_type` of the config.
         folder: Made where missing.
 
     Returns:
@@ -118,7 +126,7 @@ def _config(kind: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.bos_token_id,
     }
-    make = _llava_config if kind in LLAVA else _qwen_config
+    make = _llava_config if kind in LLAVA else _smol_config if kind == SMOL else _qwen_config
     return make(kind, text, tokenizer)
 
 
@@ -153,6 +161,29 @@ def _llava_config(
         vision_feature_select_strategy="full" if siglip else "default",
         tie_word_embeddings=False,
         **own,
+    )
+
+
+def _smol_config(
+    kind: str, text: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> PreTrainedConfig:
+    """A tower of SigLIP before a Llama; a frame takes 4 tokens."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(
+        kind,
+        text_config={**text, "model_type": "llama"},
+        vision_config={
+            "hidden_size": WIDTH,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": SIDE,
+            "patch_size": 14,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        tie_word_embeddings=False,
     )
 
 
@@ -205,8 +236,27 @@ def _qwen_config(
 
 
 def _processor(kind: str, tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
-    make = _llava_processor if kind in LLAVA else _qwen_processor
+    make = (
+        _llava_processor if kind in LLAVA else _smol_processor if kind == SMOL else _qwen_processor
+    )
     return make(kind, tokenizer, chat_template(kind))
+
+
+def _smol_processor(kind: str, tokenizer: PreTrainedTokenizerFast, chat: str) -> ProcessorMixin:
+    """Frames become squares; of a picture, up to four tiles and the whole. It needs num2words."""
+    import transformers as hf
+
+    size: dict[str, Any] = {
+        "size": {"longest_edge": 2 * SIDE},
+        "max_image_size": {"longest_edge": SIDE},
+    }
+    return hf.SmolVLMProcessor(
+        hf.SmolVLMImageProcessor(**size),
+        tokenizer,
+        hf.SmolVLMVideoProcessor(**size, do_sample_frames=False),
+        image_seq_len=4,
+        chat_template=chat,
+    )
 
 
 def _llava_processor(kind: str, tokenizer: PreTrainedTokenizerFast, chat: str) -> ProcessorMixin:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 QWEN_VL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 LLAVA = ("llava_onevision", "llava_next_video", "video_llava")
 OMNI = "qwen2_5_omni_thinker"
+SMOL = "smolvlm"
 KINDS = (*QWEN_VL, *LLAVA, OMNI)
 
 VICUNA = ("llava_next_video", "video_llava")  # prompts of that form, and a bos token
@@ -59,6 +60,18 @@ _USER_ASSISTANT = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
+# For pictures alone: the processor writes conversations with a clip by a template of its own.
+_SMOL = (
+    "<|im_start|>{% for message in messages %}{{ message['role'].capitalize() + ':' }}"
+    "{% if message['content'] is string %}{{ ' ' + message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}"
+    "{% elif part['type'] == 'text' %}{{ ' ' + part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{{ '<end_of_utterance>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
 
 def chat_template(kind: str) -> str:
     """Turns of text, or of lists of parts: video, image, audio, text; an end token for answers."""
@@ -66,6 +79,8 @@ def chat_template(kind: str) -> str:
         return _ONEVISION
     if kind in VICUNA:
         return _USER_ASSISTANT
+    if kind == SMOL:
+        return _SMOL
     marks = OMNI_MARKS if kind == OMNI else _MARKS
     media = "".join(
         f"{{% elif part['type'] == '{name}' %}}{{{{ '{''.join(tokens)}' }}}}"
@@ -92,7 +107,10 @@ def make_media_tokenizer(kind: str) -> PreTrainedTokenizerFast:
         media = list(dict.fromkeys(token for marks in _MARKS.values() for token in marks))
     elif kind in LLAVA:
         media = ["<image>", "<video>"]
-    pad, eos = "<|endoftext|>", "<|im_end|>"
+    elif kind == SMOL:
+        media = ["<image>", "<video>", "<fake_token_around_image>", "<global-img>"]
+        media += [f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)]
+    pad, eos = "<|endoftext|>", "<end_of_utterance>" if kind == SMOL else "<|im_end|>"
     special = [pad, "<|im_start|>", eos]
     if kind in VICUNA:
         pad, eos = "<pad>", "</s>"

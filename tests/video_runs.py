@@ -18,6 +18,7 @@ KIND_OF = {
     "qwen3vl": "qwen3_vl",
     "llavaov": "llava_onevision",
     "qwen25omni": "qwen2_5_omni_thinker",
+    "smolvlm2": "smolvlm",
 }
 """What the name of a config ends in, to the tiny model of the same class."""
 
