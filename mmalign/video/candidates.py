@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mmalign.data.example import Candidate, Change, as_text
@@ -14,7 +14,7 @@ from mmalign.video.media import choose
 from mmalign.video.sound import has_sound
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     import numpy as np
     from torch import Tensor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mmalign.config import VideoConfig
     from mmalign.data.example import Clip, Example, Media
     from mmalign.models.adapter import Batch
+    from mmalign.video.checks import Seen, Use
     from mmalign.video.pami import Chosen
 
 
@@ -156,11 +157,13 @@ class Corruptor:
         video: The config's section.
         hears: Whether the model hears clips.
         donors: Clips of the training rows, to take frames and sound from.
+        seen: What is known of clips, which need not be opened to count their frames.
     """
 
     video: VideoConfig
     hears: bool
     donors: tuple[Clip, ...] = ()
+    seen: Mapping[Use, Seen] = field(default_factory=dict["Use", "Seen"])
 
     def roles(self, roles: Sequence[str]) -> tuple[str, ...]:
         """The roles of the candidates to collate: `augmented` once for each clip."""
@@ -248,7 +251,8 @@ class Corruptor:
             return len(clip.frames)
         if self.video.num_frames is not None and clip.fps is None:
             return self.video.num_frames
-        return len(choose(clip, self.video))
+        known = self.seen.get((clip, self.hears)) or self.seen.get((clip, not self.hears))
+        return len(choose(clip, self.video)) if known is None else len(known.indices)
 
     def _altered(self, own: Media, operation: str, rng: np.random.Generator) -> Media:
         donor = None

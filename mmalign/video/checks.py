@@ -16,7 +16,7 @@ from mmalign.data.example import Clip, Picture, Sound
 from mmalign.data.jobs import is_main_process
 from mmalign.data.pictures import open_picture
 from mmalign.errors import DataError
-from mmalign.video.media import read_frames
+from mmalign.video.media import Glimpse, read_frames
 from mmalign.video.sizes import SOUND_RATE, Frames, Wave
 from mmalign.video.sound import has_sound, read_sound, sound_of
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from mmalign.config import VideoConfig
     from mmalign.data.example import Example
-    from mmalign.video.sizes import Array
 
 
 # What is known of media that were decoded once: sizes, times, lengths, without the content.
@@ -95,20 +94,6 @@ class Seen:
         if self.seconds is None:
             return None
         return Wave(np.zeros(max(round(self.seconds * SOUND_RATE), 1), np.float32))
-
-
-class Glimpse:
-    """A scale for frames that only have to be there: a pixel of each is kept."""
-
-    draws = False
-
-    def decoded(self, count: int, height: int, width: int, area: int | None) -> tuple[int, int]:
-        """One pixel."""
-        return 1, 1
-
-    def shrink(self, image: Array, size: tuple[int, int], second: float = 0.0) -> Array:
-        """The first one."""
-        return image[:1, :1]
 
 
 # What earlier runs found, in a JSONL file of the cache folder.
@@ -229,8 +214,6 @@ class CheckJournal:
 
 
 # Whether the media of rows can be used: each file is decoded before a run depends on it.
-#
-# What a run found whole, the next one only looks up; see `check_journal`.
 
 log = logging.getLogger(__name__)
 
@@ -268,31 +251,6 @@ class MediaReport:
         return list(dict.fromkeys(text for text in found if text))
 
 
-def usable_rows(
-    parts: Sequence[Sequence[Example]],
-    settings: VideoConfig,
-    *,
-    hears: bool,
-    journal: Path | None = None,
-    longest: float | None = None,
-) -> list[list[Example]]:
-    """The rows whose media can be decoded, in order; logs what is left out, each file once.
-
-    Args:
-        parts: Rows to train on, rows held out; those without media are kept.
-        settings: The `video` section, with the policies.
-        hears: Whether the model hears.
-        journal: See `check_media`.
-        longest: Seconds that the window of a model that hears has; None: no limit.
-
-    Raises:
-        DataError: A file cannot be used and the policy for it is `stop`, or no row is left.
-    """
-    examples = [row for part in parts for row in part]
-    report = check_media(examples, settings, hears=hears, journal=journal, longest=longest)
-    return keep_usable(parts, report, settings, hears=hears)
-
-
 def keep_usable(
     parts: Sequence[Sequence[Example]],
     report: MediaReport,
@@ -300,7 +258,17 @@ def keep_usable(
     *,
     hears: bool,
 ) -> list[list[Example]]:
-    """The same for media that were looked at."""
+    """The rows whose media can be used, in order; logs what is left out, each file once.
+
+    Args:
+        parts: Rows to train on, rows held out; those without media are kept.
+        report: On the media of all of them.
+        settings: The `video` section, with the policies.
+        hears: As the report was made.
+
+    Raises:
+        DataError: A file cannot be used and the policy for it is `stop`, or no row is left.
+    """
     stops = _stopping(report, settings)
     if stops:
         raise DataError(

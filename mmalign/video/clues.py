@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from mmalign.config import ClueSpec
 
 
-# CAT's clue aggregator: embeddings made from the question, the picture and the sound.
-
 SETTINGS = "clues.json"
 WEIGHTS = "clues.safetensors"
 HEAD = 64  # width of a head of the query transformer, as in BERT

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from math import inf
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from cachetools import LRUCache
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from mmalign.config import VideoConfig
     from mmalign.data.example import Clip
-    from mmalign.video.sizes import Array
+    from mmalign.video.sizes import Array, Sizes
 
 
 MOST_HELD = 2 * 2**30
@@ -42,23 +42,22 @@ MOST_HELD = 2 * 2**30
 _NEAR = 3  # frames: a frame that cannot be decoded shows one of as many before it
 
 
-class Scale(Protocol):
-    """What frames are brought to as they are decoded, so that none is held larger than needed."""
+class Glimpse:
+    """A scale for frames that only have to be there: a pixel of each is kept."""
 
-    @property
-    def draws(self) -> bool:
-        """Whether times are drawn on the frames that are made smaller."""
-        ...
+    draws = False
 
-    def decoded(
-        self, count: int, height: int, width: int, area: int | None
-    ) -> tuple[int, int]:  # height, width
-        """The size of each of `count` frames; `area`: most pixels that the clip asks for."""
-        ...
+    def decoded(self, count: int, height: int, width: int, area: int | None) -> tuple[int, int]:
+        """One pixel."""
+        return 1, 1
 
     def shrink(self, image: Array, size: tuple[int, int], second: float = 0.0) -> Array:
-        """A frame [H, W, 3] uint8 at that size; `second` is its time as a processor counts it."""
-        ...
+        """The first one."""
+        return image[:1, :1]
+
+
+if TYPE_CHECKING:
+    Scale = Sizes | Glimpse  # what frames are brought to as they are decoded
 
 
 def choose(clip: Clip, settings: VideoConfig) -> tuple[int, ...]:

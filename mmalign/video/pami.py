@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from mmalign.text.passes import Scored
 
 
-# PaMi-VDPO's choice among augmented clips: close to the original, far in what the model says.
+# Close first: a clip must still show what the row's own shows (cosine of mean features). Then far:
+# of those the one under which the policy answers most differently (divergence of its distributions
+# at the response's tokens).
 #
 # Nothing here has a gradient: the weights are constants of the loss
 # mean_b w_b sum_k a_bk l_bk, l_bk = -log sigmoid(beta [h(y | v, x) - h(y | v_k, x)]).
@@ -189,15 +191,6 @@ def _js(log_p: Tensor, log_q: Tensor) -> Tensor:  # [..., V], [..., V] -> [...]
 def _cast(head: Head, dtype: torch.dtype) -> Head:
     bias = None if head.bias is None else head.bias.to(dtype)
     return Head(head.weight.to(dtype), bias, head.scale, head.softcap)
-
-
-# PaMi-VDPO's choice among augmented clips, by the policy's own outputs, without a gradient.
-#
-# Close first: a clip must still show what the row's own shows (cosine of mean features). Then far:
-# of those the one under which the policy answers most differently (divergence of its distributions
-# at the response's tokens).
-#
-# Source: Ding et al. 2025, arXiv:2504.05810; reconstructed, see `mmalign.video.select`.
 
 
 @dataclass(frozen=True, slots=True)

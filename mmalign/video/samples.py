@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from mmalign.data.example import as_text
 from mmalign.data.sheet import arranged, fitted
 from mmalign.safe import replacing
-from mmalign.video.encode import costs
-from mmalign.video.processing import MARK
+from mmalign.video.encode import token_counts
+from mmalign.video.processing import KINDS, MARK
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -164,8 +164,6 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(12)
 
 
-# Answers of the policy in the course of a run, with all that a reader needs to judge them.
-
 FRAMES = "samples/frames"
 """Folder of the sheets, inside the run folder; they are the same at every step."""
 
@@ -269,12 +267,29 @@ def describe(media: Media, shown: Shown) -> list[dict[str, Any]]:
 def described(
     encoder: VideoEncoder, media: Media, shown: Shown, where: str
 ) -> list[dict[str, Any]]:
-    """The same with what each medium becomes in the processor; see `costs`."""
+    """The same with what each medium becomes in the processor.
+
+    Args:
+        encoder: Of the model.
+        media: By reference.
+        shown: The same, decoded.
+        where: The row, for messages.
+
+    Returns:
+        Of each also `tokens`, and `shown`, width and height after the processor, of clips and of
+        pictures that it brings to one size.
+    """
+    processor = encoder.processor
+    counts = token_counts(encoder, encoder.reader.prepare(media, where).processed)
+    sizes = [
+        *(processor.sizes.of(frames) for frames, _ in shown.clips),
+        *(processor.image_sizes.only(1, image.height, image.width) for image in shown.images),
+        *(None for _ in shown.sounds),
+    ]
+    tokens = [count for kind in KINDS for count in counts.get(kind, ())]
     return [
-        about | more
-        for about, more in zip(
-            describe(media, shown), costs(encoder, media, shown, where), strict=True
-        )
+        about | {"tokens": count} | ({"shown": [*size[::-1]]} if size else {})
+        for about, count, size in zip(describe(media, shown), tokens, sizes, strict=True)
     ]
 
 

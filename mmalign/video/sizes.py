@@ -143,7 +143,10 @@ def shown_size(
 if TYPE_CHECKING:
     Size = tuple[int, int]  # height, width
 
-_EDGES = ("shortest_edge", "longest_edge")  # areas, in the processors that resize freely
+_EDGES: tuple[str, str] = (
+    "shortest_edge",
+    "longest_edge",
+)  # areas, in the processors that resize freely
 _SIDE = "longest_edge"  # alone: a side, not an area
 _FLOOR = 1.05  # a capped processor lets a frame have so much more than its least area
 _TRIED = ((96, 128), (240, 320), (720, 1280), (900, 1600), (1440, 2560), (2160, 3840))
@@ -219,6 +222,11 @@ class Sizes:
     def size(self, count: int, height: int, width: int, area: int | None = None) -> Size | None:
         """Height and width to which the processor brings frames; None: it cannot be asked."""
         return self._last(count, height, width, self.options(count, height, width, area))
+
+    def of(self, frames: Frames) -> Size | None:
+        """The same of decoded frames."""
+        count, height, width = frames.pixels.shape[:3]
+        return self.size(count, height, width, frames.area)
 
     def only(self, count: int, height: int, width: int) -> Size | None:
         """The size of what is brought to one size; None where it becomes several, or parts."""
@@ -359,7 +367,7 @@ class Sizes:
             if self._cap.get("cap_pixels_per_frame"):
                 least = min(least, int(area / _FLOOR))
             for edge in dict.fromkeys((least, least // 4, 1)):  # a frame is made larger, too
-                edges = dict(zip(_EDGES, (max(edge, 1), most), strict=True))
+                edges: dict[str, int] = dict(zip(_EDGES, (max(edge, 1), most), strict=True))
                 seen = self._told(count, height, width, {"size": edges, **self._cap})
                 least_seen = min(least_seen, seen, key=lambda size: size[0] * size[1])
                 if seen[0] * seen[1] <= area:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mmalign.data.example import Clip
@@ -32,13 +31,13 @@ from mmalign.video.processing import Processor, load_processor
 from mmalign.video.reader import PlannedReader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from mmalign.config import RunConfig
     from mmalign.core import Needs
     from mmalign.data.example import Example, Media
     from mmalign.text.survey import Found
-    from mmalign.video.checks import MediaReport, Seen, Use
+    from mmalign.video.checks import MediaReport
 
 
 # The rows of a run that can be learned from.
@@ -81,17 +80,6 @@ def taken(parts: Sequence[Sequence[Example]], processor: Processor) -> list[list
 _MUCH = 200 * 2**20  # bytes of the frames of one clip
 
 
-@dataclass(frozen=True, slots=True)
-class CountingCorruptor(Corruptor):
-    """A corruptor that knows the frames of clips by what was seen of them."""
-
-    seen: Mapping[Use, Seen] = field(default_factory=dict["Use", "Seen"])
-
-    def _num_frames(self, clip: Clip) -> int:
-        known = self.seen.get((clip, self.hears)) or self.seen.get((clip, not self.hears))
-        return Corruptor._num_frames(self, clip) if known is None else len(known.indices)
-
-
 def survey_parts(config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]) -> Surveyed:
     """What training would meet in these rows, and those without problems.
 
@@ -113,7 +101,7 @@ def survey_parts(config: RunConfig, needs: Needs, parts: Sequence[Sequence[Examp
     encoder = counting_encoder(config, processor, report)
     kept = _fitting(kept, encoder)
     donors = tuple(dict.fromkeys(clip for row in kept[0] for clip in row.media.videos))
-    alter = CountingCorruptor(config.video, hears, donors, report.seen)
+    alter = Corruptor(config.video, hears, donors, report.seen)
     kept, bare = _alterable(kept, alter, needs.roles)
     rows = list({id(row): row for part in kept for row in part}.values())
     limits = Limits(positions=model_limits(config).positions)

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     from mmalign.config import RunConfig
     from mmalign.data.example import Example, Media
+    from mmalign.video.model import Encoded
+    from mmalign.video.reader import Prepared
 
 samples_images = False
 
@@ -167,15 +169,9 @@ def write_cache(config: RunConfig, needs: Needs) -> str:
 
 @torch.no_grad()
 def _write_features(config: RunConfig, needs: Needs) -> str:
-    from accelerate import Accelerator
-
     rows = [row for part in load_usable(config, needs) for row in part]
-    own = [row.media for row in rows]
-    own += [c.media for row in rows for c in row.candidates if c.media is not None]
-    shown: list[Media] = [media for media in dict.fromkeys(own) if media]
-    live = config.model_copy(update={"reference": ReferenceConfig()})
-    device = Accelerator().device
-    adapter = VideoAdapter.build(live, Needs()).to(device).eval()
+    shown = dict.fromkeys(media for row in rows for media in shown_by(row))
+    adapter = _live(config)
     reader, store = adapter.encoder.reader, open_features(config)
     adapter.features.disk = store
     store.sweep()
@@ -186,14 +182,25 @@ def _write_features(config: RunConfig, needs: Needs) -> str:
     with store:
         for key, media in track(todo, "encoding media", total=len(todo), unit="media"):
             prepared = reader.prepare(media, str(media.videos or media.images or media.sounds))
-            tensors = {k: v.to(device) for k, v in media_tensors(prepared).items()}
-            inner, encoder = causal_model(adapter.policy), adapter.encoder
-            encoded = encode(inner, tensors, encoder.shown_ids, encoder.kinds)
-            adapter.features.write(key, encoded)
+            adapter.features.write(key, _encoded(adapter, prepared))
     return (
         f"{store.folder}: features of {len(todo)} media written, {len(keys) - len(todo)} were "
         "there; runs with this config find them"
     )
+
+
+def _live(config: RunConfig) -> VideoAdapter:
+    """The model of a run on its device, without a reference from a cache."""
+    from accelerate import Accelerator
+
+    live = config.model_copy(update={"reference": ReferenceConfig()})
+    return VideoAdapter.build(live, Needs()).to(Accelerator().device).eval()
+
+
+def _encoded(adapter: VideoAdapter, prepared: Prepared) -> Encoded:
+    inner, encoder = causal_model(adapter.policy), adapter.encoder
+    tensors = {k: v.to(inner.device) for k, v in media_tensors(prepared).items()}
+    return encode(inner, tensors, encoder.shown_ids, encoder.kinds)
 
 
 # What the cache of a run on media would hold and lacks: tokens counted, nothing encoded.
@@ -319,18 +326,11 @@ def _reference(
 @torch.no_grad()
 def _seconds_each(config: RunConfig, media: Media) -> float:
     """To decode and encode one entry, the second time: the first one also sets things up."""
-    from accelerate import Accelerator
-
-    live = config.model_copy(update={"reference": ReferenceConfig()})
-    device = Accelerator().device
-    adapter = VideoAdapter.build(live, Needs()).to(device).eval()
-    inner, encoder = causal_model(adapter.policy), adapter.encoder
-    found = 0.0
+    adapter, found = _live(config), 0.0
+    device = causal_model(adapter.policy).device
     for _ in range(2):
         began = time.perf_counter()
-        prepared = encoder.reader.prepare(media, "cache", pixels=True)
-        tensors = {k: v.to(device) for k, v in media_tensors(prepared).items()}
-        encode(inner, tensors, encoder.shown_ids, encoder.kinds)
+        _encoded(adapter, adapter.encoder.reader.prepare(media, "cache", pixels=True))
         if device.type == "cuda":
             torch.cuda.synchronize()
         found = time.perf_counter() - began

@@ -15,9 +15,16 @@ from PIL import Image
 from mmalign.config import VideoConfig
 from mmalign.data.example import Candidate, Clip, Example, Media, Picture, Sound
 from mmalign.errors import DataError
-from mmalign.video.checks import MediaReport, check_media, usable_rows
+from mmalign.video.checks import MediaReport, check_media, keep_usable
 
 TIMES = [100 * i for i in range(20)]
+
+
+def usable_rows(
+    parts: list[list[Example]], settings: VideoConfig, *, hears: bool
+) -> list[list[Example]]:
+    report = check_media([row for part in parts for row in part], settings, hears=hears)
+    return keep_usable(parts, report, settings, hears=hears)
 
 
 def row(name: str, *clips: Clip, candidate: Media | None = None, **media: Any) -> Example:
