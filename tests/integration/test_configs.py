@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-MODELS = ("smollm2", "sd15", "sdxl", "sd3", *KIND_OF)
+MODELS = ("smollm2", "sd15", "sdxl", "sd3", "flux", *KIND_OF)
 """What the name of a config ends in; `dpo_stories260k` is a second one of its method."""
 
 
