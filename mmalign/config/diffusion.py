@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,6 +14,31 @@ from mmalign.config.sections import Section, default_of, only_read_by
 MOST_SIDE = 8192  # pixels
 NUM_STEPS = {"ddim_inversion": 10, "renoise": 5, "truncated": 25}
 """Steps of an estimator's grid over the whole schedule, as published for SD 1.5."""
+
+
+_INVERSIONS = {"landing": "exact", "legacy": "diffusers_0_20", "modern": "diffusers"}
+
+log = logging.getLogger("mmalign.config")
+
+
+@cache
+def _say_once(text: str) -> None:
+    log.warning("%s", text)
+
+
+def as_before(section: dict[str, Any]) -> dict[str, Any]:
+    """A dumped `diffusion` section under the names that checkpoints and caches were written with.
+
+    What identifies a run or an entry does not change with the name of a setting, or by a new one
+    that is at its default.
+    """
+    old = {new: name for name, new in _INVERSIONS.items()}
+    estimator: dict[str, Any] = dict(section["estimator"])
+    estimator["semantics"] = old[estimator.pop("inversion")]
+    found = {**section, "estimator": estimator}
+    if found["embedded_guidance"] == default_of(DiffusionConfig(), "embedded_guidance"):
+        del found["embedded_guidance"]
+    return found
 
 
 class TimestepSpec(Section):
@@ -49,7 +76,7 @@ class TimestepSpec(Section):
 
 
 class EstimatorSpec(Section):
-    """The place (x_t, target) at which candidates are scored."""
+    """The noised sample and target (x_t, target) at which candidates are scored."""
 
     kind: Literal["forward", "ddim_inversion", "renoise", "truncated"] = Field(
         default="forward",
@@ -63,10 +90,10 @@ class EstimatorSpec(Section):
         le=1000,
         description="levels of the whole schedule: 10, 5 and 25 by default",
     )
-    semantics: Literal["landing", "legacy", "modern"] = Field(
-        default="landing",
-        description="inversions: landing ends exactly at the drawn timestep; the others reproduce "
-        "released code",
+    inversion: Literal["exact", "diffusers_0_20", "diffusers"] = Field(
+        default="exact",
+        description="inversions: exact ends at the drawn timestep itself; the others reproduce "
+        "released code with that version of diffusers",
     )
     eta: float = Field(
         default=0.0, ge=0, le=1, description="ddim_inversion: added noise; 0.1 in the release"
@@ -98,6 +125,24 @@ class EstimatorSpec(Section):
         description="truncated: clean pictures are generated from the prompts; no data of pictures",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _old_spelling(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not {"semantics", "inversion"} & values.keys():
+            return values  # pyright: ignore[reportUnknownVariableType]
+        found: dict[str, Any] = {**values}
+        if {"semantics", "inversion"} <= found.keys():
+            raise ValueError("`semantics` is the old name of `inversion`, and both are set")
+        old_name = "semantics" in found
+        given = found.pop("semantics") if old_name else found["inversion"]
+        found["inversion"] = _INVERSIONS.get(given, given)
+        if old_name or given in _INVERSIONS:
+            _say_once(
+                f"diffusion.estimator.{'semantics' if old_name else 'inversion'}: {given} is "
+                f"inversion: {found['inversion']} now; the old spelling is read as well"
+            )
+        return found
+
     @model_validator(mode="after")
     def _only_what_the_kind_reads(self) -> Self:
         inversions = ("ddim_inversion", "renoise")
@@ -105,7 +150,7 @@ class EstimatorSpec(Section):
         readers: dict[str, tuple[str, ...]] = {
             "shared": ("forward",),
             "num_steps": (*inversions, "truncated"),
-            "semantics": inversions,
+            "inversion": inversions,
             "eta": ("ddim_inversion",),
             "network": inversions,
             **{name: ("truncated",) for name in truncated},

@@ -17,6 +17,7 @@ from mmalign.config import yaml
 from mmalign.config.diffusion import (
     DiffusionConfig,
     ExportSpec,
+    as_before,
 )
 from mmalign.config.sections import (
     DataConfig,
@@ -176,6 +177,7 @@ def deciding(config: RunConfig) -> dict[str, Any]:
             "video": {"clues": {"path"}},
         },
     )
+    settings["diffusion"] = as_before(settings["diffusion"])
     template = config.text.chat_template
     if isinstance(template, Path) and os.path.isfile(template):  # what it says, not its place
         digest = hashlib.sha256(template.read_bytes()).hexdigest()

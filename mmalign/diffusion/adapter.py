@@ -165,7 +165,7 @@ class DiffusionAdapter(Adapter):
     unit: ClassVar[str] = "images"
 
     def __init__(
-        self, config: RunConfig, needs: Needs, components: Components, *, banked: bool = False
+        self, config: RunConfig, needs: Needs, components: Components, *, stored_draws: bool = False
     ) -> None:
         """Make a loaded denoiser trainable as `config` says; `build` is this after loading.
 
@@ -173,7 +173,7 @@ class DiffusionAdapter(Adapter):
             config: The run.
             needs: Of its objective.
             components: The pipeline's denoiser and what its files say.
-            banked: Use the stored draws, with a live reference: to write the cache of it.
+            stored_draws: Use the stored draws, with a live reference: to write the cache of it.
         """
         super().__init__()
         self.config, self.needs, self.components = config, needs, components
@@ -189,7 +189,7 @@ class DiffusionAdapter(Adapter):
         self.teacher: Ema | None = None
         if settings.estimator.kind == "truncated":
             self.teacher = Ema(copy_of(self.policy), settings.estimator.teacher_decay)
-        self.inputs = Inputs(config, needs, components, self.process, banked=banked)
+        self.inputs = Inputs(config, needs, components, self.process, stored_draws=stored_draws)
         self._scoring = Scoring(
             settings,
             components.family,
@@ -271,8 +271,8 @@ class DiffusionAdapter(Adapter):
         order: list[Tensor] = []
         for part in parts(batch):
             flat = (part.rows[:, None] * num + torch.arange(num, device=part.rows.device)).flatten()
-            told = condition.rows(flat.to(batch.labels.device, non_blocking=True))
-            scores = self._scoring(self.policy, batch, part, flat, told, needs)
+            cond = condition.rows(flat.to(batch.labels.device, non_blocking=True))
+            scores = self._scoring(self.policy, batch, part, flat, cond, needs)
             order.append(flat)
             for name, values in columns.items():
                 value = getattr(scores, name)
@@ -351,13 +351,13 @@ class DiffusionAdapter(Adapter):
         return 2e-3 if half else 1e-5
 
     @classmethod
-    def for_bank(cls, config: RunConfig, needs: Needs) -> Self:
+    def with_stored_draws(cls, config: RunConfig, needs: Needs) -> Self:
         """An adapter with a live reference that uses the stored draws."""
         from mmalign.config import ReferenceConfig
 
         live = config.model_copy(update={"reference": ReferenceConfig()})
         components = load_components(config.model, config.diffusion)
-        return cls(live, needs, components, banked=True)
+        return cls(live, needs, components, stored_draws=True)
 
     # -- pictures ----------------------------------------------------------------------------
 

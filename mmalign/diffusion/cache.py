@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from mmalign.config.diffusion import as_before
 from mmalign.data.example import as_text
 from mmalign.diffusion.conditioning import encoders_of
 from mmalign.diffusion.families import family_of
 from mmalign.diffusion.pictures import (
-    Contents,
+    FileStat,
     Frame,
-    PictureNotes,
+    ImageSizeCache,
     cache_folder,
     fingerprint_of,
     lost,
@@ -77,7 +78,7 @@ class LatentCache:
 
     def __init__(self, config: RunConfig) -> None:
         self.settings = config.diffusion
-        self._contents = Contents()
+        self._contents = FileStat()
         self._config = config
         self.flips = (False, True) if self.settings.flip else (False,)
         self.store = open_store(
@@ -90,9 +91,9 @@ class LatentCache:
         )
 
     @cached_property
-    def notes(self) -> PictureNotes:
+    def notes(self) -> ImageSizeCache:
         """Sizes of pictures, which buckets follow from; not opened without those."""
-        return PictureNotes(self._config, self._contents)
+        return ImageSizeCache(self._config, self._contents)
 
     def shape(self, example: Example) -> Size | None:
         """Height and width that the row's pictures are brought to; None: sizes are not known."""
@@ -217,15 +218,15 @@ class PromptCache:
             self.store, "the embeddings", len(self.missing(captions)), len(captions), "captions"
         )
 
-    def put(self, captions: Sequence[str], told: Condition) -> None:
+    def put(self, captions: Sequence[str], cond: Condition) -> None:
         """Store the embeddings of some captions."""
         for i, caption in enumerate(captions):
-            embeds = told.embeds[i]
+            embeds = cond.embeds[i]
             used = embeds.any(dim=1).nonzero()  # [places with a number in them, 1]
             length = int(used[-1]) + 1 if len(used) else 0
             entry = {"embeds": _bits(embeds[:length]), "places": np.array([len(embeds)], np.int32)}
-            if told.pooled is not None:
-                entry["pooled"] = _bits(told.pooled[i])
+            if cond.pooled is not None:
+                entry["pooled"] = _bits(cond.pooled[i])
             self.store.put(self.key(caption), entry)
 
     def get(self, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -294,7 +295,7 @@ _NOT_IN_ERRORS = {
 }
 
 
-class ErrorBank:
+class ErrorCache:
     """Per row the reference's errors at each of `num_draws` stored draws of timestep and noise.
 
     A key holds captions, pictures, every setting that decides x_t, t and the target, the files of
@@ -306,7 +307,7 @@ class ErrorBank:
 
     def __init__(self, config: RunConfig) -> None:
         self.num_draws = config.diffusion.num_draws
-        self._contents = Contents()
+        self._contents = FileStat()
         self._config = config
         folder = config.reference.cache or cache_folder(config)
         self.store = open_store(folder / "errors", _error_settings(config))
@@ -325,7 +326,7 @@ class ErrorBank:
         return [keys[key] for key in self.store.missing(keys)]
 
     def require(self, examples: Sequence[Example]) -> None:
-        """Refuse a bank that lacks rows, or whose errors are of latents that are not there.
+        """Refuse a cache that lacks rows, or whose errors are of latents that are not there.
 
         Raises:
             ConfigError: With the command that writes them.
@@ -353,15 +354,12 @@ class ErrorBank:
 
 def _error_settings(config: RunConfig) -> dict[str, str]:
     model, path, revision = config.model, config.model.path, config.model.revision
-    family = family_of(path, revision)
-    settings = config.diffusion.model_dump(mode="json", exclude=_NOT_IN_ERRORS)
-    if not family.is_distilled(denoiser_config(path, revision)):
-        del settings["embedded_guidance"]
+    settings = as_before(config.diffusion.model_dump(mode="json", exclude=_NOT_IN_ERRORS))
     return {
         "holds": "reference errors",
         "settings": json.dumps(settings, sort_keys=True),
         "latents": "float16" if has_latents(config) else "live",
-        "denoiser": fingerprint_of(config, family.part),
+        "denoiser": fingerprint_of(config, family_of(path, revision).part),
         "adapter": fingerprint(model.adapter) if model.adapter else "none",
         "vae": fingerprint_of(config, "vae") if has_component(path, "vae", revision) else "none",
         "encoders": encoders_fingerprint(config),
@@ -372,7 +370,7 @@ def _error_settings(config: RunConfig) -> dict[str, str]:
     }
 
 
-def banks_errors(config: RunConfig, needs: Needs) -> bool:
+def caches_errors(config: RunConfig, needs: Needs) -> bool:
     """Whether the run reads its reference from stored errors."""
     return config.reference.kind == "cached" and needs.reference
 
@@ -383,7 +381,7 @@ def check_cacheable(config: RunConfig, needs: Needs) -> None:
     Raises:
         ConfigError: With the reason.
     """
-    if banks_errors(config, needs) and "mismatched" in needs.roles:
+    if caches_errors(config, needs) and "mismatched" in needs.roles:
         raise ConfigError(
             "reference.kind is cached, but the objective scores pictures under the captions of the "
             "rows beside them in a batch, which change. Use reference.kind: auto"

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 
 from mmalign.diffusion.cache import (
-    ErrorBank,
+    ErrorCache,
     LatentCache,
     PromptCache,
-    banks_errors,
+    caches_errors,
     check_cacheable,
     has_latents,
 )
@@ -150,7 +150,7 @@ def plan_rows(config: RunConfig, needs: Needs, rows: Sequence[Example]) -> Plan:
         else:
             left_out.append("latents are left out: the model has no VAE and works on pixels")
         parts.append(_prompts(config, rows))
-    if banks_errors(config, needs):
+    if caches_errors(config, needs):
         parts.append(_errors(config, rows))
     if not parts:
         raise ConfigError(
@@ -224,13 +224,13 @@ def _prompts(config: RunConfig, rows: Sequence[Example]) -> Part:
 
 
 def _errors(config: RunConfig, rows: Sequence[Example]) -> Part:
-    bank = ErrorBank(config)
-    keys = {bank.key(row): len(row.candidates) for row in rows}
-    missing = bank.store.missing(keys)
+    errors = ErrorCache(config)
+    keys = {errors.key(row): len(row.candidates) for row in rows}
+    missing = errors.store.missing(keys)
     mean = sum(keys[key] for key in missing) / max(1, len(missing))
     itemsize = 8 if config.model.dtype == "float64" else 4
-    each = int(itemsize * bank.num_draws * mean) + HEADER_BYTES
-    unit = f"rows of {bank.num_draws} draws"
+    each = int(itemsize * errors.num_draws * mean) + HEADER_BYTES
+    unit = f"rows of {errors.num_draws} draws"
     folder = config.reference.cache or cache_folder(config)
     return Part("reference errors", unit, folder, len(keys), len(missing), each)
 

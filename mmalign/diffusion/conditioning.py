@@ -226,14 +226,14 @@ class PromptEncoder:
         object.__setattr__(pipe, self.family.part, SimpleNamespace(config=settings))
         return pipe
 
-    def _zeroed(self, told: Condition, ids: Mapping[str, Tensor]) -> Condition:
+    def _zeroed(self, cond: Condition, ids: Mapping[str, Tensor]) -> Condition:
         """Zeros where the prompt is empty, if the pipeline says so."""
-        if not self._zero_empty or told.pooled is None:
-            return told
+        if not self._zero_empty or cond.pooled is None:
+            return cond
         (name, value), *_ = ids.items()
         keep = (value != self._empty_ids[name].to(value.device)).any(-1)
-        keep = keep.to(told.embeds)
-        return Condition(told.embeds * keep[:, None, None], told.pooled * keep[:, None])
+        keep = keep.to(cond.embeds)
+        return Condition(cond.embeds * keep[:, None, None], cond.pooled * keep[:, None])
 
     @cached_property
     def _empty_ids(self) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmalign.config import DiffusionConfig, EstimatorSpec
 from mmalign.core.numerics import full_precision
-from mmalign.diffusion.process import NoiseProcess, ddim_move, ddim_spread, noisier
+from mmalign.diffusion.process import NoiseProcess, ddim_std, ddim_step, renoise
 from mmalign.errors import ConfigError
 
 # Where networks are called, and what they are compared with.
@@ -44,7 +44,7 @@ class Predict(Protocol):
 
         Args:
             x: [M, ...] pictures.
-            t: [M] timesteps of the process; some below the schedule (`semantics: legacy`).
+            t: [M] timesteps of the process; some below the schedule (`inversion: diffusers_0_20`).
             rows: [M] which of the N pictures these are; None: all of them, in order.
         """
         ...
@@ -70,7 +70,7 @@ class Networks:
 # Random numbers that belong to rows: the same on every device, in every batch, after a resume.
 
 
-def seed_of(*parts: int | str) -> int:
+def noise_seed(*parts: int | str) -> int:
     """A stable 63-bit number from numbers and names.
 
     Args:
@@ -84,7 +84,7 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
-class Draws:
+class RowRNG:
     """One stream of random numbers per row and name.
 
     Every number is drawn on the CPU in float32 (uniform numbers in float64) and then moved: a row
@@ -142,7 +142,7 @@ class Draws:
 
     @staticmethod
     def _generator(seed: int, name: str) -> torch.Generator:
-        return torch.Generator().manual_seed(seed_of(seed, name))
+        return torch.Generator().manual_seed(noise_seed(seed, name))
 
 
 # Where a candidate is scored: the noisy picture, its timestep, and what should be predicted.
@@ -150,7 +150,7 @@ class Draws:
 # Forward noise takes any noisy picture of x0. The inversions look for the one from which the model
 # itself would arrive at x0: they run its sampler backwards, without gradient.
 
-Semantics = Literal["landing", "legacy", "modern"]
+Inversion = Literal["exact", "diffusers_0_20", "diffusers"]
 
 
 class Estimator(ABC):
@@ -158,14 +158,14 @@ class Estimator(ABC):
 
     @abstractmethod
     def __call__(
-        self, x0: Tensor, t: Tensor, draws: Draws, process: NoiseProcess, networks: Networks
+        self, x0: Tensor, t: Tensor, rng: RowRNG, process: NoiseProcess, networks: Networks
     ) -> Point:
         """The point of every picture.
 
         Args:
             x0: [N, ...] clean pictures or latents.
             t: [N] timesteps.
-            draws: N streams of random numbers; pictures with the same stream get the same noise.
+            rng: N streams of random numbers; pictures with the same stream get the same noise.
             process: The noise process.
             networks: Called by those that look for the point with one.
         """
@@ -193,155 +193,165 @@ class ForwardNoise(Estimator):
         self,
         x0: Tensor,
         t: Tensor,
-        draws: Draws,
+        rng: RowRNG,
         process: NoiseProcess,
         networks: Networks | None = None,
     ) -> Point:
         """The point of every picture; see `Estimator`."""
         x0 = full_precision(x0)
-        noise = draws.normal("noise", tuple(x0.shape[1:]), x0.device, x0.dtype)
+        noise = rng.normal("noise", tuple(x0.shape[1:]), x0.device, x0.dtype)
         if self.noise_offset:
             shape = (x0.shape[1], *(1,) * (x0.dim() - 2))
-            noise = noise + self.noise_offset * draws.normal("offset", shape, x0.device, x0.dtype)
+            noise = noise + self.noise_offset * rng.normal("offset", shape, x0.device, x0.dtype)
         return Point(process.add_noise(x0, noise, t), t, process.target(x0, noise, t))
 
 
 @dataclass(frozen=True)
-class _Move:
-    """One step of an inversion of the M pictures that still move; every entry is [M]."""
+class DDIMStep:
+    """One step of an inversion of the M images that have not arrived; every entry is [M]."""
 
     source: Tensor  # level the pictures are at
-    goal: Tensor  # level they are moved to
+    goal: Tensor  # level they are taken to
     call: Tensor  # timestep that the network is given
     lower: Tensor  # added noise has the spread of the sampler's step
     upper: Tensor  # from `upper` to `lower`
 
-    def of(self, rows: Tensor) -> _Move:
-        """The move of some of the pictures."""
-        return _Move(*(getattr(self, field.name)[rows] for field in fields(self)))
+    def of(self, rows: Tensor) -> DDIMStep:
+        """The step of some of the pictures."""
+        return DDIMStep(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 @dataclass(frozen=True)
 class DDIMInversion(Estimator):
-    """The sampler run backwards: InPO's place to score at.
+    """The sampler run backwards: InPO's evaluation point.
 
-    It makes moves of `ddim_move`; in a flow they are Euler's steps in sigma. The target is the
+    It makes steps of `ddim_step`; in a flow they are Euler's steps in sigma. The target is the
     noise (x_t - alpha_t x0) / sigma_t that joins the picture and the end of its path.
 
     With S = floor(T / num_steps) and the sources 1 - S, 1, 1 + S, ... below t:
 
-    landing: every move goes to the next source, the last one to t itself; the first source is
+    exact: every step goes to the next source, the last one to t itself; the first source is
         level 0, the network is called at sources. The path ends where the loss assumes it does.
-    legacy: moves of S, network called at sources, the first of them negative; ends at the first
-        level 1 + kS not below t, or at the last one.
-    modern: destinations 1, 1 + S, ... below t, network called there; ends below t. A velocity or a
-        clean picture is turned into noise at the source, as diffusers' DDIMInverseScheduler does.
+    diffusers_0_20: steps of S, network called at sources, the first of them negative; ends at the
+        first level 1 + kS not below t, or at the last one.
+    diffusers: destinations 1, 1 + S, ... below t, network called there; ends below t. A velocity or
+        a clean image is turned into noise at the source, as by diffusers' DDIMInverseScheduler.
 
     Args:
         num_steps: Steps over the whole schedule; about num_steps * t / T + 1 network calls for a
             picture, which is given to the network no more once it has arrived.
-        semantics: Which grid; pictures with different t keep their own.
-        eta: After a move, eta * sqrt(variance) of fresh noise, the variance being that of the
-            sampler between the two levels of the move (modern: between this level and the next).
+        inversion: Which grid; pictures with different t keep their own.
+        eta: After a step, eta * sqrt(variance) of fresh noise, the variance being that of the
+            sampler between the two levels of the step (diffusers: between this level and the next).
         network: Whose sampler is inverted.
 
-    Source: Lu et al. 2025, InPO, released code; legacy is its pinned diffusers 0.20, modern the
-        same script with diffusers from 0.22 on.
-    Departs: landing is ours. Every picture has its own t; the release takes the first one of the
+    Source: Lu et al. 2025, InPO, released code with its pinned diffusers 0.20; diffusers is
+        the same script with versions from 0.22 on.
+    Departs: exact is ours. Every picture has its own t; the release takes the first one of the
         micro-batch for all. The noise table is float32; as released it is half precision, which
-        changes sigma_0^2 by 15 %. modern with eta reads past the table for large t (an IndexError
-        in the release); here the last entry is used. Added noise is that of the picture's stream,
-        the same for candidates that share one.
+        changes sigma_0^2 by 15 %. In `diffusers`, eta reads past the table for large t (an
+        IndexError in the release); here the last entry is used. Added noise is that of the image's
+        stream, the same for candidates that share one.
     """
 
     num_steps: int = 10
-    semantics: Semantics = "landing"
+    inversion: Inversion = "exact"
     eta: float = 0.0
     network: Literal["policy", "reference"] = "policy"
 
     @torch.no_grad()
     def __call__(
-        self, x0: Tensor, t: Tensor, draws: Draws, process: NoiseProcess, networks: Networks
+        self, x0: Tensor, t: Tensor, rng: RowRNG, process: NoiseProcess, networks: Networks
     ) -> Point:
         """The point of every picture; see `Estimator`."""
         predict = networks.policy if self.network == "policy" else networks.reference
         assert predict is not None, "an inversion needs a network"
         x0 = full_precision(x0)
         x = x0
-        for number, (move, active) in enumerate(self._moves(t, process)):
+        for number, (step, active) in enumerate(self._steps(t, process)):
             if not bool(active.any()):
                 continue
             rows = None if bool(active.all()) else active.nonzero().flatten()
-            part, streams = x, draws
+            part, streams = x, rng
             if rows is not None:
-                streams, rows = draws.rows(rows), rows.to(x.device)
-                part, move = x[rows], move.of(rows)
-            moved = self._moved(part, move, predict, process, rows)
+                streams, rows = rng.rows(rows), rows.to(x.device)
+                part, step = x[rows], step.of(rows)
+            stepped = self._stepped(part, step, predict, process, rows)
             if self.eta:
                 noise = streams.normal(f"eta {number}", tuple(x.shape[1:]), x.device, x.dtype)
-                spread = ddim_spread(move.lower, move.upper, moved, process)
-                moved = moved + self.eta * spread * noise
-            x = moved if rows is None else x.index_copy(0, rows, moved)
+                spread = ddim_std(step.lower, step.upper, stepped, process)
+                stepped = stepped + self.eta * spread * noise
+            x = stepped if rows is None else x.index_copy(0, rows, stepped)
         alpha, sigma = process.level(t, x)
         noise = (x - alpha * x0) / sigma
         return Point(x, t, process.target(x0, noise, t))
 
-    def _moved(
-        self, x: Tensor, move: _Move, predict: Predict, process: NoiseProcess, rows: Tensor | None
+    def _stepped(
+        self,
+        x: Tensor,
+        step: DDIMStep,
+        predict: Predict,
+        process: NoiseProcess,
+        rows: Tensor | None,
     ) -> Tensor:
-        found = self._seen(x, move, predict, process, rows)
-        return ddim_move(x, self._noise(found, x, move, process), move.source, move.goal, process)
+        found = self._seen(x, step, predict, process, rows)
+        return ddim_step(x, self._noise(found, x, step, process), step.source, step.goal, process)
 
     def _seen(
-        self, x: Tensor, move: _Move, predict: Predict, process: NoiseProcess, rows: Tensor | None
+        self,
+        x: Tensor,
+        step: DDIMStep,
+        predict: Predict,
+        process: NoiseProcess,
+        rows: Tensor | None,
     ) -> Tensor:
-        """The noise that the network sees; modern: its prediction, whatever that is of."""
-        noise = full_precision(predict(x, move.call, rows)).to(x.dtype)
-        return process.prediction_from(noise, x, move.call) if self._is_modern else noise
+        """The noise that the network sees; diffusers: its prediction, whatever that is of."""
+        noise = full_precision(predict(x, step.call, rows)).to(x.dtype)
+        return process.prediction_from(noise, x, step.call) if self._as_diffusers else noise
 
-    def _noise(self, found: Tensor, x: Tensor, move: _Move, process: NoiseProcess) -> Tensor:
-        """What `_seen` found as noise; modern: at the level that the pictures are at."""
-        return process.eps_from(found, x, move.source) if self._is_modern else found
+    def _noise(self, found: Tensor, x: Tensor, step: DDIMStep, process: NoiseProcess) -> Tensor:
+        """What `_seen` found as noise; diffusers: at the level that the pictures are at."""
+        return process.eps_from(found, x, step.source) if self._as_diffusers else found
 
     @property
-    def _is_modern(self) -> bool:
-        return self.semantics == "modern"
+    def _as_diffusers(self) -> bool:
+        return self.inversion == "diffusers"
 
-    def _moves(self, t: Tensor, process: NoiseProcess) -> Iterator[tuple[_Move, Tensor]]:
-        """Moves of all pictures, and [N] on the CPU which of them still move."""
+    def _steps(self, t: Tensor, process: NoiseProcess) -> Iterator[tuple[DDIMStep, Tensor]]:
+        """Steps of all images, and [N] on the CPU which of them have not arrived."""
         grid = process.grid(self.num_steps)
-        landing, modern = self.semantics == "landing", self._is_modern
-        if process.prediction == "flow" and not landing:
+        exact, released = self.inversion == "exact", self._as_diffusers
+        if process.prediction == "flow" and not exact:
             raise ConfigError(
-                f"estimator.semantics is {self.semantics!r}, which reproduces released code for "
-                "noise tables; a flow model has semantics: landing only"
+                f"estimator.inversion is {self.inversion!r}, which reproduces released code for "
+                "noise tables; a flow model has inversion: exact only"
             )
         last = process.num_timesteps - 1
-        goals = [*grid[1:], float("inf")] if landing else grid[1:]
+        goals = [*grid[1:], float("inf")] if exact else grid[1:]
         ends = t.cpu()  # one wait for the device, before the first call
         highest = float(ends.max())
         for source, goal in zip(grid, goals, strict=False):
-            call = goal if modern else source
+            call = goal if released else source
             if call >= highest:
                 break
             start, at = torch.full_like(t, source), torch.full_like(t, call)
-            if landing:
+            if exact:
                 start = at = start.clamp(min=0)
                 end = t.clamp(max=goal)
-                yield _Move(start, end, at, start, end), max(source, 0) < ends
+                yield DDIMStep(start, end, at, start, end), max(source, 0) < ends
             else:
                 end = torch.full_like(t, min(goal, last))
                 lower, upper = start, end
-                if modern:
+                if released:
                     lower, upper = end, torch.full_like(t, min(2 * goal - source, last))
-                yield _Move(start, end, at, lower, upper), call < ends
+                yield DDIMStep(start, end, at, lower, upper), call < ends
 
 
 @dataclass(frozen=True)
 class ReNoise(DDIMInversion):
-    """Inversion with one refinement a move: SmPO's place to score at.
+    """Inversion with one refinement a step: SmPO's evaluation point.
 
-    e1 = network at x, x' = the move with e1, e2 = network at x' and the same timestep; the move is
+    e1 = network at x, x' = the step with e1, e2 = network at x' and the same timestep; the step is
     made from x with (e1 + e2) / 2. Otherwise as `DDIMInversion`, at twice its calls.
 
     Source: Lu et al. 2025, SmPO-Diffusion, released code, after Garibi et al. 2024,
@@ -352,18 +362,23 @@ class ReNoise(DDIMInversion):
 
     num_steps: int = 5
 
-    def _moved(
-        self, x: Tensor, move: _Move, predict: Predict, process: NoiseProcess, rows: Tensor | None
+    def _stepped(
+        self,
+        x: Tensor,
+        step: DDIMStep,
+        predict: Predict,
+        process: NoiseProcess,
+        rows: Tensor | None,
     ) -> Tensor:
-        first = self._seen(x, move, predict, process, rows)
-        noise = self._noise(first, x, move, process)
-        ahead = ddim_move(x, noise, move.source, move.goal, process)
-        second = self._seen(ahead, move, predict, process, rows)
-        noise = self._noise(0.5 * (first + second), x, move, process)
-        return ddim_move(x, noise, move.source, move.goal, process)
+        first = self._seen(x, step, predict, process, rows)
+        noise = self._noise(first, x, step, process)
+        ahead = ddim_step(x, noise, step.source, step.goal, process)
+        second = self._seen(ahead, step, predict, process, rows)
+        noise = self._noise(0.5 * (first + second), x, step, process)
+        return ddim_step(x, noise, step.source, step.goal, process)
 
 
-# Self-NPO's place to score at: where a slow copy of the model, without its prompt, would arrive.
+# Self-NPO's evaluation point: where a slow copy of the model, without its prompt, would arrive.
 #
 # The student learns towards the clean picture that its teacher estimates a few steps later, under
 # guidance away from the prompt. What it becomes is a negative model. The teacher's weights are an
@@ -403,14 +418,14 @@ class Truncated(Estimator):
 
     @torch.no_grad()
     def __call__(
-        self, x0: Tensor, t: Tensor, draws: Draws, process: NoiseProcess, networks: Networks
+        self, x0: Tensor, t: Tensor, rng: RowRNG, process: NoiseProcess, networks: Networks
     ) -> Point:
         """The point of every picture, with the teacher's clean picture as the target.
 
         Args:
             x0: [N, ...] clean pictures, from data or generated.
             t: Not read: the walk has timesteps of its own.
-            draws: N streams of random numbers.
+            rng: N streams of random numbers.
             process: A noise table that does not end in pure noise.
             networks: Of them the teacher, with the prompts and with the empty one.
 
@@ -423,13 +438,13 @@ class Truncated(Estimator):
         x0 = full_precision(x0)
         last = process.num_timesteps - 1
         stride = self._stride(process)
-        index = (draws.uniform("start") * self.spec.steps).long()
+        index = (rng.uniform("start") * self.spec.steps).long()
         start = ((index + 1) * stride - 1).to(x0.device)
-        noise = draws.normal("noise", tuple(x0.shape[1:]), x0.device, x0.dtype)
+        noise = rng.normal("noise", tuple(x0.shape[1:]), x0.device, x0.dtype)
         walk = self.walk(process.add_noise(x0, noise, start), start, process, teacher, empty)
-        share = draws.uniform("student").to(x0.device)
+        share = rng.uniform("student").to(x0.device)
         s = walk.t + 1 + (share * (last - walk.t)).long()
-        more = draws.normal("more", tuple(x0.shape[1:]), x0.device, x0.dtype)
+        more = rng.normal("more", tuple(x0.shape[1:]), x0.device, x0.dtype)
         return self.student_point(walk, s.clamp(max=last), more, process)
 
     @torch.no_grad()
@@ -463,14 +478,14 @@ class Truncated(Estimator):
                 break
             goal = (t - stride).clamp(min=0)
             arrived = (t == 0).view(-1, *(1,) * (x.dim() - 1))
-            x, t = torch.where(arrived, x, ddim_move(x, eps, t, goal, process)), goal
+            x, t = torch.where(arrived, x, ddim_step(x, eps, t, goal, process)), goal
             if stop_early and not bool(t.any()):
                 break
         return Walk(x, t, x0)
 
     def student_point(self, walk: Walk, s: Tensor, noise: Tensor, process: NoiseProcess) -> Point:
         """The student's input: the walk's end noised on to level s."""
-        return Point(noisier(walk.x, noise, walk.t, s, process), s, walk.x0, in_x0=True)
+        return Point(renoise(walk.x, noise, walk.t, s, process), s, walk.x0, in_x0=True)
 
     def _guided(
         self, x: Tensor, t: Tensor, predict_cond: Predict, predict_empty: Predict
@@ -511,7 +526,7 @@ def build_estimator(settings: DiffusionConfig) -> Estimator:
             "does not read it; only forward does"
         )
     if spec.kind == "ddim_inversion":
-        return DDIMInversion(spec.steps, spec.semantics, spec.eta, spec.network)
+        return DDIMInversion(spec.steps, spec.inversion, spec.eta, spec.network)
     if spec.kind == "renoise":
-        return ReNoise(spec.steps, spec.semantics, network=spec.network)
+        return ReNoise(spec.steps, spec.inversion, network=spec.network)
     return Truncated(spec)

@@ -119,7 +119,7 @@ def kohya_metadata(
     )
     spec, resolution = config.objective, config.diffusion.resolution
     objective = spec.name or " + ".join(spec.mix or {})
-    told = {"modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon"}
+    predicts = {"modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon"}
     return {
         "format": "pt",
         "ss_base_model_version": version,
@@ -138,7 +138,7 @@ def kohya_metadata(
         "modelspec.description": f"{objective} on {config.model.path}, mmalign {__version__}",
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         "modelspec.resolution": f"{resolution}x{resolution}",
-        **(told if prediction != "flow" else {}),
+        **(predicts if prediction != "flow" else {}),
     }
 
 

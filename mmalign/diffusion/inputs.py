@@ -11,7 +11,7 @@ import torch
 
 from mmalign.data.example import Picture
 from mmalign.diffusion.cache import (
-    ErrorBank,
+    ErrorCache,
     LatentCache,
     PromptCache,
     check_cacheable,
@@ -20,7 +20,7 @@ from mmalign.diffusion.cache import (
 from mmalign.diffusion.cache_plan import Processes, progress
 from mmalign.diffusion.components import PixelSpace, Vae, load_vae
 from mmalign.diffusion.conditioning import PromptEncoder
-from mmalign.diffusion.estimators import Draws, seed_of
+from mmalign.diffusion.estimators import RowRNG, noise_seed
 from mmalign.diffusion.families import Condition
 from mmalign.diffusion.pictures import (
     Frame,
@@ -104,14 +104,14 @@ class Collator:
         encoder: PromptEncoder | None,
         prompts: PromptCache | None,
         latents: LatentCache | Generated | None,
-        bank: ErrorBank | None,
+        errors: ErrorCache | None,
         components: Components,
-        banked: bool = False,
+        stored_draws: bool = False,
     ) -> None:
         self.config, self.needs, self.process = config, needs, process
-        self.encoder, self.prompts, self.latents, self.bank = encoder, prompts, latents, bank
+        self.encoder, self.prompts, self.latents, self.errors = encoder, prompts, latents, errors
         self.components = components
-        self.banked = banked  # draws are numbers of stored ones
+        self.stored_draws = stored_draws  # draws are numbers of stored ones
 
     def __call__(self, examples: Sequence[Example], draws: Sequence[int] | None) -> Batch:
         """The batch of these rows; without draws, each row's own."""
@@ -120,11 +120,11 @@ class Collator:
             self._seed(example, None if draws is None else draws[i])
             for i, example in enumerate(examples)
         ]
-        chance = Draws(torch.tensor(row_seeds))
+        rng = RowRNG(torch.tensor(row_seeds))
         # Held-out rows lose, crop and mirror nothing by chance, but stored draws are as stored.
-        fixed = draws is None and not self.banked
+        fixed = draws is None and not self.stored_draws
         rate = 0.0 if fixed else settings.caption_dropout
-        dropped = (chance.uniform("caption") < rate).tolist()
+        dropped = (rng.uniform("caption") < rate).tolist()
         captions = self._captions(examples, dropped)
         if "mismatched" in self.needs.roles:
             others = [captions[i - 1][0] for i in range(len(captions))]
@@ -138,11 +138,11 @@ class Collator:
             inputs["time_ids"] = torch.tensor(
                 [[self._time_ids(frame) for frame in row] for row in frames], dtype=torch.float32
             )
-        inputs["timesteps"] = self._timesteps(self._quantiles(examples, chance, draws), frames)
+        inputs["timesteps"] = self._timesteps(self._quantiles(examples, rng, draws), frames)
         # By name and not by place: exchanging two pictures exchanges all that is theirs.
         own = torch.tensor(
             [
-                [seed_of(seed, "picture", _name(c.response)) for c in example.candidates]
+                [noise_seed(seed, "picture", _name(c.response)) for c in example.candidates]
                 for seed, example in zip(row_seeds, examples, strict=True)
             ]
         )
@@ -150,12 +150,12 @@ class Collator:
         shared = settings.estimator.kind == "forward" and settings.estimator.shared
         inputs["picture_seeds"] = own
         inputs["seeds"] = torch.tensor(row_seeds)[:, None].expand_as(own) if shared else own
-        if self.bank is not None and self.needs.reference:
+        if self.errors is not None and self.needs.reference:
             numbers = [
                 self._number(e, None if draws is None else draws[i]) for i, e in enumerate(examples)
             ]
             inputs["ref_errors"] = torch.stack(
-                [self.bank.get(e, d) for e, d in zip(examples, numbers, strict=True)]
+                [self.errors.get(e, d) for e, d in zip(examples, numbers, strict=True)]
             )
         places = {key for key in inputs if key.startswith("rows.")}
         return Batch(
@@ -171,10 +171,10 @@ class Collator:
 
     def _seed(self, example: Example, draw: int | None) -> int:
         """The seed of a row this time."""
-        if self.banked:
+        if self.stored_draws:
             # By content: the same row has the same stored draws whatever it is called.
-            return seed_of("stored", _content(example), self._number(example, draw))
-        return seed_of("held out", example.id) if draw is None else draw
+            return noise_seed("stored", _content(example), self._number(example, draw))
+        return noise_seed("held out", example.id) if draw is None else draw
 
     def _number(self, example: Example, draw: int | None) -> int:
         """Which of the stored draws a visit uses."""
@@ -182,18 +182,18 @@ class Collator:
         return which % self.config.diffusion.num_draws
 
     def _quantiles(
-        self, examples: Sequence[Example], chance: Draws, draws: Sequence[int] | None
+        self, examples: Sequence[Example], rng: RowRNG, draws: Sequence[int] | None
     ) -> Tensor:  # [B]
         """Where in the timesteps' distribution each row is; spread evenly over several draws."""
-        u = chance.uniform("timestep")
-        strata: list[tuple[int, int]] = []
+        u = rng.uniform("timestep")
+        bins: list[tuple[int, int]] = []
         for i, example in enumerate(examples):
             draw = None if draws is None else draws[i]
-            if self.banked:
-                strata.append((self._number(example, draw), self.config.diffusion.num_draws))
+            if self.stored_draws:
+                bins.append((self._number(example, draw), self.config.diffusion.num_draws))
             else:
-                strata.append(example.meta.get(TIMESTEP_BIN, (0, 1)) if draw is None else (0, 1))
-        first, count = torch.tensor(strata, dtype=u.dtype).unbind(-1)
+                bins.append(example.meta.get(TIMESTEP_BIN, (0, 1)) if draw is None else (0, 1))
+        first, count = torch.tensor(bins, dtype=u.dtype).unbind(-1)
         return (first + u) / count
 
     def _timesteps(self, quantiles: Tensor, frames: Sequence[Sequence[Frame]]) -> Tensor:  # [B]
@@ -364,7 +364,7 @@ class Generated:
         device = next(self._model.parameters()).device
         channels = inputs.components.latent_channels
         shape = (channels, self._size[0] // self._factor, self._size[1] // self._factor)
-        noise = start_noise([seed_of(self._seed, key) for key in keys], shape)
+        noise = start_noise([noise_seed(self._seed, key) for key in keys], shape)
         options: dict[str, Any] = {"pixels": self._size}
         return denoise(
             self._model,
@@ -398,16 +398,16 @@ class Inputs:
         components: Components,
         process: NoiseProcess,
         *,
-        banked: bool = False,
+        stored_draws: bool = False,
     ) -> None:
         self.config, self.needs, self.components, self.process = config, needs, components, process
-        self.banked = banked
+        self.stored_draws = stored_draws
         self._collator: Collator | None = None
         self._encoder: PromptEncoder | None = None
         self._vae: Vae | PixelSpace | None = None
         self._prompts: PromptCache | None = None
         self._empty: Condition | None = None
-        self._told: dict[tuple[str, ...], Condition] = {}  # prompts to show, on the CPU
+        self._shown: dict[tuple[str, ...], Condition] = {}  # prompts to show, on the CPU
 
     def open(self, examples: Sequence[Example], model: nn.Module) -> None:
         """Use caches where they hold all of these rows.
@@ -433,12 +433,12 @@ class Inputs:
         if settings.estimator.generated:
             latents = Generated(self, model)
             latents.write(examples)
-        bank = None
+        errors = None
         if self.config.reference.kind == "cached" and self.needs.reference:
             check_cacheable(self.config, self.needs)
-            bank = ErrorBank(self.config)
-            bank.require(examples)
-        self._collator = self._collate_with(prompts, latents, bank)
+            errors = ErrorCache(self.config)
+            errors.require(examples)
+        self._collator = self._collate_with(prompts, latents, errors)
         self.release()
 
     @property
@@ -464,7 +464,7 @@ class Inputs:
         self,
         prompts: PromptCache | None,
         latents: LatentCache | Generated | None,
-        bank: ErrorBank | None,
+        errors: ErrorCache | None,
     ) -> Collator:
         return Collator(
             self.config,
@@ -473,8 +473,8 @@ class Inputs:
             encoder=None if prompts else self.encoder,
             prompts=prompts,
             latents=latents,
-            bank=bank,
-            banked=self.banked or bank is not None,
+            errors=errors,
+            stored_draws=self.stored_draws or errors is not None,
             components=self.components,
         )
 
@@ -492,16 +492,16 @@ class Inputs:
         return self._encoder
 
     def condition(self, batch: Batch) -> Condition:
-        """What the network is told of every picture, [B * K] rows."""
-        flat = {name: value.flatten(0, 1) for name, value in batch.inputs.items() if _is_told(name)}
+        """The conditioning of every image, [B * K] rows."""
+        flat = {name: value.flatten(0, 1) for name, value in batch.inputs.items() if _is_cond(name)}
         if "embeds" in flat:
-            told = Condition(flat["embeds"], flat.get("pooled"))
+            cond = Condition(flat["embeds"], flat.get("pooled"))
         else:
             ids = {n.removeprefix("ids."): v for n, v in flat.items() if n.startswith("ids.")}
-            told = self.encoder.to(batch.labels.device).embed(ids)
+            cond = self.encoder.to(batch.labels.device).embed(ids)
         if self.components.is_distilled:
-            told = told.with_guidance(self.config.diffusion.embedded_guidance)
-        return replace(told, time_ids=flat.get("time_ids"))
+            cond = cond.with_guidance(self.config.diffusion.embedded_guidance)
+        return replace(cond, time_ids=flat.get("time_ids"))
 
     def empty(self, device: torch.device) -> Condition:
         """The empty prompt, one row, without time ids."""
@@ -524,9 +524,9 @@ class Inputs:
         if self._prompts is None:
             return self.encoder.to(device).encode(prompts)
         key = tuple(prompts)
-        if key not in self._told:
-            self._told[key] = self.encoder.to(device).encode(prompts).to("cpu")
-        return self._told[key].to(device)
+        if key not in self._shown:
+            self._shown[key] = self.encoder.to(device).encode(prompts).to("cpu")
+        return self._shown[key].to(device)
 
     # -- pictures ----------------------------------------------------------------------------
 
@@ -539,12 +539,12 @@ class Inputs:
         return self._vae
 
     @torch.no_grad()
-    def latents(self, pictures: Mapping[str, Tensor], draws: Draws) -> Tensor:
+    def latents(self, pictures: Mapping[str, Tensor], rng: RowRNG) -> Tensor:
         """Clean latents [N, C, h, w], drawn from the VAE's posterior.
 
         Args:
             pictures: `mean` and perhaps `std`, or `pixels`; [R, K, ...] each, N = R * K.
-            draws: One stream a picture.
+            rng: One stream an image.
         """
         flat = {name: value.flatten(0, 1) for name, value in pictures.items()}
         if "pixels" in flat:
@@ -556,7 +556,7 @@ class Inputs:
             mean, std = flat["mean"].float(), flat.get("std")
         if std is None:
             return mean
-        noise = draws.normal("posterior", tuple(mean.shape[1:]), mean.device, mean.dtype)
+        noise = rng.normal("posterior", tuple(mean.shape[1:]), mean.device, mean.dtype)
         return mean + std.to(mean.dtype) * noise
 
 
@@ -572,7 +572,7 @@ def captions_of(example: Example) -> list[str]:
     return [caption_of(example, k) for k in range(len(example.candidates))]
 
 
-def _is_told(name: str) -> bool:
+def _is_cond(name: str) -> bool:
     return name in ("embeds", "pooled", "time_ids") or name.startswith("ids.")
 
 

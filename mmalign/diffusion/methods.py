@@ -9,7 +9,7 @@ import torch
 from mmalign.config import DiffusionConfig, TimestepSpec
 from mmalign.diffusion.families import family_of
 from mmalign.diffusion.pipeline import denoiser_config, pipeline_folder, scheduler_config
-from mmalign.diffusion.process import VPTable
+from mmalign.diffusion.process import VPSchedule
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def check_pipeline(config: RunConfig, components: Components) -> list[str]:
     settings = config.diffusion
     if settings.time_ids != "measured" and not components.family.has_time_ids:
         problems.append(
-            f"diffusion.time_ids is {settings.time_ids}, but only SDXL is told sizes, and "
-            f"{config.model.path} is of the family {components.family}. Remove it"
+            f"diffusion.time_ids is {settings.time_ids}, but only SDXL is conditioned on sizes, "
+            f"and {config.model.path} is of the family {components.family}. Remove it"
         )
     default = DiffusionConfig().embedded_guidance
     if settings.embedded_guidance != default and not components.is_distilled:
@@ -85,7 +85,7 @@ def check_other(path: str, config: RunConfig, components: Components) -> None:
             f"{policy.prediction}. Their errors cannot be compared; use a reference of the same "
             "prediction type"
         )
-    if not (isinstance(policy, VPTable) and isinstance(reference, VPTable)):
+    if not (isinstance(policy, VPSchedule) and isinstance(reference, VPSchedule)):
         return
     a, b = policy.table, reference.table
     if a.shape != b.shape or not torch.allclose(a, b):
@@ -111,10 +111,10 @@ def check_process(config: RunConfig, process: NoiseProcess) -> list[str]:
             f"objective 'flow_dpo' is for flow models, but this one predicts {process.prediction}. "
             "Use diffusion_dpo"
         )
-    if is_flow and spec.semantics != "landing":
+    if is_flow and spec.inversion != "exact":
         problems.append(
-            f"diffusion.estimator.semantics is {spec.semantics}, which reproduces released code "
-            "for noise tables, but this is a flow model. Use landing"
+            f"diffusion.estimator.inversion is {spec.inversion}, which reproduces released code "
+            "for noise tables, but this is a flow model. Use exact"
         )
     if spec.kind == "truncated" and (is_flow or process.ends_in_noise):
         problems.append(
@@ -168,7 +168,7 @@ def _estimator(config: RunConfig) -> list[str]:
     if spec.kind != "forward":
         if config.reference.kind == "cached":
             problems.append(
-                "reference.kind is cached, which needs places that do not change, but "
+                "reference.kind is cached, which needs noised samples that do not change, but "
                 f"diffusion.estimator.kind is {spec.kind}. Use a live reference, or kind: forward"
             )
         if config.diffusion.noise_offset:

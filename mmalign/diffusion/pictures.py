@@ -378,7 +378,7 @@ def open_store(folder: Path, settings: Mapping[str, str]) -> TensorCache:
     return TensorCache(folder, settings, seconds=FLUSH_SECONDS)
 
 
-class Contents:
+class FileStat:
     """What identifies a picture: its file with size and time of change, and its cell.
 
     A file is looked at once in the life of the object.
@@ -407,11 +407,11 @@ class Contents:
         return [*file, picture.row, picture.column]
 
 
-class PictureNotes:
+class ImageSizeCache:
     """What decoding a picture once has shown: its size, or why it cannot be decoded."""
 
-    def __init__(self, config: RunConfig, contents: Contents | None = None) -> None:
-        self._contents = contents or Contents()
+    def __init__(self, config: RunConfig, contents: FileStat | None = None) -> None:
+        self._contents = contents or FileStat()
         self._known: dict[Picture, Size | DataError] = {}
         self.store = open_store(cache_folder(config) / "pictures", {"holds": "sizes"})
 
@@ -450,7 +450,7 @@ def look(
     config: RunConfig,
     pictures: Iterable[Picture],
     *,
-    notes: PictureNotes | None = None,
+    notes: ImageSizeCache | None = None,
     seen: Callable[[int], None] | None = None,
 ) -> dict[Picture, Size | DataError]:
     """The sizes of pictures, or why one cannot be decoded; only those not known are decoded.
@@ -461,7 +461,7 @@ def look(
         notes: To add to; without them nothing is written.
         seen: Called with the number of pictures decoded since the last call.
     """
-    known = notes or PictureNotes(config)
+    known = notes or ImageSizeCache(config)
     found: dict[Picture, Size | DataError] = {}
     unknown: list[Picture] = []
     for picture in dict.fromkeys(pictures):

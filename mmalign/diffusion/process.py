@@ -25,7 +25,7 @@ def betas(scheduler_config: Mapping[str, Any]) -> Tensor:  # [T] float32
     """The variances added at each step, as diffusers computes them.
 
     Args:
-        scheduler_config: Contents of `scheduler_config.json`; what is missing has the value that
+        scheduler_config: FileStat of `scheduler_config.json`; what is missing has the value that
             diffusers gives it.
 
     Raises:
@@ -232,7 +232,7 @@ class NoiseProcess(ABC):
             )
 
 
-class VPTable(NoiseProcess):
+class VPSchedule(NoiseProcess):
     """Variance-preserving process (DDPM): alpha_t^2 = alphas_cumprod[t], sigma_t^2 = 1 - that.
 
     Args:
@@ -338,7 +338,7 @@ def process_from(
     """The noise process that a model's scheduler describes.
 
     Args:
-        scheduler_config: Contents of `scheduler_config.json`.
+        scheduler_config: FileStat of `scheduler_config.json`.
         prediction: `diffusion.prediction`; other than "auto" it must agree with the scheduler, or
             fill in what that leaves out.
         zero_terminal_snr: Rescale the table so that it ends in pure noise.
@@ -373,7 +373,7 @@ def process_from(
     if zero_terminal_snr or scheduler_config.get("rescale_betas_zero_snr"):
         table = zero_terminal(table)
     kind: Any = (said or "epsilon") if prediction == "auto" else prediction
-    return VPTable(table, kind)
+    return VPSchedule(table, kind)
 
 
 _OTHER_LEVELS = ("EDM", "CosineDPM", "Karras", "ScoreSde", "CMStochastic", "IPNDM", "Wuerstchen")
@@ -437,12 +437,12 @@ def _flow(
     return RectifiedFlow(num, shift_at=shift_at)
 
 
-# Steps between noise levels: the sampler's, forwards and backwards, and more noise.
+# Steps between noise levels: the sampler's, forwards and backwards, and added noise.
 #
 # Levels are timesteps of the noise process, one a picture; alpha and sigma are those of a level.
 
 
-def ddim_move(
+def ddim_step(
     x: Tensor, eps: Tensor, source: Tensor, goal: Tensor, process: NoiseProcess
 ) -> Tensor:  # [N, ...]
     """One deterministic step of the sampler, in either direction.
@@ -461,10 +461,10 @@ def ddim_move(
     return alpha_goal * ((x - sigma * eps) / alpha) + sigma_goal * eps
 
 
-def noisier(
+def renoise(
     x: Tensor, noise: Tensor, source: Tensor, goal: Tensor, process: NoiseProcess
 ) -> Tensor:  # [N, ...]
-    """Pictures at level a taken to a noisier level b with fresh noise.
+    """Pictures at level a taken to a renoise level b with fresh noise.
 
     x_b = alpha_b (x_a / alpha_a + sqrt(rho_b^2 - rho_a^2) noise), rho = sigma / alpha.
 
@@ -480,7 +480,7 @@ def noisier(
     return alpha_goal * (x / alpha) + _added_variance(source, goal, x, process).sqrt() * noise
 
 
-def ddim_spread(lower: Tensor, upper: Tensor, like: Tensor, process: NoiseProcess) -> Tensor:
+def ddim_std(lower: Tensor, upper: Tensor, like: Tensor, process: NoiseProcess) -> Tensor:
     """Standard deviation of the sampler's step from `upper` to `lower` at eta = 1, [N, 1, ...].
 
     (sigma_l / sigma_u) sqrt(sigma_u^2 - (alpha_u / alpha_l)^2 sigma_l^2)

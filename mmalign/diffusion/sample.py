@@ -145,7 +145,7 @@ def denoise(
         prompts: N embedded prompts.
         empty: The empty prompt, one row.
         noise: [N, C, H, W], standard normal.
-        pixels: Height and width of the pictures, which SDXL is told.
+        pixels: Height and width of the pictures, which SDXL is conditioned on.
         negative_model: A second network for the empty prompt.
 
     Returns:

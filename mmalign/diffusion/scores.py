@@ -1,4 +1,4 @@
-"""Pictures to log-probabilities: where they are scored, and the errors of the networks there."""
+"""Images to log-probabilities: the noised samples, and the networks' errors there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmalign.core.numerics import full_precision
-from mmalign.diffusion.estimators import Draws, Networks, Point, build_estimator
+from mmalign.diffusion.estimators import Networks, Point, RowRNG, build_estimator
 from mmalign.diffusion.process import NoiseProcess
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def denoising_error(
     return error if weight is None else error * weight.to(error)
 
 
-# Pictures to log-probabilities: where they are scored, and the errors of the networks there.
+# Images to log-probabilities: the noised samples, and the networks' errors there.
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Scores:
 
 
 class Scoring:
-    """Scores pictures under policy and reference at the same place: -logp_scale * error.
+    """Scores pictures under policy and reference at the same point: -logp_scale * error.
 
     Args:
         settings: Timestep weights, estimator, reduction and logp_scale.
@@ -126,19 +126,19 @@ class Scoring:
             batch: The whole batch: B rows of K candidates.
             part: The rows of this shape.
             flat: [N] places of their candidates among the B * K.
-            condition: [N] what the networks are told.
+            condition: [N] conditioning of the networks.
             needs: What to compute.
         """
         settings = self.settings
         num = batch.labels.shape[1]
-        own = Draws(batch.inputs["picture_seeds"].flatten()[flat])
-        draws = Draws(batch.inputs["seeds"].flatten()[flat])
-        x0 = self.inputs.latents(part.pictures, own)
+        own_rng = RowRNG(batch.inputs["picture_seeds"].flatten()[flat])
+        rng = RowRNG(batch.inputs["seeds"].flatten()[flat])
+        x0 = self.inputs.latents(part.pictures, own_rng)
         rows = part.rows.to(x0.device, non_blocking=True)
         t = batch.inputs["timesteps"][rows].repeat_interleave(num)
         process = self.process.at((x0.shape[-2], x0.shape[-1]))
         networks = self._networks(policy, x0.device, condition)
-        point = self.estimator(x0, t, draws, process, networks)
+        point = self.estimator(x0, t, rng, process, networks)
 
         spec = settings.timesteps
         weight = None
@@ -176,9 +176,9 @@ class Scoring:
             active: Callable[[], AbstractContextManager[nn.Module]], given: Condition
         ) -> Predict:
             def noise(x: Tensor, t: Tensor, rows: Tensor | None = None, /) -> Tensor:
-                told = given if rows is None else given.rows(rows)
+                cond = given if rows is None else given.rows(rows)
                 with active() as model:
-                    return self.process.eps_from(self._raw(model, x, t, told), x, t)
+                    return self.process.eps_from(self._raw(model, x, t, cond), x, t)
 
             return noise
 

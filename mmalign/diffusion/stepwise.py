@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmalign.core.numerics import full_precision
-from mmalign.diffusion.process import NoiseProcess, ddim_spread
+from mmalign.diffusion.process import NoiseProcess, ddim_std
 
 
 def ddim_step_stats(
@@ -20,7 +20,7 @@ def ddim_step_stats(
 ) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the next picture of a stochastic DDIM step.
 
-    p = max(t - floor(T / num_steps), 0); spread = eta * `ddim_spread`(p, t);
+    p = max(t - floor(T / num_steps), 0); spread = eta * `ddim_std`(p, t);
     mean = alpha_p x0 + sqrt(sigma_p^2 - spread^2) eps, x0 = (x_t - sigma_t eps) / alpha_t.
 
     Args:
@@ -40,7 +40,7 @@ def ddim_step_stats(
     previous = (t - process.num_timesteps // num_steps).clamp(min=0)
     alpha, sigma = process.level(t, x_t)
     alpha_p, sigma_p = process.level(previous, x_t)
-    spread = eta * ddim_spread(previous, t, x_t, process)
+    spread = eta * ddim_std(previous, t, x_t, process)
     direction = (sigma_p**2 - spread**2).clamp(min=0.0).sqrt()
     return alpha_p * ((x_t - sigma * eps) / alpha) + direction * eps, spread
 

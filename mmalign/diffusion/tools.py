@@ -19,10 +19,10 @@ import torch
 from mmalign.data.jobs import only_writer
 from mmalign.diffusion import components, pictures
 from mmalign.diffusion.cache import (
-    ErrorBank,
+    ErrorCache,
     LatentCache,
     PromptCache,
-    banks_errors,
+    caches_errors,
     check_cacheable,
     has_latents,
 )
@@ -39,7 +39,7 @@ from mmalign.diffusion.cache_plan import plan as plan_needed
 from mmalign.diffusion.conditioning import PromptEncoder
 from mmalign.diffusion.pictures import (
     Frame,
-    PictureNotes,
+    ImageSizeCache,
     cache_folder,
     look,
     prepare,
@@ -118,7 +118,7 @@ def _write(config: RunConfig, needs: Needs, place: Processes) -> str:
         done[part.name] = STAGES[part.name](config, needs, rows, place)
         place.wait()
     everyone = place.gather(done)
-    told = [
+    written = [
         f"{part.name}: {sum(one[part.name] for one in everyone)} written, "
         f"{part.total - part.missing} were there"
         for part in plan.parts
@@ -126,9 +126,9 @@ def _write(config: RunConfig, needs: Needs, place: Processes) -> str:
     train = (
         ["diffusion.cache=on"] if config.diffusion.cache != "off" and has_latents(config) else []
     )
-    train += ["reference.kind=cached"] if banks_errors(config, needs) else []
+    train += ["reference.kind=cached"] if caches_errors(config, needs) else []
     advice = f" Train with {' '.join(train)}" if train else ""
-    return f"{cache_folder(config)}: {'; '.join(told)}.{advice}"
+    return f"{cache_folder(config)}: {'; '.join(written)}.{advice}"
 
 
 def sweep(folder: Path) -> None:
@@ -146,7 +146,7 @@ def _look(config: RunConfig, needs: Needs, place: Processes) -> None:
     from mmalign.data.sources import load_examples
 
     loaded = load_examples(config.data, needs, seed=config.train.seed)
-    notes = PictureNotes(config)
+    notes = ImageSizeCache(config)
     todo = [
         picture
         for picture in pictures_of([row for part in loaded for row in part])
@@ -259,8 +259,8 @@ def _write_prompts(
     with progress("prompts", len(todo), shown=place.is_main) as seen, cache.store:
         for start in range(0, len(todo), size):
             part = todo[start : start + size]
-            told = encoder.encode([*part, *[""] * (size - len(part))])
-            cache.put(part, told.to("cpu"))
+            cond = encoder.encode([*part, *[""] * (size - len(part))])
+            cache.put(part, cond.to("cpu"))
             seen(len(part))
     return len(todo)
 
@@ -275,26 +275,26 @@ def _write_errors(
     from mmalign.core import Needs
     from mmalign.diffusion.adapter import DiffusionAdapter
 
-    bank = ErrorBank(config)
-    todo = [row for row in bank.missing(rows) if place.is_mine(bank.key(row))]
+    errors = ErrorCache(config)
+    todo = [row for row in errors.missing(rows) if place.is_mine(errors.key(row))]
     if not todo:
         return 0
-    policy = DiffusionAdapter.for_bank(config, Needs()).to(place.device).eval()
+    policy = DiffusionAdapter.with_stored_draws(config, Needs()).to(place.device).eval()
     policy.setup(todo)
     size = config.train.eval_batch_size or config.train.batch_size
     half = config.train.mixed_precision == "bf16"
     autocast = torch.autocast(place.device.type, torch.bfloat16, enabled=half)
     unit = -config.diffusion.logp_scale
-    with progress("reference errors", len(todo), shown=place.is_main) as seen, bank.store:
+    with progress("reference errors", len(todo), shown=place.is_main) as seen, errors.store:
         for row in todo:
             parts: list[torch.Tensor] = []
-            for start in range(0, bank.num_draws, size):
-                draws = list(range(start, min(start + size, bank.num_draws)))
+            for start in range(0, errors.num_draws, size):
+                draws = list(range(start, min(start + size, errors.num_draws)))
                 batch = policy.collate([row] * len(draws), draws).to(place.device)
                 with autocast, torch.no_grad():
                     scores = policy(batch, Needs()).policy[..., 0]
                 parts.append(scores.cpu() / unit)
-            bank.put(row, torch.cat(parts))
+            errors.put(row, torch.cat(parts))
             seen(1)
     return len(todo)
 
@@ -362,7 +362,7 @@ def _errors(config: RunConfig, needs: Needs) -> float:
         settings = config.diffusion.model_copy(update={"cache": "auto"})
         config = config.model_copy(update={"diffusion": settings})
     place, draws = Processes.launched(), config.diffusion.num_draws
-    policy = DiffusionAdapter.for_bank(config, Needs()).to(place.device).eval()
+    policy = DiffusionAdapter.with_stored_draws(config, Needs()).to(place.device).eval()
     policy.setup(rows)
     size = min(draws, config.train.eval_batch_size or config.train.batch_size)
     batch = policy.collate(rows * size, list(range(size))).to(place.device)

@@ -244,7 +244,7 @@ def measure(config: RunConfig, painter: Painter, before: Shown, count: int, nois
 
     Args:
         config: Of the finished run.
-        painter: Draws them.
+        painter: RowRNG them.
         before: Those of the base.
         count: How many of them at the steps before the last.
         noise: Seed of the first picture's start noise.
@@ -512,7 +512,7 @@ def _too_far(
 def _limits(result: Mapping[str, Any]) -> Markup:
     notes = [
         "Ink is counted, not judged: no person preferred anything here. Pairs of people's choices "
-        "are noisier, and what they want is not one number.",
+        "are renoise, and what they want is not one number.",
         "The oracle learned from the same 1,797 pictures as the base. It says whether a picture "
         "looks like its digit to a support vector machine, not whether it is beautiful.",
         "There are ten neutral prompts, all trained on: pictures are held out, prompts are not.",

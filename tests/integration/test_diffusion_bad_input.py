@@ -158,7 +158,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "time ids without SDXL": (
         {"diffusion": {"time_ids": "constant", "resolution": 32}},
-        "diffusion.time_ids is constant, but only SDXL is told sizes.*family sd. Remove it",
+        "time_ids is constant, but only SDXL is conditioned on sizes.*family sd. Remove it",
     ),
     "a negative model that is not there": (
         {"diffusion": {"sampling": {"negative": "nowhere"}}},

@@ -53,5 +53,5 @@ class SD3(Family):
     def call(self, model: nn.Module, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
         """The transformer under prompt and pooled prompt."""
         pooled = self.given(cond.pooled, "pooled embeddings (those of both CLIP encoders)")
-        told = {"encoder_hidden_states": cond.embeds, "pooled_projections": pooled, "timestep": t}
-        return model(hidden_states=x, **told, return_dict=False)[0]
+        given = {"encoder_hidden_states": cond.embeds, "pooled_projections": pooled, "timestep": t}
+        return model(hidden_states=x, **given, return_dict=False)[0]

@@ -87,7 +87,7 @@ class SDXL(SD):
                 f"height, target width); found {time_ids.shape[-1]}"
             )
         added = {"text_embeds": pooled, "time_ids": time_ids}
-        told = {"encoder_hidden_states": cond.embeds, "added_cond_kwargs": added}
-        return model(x, t, **told, return_dict=False)[0]
+        given = {"encoder_hidden_states": cond.embeds, "added_cond_kwargs": added}
+        return model(x, t, **given, return_dict=False)[0]
 
     kohya_version = Family.kohya_version  # there is one SDXL

@@ -10,17 +10,17 @@ from goldens import fold, load, tensor
 from torch import Tensor
 
 from mmalign.core import CandidateLogps, Loss, Objective
-from mmalign.diffusion.estimators import Draws, Point, Predict
-from mmalign.diffusion.process import NoiseProcess, VPTable
+from mmalign.diffusion.estimators import Point, Predict, RowRNG
+from mmalign.diffusion.process import NoiseProcess, VPSchedule
 from mmalign.diffusion.scores import denoising_error
 
 GOLDEN = load("diffusion")
 
 
-def table(prediction: Any = "epsilon") -> VPTable:
+def table(prediction: Any = "epsilon") -> VPSchedule:
     """SD 1.5's noise table as the golden file stores it."""
     stored = torch.tensor(GOLDEN["schedule"]["alphas_cumprod_float32"], dtype=torch.float32)
-    return VPTable(stored, prediction)
+    return VPSchedule(stored, prediction)
 
 
 def rows(halves: Any) -> Tensor:  # [2B, ...] chosen, then rejected -> [B * 2, ...] row by row
@@ -48,7 +48,7 @@ class Net:
         return self.a * x * level + self.b * condition.flatten(1).mean(1).view(shape)
 
 
-class Given(Draws):
+class Given(RowRNG):
     """Stored numbers by name, instead of streams."""
 
     def __init__(self, numbers: Mapping[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ from mmalign.core import Needs
 from mmalign.diffusion import cache_plan, components, tools
 from mmalign.diffusion import pictures as notes
 from mmalign.diffusion.adapter import DiffusionAdapter
-from mmalign.diffusion.cache import ErrorBank, LatentCache, PromptCache
+from mmalign.diffusion.cache import ErrorCache, LatentCache, PromptCache
 from mmalign.diffusion.cache_plan import Processes, ahead, duration, progress
 from mmalign.diffusion.conditioning import PromptEncoder
 from mmalign.diffusion.families import Condition
@@ -179,8 +179,8 @@ def test_a_cached_reference_gives_log_2(
     adapter = build_adapter(config, objective.needs)
     held_out = adapter.eval_examples(rows)
     adapter.setup([*rows, *held_out])
-    bank, seen = ErrorBank(config), set()
-    live = DiffusionAdapter.for_bank(config, objective.needs)
+    bank, seen = ErrorCache(config), set()
+    live = DiffusionAdapter.with_stored_draws(config, objective.needs)
     live.setup(rows)
     with torch.no_grad():
         scores = live(live.collate([rows[1]] * 3, [0, 1, 2]), Needs(reference=True))
@@ -281,7 +281,7 @@ def test_a_changed_picture_is_a_miss(written: tuple[Path, RunConfig]) -> None:
     try:
         assert _lacking(config) == (1, 0, 1)
         with pytest.raises(ConfigError, match="lacks the reference errors of 1 of 3 rows"):
-            ErrorBank(config).require(rows_of(config))
+            ErrorCache(config).require(rows_of(config))
     finally:
         os.utime(file, ns=(before, before))
 
@@ -292,7 +292,7 @@ def _lacking(config: RunConfig) -> tuple[int, int, int]:
     return (
         len(LatentCache(config).missing(rows)),
         len(PromptCache(config).missing([tiny_pictures.caption(i) for i in range(3)])),
-        len(ErrorBank(config).missing(rows)),
+        len(ErrorCache(config).missing(rows)),
     )
 
 
@@ -542,7 +542,7 @@ def test_a_damaged_entry_names_the_file_to_remove(sd15_dir: Path, tmp_path: Path
 def test_loader_workers_get_copies(written: tuple[Path, RunConfig]) -> None:
     _, config = written
     rows = rows_of(config)
-    for cache in (LatentCache(config), ErrorBank(config)):
+    for cache in (LatentCache(config), ErrorCache(config)):
         before = cache.get(rows[0], 0)[0]
         assert torch.equal(pickle.loads(pickle.dumps(cache)).get(rows[0], 0)[0], before)
 

@@ -12,32 +12,36 @@ from torch import Tensor
 from mmalign.config import DiffusionConfig, EstimatorSpec
 from mmalign.diffusion.estimators import (
     DDIMInversion,
-    Draws,
     ForwardNoise,
     Networks,
     ReNoise,
+    RowRNG,
     Truncated,
     build_estimator,
 )
 from mmalign.diffusion.process import (
     NoiseProcess,
     RectifiedFlow,
-    VPTable,
+    VPSchedule,
     process_from,
     zero_terminal,
 )
 from mmalign.errors import ConfigError
 
 INVERSIONS: list[Any] = [
-    *(kind(semantics=s) for kind in (DDIMInversion, ReNoise) for s in ("legacy", "modern")),
+    *(
+        kind(inversion=s)
+        for kind in (DDIMInversion, ReNoise)
+        for s in ("diffusers_0_20", "diffusers")
+    ),
     *(
         DDIMInversion(),
         ReNoise(),
         DDIMInversion(eta=0.1),
-        DDIMInversion(semantics="modern", eta=0.1),
+        DDIMInversion(inversion="diffusers", eta=0.1),
     ),
 ]
-NAMES = [f"{type(e).__name__}-{e.semantics}-{e.eta}" for e in INVERSIONS]
+NAMES = [f"{type(e).__name__}-{e.inversion}-{e.eta}" for e in INVERSIONS]
 
 
 def pictures(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -46,17 +50,17 @@ def pictures(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def test_forward_noise_is_the_streams() -> None:
     x0, t = pictures(4), torch.tensor([5, 5, 700, 700])
-    point = ForwardNoise()(x0, t, Draws([1, 2]).repeat(2), table())
+    point = ForwardNoise()(x0, t, RowRNG([1, 2]).repeat(2), table())
     assert torch.equal(point.target[0], point.target[1])
     assert not torch.equal(point.target[1], point.target[2])
     assert torch.equal(point.x_t, table().add_noise(x0, point.target, t))
-    apart = ForwardNoise()(x0, t, Draws([1, 2, 3, 4]), table())
+    apart = ForwardNoise()(x0, t, RowRNG([1, 2, 3, 4]), table())
     assert not torch.equal(apart.target[0], apart.target[1])
 
 
 def test_the_offset_is_one_number_a_channel_and_shared_by_the_row() -> None:
     x0, t = pictures(2), torch.tensor([5, 5])
-    draws = Draws([1]).repeat(2)
+    draws = RowRNG([1]).repeat(2)
     plain = ForwardNoise()(x0, t, draws, table()).target
     moved = ForwardNoise(0.05)(x0, t, draws, table()).target
     offset = moved - plain
@@ -66,7 +70,7 @@ def test_the_offset_is_one_number_a_channel_and_shared_by_the_row() -> None:
 
 
 def test_a_network_is_called_where_one_is_needed() -> None:
-    x0, t, draws = pictures(2), torch.tensor([400, 500]), Draws([1, 2])
+    x0, t, draws = pictures(2), torch.tensor([400, 500]), RowRNG([1, 2])
     policy, reference = (Net([a, 0.1], torch.ones(2, 3)) for a in (0.3, 0.2))
     networks = Networks(policy, reference)
     ForwardNoise()(x0, t, draws, table(), networks)
@@ -81,7 +85,7 @@ def test_a_network_is_called_where_one_is_needed() -> None:
 @pytest.mark.parametrize("estimator", INVERSIONS, ids=NAMES)
 def test_every_picture_has_its_own_path(estimator: DDIMInversion) -> None:
     x0, condition = pictures(5), torch.randn(5, 3, dtype=torch.float64)
-    t, draws = torch.tensor([0, 1, 333, 950, 999]), Draws(range(5))
+    t, draws = torch.tensor([0, 1, 333, 950, 999]), RowRNG(range(5))
     together = estimator(x0, t, draws, table(), Networks(Net([0.3, 0.1], condition)))
     for i in range(5):
         net = Net([0.3, 0.1], condition[[i]])
@@ -90,19 +94,19 @@ def test_every_picture_has_its_own_path(estimator: DDIMInversion) -> None:
         torch.testing.assert_close(together.target[i], alone.target[0])
 
 
-@pytest.mark.parametrize("semantics", ["landing", "legacy", "modern"])
+@pytest.mark.parametrize("inversion", ["exact", "diffusers_0_20", "diffusers"])
 @pytest.mark.parametrize("kind", [DDIMInversion, ReNoise])
-def test_a_picture_that_has_arrived_is_not_given_to_the_network(kind: Any, semantics: Any) -> None:
+def test_a_picture_that_has_arrived_is_not_given_to_the_network(kind: Any, inversion: Any) -> None:
     """As many evaluations as the pictures take one by one, and not the longest for all."""
     t, condition = torch.tensor([950, 30, 0, 450, 250]), torch.randn(5, 3)
-    x0, draws = pictures(5), Draws(range(5))
+    x0, draws = pictures(5), RowRNG(range(5))
     alone: list[list[float]] = []
     for i in range(5):
         net = Net([0.3, 0.1], condition[[i]])
-        kind(semantics=semantics)(x0[[i]], t[[i]], draws.rows([i]), table(), Networks(net))
+        kind(inversion=inversion)(x0[[i]], t[[i]], draws.rows([i]), table(), Networks(net))
         alone += net.called
     net = Net([0.3, 0.1], condition)
-    kind(semantics=semantics)(x0, t, draws, table(), Networks(net))
+    kind(inversion=inversion)(x0, t, draws, table(), Networks(net))
     together = [level for call in net.called for level in call]
     assert sorted(together) == sorted(level for call in alone for level in call)
     assert len(together) < 0.7 * 5 * len(net.called)
@@ -118,7 +122,7 @@ def test_landing_ends_at_the_drawn_timestep(process: NoiseProcess) -> None:
         return noise if rows is None else noise[rows]
 
     for estimator in (DDIMInversion(7), ReNoise(3)):
-        point = estimator(x0, t, Draws(range(6)), process, Networks(sees))
+        point = estimator(x0, t, RowRNG(range(6)), process, Networks(sees))
         start = process.level(torch.zeros_like(t), x0)  # where the path takes x0 to be
         alpha, sigma = process.level(t, x0)
         clean = (x0 - start[1] * noise) / start[0]
@@ -138,10 +142,10 @@ def test_landing_calls_the_network_at_its_sources() -> None:
         (999, [0, *range(1, 902, 100)]),
     ]:
         net = Net([0.3, 0.1], torch.ones(1, 3))
-        DDIMInversion(10)(x0, torch.tensor([t]), Draws([0]), table(), Networks(net))
+        DDIMInversion(10)(x0, torch.tensor([t]), RowRNG([0]), table(), Networks(net))
         assert [call[0] for call in net.called if call[0] < t] == sources
     net = Net([0.3, 0.1], torch.ones(1, 3))
-    ReNoise(10)(x0, torch.tensor([150]), Draws([0]), table(), Networks(net))
+    ReNoise(10)(x0, torch.tensor([150]), RowRNG([0]), table(), Networks(net))
     assert [call[0] for call in net.called] == [0, 0, 1, 1, 101, 101]
 
 
@@ -159,10 +163,10 @@ def test_an_inversion_in_a_flow_is_eulers_method() -> None:
     x = x0
     for source, goal in zip(grid, [*grid[1:], 0.8], strict=True):
         x = x + (goal - source) * velocity(x, torch.tensor([source]))
-    point = DDIMInversion(5)(x0, t, Draws([0]), process, Networks(sees))
+    point = DDIMInversion(5)(x0, t, RowRNG([0]), process, Networks(sees))
     torch.testing.assert_close(point.x_t, x)
     assert torch.isfinite(
-        DDIMInversion(5, eta=0.1)(x0, t, Draws([0]), process, Networks(sees)).x_t
+        DDIMInversion(5, eta=0.1)(x0, t, RowRNG([0]), process, Networks(sees)).x_t
     ).all()
 
 
@@ -193,17 +197,17 @@ def test_modern_is_the_inverse_scheduler_of_diffusers(prediction: Any) -> None:
         if t < 951:
             x = scheduler.step(network(x, t), int(t), x, return_dict=False)[0]
     ends = torch.full((2,), 951)
-    found = DDIMInversion(10, "modern")(start, ends, Draws([1, 2]), process, Networks(seen))
+    found = DDIMInversion(10, "diffusers")(start, ends, RowRNG([1, 2]), process, Networks(seen))
     torch.testing.assert_close(found.x_t, x, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("semantics", ["legacy", "modern"])
-def test_released_grids_have_no_meaning_in_a_flow(semantics: Any) -> None:
-    with pytest.raises(ConfigError, match=f"semantics is '{semantics}'.*flow model"):
-        DDIMInversion(5, semantics)(
+@pytest.mark.parametrize("inversion", ["diffusers_0_20", "diffusers"])
+def test_released_grids_have_no_meaning_in_a_flow(inversion: Any) -> None:
+    with pytest.raises(ConfigError, match=f"inversion is '{inversion}'.*flow model"):
+        DDIMInversion(5, inversion)(
             pictures(1),
             torch.tensor([0.5]),
-            Draws([0]),
+            RowRNG([0]),
             RectifiedFlow(),
             Networks(Net([0.1, 0.1], pictures(1))),
         )
@@ -214,21 +218,21 @@ def test_released_grids_have_no_meaning_in_a_flow(semantics: Any) -> None:
 def test_extremes_are_finite(estimator: DDIMInversion, kind: Any) -> None:
     x0 = 1e4 * pictures(4, torch.float32)
     t = torch.tensor([0, 1, 998, 999])
-    for process in (table(kind), VPTable(zero_terminal(table().table), kind)):
+    for process in (table(kind), VPSchedule(zero_terminal(table().table), kind)):
         net = Net([0.3, 0.1], torch.ones(4, 3))
-        point = estimator(x0, t, Draws(range(4)), process, Networks(net))
+        point = estimator(x0, t, RowRNG(range(4)), process, Networks(net))
         assert point.x_t.dtype == torch.float32
         assert torch.isfinite(point.x_t).all()
         assert torch.isfinite(point.target).all()
 
 
 @pytest.mark.parametrize("num_steps", [1, pytest.param(999, marks=pytest.mark.slow), 1000])
-@pytest.mark.parametrize("semantics", ["landing", "legacy", "modern"])
-def test_any_number_of_steps(num_steps: int, semantics: Any) -> None:
-    estimator = DDIMInversion(num_steps, semantics, eta=0.1)
+@pytest.mark.parametrize("inversion", ["exact", "diffusers_0_20", "diffusers"])
+def test_any_number_of_steps(num_steps: int, inversion: Any) -> None:
+    estimator = DDIMInversion(num_steps, inversion, eta=0.1)
     net = Net([0.3, 0.1], torch.ones(1, 3))
     for t in (0, 999):
-        point = estimator(pictures(1), torch.tensor([t]), Draws([0]), table(), Networks(net))
+        point = estimator(pictures(1), torch.tensor([t]), RowRNG([0]), table(), Networks(net))
         assert torch.isfinite(point.x_t).all()
 
 
@@ -237,7 +241,7 @@ def test_no_gradient_flows_into_a_point() -> None:
     net = Net([0.3, 0.1], torch.ones(2, 3))
     t = torch.tensor([400, 500])
     for estimator in (ForwardNoise(), DDIMInversion(), ReNoise()):
-        point = estimator(x0, t, Draws([1, 2]), table(), Networks(net))
+        point = estimator(x0, t, RowRNG([1, 2]), table(), Networks(net))
         assert not point.x_t.requires_grad
         assert not point.target.requires_grad
 
@@ -248,11 +252,11 @@ def test_built_from_a_configuration() -> None:
         return build_estimator(DiffusionConfig(estimator=spec, noise_offset=noise_offset))
 
     assert built(0.05) == ForwardNoise(0.05)
-    assert built(kind="ddim_inversion") == DDIMInversion(10, "landing", 0.0)
-    assert built(kind="ddim_inversion", eta=0.1, semantics="modern", num_steps=7) == DDIMInversion(
-        7, "modern", 0.1
-    )
-    assert built(kind="renoise") == ReNoise(5, "landing")
+    assert built(kind="ddim_inversion") == DDIMInversion(10, "exact", 0.0)
+    assert built(
+        kind="ddim_inversion", eta=0.1, inversion="diffusers", num_steps=7
+    ) == DDIMInversion(7, "diffusers", 0.1)
+    assert built(kind="renoise") == ReNoise(5, "exact")
     with pytest.raises(ConfigError, match=r"noise_offset is 0.05.*only forward"):
         built(0.05, kind="renoise")
     assert built(kind="ddim_inversion", network="reference").network == "reference"

@@ -244,7 +244,11 @@ def test_two_steps_and_the_exported_files(
         ("sd3_dir", {"embedded_guidance": 2.0}, "only models distilled with guidance are given"),
         ("schnell_dir", {"embedded_guidance": 2.0}, "only models distilled with guidance are"),
         ("flux_dir", {"sampling": {"negative": "x"}}, "models distilled with guidance, as .* are"),
-        ("flux_dir", {"time_ids": "constant"}, "only SDXL is told sizes.* of the family flux"),
+        (
+            "flux_dir",
+            {"time_ids": "constant"},
+            "only SDXL is conditioned on sizes.* of the family flux",
+        ),
     ],
 )
 def test_settings_that_a_model_does_not_read_are_refused(

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 from nets import table
+from pydantic import ValidationError
 
-from mmalign.config import RunConfig
+from mmalign.config import EstimatorSpec, RunConfig
+from mmalign.config.diffusion import _say_once  # pyright: ignore[reportPrivateUsage]
+from mmalign.config.run import deciding
 from mmalign.core import presets
 from mmalign.diffusion.methods import check_method, check_process
-from mmalign.diffusion.process import RectifiedFlow, VPTable, zero_terminal
+from mmalign.diffusion.process import RectifiedFlow, VPSchedule, zero_terminal
 
 
 def config(objective: Any, diffusion: Any = None, **sections: Any) -> RunConfig:
@@ -91,7 +94,7 @@ def test_what_fits(fitting: RunConfig) -> None:
         (config({"name": "dpo", "ld_alpha": 0.5}), "objective.ld_alpha acts on the tokens"),
         (
             config("smpo", estimator("renoise"), reference={"kind": "cached"}),
-            "reference.kind is cached, which needs places that do not change",
+            "reference.kind is cached, which needs noised samples that do not change",
         ),
         (
             config("smpo", estimator("renoise") | {"noise_offset": 0.05}),
@@ -109,8 +112,8 @@ def test_what_does_not_fit(unfit: RunConfig, sentence: str) -> None:
 
 
 def test_processes() -> None:
-    noisy_end = VPTable(zero_terminal(table().table))
-    legacy = config("inpo", estimator("ddim_inversion", semantics="legacy"))
+    noisy_end = VPSchedule(zero_terminal(table().table))
+    legacy = config("inpo", estimator("ddim_inversion", inversion="diffusers_0_20"))
     weighted = config("diffusion_dpo", {"timesteps": {"weighting": "sample"}})
     teacher = config("self_npo", estimator("truncated"))
     assert check_process(config("flow_dpo"), RectifiedFlow()) == []
@@ -118,7 +121,7 @@ def test_processes() -> None:
     assert check_process(teacher, table()) == []
     for unfit, process, sentence in [
         (config("flow_dpo"), table(), "'flow_dpo' is for flow models"),
-        (legacy, RectifiedFlow(), "semantics is legacy"),
+        (legacy, RectifiedFlow(), "inversion is diffusers_0_20"),
         (weighted, noisy_end, "weighting is sample"),
         (teacher, RectifiedFlow(), "keeps nothing of the picture"),
         (teacher, noisy_end, "keeps nothing of the picture"),
@@ -134,3 +137,33 @@ def test_the_methods_on_errors_say_so() -> None:
     assert own == {name for name, made in presets.PRESETS.items() if made().unit == "error"}
     assert presets.build_mix({"smpo": 1.0, "sft": 0.1}).unit == "error"
     assert presets.build("smpo", wpo=True).unit == "error"
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new"),
+    [
+        ("semantics", "landing", "exact"),
+        ("semantics", "legacy", "diffusers_0_20"),
+        ("inversion", "modern", "diffusers"),
+    ],
+)
+def test_the_old_spelling_of_an_inversion_is_read_and_named_once(
+    key: str, old: str, new: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    _say_once.cache_clear()
+    given = {"kind": "ddim_inversion", key: old}
+    for _ in range(2):
+        assert EstimatorSpec.model_validate(given).inversion == new
+    said = f"diffusion.estimator.{key}: {old} is inversion: {new} now; the old spelling is"
+    assert [r.getMessage() for r in caplog.records] == [f"{said} read as well"]
+    with pytest.raises(ValidationError, match="old name of `inversion`, and both are set"):
+        EstimatorSpec.model_validate(given | {"semantics": old, "inversion": new})
+
+
+def test_checkpoints_under_the_old_names_resume() -> None:
+    found = deciding(config("inpo", estimator("ddim_inversion", inversion="diffusers")))
+    assert found["diffusion"]["estimator"]["semantics"] == "modern"
+    assert not {"inversion"} & found["diffusion"]["estimator"].keys()
+    assert "embedded_guidance" not in found["diffusion"]
+    changed = deciding(config("flow_dpo", {"embedded_guidance": 1.0}))
+    assert changed["diffusion"]["embedded_guidance"] == 1.0

@@ -14,7 +14,7 @@ from mmalign.config import TimestepSpec
 from mmalign.diffusion.process import (
     NoiseProcess,
     RectifiedFlow,
-    VPTable,
+    VPSchedule,
     betas,
     draw_timesteps,
     process_from,
@@ -38,7 +38,7 @@ def timesteps(process: NoiseProcess, number: int = 7) -> torch.Tensor:
 
 def test_table_of_sd() -> None:
     process = process_from(SCHEDULE["config"])
-    assert isinstance(process, VPTable)
+    assert isinstance(process, VPSchedule)
     assert process.prediction == "epsilon"
     assert process.table.dtype == torch.float32
     expected = torch.tensor(SCHEDULE["alphas_cumprod_float32"], dtype=torch.float32)
@@ -53,7 +53,7 @@ def test_zero_terminal_snr_of_the_release() -> None:
         {"alphas_cumprod": rescaled[golden["timesteps"]]},
     )
     process = process_from(SCHEDULE["config"], zero_terminal_snr=True)
-    assert isinstance(process, VPTable)
+    assert isinstance(process, VPSchedule)
     assert process.ends_in_noise
     assert process.table[0] == table().table[0]
     torch.testing.assert_close(process.table.double(), rescaled, rtol=0, atol=1e-6)
@@ -71,7 +71,7 @@ def test_turbo_timesteps_of_the_release() -> None:
 def test_tables_equal_diffusers(kind: str, rescale: bool) -> None:
     scheduler = DDIMScheduler(beta_schedule=kind, rescale_betas_zero_snr=rescale)
     process = process_from(scheduler.config)
-    assert isinstance(process, VPTable)
+    assert isinstance(process, VPSchedule)
     tol = 1e-6 if rescale else 0.0
     torch.testing.assert_close(process.table, scheduler.alphas_cumprod, rtol=0, atol=tol)
 
@@ -79,7 +79,7 @@ def test_tables_equal_diffusers(kind: str, rescale: bool) -> None:
 def test_trained_betas() -> None:
     listed = [0.1, 0.2, 0.3]
     process = process_from({"trained_betas": listed})
-    assert isinstance(process, VPTable)
+    assert isinstance(process, VPSchedule)
     torch.testing.assert_close(process.table, torch.tensor([0.9, 0.72, 0.504]))
 
 
@@ -157,10 +157,10 @@ def test_pure_noise() -> None:
     t = torch.tensor([999])
     x0, noise = torch.randn(2, 1, 4, 2, 2)
     for kind in ("epsilon", "v_prediction", "sample"):
-        process = VPTable(zero_terminal(table().table), kind)
+        process = VPSchedule(zero_terminal(table().table), kind)
         assert torch.equal(process.add_noise(x0, noise, t), noise)
         assert torch.isfinite(process.error_weight(t, "min_snr")).all()
-    process = VPTable(zero_terminal(table().table), "epsilon")
+    process = VPSchedule(zero_terminal(table().table), "epsilon")
     with pytest.raises(ConfigError, match=r"ends in pure noise.*v_prediction"):
         process.x0_from(noise, noise, t)
     with pytest.raises(ConfigError, match="weighting: sample has no value"):

@@ -13,14 +13,14 @@ from nets import Net, logps, table
 from torch import Tensor
 
 from mmalign.core import presets
-from mmalign.diffusion.estimators import DDIMInversion, Draws, ForwardNoise, Networks, Point
-from mmalign.diffusion.process import NoiseProcess, RectifiedFlow, VPTable, zero_terminal
+from mmalign.diffusion.estimators import DDIMInversion, ForwardNoise, Networks, Point, RowRNG
+from mmalign.diffusion.process import NoiseProcess, RectifiedFlow, VPSchedule, zero_terminal
 from mmalign.diffusion.scores import denoising_error
 
 ON_PAIRS = ["diffusion_dpo", "smpo", "inpo", "diffusion_npo", "dcpo", "flow_dpo"]
 PROCESSES: list[Any] = [
     *(table(kind) for kind in ("epsilon", "v_prediction", "sample")),
-    VPTable(zero_terminal(table().table), "v_prediction"),
+    VPSchedule(zero_terminal(table().table), "v_prediction"),
     RectifiedFlow(shift=3.0),
 ]
 
@@ -77,9 +77,9 @@ def test_policy_equal_to_reference_gives_log_2(
     name: str, process: NoiseProcess, dtype: torch.dtype
 ) -> None:
     x0 = torch.randn(6, 4, 3, 3, dtype=dtype)
-    t = process.timestep(Draws([1, 2, 3]).repeat(2).uniform("t"))
+    t = process.timestep(RowRNG([1, 2, 3]).repeat(2).uniform("t"))
     net = Net([0.3, 0.1], torch.randn(6, 5).to(dtype))
-    at = ForwardNoise()(x0, t, Draws([1, 2, 3]).repeat(2), process)
+    at = ForwardNoise()(x0, t, RowRNG([1, 2, 3]).repeat(2), process)
     error = denoising_error(net(at.x_t, process.timestep_input(t)).to(dtype), at, process)
     loss = presets.build(name)(logps(error, error.detach()))
     assert loss.value.item() == pytest.approx(math.log(2.0), abs=1e-7)
@@ -89,7 +89,7 @@ def test_policy_equal_to_reference_gives_log_2(
 @pytest.mark.parametrize("name", ON_PAIRS)
 def test_exchanged_candidates_negate_the_logit_exactly(name: str) -> None:
     x0, cond = torch.randn(6, 4, 3, 3), torch.randn(6, 5)
-    t, draws = torch.tensor([3, 3, 500, 500, 999, 999]), Draws([1, 2, 3]).repeat(2)
+    t, draws = torch.tensor([3, 3, 500, 500, 999, 999]), RowRNG([1, 2, 3]).repeat(2)
     other = torch.tensor([1, 0, 3, 2, 5, 4])
     process, objective = table(), presets.build(name)
     policy, reference = [0.3, 0.1], [0.25, 0.1]
@@ -141,7 +141,7 @@ def test_extreme_pictures_and_timesteps_are_finite_with_finite_slopes(
     at = process.timestep(torch.tensor([t / 1000.0 + 1e-6]))
     net = Net([0.3, 0.1], torch.ones(1, 5))
     estimator = DDIMInversion(4) if inverted else ForwardNoise()
-    place = estimator(size * torch.ones(1, 4, 2, 2), at, Draws([t]), process, Networks(net))
+    place = estimator(size * torch.ones(1, 4, 2, 2), at, RowRNG([t]), process, Networks(net))
     error = denoising_error(net(place.x_t, process.timestep_input(at)), place, process)
     slopes = torch.autograd.grad(error.sum(), [net.a, net.b])
     assert torch.isfinite(error).all()

@@ -58,12 +58,12 @@ def test_pairs_of_a_step() -> None:
 
 
 def test_a_deterministic_step_is_the_samplers() -> None:
-    from mmalign.diffusion.process import ddim_move
+    from mmalign.diffusion.process import ddim_step
 
     process, t = table(), torch.tensor([801, 401, 51])
     eps, x = torch.randn(2, 3, 4, 2, 2, dtype=torch.float64)
     mean, spread = ddim_step_stats(eps, x, t, process, 20, eta=0.0)
-    torch.testing.assert_close(mean, ddim_move(x, eps, t, t - 50, process))
+    torch.testing.assert_close(mean, ddim_step(x, eps, t, t - 50, process))
     assert not spread.any()
 
 

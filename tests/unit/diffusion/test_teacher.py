@@ -12,8 +12,8 @@ from torch import nn
 
 from mmalign.config import EstimatorSpec
 from mmalign.core import CandidateLogps, presets
-from mmalign.diffusion.estimators import Draws, Networks, Truncated
-from mmalign.diffusion.process import RectifiedFlow, VPTable, zero_terminal
+from mmalign.diffusion.estimators import Networks, RowRNG, Truncated
+from mmalign.diffusion.process import RectifiedFlow, VPSchedule, zero_terminal
 from mmalign.diffusion.scores import denoising_error
 from mmalign.errors import ConfigError
 from mmalign.models.reference import Ema, copy_of
@@ -108,7 +108,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     process, estimator = table(), Truncated(EstimatorSpec(kind="truncated", guidance=-5.0))
     x0 = torch.randn(4, 4, 3, 3, dtype=torch.float64)
     cond, empty = torch.randn(2, 4, 5, dtype=torch.float64)
-    draws = Draws([3, 4, 5, 6])
+    draws = RowRNG([3, 4, 5, 6])
 
     def point(index: list[int]) -> Any:
         nets = [Net([0.3, 0.1], given[index]) for given in (cond, empty)]
@@ -132,11 +132,11 @@ def test_guidance_minus_one_calls_the_empty_prompt_alone() -> None:
     x0 = torch.randn(2, 4, 3, 3)
     net = Net([0.3, 0.1], torch.randn(2, 5))
     Truncated(EstimatorSpec(kind="truncated"))(
-        x0, NONE, Draws([1, 2]), table(), teachers(never, net)
+        x0, NONE, RowRNG([1, 2]), table(), teachers(never, net)
     )
     assert len(net.called) == 6
     zero = Truncated(EstimatorSpec(kind="truncated", guidance=0.0))
-    zero(x0, NONE, Draws([1, 2]), table(), teachers(net, never))
+    zero(x0, NONE, RowRNG([1, 2]), table(), teachers(net, never))
 
 
 @pytest.mark.parametrize("num_moves", [0, 5])
@@ -145,16 +145,16 @@ def test_extreme_walks_stay_finite(num_steps: int, num_moves: int) -> None:
     spec = EstimatorSpec(kind="truncated", num_steps=num_steps, num_moves=num_moves)
     x0 = 1e4 * torch.randn(8, 4, 2, 2)
     net = Net([0.3, 0.1], torch.randn(8, 5))
-    point = Truncated(spec)(x0, NONE, Draws(range(8)), table(), teachers(net, net))
+    point = Truncated(spec)(x0, NONE, RowRNG(range(8)), table(), teachers(net, net))
     assert torch.isfinite(point.x_t).all()
     assert torch.isfinite(point.target).all()
     assert (point.t <= 999).all()
 
 
-@pytest.mark.parametrize("process", [RectifiedFlow(), VPTable(zero_terminal(table().table))])
+@pytest.mark.parametrize("process", [RectifiedFlow(), VPSchedule(zero_terminal(table().table))])
 def test_processes_without_a_picture_at_the_end_are_refused(process: Any) -> None:
     net = Net([0.3, 0.1], torch.randn(1, 5))
     with pytest.raises(ConfigError, match="truncated, which starts at the last level"):
         Truncated(EstimatorSpec(kind="truncated"))(
-            torch.randn(1, 4, 2, 2), NONE, Draws([0]), process, teachers(net, net)
+            torch.randn(1, 4, 2, 2), NONE, RowRNG([0]), process, teachers(net, net)
         )
