@@ -6,18 +6,19 @@ import ast
 import json
 import re
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 from mmalign.bench.base import Benchmark, Entry, Prediction, Question, Source, Verdict
-from mmalign.bench.choice import Choice, listed
+from mmalign.bench.choice import Keys, OneFile
 from mmalign.bench.options import mentioned, plain
-from mmalign.bench.parsers import LETTERS, concluded, letter, yes_no
+from mmalign.bench.parsers import concluded, yes_no
 from mmalign.bench.spoken import final
 from mmalign.errors import DataError
 
 # AVQA: questions about what is seen and heard, four options each.
 
 
-class AVQA(Choice):
+class AVQA(OneFile):
     """Accuracy, in all and by type of question."""
 
     name = "avqa"
@@ -28,38 +29,15 @@ class AVQA(Choice):
     legacy = "the same: the published code classifies and reads no text"
     skips_missing = False
     source = "Yang et al. 2022, AVQA (ACM Multimedia)"
-
-    def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
-        """Answers are counted from 0."""
-        for entry in source.entries():
-            options = entry.texts("multi_choice")
-            index = entry.value.get("answer")
-            if not isinstance(index, int) or not 0 <= index < len(options):
-                raise DataError(
-                    f"{entry.where}: `answer` must be 0 to {len(options) - 1}; found {index!r}"
-                )
-            prompt = listed(entry.text("question_text"), options)
-            named = {"type": "question_type", "relation": "question_relation"}
-            meta = {key: entry.maybe(name) for key, name in named.items()}
-            question = Question(
-                id=entry.text("id"),
-                task=meta["type"] or "",
-                prompt=prompt + self.suffix.removesuffix(" (ours)"),
-                video=f"{entry.text('video_name')}.mp4",
-                options=tuple(options),
-                answer=LETTERS[index],
-                meta={key: value for key, value in meta.items() if value},
-            )
-            yield question, entry.maybe("prediction", "pred", "response")
+    tables = ("type", "relation")
+    keys = Keys("question_text", "multi_choice", "answer", "video_name")
+    by = MappingProxyType({"type": "question_type", "relation": "question_relation"})
+    task_table = "type"
+    video_ending = ".mp4"
 
     def judge(self, row: Prediction, legacy: bool) -> Verdict:
         """One way to read, legacy or not."""
-        read = letter(row.prediction or "", row.options)
-        return Verdict(read, read == row.answer)
-
-    def groups(self, row: Prediction) -> Mapping[str, str]:
-        """By type and relation where they are known."""
-        return {key: str(row.meta[key]) for key in ("type", "relation") if key in row.meta}
+        return super().judge(row, legacy=False)
 
 
 # MUSIC-AVQA: questions about musical performances, answered with one of 42 words.
@@ -140,12 +118,12 @@ class MusicAVQA(Benchmark):
             question = Question(
                 id=entry.text("question_id"),
                 task=" ".join(kinds),
-                prompt=_filled(entry) + self.suffix.removesuffix(" (ours)"),
+                prompt=_filled(entry) + self.ending,
                 video=f"{video}.mp4",
                 answer=entry.text("anser", "answer"),
                 meta={"modality": kinds[0], "video": video},
             )
-            yield question, entry.maybe("prediction", "pred", "response")
+            yield question, entry.said()
 
     def judge(self, row: Prediction, legacy: bool) -> Verdict:
         """Compare words, or find the one answer that is said."""

@@ -27,6 +27,9 @@ from mmalign.stats import NUM_RESAMPLES, resample_counts
 
 MAX_OPTIONS = 26
 
+SAID = ("prediction", "pred", "response")
+"""Keys under which files hold a model's answers."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -68,6 +71,17 @@ class Entry:
         if value is not None and found is None:
             raise DataError(f"{self.where}: {key!r} must be seconds; found {show(value)}")
         return found
+
+    def place(self, key: str, count: int) -> int:
+        """A place in a list of `count`, from 0."""
+        found = self.value.get(key)
+        if not isinstance(found, int) or not 0 <= found < count:
+            raise DataError(f"{self.where}: {key!r} must be 0 to {count - 1}; found {found!r}")
+        return found
+
+    def said(self, *keys: str) -> str | None:
+        """What a model said: under the first of `keys`, or of `SAID`, that is there."""
+        return self.maybe(*keys, *SAID)
 
     def inner(self, key: str) -> Entry:
         """The object under a key."""
@@ -379,7 +393,7 @@ class Benchmark(ABC):
         title: In full.
         layout: Its file, in one line.
         metric: The number to report.
-        suffix: How the prompt ends; where it is ours, it says so.
+        suffix: How the prompt ends; " (ours)" behind it where nothing is published.
         strict: How answers are read.
         legacy: What the published code does differently.
         source: Paper and code.
@@ -388,6 +402,8 @@ class Benchmark(ABC):
         codes: Whose code the legacy reading can follow, the default first; () where there is one.
         skips_missing: Whether the published code leaves out questions without an answer.
         plain: Metrics that are no shares.
+        tables: Keys of `meta` that questions are grouped by, the first one is averaged; () for the
+            task.
     """
 
     name: ClassVar[str]
@@ -403,9 +419,15 @@ class Benchmark(ABC):
     codes: ClassVar[tuple[str, ...]] = ()
     skips_missing: ClassVar[bool] = False
     plain: ClassVar[frozenset[str]] = frozenset()
+    tables: ClassVar[tuple[str, ...]] = ()
 
     code = ""
     """One of `codes`, where the legacy reading is not to follow the first."""
+
+    @property
+    def ending(self) -> str:
+        """The suffix as a model is given it."""
+        return self.suffix.removesuffix(" (ours)")
 
     @abstractmethod
     def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
@@ -421,7 +443,9 @@ class Benchmark(ABC):
 
     def groups(self, row: Prediction) -> Mapping[str, str]:
         """The tables that a question counts in, and its row in each; the first one is averaged."""
-        return {"task": row.task}
+        if not self.tables:
+            return {"task": row.task}
+        return {key: str(row.meta[key]) for key in self.tables if key in row.meta}
 
     def unit_of(self, row: Prediction) -> str:
         """What a question is drawn with."""

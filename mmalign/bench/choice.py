@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
 
 from mmalign.bench.base import Benchmark, Entry, Prediction, Question, Source, Verdict
 from mmalign.bench.base import entry as as_entry
@@ -96,17 +98,23 @@ class BothCodes(Choice):
 
 
 class TaskFiles(Choice):
-    """One file a task: a list of `{video, question, candidates, answer}`; so MVBench has them."""
+    """One file a task: a list of `{video, question, candidates, answer}`; so MVBench has them.
+
+    Attributes:
+        task_key: Under which a question names its task; "": the file's name does.
+    """
 
     layout = "task.json: [{video, question, candidates, answer, start?, end?, prediction?}, ...]"
-    suffix: ClassVar[str] = "\nOnly give the best option."
+    metric = "accuracy over all questions; macro and each task besides"
+    suffix = "\nOnly give the best option."
+    task_key: ClassVar[str] = ""
 
     def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
         """Questions are numbered from 0 in their file."""
         counts: dict[str, int] = {}
         for entry in source.entries():
             options = entry.texts("candidates")
-            task = self.task(entry, source)
+            task = (self.task_key and entry.maybe(self.task_key)) or source.path.stem
             number = counts[task] = counts.get(task, -1) + 1
             question = Question(
                 id=f"{task}/{number}",
@@ -118,15 +126,58 @@ class TaskFiles(Choice):
                 options=tuple(options),
                 answer=right_letter(entry.text("answer"), options, entry.where),
             )
-            yield question, entry.maybe("prediction", "pred", "response")
-
-    def task(self, entry: Entry, source: Source) -> str:
-        """By default the file's name."""
-        return source.path.stem
+            yield question, entry.said()
 
     def clip(self, video: str, task: str) -> str:
         """The clip's file in the folder of all media."""
         return video
+
+
+class Keys(NamedTuple):
+    """What a file calls the parts of a question; `right` is the place of the right option."""
+
+    question: str
+    options: str
+    right: str
+    video: str
+
+
+class OneFile(Choice):
+    """A list of questions in one file, which name the right option by its place.
+
+    Attributes:
+        keys: Of the parts of a question.
+        by: Table of `tables` to the key in the file.
+        task_table: Of these the one that is the task.
+        mark: How an option is written.
+        video_ending: What the file's name lacks.
+    """
+
+    keys: ClassVar[Keys]
+    by: ClassVar[Mapping[str, str]]
+    task_table: ClassVar[str]
+    mark: ClassVar[str] = "({}) {}"
+    video_ending: ClassVar[str] = ""
+
+    def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
+        """One an entry."""
+        for entry in source.entries():
+            yield self.asked(entry), entry.said()
+
+    def asked(self, entry: Entry) -> Question:
+        """The question of an entry; tables that it does not name are left out."""
+        keys = self.keys
+        options = entry.texts(keys.options)
+        named = {table: entry.maybe(key) for table, key in self.by.items()}
+        return Question(
+            id=entry.text("id"),
+            task=named[self.task_table] or "",
+            prompt=listed(entry.text(keys.question), options, self.mark) + self.ending,
+            video=entry.text(keys.video) + self.video_ending,
+            options=tuple(options),
+            answer=LETTERS[entry.place(keys.right, len(options))],
+            meta={table: name for table, name in named.items() if name},
+        )
 
 
 # MVBench: twenty tasks on clips of eleven data sets.
@@ -161,7 +212,6 @@ class MVBench(BothCodes, TaskFiles):
 
     name = "mvbench"
     title = "MVBench, 20 tasks"
-    metric = "accuracy over all questions; macro and each task besides"
     source = "Li et al. 2023, arXiv:2311.17005; pritamqu/RRPO, eval/mvbench"
 
     def clip(self, video: str, task: str) -> str:
@@ -177,7 +227,6 @@ class TVBench(BothCodes, TaskFiles):
 
     name = "tvbench"
     title = "TVBench, 10 tasks"
-    metric = "accuracy over all questions; macro and each task besides"
     source = "Cores et al. 2024, arXiv:2410.07752; pritamqu/RRPO, eval/tvbench"
 
     def clip(self, video: str, task: str) -> str:
@@ -197,16 +246,13 @@ class MLVU(TaskFiles):
     metric = "unweighted mean of the tasks' accuracy; over all questions besides"
     headline = "macro"
     source = "Zhou et al. 2024, arXiv:2406.04264; pritamqu/RRPO, eval/mlvu"
-
-    def task(self, entry: Entry, source: Source) -> str:
-        """Named in each question; files are called 1_plotQA.json and so on."""
-        return entry.maybe("question_type") or source.path.stem
+    task_key = "question_type"  # files are called 1_plotQA.json and so on
 
 
 # LongVideoBench: questions on videos of up to an hour.
 
 
-class LongVideoBench(Choice):
+class LongVideoBench(OneFile):
     """Accuracy, in all and by duration and category."""
 
     name = "longvideobench"
@@ -215,47 +261,27 @@ class LongVideoBench(Choice):
     metric = "accuracy over all questions; by duration group and category besides"
     suffix = "\nAnswer with the option's letter from the given choices directly."
     source = "Wu et al. 2024, arXiv:2407.15754; pritamqu/RRPO, eval/longvideobench"
+    tables = ("duration", "category")
+    keys = Keys("question", "candidates", "correct_choice", "video_path")
+    by = MappingProxyType({"duration": "duration_group", "category": "question_category"})
+    task_table = "category"
+    mark = "{}. {}"
 
     def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
         """Question files, and `{id, pred, gt}` as RRPO writes answers."""
         for entry in source.entries():
             name = entry.text("id")
-            drawn = entry.maybe("video_id") or name.rpartition("_")[0] or name
+            drawn = {"video": entry.maybe("video_id") or name.rpartition("_")[0] or name}
             if "candidates" not in entry.value:
                 answer = right_letter(entry.text("gt"), (), entry.where)
-                question = Question(name, "", "", "", answer, meta={"video": drawn})
-                yield question, entry.maybe("pred", "prediction")
+                yield Question(name, "", "", "", answer, meta=drawn), entry.said("pred")
                 continue
-            options = entry.texts("candidates")
-            index = entry.value.get("correct_choice")
-            if not isinstance(index, int) or not 0 <= index < len(options):
-                most = len(options) - 1
-                raise DataError(
-                    f"{entry.where}: `correct_choice` must be 0 to {most}; found {index!r}"
-                )
-            named = {
-                "duration": entry.maybe("duration_group"),
-                "category": entry.maybe("question_category"),
-            }
-            question = Question(
-                id=name,
-                task=named["category"] or "",
-                prompt=listed(entry.text("question"), options, "{}. {}") + self.suffix,
-                video=entry.text("video_path"),
-                options=tuple(options),
-                answer=LETTERS[index],
-                meta={"video": drawn, **{key: value for key, value in named.items() if value}},
-            )
-            yield question, entry.maybe("prediction", "pred", "response")
-
-    def groups(self, row: Prediction) -> Mapping[str, str]:
-        """By duration and category where they are known."""
-        return {key: str(row.meta[key]) for key in ("duration", "category") if key in row.meta}
+            question = self.asked(entry)
+            yield replace(question, meta={**drawn, **question.meta}), entry.said()
 
 
 # Video-MME: three questions a video, videos of three durations.
 
-TABLES = ("duration", "domain", "sub_category", "task_type")
 _LETTERED = re.compile(r"^\s*\(?[A-Z][.):]\s*")
 
 MERGED_PREFIXES = (
@@ -300,6 +326,12 @@ class VideoMME(Choice):
         "answers without one are left out"
     )
     source = "Fu et al. 2024, arXiv:2405.21075; pritamqu/RRPO, eval/videomme"
+    tables = (
+        "duration",
+        "domain",
+        "sub_category",
+        "task_type",
+    )
 
     def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
         """Nested by video, or flat as in the published table."""
@@ -313,7 +345,7 @@ class VideoMME(Choice):
 
     def _item(self, video: Entry, asked: Entry) -> tuple[Question, str | None]:
         options = _options(asked)
-        meta: dict[str, Any] = {key: video.text(key) for key in TABLES[:3]}
+        meta: dict[str, Any] = {key: video.text(key) for key in self.tables[:3]}
         meta["task_type"] = asked.text("task_type")
         meta["video"] = video.text("video_id")
         prompt = (
@@ -331,7 +363,7 @@ class VideoMME(Choice):
             answer=right_letter(asked.text("answer"), texts, asked.where),
             meta=meta,
         )
-        return question, asked.maybe("response", "prediction")
+        return question, asked.said("response")
 
     def judge(self, row: Prediction, legacy: bool) -> Verdict:
         """Whether the letter that is read is the right one."""
@@ -341,10 +373,6 @@ class VideoMME(Choice):
             return Verdict(read, read == row.answer, counted=read is not None)
         read = letter(text, row.options, 4)
         return Verdict(read, read == row.answer)
-
-    def groups(self, row: Prediction) -> Mapping[str, str]:
-        """Four tables; the macro average is over durations."""
-        return {key: str(row.meta[key]) for key in TABLES if key in row.meta}
 
 
 def _options(asked: Entry) -> list[str]:

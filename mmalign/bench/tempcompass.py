@@ -28,7 +28,6 @@ from mmalign.bench.parsers import LETTERS, letter, yes_no
 from mmalign.bench.spoken import final
 from mmalign.errors import DataError
 
-DIMENSIONS = ("action", "direction", "speed", "order", "attribute_change")
 _INDEX = re.compile(r"(?:sentence|option|caption|information)\s+", re.IGNORECASE)
 _LINE = re.compile(r"^\s*(?:(?:Sentence|Option|Caption) )?([A-Z]|\d)\s*[.:)]\s*(.*)$")
 
@@ -52,7 +51,7 @@ class TempCompass(Benchmark):
                     found = entry(item, f"{where} {i}")
                     yield (
                         self._question(found, video, dimension, i),
-                        found.maybe("prediction", "response", "video-llm-prediction"),
+                        found.said("prediction", "response", "video-llm-prediction"),
                     )
 
     def _question(self, asked: Entry, video: str, dimension: str, number: int) -> Question:

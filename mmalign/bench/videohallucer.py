@@ -82,7 +82,7 @@ class VideoHallucer(Benchmark):
                     pair_id=pair,
                     meta={"side": side},
                 )
-                yield question, asked.maybe("predict", "prediction")
+                yield question, asked.said("predict")
 
     def judge(self, row: Prediction, legacy: bool) -> Verdict:
         """Whether the answer is the right one of yes and no."""

@@ -162,7 +162,7 @@ class VidHallucMCQ(Benchmark):
                     answer="".join(sorted(set(right))),
                     meta={"video": key},
                 )
-                yield question, asked.maybe("Model Answer", "prediction")
+                yield question, asked.said("Model Answer")
 
     def judge(self, row: Prediction, legacy: bool) -> Verdict:
         """Compare sets of letters."""
@@ -260,7 +260,7 @@ class VidHallucSTH(Benchmark):
                 answer=asked.text("Scene change").strip().lower(),
                 meta={"video": video, "locations": asked.maybe("Locations") or ""},
             )
-            yield question, asked.maybe("prediction", "Model Answer")
+            yield question, asked.said("prediction", "Model Answer")
 
     def answers(self, source: Source) -> dict[str, str | None]:
         """`{video: text}`, or the layout of questions with answers inside."""
@@ -429,7 +429,7 @@ class VidHallucTSH(Benchmark):
                 answer=asked.text("Correct Answer").strip().upper(),
                 meta={"video": video},
             )
-            yield question, asked.maybe("Model Answer", "prediction")
+            yield question, asked.said("Model Answer")
 
     def judge(self, row: Prediction, legacy: bool) -> Verdict:
         """Whether the order is right."""
