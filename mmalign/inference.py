@@ -53,13 +53,13 @@ def evaluate_checkpoint(
     from mmalign.core import Needs
     from mmalign.evaluate import evaluate
     from mmalign.models.adapter import adapter_class, build_adapter
-    from mmalign.train.holdout import reward_beta
+    from mmalign.train.final import reward_beta
     from mmalign.train.order import eval_batches
 
     if not own_loss:
         _refuse_own_loss(config)
     objective = check_config(config)
-    config = adapter_class(config.modality).begun(config)
+    config = adapter_class(config.modality).resolve_config(config)
     folder = trained_folder(config, checkpoint)
     rows = _held_out_rows(config, objective, data)
     device = _device(config)
@@ -177,7 +177,7 @@ def trained_adapter(config: RunConfig, checkpoint: Path | None, *, base: bool = 
         needs = Needs(weight=config.text.masks is not None)
     else:
         needs = Needs(weight=check_config(config).needs.weight)
-    config = adapter_class(config.modality).begun(config)
+    config = adapter_class(config.modality).resolve_config(config)
     folder = None if base else trained_folder(config, checkpoint)
     torch.manual_seed(config.train.seed)
     adapter = build_adapter(config, needs).to(_device(config)).eval()
@@ -325,6 +325,6 @@ def show_rows(config: RunConfig, count: int) -> Any:
     from mmalign.models.adapter import adapter_class, load_usable, tools_of
 
     objective = check_config(config)
-    config = adapter_class(config.modality).begun(config)
+    config = adapter_class(config.modality).resolve_config(config)
     rows, _ = load_usable(config, objective.needs, first=count)
     return tools_of(config.modality).show_rows(config, rows)

@@ -126,7 +126,7 @@ class ToyAdapter(Adapter):
             row_weight=batch.row_weight,
         )
 
-    def positions(self, batch: Batch, needs: Needs) -> Tensor:
+    def num_positions(self, batch: Batch, needs: Needs) -> Tensor:
         response = batch.inputs["mask"].sum(-1)
         return torch.stack([response, torch.zeros_like(response)], dim=-1)
 

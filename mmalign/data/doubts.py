@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmalign.data.convert import Unread
 from mmalign.data.example import as_text, normalised
 from mmalign.data.fields import as_list, number, show
 from mmalign.data.layouts import CHOICES
 from mmalign.data.media_layouts import CHOICES as PICTURE_CHOICES
 from mmalign.data.media_layouts import HIGHER, LOWER, ends_of, side_of
-from mmalign.data.unread import Unread
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from mmalign.data.example import Candidate, Example, Message, Picture, Prompt
     from mmalign.data.records import Record
+
+    Response = str | Path | Picture | tuple[Message, ...]
 
 
 # One thing that holds for some rows, with its count and the places of a few.
@@ -110,9 +112,6 @@ def asked(row: Example) -> str:
 
 
 # What stands in answers that no person wrote: the marks of a converter gone wrong.
-
-if TYPE_CHECKING:
-    Response = str | Path | Picture | tuple[Message, ...]
 
 _MARK = re.compile(
     r"<\|[A-Za-z][\w ]{0,40}\|>|<｜[^<>｜]{1,40}｜>|</s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad)>"

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    Record = dict[str, Any]
+
 
 # Typed reading of one raw record that collects every problem instead of stopping at the first.
 
@@ -476,9 +478,6 @@ class JsonText:
 
 
 # What a run notes step by step: one JSON object with its `step` a line.
-
-if TYPE_CHECKING:
-    Record = dict[str, Any]
 
 _LARGEST = 2**53  # a step beyond it is not a count
 

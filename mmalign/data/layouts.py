@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from difflib import get_close_matches
 from typing import Any
 
@@ -21,9 +22,47 @@ from mmalign.data.turns import (
     transcript,
     turns,
 )
-from mmalign.data.unread import is_bookkeeping, is_opinion
+from mmalign.data.words import listed
 from mmalign.errors import DataError
 from mmalign.safe import printable
+
+# Names of columns that say where a row comes from, or what somebody thought of it.
+
+_OPINIONS = frozenset(listed("feedback critique critiques rationale rationales explanation"))
+_BOOKKEEPING = _OPINIONS | frozenset(
+    listed(
+        "id ids uid idx index uuid hash at source sources origin dataset datasets subset category "
+        "categories domain topic task type tag tags language lang license url version date "
+        "timestamp created updated annotator annotators annotations model models generator score "
+        "scores rating ratings reward rewards rank ranks difficulty length tokens count metadata "
+        "ratio difference utc tstamp severity level sha 256"
+    )
+)
+"""Last words of names that say where a row comes from, or what somebody thought of it.
+
+Nobody expects such a column to be trained on, and the public files that are read unaided all have
+some: `data check` lists them and a run logs them as information, but do not warn of them. Any
+other name may be a slip, and is one.
+"""
+_SIDE = frozenset(("chosen", "rejected", *"ab012"))
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
+
+
+def is_bookkeeping(name: str) -> bool:
+    """Whether a column is named like an id, a source, a score: not like anything to train on."""
+    words = [word.lower() for word in _WORD.findall(name)]
+    while len(words) > 1 and words[-1] in _SIDE:
+        words.pop()
+    if not name or name.startswith(("__", "Unnamed: ")):  # what pandas and arrow add
+        return True
+    flag = len(words) > 1 and words[0] in ("num", "is", "are", "has")
+    return flag or (bool(words) and words[-1] in _BOOKKEEPING)
+
+
+def is_opinion(name: str) -> bool:
+    """Whether a column is named like what somebody wrote about the answers."""
+    return bool(_OPINIONS & {word.lower() for word in _WORD.findall(name)})
+
 
 # What columns beside the answers mean: which one asks, and the system text before it.
 

@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    Runs = Iterator[tuple[NDArray[np.int64], int]]
+
 
 # Pages of a parquet file as they are written: their headers, levels and codes.
 #
 # Source: parquet.thrift and Encodings.md of the format; Thrift's compact protocol.
-
-if TYPE_CHECKING:
-    Runs = Iterator[tuple[NDArray[np.int64], int]]
 
 DICTIONARY, DATA, DATA_2 = 2, 0, 3
 """Kinds of pages."""

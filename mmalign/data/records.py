@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmalign.data.convert import to_record
+from mmalign.data.convert import to_record, unread_of
 from mmalign.data.example import Example, Picture, Row, in_order, prefers_rejected
 from mmalign.data.fields import Problem, as_list, as_object
 from mmalign.data.files import read_rows
@@ -22,7 +22,6 @@ from mmalign.data.parse import read_record
 from mmalign.data.parse_media import KINDS, MEDIA_KEYS, WHOLE_KEYS
 from mmalign.data.pictures import PictureRoot, picture_bytes
 from mmalign.data.turns import as_tools, read_back
-from mmalign.data.unread import unread_of
 from mmalign.errors import DataError
 from mmalign.safe import message, printable, replacing
 

@@ -21,13 +21,12 @@ if TYPE_CHECKING:
 
     from mmalign.data.example import Candidate, Example
 
+    Floats = NDArray[np.float64]
+
 
 # Rewards that methods compute from judgements, before `select.py` makes pairs of them.
 #
 # Letters: K responses of a prompt, M objectives, N rows or samples, U users, G groups.
-
-if TYPE_CHECKING:
-    Floats = NDArray[np.float64]
 
 
 def _floats(values: ArrayLike) -> Floats:

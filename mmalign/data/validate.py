@@ -26,15 +26,14 @@ if TYPE_CHECKING:
 
     from mmalign.config import DataSource
 
+    Decode = Callable[[Sequence[Example]], Sequence[Sequence[str]]]
+    """Rows to what is wrong with the media of each; callers bring it, for data decodes no clips."""
+
 
 # What prompts of checked files show and play: how much there is, and pictures that are broken.
 #
 # That a clip or a sound is there was seen when its record was read. Whether it can be decoded is
 # found out where that is asked for, and before a run's first step, with the run's limits.
-
-if TYPE_CHECKING:
-    Decode = Callable[[Sequence[Example]], Sequence[Sequence[str]]]
-    """Rows to what is wrong with the media of each; callers bring it, for data decodes no clips."""
 
 
 class MediaBook:

@@ -21,11 +21,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    Ints = NDArray[np.int64]
+
 
 # The stretches that two sequences have in common, found in about n log n steps.
-
-if TYPE_CHECKING:
-    Ints = NDArray[np.int64]
 
 Block = tuple[int, int, int]
 """a[i : i + size] equals b[j : j + size]: (i, j, size)."""

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from mmalign.core import Needs
+from mmalign.data.cache import KeptRows, no_collection
 from mmalign.data.example import Asked, as_text
 from mmalign.data.jobs import is_main_process
-from mmalign.data.kept import KeptRows, no_collection
 from mmalign.data.records import ProblemList
 from mmalign.data.sources import load_examples
 from mmalign.errors import ConfigError, DataError
@@ -46,13 +46,13 @@ class Surveyed:
         parts: Rows to train on and rows held out, without those that have problems.
         notes: A sentence for each thing that is to be known of the rows; none of clean ones.
         problems: Rows that cannot be used.
-        heard: What was logged while the rows were read, a sentence each.
+        logged: What was logged while the rows were read, a sentence each.
     """
 
     parts: list[list[Example]]
     notes: tuple[str, ...] = ()
     problems: ProblemList = field(default_factory=ProblemList)
-    heard: tuple[str, ...] = ()
+    logged: tuple[str, ...] = ()
 
     @property
     def train(self) -> list[Example]:
@@ -100,7 +100,7 @@ def find_rows(config: RunConfig, needs: Needs, *, first: int | None = None) -> S
         train, held_out = _read(config, needs)
         parts = (train[:first], held_out[:first])
         found = adapter_class(config.modality).survey(config, needs, parts)
-    return replace(found, heard=tuple(dict.fromkeys(heard)))
+    return replace(found, logged=tuple(dict.fromkeys(heard)))
 
 
 def _read(config: RunConfig, needs: Needs) -> tuple[list[Example], list[Example]]:
@@ -269,7 +269,7 @@ class Adapter(nn.Module, ABC):
         return LogpUnit()
 
     @classmethod
-    def begun(cls, config: RunConfig) -> RunConfig:
+    def resolve_config(cls, config: RunConfig) -> RunConfig:
         """The config with what is decided on the day that a run begins, and kept by it."""
         return config
 
@@ -329,8 +329,8 @@ class Adapter(nn.Module, ABC):
         """
 
     @property
-    def num_choices(self) -> int | None:
-        """Among how many a model that knows nothing guesses at a position; None: of no number."""
+    def vocab_size(self) -> int | None:
+        """Tokens that a position may be; None: positions are not tokens."""
         return None
 
     def after_step(self, step: int) -> None:
@@ -340,7 +340,7 @@ class Adapter(nn.Module, ABC):
         """The rows to evaluate on; more than were given where one row is scored several times."""
         return list(examples)
 
-    def positions(self, batch: Batch, needs: Needs) -> Tensor | None:  # [B, K, 2]
+    def num_positions(self, batch: Batch, needs: Needs) -> Tensor | None:  # [B, K, 2]
         """How many positions of response and prompt `forward` will score, known without a pass.
 
         For losses that take a mean over all tokens of a step. None: each micro-batch counts its

@@ -41,11 +41,10 @@ if TYPE_CHECKING:
     from mmalign.text.messages import Response
     from mmalign.text.tokenizer import Offsets
 
+    Encoded = list[list[EncodedCandidate]]  # by row and candidate
+
 
 # Encoded rows to one batch: extra roles, mismatched answers, padding to [B, K, ...].
-
-if TYPE_CHECKING:
-    Encoded = list[list[EncodedCandidate]]  # by row and candidate
 
 
 def collate(

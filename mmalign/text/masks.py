@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mmalign.config import MaskConfig
     from mmalign.data.example import Example
 
+    Range = tuple[int, int]
+
 
 # Weights of response positions: learned, from activations, from spans, from reasoning steps.
 
@@ -275,9 +277,6 @@ def diff_spans(
 
 
 # Character ranges of a response to token positions.
-
-if TYPE_CHECKING:
-    Range = tuple[int, int]
 
 _LINE = re.compile(r"(?:\A\n*+)?[^\n]++\n*+")
 

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from mmalign.text.logps import Head, Heads
     from mmalign.text.packing import Layout, Rows
 
+    Arrange = Callable[[Batch, Layout], Rows]
+
 
 # One pass of a model over laid-out rows, and the scores of its states.
 
@@ -201,9 +203,6 @@ def require_single(reference: Reference) -> None:
 #
 # The truth is the model's own forward pass over each sequence alone. Against it stand rows beside
 # longer ones, with padding, in evaluation and in training mode.
-
-if TYPE_CHECKING:
-    Arrange = Callable[[Batch, Layout], Rows]
 
 
 def few_rows(batch: Batch) -> Batch:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from mmalign.text.messages import Notes
     from mmalign.text.tokenizer import JinjaTemplate
 
+    Range = tuple[int, int]
+    Messages = list[dict[str, Any]]
+
 
 # An answer of one turn made whole: its thought and its words, as the model would write them.
 
@@ -137,9 +140,6 @@ def dropped(answer: str, body: str, where: str) -> DataError:
 
 
 # Answers of several turns: what of the rendered conversation the assistant wrote.
-
-if TYPE_CHECKING:
-    Range = tuple[int, int]
 
 
 class Conversation:
@@ -314,9 +314,6 @@ class Conversation:
 
 
 # Prompt and answer as a chat template writes them: the context is what inference sends.
-
-if TYPE_CHECKING:
-    Messages = list[dict[str, Any]]
 
 
 class ChatTemplate:

@@ -202,7 +202,7 @@ class TokenAdapter(Adapter):
             require_single(self.reference)
 
     @property
-    def num_choices(self) -> int:
+    def vocab_size(self) -> int:
         """Tokens that the model knows."""
         return self._num_tokens
 
@@ -248,7 +248,7 @@ class TokenAdapter(Adapter):
         )
 
     @classmethod
-    def begun(cls, config: RunConfig) -> RunConfig:
+    def resolve_config(cls, config: RunConfig) -> RunConfig:
         """The config with the date that its chat template writes, where it writes one."""
         return cache.settle(config)
 
@@ -305,7 +305,7 @@ class TokenAdapter(Adapter):
             prompt_mask=rows.prompt_mask,
         )
 
-    def positions(self, batch: Batch, needs: Needs) -> Tensor:  # [B, K, 2]
+    def num_positions(self, batch: Batch, needs: Needs) -> Tensor:  # [B, K, 2]
         """The tokens that are scored."""
         response = scored_responses(batch.inputs).sum(-1)
         prompt = torch.zeros_like(response)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from mmalign.config import RunConfig
     from mmalign.data.example import Template
 
+    Messages = Sequence[Mapping[str, Any]]
+    Range = tuple[int, int]
+
 
 # A Hugging Face tokenizer held still: no truncation, no surprise bos, offsets beside the ids.
 
@@ -150,10 +153,6 @@ def leading(bare: Mapping[str, Any], full: Mapping[str, Any]) -> list[int]:
 
 
 # A chat template as transformers renders it: the date held still, errors in one sentence.
-
-if TYPE_CHECKING:
-    Messages = Sequence[Mapping[str, Any]]
-    Range = tuple[int, int]
 
 CLOCK = "strftime_now"  # the function with which templates write today's date
 _KEPT_CONVERSATIONS = 2**21  # characters of the latest conversations: many rows ask one question

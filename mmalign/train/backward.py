@@ -36,7 +36,7 @@ def step_positions(adapter: Adapter, window: Sequence[Batch], needs: Needs) -> T
     Over all micro-batches of a step and all processes, before the first of them is scored: with
     it, a mean over tokens is that of one large batch. None where the adapter cannot know.
     """
-    counts = [adapter.positions(batch, needs) for batch in window]
+    counts = [adapter.num_positions(batch, needs) for batch in window]
     if any(count is None for count in counts):
         return None
     own = [count.sum(0).tolist() for count in counts if count is not None]  # [K, 2] each

@@ -82,7 +82,7 @@ def check_start(run: Run) -> str:
     batch = batch.to(run.accelerator.device)
     with own_random_stream(run.config.train.seed), torch.no_grad():
         logps = run.model(batch, run.objective.needs)  # what an adapter cannot score, it refuses
-    if doubt := worse_than_guessing(logps, run.adapter.num_choices):
+    if doubt := worse_than_guessing(logps, run.adapter.vocab_size):
         log.warning("%s", doubt)
     if reason is not None:
         return f"not checked that the policy starts as its reference: {reason}"
@@ -110,22 +110,22 @@ _CAUSES = (
 )
 
 
-def worse_than_guessing(logps: CandidateLogps, num_choices: int | None) -> str:
+def worse_than_guessing(logps: CandidateLogps, vocab_size: int | None) -> str:
     """What is in doubt of a model that finds answers less likely than one that knows nothing.
 
     Args:
         logps: Of some rows, before the first step.
-        num_choices: Tokens that the model knows; None: positions are not a choice among any.
+        vocab_size: Tokens that the model knows; None: positions are not a choice among any.
     """
     best, mask = logps.policy[:, 0], logps.mask[:, 0]  # the others may be made to be unlikely
-    if num_choices is None or not bool(mask.any()):
+    if vocab_size is None or not bool(mask.any()):
         return ""
-    mean, chance = float(best[mask].mean()), -math.log(num_choices)
+    mean, chance = float(best[mask].mean()), -math.log(vocab_size)
     if not mean < chance - FAR_FROM_CHANCE:
         return ""
     return (
         f"answers have {mean:.1f} nats a token under the model before the first step, and guessing "
-        f"among its {num_choices:,} tokens would give {chance:.1f}: the tokenizer or the weights "
+        f"among its {vocab_size:,} tokens would give {chance:.1f}: the tokenizer or the weights "
         "seem to be another model's"
     )
 

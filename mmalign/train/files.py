@@ -38,12 +38,11 @@ if TYPE_CHECKING:
     from mmalign.data.example import Example, Media
     from mmalign.train.run import Run
 
-
-# Fingerprints of files, and which files of a model's folder decide what it computes.
-
-if TYPE_CHECKING:
     Print = dict[str, Any]  # path, bytes, time and hash of a file, and whether that is of all of it
     Table = dict[str, dict[str, Print]]  # kind of file, name
+
+
+# Fingerprints of files, and which files of a model's folder decide what it computes.
 
 WHOLE = 512 << 20  # bytes; a larger file of a model or of rows is hashed in parts
 _PARTS = 64 << 20  # bytes of all of these parts, spread evenly from its start to its end

@@ -31,8 +31,7 @@ from mmalign.train.check import (
     require_sound,
 )
 from mmalign.train.display import Display, describe_dry_run, explained
-from mmalign.train.final import save_final
-from mmalign.train.holdout import HeldOut
+from mmalign.train.final import HeldOut, save_final
 from mmalign.train.metrics import append_json, last_values, means, merge
 from mmalign.train.run import Run, build_run, lr_scale, require_launcher, set_lr, trackers
 
@@ -130,7 +129,7 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> 
     began = time.perf_counter()
     require_launcher()
     objective = check_config(config)
-    config = adapter_class(config.modality).begun(config)
+    config = adapter_class(config.modality).resolve_config(config)
     require_sensible(config, objective.needs)
     if dry_run:
         _try_out(build_run(config, objective))

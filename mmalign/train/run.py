@@ -34,16 +34,15 @@ if TYPE_CHECKING:
     from mmalign.data.example import Example
     from mmalign.models.adapter import Adapter, Batch
 
+    Groups = list[dict[str, Any]]
+    Pair = tuple[nn.Parameter, nn.Parameter]  # a weight, and the float32 tensor that is stepped
+
 
 # Steps on bfloat16 weights that are not rounded away.
 #
 # A bfloat16 weight has 8 significant bits: a step below 1/512 of it is rounded to nothing, and
 # steps of preference training are hundreds of times smaller. So the optimiser works on float32
 # tensors, state included, and what it gives is either kept beside the weights or rounded at random.
-
-if TYPE_CHECKING:
-    Groups = list[dict[str, Any]]
-    Pair = tuple[nn.Parameter, nn.Parameter]  # a weight, and the float32 tensor that is stepped
 
 _CHUNK = 1 << 26  # weights that are in float32 at one time
 
@@ -476,7 +475,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
         eval_rows=eval_rows,
         order=order,
         num_steps=num_steps,
-        notes=(*rows.heard, *rows.notes, *doubts),
+        notes=(*rows.logged, *rows.notes, *doubts),
     )
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from mmalign.config import DataConfig
-from mmalign.data import kept
+from mmalign.data import cache as kept
+from mmalign.data.cache import KeptRows
 from mmalign.data.example import Candidate, Example
-from mmalign.data.kept import KeptRows
 from mmalign.data.sources import load_examples
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from mmalign.data import to_record
+from mmalign.data.convert import Unread, unread_of
 from mmalign.data.parse import read_record
 from mmalign.data.records import json_line
-from mmalign.data.unread import Unread, unread_of
 from mmalign.errors import DataError
 
 USER, BOT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "a"}

@@ -10,8 +10,9 @@ from data_rows import PAIR, Write, pairs
 
 from mmalign.config import DataConfig
 from mmalign.data import check_files, load_examples, to_record
+from mmalign.data.convert import meant
+from mmalign.data.layouts import is_bookkeeping
 from mmalign.data.records import read_records
-from mmalign.data.unread import is_bookkeeping, meant
 from mmalign.errors import DataError
 
 

@@ -22,7 +22,7 @@ def test_rows_that_are_left_out_are_heard_once(
     with caplog.at_level(logging.WARNING):
         found = survey_rows(config, check(config).needs)
     assert [row.id for row in found.train] == ["row-0", "row-1", "row-3"]
-    told = [*found.heard, *found.notes]
+    told = [*found.logged, *found.notes]
     left_out = [note for note in told if "cannot be decoded are left out: row-2: " in note]
     assert len(left_out) == 1
     assert left_out[0] in caplog.text
