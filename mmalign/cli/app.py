@@ -52,8 +52,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
-    # What libraries say to their developers is no help to who runs a command; nor is a progress bar
-    # of theirs in a log file.
+    # Libraries' notes to developers do not help a user, nor do their progress bars in a log file.
     warnings.filterwarnings("ignore", category=FutureWarning)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -225,9 +224,9 @@ def cache(
     from mmalign.inference import plan_cache, write_cache
 
     run = configs.load(config, overrides or ())
-    said = plan_cache(run) if plan else write_cache(run)
+    summary = plan_cache(run) if plan else write_cache(run)
     if is_main_process():
-        say(said)
+        say(summary)
 
 
 @app.command(short_help="List every objective, or explain one.")

@@ -394,7 +394,7 @@ def data_score(
 
 
 def _faults(rows: Sequence[Example]) -> list[list[str]]:
-    """What is wrong with the media of each row, decoded with the default settings."""
+    """Problems of the media of each row, decoded with the default settings."""
     from mmalign.config import VideoConfig
     from mmalign.video.checks import check_media
 

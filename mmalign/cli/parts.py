@@ -1,4 +1,4 @@
-"""What the commands share: how errors are printed, and the arguments that all of them take."""
+"""Shared by the commands: printing of errors, progress, and common arguments and options."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mmalign.errors import MmalignError
 
 
 class Message(logging.LogRecord):
-    """What is logged, by us or by a library, written so that a terminal may show it.
+    """A log record, ours or a library's, escaped so that a terminal can show it safely.
 
-    A library's own handler prints what it quotes from a stranger's file as it stands, e.g. names of
-    tensors, so it is the record that is escaped. Colours that it adds are left out.
+    A library's own handler prints quotes from untrusted files unchanged, e.g. names of tensors, so
+    the record itself is escaped. Colours that a library adds are removed.
     """
 
     def getMessage(self) -> str:
@@ -42,7 +42,7 @@ def say(text: object, *, err: bool = False) -> None:
 
 
 class Shown:
-    """What rich prints in colours, its texts escaped as `say` does."""
+    """A rich renderable whose texts are escaped as `say` does."""
 
     def __init__(self, inner: Any) -> None:
         """`inner` is anything that a rich console prints."""
@@ -89,7 +89,7 @@ def shown(what: str) -> Iterator[Callable[[int, int], Any]]:
 
 @contextmanager
 def resumable(what: str, out: Path, kept: str = "answers") -> Iterator[Callable[[int, int], Any]]:
-    """The same for a pass that goes on when it is run again, which is said where it is stopped."""
+    """The same for a resumable pass; Ctrl-C prints how to resume it."""
     try:
         with shown(what) as progress:
             yield progress

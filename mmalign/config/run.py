@@ -109,7 +109,7 @@ class RunConfig(Section):
 
 
 def _is_set(config: RunConfig, key: str) -> bool:
-    """Whether a setting differs from its default."""
+    """True if a setting differs from its default."""
     section: Any = config
     *path, name = key.split(".")
     for part in path:
@@ -149,7 +149,7 @@ def schema() -> dict[str, Any]:
 
 
 def deciding(config: RunConfig) -> dict[str, Any]:
-    """All that decides the trained numbers, not what is only reported or a matter of speed."""
+    """All settings that decide the trained weights, without those of reports and speed."""
     reporting = {"log_every", "eval_every", "eval_batch_size", "save_every", "sample_every"}
     settings = config.model_dump(
         mode="json",

@@ -167,7 +167,7 @@ Sources = Annotated[
 
 
 class DataConfig(Section):
-    """What to learn from."""
+    """The training and evaluation data."""
 
     train: Sources = Field(min_length=1)
     eval: Sources = []
@@ -235,12 +235,12 @@ class ObjectiveConfig(BaseModel):
 
     @property
     def folder(self) -> Path | None:
-        """Where the config lies, if it names losses of the user's own."""
+        """The folder of the config, if it names the user's own losses."""
         return self._folder
 
     @property
     def own(self) -> list[str]:
-        """The losses of the user's own, as `module:function`."""
+        """The user's own losses, as `module:function`."""
         return [name for name in (self.mix or {self.name or "": 1.0}) if ":" in name]
 
     def beside(self, folder: Path) -> None:

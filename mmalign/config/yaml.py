@@ -28,7 +28,7 @@ MOST_BYTES = 2**19
 MOST_VALUES = 20_000
 """Values of a config, counted as often as its aliases repeat them."""
 DEEPEST = 32
-"""How deep its lists and sections may lie in each other."""
+"""The deepest nesting of its lists and sections."""
 MOST_PROBLEMS = 20
 """Problems of a config that are listed one by one."""
 
@@ -146,7 +146,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _height(self, node: Any) -> int:
-        """How many lists and sections lie in each other, the node's own counted."""
+        """Nesting depth of lists and sections, the node itself included."""
         if isinstance(node, yaml.ScalarNode):
             return 1
         inner: list[Any] = [part for item in node.value for part in _as_tuple(item)]

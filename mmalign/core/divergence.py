@@ -33,7 +33,7 @@ class Transform(Protocol):
 
 
 def is_pointwise(transform: Transform) -> bool:
-    """Whether one response's score means something alone (no unknown constant to cancel)."""
+    """True if the score of a single response is defined: no unknown constant has to cancel."""
     return bool(getattr(transform, "pointwise", False))
 
 
@@ -154,7 +154,7 @@ class Alpha(PowerScore):
 
     @staticmethod
     def from_trl(coefficient: float, limit: float | None = LIMIT) -> PowerScore:
-        """What TRL calls `f_alpha_divergence_coef`, any number: alpha = 1 - coefficient.
+        """The transform of TRL's `f_alpha_divergence_coef`, any number: alpha = 1 - coefficient.
 
         Above 1 that is no divergence any more (alpha < 0), but a score that TRL trains with.
         """
@@ -268,7 +268,7 @@ class MapoScore:
         return torch.where(small, series, closed)
 
 
-# Divergences by name: what YAML may say, what is refused and why, and how to add one's own.
+# Divergences by name, invalid ones with the reason, and a function to add others.
 
 DIVERGENCES: dict[str, Transform] = {
     "reverse_kl": ReverseKL(),
@@ -369,7 +369,7 @@ def resolve_divergence(
 
 
 def _named(divergence: str) -> tuple[str, Transform]:
-    """The name in `DIVERGENCES` that is meant, and what it stands for."""
+    """The key of `DIVERGENCES` for a name or alias, and its transform."""
     name = divergence.lower().replace("-", "_")
     name = ALIASES.get(name, name)
     if name in DIVERGENCES:
@@ -403,7 +403,7 @@ def register_divergence(name: str, transform: Transform) -> None:
 
 
 def _probe(transform: Transform) -> str | None:
-    """What makes a transform invalid, or None."""
+    """The reason why a transform is invalid, or None."""
     for dtype in (torch.float64, torch.float32):
         grid = torch.linspace(-200.0, 200.0, 4001, dtype=dtype, requires_grad=True)
         value = transform(grid)

@@ -315,7 +315,7 @@ class MultiNegative(PairLink, ABC):
 
     @abstractmethod
     def shares(self, labels: Tensor) -> Tensor:  # [B, K] -> [B, K - 1]
-        """What each other candidate counts in the rejected side of a row."""
+        """The weight of each other candidate in the rejected side of a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +330,7 @@ class Povid(MultiNegative):
         return nll(score[:, 0] - score[:, 1:].sum(1))
 
     def shares(self, labels: Tensor) -> Tensor:  # [B, K] -> [B, K - 1]
-        """All count whole."""
+        """1 for each."""
         return torch.ones_like(labels[:, 1:])
 
 

@@ -81,7 +81,7 @@ def over_positions(
 
 
 def is_distributed() -> bool:
-    """Whether more than one process trains together."""
+    """True if several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

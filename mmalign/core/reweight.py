@@ -17,7 +17,7 @@ from mmalign.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Wpo:
-    """Weight of a pair by how likely the current policy is to give it; no gradient.
+    """Weight of a pair by its likelihood under the current policy; no gradient.
 
     w = product over both sides of exp(mean over positions of [policy - log sum_v p(v)^2]). A side
     can exceed 1: the most likely token has p >= sum p^2.
@@ -38,13 +38,15 @@ class Wpo:
     def __call__(self, c: CandidateLogps) -> Tensor:  # [B]
         """The weight of each pair."""
         assert c.log_sum_p2 is not None, "Objective checks the needs first"
-        likeness = over_positions(c.policy - c.log_sum_p2, c.mask, reduce="mean").sum(1)
-        return torch.exp(likeness).clamp(max=math.inf if self.clamp_max is None else self.clamp_max)
+        log_weight = over_positions(c.policy - c.log_sum_p2, c.mask, reduce="mean").sum(1)
+        return torch.exp(log_weight).clamp(
+            max=math.inf if self.clamp_max is None else self.clamp_max
+        )
 
 
 @dataclass(frozen=True)
 class Weighed(Preference):
-    """A preference whose loss of each row is multiplied by WPO's weight.
+    """A preference term whose loss per row is multiplied by WPO's weight.
 
     Args:
         weight: Of a row, without gradient.

@@ -102,7 +102,7 @@ class Score:
 
     @property
     def is_log_ratio(self) -> bool:
-        """Whether rewards and `log_ratio_rewards` are one thing, or the second is undefined."""
+        """True where rewards equal `log_ratio_rewards`, or the latter are undefined."""
         plain = isinstance(self.transform, ReverseKL) and self.reduce == "sum" and not self.kl_coef
         return plain or self.reference_weight == 0.0
 

@@ -98,7 +98,7 @@ class Term(ABC):
     @property
     @abstractmethod
     def needs(self) -> Needs:
-        """What this term reads of the candidates."""
+        """The data that this term reads of the candidates."""
 
     @property
     def pointwise_score(self) -> Score | None:
@@ -120,7 +120,7 @@ class Term(ABC):
 
 @dataclass(frozen=True)
 class Scored(Term):
-    """A term on the scores of rated candidates, which is what rewards and margins are read of."""
+    """A term on the scores of rated candidates, which are reported as rewards and margins."""
 
     score: Score
     rated: ClassVar[tuple[int, ...]] = (0, 1)

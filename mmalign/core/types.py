@@ -1,4 +1,4 @@
-"""What an objective asks for, what an adapter hands over, and what comes back.
+"""The needs of an objective, the log-probabilities from an adapter, and the loss.
 
 Shape letters, everywhere in mmalign: B rows, K candidates, L positions, V vocabulary.
 Candidate 0 is the chosen response and candidate 1 the rejected one wherever the row is a pair.
@@ -24,7 +24,7 @@ that is not rated and is compared with itself under another input."""
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What an objective asks of an adapter and of the data; joined with `|`.
+    """Requirements of an objective on adapter and data; joined with `|`.
 
     Attributes:
         reference: Log-probabilities under the frozen reference.

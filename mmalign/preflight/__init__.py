@@ -1,4 +1,4 @@
-"""What is doubtful about the settings of a run that may nevertheless be meant, before step 1."""
+"""Checks of a run before step 1: impossible settings are refused, doubtful ones reported."""
 
 from mmalign.preflight.doubts import Plan, doubts
 

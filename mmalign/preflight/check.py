@@ -1,4 +1,4 @@
-"""What a config asks for and its adapter, an extra or its rows cannot supply."""
+"""Requirements of a config that its adapter, an extra or its rows cannot meet."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_rows(
     """
     needs = check_config(config).needs
     report = check_files(config.data.train, eval_paths=config.data.eval, decode=decode, sizes=False)
-    said = report.text(show)
+    summary = report.text(show)
     with waiting("loading libraries"):
         from mmalign.models.adapter import find_rows, logged
 
@@ -49,10 +49,10 @@ def check_rows(
         with logged("mmalign", quiet=True) as logged_lines:
             found = find_rows(config.model_copy(update={"data": lenient}), needs)
     except MmalignError as error:
-        return f"{said}\nwith {config.model.path} and this config:\n  {error}", 1
+        return f"{summary}\nwith {config.model.path} and this config:\n  {error}", 1
     problems = found.problems.lines(show)
     lines = [f"{len(found.train):,} rows to train on, {len(found.held_out):,} held out"]
-    lines += [line for line in logged_lines if line not in said and _LEFT_OUT not in line]
+    lines += [line for line in logged_lines if line not in summary and _LEFT_OUT not in line]
     lines += found.notes
     if problems:
         lines += [
@@ -60,7 +60,7 @@ def check_rows(
             *_indented(problems),
         ]
     stops = config.data.bad_rows == "stop" and bool(problems or report.exit_code)
-    text = "\n".join([said, f"with {config.model.path} and this config:", *_indented(lines)])
+    text = "\n".join([summary, f"with {config.model.path} and this config:", *_indented(lines)])
     return text, int(stops)
 
 
@@ -90,7 +90,7 @@ def check_config(config: RunConfig, *, where: str = "config") -> Objective:
 
 
 def check_needs(config: RunConfig, needs: Needs, provides: Needs) -> list[str]:
-    """What the objective asks for and the adapter cannot supply under `config`, as sentences."""
+    """Needs of the objective that the adapter cannot supply under `config`, as sentences."""
     name = "the mix" if config.objective.name is None else f"objective '{config.objective.name}'"
     kind = config.reference.kind
     remedies = {

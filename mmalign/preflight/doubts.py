@@ -185,15 +185,15 @@ DESIRABLE: dict[str, Range] = {
 # Settings far from all that was published, or that undo themselves: one function for each doubt.
 #
 # None of them stops a run. Each is one sentence that says what was found, what was published and
-# by whom, and what to do; a run whose settings lie within reach of a paper hears nothing.
+# by whom, and what to do; settings close to a paper's give none.
 
 FEW_STEPS = 100
-"""So many steps are a trial, whatever is repeated in them."""
+"""Up to this many steps a run is a trial, and repeated rows are not reported."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run is going to do, as far as doubts read it.
+    """The parts of a run that the checks read.
 
     Attributes:
         config: Of the run.
@@ -228,7 +228,7 @@ class Plan:
 
 
 def doubts(plan: Plan) -> list[str]:
-    """What is in doubt about the settings of a run, a sentence each."""
+    """Doubtful settings of a run, a sentence each."""
     if not plan.config.train.check_settings:
         return []
     return [sentence for doubt in _DOUBTS for sentence in doubt(plan)]
@@ -269,9 +269,9 @@ def _strength(plan: Plan) -> Iterator[str]:
 
 
 def _constants(name: str, *, in_errors: bool) -> dict[str, Range]:
-    """What was published of a loss's constants, in the unit of the log-probabilities."""
+    """Published ranges of a loss's constants, in the unit of the log-probabilities."""
     if name not in PRESETS:
-        return {}  # a loss of the user's own
+        return {}  # a user's own loss
     if in_errors == (PRESETS[name]().unit == "error"):
         others = OF_ERRORS if in_errors else OF_NATS
         known = STRENGTHS.get(name, others)
@@ -350,7 +350,7 @@ def _adapter(plan: Plan) -> Iterator[str]:
 
 
 def _passes(plan: Plan) -> Iterator[str]:
-    """How often every row is seen."""
+    """The number of epochs."""
     known = EPOCHS.get(plan.config.modality)
     if known is None or not plan.rows:
         return

@@ -1,7 +1,7 @@
 """Presets by name: the table, checks of keywords, and mixes of several.
 
-The one place of the core that speaks of the config: what is wrong with an argument is said of
-`objective.KEY`.
+The only module of the core that knows the config: its errors name `objective.KEY` where those of
+other modules name an argument.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ ALIASES: dict[str, str] = {
 
 
 class ObjectiveConfigLike(Protocol):
-    """What `from_config` reads of a configuration."""
+    """The part of a configuration that `from_config` reads."""
 
     @property
     def name(self) -> str | None:
@@ -208,7 +208,7 @@ class ObjectiveConfigLike(Protocol):
 
     @property
     def folder(self) -> Path | None:
-        """Where the config lies; None where it was made in memory."""
+        """The folder of the config; None for one made in memory."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""A loss of one's own: `module:function`, found beside the config that names it.
+"""A user's own loss: `module:function`, found beside the config that names it.
 
 Importing runs code. What lies beside a config came with it; anything else a config may name only
 where the function is marked by `@mmalign.objective`, which is read before anything is imported.
@@ -29,12 +29,12 @@ MARK = "__mmalign_objective__"
 
 
 def is_own(name: str) -> bool:
-    """Whether a name stands for a function of the user's and not for a preset."""
+    """True for the name of a user's function, false for that of a preset."""
     return ":" in name
 
 
 def source(name: str, folder: Path | None) -> tuple[Path, Path] | None:
-    """Where the module of `module:function` lies: the folder to import it from, and its file in it.
+    """The folder to import the module of `module:function` from, and its file in that folder.
 
     Looked for beside the config first, then in the current directory; None where neither has it.
 
@@ -122,7 +122,7 @@ def _parts(name: str) -> tuple[str, str]:
 
 
 def _is_marked(module_name: str, function_name: str, file: Path) -> bool:
-    """Whether a function is decorated by `objective`, told from its source without importing it."""
+    """True if `objective` decorates a function, as its source says; nothing is imported."""
     known = sys.modules.get(module_name)
     if getattr(getattr(known, function_name, None), MARK, False) is True:
         return True
