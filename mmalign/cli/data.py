@@ -398,5 +398,5 @@ def _faults(rows: Sequence[Example]) -> list[list[str]]:
     from mmalign.config import VideoConfig
     from mmalign.video.checks import check_media
 
-    report = check_media(rows, VideoConfig(), hears=False)
-    return [report.of(row, hears=False) for row in rows]
+    report = check_media(rows, VideoConfig(), uses_audio=False)
+    return [report.of(row, uses_audio=False) for row in rows]

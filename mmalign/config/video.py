@@ -1,12 +1,16 @@
-"""The `video` section of a configuration: what a model sees and hears, and what is trained."""
+"""The `video` section of a configuration: what a model sees and uses_audio, and what is trained."""
 
 from __future__ import annotations
 
-from typing import Literal, Self
+import logging
+from functools import cache
+from typing import Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
 from mmalign.config.sections import LARGEST_RATE, Section, default_of
+
+log = logging.getLogger(__name__)
 
 Operation = Literal[
     "shuffle", "reverse", "clip_crop", "shift", "drop_frames", "repeat_frame", "freeze",
@@ -77,6 +81,15 @@ class ClueSpec(Section):
     path: str | None = Field(default=None, description="a trained aggregator to start from")
 
 
+@cache
+def _say_renamed() -> None:
+    """Once a process."""
+    log.warning(
+        "video.no_sound is called video.missing_audio now, and its value mute is ignore; the "
+        "earlier names are still read"
+    )
+
+
 class VideoConfig(Section):
     """Settings of the video adapter."""
 
@@ -116,17 +129,17 @@ class VideoConfig(Section):
     )
     sound: Literal["auto", "off"] = Field(
         default="auto",
-        description="auto: a model that hears gets a clip's own sound, unless the row has an audio",
+        description="auto: a model with audio input gets a clip's own, unless the row has one",
     )
     bad_media: Literal["drop", "stop"] = Field(
         default="drop",
         description="rows whose media are missing, broken, or too long or too short for the model; "
         "drop names and counts them",
     )
-    no_sound: Literal["drop", "stop", "mute"] | None = Field(
+    missing_audio: Literal["drop", "stop", "ignore"] | None = Field(
         default=None,
-        description="clips without a sound track, for a model that hears; null: as bad_media says; "
-        "mute: the clip is shown without sound",
+        description="clips without an audio track, for a model with audio input; null: as "
+        "bad_media says; ignore: the clip is shown without audio",
     )
     max_seconds: float = Field(
         default=3600.0, gt=0, le=1e6, description="longest clip that is decoded"
@@ -152,6 +165,26 @@ class VideoConfig(Section):
     corruption: CorruptionSpec = CorruptionSpec()
     selection: SelectionSpec = SelectionSpec()
     clues: ClueSpec | None = None
+
+    @property
+    def earlier_no_sound(self) -> str | None:
+        """What `missing_audio` was called by its earlier name, `no_sound`."""
+        return "mute" if self.missing_audio == "ignore" else self.missing_audio
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_names(cls, given: Any) -> Any:
+        """The section with `no_sound: mute` read as `missing_audio: ignore`."""
+        if not isinstance(given, dict) or "no_sound" not in given:
+            return given
+        section = dict(cast("dict[str, Any]", given))
+        value = section.pop("no_sound")
+        if value is None:  # a default, in the config of an earlier run
+            return section
+        if "missing_audio" in section:
+            raise ValueError("video.no_sound is the earlier name of video.missing_audio; remove it")
+        _say_renamed()
+        return {**section, "missing_audio": "ignore" if value == "mute" else value}
 
     @property
     def freezes_media(self) -> bool:

@@ -324,10 +324,10 @@ def _write_frames(clip: Path, file: Path) -> None:
     from mmalign.data.example import Clip
     from mmalign.video import samples
     from mmalign.video.media import read_frames
-    from mmalign.video.processing import Shown
+    from mmalign.video.processing import DecodedMedia
 
     frames = read_frames(Clip(clip), VideoConfig(num_frames=NUM_FRAMES))
-    image = samples.sheet(Shown(clips=[(frames, None)], starts=[0.0]))
+    image = samples.sheet(DecodedMedia(clips=[(frames, None)], starts=[0.0]))
     assert image is not None
     samples.write(image, file)
 

@@ -20,7 +20,7 @@ from mmalign.text.passes import run_model, scoring_models
 from mmalign.text.token_adapter import TokenAdapter
 from mmalign.video import candidates, pami
 from mmalign.video.augment import seed_for
-from mmalign.video.candidates import Corruptor
+from mmalign.video.candidates import Perturbation
 from mmalign.video.clue_part import CluePart
 from mmalign.video.contexts import Contexts, feed, first_shown, place_positions, require_true
 from mmalign.video.encode import VideoEncoder
@@ -109,7 +109,7 @@ def problems(config: RunConfig) -> list[str]:
 
 # A token model fed more than tokens: everything about scoring is the text adapter's. What is added
 # is what a prompt shows: media decoded and processed (`reader`), expanded in the prompt (`encode`),
-# encoded once for all that look at them (`contexts`), and answers under altered clips
+# encoded once for all that look at them (`contexts`), and answers under perturbed clips
 # (`candidates`).
 
 
@@ -155,7 +155,7 @@ class VideoAdapter(TokenAdapter):
         self._step = 0
         self._num_steps = config.train.num_steps  # of the run; else unknown until it is planned
         self._shown: tuple[Example, ...] = ()  # of the run's rows, the first with media
-        self._corruptor = Corruptor(config.video, processor.hears_clips)
+        self._perturbation = Perturbation(config.video, processor.uses_clip_audio)
         self._choice: pami.Chosen | None = None
 
     @classmethod
@@ -193,18 +193,19 @@ class VideoAdapter(TokenAdapter):
         return survey_parts(config, needs, parts)
 
     def collate(self, examples: Sequence[Example], draws: Sequence[int] | None = None) -> Batch:
-        """Ids of all candidates, those under altered clips among them, and what they show."""
+        """Ids of all candidates, those under perturbed clips among them, and what they show."""
         rows = [
-            self.altered(row, None if draws is None else draws[i]) for i, row in enumerate(examples)
+            self.perturbed(row, None if draws is None else draws[i])
+            for i, row in enumerate(examples)
         ]
-        needs = replace(self.needs, roles=self._corruptor.roles(self.needs.roles))
+        needs = replace(self.needs, roles=self._perturbation.roles(self.needs.roles))
         self._shown = self._shown or first_shown(examples)
         return self._collate(rows, needs)
 
-    def altered(self, example: Example, seed: int | None = None) -> Example:
-        """The row with its answers under altered clips; without a seed always the same ones."""
+    def perturbed(self, example: Example, seed: int | None = None) -> Example:
+        """The row with its answers under perturbed clips; without a seed always the same ones."""
         own = seed_for(0, example.id, 0, 0) if seed is None else seed
-        return self._corruptor(example, self.needs.roles, own)
+        return self._perturbation(example, self.needs.roles, own)
 
     def forward(self, batch: Batch, needs: Needs) -> CandidateLogps:
         """Score the response tokens of every candidate; choose among augmented clips before."""
@@ -257,7 +258,7 @@ class VideoAdapter(TokenAdapter):
     def metrics(self, batch: Batch, logps: CandidateLogps) -> dict[str, Tensor]:
         """The operations on clips; of PaMi's choice, how close and how far its clips were."""
         roles = self.needs.roles
-        names = self._corruptor.names(roles, sounds=self.encoder.processor.hears)
+        names = self._perturbation.names(roles, sounds=self.encoder.processor.uses_audio)
         found = candidates.shares(batch, names)
         if self._choice is not None:
             found |= candidates.choices(batch, self._choice, names)
@@ -281,7 +282,7 @@ class VideoAdapter(TokenAdapter):
     def write_samples(
         self, prompts: Mapping[str, Any], folder: Path, step: int, options: SampleConfig
     ) -> list[dict[str, Any]]:
-        """Answers, and sheets of what the questions show and of their altered clips."""
+        """Answers, and sheets of what the questions show and of their perturbed clips."""
         return write_samples(self, prompts, folder, step, options)
 
     def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
@@ -318,7 +319,7 @@ class VideoAdapter(TokenAdapter):
     def setup(self, examples: Sequence[Example], num_steps: int | None = None) -> None:
         """Know the other rows' clips, to take frames from, and the run's length; check a cache."""
         clips = dict.fromkeys(clip for row in examples for clip in row.media.videos)
-        self._corruptor = replace(self._corruptor, donors=tuple(clips))
+        self._perturbation = replace(self._perturbation, donors=tuple(clips))
         self._shown = first_shown(examples)
         self._num_steps = num_steps or self._num_steps
         super().setup(examples)

@@ -446,7 +446,7 @@ def _check(frames: Frames, wave: Wave | None, operation: str, donor: Donor | Non
     if operation in NEEDS_SOUND and wave is None:
         raise DataError(
             f"'{operation}' changes the sound, but the clip has none; leave it out of "
-            "video.corruption.operations, or use a model that hears and clips with sound"
+            "video.corruption.operations, or use a model with audio input and clips with audio"
         )
     if operation in NEEDS_DONOR and donor is None:
         raise NeedsError(

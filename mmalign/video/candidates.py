@@ -50,7 +50,7 @@ def allowed(
     prompt_text: str,
     *,
     hints: bool,
-    hears: bool,
+    uses_audio: bool,
     num_frames: int,
     donor: bool = True,
 ) -> list[str]:
@@ -64,7 +64,7 @@ def allowed(
         operations: Of the config, in its order.
         prompt_text: What is asked about the clip.
         hints: Whether to leave out operations that the question does not ask about.
-        hears: Whether the model hears and the clip has sound.
+        uses_audio: Whether the model uses_audio and the clip has sound.
         num_frames: Frames of the clip.
         donor: Whether another row's clip can be had.
 
@@ -74,7 +74,7 @@ def allowed(
     possible = [
         name
         for name in operations
-        if (hears or name not in NEEDS_SOUND)
+        if (uses_audio or name not in NEEDS_SOUND)
         and (num_frames > 1 or name not in NEEDS_TIME)
         and (donor or name not in NEEDS_DONOR)
     ]
@@ -115,7 +115,7 @@ def draw(operations: Sequence[str], k: int, rng: np.random.Generator) -> list[st
     if not operations:
         raise ConfigError(
             "video.corruption.operations: none of them can be done to this clip (it has one frame, "
-            "no sound that the model hears, or there is no other row to take from); add one that "
+            "no audio that the model takes, or there is no other row to take from); add one that "
             "changes the picture, such as crop"
         )
     drawn: list[str] = []
@@ -150,18 +150,18 @@ _ROLES = frozenset({"corrupted", "rejected_corrupted", "augmented", *_LEVELS})
 
 
 @dataclass(frozen=True, slots=True)
-class Corruptor:
+class Perturbation:
     """Adds the candidates of an objective's roles to rows.
 
     Attributes:
         video: The config's section.
-        hears: Whether the model hears clips.
+        uses_audio: Whether clips are taken with their own audio.
         donors: Clips of the training rows, to take frames and sound from.
         seen: What is known of clips, which need not be opened to count their frames.
     """
 
     video: VideoConfig
-    hears: bool
+    uses_audio: bool
     donors: tuple[Clip, ...] = ()
     seen: Mapping[Use, Seen] = field(default_factory=dict["Use", "Seen"])
 
@@ -187,7 +187,7 @@ class Corruptor:
             seed: Of this visit of the row; the same seed alters in the same way.
 
         Raises:
-            DataError: The row shows nothing that could be altered, or nothing can be done to it.
+            DataError: The row shows nothing that could be perturbed, or nothing can be done to it.
         """
         added: list[Candidate] = []
         for role in dict.fromkeys(roles):
@@ -211,39 +211,39 @@ class Corruptor:
         own = example.candidates[0].media or example.media
         if not own:
             raise DataError(
-                f"{example.id}: the objective compares answers under altered media, but the row "
+                f"{example.id}: the objective compares answers under perturbed media, but the row "
                 "shows none; give video, image or audio"
             )
         # Both answers meet the same corrupted clip.
         rng = rng_for(seed, "corrupted" if role == "rejected_corrupted" else role, 0, 0)
         count = self.video.selection.num_candidates if role == "augmented" else 1
         operations = self._operations(example, own, role)
-        return [self._altered(own, name, rng) for name in draw(operations, count, rng)]
+        return [self._perturbed(own, name, rng) for name in draw(operations, count, rng)]
 
     def _operations(self, example: Example, own: Media, role: str) -> list[str]:
         spec = self.video.corruption
         frames = self._num_frames(own.videos[0]) if own.videos else 1
-        heard = bool(own.sounds) or (self.hears and any(map(self._plays, own.videos[:1])))
+        heard = bool(own.sounds) or (self.uses_audio and any(map(self._has_audio, own.videos[:1])))
         if not own.videos and not own.images:
             return list(_SOUNDS)
         donor = any(clip not in own.videos for clip in self.donors)
         if role in _LEVELS:
             kept = allowed(
-                _LEVELS[role], "", hints=False, hears=heard, num_frames=frames, donor=donor
+                _LEVELS[role], "", hints=False, uses_audio=heard, num_frames=frames, donor=donor
             )
             return kept[:1]
         return allowed(
             spec.operations,
             as_text(example.prompt),
             hints=spec.hints,
-            hears=heard,
+            uses_audio=heard,
             num_frames=frames,
             donor=donor,
         )
 
-    def _plays(self, clip: Clip) -> bool:
-        """Whether a clip has sound; one without is only left among rows under `no_sound: mute`."""
-        return self.video.no_sound != "mute" or has_sound(clip.path)
+    def _has_audio(self, clip: Clip) -> bool:
+        """Whether a clip has audio; one without is only left under `missing_audio: ignore`."""
+        return self.video.missing_audio != "ignore" or has_sound(clip.path)
 
     def _num_frames(self, clip: Clip) -> int:
         """Frames that are shown of a clip; chosen by rate, a short one may have one alone."""
@@ -251,14 +251,14 @@ class Corruptor:
             return len(clip.frames)
         if self.video.num_frames is not None and clip.fps is None:
             return self.video.num_frames
-        known = self.seen.get((clip, self.hears)) or self.seen.get((clip, not self.hears))
+        known = self.seen.get((clip, self.uses_audio)) or self.seen.get((clip, not self.uses_audio))
         return len(choose(clip, self.video)) if known is None else len(known.indices)
 
-    def _altered(self, own: Media, operation: str, rng: np.random.Generator) -> Media:
+    def _perturbed(self, own: Media, operation: str, rng: np.random.Generator) -> Media:
         donor = None
         if operation in NEEDS_DONOR:
             others = [clip for clip in self.donors if clip not in own.videos]
-            heard = [clip for clip in others if operation == "swap_audio" and self._plays(clip)]
+            heard = [clip for clip in others if operation == "swap_audio" and self._has_audio(clip)]
             others = heard or others
             donor = others[int(rng.integers(len(others)))]
         return replace(own, change=Change(operation, int(rng.integers(2**62)), donor))
@@ -275,14 +275,14 @@ def number(change: Change | None) -> int:
 
 
 def shares(batch: Batch, names: Iterable[str]) -> dict[str, Tensor]:
-    """`altered/NAME`: the share of each operation among the altered candidates of a batch.
+    """`altered/NAME`: the share of each operation among the perturbed candidates of a batch.
 
     Args:
         batch: With the contexts of `VideoEncoder`.
         names: Operations that the run may use: a share of 0 counts in a mean over batches.
     """
     done = _operations(batch)
-    total = (done > 0).sum()  # nan shares where nothing was altered
+    total = (done > 0).sum()  # nan shares where nothing was perturbed
     return {f"altered/{name}": (done == _NAMES.index(name)).sum() / total for name in names}
 
 

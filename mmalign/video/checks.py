@@ -104,7 +104,7 @@ class Seen:
 FILE = "media_checks.jsonl"
 VERSION = 2  # raise it when the same file gets another verdict
 _DECIDING = {"num_frames", "fps", "max_frames", "min_frames", "max_seconds", "max_side",
-             "decode_timeout", "no_sound"}  # fmt: skip
+             "decode_timeout"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +137,14 @@ class CheckJournal:
     ) -> None:
         """Read what is there; None for neither reading nor writing anything.
 
-        `longest` is the window of a model that hears, in seconds.
+        `longest` is the window of a model with audio input, in seconds.
         """
         import av
 
         self.path = path
         self._settings = {
             **settings.model_dump(mode="json", include=_DECIDING),
+            "no_sound": settings.earlier_no_sound,  # as journals have it
             "av": av.__version__,
             "longest": longest,
             "version": VERSION,
@@ -233,7 +234,7 @@ class MediaReport:
         num_files: Distinct files that are referred to.
         num_decoded: References that were decoded; the others were known.
         broken: What is wrong with each file that cannot be decoded, by its name; the texts name it.
-        silent: The same for files of clips that are to be heard and have no sound track.
+        silent: The same for files of clips that are to be heard and have no audio track.
         faults: What is wrong, by the use that leads there.
         seen: Sizes, times and lengths of what is whole, by its use.
     """
@@ -245,9 +246,9 @@ class MediaReport:
     faults: dict[Use, str] = field(default_factory=dict[Use, str])
     seen: dict[Use, Seen] = field(default_factory=dict[Use, Seen])
 
-    def of(self, row: Example, *, hears: bool) -> list[str]:
-        """What is wrong with the media of a row; `hears` as the report was made."""
-        found = (self.faults.get(use) for use in uses_of(row, hears=hears))
+    def of(self, row: Example, *, uses_audio: bool) -> list[str]:
+        """What is wrong with the media of a row; `uses_audio` as the report was made."""
+        found = (self.faults.get(use) for use in uses_of(row, uses_audio=uses_audio))
         return list(dict.fromkeys(text for text in found if text))
 
 
@@ -256,7 +257,7 @@ def keep_usable(
     report: MediaReport,
     settings: VideoConfig,
     *,
-    hears: bool,
+    uses_audio: bool,
 ) -> list[list[Example]]:
     """The rows whose media can be used, in order; logs what is left out, each file once.
 
@@ -264,7 +265,7 @@ def keep_usable(
         parts: Rows to train on, rows held out; those without media are kept.
         report: On the media of all of them.
         settings: The `video` section, with the policies.
-        hears: As the report was made.
+        uses_audio: As the report was made.
 
     Raises:
         DataError: A file cannot be used and the policy for it is `stop`, or no row is left.
@@ -273,13 +274,14 @@ def keep_usable(
     if stops:
         raise DataError(
             f"{len(stops)} of {report.num_files} media files cannot be used:\n{_named(stops)}\n"
-            "Take their rows out, or set video.bad_media to drop, or video.no_sound to drop or mute"
+            "Take their rows out, or set video.bad_media to drop, or video.missing_audio to "
+            "drop or ignore"
         )
-    hears = hears and settings.sound == "auto"
-    bad = {id(row) for part in parts for row in part if report.of(row, hears=hears)}
+    uses_audio = uses_audio and settings.sound == "auto"
+    bad = {id(row) for part in parts for row in part if report.of(row, uses_audio=uses_audio)}
     faults = [*report.broken.values(), *report.silent.values()]
     what = f"{len(faults):,} of {report.num_files:,} media files"
-    hint = "\nvideo.no_sound: mute shows clips without sound" if report.silent else ""
+    hint = "\nvideo.missing_audio: ignore shows clips without audio" if report.silent else ""
     return _without(parts, bad, faults, what, hint)
 
 
@@ -343,7 +345,7 @@ def check_media(
     examples: Sequence[Example],
     settings: VideoConfig,
     *,
-    hears: bool,
+    uses_audio: bool,
     journal: Path | None = None,
     longest: float | None = None,
 ) -> MediaReport:
@@ -351,13 +353,13 @@ def check_media(
 
     Args:
         examples: Rows.
-        settings: The `video` section. With `no_sound: mute` a clip without a track is no fault.
-        hears: Whether the model hears, so that clips need their sound.
+        settings: The `video` section. With `missing_audio: ignore` no track is no fault.
+        uses_audio: Whether clips are taken with their own audio, and need it.
         journal: A file with what is known, written to; what it says is whole is not decoded.
-        longest: Seconds that the window of a model that hears has; None: no limit.
+        longest: Seconds that the window of a model with audio input has; None: no limit.
     """
-    hears = hears and settings.sound == "auto"
-    uses = {use for row in examples for use in uses_of(row, hears=hears)}
+    uses_audio = uses_audio and settings.sound == "auto"
+    uses = {use for row in examples for use in uses_of(row, uses_audio=uses_audio)}
     if not uses:
         return MediaReport(num_files=0)
     order = sorted(uses, key=str)  # the parts of a file follow each other
@@ -403,7 +405,7 @@ def _decoded(
 def _stopping(report: MediaReport, settings: VideoConfig) -> list[str]:
     """What is wrong with the files for which the policy is to stop."""
     broken = report.broken if settings.bad_media == "stop" else {}
-    silent = report.silent if (settings.no_sound or settings.bad_media) == "stop" else {}
+    silent = report.silent if (settings.missing_audio or settings.bad_media) == "stop" else {}
     return [*broken.values(), *silent.values()]
 
 
@@ -421,9 +423,9 @@ def _verdict(
         if not heard:
             return Verdict(seen=Seen.of_clip(frames, None))
         if not has_sound(reference.path):
-            if settings.no_sound == "mute":
+            if settings.missing_audio == "ignore":
                 return Verdict(seen=Seen.of_clip(frames, None))
-            what = f"{reference.path}: has no sound track, and the model hears"
+            what = f"{reference.path}: has no audio track, and the model takes audio"
             return Verdict(what, silent=True)
         return Verdict(seen=Seen.of_clip(frames, sound_of(reference, settings, longest)))
     except DataError as error:
@@ -435,12 +437,12 @@ def _name(reference: Reference) -> object:
     return reference if isinstance(reference, Picture) else reference.path
 
 
-def uses_of(row: Example, *, hears: bool) -> Iterator[Use]:
-    """What a row refers to; a clip is heard by a model that hears, unless a track is given."""
+def uses_of(row: Example, *, uses_audio: bool) -> Iterator[Use]:
+    """What a row refers to; a clip's own audio counts, unless a track is given."""
     for media in (row.media, *(candidate.media for candidate in row.candidates)):
         if media is None:
             continue
-        heard = hears and not media.sounds
+        heard = uses_audio and not media.sounds
         yield from ((clip, heard) for clip in media.videos)
         yield from ((reference, False) for reference in (*media.images, *media.sounds))
         if media.change is not None and media.change.donor is not None:

@@ -202,21 +202,21 @@ class CluePart(nn.Module):
         self._kinds = dict(kinds)
         embeddings: Any = model.get_input_embeddings()
         width = embeddings.weight.shape[1]
-        hears = width if "audio" in kinds else None
+        audio_width = width if "audio" in kinds else None
         if spec.path is None:
             made = ClueAggregator(
-                width, hears, width, num_queries=spec.num_queries, width=spec.width,
+                width, audio_width, width, num_queries=spec.num_queries, width=spec.width,
                 num_layers=spec.num_layers, cross_every=spec.cross_every,
                 num_heads=spec.num_heads, use_global=spec.use_global, residual=spec.residual,
             )  # fmt: skip
         else:
             made = ClueAggregator.load(spec.path)
             sizes = [made.settings[f"feature_dim_{m}"] for m in "va"], made.settings["text_dim"]
-            if sizes != ([width, hears], width):
+            if sizes != ([width, audio_width], width):
                 raise ConfigError(
                     f"video.clues.path {spec.path}: an aggregator for features of {sizes[0]} and "
-                    f"a language model of {sizes[1]}, but this model's are {[width, hears]} and "
-                    f"{width}"
+                    f"a language model of {sizes[1]}, but this model's are "
+                    f"{[width, audio_width]} and {width}"
                 )
         wide = torch.promote_types(model.dtype, torch.float32)
         self.aggregator = made.to(wide)

@@ -258,7 +258,7 @@ def _own_inputs(
     placed = place(row.prompt, row.media, where)
     asked = Asked(placed, row.template) if row.template else placed
     text = encoder.renderer(row.media).context(asked, where)
-    tensors = processor.whole(text, encoder.reader.show(row.media), where)
+    tensors = processor.whole(text, encoder.reader.decode(row.media), where)
     own = tensors["input_ids"][0].tolist()
     _require_same(encoder, own, prompt.tolist(), where)
     whole = len(own) == len(prompt)  # else what was cut is text

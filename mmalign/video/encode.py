@@ -48,7 +48,7 @@ class Context:
 
     Attributes:
         prepared: Its media, ready for the model.
-        operation: How they are altered, by number; see `mmalign.video.candidates`.
+        operation: How they are perturbed, by number; see `mmalign.video.candidates`.
     """
 
     prepared: Prepared
@@ -61,7 +61,7 @@ class VideoEncoder(Encoder):
     Inputs of a batch beside those of a text batch, all but the first of them `whole`:
         context_index: [B, K] long, the context of each candidate.
         context_media: [C] long, the media that context c shows, counted from 1; 0 for none.
-        context_operation: [C] long, how they are altered; see `mmalign.video.candidates`.
+        context_operation: [C] long, how they are perturbed; see `mmalign.video.candidates`.
         positions/C: [3, P] of the tokens of a context's prompt, for models that count so.
         media/M/NAME: what the processor made of media M, where they must be encoded.
         media/M/tokens, media/M/deep/LAYER: [n, D], their features, where they are known.
@@ -259,7 +259,7 @@ class VideoEncoder(Encoder):
     def _with_clues(self, text: str, media: Media) -> str:
         """Clue tokens before the first medium."""
         assert self.num_clues is not None
-        heard = bool(media.sounds) or self.reader.hears_clip(media)
+        heard = bool(media.sounds) or self.reader.uses_clip_audio(media)
         count = self.num_clues(bool(media.videos or media.images), heard)
         return insert_clues(text, count, self.processor.tokens.values())
 

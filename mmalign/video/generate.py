@@ -33,7 +33,7 @@ class Question:
 
     Attributes:
         prompt: In words.
-        media: What it shows and plays.
+        media: The images, videos and audio it is about.
         row: Where it comes from, for reports; questions are the same whatever row asks them.
     """
 
@@ -107,11 +107,11 @@ def _inputs(
     """What the model takes for contexts that share a batch."""
     ids, mask = left_padded([ids for ids, _ in rows], encoder.pad_id)
     media = _together([tensors for _, tensors in rows])
-    plays = media.pop("audio_in_video", None) is not None
+    uses_audio = media.pop("audio_in_video", None) is not None
     types = encoder.processor.token_types(ids) if media else {}
     inputs = {"input_ids": ids, "attention_mask": mask, **types, **media}
     cast: dict[str, Any] = {k: _cast(v, dtype) for k, v in inputs.items()}
-    return {**cast, "use_audio_in_video": True} if plays else cast
+    return {**cast, "use_audio_in_video": True} if uses_audio else cast
 
 
 def _context(

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _NAMES = {"pixel_values_images": "pixel_values"}  # Video-LLaVA's processor, and its model
 
 
-def tensors_of(output: Mapping[str, Any], shown: Shown) -> dict[str, Tensor]:
+def tensors_of(output: Mapping[str, Any], shown: DecodedMedia) -> dict[str, Tensor]:
     """What a processor gave, by the names that models know; whether clips are heard beside it."""
     tensors = {_NAMES.get(k, k): torch.as_tensor(v) for k, v in output.items() if v is not None}
     if any(track is not None for _, track in shown.clips):
@@ -192,13 +192,13 @@ _SECONDS_KEPT = 30.0  # of a sound, by feature extractors of the Whisper family
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class DecodedMedia:
     """Decoded media of one prompt.
 
     Attributes:
-        clips: Frames, and the sound that is played with them where the model hears it.
+        clips: Frames, and their own audio where the model takes it.
         starts: Seconds of the file at which each clip begins; times are told from there.
-        note: Of altered media, the `operation` and what was drawn for it; see `Augmented`.
+        note: Of perturbed media, the `operation` and what was drawn for it; see `Augmented`.
     """
 
     clips: Sequence[tuple[Frames, Wave | None]] = ()
@@ -254,26 +254,29 @@ class Processor:
         self.image_sizes = Sizes(getattr(processor, "image_processor", None), self.video, "images")
 
     @property
-    def hears(self) -> bool:
-        """Whether the model takes sound."""
+    def uses_audio(self) -> bool:
+        """Whether the model has audio input."""
         return "audio" in self.tokens
 
     @property
-    def plays(self) -> bool:
-        """Whether a clip's own sound can be played with its frames."""
+    def can_use_clip_audio(self) -> bool:
+        """Whether the model takes a clip's own audio with its frames."""
         from transformers.processing_utils import OmniModalProcessorMixin
 
         return isinstance(self.inner, OmniModalProcessorMixin)
 
     @property
-    def hears_clips(self) -> bool:
-        """Whether a clip's own sound is played with its frames, and `video.sound` lets it."""
-        return self.plays and self.video.sound == "auto"
+    def uses_clip_audio(self) -> bool:
+        """The same, where `video.sound` lets it."""
+        return self.can_use_clip_audio and self.video.sound == "auto"
 
     @property
     def longest_sound(self) -> float | None:
         """Seconds of a sound that the model's feature extractor keeps; None: all of it."""
-        if not self.hears or getattr(self.inner, "audio_kwargs", {}).get("truncation") is False:
+        if (
+            not self.uses_audio
+            or getattr(self.inner, "audio_kwargs", {}).get("truncation") is False
+        ):
             return None
         return float(getattr(self.inner.feature_extractor, "chunk_length", _SECONDS_KEPT))
 
@@ -304,7 +307,7 @@ class Processor:
         texts = [part.to_json_string() for part in parts if part is not None]
         return hashlib.sha256("".join([settings, *texts]).encode()).hexdigest()
 
-    def __call__(self, shown: Shown, where: str) -> Processed:
+    def __call__(self, shown: DecodedMedia, where: str) -> Processed:
         """The tensors and replacements of a prompt's media.
 
         Raises:
@@ -312,7 +315,7 @@ class Processor:
         """
         return self._processed(shown, where, planned=False)
 
-    def plan(self, shown: Shown, where: str) -> Processed | None:
+    def plan(self, shown: DecodedMedia, where: str) -> Processed | None:
         """The same of media of which only sizes, times and lengths are known: without pixels.
 
         None where a processor looks at the pixels to tell how many tokens they take.
@@ -330,7 +333,7 @@ class Processor:
                 return None
             raise
 
-    def _processed(self, shown: Shown, where: str, *, planned: bool) -> Processed:
+    def _processed(self, shown: DecodedMedia, where: str, *, planned: bool) -> Processed:
         parts = self._apart(shown, where)
         done = [self._part(part, where, planned=planned) for part in parts]
         tensors = (
@@ -342,20 +345,24 @@ class Processor:
         }
         return Processed(tensors, texts)
 
-    def _apart(self, shown: Shown, where: str) -> list[Shown]:
+    def _apart(self, shown: DecodedMedia, where: str) -> list[DecodedMedia]:
         """What is given to the processor at once: it takes one size and one rate for all clips."""
         asked = [
-            (frames.fps if self.plays else 0.0, frames.drawn, self._size_of(frames, where))
+            (
+                frames.fps if self.can_use_clip_audio else 0.0,
+                frames.drawn,
+                self._size_of(frames, where),
+            )
             for frames, _ in shown.clips
         ]
         if all(options == asked[0] for options in asked):
             return [shown]
         several = zip(shown.clips, shown.starts, strict=True)
-        alone = [Shown(clips=[clip], starts=[start]) for clip, start in several]
-        rest = Shown(images=shown.images, sounds=shown.sounds)
+        alone = [DecodedMedia(clips=[clip], starts=[start]) for clip, start in several]
+        rest = DecodedMedia(images=shown.images, sounds=shown.sounds)
         return [*alone, rest] if shown.images or shown.sounds else alone
 
-    def _part(self, shown: Shown, where: str, *, planned: bool) -> Processed:
+    def _part(self, shown: DecodedMedia, where: str, *, planned: bool) -> Processed:
         text = self._placeholders(shown, where)
         options = self._options(text, shown, where)
         if shown.clips:
@@ -383,7 +390,7 @@ class Processor:
         self._check_grids(shown, tensors, where)
         return Processed(tensors, {kind: tuple(texts) for kind, texts in found.items()})
 
-    def _check_grids(self, shown: Shown, tensors: Mapping[str, Tensor], where: str) -> None:
+    def _check_grids(self, shown: DecodedMedia, tensors: Mapping[str, Tensor], where: str) -> None:
         """Refuse frames of another size than was asked for, or larger than they may be."""
         grids, patch = tensors.get("video_grid_thw"), self._video_part("patch_size")
         if grids is None or not isinstance(patch, int) or len(grids) != len(shown.clips):
@@ -406,7 +413,7 @@ class Processor:
     def _video_part(self, name: str) -> Any:
         return getattr(getattr(self.inner, "video_processor", None), name, None)
 
-    def whole(self, text: str, shown: Shown, where: str) -> dict[str, Tensor]:
+    def whole(self, text: str, shown: DecodedMedia, where: str) -> dict[str, Tensor]:
         """What the processor itself makes of a whole prompt: ids, pixels, grids, times, kinds.
 
         Args:
@@ -472,7 +479,7 @@ class Processor:
             for name, tell in tellers.items()
         }
 
-    def _placeholders(self, shown: Shown, where: str) -> str:
+    def _placeholders(self, shown: DecodedMedia, where: str) -> str:
         counts = {"video": len(shown.clips), "image": len(shown.images), "audio": len(shown.sounds)}
         missing = [kind for kind, count in counts.items() if count and kind not in self.tokens]
         if missing:
@@ -483,7 +490,7 @@ class Processor:
             )
         return "".join(self.tokens[kind] * count for kind, count in counts.items() if count)
 
-    def _options(self, text: str, shown: Shown, where: str) -> dict[str, Any]:
+    def _options(self, text: str, shown: DecodedMedia, where: str) -> dict[str, Any]:
         options: dict[str, Any] = {
             "text": [text],
             "return_tensors": "pt",
@@ -515,7 +522,7 @@ class Processor:
                 f"{where}: {type(self.inner).__name__} cannot take the media: {error}"
             ) from error
 
-    def _video_options(self, shown: Shown, where: str = "") -> dict[str, Any]:
+    def _video_options(self, shown: DecodedMedia, where: str = "") -> dict[str, Any]:
         return {
             "do_sample_frames": False,  # the frames were chosen, and must stay the same ones
             "video_metadata": [metadata(frames) for frames, _ in shown.clips],
@@ -524,7 +531,7 @@ class Processor:
             **self._size_of(shown.clips[0][0], where),
         }
 
-    def _image_options(self, shown: Shown, where: str) -> dict[str, Any]:
+    def _image_options(self, shown: DecodedMedia, where: str) -> dict[str, Any]:
         """One size for all pictures, within which each of them keeps to its area."""
         if self.video.image_pixels is None:
             return {}

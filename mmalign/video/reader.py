@@ -1,4 +1,4 @@
-"""From media by reference to what the model takes: decoded, altered, processed; each once."""
+"""From media by reference to what the model takes: decoded, perturbed, processed; each once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmalign.text.cache import cache_folder
 from mmalign.video.augment import augment
 from mmalign.video.media import FrameCache
 from mmalign.video.model import Encoded
-from mmalign.video.processing import Processed, Processor, Shown
+from mmalign.video.processing import DecodedMedia, Processed, Processor
 from mmalign.video.sizes import Frames
 from mmalign.video.sound import has_sound, read_sound, sound_of
 
@@ -49,7 +49,7 @@ class Prepared:
         key: Of all that decides the features, but for the model.
         processed: Tensors and replacements; without pixels where `encoded` is there.
         encoded: The features, where they are known already.
-        recurs: Whether these media come again; altered ones are others at every visit.
+        recurs: Whether these media come again; perturbed ones are others at every visit.
     """
 
     key: str
@@ -106,36 +106,36 @@ class MediaReader:
             encoded = self.features.get(key)
             if encoded is not None:
                 return Prepared(key, small, encoded)
-        processed = self.processor(self.show(media), where)
+        processed = self.processor(self.decode(media), where)
         if media.change is not None:
             return Prepared(key, processed, recurs=False)
         if self.features.active:
             self._small[key] = Processed(_without_pixels(processed.tensors), processed.replacements)
         return Prepared(key, processed, None if pixels else self.features.get(key))
 
-    def show(self, media: Media) -> Shown:
-        """The decoded media, altered where they are to be."""
-        heard = self.hears_clip(media)
-        bare = media.change is not None  # what is altered after it was drawn would be another thing
+    def decode(self, media: Media) -> DecodedMedia:
+        """The decoded media, perturbed where they are to be."""
+        heard = self.uses_clip_audio(media)
+        bare = media.change is not None  # times drawn before a perturbation would move with it
         clips = [self._clip(clip, heard=heard, bare=bare) for clip in media.videos]
         images = [open_picture(picture) for picture in media.images]
         sounds = [read_sound(sound, self.video, self.longest) for sound in media.sounds]
-        shown = Shown(clips, [clip.start for clip in media.videos], images, sounds)
-        return shown if media.change is None else self._altered(media.change, shown)
+        shown = DecodedMedia(clips, [clip.start for clip in media.videos], images, sounds)
+        return shown if media.change is None else self._perturbed(media.change, shown)
 
-    def hears_clip(self, media: Media) -> bool:
-        """Whether the clips of a prompt are heard: the model can, and no track is given instead."""
-        return self.processor.hears_clips and bool(media.videos) and not media.sounds
+    def uses_clip_audio(self, media: Media) -> bool:
+        """Whether clips are taken with their own audio: the model can, and no track is given."""
+        return self.processor.uses_clip_audio and bool(media.videos) and not media.sounds
 
     def _clip(self, clip: Clip, *, heard: bool, bare: bool) -> tuple[Frames, Wave | None]:
         frames = self.frames.get(clip, bare=bare)
         if not heard:
             return frames, None
-        if self.video.no_sound == "mute" and not has_sound(clip.path):
+        if self.video.missing_audio == "ignore" and not has_sound(clip.path):
             return frames, None
         return frames, sound_of(clip, self.video, self.longest)
 
-    def _altered(self, change: Change, shown: Shown) -> Shown:
+    def _perturbed(self, change: Change, shown: DecodedMedia) -> DecodedMedia:
         """The change made to what is shown first, and to the sound that goes with it."""
         clips, images, sounds = [*shown.clips], [*shown.images], [*shown.sounds]
         frames, wave = clips[0] if clips else (_still(images), None)
@@ -143,19 +143,19 @@ class MediaReader:
         donor = None if change.donor is None else self._clip(change.donor, heard=heard, bare=True)
         own = wave if heard or not sounds else sounds[0]
         rng = np.random.default_rng(change.seed)
-        altered = augment(frames, own, change.operation, rng, donor=donor)
+        perturbed = augment(frames, own, change.operation, rng, donor=donor)
         if clips:
-            clips[0] = (altered.frames, altered.wave if heard else None)
+            clips[0] = (perturbed.frames, perturbed.wave if heard else None)
         elif images:
-            images[0] = PIL.Image.fromarray(altered.frames.pixels[0])
-        if sounds and not heard and altered.wave is not None:
-            sounds[0] = altered.wave
-        note = {"operation": altered.operation, **altered.note}
-        return Shown(clips, shown.starts, images, sounds, note)
+            images[0] = PIL.Image.fromarray(perturbed.frames.pixels[0])
+        if sounds and not heard and perturbed.wave is not None:
+            sounds[0] = perturbed.wave
+        note = {"operation": perturbed.operation, **perturbed.note}
+        return DecodedMedia(clips, shown.starts, images, sounds, note)
 
 
 def _still(images: list[Image]) -> Frames:
-    """A picture as a clip of one frame; a black one where only sound is altered."""
+    """A picture as a clip of one frame; a black one where only sound is perturbed."""
     pixels = np.asarray(images[0]) if images else np.zeros((8, 8, 3), dtype=np.uint8)
     return Frames(pixels[None], (0,), (0.0,), 1.0, 1, 1.0)
 
@@ -259,7 +259,7 @@ class PlannedReader(MediaReader):
         self._kept: LRUCache[Hashable, Processed] = LRUCache(_KEPT)
 
     def key(self, media: Media) -> str:
-        """As ever: altered media take as many tokens, and are counted as they were."""
+        """As ever: perturbed media take as many tokens, and are counted as they were."""
         return super().key(media.unchanged())
 
     def prepare(
@@ -274,7 +274,7 @@ class PlannedReader(MediaReader):
         return Prepared(key or self.key(bare), self.processed(bare, where))
 
     def processed(self, media: Media, where: str) -> Processed:
-        """The same, but for the key; of media that are not altered."""
+        """The same, but for the key; of media that are not perturbed."""
         try:
             facts = self._facts(media)
         except KeyError:  # decoded by nobody
@@ -289,16 +289,16 @@ class PlannedReader(MediaReader):
 
     def _facts(self, media: Media) -> Hashable:
         """All that is known of the media: those alike take the same tokens where that is enough."""
-        heard = self.hears_clip(media)
+        heard = self.uses_clip_audio(media)
         return (
             tuple((self.seen[clip, heard], clip.start, clip.max_pixels) for clip in media.videos),
             tuple(self._of(picture) for picture in media.images),
             tuple(self._of(sound) for sound in media.sounds),
         )
 
-    def _known(self, media: Media) -> Shown:
-        heard = self.hears_clip(media)
-        return Shown(
+    def _known(self, media: Media) -> DecodedMedia:
+        heard = self.uses_clip_audio(media)
+        return DecodedMedia(
             clips=[self._seen_clip(clip, heard=heard) for clip in media.videos],
             starts=[clip.start for clip in media.videos],
             images=[self._of(picture).image() for picture in media.images],

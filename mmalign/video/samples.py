@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from mmalign.video.encode import VideoEncoder
     from mmalign.video.generate import Question
     from mmalign.video.pami import Chosen
-    from mmalign.video.processing import Shown
+    from mmalign.video.processing import DecodedMedia
     from mmalign.video.sizes import Wave
 
 
-# What a prompt shows and plays as one picture: frames over their times, sound as a curve.
+# The media of a prompt as one image: frames over their times, sound as a curve.
 
 if TYPE_CHECKING:
     Block = Image.Image
@@ -48,7 +48,7 @@ _MOST_BYTES = 250_000
 _TRIES = ((82, 1.0), (60, 1.0), (40, 0.7), (25, 0.5))  # quality, share of the size; noise is last
 
 
-def sheet(shown: Shown) -> Image.Image | None:
+def sheet(shown: DecodedMedia) -> Image.Image | None:
     """All media of a prompt, below each other; None where there are none."""
     blocks: list[Block] = []
     several = len(shown.clips) + len(shown.sounds) > 1
@@ -75,16 +75,16 @@ def sheet(shown: Shown) -> Image.Image | None:
     return _stacked(blocks) if blocks else None
 
 
-def compared(own: Shown, altered: Shown) -> Image.Image:
-    """What is altered of a prompt's media, as it is and below it as it was made."""
+def compared(own: DecodedMedia, perturbed: DecodedMedia) -> Image.Image:
+    """What is perturbed of a prompt's media, as it is and below it as it was made."""
     blocks: list[Block] = []
-    before, after = _first_sound(own), _first_sound(altered)
+    before, after = _first_sound(own), _first_sound(perturbed)
     moved = (
         before is not None
         and after is not None
         and not np.array_equal(before.samples, after.samples)
     )
-    for name, shown, wave in (("as it is", own, before), ("altered", altered, after)):
+    for name, shown, wave in (("as it is", own, before), ("altered", perturbed, after)):
         blocks.append(_words(name))
         if shown.clips:
             pixels = shown.clips[0][0].pixels
@@ -131,7 +131,7 @@ def _grid(images: Sequence[Image.Image], labels: Sequence[str]) -> Block:
     return arranged(cells, min(_COLUMNS, columns), gap=_GAP, margin=0, paper=_PAPER)
 
 
-def _first_sound(shown: Shown) -> Wave | None:
+def _first_sound(shown: DecodedMedia) -> Wave | None:
     return shown.clips[0][1] if shown.clips else next(iter(shown.sounds), None)
 
 
@@ -184,8 +184,8 @@ class Answering(Protocol):
         """Rows to a batch."""
         ...
 
-    def altered(self, example: Example) -> Example:
-        """The row with its answers under altered clips, always the same ones."""
+    def perturbed(self, example: Example) -> Example:
+        """The row with its answers under perturbed clips, always the same ones."""
         ...
 
     def choose(self, batch: Batch) -> Chosen:
@@ -212,7 +212,7 @@ def write_samples(
     Returns:
         A record a question: `id`, `prompt` in words, `response`; `media` and `frames`, the sheet's
         path inside the run folder; `answers` of the data with their spans; `altered`, the row's
-        altered clips (see `_alterations`). What a question has not is left out.
+        perturbed clips (see `_perturbations`). What a question has not is left out.
     """
     settings = options.model_dump(exclude={"num_prompts", "prompts"})
     texts = adapter.sample(list(prompts.values()), **settings)
@@ -221,7 +221,7 @@ def write_samples(
         words = in_words(question.prompt)
         record: dict[str, Any] = {"id": row, "prompt": words, "response": text}
         if question.media:
-            shown = adapter.encoder.reader.show(question.media)
+            shown = adapter.encoder.reader.decode(question.media)
             file = f"{FRAMES}/{number:03d}.webp"
             image = sheet(shown)
             if image is not None and not (folder / file).exists():
@@ -230,7 +230,7 @@ def write_samples(
             record |= {"media": about, "frames": file}
         if question.row is not None:
             record["answers"] = _answers(adapter, question.row)
-            found = _alterations(adapter, question.row, folder, number)
+            found = _perturbations(adapter, question.row, folder, number)
             record |= {"altered": found} if found else {}
         records.append(record)
     return records
@@ -246,7 +246,7 @@ def in_words(prompt: Prompt | Asked) -> str:
     return MARK.sub(r"[\1]", text)
 
 
-def describe(media: Media, shown: Shown) -> list[dict[str, Any]]:
+def describe(media: Media, shown: DecodedMedia) -> list[dict[str, Any]]:
     """Kind and file name of each medium, and what of it the model gets; seconds of a clip count
     from where it starts."""
     found: list[dict[str, Any]] = []
@@ -265,7 +265,7 @@ def describe(media: Media, shown: Shown) -> list[dict[str, Any]]:
 
 
 def described(
-    encoder: VideoEncoder, media: Media, shown: Shown, where: str
+    encoder: VideoEncoder, media: Media, shown: DecodedMedia, where: str
 ) -> list[dict[str, Any]]:
     """The same with what each medium becomes in the processor.
 
@@ -353,16 +353,16 @@ def _ranges(
     return [(start, end) for start, end in bare if start < end]
 
 
-def _alterations(
+def _perturbations(
     adapter: Answering, row: Example, folder: Path, number: int
 ) -> list[dict[str, Any]]:
-    """The row's altered clips, the same ones at every step.
+    """The row's perturbed clips, the same ones at every step.
 
     Returns:
         A record each: `role`, `operation` and what was drawn for it, `frames`, a sheet of the clip
-        above its altered self. Of PaMi's choice also `close`, `far` (nats) and `weight`.
+        above its perturbed self. Of PaMi's choice also `close`, `far` (nats) and `weight`.
     """
-    full = adapter.altered(row)
+    full = adapter.perturbed(row)
     added = {c.media: c.role for c in reversed(full.candidates[len(row.candidates) :])}
     reader = adapter.encoder.reader
     found: list[dict[str, Any]] = []
@@ -370,11 +370,11 @@ def _alterations(
         if media is None or media.change is None:
             continue
         file = f"{FRAMES}/{number:03d}-{len(found)}.webp"
-        altered = reader.show(media)
+        perturbed = reader.decode(media)
         if not (folder / file).exists():
-            own = reader.show(media.unchanged())
-            write(compared(own, altered), folder / file)
-        found.append({"role": role, **altered.note, "frames": file})
+            own = reader.decode(media.unchanged())
+            write(compared(own, perturbed), folder / file)
+        found.append({"role": role, **perturbed.note, "frames": file})
     if "augmented" in adapter.needs.roles:
         device = next(adapter.policy.parameters()).device
         choice = adapter.choose(adapter.collate([row]).to(device))

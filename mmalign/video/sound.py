@@ -60,7 +60,7 @@ def sound_of(clip: Clip, settings: VideoConfig, longest: float | None = None) ->
         longest: Seconds that the model's window has; None: no limit.
 
     Raises:
-        DataError: There is no sound track, the file cannot be read or ends before the span, or the
+        DataError: There is no audio track, the file cannot be read or ends before the span, or the
             span is too long.
     """
     line = timeline(clip.path, settings)
@@ -85,7 +85,7 @@ def read_sound(sound: Sound, settings: VideoConfig, longest: float | None = None
         longest: Seconds that the model's window has; None: no limit.
 
     Raises:
-        DataError: There is no sound track, nothing in the span, or the file cannot be read; or the
+        DataError: There is no audio track, nothing in the span, or the file cannot be read; or the
             span is longer than `max_seconds` or the window.
     """
     samples = _read(sound, settings, longest)
@@ -103,7 +103,7 @@ def _read(sound: Sound, settings: VideoConfig, longest: float | None) -> Array:
     with open_media(path, deadline) as container:
         stream = sound_stream(container)
         if stream is None:
-            raise DataError(f"{path}: has no sound track")
+            raise DataError(f"{path}: has no audio track")
         _check_rate(path, stream.codec_context.sample_rate)
         claimed = _claimed(container, stream)
         if claimed:

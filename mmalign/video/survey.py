@@ -24,7 +24,7 @@ from mmalign.text.survey import (
     too_long,
 )
 from mmalign.video.augment import seed_for
-from mmalign.video.candidates import Corruptor
+from mmalign.video.candidates import Perturbation
 from mmalign.video.checks import FILE, check_media, keep_usable, leave_out, uses_of
 from mmalign.video.encode import VideoEncoder, token_counts
 from mmalign.video.processing import Processor, load_processor
@@ -94,15 +94,15 @@ def survey_parts(config: RunConfig, needs: Needs, parts: Sequence[Sequence[Examp
         ConfigError: Processor, tokenizer or template cannot do what the config asks.
     """
     processor = Processor(load_processor(config), config)
-    hears = processor.hears_clips
+    uses_audio = processor.uses_clip_audio
     possible = taken(parts, processor)
     report = look_at(config, processor, possible)
-    kept = keep_usable(possible, report, config.video, hears=hears)
+    kept = keep_usable(possible, report, config.video, uses_audio=uses_audio)
     encoder = counting_encoder(config, processor, report)
     kept = _fitting(kept, encoder)
     donors = tuple(dict.fromkeys(clip for row in kept[0] for clip in row.media.videos))
-    alter = Corruptor(config.video, hears, donors, report.seen)
-    kept, bare = _alterable(kept, alter, needs.roles)
+    alter = Perturbation(config.video, uses_audio, donors, report.seen)
+    kept, bare = _perturbable(kept, alter, needs.roles)
     rows = list({id(row): row for part in kept for row in part}.values())
     limits = Limits(positions=model_limits(config).positions)
     found = _found(config, encoder, rows, limits, report)
@@ -125,7 +125,7 @@ def look_at(
     return check_media(
         [row for part in parts for row in part],
         config.video,
-        hears=processor.hears_clips,
+        uses_audio=processor.uses_clip_audio,
         journal=cache_folder(config) / FILE,
         longest=processor.longest_sound,
     )
@@ -159,10 +159,10 @@ def _fitting(parts: list[list[Example]], encoder: VideoEncoder) -> list[list[Exa
     return leave_out(parts, faults, encoder.reader.video)
 
 
-def _alterable(
-    parts: list[list[Example]], alter: Corruptor, roles: Sequence[str]
+def _perturbable(
+    parts: list[list[Example]], alter: Perturbation, roles: Sequence[str]
 ) -> tuple[list[list[Example]], dict[int, str]]:
-    """The rows whose media can be altered as the objective asks, and by id() what others lack."""
+    """The rows whose media can be perturbed as the objective asks, and by id() what others lack."""
     faults: dict[int, str] = {}
     bare: dict[int, str] = {}
     for row in {id(row): row for part in parts for row in part}.values():
@@ -180,8 +180,10 @@ def _large_clips(
 ) -> list[str]:
     """A sentence where clips take much memory, since the processor wants frames so large."""
     found: list[tuple[int, str]] = []
-    hears = processor.hears_clips
-    for use in {use for part in parts for row in part for use in uses_of(row, hears=hears)}:
+    uses_audio = processor.uses_clip_audio
+    for use in {
+        use for part in parts for row in part for use in uses_of(row, uses_audio=uses_audio)
+    }:
         clip, seen = use[0], report.seen.get(use)
         if seen is None or not isinstance(clip, Clip):
             continue
@@ -253,7 +255,7 @@ def _found(
     cache = SurveyCache(cache_folder(config) / FOLDER, encoder, limits)
     digest = hashlib.sha256(cache.file(rows).name.encode())
     for row in rows:
-        uses = uses_of(row, hears=encoder.processor.hears_clips)
+        uses = uses_of(row, uses_audio=encoder.processor.uses_clip_audio)
         known = [(*use, report.seen.get(use), _area(use[0])) for use in uses]
         digest.update(repr(known).encode())
     file = cache.folder / f"{digest.hexdigest()[:40]}.json"

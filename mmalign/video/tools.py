@@ -22,7 +22,7 @@ from mmalign.text.model import causal_model
 from mmalign.text.tools import CONTEXT, counted, legend, response, write_reference
 from mmalign.video.adapter import VideoAdapter
 from mmalign.video.augment import seed_for
-from mmalign.video.candidates import Corruptor
+from mmalign.video.candidates import Perturbation
 from mmalign.video.encode import VideoEncoder, media_tensors
 from mmalign.video.model import encode
 from mmalign.video.processing import Processor, load_processor
@@ -47,7 +47,7 @@ _MOST_TIMES = 12
 
 
 def show_rows(config: RunConfig, examples: Sequence[Example]) -> Group:
-    """Rows as training will encode them, with their answers under altered clips; no weights.
+    """Rows as training will encode them, with their answers under perturbed clips; no weights.
 
     Clips that an alteration takes from are those of the rows shown.
     """
@@ -56,7 +56,7 @@ def show_rows(config: RunConfig, examples: Sequence[Example]) -> Group:
     encoder = VideoEncoder.without_model(processor, config, reader)
     roles = presets.from_config(config.objective).needs.roles
     clips = dict.fromkeys(clip for row in examples for clip in row.media.videos)
-    alter = Corruptor(config.video, processor.hears_clips, tuple(clips))
+    alter = Perturbation(config.video, processor.uses_clip_audio, tuple(clips))
     blocks = [legend()]
     for row in examples:
         blocks += _row(encoder, alter(row, roles, seed_for(0, row.id, 0, 0)))
@@ -84,7 +84,7 @@ def _row(encoder: VideoEncoder, row: Example) -> Iterator[Text]:
 
 def _media(encoder: VideoEncoder, media: Media, where: str) -> Iterator[Text]:
     """A line for each medium, and one for what was done to them or left out."""
-    video, decoded = encoder.reader.video, encoder.reader.show(media)
+    video, decoded = encoder.reader.video, encoder.reader.decode(media)
     for about in described(encoder, media, decoded, where):
         line = f"{about['kind']} {about['file']}: "
         at = " at {} x {}".format(*about["shown"]) if "shown" in about else ""

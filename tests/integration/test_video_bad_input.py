@@ -207,10 +207,10 @@ def test_media_that_stop_a_run(video_models: Models, data: Path, tmp_path: Path)
     assert "set video.bad_media to drop" in text
 
     mute = with_media(data, "mute", {"video": "mute.mp4"})
-    assert said(OMNI, mute, bad_media="stop") == said(OMNI, mute, no_sound="stop")
-    text = said(OMNI, mute, no_sound="stop")
-    assert f"{folder / 'mute.mp4'}: has no sound track, and the model hears" in text
-    assert "video.no_sound to drop or mute" in text
+    assert said(OMNI, mute, bad_media="stop") == said(OMNI, mute, missing_audio="stop")
+    text = said(OMNI, mute, missing_audio="stop")
+    assert f"{folder / 'mute.mp4'}: has no audio track, and the model takes audio" in text
+    assert "video.missing_audio to drop or ignore" in text
 
     heard = with_media(data, "heard", {"audio": "clip0.mp4"})
     text = said(KIND, heard, bad_media="stop")
@@ -256,7 +256,9 @@ def test_rows_that_show_nothing_cannot_be_altered(
     file = with_media(data, "words", {"video": None})
     config = write_config(tmp_path, video_models(KIND), file, objective={"name": "mdpo"})
     said = refused("train", config)
-    assert "row-0'): the objective compares answers under altered media, but the row shows" in said
+    assert (
+        "row-0'): the objective compares answers under perturbed media, but the row shows" in said
+    )
 
 
 def test_questions_that_cannot_be_asked(

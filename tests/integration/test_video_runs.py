@@ -135,7 +135,7 @@ def test_final_weights_give_the_runs_log_probabilities_by_plain_libraries(
     processor = AutoProcessor.from_pretrained(final)
     base = AutoModelForImageTextToText.from_pretrained(video_models(kind))
     model = PeftModel.from_pretrained(base, str(final)).eval()
-    shown = adapter.encoder.reader.show(rows[0].media)
+    shown = adapter.encoder.reader.decode(rows[0].media)
     frames, wave = shown.clips[0]
     pixels = torch.from_numpy(frames.pixels.copy())
     metadata = {

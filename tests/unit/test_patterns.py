@@ -149,7 +149,7 @@ READERS: dict[str, tuple[Callable[[str], object], str, str, str]] = {
         lambda text: read_cat({"conversations": [{"from": "human", "value": text},
                                                  {"from": "gpt", "value": "a"}]}), "a", " ", "b"),
     "sentences about doing": (
-        lambda text: allowed(["reverse"], text, hints=True, hears=False, num_frames=2),
+        lambda text: allowed(["reverse"], text, hints=True, uses_audio=False, num_frames=2),
         "", "does ", ""),
 }  # fmt: skip
 

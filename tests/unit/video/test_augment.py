@@ -408,7 +408,7 @@ def test_a_clip_of_one_frame(operation: str) -> None:
 )
 def test_hints(question: str, left: list[str]) -> None:
     operations = ["crop", "hflip", "reverse", "shuffle"]
-    given: dict[str, Any] = {"hears": False, "num_frames": 8}
+    given: dict[str, Any] = {"uses_audio": False, "num_frames": 8}
     assert allowed(operations, question, hints=True, **given) == left
     assert allowed(operations, question, hints=False, **given) == operations
     only = ["hflip", "reverse"]
@@ -417,18 +417,18 @@ def test_hints(question: str, left: list[str]) -> None:
 
 def test_only_what_can_be_done_is_allowed() -> None:
     def left(**given: Any) -> set[str]:
-        rest = {"hears": True, "num_frames": 8, "donor": True} | given
+        rest = {"uses_audio": True, "num_frames": 8, "donor": True} | given
         return OPERATIONS - set(allowed(sorted(OPERATIONS), "", hints=False, **rest))
 
     assert left() == set()
-    assert left(hears=False) == {"silence", "swap_audio", "time_shift", "noise"}
+    assert left(uses_audio=False) == {"silence", "swap_audio", "time_shift", "noise"}
     assert left(donor=False) == {"replace_frames", "swap_video", "swap_audio"}
     assert left(num_frames=1) == {*MOVES, "replace_frames", "mask_frames"}
-    assert allowed(["reverse"], "", hints=True, hears=True, num_frames=1) == []
+    assert allowed(["reverse"], "", hints=True, uses_audio=True, num_frames=1) == []
 
 
 def test_a_hint_never_leaves_only_what_cannot_be_done() -> None:
-    given: dict[str, Any] = {"hints": True, "hears": False, "num_frames": 1}
+    given: dict[str, Any] = {"hints": True, "uses_audio": False, "num_frames": 1}
     assert allowed(["silence", "freeze", "hflip"], "What color?", **given) == ["hflip"]
 
 

@@ -12,7 +12,7 @@ import pytest
 from media_files import cut, write_numbered
 from PIL import Image
 
-from mmalign.config import VideoConfig
+from mmalign.config import VideoConfig, video
 from mmalign.data.example import Candidate, Clip, Example, Media, Picture, Sound
 from mmalign.errors import DataError
 from mmalign.video.checks import MediaReport, check_media, keep_usable
@@ -21,10 +21,10 @@ TIMES = [100 * i for i in range(20)]
 
 
 def usable_rows(
-    parts: list[list[Example]], settings: VideoConfig, *, hears: bool
+    parts: list[list[Example]], settings: VideoConfig, *, uses_audio: bool
 ) -> list[list[Example]]:
-    report = check_media([row for part in parts for row in part], settings, hears=hears)
-    return keep_usable(parts, report, settings, hears=hears)
+    report = check_media([row for part in parts for row in part], settings, uses_audio=uses_audio)
+    return keep_usable(parts, report, settings, uses_audio=uses_audio)
 
 
 def row(name: str, *clips: Clip, candidate: Media | None = None, **media: Any) -> Example:
@@ -78,7 +78,7 @@ def test_each_broken_file_is_named_once_and_its_rows_go(
     rows: list[Example], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        (kept,) = usable_rows([rows], VideoConfig(num_frames=4), hears=True)
+        (kept,) = usable_rows([rows], VideoConfig(num_frames=4), uses_audio=True)
     assert [row.id for row in kept] == ["good", "early", "words"]
     for name in BROKEN:
         named = [record.message for record in caplog.records if name in record.message]
@@ -92,11 +92,28 @@ def test_each_broken_file_is_named_once_and_its_rows_go(
 
 def test_stop_names_them_and_how_many(rows: list[Example]) -> None:
     with pytest.raises(DataError, match="6 of 8 media files cannot be used") as caught:
-        usable_rows([rows], VideoConfig(num_frames=4, bad_media="stop"), hears=False)
+        usable_rows([rows], VideoConfig(num_frames=4, bad_media="stop"), uses_audio=False)
     assert all(str(caught.value).count(name) == 1 for name in BROKEN)
     many = [row(str(i), Clip(Path(f"/nowhere/{i}.mp4"))) for i in range(12)]
     with pytest.raises(DataError, match="and 2 more"):
-        usable_rows([many], VideoConfig(bad_media="stop"), hears=False)
+        usable_rows([many], VideoConfig(bad_media="stop"), uses_audio=False)
+
+
+def test_the_earlier_name_of_the_policy_is_read_and_named_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    video._say_renamed.cache_clear()
+    for _ in range(2):
+        config = VideoConfig.model_validate({"no_sound": "mute"})
+        assert config == VideoConfig(missing_audio="ignore")
+    assert VideoConfig.model_validate({"no_sound": None}) == VideoConfig()
+    assert [record.message.split(" now")[0] for record in caplog.records] == [
+        "video.no_sound is called video.missing_audio"
+    ]
+    with pytest.raises(ValueError, match=r"earlier name of video\.missing_audio; remove it"):
+        VideoConfig.model_validate({"no_sound": "drop", "missing_audio": "drop"})
+    with pytest.raises(ValueError, match="missing_audio"):
+        VideoConfig.model_validate({"no_sound": "loud"})
 
 
 def test_clips_without_sound_by_policy(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -106,20 +123,22 @@ def test_clips_without_sound_by_policy(folder: Path, caplog: pytest.LogCaptureFi
         row("given", Clip(folder / "mute.mp4"), sounds=(Sound(folder / "good.mp4"),)),
     ]
 
-    def kept(hears: bool = True, **settings: str) -> list[str]:
+    def kept(uses_audio: bool = True, **settings: str) -> list[str]:
         config = VideoConfig.model_validate({"num_frames": 2, **settings})
-        return [row.id for row in usable_rows([rows], config, hears=hears)[0]]
+        return [row.id for row in usable_rows([rows], config, uses_audio=uses_audio)[0]]
 
-    with pytest.raises(DataError, match=r"mute.mp4: has no sound track, and the model hears"):
-        kept(no_sound="stop")
-    with pytest.raises(DataError, match=r"mute.mp4: has no sound track, and the model hears"):
+    with pytest.raises(DataError, match=r"mute.mp4: has no audio track, and the model takes audio"):
+        kept(missing_audio="stop")
+    with pytest.raises(DataError, match=r"mute.mp4: has no audio track, and the model takes audio"):
         kept(bad_media="stop")  # one policy, unless another one is given
-    assert kept(no_sound="mute") == ["heard", "mute", "given"]
-    assert kept(hears=False) == ["heard", "mute", "given"]
+    assert kept(missing_audio="ignore") == ["heard", "mute", "given"]
+    assert kept(uses_audio=False) == ["heard", "mute", "given"]
     assert kept(sound="off") == ["heard", "mute", "given"]
     assert not caplog.records
-    assert kept(bad_media="stop", no_sound="drop") == ["heard", "given"]
-    assert caplog.messages[0] == f"{folder / 'mute.mp4'}: has no sound track, and the model hears"
+    assert kept(bad_media="stop", missing_audio="drop") == ["heard", "given"]
+    assert caplog.messages[0] == (
+        f"{folder / 'mute.mp4'}: has no audio track, and the model takes audio"
+    )
     assert caplog.messages[1:] == [
         "1 of 3 rows are left out for the 1 of 2 media files named above"
     ]
@@ -127,7 +146,7 @@ def test_clips_without_sound_by_policy(folder: Path, caplog: pytest.LogCaptureFi
 
 
 def test_a_report_for_checks_without_policies(rows: list[Example]) -> None:
-    report = check_media(rows, VideoConfig(num_frames=4), hears=False)
+    report = check_media(rows, VideoConfig(num_frames=4), uses_audio=False)
     assert report.num_files == 8
     assert {Path(name).name for name in report.broken} == BROKEN
     assert not report.silent
@@ -140,7 +159,7 @@ def test_what_was_whole_is_not_decoded_again(
     journal, config = tmp_path / "new" / "checks.jsonl", VideoConfig(num_frames=4)
 
     def check(settings: VideoConfig = config, **options: bool) -> MediaReport:
-        return check_media(rows, settings, **{"hears": True, **options}, journal=journal)
+        return check_media(rows, settings, **{"uses_audio": True, **options}, journal=journal)
 
     first = check()
     again = check()
@@ -149,7 +168,7 @@ def test_what_was_whole_is_not_decoded_again(
     assert replace(again, num_decoded=11) == first
     # Other settings, other uses of a file: other verdicts.
     assert check(VideoConfig(num_frames=2)).num_decoded == 11
-    assert check(hears=False).num_decoded == 9
+    assert check(uses_audio=False).num_decoded == 9
     # A process that follows the one that wrote takes over the broken ones too.
     monkeypatch.setenv("RANK", "1")
     follows = check()
@@ -165,7 +184,7 @@ def test_a_changed_file_and_a_damaged_journal_are_looked_at_again(
     rows, config = [row("a", Clip(clip)), row("b", Clip(folder / "good.mp4"))], VideoConfig()
 
     def check() -> MediaReport:
-        return check_media(rows, config, hears=False, journal=journal)
+        return check_media(rows, config, uses_audio=False, journal=journal)
 
     assert (check().num_decoded, check().num_decoded) == (2, 0)
     cut(folder / "good.mp4", clip, 0.7)
@@ -186,7 +205,7 @@ def test_rows_held_out_share_what_is_named(
     rows: list[Example], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        kept = usable_rows([rows, rows[:5]], VideoConfig(num_frames=4), hears=True)
+        kept = usable_rows([rows, rows[:5]], VideoConfig(num_frames=4), uses_audio=True)
     assert [[row.id for row in part] for part in kept] == [
         ["good", "early", "words"],
         ["good", "early"],

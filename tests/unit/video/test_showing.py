@@ -17,7 +17,7 @@ from video_rows import make_adapter, pair, run_config
 from mmalign.core import Needs, presets
 from mmalign.data.example import Clip, Media, Message, Picture, Sound
 from mmalign.video import samples
-from mmalign.video.processing import Shown
+from mmalign.video.processing import DecodedMedia
 from mmalign.video.samples import describe, in_words
 from mmalign.video.sizes import SOUND_RATE, Frames, Wave
 from mmalign.video.tools import show_rows
@@ -41,7 +41,7 @@ def clip(count: int, *, side: int = 16, noise: bool = False) -> Frames:
     return Frames(shaped, tuple(range(count)), times, 2.0, count, count / 2)
 
 
-def seen(shown: Shown) -> Image.Image:
+def seen(shown: DecodedMedia) -> Image.Image:
     image = samples.sheet(shown)
     assert image is not None
     return image
@@ -54,7 +54,7 @@ def lines_of(config: object, *rows: object) -> list[str]:
 
 
 def test_a_sheet_has_every_frame_in_order() -> None:
-    image = np.asarray(seen(Shown([(clip(12), None)], [0.0])))
+    image = np.asarray(seen(DecodedMedia([(clip(12), None)], [0.0])))
     # Eight cells of 64 pixels and gaps of 6, then four; 16 pixels of times below each.
     levels = [image[16 + row * 86, 16 + column * 70, 0] for row in (0, 1) for column in range(8)]
     assert levels[:12] == [2 * i for i in range(12)]
@@ -62,8 +62,10 @@ def test_a_sheet_has_every_frame_in_order() -> None:
 
 
 def test_a_long_clip_is_shown_in_part_and_says_so() -> None:
-    several = seen(Shown([(clip(100), None)], [0.0]))
-    assert several.height == seen(Shown([(clip(64), None)], [0.0])).height + 22, "a line of words"
+    several = seen(DecodedMedia([(clip(100), None)], [0.0]))
+    assert several.height == seen(DecodedMedia([(clip(64), None)], [0.0])).height + 22, (
+        "a line of words"
+    )
     assert several.width < 1020
     assert np.asarray(several)[28, 10].tolist() == [0, 0, 0]
 
@@ -71,20 +73,20 @@ def test_a_long_clip_is_shown_in_part_and_says_so() -> None:
 def test_sound_is_a_curve_as_wide_as_the_frames() -> None:
     loud = np.zeros(SOUND_RATE, dtype=np.float32)
     loud[SOUND_RATE // 2 :] = 1.0
-    alone = seen(Shown(sounds=[Wave(loud)]))
+    alone = seen(DecodedMedia(sounds=[Wave(loud)]))
     blue = (np.asarray(alone) == (0x6F, 0xB1, 0xF2)).all(-1)
     left, right = blue[:, : alone.width // 2 - 2].sum(0), blue[:, alone.width // 2 + 2 :].sum(0)
     assert left.max() == 1
     assert right[:-10].min() > 38
-    frames = Shown([(clip(4), None)], [0.0])
-    heard = seen(Shown([(clip(4), Wave(loud))], [0.0]))
+    frames = DecodedMedia([(clip(4), None)], [0.0])
+    heard = seen(DecodedMedia([(clip(4), Wave(loud))], [0.0]))
     assert heard.width == seen(frames).width
-    assert samples.sheet(Shown()) is None
+    assert samples.sheet(DecodedMedia()) is None
 
 
 def test_sheets_stay_small(tmp_path: Path) -> None:
     """Noise does not compress."""
-    image = seen(Shown([(clip(64, side=120, noise=True), None)], [0.0]))
+    image = seen(DecodedMedia([(clip(64, side=120, noise=True), None)], [0.0]))
     samples.write(image, tmp_path / "a" / "sheet.webp")
     assert [file.name for file in (tmp_path / "a").iterdir()] == ["sheet.webp"]
     assert (tmp_path / "a" / "sheet.webp").stat().st_size < 250_000
@@ -96,13 +98,17 @@ def test_an_altered_clip_stands_below_itself() -> None:
     own = clip(4)
     other = replace(own, pixels=own.pixels[::-1])
     wave = Wave(np.ones(SOUND_RATE, dtype=np.float32))
-    image = np.asarray(samples.compared(Shown([(own, wave)], [0.0]), Shown([(other, wave)], [0.0])))
+    image = np.asarray(
+        samples.compared(DecodedMedia([(own, wave)], [0.0]), DecodedMedia([(other, wave)], [0.0]))
+    )
     top, below = ([int(image[y, 16 + c * 70, 0]) for c in range(4)] for y in (40, 132))
     assert top == [0, 2, 4, 6]
     assert below == top[::-1]
     assert len(image) == 6 + 2 * (22 + 70), "an unaltered sound is not drawn"
     silent = Wave(np.zeros(SOUND_RATE, dtype=np.float32))
-    louder = samples.compared(Shown([(own, wave)], [0.0]), Shown([(own, silent)], [0.0]))
+    louder = samples.compared(
+        DecodedMedia([(own, wave)], [0.0]), DecodedMedia([(own, silent)], [0.0])
+    )
     assert louder.height == len(image) + 2 * 66
 
 
@@ -130,7 +136,7 @@ def test_media_are_named_with_what_is_seen_of_them() -> None:
     )
     wave = Wave(np.zeros(SOUND_RATE, dtype=np.float32))
     late = replace(clip(2), times=(1.0, 1.5))
-    shown = Shown([(late, None)], [1.0], [Image.new("RGB", (8, 4))], [wave])
+    shown = DecodedMedia([(late, None)], [1.0], [Image.new("RGB", (8, 4))], [wave])
     assert describe(media, shown) == [
         {"kind": "video", "file": "b.mp4", "times": [0.0, 0.5], "width": 16, "height": 16,
          "heard": False},
@@ -168,7 +174,7 @@ def test_samples_hold_what_was_seen_and_where_the_answers_differ(
     assert marked == [["play"], ["sleep"]], "tokens, without the space before them"
     # The sheet is made once; its cells are the frames.
     sheet = tmp_path / record["frames"]
-    frames = adapter.encoder.reader.show(row.media).clips[0][0]
+    frames = adapter.encoder.reader.decode(row.media).clips[0][0]
     cell = np.asarray(Image.open(sheet).convert("RGB"))[6:118:2, 6:118:2].astype(int)
     assert abs(cell - frames.pixels[0]).mean() < 8
     before = sheet.stat().st_mtime_ns

@@ -18,7 +18,7 @@ from mmalign.config import VideoConfig
 from mmalign.data.example import Clip
 from mmalign.errors import ConfigError, DataError
 from mmalign.video.media import FrameCache, read_frames
-from mmalign.video.processing import Processor, Shown, metadata
+from mmalign.video.processing import DecodedMedia, Processor, metadata
 from mmalign.video.sizes import Frames, Sizes, Wave
 
 QWEN, QWEN3 = "qwen2_5_vl", "qwen3_vl"
@@ -106,7 +106,7 @@ def test_clips_are_refused_by_their_kind_where_nothing_resizes_them(tmp_path: Pa
     pictures = Processor(inner, run_config(tmp_path))
     assert pictures.sizes.decoded(2, 48, 64, 1024) == (48, 64)
     with pytest.raises(DataError, match=r"row: .* takes image, but the row has video"):
-        pictures(Shown([(frames_of(2, 48, 64), None)], [0.0]), "row")
+        pictures(DecodedMedia([(frames_of(2, 48, 64), None)], [0.0]), "row")
 
 
 def test_a_cap_is_asked_for(tmp_path: Path) -> None:
@@ -125,9 +125,9 @@ def test_times_and_pixels_are_the_processors_own(kind: str, count: int, tmp_path
     processor, whole = processor_of(kind, tmp_path), frames_of(count, 240, 416)
     if (kind, count) == (QWEN3, 1):
         with pytest.raises(DataError, match=r"row: .* does not take a clip of 1 frame"):
-            processor(Shown([(whole, None)], [0.0]), "row")
+            processor(DecodedMedia([(whole, None)], [0.0]), "row")
         return
-    found = processor(Shown([(whole, None)], [0.0]), "row")
+    found = processor(DecodedMedia([(whole, None)], [0.0]), "row")
     about = {"fps": 24.0, "frames_indices": list(whole.indices), "duration": count / 8,
              "total_num_frames": 3 * count}  # fmt: skip
     options: dict[str, Any] = {"do_sample_frames": False, "video_metadata": [about]}
@@ -141,11 +141,11 @@ def test_times_and_pixels_are_the_processors_own(kind: str, count: int, tmp_path
     size = processor.sizes.decoded(*whole.pixels.shape[:3])
     small = np.stack([processor.sizes.shrink(image, size) for image in whole.pixels])
     assert small.nbytes < whole.pixels.nbytes
-    scaled = processor(Shown([(frames_like(whole, small), None)], [0.0]), "row")
+    scaled = processor(DecodedMedia([(frames_like(whole, small), None)], [0.0]), "row")
     for name, tensor in theirs.items():
         assert torch.equal(torch.as_tensor(tensor), found.tensors[name]), name
         assert torch.equal(found.tensors[name], scaled.tensors[name]), name
-    planned = processor.plan(Shown([(whole, None)], [0.0]), "row")
+    planned = processor.plan(DecodedMedia([(whole, None)], [0.0]), "row")
     assert planned is not None
     assert planned.replacements == found.replacements == scaled.replacements
 
@@ -236,7 +236,9 @@ def test_a_part_of_a_file_is_counted_from_its_start(tmp_path: Path) -> None:
     indices = tuple(number + 240 for number in whole.indices)
     times = tuple(time + 10 for time in whole.times)
     later = Frames(whole.pixels, indices, times, 24.0, 1000, 42.0, span=(240, 12))
-    one, two = (processor(Shown([(frames, None)], [0.0]), "row") for frames in (whole, later))
+    one, two = (
+        processor(DecodedMedia([(frames, None)], [0.0]), "row") for frames in (whole, later)
+    )
     assert one.replacements == two.replacements
     assert "<0.1 seconds>" in one.replacements["video"][0]
 
@@ -246,8 +248,8 @@ def test_several_clips_of_a_prompt_have_each_its_own_step_and_size(tmp_path: Pat
     fast, slow = frames_of(4, 64, 64, fps=24.0), frames_of(4, 112, 64, fps=4.0)
     heard = [Wave(np.zeros(round(f.duration * 16_000), np.float32)) for f in (fast, slow)]
     clips = list(zip((fast, slow), heard, strict=True))
-    both = processor(Shown(clips, [0.0, 0.0]), "row")
-    alone = [processor(Shown([clip], [0.0]), "row") for clip in clips]
+    both = processor(DecodedMedia(clips, [0.0, 0.0]), "row")
+    alone = [processor(DecodedMedia([clip], [0.0]), "row") for clip in clips]
     steps = [part.tensors["video_second_per_grid"].item() for part in alone]
     assert steps == pytest.approx([0.25, 1.5])
     assert both.tensors["video_second_per_grid"].tolist() == pytest.approx(steps)
@@ -259,9 +261,9 @@ def test_several_clips_of_a_prompt_have_each_its_own_step_and_size(tmp_path: Pat
     capped = processor_of(QWEN3, tmp_path, frame_pixels=16_384)
     shapes = (4, 320, 480), (8, 480, 320)
     mute = [(frames_of(*shape), None) for shape in shapes]
-    grids = capped(Shown(mute, [0.0, 0.0]), "row").tensors["video_grid_thw"].tolist()
+    grids = capped(DecodedMedia(mute, [0.0, 0.0]), "row").tensors["video_grid_thw"].tolist()
     assert all(h * w * 16 * 16 <= 16_384 for _, h, w in grids)
-    alone = [capped(Shown([clip], [0.0]), "row") for clip in mute]
+    alone = [capped(DecodedMedia([clip], [0.0]), "row") for clip in mute]
     assert grids == [part.tensors["video_grid_thw"][0].tolist() for part in alone]
 
 
@@ -271,4 +273,4 @@ def test_frames_that_come_back_otherwise_are_refused(
     processor = processor_of(QWEN, tmp_path, frame_pixels=12_544)
     monkeypatch.setattr(processor.sizes, "size", lambda *_: (28, 28))
     with pytest.raises(ConfigError, match=r"made frames of \d+ x \d+, not of 28 x 28, at most 12"):
-        processor(Shown([(frames_of(2, 64, 64), None)], [0.0]), "row")
+        processor(DecodedMedia([(frames_of(2, 64, 64), None)], [0.0]), "row")

@@ -63,7 +63,7 @@ def test_scores_are_those_of_the_model_on_its_processor_s_own_output(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
     assert text.startswith("<|im_start|>User:")
-    decoded = adapter.encoder.reader.show(media)
+    decoded = adapter.encoder.reader.decode(media)
     given: dict[str, Any] = {"images": list(decoded.images) or None}
     if decoded.clips:
         frames = [frames for frames, _ in decoded.clips]
@@ -105,7 +105,8 @@ def test_two_steps_of_lora_move_the_language_model_alone(
     sections = {"train": {"num_steps": 2, "lr": 1e-2}, "sample": {"num_prompts": 2}}
     result = train(configured(tmp_path, folder, data, data={"eval_fraction": 0.5}, **sections))
     assert result.steps == 2
-    assert (result.run_dir / "samples.jsonl").read_text().count('"tokens": ') == 4
+    samples = (result.run_dir / "samples.jsonl").read_text()
+    assert samples.count('"tokens": ') in (2, 4), "one question or two, before and after"
     weights = load_file(result.run_dir / "final/adapter_model.safetensors")
     assert weights
     assert all(".text_model." in name for name in weights)

@@ -92,7 +92,7 @@ def test_pictures_without_sound_say_so(tmp_path: Path) -> None:
     path = write_numbered(tmp_path / "mute.mp4", TIMES[:5])
     assert not has_sound(path)
     for read in (lambda: sound_of(Clip(path), SETTINGS), lambda: read_sound(Sound(path), SETTINGS)):
-        with pytest.raises(DataError, match=r"mute.mp4: has no sound track"):
+        with pytest.raises(DataError, match=r"mute.mp4: has no audio track"):
             read()
 
 

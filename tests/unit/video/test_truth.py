@@ -73,7 +73,7 @@ def own_logps(
     adapter: Any, row: Example, answer: list[int], *, all_tokens: bool = False
 ) -> tuple[list[int], Tensor]:
     """The processor's own ids of the question; log-probabilities of the answer's tokens."""
-    processor, shown = adapter.encoder.processor, adapter.encoder.reader.show(row.media)
+    processor, shown = adapter.encoder.processor, adapter.encoder.reader.decode(row.media)
     counts = {"video": len(shown.clips), "image": len(shown.images), "audio": len(shown.sounds)}
     parts = [{"type": kind} for kind, count in counts.items() for _ in range(count)]
     turns = [{"role": "user", "content": [*parts, {"type": "text", "text": row.prompt}]}]
@@ -339,4 +339,4 @@ def test_no_class_that_works_is_refused(
         row = pair(clips_dir / "clip0.mp4", media=shown(what, 0, clips_dir, pictures))
         assert adapter(adapter.collate([row]), Needs()).policy.isfinite().all()
     if kind == OMNI:
-        assert adapter.encoder.processor.hears
+        assert adapter.encoder.processor.uses_audio

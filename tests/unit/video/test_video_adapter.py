@@ -37,7 +37,7 @@ SEVERAL = [kind if kind in FEW else pytest.param(kind, marks=pytest.mark.slow) f
 def own_logps(adapter: VideoAdapter, row: Example, answer: str, count: int) -> Tensor:
     """Log-probabilities of an answer's tokens by the model's own forward, pixels and all."""
     processor = adapter.encoder.processor
-    shown = adapter.encoder.reader.show(row.media)
+    shown = adapter.encoder.reader.decode(row.media)
     frames, wave = shown.clips[0]
     asked: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": row.prompt}]},

@@ -18,7 +18,7 @@ from mmalign.core import presets
 from mmalign.data.example import Clip, Media, Picture, Sound
 from mmalign.errors import DataError
 from mmalign.train.run import build_run
-from mmalign.video.candidates import Corruptor
+from mmalign.video.candidates import Perturbation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +37,7 @@ def plain(clip: Path, name: str = "row") -> Example:
 
 def test_a_row_gets_the_candidates_of_the_roles(clips_dir: Path) -> None:
     donors = tuple(Clip(clips_dir / f"clip{i}.mp4") for i in range(3))
-    made = Corruptor(VideoConfig(), hears=False, donors=donors)
+    made = Perturbation(VideoConfig(), uses_audio=False, donors=donors)
     row = pair(clips_dir / "clip0.mp4")
     roles = ("corrupted", "rejected_corrupted", "corrupted_video")
     full = made(row, roles, 7)
@@ -58,7 +58,7 @@ def test_a_row_gets_the_candidates_of_the_roles(clips_dir: Path) -> None:
 
 
 def test_augmented_candidates_are_different_operations(clips_dir: Path) -> None:
-    made = Corruptor(VideoConfig(), hears=False)
+    made = Perturbation(VideoConfig(), uses_audio=False)
     row = made(plain(clips_dir / "clip0.mp4"), ("augmented",), 0)
     changes = [c.media.change for c in row.candidates[1:] if c.media]
     assert len({change.operation for change in changes if change}) == 4
@@ -66,7 +66,7 @@ def test_augmented_candidates_are_different_operations(clips_dir: Path) -> None:
 
 
 def test_what_a_record_brings_is_kept(clips_dir: Path) -> None:
-    made = Corruptor(VideoConfig(), hears=False)
+    made = Perturbation(VideoConfig(), uses_audio=False)
     row = pair(clips_dir / "clip0.mp4")
     own = replace(
         row.candidates[0], role="corrupted", media=Media((Clip(clips_dir / "clip1.mp4"),))
@@ -80,14 +80,14 @@ def test_what_a_record_brings_is_kept(clips_dir: Path) -> None:
 def test_a_row_that_shows_nothing_is_refused() -> None:
     row = replace(pair(Path("none")), media=Media())
     with pytest.raises(DataError, match="shows none"):
-        Corruptor(VideoConfig(), hears=False)(row, ("corrupted",), 0)
+        Perturbation(VideoConfig(), uses_audio=False)(row, ("corrupted",), 0)
 
 
 def test_sound_alone_is_corrupted_as_sound(clips_dir: Path) -> None:
     row = replace(
         pair(clips_dir / "clip0.mp4"), media=Media(sounds=(Sound(clips_dir / "clip0.mp4"),))
     )
-    full = Corruptor(VideoConfig(), hears=True)(row, ("corrupted",), 0)
+    full = Perturbation(VideoConfig(), uses_audio=True)(row, ("corrupted",), 0)
     change = full.candidates[2].media.change if full.candidates[2].media else None
     assert change is not None
     assert change.operation in ("silence", "noise")

@@ -17,7 +17,7 @@ from mmalign.inference import plan_cache, write_cache
 from mmalign.models.adapter import survey_rows
 from mmalign.preflight.check import check_config as check
 from mmalign.video import survey as video_survey
-from mmalign.video.processing import Processor, Shown
+from mmalign.video.processing import DecodedMedia, Processor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,7 +87,7 @@ def test_clips_of_one_length_and_size_are_planned_once(
     planned: list[int] = []
     plan = Processor.plan
 
-    def counted(self: Processor, shown: Shown, where: str) -> Any:
+    def counted(self: Processor, shown: DecodedMedia, where: str) -> Any:
         planned.append(len(shown.clips[0][0].indices))
         return plan(self, shown, where)
 
@@ -105,7 +105,7 @@ def test_clips_whose_tokens_only_pixels_tell_are_read_one_by_one(
     read: list[bytes] = []
     call = Processor.__call__
 
-    def counted(self: Processor, shown: Shown, where: str) -> Any:
+    def counted(self: Processor, shown: DecodedMedia, where: str) -> Any:
         read.append(shown.clips[0][0].pixels.tobytes())
         return call(self, shown, where)
 
@@ -131,7 +131,7 @@ def test_good_rows_say_nothing(
     [
         (QWEN, "gone.mp4", "gone.mp4: cannot be read: No such file"),
         (QWEN, "broken.mp4", "broken.mp4: the file is empty"),
-        (OMNI, "mute.mp4", "mute.mp4: has no sound track, and the model hears"),
+        (OMNI, "mute.mp4", "mute.mp4: has no audio track, and the model takes audio"),
         (OMNI, "long.mp4", "long.mp4: a sound of 35.0 s, but .* keeps 30 s"),
         (QWEN3, "still.mp4", "still.mp4: Qwen3VLVideoProcessor does not take a clip of 1 frame"),
     ],
