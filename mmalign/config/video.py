@@ -64,7 +64,7 @@ class SelectionSpec(Section):
 
 
 class ClueSpec(Section):
-    """CAT's clue aggregator: tokens made from question, picture and sound, put before the media."""
+    """CAT's clue aggregator: tokens made from question, video and audio, put before the media."""
 
     num_queries: int = Field(default=32, ge=1, le=4096)
     width: int = Field(default=768, ge=8, le=16_384, description="of the query transformer")
@@ -120,7 +120,7 @@ class VideoConfig(Section):
         default=None,
         ge=256,
         le=2**26,
-        description="most pixels of a picture that a prompt shows, likewise",
+        description="most pixels of an image that a prompt shows, likewise",
     )
     cap_pixels_per_frame: bool | None = Field(
         default=None,

@@ -1,6 +1,6 @@
 """Clips that no longer show (or sound like) what an answer says.
 
-Changes of picture, time and sound.
+Changes of frames, time and audio.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ MOVES = {
 }
 
 
-# Changes of the picture: the same one in every frame of a clip, [T, H, W, 3] uint8 to the same.
+# Changes of the image: the same one in every frame of a clip, [T, H, W, 3] uint8 to the same.
 #
 # Arithmetic is on whole numbers wherever a result could depend on the processor.
 

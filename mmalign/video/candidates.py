@@ -116,7 +116,7 @@ def draw(operations: Sequence[str], k: int, rng: np.random.Generator) -> list[st
         raise ConfigError(
             "video.corruption.operations: none of them can be done to this clip (it has one frame, "
             "no audio that the model takes, or there is no other row to take from); add one that "
-            "changes the picture, such as crop"
+            "changes the image, such as crop"
         )
     drawn: list[str] = []
     while len(drawn) < k:
@@ -134,7 +134,7 @@ def draw(operations: Sequence[str], k: int, rng: np.random.Generator) -> list[st
 #     corrupted_frame     ... under the clip with frames masked
 #
 # What a record brings itself under these names is kept. A row without video shows its first
-# picture, which then is what gets corrupted; a row with sound alone has its sound corrupted.
+# image, which then is what gets corrupted; a row with sound alone has its sound corrupted.
 
 _LEVELS = {
     "corrupted_video": ("swap_video", "shuffle", "crop"),

@@ -84,7 +84,7 @@ class Seen:
         )
 
     def image(self) -> Image:
-        """A black picture of the size."""
+        """A black image of the size."""
         from PIL import Image
 
         return Image.new("RGB", (self.size[1], self.size[0]))

@@ -226,7 +226,7 @@ class CluePart(nn.Module):
         self._as_reference = False
 
     def count(self, seen: bool, heard: bool) -> int:
-        """Clue tokens of a prompt that shows pictures, and plays sound."""
+        """Clue tokens of a prompt that has images or video, and audio."""
         return self.aggregator.num_clue_tokens(seen, heard)
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""CAT's clue aggregator: embeddings made from the question, the picture and the sound."""
+"""CAT's clue aggregator: embeddings made from question, video and audio."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEAD = 64  # width of a head of the query transformer, as in BERT
 
 
 class ClueAggregator(nn.Module):
-    """Looks for what a question asks in the features of picture and sound.
+    """Looks for what a question asks in the features of video and audio.
 
     For each modality, with weights of its own and F its features [N, D]:
 
@@ -69,7 +69,7 @@ class ClueAggregator(nn.Module):
         """Make an untrained one; the defaults are the released sizes.
 
         Args:
-            feature_dim_v: Width of picture features, and of Y for both modalities.
+            feature_dim_v: Width of visual features, and of Y for both modalities.
             feature_dim_a: Width of sound features; None for a model that does not hear.
             text_dim: Width of the language model.
             num_queries: Clues a modality, Q.
@@ -113,7 +113,7 @@ class ClueAggregator(nn.Module):
         video_mask: Tensor | None = None,
         audio_mask: Tensor | None = None,
     ) -> Tensor:  # [B, K, Dt]
-        """Clues of picture, then of sound, then the global ones in that order.
+        """Clues of the video, then of the audio, then the global ones in that order.
 
         Args:
             question: [B, Lq, Dt], embeddings of its tokens.
@@ -124,7 +124,7 @@ class ClueAggregator(nn.Module):
             audio_mask: [B, Na], likewise.
 
         Raises:
-            ConfigError: Sound for an aggregator without, or neither picture nor sound.
+            ConfigError: Sound for an aggregator without, or neither video nor audio.
         """
         dtype = self.norm_text.weight.dtype
         question = question.to(dtype)
@@ -140,7 +140,7 @@ class ClueAggregator(nn.Module):
             clues.append(seen)
             means += [] if mean is None else [mean]
         if not clues:
-            raise ConfigError("clues need the features of a picture or of a sound")
+            raise ConfigError("clues need the features of an image or of a sound")
         return torch.cat([*clues, *means], 1)
 
     def num_clue_tokens(self, has_video: bool, has_audio: bool) -> int:

@@ -187,7 +187,7 @@ _NATS, _NATS_HALF = 1e-3, 0.05
 
 
 def first_shown(examples: Iterable[Example]) -> tuple[Example, ...]:
-    """The first row of each mix of clips, pictures and sounds, with its first answer alone."""
+    """The first row of each mix of clips, images and sounds, with its first answer alone."""
     found: dict[tuple[bool, ...], Example] = {}
     for row in examples:
         shown = tuple(map(bool, (row.media.videos, row.media.images, row.media.sounds)))

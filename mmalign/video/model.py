@@ -43,7 +43,7 @@ _DEEP = {
 """What language models take features for deeper layers as, and the tokens that have them."""
 
 _CARRIED = {"inputs_embeds", "position_ids", "attention_mask", *_DEEP, *_DEEP.values()}
-_TRIED = 4  # tokens of a trial, the second and third of a picture
+_TRIED = 4  # tokens of a trial, the second and third of an image
 
 
 def handed(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class TokenKinds:
     """Kinds of tokens, for classes whose masks or experts follow from them.
 
     Such a model is fed through its outer part, which makes of them what its language model needs:
-    the tokens of a picture see each other both ways, or have experts of their own.
+    the tokens of an image see each other both ways, or have experts of their own.
     """
 
     def __init__(self, tell: Callable[[Tensor], dict[str, Tensor]]) -> None:
@@ -428,7 +428,7 @@ def media_ids(model: PreTrainedModel) -> frozenset[int]:
     config: Any = model.config
     names = ("image_token", "video_token", "audio_token")
     ids = [getattr(config, f"{n}_{end}", None) for n in names for end in ("id", "index")]
-    ids += getattr(config, "visual_indicator_token_ids", None) or []  # Ovis 2: ends of a picture
+    ids += getattr(config, "visual_indicator_token_ids", None) or []  # Ovis 2: ends of an image
     return frozenset(int(i) for i in ids if i is not None)
 
 

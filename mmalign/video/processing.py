@@ -96,7 +96,7 @@ def joined_tensors(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 KINDS = ("video", "image", "audio")
 MARK = re.compile(r"<(video|image|audio)>")
-"""What stands in a prompt's text for a clip, a picture or a sound."""
+"""What stands in a prompt's text for a clip, an image or a sound."""
 
 
 def place(prompt: Prompt, media: Media, where: str) -> tuple[Message, ...]:
@@ -532,7 +532,7 @@ class Processor:
         }
 
     def _image_options(self, shown: DecodedMedia, where: str) -> dict[str, Any]:
-        """One size for all pictures, within which each of them keeps to its area."""
+        """One size for all images, within which each of them keeps to its area."""
         if self.video.image_pixels is None:
             return {}
         asked = [_asked(self.image_sizes, 1, i.height, i.width, None, where) for i in shown.images]
@@ -555,7 +555,7 @@ _PARTS = ("image_processor", "video_processor", "feature_extractor")
 
 
 def load_processor(config: RunConfig) -> Any:
-    """The processor of `model.path`: tokenizer, and what prepares pictures, clips and sound.
+    """The processor of `model.path`: tokenizer, and what prepares images, clips and sound.
 
     Raises:
         ConfigError: There is none, or it cannot be read.

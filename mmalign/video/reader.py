@@ -155,7 +155,7 @@ class MediaReader:
 
 
 def _still(images: list[Image]) -> Frames:
-    """A picture as a clip of one frame; a black one where only sound is perturbed."""
+    """An image as a clip of one frame; a black one where only sound is perturbed."""
     pixels = np.asarray(images[0]) if images else np.zeros((8, 8, 3), dtype=np.uint8)
     return Frames(pixels[None], (0,), (0.0,), 1.0, 1, 1.0)
 

@@ -277,7 +277,7 @@ def described(
 
     Returns:
         Of each also `tokens`, and `shown`, width and height after the processor, of clips and of
-        pictures that it brings to one size.
+        images that it brings to one size.
     """
     processor = encoder.processor
     counts = token_counts(encoder, encoder.reader.prepare(media, where).processed)

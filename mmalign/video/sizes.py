@@ -1,4 +1,4 @@
-"""Decoded media, and how large frames and pictures become on a screen and for a processor."""
+"""Decoded media, and how large frames and images become on a screen and for a processor."""
 
 from __future__ import annotations
 
@@ -84,14 +84,14 @@ _SQUARE = Fraction(1)
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One of the eight ways to lay a picture: exchanged axes first, then mirrored ones."""
+    """One of the eight ways to lay an image: exchanged axes first, then mirrored ones."""
 
     axes: bool = False  # rows become columns
     down: bool = False  # the last row comes first
     across: bool = False  # the last column comes first
 
     def __call__(self, image: Array) -> Array:  # [H, W, 3] -> [H, W, 3] or [W, H, 3]
-        """The picture as it is shown, a view."""
+        """The image as it is shown, a view."""
         image = image.transpose(1, 0, 2) if self.axes else image
         return image[:: -1 if self.down else 1, :: -1 if self.across else 1]
 
@@ -99,7 +99,7 @@ class Turn:
 def turn_of(frame: VideoFrame) -> Turn:
     """The turn that the frame's display matrix asks for, to the nearest right angle.
 
-    Its first entries say where a place (x, y) of the picture is shown: x' = a x + c y and
+    Its first entries say where a place (x, y) of the image is shown: x' = a x + c y and
     y' = b x + d y (ISO/IEC 14496-12, matrix of a track's header).
     """
     from av.sidedata.sidedata import SideDataContainer, Type
@@ -118,7 +118,7 @@ def turn_of(frame: VideoFrame) -> Turn:
 def shown_size(
     height: int, width: int, ratio: Fraction | None, most: int
 ) -> tuple[int, int]:  # height, width
-    """The size at which a picture has the proportions in which it was filmed.
+    """The size at which an image has the proportions in which it was filmed.
 
     Args:
         height: Rows of stored pixels.
@@ -134,7 +134,7 @@ def shown_size(
     return max(1, round(height * share)), max(1, round(wide * share))
 
 
-# How large frames and pictures become, whatever a processor means by its sizes.
+# How large frames and images become, whatever a processor means by its sizes.
 #
 # Some processors count the area of one frame, some that of all frames of a clip together, some
 # allow a budget of tokens besides. None of that is repeated here: the processor is run on pixels
@@ -166,9 +166,9 @@ _WAYS = (_Way(), _Way(in_fractions=True, antialias=False), _Way(antialias=False)
 
 
 class Sizes:
-    """What a model's processor does to the size of a clip's frames, or of a picture.
+    """What a model's processor does to the size of a clip's frames, or of an image.
 
-    A picture counts as one frame. `area` is the most pixels a frame; None: as the config says, or
+    An image counts as one frame. `area` is the most pixels a frame; None: as the config says, or
     the processor itself.
     """
 
@@ -385,7 +385,7 @@ class Sizes:
             options = {"size": {_SIDE: side}}
             self._told(count, height, width, options)
             sizes = self._found(count, height, width, options) or ((height, width),)
-            # The first of several is a step on the way; of a picture, the second is cut into tiles.
+            # The first of several is a step on the way; of an image, the second is cut into tiles.
             return max(sizes[1:] or sizes, key=lambda size: size[0] * size[1])
 
         side, size = most, seen(most)
@@ -414,7 +414,7 @@ class Sizes:
 
     def _described(self, count: int, height: int, width: int) -> str:
         if self._kind == "images":
-            return f"a picture of {width} x {height}"
+            return f"an image of {width} x {height}"
         return f"a clip of {count} frame{'s' * (count != 1)} of {width} x {height}"
 
     def _last(self, count: int, height: int, width: int, options: dict[str, Any]) -> Size | None:
@@ -449,7 +449,7 @@ class Sizes:
                 described = self._described(count, height, width)
                 return f"{type(self._own).__name__} does not take {described} ({error})"
             except (RuntimeError, TypeError, AttributeError):
-                # A copy or a value of what is not there, or code for PIL's pictures alone. If it
+                # A copy or a value of what is not there, or code for PIL's images alone. If it
                 # comes after the resizing, the size is known.
                 if not seen.sizes:
                     return None
@@ -467,7 +467,7 @@ class Sizes:
 
 
 class _Resizing(TorchDispatchMode):
-    """Notes to which sizes pictures are resized."""
+    """Notes to which sizes images are resized."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Sound of a clip or a track: mono at 16 kHz, in step with the pictures."""
+"""Sound of a clip or a track: mono at 16 kHz, in step with the video."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def has_sound(path: Path) -> bool:
 
 
 def sound_of(clip: Clip, settings: VideoConfig, longest: float | None = None) -> Wave:
-    """A clip's own sound, exactly as long as its span of the pictures; silence where none is.
+    """A clip's own sound, exactly as long as its span of the video; silence where none is.
 
     Args:
         clip: Whose sound.
@@ -75,7 +75,7 @@ def sound_of(clip: Clip, settings: VideoConfig, longest: float | None = None) ->
 
 
 def read_sound(sound: Sound, settings: VideoConfig, longest: float | None = None) -> Wave:
-    """The span of a track. Second 0 is where the pictures start; of a file without any, the sound.
+    """The span of a track. Second 0 is where the video starts; of a file without one, the audio.
 
     What is too long by the file's header is refused before it is decoded.
 
@@ -152,7 +152,7 @@ def _check_rate(path: Path, rate: int) -> None:
 
 
 def _zero(container: InputContainer) -> float | None:
-    """The container's time at which the pictures start; None without pictures."""
+    """The container's time at which the video starts; None without video."""
     stream = video_stream(container)
     if stream is None:
         return None

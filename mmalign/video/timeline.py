@@ -119,7 +119,7 @@ def open_media(path: Path, deadline: Deadline) -> Iterator[InputContainer]:
 
 
 def video_stream(container: InputContainer) -> VideoStream | None:
-    """The first stream of moving pictures that can be decoded; a cover picture is none."""
+    """The first video stream that can be decoded; a cover image is none."""
     from av.stream import Disposition
 
     for stream in container.streams.video:
@@ -243,7 +243,7 @@ def _between(numbered: Iterator[tuple[int, Packet]], first: int, last: int) -> I
 # When each frame of a file is shown, found from its packets, without decoding where that can be.
 #
 # A header's count of frames and their rate are claims; the packets are what is there. Frames are
-# numbered in the order in which they are shown, so a number means the same picture in every run.
+# numbered in the order in which they are shown, so a number means the same image in every run.
 
 _SLACK = 2  # frames, and then a twentieth: what a header may claim too much
 _NEAR = 0.02  # of a rate, by which a header may be off
@@ -264,7 +264,7 @@ class Timeline:
 
     Attributes:
         ticks: Time of each frame as shown, ascending; frame n is `ticks[n]`.
-        zero: Tick that counts as second 0: the start of the pictures.
+        zero: Tick that counts as second 0: the start of the video.
         end: Tick at which the last frame goes.
         unit: Seconds a tick.
         packets: Place in the file's order of the packet of each frame; empty where the packets

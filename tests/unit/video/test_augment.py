@@ -442,5 +442,5 @@ def test_draws_are_distinct_while_they_can_be() -> None:
         assert drawn[:2] == draw(names, 2, rng_for(0, "row", 0, candidate))
         seen.add(drawn[0])
     assert seen == set(names)
-    with pytest.raises(ConfigError, match="add one that changes the picture, such as crop"):
+    with pytest.raises(ConfigError, match="add one that changes the image, such as crop"):
         draw([], 1, rng_for(0, "row", 0, 0))

@@ -247,7 +247,7 @@ def test_what_it_cannot_do_is_said() -> None:
         deaf(question, video, audio)
     with pytest.raises(ConfigError, match="without a sound's"):
         deaf.num_clue_tokens(True, True)
-    with pytest.raises(ConfigError, match="features of a picture or of a sound"):
+    with pytest.raises(ConfigError, match="features of an image or of a sound"):
         deaf(question)
     with pytest.raises(ConfigError, match="num_heads is 4, which does not divide 30"):
         ClueAggregator(24, 30, 32)

@@ -86,7 +86,7 @@ def test_what_a_processor_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
         Sizes(fixed, VideoConfig(frame_pixels=4096))
     with pytest.raises(ConfigError, match=r"LlavaOnevisionVideoProcessor\) knows no such cap"):
         Sizes(fixed, VideoConfig(cap_pixels_per_frame=True))
-    with pytest.raises(ConfigError, match="image processor brings every picture to one size"):
+    with pytest.raises(ConfigError, match="image processor brings every image to one size"):
         processor_of("llava_onevision", tmp_path, image_pixels=4096)
     for settings, message in (
         (VideoConfig(frame_pixels=4096), "video.frame_pixels is set, .* takes no clips"),
