@@ -15,7 +15,14 @@ from mmalign.errors import ConfigError
 from mmalign.text.model import in_mode, refusing
 from mmalign.text.packing import CannotPackError, Fed
 from mmalign.text.passes import own_logps, score_rows
-from mmalign.video.model import Encoded, deep_inputs, encode, language_model, tower_dtype
+from mmalign.video.model import (
+    Encoded,
+    deep_inputs,
+    encode,
+    in_precision,
+    language_model,
+    tower_dtype,
+)
 from mmalign.video.processing import place
 
 if TYPE_CHECKING:
@@ -273,8 +280,7 @@ def _own_inputs(
             continue
         if key.endswith("token_type_ids"):
             value = torch.nn.functional.pad(value, (0, count))
-        floats = value.is_floating_point() and value.dim() > 1
-        given[key] = value.to(model.device, tower_dtype(model) if floats else value.dtype)
+        given[key] = in_precision(value, tower_dtype(model)).to(model.device)
     return {**given, "use_audio_in_video": True} if "audio_in_video" in tensors else given
 
 

@@ -14,7 +14,7 @@ from mmalign.errors import DataError
 from mmalign.models.adapter import answer_seeds
 from mmalign.text.generate import complete, left_padded, written
 from mmalign.text.model import causal_model
-from mmalign.video.model import encode
+from mmalign.video.model import encode, in_precision
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -110,7 +110,7 @@ def _inputs(
     uses_audio = media.pop("audio_in_video", None) is not None
     types = encoder.processor.token_types(ids) if media else {}
     inputs = {"input_ids": ids, "attention_mask": mask, **types, **media}
-    cast: dict[str, Any] = {k: _cast(v, dtype) for k, v in inputs.items()}
+    cast: dict[str, Any] = {k: in_precision(v, dtype) for k, v in inputs.items()}
     return {**cast, "use_audio_in_video": True} if uses_audio else cast
 
 
@@ -162,8 +162,3 @@ def _groups(encoded: Sequence[tuple[list[int], dict[str, Tensor]]]) -> list[list
 
 def _together(media: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([tensors[name] for tensors in media]) for name in media[0]}
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pixels in the model's precision; times and masks as they are."""
-    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dim() > 1 else tensor

@@ -452,10 +452,8 @@ def encode(
     given = {k: v for k, v in tensors.items() if k in known and k != "attention_mask"}
     # Positions are made elsewhere, for whole prompts; given here, so that none are made twice.
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-    floats = {
-        k: v.to(tower_dtype(model)) if v.is_floating_point() and v.dim() > 1 else v
-        for k, v in given.items()
-    }
+    dtype = tower_dtype(model)
+    floats = {k: in_precision(v, dtype) for k, v in given.items()}
     try:
         seen = handed(model, floats | {"position_ids": positions})
     except (MmalignError, torch.OutOfMemoryError):
@@ -531,6 +529,11 @@ def rope_positions(
     with refusing(model, "counting the positions of a prompt"):
         positions, _ = find(**{k: v for k, v in options.items() if k in known})
     return positions[:, 0]  # fractions of a position where a class counts time so
+
+
+def in_precision(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Pixels in a precision; times and masks as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dim() > 1 else tensor
 
 
 def tower_dtype(model: PreTrainedModel) -> torch.dtype:
