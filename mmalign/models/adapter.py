@@ -220,7 +220,7 @@ class LogpUnit:
     """What log-probabilities are counted in, which decides how large a loss's constants are.
 
     Attributes:
-        of: Nats of tokens, or errors of pictures.
+        of: Nats of tokens, or errors of images.
         factor: What a constant is multiplied by before it is compared with published ones; None:
             there are none of its unit.
         setting: What the factor is made of, for messages.
@@ -480,11 +480,11 @@ def build_adapter(config: RunConfig, needs: Needs) -> Adapter:
     return adapter_class(config.modality).build(config, needs)
 
 
-# Seeds of drawn answers: one an answer, so that no answer depends on those drawn beside it.
+# Seeds of drawn responses: one a response, so that no response depends on those drawn beside it.
 
 
 def answer_seeds(seed: int, asked: Sequence[Hashable]) -> list[int]:
-    """A 63-bit seed for the answer to each question of a whole list.
+    """A 63-bit seed for the response to each question of a whole list.
 
     It follows from the run's seed, from the question as its `repr` says it, and from how often the
     same question came before in the list: not from the question's place, nor from batches. So the

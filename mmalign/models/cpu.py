@@ -100,7 +100,7 @@ def suits(tensor: Tensor) -> bool:
 # 4 x 4 or 8 x 8 pixels there. A product of the unfolded pixels with the weight as it lies in memory
 # needs no such copy: two to five times as fast there, forward and backward, in the same precision.
 
-MOST_PIXELS = 256  # of all pictures of a batch; above, arranging the weight is soon paid back
+MOST_PIXELS = 256  # of all images of a batch; above, arranging the weight is soon paid back
 SMALLEST_WEIGHT = 2**20  # below, a weight stays in the processor's cache and is arranged quickly
 
 
@@ -151,7 +151,7 @@ class _Windows:
         return [(side + 2 * pad - kernel) // stride + 1 for side, kernel, pad, stride in given]
 
     def count(self, x: Tensor) -> int:
-        """Pixels that come out, of all pictures."""
+        """Pixels that come out, of all images."""
         height, width = self.sides(x)
         return len(x) * height * width
 

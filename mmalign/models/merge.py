@@ -283,7 +283,7 @@ def merge_checkpoints(
         add: Full checkpoints of the same model, or adapters on it in the layout of peft, diffusers
             or kohya, or runs with a final/ of such, each with a coefficient.
         out: Folder to make; appears only when complete.
-        text_encoders: What LoRA files of pictures change beside the denoiser: "stop" refuses it,
+        text_encoders: What LoRA files of images change beside the denoiser: "stop" refuses it,
             "apply" changes the encoders too, "ignore" leaves them as they are, with a count.
 
     Returns:

@@ -37,7 +37,7 @@ _LENGTHS = (16, 256)  # tokens: the second where some are silent, as layers over
 def unfit_layers(model: PreTrainedModel) -> dict[str, str]:
     """Linear layers without a gradient from text, or of another form than peft takes; and why.
 
-    Without a gradient are towers and projectors for pictures and sounds, cross-attention to them,
+    Without a gradient are towers and projectors for images and sounds, cross-attention to them,
     and indexers that only choose what is attended to. Experts are never counted: which of them run
     depends on the words. A model whose own pass fails has none here; the trial before the first
     step says what is wrong.
@@ -123,8 +123,8 @@ class TextAdapter(TokenAdapter):
         if not unknown:
             return []
         return [
-            f"the objective scores {' and '.join(unknown)} candidates, answers about altered clips "
-            "or pictures, which only modality: video makes. Use another objective, e.g. dpo"
+            f"the objective scores {' and '.join(unknown)} candidates, responses about corrupted "
+            "clips or images, which only modality: video makes. Use another objective, e.g. dpo"
         ]
 
     _roles: ClassVar[frozenset[str]] = frozenset(

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     Encoded = list[list[EncodedCandidate]]  # by row and candidate
 
 
-# Encoded rows to one batch: extra roles, mismatched answers, padding to [B, K, ...].
+# Encoded rows to one batch: extra roles, mismatched responses, padding to [B, K, ...].
 
 
 def collate(
@@ -58,7 +58,7 @@ def collate(
     Inputs, right-padded to the longest of the batch:
         prompt_ids, prompt_mask: [B, K, P]
         response_ids, response_mask: [B, K, L]; True on every token, end included.
-        response_scored: [B, K, L] bool, only where answers of several turns have tokens that the
+        response_scored: [B, K, L] bool, only where responses of several turns have tokens that the
             assistant did not write, or that it is not trained on.
         span_mask (text.masks.kind spans, diff): [B, K, L] bool.
         step_index (text.masks.kind steps): [B, K, L] long; 0 is no step.
@@ -251,15 +251,15 @@ class Encoder:
 
         `prompts_cut`, `responses_cut`, `boundary_moved` (prompt tokens merged with a response),
         `prompts_empty`, `without_mismatch`, `without_template` (conversations as transcripts),
-        `thoughts_closed` (opened by the prompt, none in the answer), `thoughts_after_closed`,
-        `thoughts_left_out` (of earlier turns of an answer, by the chat template).
+        `thoughts_closed` (opened by the prompt, none in the response), `thoughts_after_closed`,
+        `thoughts_left_out` (of earlier turns of a response, by the chat template).
         Loader workers keep their own counts; `text.survey` counts all rows of a run.
         """
         return self.notes.counts
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Tokens that end an answer, where generation stops.
+        """Tokens that end a response, where generation stops.
 
         The template's end token, the tokenizer's eos, and what the model's own settings name.
         """
@@ -269,7 +269,7 @@ class Encoder:
         return frozenset(ids | self._end_ids(self.render))
 
     def _end_ids(self, render: ChatTemplate | PlainText) -> set[int]:
-        """The token in which a template ends an answer."""
+        """The token in which a template ends a response."""
         if not isinstance(render, ChatTemplate):
             return set()
         tokens, _ = self._tokenize(render.end(), add_leading=False)
@@ -277,25 +277,25 @@ class Encoder:
 
     @cached_property
     def _end_id(self) -> int | None:
-        """What ends an answer after which no end is written."""
+        """What ends a response after which no end is written."""
         own, stops = self._tokenize.eos_id, sorted(self._ends.stops)
         if own is not None:
             return own
         if len(stops) == 1:
             name: Any = self.tokenizer.convert_ids_to_tokens(stops[0])
             self.notes.say(
-                f"the tokenizer has no end token; the model's, {name}, is scored after answers"
+                f"the tokenizer has no end token; the model's, {name}, is scored after responses"
             )
             return stops[0]
         self.notes.say(
-            "neither tokenizer nor chat template has an end token, so none is trained after an "
-            "answer; set eos_token in the tokenizer's files"
+            "neither tokenizer nor chat template has an end token, so none is trained after a "
+            "response; set eos_token in the tokenizer's files"
         )
         return None
 
     @property
     def frame_ids(self) -> frozenset[int]:
-        """Tokens that stand around every prompt, or end every answer."""
+        """Tokens that stand around every prompt, or end every response."""
         eos = self._tokenize.eos_id
         if not isinstance(self.render, ChatTemplate):
             return frozenset(self._tokenize.leading) | ({eos} if eos is not None else frozenset())
@@ -315,7 +315,7 @@ class Encoder:
         return self._ends.first(text) is not None
 
     def encode_prompt(self, prompt: Prompt | Asked, *, where: str = "prompt") -> list[int]:
-        """The context to generate an answer from: the one that training scores answers in."""
+        """The context to generate a response from: the one that training scores responses in."""
         where = prompt.place or where if isinstance(prompt, Asked) else where
         ids, _ = self._ids(self.render.context(prompt, where))
         return self._known(self._cut_prompt(self._started(ids, where), where), where)
@@ -411,7 +411,7 @@ class Encoder:
         return encoded
 
     def _scored(self, offsets: Offsets, start: int, response: Response, row: str) -> list[bool]:
-        """Which tokens the assistant wrote, of an answer of several turns; empty: all of them."""
+        """Which tokens the assistant wrote, of a response of several turns; empty: all of them."""
         if response.scored is None:
             return []
         if not self._tokenize.has_offsets:
@@ -438,7 +438,7 @@ class Encoder:
     def _marks(
         self, offsets: Offsets, response: Response, candidate: Candidate, row: str
     ) -> tuple[list[bool], list[int]]:
-        """Spans and steps, from token ranges counted from the first character of the answer."""
+        """Spans and steps, from token ranges counted from the first character of the response."""
         wants_spans = self.uses_spans and bool(candidate.spans)
         wants_spans &= self.masks is not None and self.masks.kind == "spans"
         if response.offset is None and (wants_spans or self.uses_steps):

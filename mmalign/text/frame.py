@@ -1,4 +1,4 @@
-"""What a chat template writes around any answer, and around its thoughts."""
+"""What a chat template writes around any response, and around its thoughts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mmalign.text.tokenizer import JinjaTemplate
 
 
-# Thoughts of answers: the tags around them, and where a template opens, closes or drops them.
+# Thoughts of responses: the tags around them, and where a template opens, closes or drops them.
 
 PAIRS = {
     "<think>": "</think>",
@@ -91,10 +91,10 @@ def without_close(body: str) -> str:
 
 
 def split(text: str, opened: Opener | None) -> tuple[str | None, str]:
-    """The thought that an answer's text starts with, None where it has none, and the words after.
+    """The thought that a response's text starts with, None where it has none, and the words after.
 
     Args:
-        text: The content of an answer.
+        text: The content of a response.
         opened: How its context opens a thought; the text may leave that tag out.
     """
     start = text.lstrip()
@@ -109,18 +109,18 @@ def split(text: str, opened: Opener | None) -> tuple[str | None, str]:
 
 
 def is_unfinished(text: str) -> bool:
-    """Whether an answer's text opens a thought and never closes it: it was cut, or ran on."""
+    """Whether a response's text opens a thought and never closes it: it was cut, or ran on."""
     start = text.lstrip()
     return any(start.startswith(tag) and close not in start for tag, close in PAIRS.items())
 
 
 def begins_empty(body: str) -> bool:
-    """Whether a template put an empty thought in front of an answer."""
+    """Whether a template put an empty thought in front of a response."""
     return _EMPTY.match(body.lstrip()) is not None
 
 
 def as_generated(text: str, opened: Opener) -> str:
-    """What of an answer's text, thought and all, follows a context that opens the thought."""
+    """What of a response's text, thought and all, follows a context that opens the thought."""
     start = text.lstrip()
     if not start.startswith(opened.tag):
         return text
@@ -128,13 +128,13 @@ def as_generated(text: str, opened: Opener) -> str:
 
 
 def other_tag(text: str, opened: Opener) -> bool:
-    """Whether an answer's text opens its thought with another tag than its context."""
+    """Whether a response's text opens its thought with another tag than its context."""
     start = text.lstrip()
     return start.startswith(tuple(PAIRS)) and not start.startswith(opened.tag)
 
 
 def written(thought: str, words: str, opened: Opener) -> str:
-    """A thought given beside the answer, as what follows a context that opens it."""
+    """A thought given beside the response, as what follows a context that opens it."""
     if "\n" not in opened.space:
         return f"{thought}{opened.close}{words}"
     return f"{thought.strip(chr(10))}\n{opened.close}\n\n{words.lstrip(chr(10))}"
@@ -163,10 +163,10 @@ def holds(body: str, text: str) -> bool:
     return text.strip() in body or "".join(text.split()) in "".join(body.split())
 
 
-# What a chat template writes around any answer, found by rendering one with marks in it.
+# What a chat template writes around any response, found by rendering one with marks in it.
 
 ASKED = "mmalign\u2063asked"  # stands for a user's words when a template is probed
-MARK = "mmalign\u2063answer"  # stands for the answer; neither is ever tokenised
+MARK = "mmalign\u2063answer"  # stands for the response; neither is ever tokenised
 _TAG_BEGUN = re.compile(r"(?:<[^<>\s]*|\[[A-Z_/]*)\Z")
 
 
@@ -227,14 +227,14 @@ class Ends:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What stands around an answer to one user turn."""
+    """What stands around a response to one user turn."""
 
-    extra: str  # what the generation prompt alone writes before the answer, e.g. <think>
+    extra: str  # what the generation prompt alone writes before the response, e.g. <think>
     lead: str  # what the answered conversation alone writes there
     header: str  # the assistant's header, as both write it
-    tail: str  # all that follows the last answer
-    end: str  # the part of it that is scored; the next turn's opening where that ends answers
-    between: str  # the end of an answer that is not the last
+    tail: str  # all that follows the last response
+    end: str  # the part of it that is scored; the next turn's opening where that ends responses
+    between: str  # the end of a response that is not the last
     with_eos: bool  # whether the eos follows, which the template does not write
     unasked: str  # the assistant's header, where the generation prompt lacks it
     closing: str | None  # how the template closes an opened thought at once; None: it shows not
@@ -250,7 +250,7 @@ def find(template: JinjaTemplate, row: Template, ends: Ends, said: Callable[[str
         said: A text as the content of a message.
 
     Raises:
-        ConfigError: The template cannot render a question and its answer.
+        ConfigError: The template cannot render a question and its response.
     """
     asked = [{"role": "user", "content": said(ASKED)}]
     answered = [*asked, {"role": "assistant", "content": said(MARK)}]
@@ -308,29 +308,29 @@ def after_words(text: str, words: str) -> str | None:
 def _followed(
     template: JinjaTemplate, answered: Sequence[dict[str, Any]], row: Template, said: Any
 ) -> str:
-    """What stands between an answer and the words of the user turn after it."""
+    """What stands between a response and the words of the user turn after it."""
     again = "mmalign\u2063again"
     turns = [*answered, {"role": "user", "content": said(again)}]
     try:
         text = template.render(turns, row, "chat template", ask=True)
-    except DataError:  # a template of one question and one answer
+    except DataError:  # a template of one question and one response
         return ""
     _, found, rest = text.partition(MARK)
     return rest.partition(again)[0] if found and again in rest else ""
 
 
 def _end(tail: str, followed: str, start: str, ends: Ends) -> tuple[str, bool, str]:
-    """What is scored after the last answer, whether the eos follows, and the end of earlier ones.
+    """What is scored after the last response, whether the eos follows, and the end of earlier ones.
 
     Args:
-        tail: What the template writes after the last answer.
-        followed: What it writes between an answer and the words of the next user turn.
+        tail: What the template writes after the last response.
+        followed: What it writes between a response and the words of the next user turn.
         start: What it writes before the words of the first.
         ends: Of the tokenizer.
     """
     if (end := ends.cut(tail[: shared(tail, followed)])) is not None:
         return end, False, end
-    if (end := ends.cut(tail)) is not None:  # gpt-oss: another token for the last answer
+    if (end := ends.cut(tail)) is not None:  # gpt-oss: another token for the last response
         return end, False, ends.first(followed) or ""
     if (end := ends.cut(_before_opening(followed, start))) is not None:
         return end, False, end

@@ -48,7 +48,7 @@ def complete(
         model: In evaluation mode; in a peft wrapper or not.
         inputs: `input_ids` and `attention_mask`, [B, P], padded on the left, and what else the
             model takes.
-        ends: Tokens that end an answer.
+        ends: Tokens that end a response.
         pad: Fills rows that have ended.
         seeds: One a row, of what is drawn for it.
         max_new_tokens: Tokens at most, the end token included.
@@ -142,7 +142,7 @@ def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-# Which prompts are answered in one batch: padding and neighbours may not change an answer.
+# Which prompts are answered in one batch: padding and neighbours may not change a response.
 
 log = logging.getLogger(__name__)
 
@@ -165,10 +165,10 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor
 def batches(
     model: nn.Module, rows: Sequence[list[int]], pad: int, max_new_tokens: int
 ) -> list[tuple[list[int], int]]:
-    """Numbers of the rows that are answered together, and how many tokens their answers may have.
+    """Numbers of the rows that are answered together, and how many tokens their responses may have.
 
     Usually all of them. Rows of different lengths are kept apart where the model counts positions
-    or keeps its state without regard to padding, which is found out by trying. Answers end where
+    or keeps its state without regard to padding, which is found out by trying. Responses end where
     a model with a table of positions has no further one.
 
     Raises:
@@ -194,7 +194,7 @@ def _room(model: Any, row: list[int], wanted: int) -> int:
             f"a prompt has {len(row)} tokens, but the model has {limit} positions; shorten it, or "
             "lower data.max_prompt_length"
         )
-    _say(f"answers end at the model's {limit} positions, some before sample.max_new_tokens")
+    _say(f"responses end at the model's {limit} positions, some before sample.max_new_tokens")
     return limit - len(row) + 1
 
 
@@ -284,10 +284,10 @@ def generate(
 
 
 def written(encoder: Encoder, context: Sequence[int], tokens: Sequence[int]) -> str:
-    """An answer as text, whole: thoughts and tool calls are marked by special tokens, which stay.
+    """A response as text, whole: thoughts and tool calls are marked by special tokens, which stay.
 
-    Where the context ends in an opened thought, so does what opens it: the answer's first words
-    could not be told from an answer otherwise.
+    Where the context ends in an opened thought, so does what opens it: the response's first words
+    could not be told from a response otherwise.
     """
     before = encoder.tokenizer.decode(list(context[-32:]), skip_special_tokens=False)
     opened = opener(str(before))

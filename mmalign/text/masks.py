@@ -405,7 +405,7 @@ class EncodedCandidate:
     spans: list[bool]  # L  True on tokens that overlap a span of the record
     steps: list[int]  # L  reasoning step, from 1; 0 outside of every step
     context: Any = None  # what the prompt shows, where it is more than text
-    # L  False on tokens of an answer of several turns that the assistant did not write, or is not
+    # L  False on tokens of a response of several turns that the assistant did not write, or is not
     # trained on; empty: all are scored.
     scored: list[bool] = field(default_factory=list[bool])
     cut: bool = False  # whether the response was longer than its limit

@@ -45,7 +45,7 @@ def as_message(
         if not message.get(key):
             continue
         names = frame.REASONING if key in frame.REASONING else (key,)
-        # What the answer's own thought becomes where no template reads it is told by its context.
+        # What the response's own thought becomes where no template reads it is told by its context.
         if turn.role == "assistant" and key in frame.REASONING:
             continue
         if not template.words.intersection(names):
@@ -130,7 +130,7 @@ def require_told(turns: Iterable[Message], rendered: str, where: str) -> None:
     """Refuse a rendering that lacks a turn of the conversation.
 
     A template may rewrite a turn a little (a tool's result as JSON, a switch taken out): most of
-    its words must be there. Thoughts of earlier answers are left out by many, as at inference.
+    its words must be there. Thoughts of earlier responses are left out by many, as at inference.
 
     Raises:
         DataError: naming the role whose turn is lost.
@@ -173,17 +173,17 @@ def writes_repr(given: Iterable[Mapping[str, Any]], rendered: str) -> bool:
     return False
 
 
-# What follows a context, as text: the answer, the end of its turn, and what of it is scored.
+# What follows a context, as text: the response, the end of its turn, and what of it is scored.
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What follows the context: the answer as the model sees it, then the end of its turn."""
+    """What follows the context: the response as the model sees it, then the end of its turn."""
 
     answer: str  # the record's own words; spans and steps count its characters
     body: str  # what the model sees of them
     end: str  # the end as text
-    offset: int | None  # where the record's answer starts in body; None: the template rewrote it
+    offset: int | None  # where the record's response starts in body; None: the template rewrote it
     with_eos: bool = True  # whether the eos follows the end, which a template may not write
     # Of several turns: the characters of body and end that the assistant wrote; None: all.
     scored: tuple[tuple[int, int], ...] | None = None
@@ -201,7 +201,7 @@ def answer_turns(candidate: Candidate, where: str) -> tuple[Message, ...]:
     if not isinstance(response, tuple):
         raise DataError(
             f"{where}: the response is the file {response}; text needs a string. A model of "
-            "pictures is trained with modality: diffusion"
+            "images is trained with modality: diffusion"
         )
     if not response or response[0].role != "assistant":
         raise DataError(

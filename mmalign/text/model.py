@@ -102,7 +102,7 @@ def _class_of(path: str, config: ModelConfig, revision: str | None) -> type[PreT
 
 
 def _kind_with_media(path: str, config: ModelConfig, revision: str | None) -> str:
-    """The type of a model that takes pictures or clips and has no class for text alone; else ""."""
+    """The type of a model that takes images or clips and has no class for text alone; else ""."""
     from transformers import AutoConfig
     from transformers.models.auto import modeling_auto
 

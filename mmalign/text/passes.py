@@ -244,7 +244,7 @@ def require_right(
             raise ConfigError(
                 f"model.path: {name} cannot be trained here: it is not causal, the "
                 f"log-probabilities of tokens change by up to {later:.3g} nats with what follows "
-                "them, so that an answer would be scored by looking at it"
+                "them, so that a response would be scored by looking at it"
             )
         raise ConfigError(
             f"model.path: {name} cannot be trained here: its log-probabilities of a row beside "

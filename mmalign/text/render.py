@@ -1,4 +1,4 @@
-"""Prompt and answer as a chat template writes them: the context is what inference sends."""
+"""Prompt and response as a chat template writes them: the context is what inference sends."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     Messages = list[dict[str, Any]]
 
 
-# An answer of one turn made whole: its thought and its words, as the model would write them.
+# A response of one turn made whole: its thought and its words, as the model would write them.
 
 
 @dataclass(frozen=True, slots=True)
 class Thought:
-    """An answer in its context, of which a template may drop or misplace the thought."""
+    """A response in its context, of which a template may drop or misplace the thought."""
 
     chat: ChatTemplate
     before: Sequence[Message]
@@ -69,7 +69,7 @@ class Thought:
         return body
 
     def _closed(self, rendered: str, words: str, opened: thoughts.Opener | None) -> str:
-        """An answer without a thought, which closes one that the context has opened."""
+        """A response without a thought, which closes one that the context has opened."""
         if opened is None:
             closed = thoughts.is_closed(self.context)
             return thoughts.without_close(rendered) if closed else rendered
@@ -80,7 +80,7 @@ class Thought:
         if closing is None:
             self.chat.notes.count(
                 "thoughts_closed", self.where,
-                f"the generation prompt opens a thought ({opened.tag}), the answer has none and "
+                f"the generation prompt opens a thought ({opened.tag}), the response has none and "
                 f"the template shows no empty one; it is closed at once by {opened.empty!r}",
             )  # fmt: skip
         return (closing or opened.empty) + body
@@ -111,7 +111,7 @@ class Thought:
         return self.answer.content
 
     def _contradicted(self) -> None:
-        """An answer with a thought, where the prompt says that there is none.
+        """A response with a thought, where the prompt says that there is none.
 
         Raises:
             DataError: Because the config or the row says so.
@@ -120,32 +120,32 @@ class Thought:
         switches = [name for name in thoughts.SWITCHES if keywords.get(name) is False]
         if switches:
             raise DataError(
-                f"{self.where}: the answer has a thought, but {switches[0]} is false, under which "
-                "the prompt closes it; set it to true, or take the thought out"
+                f"{self.where}: the response has a thought, but {switches[0]} is false, under "
+                "which the prompt closes it; set it to true, or take the thought out"
             )
         self.chat.notes.count(
             "thoughts_after_closed", self.where,
-            "the generation prompt closes the thought, but the answer has one, which is scored "
+            "the generation prompt closes the thought, but the response has one, which is scored "
             "after it; text.template_kwargs, e.g. {enable_thinking: true}, may leave it open",
         )  # fmt: skip
 
 
 def dropped(answer: str, body: str, where: str) -> DataError:
-    """That a template does not write the whole answer."""
+    """That a template does not write the whole response."""
     return DataError(
-        f"{where}: the chat template drops a part of the answer {answer[:60]!r} (it renders "
+        f"{where}: the chat template drops a part of the response {answer[:60]!r} (it renders "
         f"{body[:60]!r}). Train on the text that the template keeps, or set text.chat_template: "
         "false"
     )
 
 
-# Answers of several turns: what of the rendered conversation the assistant wrote.
+# Responses of several turns: what of the rendered conversation the assistant wrote.
 
 
 class Conversation:
-    """A prompt and an answer of several turns as one text.
+    """A prompt and a response of several turns as one text.
 
-    It is what inference sends before the last turn, and that turn as an answer of its own. An
+    It is what inference sends before the last turn, and that turn as a response of its own. An
     earlier turn's place is found by rendering what comes before it. Where the whole has that in
     another way (thoughts of earlier turns are left out), the turn is found by its words: what the
     whole has is what is scored.
@@ -164,9 +164,9 @@ class Conversation:
 
         Args:
             chat: The template.
-            prompt: Turns before the answer's.
-            answer: The assistant's first turn, and all after it.
-            context: Of the answer.
+            prompt: Turns before the response's.
+            response: The assistant's first turn, and all after it.
+            context: Of the response.
             row: Tools and keywords.
             where: The row, for errors.
         """
@@ -180,7 +180,7 @@ class Conversation:
         self.full, self.end = asked + body + end, end
         rest = chat.rest(self.full, context, prompt, answer[0], row, where)
         messages.require_told(chat.told(self.answer), rest, where)
-        self.start = len(self.full) - len(rest)  # of the answer in the whole
+        self.start = len(self.full) - len(rest)  # of the response in the whole
         self.last = (len(asked), len(self.full))
         self.opened = thoughts.opener(context)
         self._require_thoughts(rest)
@@ -221,7 +221,7 @@ class Conversation:
                 raise messages.unread(key, self.where)
             self.chat.notes.count(
                 "thoughts_left_out", self.where,
-                "the chat template leaves thoughts of earlier turns out of an answer of several, "
+                "the chat template leaves thoughts of earlier turns out of a response of several, "
                 "as it does when the model is asked for the next turn; they are not trained. A row "
                 "that ends in the turn trains its thought",
             )  # fmt: skip
@@ -313,14 +313,14 @@ class Conversation:
         return found
 
 
-# Prompt and answer as a chat template writes them: the context is what inference sends.
+# Prompt and response as a chat template writes them: the context is what inference sends.
 
 
 class ChatTemplate:
     """A chat template, probed so that its traps cannot move a label.
 
     The context is the prompt rendered with the generation prompt, as every server sends it. The
-    answered conversation gives the answer and its end alone: it may lack what the prompt has (a
+    answered conversation gives the response and its end alone: it may lack what the prompt has (a
     system text that moves into the last user turn, a thought that the generation prompt opens).
     """
 
@@ -336,12 +336,12 @@ class ChatTemplate:
         self._takes_text = False  # arguments of calls as JSON text
 
     def context(self, prompt: Prompt | Asked, where: str) -> str:
-        """Everything before the first token of the answer."""
+        """Everything before the first token of the response."""
         turns, row = self._asked(prompt)
         return self._context(turns, row, where)
 
     def end(self) -> str:
-        """What ends an answer, as text."""
+        """What ends a response, as text."""
         return self.frame(Template()).end
 
     def identity(self) -> dict[str, Any]:
@@ -358,11 +358,11 @@ class ChatTemplate:
     def responses(
         self, prompt: Prompt | Asked, candidates: Sequence[Candidate], where: str, *, last: bool
     ) -> tuple[str, list[Response]]:
-        """The context, and each answer with the end of its turn as the template writes them.
+        """The context, and each response with the end of its turn as the template writes them.
 
         Args:
             prompt: Plain or conversational, with what its row hands the template.
-            candidates: Answers, of one assistant turn or more.
+            candidates: Responses, of one assistant turn or more.
             where: The row, for errors.
             last: Of several assistant turns, score the last alone.
         """
@@ -386,7 +386,7 @@ class ChatTemplate:
         return text
 
     def said(self, answer: str) -> Any:
-        """The same for an answer, which is words only."""
+        """The same for a response, which is words only."""
         return answer
 
     def told(self, turns: Sequence[Message]) -> Sequence[Message]:
@@ -394,24 +394,24 @@ class ChatTemplate:
         return turns
 
     def frame(self, row: Template) -> Frame:
-        """What the template writes around answers to rows with these keywords and such tools."""
+        """What the template writes around responses to rows with these keywords and such tools."""
         key = (row.options, bool(row.tools))
         if key not in self._frames:
             found = self._frames[key] = frame.find(self.template, row, self.ends, self.said)
             if found.with_eos and self.ends.eos:
                 self.notes.say(
-                    "the chat template writes no end token after an answer; the tokenizer's, "
+                    "the chat template writes no end token after a response; the tokenizer's, "
                     f"{self.ends.eos}, is scored there"
                 )
             if found.unasked:
                 self.notes.say(
                     f"the chat template writes no generation prompt; {found.unasked!r} is scored "
-                    "as the beginning of answers, which the model has to write"
+                    "as the beginning of responses, which the model has to write"
                 )
         return self._frames[key]
 
     def render(self, turns: Sequence[Message], row: Template, where: str, *, ask: bool) -> str:
-        """Turns as text, the answers' included."""
+        """Turns as text, the responses' included."""
         given = [
             messages.as_message(turn, self.template, self.content_of(turn), where) for turn in turns
         ]
@@ -430,7 +430,7 @@ class ChatTemplate:
         return turns, row
 
     def _context(self, turns: Sequence[Message], row: Template, where: str) -> str:
-        if turns and turns[-1].role == "assistant":  # the answer goes on with that turn
+        if turns and turns[-1].role == "assistant":  # the response goes on with that turn
             text = self._begun(turns, row, where)
         else:
             text = self.render(turns, row, where, ask=True)
@@ -444,7 +444,7 @@ class ChatTemplate:
         return text
 
     def _begun(self, turns: Sequence[Message], row: Template, where: str) -> str:
-        """The context of an answer that has begun."""
+        """The context of a response that has begun."""
         marked = _joined(turns[-1], Message("assistant", frame.MARK))
         text = self.render([*turns[:-1], marked], row, where, ask=False)
         before, found, _ = text.partition(frame.MARK)
@@ -458,7 +458,7 @@ class ChatTemplate:
     def _single(
         self, turns: Sequence[Message], answer: Message, context: str, row: Template, where: str
     ) -> Response:
-        """An answer of one turn; it holds what of it the prompt begins already."""
+        """A response of one turn; it holds what of it the prompt begins already."""
         goes_on = bool(turns) and turns[-1].role == "assistant"
         before = turns[:-1] if goes_on else turns
         own = answer.content[len(turns[-1].content) :] if goes_on else answer.content
@@ -478,7 +478,7 @@ class ChatTemplate:
     def answered(
         self, before: Sequence[Message], answer: Message, context: str, row: Template, where: str
     ) -> tuple[str, str, bool]:
-        """The body of an answer of one turn, its end, and whether the eos follows."""
+        """The body of a response of one turn, its end, and whether the eos follows."""
         full = self.render([*before, answer], row, where, ask=False)
         rest = self.rest(full, context, before, answer, row, where)
         return self.split(rest, self.frame(row), calls="tool_calls" in answer.extra)
@@ -498,7 +498,7 @@ class ChatTemplate:
         return Conversation(self, turns, answer, context, row, where).response(last=last)
 
     def split(self, rest: str, found: Frame, *, calls: bool) -> tuple[str, str, bool]:
-        """The body of the last answer, its end, and whether the eos follows."""
+        """The body of the last response, its end, and whether the eos follows."""
         if rest.endswith(found.tail) and not (calls and not found.tail.strip()):
             return rest[: len(rest) - len(found.tail)], found.end, found.with_eos
         body, end = self.ends.after(rest)  # a tool call may end in another way than words
@@ -517,7 +517,7 @@ class ChatTemplate:
     ) -> str:
         """What follows the context in the answered conversation.
 
-        Where that is written in another way before the answer, this is what stands behind the
+        Where that is written in another way before the response, this is what stands behind the
         assistant's header.
         """
         if full.startswith(context):
@@ -538,9 +538,9 @@ class ChatTemplate:
             if full.startswith(before[:start]):
                 return full[start:]
         raise DataError(
-            f"{where}: the chat template renders the conversation around the answer "
+            f"{where}: the chat template renders the conversation around the response "
             f"{answer.content[:60]!r} in another way than around others, so its tokens cannot be "
-            "told from the prompt's. Change the answer, or set text.chat_template: false"
+            "told from the prompt's. Change the response, or set text.chat_template: false"
         )
 
     def _with_calls(self, given: Messages, row: Template, where: str, *, ask: bool) -> str:

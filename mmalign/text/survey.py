@@ -194,7 +194,7 @@ class _Chunks:
                 found.equal.append(number)
 
     def _writes_special(self, candidate: Candidate) -> bool:
-        """Whether the answer's own words hold a special token; well-known ones are named before."""
+        """Whether the response itself holds a special token; well-known ones are named before."""
         text = as_text(candidate.response)
         return self.encoder.writes_special(text) and not special_mark(candidate)
 
@@ -352,7 +352,7 @@ def lines(found: Found, rows: Sequence[Example], data: DataConfig) -> list[str]:
 
 
 _SENTENCES = {
-    "prompts_empty": "the prompt is empty, so the answer follows the tokenizer's first token",
+    "prompts_empty": "the prompt is empty, so the response follows the tokenizer's first token",
     "prompts_rendered": "the prompt has special tokens written in its text, and the chat template "
     "writes its own around it; give the words alone, or set text.chat_template: false",
     "without_template": "the prompt is a conversation, but no chat template is in use; it is "
@@ -389,7 +389,7 @@ def require_lesson(found: Found, train: Sequence[int], rows: Sequence[Example]) 
 
 
 def require_room(found: Found, limits: Limits) -> None:
-    """Refuse rows whose prompts, under the answers of other rows, are beyond the positions.
+    """Refuse rows whose prompts, under the responses of other rows, are beyond the positions.
 
     Raises:
         ConfigError: naming the limits to lower.
@@ -398,8 +398,8 @@ def require_room(found: Found, limits: Limits) -> None:
     limit = limits.positions
     if limit is not None and prompt + response - 1 > limit:
         raise ConfigError(
-            f"the objective scores answers under the prompts of other rows: the longest prompt "
-            f"({prompt:,} tokens) and the longest answer ({response:,}) are beyond the model's "
+            f"the objective scores responses under the prompts of other rows: the longest prompt "
+            f"({prompt:,} tokens) and the longest response ({response:,}) are beyond the model's "
             f"{limit:,} positions. Lower data.max_prompt_length and data.max_response_length to "
             f"{limit:,} together"
         )

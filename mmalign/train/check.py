@@ -111,7 +111,7 @@ _CAUSES = (
 
 
 def worse_than_guessing(logps: CandidateLogps, vocab_size: int | None) -> str:
-    """What is in doubt of a model that finds answers less likely than one that knows nothing.
+    """What is in doubt of a model that finds responses less likely than one that knows nothing.
 
     Args:
         logps: Of some rows, before the first step.
@@ -124,9 +124,9 @@ def worse_than_guessing(logps: CandidateLogps, vocab_size: int | None) -> str:
     if not mean < chance - FAR_FROM_CHANCE:
         return ""
     return (
-        f"answers have {mean:.1f} nats a token under the model before the first step, and guessing "
-        f"among its {vocab_size:,} tokens would give {chance:.1f}: the tokenizer or the weights "
-        "seem to be another model's"
+        f"responses have {mean:.1f} nats a token under the model before the first step, and "
+        f"guessing among its {vocab_size:,} tokens would give {chance:.1f}: the tokenizer or "
+        "the weights seem to be another model's"
     )
 
 

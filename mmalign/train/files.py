@@ -380,7 +380,7 @@ def rows_hash(rows: Sequence[Example]) -> str:
     """A hash of what the rows say, in their order; 16 hexadecimal digits.
 
     A file counts by its number among those that the rows show: the rows are the same where they lie
-    in another place. Noise is drawn by the names of pictures and of their folders, so these count.
+    in another place. Noise is drawn by the names of images and of their folders, so these count.
     Ids count for nothing, since those that are made up name the file.
     """
     digest = hashlib.sha256()

@@ -137,8 +137,8 @@ _SHOWN = {
     "drift/desirable": "log-ratio of desirable responses, nats",
     "drift/undesirable": "log-ratio of undesirable responses, nats",
     "kl_per_token": "KL(reference, policy) per token, nats",
-    "errors/chosen_diff": "error of the preferred pictures, policy minus reference",
-    "errors/rejected_diff": "error of the rejected pictures, policy minus reference",
+    "errors/chosen_diff": "error of the preferred images, policy minus reference",
+    "errors/rejected_diff": "error of the rejected images, policy minus reference",
 }
 
 _TEMPLATE = """\

@@ -298,7 +298,7 @@ def test_data_of_another_kind(sd15_dir: Path, data: Data, llama: Path, tmp_path:
     given = json.loads(file.read_text(encoding="utf-8"))
     del given["diffusion"]
     file.write_text(json.dumps(given), encoding="utf-8")
-    assert "text needs a string. A model of pictures" in refused("train", file)
+    assert "text needs a string. A model of images" in refused("train", file)
     said = refused("train", file, f"model.path={sd15_dir}")
     assert "is a pipeline of diffusers; set modality: diffusion" in said
     said = refused("train", file, "diffusion.resolution=64", "diffusion.flip=true")

@@ -248,7 +248,7 @@ def test_empty_thinking_block_before_an_answer_is_for_the_model_to_write() -> No
 
 
 def test_template_that_loses_a_part_of_the_answer_is_refused() -> None:
-    with pytest.raises(DataError, match=r"row-1: the chat template drops a part of the answer"):
+    with pytest.raises(DataError, match=r"row-1: the chat template drops a part of the response"):
         chat(DROPS_THOUGHTS).encode_example(pair("Let me think.</think>The air."))
 
 

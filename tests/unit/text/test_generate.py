@@ -321,7 +321,7 @@ def test_an_answer_ends_where_the_positions_do(caplog: pytest.LogCaptureFixture)
         return [len(made.encoder.tokenizer(text)["input_ids"]) for text in texts]
 
     assert count(list(rows.values())) == [count([row])[0] for row in rows.values()]
-    assert "answers end at the model's 256 positions" in caplog.text
+    assert "responses end at the model's 256 positions" in caplog.text
     with pytest.raises(DataError, match="257 tokens, but the model has 256 positions"):
         made.sample(["a" * 257], max_new_tokens=1)
 

@@ -123,7 +123,7 @@ def test_a_row_switches_its_thoughts_off_and_on() -> None:
     assert family.decode(item.response) == "Blue.<|im_end|>"
     on = Template(options='{"enable_thinking": true}')
     assert said(encoder, pair("Blue.", template=on)) == f"{closed}Blue.<|im_end|>"
-    with pytest.raises(DataError, match="row-1: the answer has a thought, but enable_thinking"):
+    with pytest.raises(DataError, match="row-1: the response has a thought, but enable_thinking"):
         encoder.encode_example(pair("<think>\nHm.\n</think>\n\nBlue."))
 
 

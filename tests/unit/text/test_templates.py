@@ -186,7 +186,7 @@ def test_thoughts_of_earlier_turns_that_are_left_out_are_counted() -> None:
     with pytest.raises(DataError, match="row: a turn has thinking, which the chat template does"):
         encoded(encoder_of("llama3"), (ASK,), last, "No.")
     off = encoder_of("qwen3", template_kwargs={"enable_thinking": False})
-    with pytest.raises(DataError, match="row: the answer has a thought, but enable_thinking is"):
+    with pytest.raises(DataError, match="row: the response has a thought, but enable_thinking is"):
         encoded(off, (ASK,), last, "No.")
 
 

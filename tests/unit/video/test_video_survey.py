@@ -232,4 +232,4 @@ def test_what_the_survey_says_is_not_said_again(
     with caplog.at_level("WARNING"):
         train(config, dry_run=True)
     said = [record.getMessage() for record in caplog.records]
-    assert sum("no end token after an answer" in line for line in said) == 1, said
+    assert sum("no end token after a response" in line for line in said) == 1, said
