@@ -476,7 +476,7 @@ def test_caches_of_what_has_none(sd15_dir: Path, data: Data, tmp_path: Path) -> 
     inverted = {"estimator": {"kind": "ddim_inversion"}, "resolution": 32}
     config = write_config(tmp_path, sd15_dir, data["pairs"], **cached, diffusion=inverted)
     for command in ("train", "cache"):
-        assert "reference.kind is cached, which needs places that do not" in refused(
+        assert "reference.kind is cached, which needs noised samples that do not" in refused(
             command, config
         )
     config = write_config(tmp_path, sd15_dir, data["pairs"], reference={"kind": "cached"})
