@@ -22,7 +22,14 @@ from mmalign.video import candidates, pami
 from mmalign.video.augment import seed_for
 from mmalign.video.candidates import Perturbation
 from mmalign.video.clue_part import CluePart
-from mmalign.video.contexts import Contexts, feed, first_shown, place_positions, require_true
+from mmalign.video.contexts import (
+    Contexts,
+    feed,
+    first_shown,
+    place_positions,
+    require_true,
+    rope_positions,
+)
 from mmalign.video.encode import VideoEncoder
 from mmalign.video.generate import Question, generate
 from mmalign.video.model import (
@@ -30,7 +37,6 @@ from mmalign.video.model import (
     load_model,
     lora_targets,
     media_ids,
-    rope_positions,
     select_parts,
 )
 from mmalign.video.pami import tau_at

@@ -15,15 +15,14 @@ from mmalign.errors import ConfigError
 from mmalign.text.model import in_mode, refusing
 from mmalign.text.packing import CannotPackError, Fed
 from mmalign.text.passes import own_logps, score_rows
+from mmalign.video.encode import place
 from mmalign.video.model import (
     Encoded,
-    deep_inputs,
     encode,
     in_precision,
     language_model,
     tower_dtype,
 )
-from mmalign.video.processing import place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -86,6 +85,40 @@ class Contexts:
     def shown(self, piece: Piece) -> int:
         """The number of the media that a prompt shows; 0 for none."""
         return int(self.inputs["context_media"][piece.context])
+
+
+def rope_positions(
+    model: PreTrainedModel, ids: Tensor, tensors: Mapping[str, Tensor], types: Tensor | None
+) -> Tensor | None:  # [3, P], or None for 0, 1, 2, ...
+    """Positions of a prompt's tokens in time, height and width, as the model counts them.
+
+    Args:
+        model: Only its settings are read.
+        ids: The prompt, [P], media expanded.
+        tensors: What the processor gave for its media.
+        types: [P], kind of each token, 0 for text; None for models that do not ask.
+    """
+    find = getattr(model.base_model, "get_rope_index", None)
+    if find is None:
+        return None
+    grids = ("image_grid_thw", "video_grid_thw")
+    if not any(name in tensors for name in (*grids, "feature_attention_mask")):
+        return torch.arange(len(ids)).expand(3, -1)
+    heard = tensors.get("feature_attention_mask")
+    options: dict[str, Any] = {
+        "input_ids": ids[None],
+        "mm_token_type_ids": None if types is None else types[None],
+        "attention_mask": torch.ones_like(ids)[None],
+        "second_per_grid_ts": tensors.get("second_per_grid_ts"),
+        "second_per_grids": tensors.get("video_second_per_grid"),
+        "audio_seqlens": None if heard is None else heard.sum(-1),
+        "use_audio_in_video": "audio_in_video" in tensors,
+        **{name: tensors.get(name) for name in grids},
+    }
+    known = inspect.signature(find).parameters
+    with refusing(model, "counting the positions of a prompt"):
+        positions, _ = find(**{k: v for k, v in options.items() if k in known})
+    return positions[:, 0]  # fractions of a position where a class counts time so
 
 
 def place_positions(rows: Rows, inputs: Mapping[str, Tensor]) -> Rows:
@@ -165,7 +198,13 @@ def feed(
 
 
 def _deep(body: PreTrainedModel, shown: list[Encoded], places: Tensor) -> dict[str, Any]:
-    """Features for deeper layers: layers add them where media stand, in the order of the rows."""
+    """Features for deeper layers as a language model takes them.
+
+    Args:
+        body: The language model.
+        shown: The media of all prompts, in the order of the rows.
+        places: [R, T], the tokens that they belong to.
+    """
     layers = {layer for encoded in shown for layer in encoded.deep}
     if not layers:
         return {}
@@ -173,7 +212,9 @@ def _deep(body: PreTrainedModel, shown: list[Encoded], places: Tensor) -> dict[s
         layer: torch.cat([x.deep.get(layer, torch.zeros_like(x.tokens)) for x in shown])
         for layer in sorted(layers)
     }
-    return deep_inputs(body, joined, places)
+    if "deepstack_features" in inspect.signature(type(body).forward).parameters:
+        return {"deepstack_features": joined, "vision_mask": places[..., None]}
+    return {"deepstack_visual_embeds": list(joined.values()), "visual_pos_masks": places}
 
 
 def _kinds(model: PreTrainedModel, rows: Rows, kinds: TokenKinds) -> dict[str, Tensor]:

@@ -104,25 +104,6 @@ def deep_features(seen: Mapping[str, Any], places: Tensor) -> dict[int, Tensor]:
     return {}
 
 
-def deep_inputs(
-    body: PreTrainedModel, layers: Mapping[int, Tensor], places: Tensor
-) -> dict[str, Any]:
-    """Features for deeper layers as a language model takes them.
-
-    Args:
-        body: The language model.
-        layers: [n, D] by layer, in the order of the rows.
-        places: [R, T], the n tokens that they belong to.
-    """
-    known = inspect.signature(type(body).forward).parameters
-    if "deepstack_features" in known:
-        return {"deepstack_features": dict(layers), "vision_mask": places[..., None]}
-    return {
-        "deepstack_visual_embeds": [layers[i] for i in sorted(layers)],
-        "visual_pos_masks": places,
-    }
-
-
 def _spread(features: Tensor, among: Tensor, count: int) -> Tensor:  # [n, D] -> [count, D]
     if len(features) == count:
         return features
@@ -495,40 +476,6 @@ def _require_seen(model: PreTrainedModel, ids: Tensor, places: Tensor, features:
             f"model.path: {type(model).__name__} cannot be trained here: it puts what it sees in "
             f"the place of the token {int(others[0])} too, which its config does not name"
         )
-
-
-def rope_positions(
-    model: PreTrainedModel, ids: Tensor, tensors: Mapping[str, Tensor], types: Tensor | None
-) -> Tensor | None:  # [3, P], or None for 0, 1, 2, ...
-    """Positions of a prompt's tokens in time, height and width, as the model counts them.
-
-    Args:
-        model: Only its settings are read.
-        ids: The prompt, [P], media expanded.
-        tensors: What the processor gave for its media.
-        types: [P], kind of each token, 0 for text; None for models that do not ask.
-    """
-    find = getattr(model.base_model, "get_rope_index", None)
-    if find is None:
-        return None
-    grids = ("image_grid_thw", "video_grid_thw")
-    if not any(name in tensors for name in (*grids, "feature_attention_mask")):
-        return torch.arange(len(ids)).expand(3, -1)
-    heard = tensors.get("feature_attention_mask")
-    options: dict[str, Any] = {
-        "input_ids": ids[None],
-        "mm_token_type_ids": None if types is None else types[None],
-        "attention_mask": torch.ones_like(ids)[None],
-        "second_per_grid_ts": tensors.get("second_per_grid_ts"),
-        "second_per_grids": tensors.get("video_second_per_grid"),
-        "audio_seqlens": None if heard is None else heard.sum(-1),
-        "use_audio_in_video": "audio_in_video" in tensors,
-        **{name: tensors.get(name) for name in grids},
-    }
-    known = inspect.signature(find).parameters
-    with refusing(model, "counting the positions of a prompt"):
-        positions, _ = find(**{k: v for k, v in options.items() if k in known})
-    return positions[:, 0]  # fractions of a position where a class counts time so
 
 
 def in_precision(tensor: Tensor, dtype: torch.dtype) -> Tensor:

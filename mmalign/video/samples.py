@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from mmalign.data.example import as_text
 from mmalign.data.sheet import arranged, fitted
 from mmalign.safe import replacing
-from mmalign.video.encode import token_counts
-from mmalign.video.processing import KINDS, MARK
+from mmalign.video.encode import MARK, token_counts
+from mmalign.video.processing import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
