@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from mmalign.data.example import Clip, Picture, Sound
-from mmalign.data.jobs import is_main_process
+from mmalign.data.jobs import is_main_process, track
 from mmalign.data.pictures import open_picture
 from mmalign.errors import DataError
 from mmalign.video.media import Glimpse, read_frames
@@ -388,15 +388,10 @@ def _decoded(
     uses: Sequence[Use], settings: VideoConfig, longest: float | None
 ) -> Iterator[tuple[Use, Verdict]]:
     """The verdict on each use, in order, with a bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    hidden = not console.is_terminal or not uses
     pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
     try:
         results = pool.map(lambda use: _verdict(use[0], use[1], settings, longest), uses)
-        shown = track(results, "media", total=len(uses), console=console, disable=hidden)
+        shown = track(results, "decoding media", total=len(uses), unit="media")
         yield from zip(uses, shown, strict=True)
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C waits for no more than is being decoded

@@ -153,18 +153,22 @@ def write_cache(config: RunConfig, needs: Needs) -> str:
     Raises:
         ConfigError: Nothing of it can be stored.
     """
+    _require_cacheable(config)
     said: list[str] = []
     if config.video.freezes_media:
         with only_writer(cache_folder(config), "cache", wait=True):
             said.append(_write_features(config, needs))
     if config.reference.kind == "cached":
         said.append(write_reference(config, needs, VideoAdapter.build))
-    if not said:
+    return "\n".join(said)
+
+
+def _require_cacheable(config: RunConfig) -> None:
+    if not config.video.freezes_media and config.reference.kind != "cached":
         raise ConfigError(
             "cache: with a trained tower or projector (video.train) features are other ones at "
             "every step, and the reference is not read from a cache (reference.kind: cached)"
         )
-    return "\n".join(said)
 
 
 @torch.no_grad()
@@ -229,18 +233,13 @@ def plan_cache(config: RunConfig, needs: Needs) -> str:
     Raises:
         ConfigError: Nothing of it can be stored.
     """
-    frozen = config.video.freezes_media
-    if not frozen and config.reference.kind != "cached":
-        raise ConfigError(
-            "cache: with a trained tower or projector (video.train) features are other ones at "
-            "every step, and the reference is not read from a cache (reference.kind: cached)"
-        )
+    _require_cacheable(config)
     rows = [row for part in load_usable(config, needs) for row in part]
     processor = Processor(load_processor(config), config)
     encoder = counting_encoder(config, processor, look_at(config, processor, [rows]))
     parts: list[Part] = []
     said: list[str] = []
-    if frozen:
+    if config.video.freezes_media:
         part, todo = _features(config, encoder, rows)
         parts.append(part)
         if todo is not None:
