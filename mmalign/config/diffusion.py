@@ -59,7 +59,7 @@ class TimestepSpec(Section):
     weighting: Literal["constant", "epsilon", "sample", "min_snr"] = Field(
         default="constant",
         description="factor of the error: epsilon and sample turn it into the error of the noise "
-        "or of the clean picture, whatever the network predicts",
+        "or of the clean image, whatever the network predicts",
     )
     gamma: float = Field(
         default=5.0, ge=1e-6, le=1e6, description="min_snr: the largest ratio that counts"
@@ -83,7 +83,7 @@ class EstimatorSpec(Section):
         description="forward: random noise; ddim_inversion: InPO; renoise: SmPO; truncated: a "
         "teacher's estimate (Self-NPO)",
     )
-    shared: bool = Field(default=True, description="forward: all pictures of a row get one noise")
+    shared: bool = Field(default=True, description="forward: all images of a row get one noise")
     num_steps: int | None = Field(
         default=None,
         ge=1,
@@ -122,7 +122,7 @@ class EstimatorSpec(Section):
     )
     generated: bool = Field(
         default=False,
-        description="truncated: clean pictures are generated from the prompts; no data of pictures",
+        description="truncated: clean images are generated from the prompts; no data of images",
     )
 
     @model_validator(mode="before")
@@ -165,7 +165,7 @@ class EstimatorSpec(Section):
 
 
 class PictureSampleSpec(Section):
-    """How pictures are generated: during training, by `mmalign sample`, and for reports."""
+    """How images are generated: during training, by `mmalign sample`, and for reports."""
 
     num_steps: int = Field(default=25, ge=1, le=10_000)
     guidance: float = Field(
@@ -179,7 +179,7 @@ class PictureSampleSpec(Section):
     )
     clip_sample: bool = Field(default=False, description="ddim: estimates kept in [-1, 1]")
     seed: int = Field(
-        default=0, ge=0, lt=2**31, description="of the first picture; the next has the next"
+        default=0, ge=0, lt=2**31, description="of the first image; the next has the next"
     )
     height: int | None = Field(
         default=None, ge=1, le=MOST_SIDE, description="pixels; default: the resolution"
@@ -236,7 +236,7 @@ class DiffusionConfig(Section):
         default=64, ge=1, le=1024, description="buckets: sides are multiples of it"
     )
     crop: Literal["center", "random"] = "center"
-    shared_crop: bool = Field(default=True, description="one place for all pictures of a row")
+    shared_crop: bool = Field(default=True, description="one place for all images of a row")
     flip: bool = Field(default=False, description="mirror half of the rows, left and right")
     caption_dropout: float = Field(
         default=0.0, ge=0, le=1, description="share of rows trained with the empty prompt"
@@ -264,7 +264,7 @@ class DiffusionConfig(Section):
         "than reverse KL",
     )
     reduction: Literal["mean", "sum"] = Field(
-        default="mean", description="of squared errors over a picture's elements"
+        default="mean", description="of squared errors over an image's elements"
     )
     eval_draws: int = Field(
         default=4, ge=1, le=1000, description="timesteps at which every held-out row is scored"

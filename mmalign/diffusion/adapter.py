@@ -54,11 +54,11 @@ _NAMED = 8
 
 
 def filter_examples(config: RunConfig, examples: Sequence[Example]) -> list[Example]:
-    """The rows whose pictures can be decoded and whose captions the model can read to their end.
+    """The rows whose images can be decoded and whose captions the model can read to their end.
 
     Raises:
         DataError: A caption is too long and `diffusion.long_captions` is stop; no row is left; DCPO
-            without captions of the pictures.
+            without captions of the images.
     """
     rows = list(examples)
     if config.diffusion.estimator.generated:
@@ -72,12 +72,12 @@ def filter_examples(config: RunConfig, examples: Sequence[Example]) -> list[Exam
 
 
 def _prompts_alone(examples: list[Example]) -> list[Example]:
-    """The rows without their pictures, which are generated in training."""
+    """The rows without their images, which are generated in training."""
     with_pictures = sum(any(c.response for c in row.candidates) for row in examples)
     if not with_pictures:
         return examples
     log.warning(
-        "the pictures of %d of %d rows are not used: estimator.generated makes others from the "
+        "the images of %d of %d rows are not used: estimator.generated makes others from the "
         "prompts",
         with_pictures,
         len(examples),
@@ -94,7 +94,7 @@ def _check_captions(config: RunConfig, examples: list[Example]) -> None:
     if "dcpo" not in names_of(config):
         if len(without) < len(examples):
             log.warning(
-                "%d of %d rows have a caption for each picture, under which each is scored, as "
+                "%d of %d rows have a caption for each image, under which each is scored, as "
                 "objective dcpo does",
                 len(examples) - len(without),
                 len(examples),
@@ -104,12 +104,12 @@ def _check_captions(config: RunConfig, examples: list[Example]) -> None:
         return
     names = ", ".join(repr(row.id) for row in without[:_NAMED])
     found = (
-        f"{len(without)} of {len(examples)} rows have one caption for both pictures "
+        f"{len(without)} of {len(examples)} rows have one caption for both images "
         f"({names}{', ...' if len(without) > _NAMED else ''})"
     )
     if len(without) == len(examples):
         raise DataError(
-            f"objective 'dcpo' scores each picture under its own caption, but {found}. Give "
+            f"objective 'dcpo' scores each image under its own caption, but {found}. Give "
             "prompt_chosen and prompt_rejected, or use diffusion_dpo"
         )
     log.warning("%s: objective 'dcpo' scores those as diffusion_dpo does", found)
@@ -223,7 +223,7 @@ class DiffusionAdapter(Adapter):
 
     @classmethod
     def logp_unit(cls, config: RunConfig) -> LogpUnit:
-        """Errors; those of a sum are as large as a picture has elements, and compare with none."""
+        """Errors; those of a sum are as large as an image has elements, and compare with none."""
         settings = config.diffusion
         if settings.reduction == "sum":
             return LogpUnit("errors", None)
@@ -233,7 +233,7 @@ class DiffusionAdapter(Adapter):
     def survey(
         cls, config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]
     ) -> Surveyed:
-        """Without rows whose pictures cannot be decoded or whose captions are too long."""
+        """Without rows whose images cannot be decoded or whose captions are too long."""
         return Surveyed([filter_examples(config, part) for part in parts])
 
     def train(self, mode: bool = True) -> Self:
@@ -260,7 +260,7 @@ class DiffusionAdapter(Adapter):
         self.inputs.open(examples, self.policy)
 
     def collate(self, examples: Sequence[Example], draws: Sequence[int] | None = None) -> Batch:
-        """Pictures or their latents, captions, timesteps and seeds."""
+        """Images or their latents, captions, timesteps and seeds."""
         return self.inputs.collator(examples, draws)
 
     def forward(self, batch: Batch, needs: Needs) -> CandidateLogps:
@@ -359,16 +359,16 @@ class DiffusionAdapter(Adapter):
         components = load_components(config.model, config.diffusion)
         return cls(live, needs, components, stored_draws=True)
 
-    # -- pictures ----------------------------------------------------------------------------
+    # -- images ----------------------------------------------------------------------------
 
     def sample(self, prompts: Sequence[Any], **options: Any) -> list[Image]:
-        """One picture a prompt, from seed `diffusion.sampling.seed` on."""
+        """One image a prompt, from seed `diffusion.sampling.seed` on."""
         return paint(self.inputs, self.policy, [as_text(prompt) for prompt in prompts], **options)
 
     def write_samples(
         self, prompts: Mapping[str, Any], folder: Path, step: int, options: SampleConfig
     ) -> list[dict[str, Any]]:
-        """Pictures from the same start noise as before training, and a sheet of both."""
+        """Images from the same start noise as before training, and a sheet of both."""
         asked = {row: as_text(prompt) for row, prompt in prompts.items()}
         return write_samples(self.inputs, self.policy, asked, folder, step)
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from mmalign.diffusion.pictures import Size
 
 
-# Pictures as latents, encoded once.
+# Images as latents, encoded once.
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -65,11 +65,11 @@ def has_latents(config: RunConfig) -> bool:
 
 
 class LatentCache:
-    """Per picture, shape and flip: the VAE's posterior, scaled, and the frame for time ids.
+    """Per image, shape and flip: the VAE's posterior, scaled, and the frame for time ids.
 
     Mean and standard deviation are kept, in float16, so that training can draw from the posterior
-    anew each time; the deviation is left out where the VAE has none. Pictures are cropped in the
-    centre. A key holds the picture's file and cell, the shape all pictures of its row have, the
+    anew each time; the deviation is left out where the VAE has none. Images are cropped in the
+    centre. A key holds the image's file and cell, the shape all images of its row have, the
     flip, the VAE's files and its dtype.
 
     Args:
@@ -92,11 +92,11 @@ class LatentCache:
 
     @cached_property
     def notes(self) -> ImageSizeCache:
-        """Sizes of pictures, which buckets follow from; not opened without those."""
+        """Sizes of images, which buckets follow from; not opened without those."""
         return ImageSizeCache(self._config, self._contents)
 
     def shape(self, example: Example) -> Size | None:
-        """Height and width that the row's pictures are brought to; None: sizes are not known."""
+        """Height and width that the row's images are brought to; None: sizes are not known."""
         if not self.settings.buckets:
             return (self.settings.resolution, self.settings.resolution)
         sizes = [self.notes.get(picture) for picture in row_pictures(example)]
@@ -104,11 +104,11 @@ class LatentCache:
         return row_size(known, self.settings) if sizes and len(known) == len(sizes) else None
 
     def key(self, picture: Picture, shape: Size, flip: bool) -> str:
-        """The entry of a picture brought to a shape."""
+        """The entry of an image brought to a shape."""
         return self.store.key([*self._contents(picture), *shape, bool(flip)])
 
     def missing(self, examples: Iterable[Example]) -> list[Example]:
-        """The rows that lack the latents of a picture."""
+        """The rows that lack the latents of an image."""
         return [example for example in examples if not self._has(example)]
 
     def require(self, examples: Sequence[Example]) -> None:
@@ -120,13 +120,13 @@ class LatentCache:
         require(self.store, "the latents", len(self.missing(examples)), len(examples))
 
     def put(self, key: str, mean: Tensor, std: Tensor | None, frame: Frame) -> None:
-        """Store a picture.
+        """Store an image.
 
         Args:
             key: From `key`.
             mean: [C, h, w] of the posterior, scaled.
             std: [C, h, w]; None where the VAE has no spread.
-            frame: Where the picture comes from.
+            frame: Where the image comes from.
         """
         entry = {"mean": _half(mean)} | ({} if std is None else {"std": _half(std)})
         places = [*frame.size, *frame.crop, *frame.target]
@@ -169,7 +169,7 @@ def _half(tensor: Tensor) -> Array:
     half = tensor.detach().to("cpu", torch.float16)
     if not bool(half.isfinite().all()):
         raise ConfigError(
-            "the VAE gave latents beyond 65504, which is no picture's; its scaling_factor is wrong"
+            "the VAE gave latents beyond 65504, which is no image's; its scaling_factor is wrong"
         )
     return half.numpy()
 
@@ -298,7 +298,7 @@ _NOT_IN_ERRORS = {
 class ErrorCache:
     """Per row the reference's errors at each of `num_draws` stored draws of timestep and noise.
 
-    A key holds captions, pictures, every setting that decides x_t, t and the target, the files of
+    A key holds captions, images, every setting that decides x_t, t and the target, the files of
     all parts of the model, and the torch version, whose generators make the noise.
 
     Args:
@@ -383,6 +383,6 @@ def check_cacheable(config: RunConfig, needs: Needs) -> None:
     """
     if caches_errors(config, needs) and "mismatched" in needs.roles:
         raise ConfigError(
-            "reference.kind is cached, but the objective scores pictures under the captions of the "
+            "reference.kind is cached, but the objective scores images under the captions of the "
             "rows beside them in a batch, which change. Use reference.kind: auto"
         )

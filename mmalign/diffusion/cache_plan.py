@@ -118,7 +118,7 @@ class Plan:
 
 
 def plan(config: RunConfig, needs: Needs) -> Plan:
-    """What the cache of a run would hold and lacks; reads records and settings, no pictures.
+    """What the cache of a run would hold and lacks; reads records and settings, no images.
 
     Raises:
         ConfigError: There is nothing that can be cached.
@@ -142,11 +142,11 @@ def plan_rows(config: RunConfig, needs: Needs, rows: Sequence[Example]) -> Plan:
             parts.append(_latents(config, rows))
         elif settings.crop != "center":
             left_out.append(
-                f"latents are left out: diffusion.crop is {settings.crop}, so that a picture's "
+                f"latents are left out: diffusion.crop is {settings.crop}, so that an image's "
                 "latents differ each time"
             )
         elif settings.estimator.generated:
-            left_out.append("latents are left out: the pictures are generated in training")
+            left_out.append("latents are left out: the images are generated in training")
         else:
             left_out.append("latents are left out: the model has no VAE and works on pixels")
         parts.append(_prompts(config, rows))
@@ -169,7 +169,7 @@ def captions_to_store(config: RunConfig, rows: Sequence[Example]) -> list[str]:
 
 
 def pictures_of(rows: Sequence[Example]) -> list[Picture]:
-    """The pictures of some rows, each once."""
+    """The images of some rows, each once."""
     return list(dict.fromkeys(picture for row in rows for picture in row_pictures(row)))
 
 
@@ -186,7 +186,7 @@ def size(num_bytes: int) -> str:
 def _latents(config: RunConfig, rows: Sequence[Example]) -> Part:
     cache = LatentCache(config)
     keys: dict[str, Size] = {}
-    unknown = 0  # buckets: pictures whose shape is known once they were decoded
+    unknown = 0  # buckets: images whose shape is known once they were decoded
     for row in rows:
         shape = cache.shape(row)
         for picture in row_pictures(row):
@@ -204,7 +204,7 @@ def _latents(config: RunConfig, rows: Sequence[Example]) -> Part:
     tensors = 2 if vae.is_random else 1
     pixels = sum(areas) // len(areas) if areas else config.diffusion.resolution**2
     each = tensors * 2 * vae.channels * pixels // vae.factor**2 + 24 + (tensors + 1) * HEADER_BYTES
-    name = "pictures and mirrored ones" if len(cache.flips) > 1 else "pictures"
+    name = "images and mirrored ones" if len(cache.flips) > 1 else "images"
     total = len(keys) + unknown
     return Part("latents", name, cache_folder(config), total, len(missing) + unknown, each)
 

@@ -1,4 +1,4 @@
-"""Two models by their pictures of the same prompts and seeds: who wins, by how much, how surely."""
+"""Two models by their images of the same prompts and seeds: who wins, by how much, how surely."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from mmalign.diffusion.scorers import Scorer
 
 
-# Folders of sampled pictures: which there are, and whether two belong to the same prompts.
+# Folders of sampled images: which there are, and whether two belong to the same prompts.
 
 SAMPLES = "samples.jsonl"
-"""What `mmalign sample` writes beside the pictures: id, prompt, seed and image of each."""
+"""What `mmalign sample` writes beside the images: id, prompt, seed and image of each."""
 
 SHEETS = ("grid.png", "sheet.png")
-"""Pictures of pictures that it writes too; they belong to no prompt."""
+"""Sheets of images that it writes too; they belong to no prompt."""
 
 
 def same_samples(first: Path, second: Path, prompts: Path | None) -> list[dict[str, Any]]:
@@ -60,11 +60,11 @@ def same_samples(first: Path, second: Path, prompts: Path | None) -> list[dict[s
 
 
 def _samples(file: Path) -> dict[str, dict[str, Any]]:
-    """Picture name to what is known of it."""
+    """Image name to what is known of it."""
     if not file.is_file():
         raise DataError(
-            f"{file}: there is no such file. `mmalign sample` writes it beside the pictures; for "
-            "other pictures give their prompts with --prompts FILE, JSONL with `image` and `prompt`"
+            f"{file}: there is no such file. `mmalign sample` writes it beside the images; for "
+            "other images give their prompts with --prompts FILE, JSONL with `image` and `prompt`"
         )
     samples: dict[str, dict[str, Any]] = {}
     for row in read_rows(file):
@@ -78,12 +78,12 @@ def _samples(file: Path) -> dict[str, dict[str, Any]]:
         kept = {key: value[key] for key in ("id", "prompt", "seed") if value.get(key) is not None}
         samples[image] = {"image": image, **kept}
     if not samples:
-        raise DataError(f"{file}: names no pictures")
+        raise DataError(f"{file}: names no images")
     return samples
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """How the pictures of a folder were made, as its samples.jsonl has it; all were made alike."""
+    """How the images of a folder were made, as its samples.jsonl has it; all were made alike."""
     first = next(iter(read_rows(folder / SAMPLES))).value or {}
     settings = first.get("settings")
     return settings if isinstance(settings, dict) else {}
@@ -95,7 +95,7 @@ def _names(folder: Path) -> list[str]:
     files = (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
     names = sorted(p.name for p in files if p.name not in SHEETS)
     if not names:
-        raise DataError(f"{folder}: holds no pictures ({', '.join(SUFFIXES)})")
+        raise DataError(f"{folder}: holds no images ({', '.join(SUFFIXES)})")
     return names
 
 
@@ -110,25 +110,25 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
-# Two models by their pictures of the same prompts and seeds: who wins, by how much, how surely.
+# Two models by their images of the same prompts and seeds: who wins, by how much, how surely.
 #
-# A picture wins where its score is strictly the greater one; ties count for nobody, so that the two
+# An image wins where its score is strictly the greater one; ties count for nobody, so that the two
 # win rates may add to less than 1. Prompts are drawn with replacement for the intervals, with both
-# of their pictures at once: what makes a prompt easy for both models does not widen them.
+# of their images at once: what makes a prompt easy for both models does not widen them.
 #
 # Source: G-U-N/Diffusion-NPO, compare_rate.py.
-# Departs: all pictures are compared, not at most 500 drawn at random; intervals.
+# Departs: all images are compared, not at most 500 drawn at random; intervals.
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two folders of pictures under some scorers.
+    """Two folders of images under some scorers.
 
     Attributes:
         folders: The two, as they were given.
         rates: Scorer name to what it found.
         rows: One a prompt: image, prompt, seed where it is known, and [a, b] for each scorer.
-        dropped: Prompts with a picture that cannot be decoded, as sentences; neither side has them.
+        dropped: Prompts with an image that cannot be decoded, as sentences; neither side has them.
         settings: How each side was sampled, where its samples.jsonl says so.
     """
 
@@ -198,14 +198,14 @@ def compare(
     batch_size: int = 16,
     progress: OnProgress = no_progress,
 ) -> Comparison:
-    """Score two folders of pictures that belong to the same prompts and seeds.
+    """Score two folders of images that belong to the same prompts and seeds.
 
     Args:
-        folder_a: Pictures and their samples.jsonl, as `mmalign sample` writes them.
+        folder_a: Images and their samples.jsonl, as `mmalign sample` writes them.
         folder_b: The same names.
         scorers: Name to scorer.
-        prompts: JSONL with `image` and `prompt` of each picture, for folders without samples.jsonl.
-        batch_size: Prompts at one time; two pictures each.
+        prompts: JSONL with `image` and `prompt` of each image, for folders without samples.jsonl.
+        batch_size: Prompts at one time; two images each.
         progress: Told of every batch how many prompts it had, and how many there are.
 
     Raises:
@@ -231,7 +231,7 @@ def compare(
         progress(len(part), len(samples))
     if not rows:
         raise DataError(
-            f"{folder_a}, {folder_b}: no picture can be decoded. {'; '.join(dropped[:2])}"
+            f"{folder_a}, {folder_b}: no image can be decoded. {'; '.join(dropped[:2])}"
         )
     rates = {
         name: win_rate([row[name][0] for row in rows], [row[name][1] for row in rows])

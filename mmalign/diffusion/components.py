@@ -1,4 +1,4 @@
-"""The parts of a pipeline: denoisers, and the VAE between pictures and latents."""
+"""The parts of a pipeline: denoisers, and the VAE between images and latents."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mmalign.diffusion.process import NoiseProcess
 
 
-# Tiny autoencoders whose middle blocks pool over the whole picture, which diffusers lacks.
+# Tiny autoencoders whose middle blocks pool over the whole image, which diffusers lacks.
 #
 # Three halvings, blocks of three convolutions in between. In the encoder's last stage and the
 # decoder's first a block adds a term before its convolutions:
@@ -139,9 +139,9 @@ def _conv(ins: int, outs: int, *, stride: int = 1, bias: bool = True) -> nn.Conv
     return nn.Conv2d(ins, outs, 3, stride=stride, padding=1, bias=bias)
 
 
-# Pictures to latents and back: the VAE of a pipeline, or pixels where it has none.
+# Images to latents and back: the VAE of a pipeline, or pixels where it has none.
 
-PIXELS_AT_ONCE = 1 << 20  # four pictures of 512 x 512, which take 3 GiB to encode, 4 to decode
+PIXELS_AT_ONCE = 1 << 20  # four images of 512 x 512, which take 3 GiB to encode, 4 to decode
 _LAYOUT = torch.channels_last  # a sixth less time on a CPU; nothing of a VAE is saved again
 
 
@@ -253,7 +253,7 @@ class Vae:
         return getattr(found, "sample", found)
 
     def _at_once(self, pictures: Tensor, factor: int) -> int:
-        """How many pictures go through together: not more than memory is planned for."""
+        """How many images go through together: not more than memory is planned for."""
         area = pictures.shape[-1] * pictures.shape[-2] * factor**2
         return max(1, PIXELS_AT_ONCE // area)
 
@@ -264,7 +264,7 @@ class Vae:
     def _check_finite(self, values: Tensor, doing: str) -> None:
         if bool(torch.isfinite(values).all()):
             return
-        advice = "its weights are damaged, or the picture is"
+        advice = "its weights are damaged, or the image is"
         if self._dtype == torch.float16:
             advice = (
                 "float16 overflows in it, as in the VAE of SDXL. Use diffusion.vae_dtype: float32 "
@@ -339,7 +339,7 @@ def factor_of(path: str | Path, revision: str | None = None) -> int:
 
 
 def check_size(size: tuple[int, ...] | torch.Size, factor: int) -> None:
-    """Refuse pictures that are no whole number of latents.
+    """Refuse images that are no whole number of latents.
 
     Raises:
         ConfigError: Naming the size and the factor.
@@ -347,7 +347,7 @@ def check_size(size: tuple[int, ...] | torch.Size, factor: int) -> None:
     height, width = size
     if height % factor or width % factor:
         raise ConfigError(
-            f"pictures of {height} x {width} pixels (height x width) cannot be encoded: each side "
+            f"images of {height} x {width} pixels (height x width) cannot be encoded: each side "
             f"must be a multiple of {factor}, the size of one latent. Change diffusion.resolution "
             "or diffusion.bucket_multiple"
         )
@@ -479,11 +479,11 @@ def load_denoiser(path: str, model: ModelConfig) -> nn.Module:
 
 
 def _check_sizes(path: str, diffusion: DiffusionConfig, unit: int) -> None:
-    """Refuse picture sizes that are no whole number of what the denoiser reads as one place."""
+    """Refuse image sizes that are no whole number of what the denoiser reads as one place."""
     side, near = diffusion.resolution, diffusion.resolution // unit * unit
     if side % unit:
         raise ConfigError(
-            f"diffusion.resolution: pictures of {side} x {side} pixels cannot be used with {path}; "
+            f"diffusion.resolution: images of {side} x {side} pixels cannot be used with {path}; "
             f"each side must be a multiple of {unit}, the nearest are {near} and {near + unit}"
         )
     if diffusion.buckets and diffusion.bucket_multiple % unit:

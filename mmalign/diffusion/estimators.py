@@ -1,4 +1,4 @@
-"""Where a candidate is scored: the noisy picture, its timestep, and what should be predicted."""
+"""Where a candidate is scored: the noisy image, its timestep, and what should be predicted."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from mmalign.errors import ConfigError
 
 @dataclass(frozen=True)
 class Point:
-    """Noisy pictures and what a network should return for them; no gradient flows into it.
+    """Noisy images and what a network should return for them; no gradient flows into it.
 
     Attributes:
-        x_t: [N, ...] noisy pictures, float32 or wider.
+        x_t: [N, ...] noisy images, float32 or wider.
         t: [N] timesteps of the noise process.
-        target: [N, ...] raw prediction to match, or with `in_x0` the clean picture to match.
-        in_x0: Compare the clean picture that a prediction implies.
+        target: [N, ...] raw prediction to match, or with `in_x0` the clean image to match.
+        in_x0: Compare the clean image that a prediction implies.
     """
 
     x_t: Tensor
@@ -37,15 +37,15 @@ class Point:
 
 
 class Predict(Protocol):
-    """The noise that a network sees in the N pictures of a batch; without gradient."""
+    """The noise that a network sees in the N images of a batch; without gradient."""
 
     def __call__(self, x: Tensor, t: Tensor, rows: Tensor | None = None, /) -> Tensor:
         """The noise.
 
         Args:
-            x: [M, ...] pictures.
+            x: [M, ...] images.
             t: [M] timesteps of the process; some below the schedule (`inversion: diffusers_0_20`).
-            rows: [M] which of the N pictures these are; None: all of them, in order.
+            rows: [M] which of the N images these are; None: all of them, in order.
         """
         ...
 
@@ -145,27 +145,27 @@ class RowRNG:
         return torch.Generator().manual_seed(noise_seed(seed, name))
 
 
-# Where a candidate is scored: the noisy picture, its timestep, and what should be predicted.
+# Where a candidate is scored: the noisy image, its timestep, and what should be predicted.
 #
-# Forward noise takes any noisy picture of x0. The inversions look for the one from which the model
+# Forward noise takes any noisy image of x0. The inversions look for the one from which the model
 # itself would arrive at x0: they run its sampler backwards, without gradient.
 
 Inversion = Literal["exact", "diffusers_0_20", "diffusers"]
 
 
 class Estimator(ABC):
-    """Turns clean pictures into the points at which they are scored."""
+    """Turns clean images into the points at which they are scored."""
 
     @abstractmethod
     def __call__(
         self, x0: Tensor, t: Tensor, rng: RowRNG, process: NoiseProcess, networks: Networks
     ) -> Point:
-        """The point of every picture.
+        """The point of every image.
 
         Args:
-            x0: [N, ...] clean pictures or latents.
+            x0: [N, ...] clean images or latents.
             t: [N] timesteps.
-            rng: N streams of random numbers; pictures with the same stream get the same noise.
+            rng: N streams of random numbers; images with the same stream get the same noise.
             process: The noise process.
             networks: Called by those that look for the point with one.
         """
@@ -178,12 +178,12 @@ class ForwardNoise(Estimator):
     The candidates of a row share the noise where they have the same stream (`estimator.shared`).
 
     Args:
-        noise_offset: s; the noise is z + s z', z' one number for each channel of a picture, shared
+        noise_offset: s; the noise is z + s z', z' one number for each channel of an image, shared
             as the noise is.
 
     Source: Wallace et al. 2023, arXiv:2311.12908, released code.
     Departs: no input perturbation: as released it is drawn before the noise of the pair is made
-        equal, so that a rejected picture is noised with another draw than its target's.
+        equal, so that a rejected image is noised with another draw than its target's.
     """
 
     noise_offset: float = 0.0
@@ -197,7 +197,7 @@ class ForwardNoise(Estimator):
         process: NoiseProcess,
         networks: Networks | None = None,
     ) -> Point:
-        """The point of every picture; see `Estimator`."""
+        """The point of every image; see `Estimator`."""
         x0 = full_precision(x0)
         noise = rng.normal("noise", tuple(x0.shape[1:]), x0.device, x0.dtype)
         if self.noise_offset:
@@ -210,14 +210,14 @@ class ForwardNoise(Estimator):
 class DDIMStep:
     """One step of an inversion of the M images that have not arrived; every entry is [M]."""
 
-    source: Tensor  # level the pictures are at
+    source: Tensor  # level the images are at
     goal: Tensor  # level they are taken to
     call: Tensor  # timestep that the network is given
     lower: Tensor  # added noise has the spread of the sampler's step
     upper: Tensor  # from `upper` to `lower`
 
     def of(self, rows: Tensor) -> DDIMStep:
-        """The step of some of the pictures."""
+        """The step of some of the images."""
         return DDIMStep(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
@@ -226,7 +226,7 @@ class DDIMInversion(Estimator):
     """The sampler run backwards: InPO's evaluation point.
 
     It makes steps of `ddim_step`; in a flow they are Euler's steps in sigma. The target is the
-    noise (x_t - alpha_t x0) / sigma_t that joins the picture and the end of its path.
+    noise (x_t - alpha_t x0) / sigma_t that joins the image and the end of its path.
 
     With S = floor(T / num_steps) and the sources 1 - S, 1, 1 + S, ... below t:
 
@@ -239,15 +239,15 @@ class DDIMInversion(Estimator):
 
     Args:
         num_steps: Steps over the whole schedule; about num_steps * t / T + 1 network calls for a
-            picture, which is given to the network no more once it has arrived.
-        inversion: Which grid; pictures with different t keep their own.
+            image, which is given to the network no more once it has arrived.
+        inversion: Which grid; images with different t keep their own.
         eta: After a step, eta * sqrt(variance) of fresh noise, the variance being that of the
             sampler between the two levels of the step (diffusers: between this level and the next).
         network: Whose sampler is inverted.
 
     Source: Lu et al. 2025, InPO, released code with its pinned diffusers 0.20; diffusers is
         the same script with versions from 0.22 on.
-    Departs: exact is ours. Every picture has its own t; the release takes the first one of the
+    Departs: exact is ours. Every image has its own t; the release takes the first one of the
         micro-batch for all. The noise table is float32; as released it is half precision, which
         changes sigma_0^2 by 15 %. In `diffusers`, eta reads past the table for large t (an
         IndexError in the release); here the last entry is used. Added noise is that of the image's
@@ -263,7 +263,7 @@ class DDIMInversion(Estimator):
     def __call__(
         self, x0: Tensor, t: Tensor, rng: RowRNG, process: NoiseProcess, networks: Networks
     ) -> Point:
-        """The point of every picture; see `Estimator`."""
+        """The point of every image; see `Estimator`."""
         predict = networks.policy if self.network == "policy" else networks.reference
         assert predict is not None, "an inversion needs a network"
         x0 = full_precision(x0)
@@ -310,7 +310,7 @@ class DDIMInversion(Estimator):
         return process.prediction_from(noise, x, step.call) if self._as_diffusers else noise
 
     def _noise(self, found: Tensor, x: Tensor, step: DDIMStep, process: NoiseProcess) -> Tensor:
-        """What `_seen` found as noise; diffusers: at the level that the pictures are at."""
+        """What `_seen` found as noise; diffusers: at the level that the images are at."""
         return process.eps_from(found, x, step.source) if self._as_diffusers else found
 
     @property
@@ -380,7 +380,7 @@ class ReNoise(DDIMInversion):
 
 # Self-NPO's evaluation point: where a slow copy of the model, without its prompt, would arrive.
 #
-# The student learns towards the clean picture that its teacher estimates a few steps later, under
+# The student learns towards the clean image that its teacher estimates a few steps later, under
 # guidance away from the prompt. What it becomes is a negative model. The teacher's weights are an
 # average of the student's: `mmalign.models.reference.Ema`.
 
@@ -390,9 +390,9 @@ class Walk:
     """What the teacher's steps leave.
 
     Attributes:
-        x: [N, ...] pictures after the moves.
+        x: [N, ...] images after the moves.
         t: [N] their level.
-        x0: [N, ...] the clean pictures that the last evaluation implies.
+        x0: [N, ...] the clean images that the last evaluation implies.
     """
 
     x: Tensor
@@ -404,13 +404,13 @@ class Walk:
 class Truncated(Estimator):
     """A truncated walk of the teacher, then more noise: Self-NPO.
 
-    With k = floor(T / num_steps) a picture is noised to t = (i + 1) k - 1, i uniform; the teacher
-    makes `num_moves` moves of k and one last estimate of the clean picture, the target. The state
+    With k = floor(T / num_steps) an image is noised to t = (i + 1) k - 1, i uniform; the teacher
+    makes `num_moves` moves of k and one last estimate of the clean image, the target. The state
     after the moves is noised on to a level s uniform above it; there the student, with the prompt,
     is compared with the target.
 
     Source: Wang et al. 2025, Self-NPO in Diffusion-NPO's released code.
-    Departs: estimates are always made to the end. The release stops where all pictures of the
+    Departs: estimates are always made to the end. The release stops where all images of the
         micro-batch have reached level 0, so that a target depends on which rows are together.
     """
 
@@ -420,10 +420,10 @@ class Truncated(Estimator):
     def __call__(
         self, x0: Tensor, t: Tensor, rng: RowRNG, process: NoiseProcess, networks: Networks
     ) -> Point:
-        """The point of every picture, with the teacher's clean picture as the target.
+        """The point of every image, with the teacher's clean image as the target.
 
         Args:
-            x0: [N, ...] clean pictures, from data or generated.
+            x0: [N, ...] clean images, from data or generated.
             t: Not read: the walk has timesteps of its own.
             rng: N streams of random numbers.
             process: A noise table that does not end in pure noise.
@@ -459,15 +459,15 @@ class Truncated(Estimator):
     ) -> Walk:
         """The teacher's moves from (x, t), and its last estimate.
 
-        A move goes to max(t - k, 0); at 0 a picture stays as it is.
+        A move goes to max(t - k, 0); at 0 an image stays as it is.
 
         Args:
-            x: [N, ...] noisy pictures.
+            x: [N, ...] noisy images.
             t: [N] their timesteps.
             process: The noise process.
             predict_cond: The teacher with the prompts.
             predict_empty: The teacher with the empty prompt.
-            stop_early: As released: no evaluation once all pictures have reached 0.
+            stop_early: As released: no evaluation once all images have reached 0.
         """
         stride = self._stride(process)
         for left in range(self.spec.num_moves, -1, -1):
@@ -502,7 +502,7 @@ class Truncated(Estimator):
         if process.prediction == "flow" or process.ends_in_noise:
             raise ConfigError(
                 "estimator.kind is truncated, which starts at the last level of a noise table; "
-                "flow models and tables with zero terminal SNR have no picture left there"
+                "flow models and tables with zero terminal SNR have no image left there"
             )
         grid = process.grid(self.spec.steps)
         return int(grid[1] - grid[0])

@@ -1,4 +1,4 @@
-"""Rows of pictures to a Batch, and what goes into the denoiser, computed here or read from disk."""
+"""Rows of images to a Batch, and what goes into the denoiser, computed here or read from disk."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from mmalign.diffusion.process import NoiseProcess
 
 
-# Rows of pictures to a Batch: pixels or latents, captions, and what is drawn at random.
+# Rows of images to a Batch: pixels or latents, captions, and what is drawn at random.
 
 TIMESTEP_BIN = "timestep_bin"
 """Key of `Example.meta`: (k, n) for the k-th of the n timesteps a held-out row is scored at."""
@@ -58,7 +58,7 @@ TIMESTEP_BIN = "timestep_bin"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The rows of a batch whose pictures have one shape; they go through the network together."""
+    """The rows of a batch whose images have one shape; they go through the network together."""
 
     rows: Tensor  # [R] their places in the batch
     pictures: dict[str, Tensor]  # mean, std or pixels: [R, K, ...]
@@ -87,11 +87,11 @@ class Collator:
         pixels.i [R, K, 3, H, W] in [-1, 1]
         embeds [B, K, S, D], pooled [B, K, P] embedded captions (from a cache), or
         ids.NAME [B, K, S] their token ids
-        time_ids [B, K, 6] size, crop and target size of each picture (SDXL)
+        time_ids [B, K, 6] size, crop and target size of each image (SDXL)
         timesteps [B] one a row
-        seeds [B, K] of the noise: of the row, or of the picture where it is not shared; on the
+        seeds [B, K] of the noise: of the row, or of the image where it is not shared; on the
             CPU, where random numbers are drawn
-        picture_seeds [B, K] of what belongs to one picture (the posterior's noise); likewise
+        picture_seeds [B, K] of what belongs to one image (the posterior's noise); likewise
         ref_errors [B, K] from a cache
     """
 
@@ -139,14 +139,14 @@ class Collator:
                 [[self._time_ids(frame) for frame in row] for row in frames], dtype=torch.float32
             )
         inputs["timesteps"] = self._timesteps(self._quantiles(examples, rng, draws), frames)
-        # By name and not by place: exchanging two pictures exchanges all that is theirs.
+        # By name and not by place: exchanging two images exchanges all that is theirs.
         own = torch.tensor(
             [
                 [noise_seed(seed, "picture", _name(c.response)) for c in example.candidates]
                 for seed, example in zip(row_seeds, examples, strict=True)
             ]
         )
-        # An inversion's noise belongs to a picture's own path.
+        # An inversion's noise belongs to an image's own path.
         shared = settings.estimator.kind == "forward" and settings.estimator.shared
         inputs["picture_seeds"] = own
         inputs["seeds"] = torch.tensor(row_seeds)[:, None].expand_as(own) if shared else own
@@ -229,12 +229,12 @@ class Collator:
             for name, value in found.items()
         }
 
-    # -- pictures ----------------------------------------------------------------------------
+    # -- images ----------------------------------------------------------------------------
 
     def _pictures(
         self, examples: Sequence[Example], seeds: Sequence[int] | None
     ) -> tuple[dict[str, Tensor], list[list[Frame]]]:
-        """Tensors of every shape among the rows, and the frames of all pictures."""
+        """Tensors of every shape among the rows, and the frames of all images."""
         settings = self.config.diffusion
         loaded: list[dict[str, Tensor]] = []
         frames: list[list[Frame]] = []
@@ -247,7 +247,7 @@ class Collator:
                 pictures = row_pictures(example)
                 if not pictures:
                     raise DataError(
-                        f"row {example.id!r} is a prompt without a picture; only "
+                        f"row {example.id!r} is a prompt without an image; only "
                         "diffusion.estimator: {kind: truncated, generated: true} learns from those"
                     )
                 done = prepare(pictures, settings, seed)
@@ -273,7 +273,7 @@ class Collator:
 
 
 def _doubled(example: Example) -> Example:
-    """The row with its picture twice: once more for another row's caption."""
+    """The row with its image twice: once more for another row's caption."""
     again = replace(example.candidates[0], role="mismatched")
     return replace(
         example, candidates=(example.candidates[0], again), labels=(example.labels[0], 0.0)
@@ -281,7 +281,7 @@ def _doubled(example: Example) -> Example:
 
 
 def _name(response: object) -> str:
-    """A picture's name and its folder's, without the place of that, which differs elsewhere."""
+    """An image's name and its folder's, without the place of that, which differs elsewhere."""
     if isinstance(response, Picture):
         path = response.path
         return f"{path.parent.name}/{path.name} {response.row} {response.column}"
@@ -292,15 +292,15 @@ def _content(example: Example) -> str:
     return repr((example.prompt, [(c.prompt, _name(c.response)) for c in example.candidates]))
 
 
-# Clean latents for prompts that have no picture: generated once by the model before training.
+# Clean latents for prompts that have no image: generated once by the model before training.
 
 _AT_ONCE = 16
 
 
 class Generated:
-    """Stands in for a cache of encoded pictures.
+    """Stands in for a cache of encoded images.
 
-    Self-NPO needs pictures only as places to start noising from; with those of the model itself it
+    Self-NPO needs images only as places to start noising from; with those of the model itself it
     needs no data but prompts. They are kept on disk, so that a resumed run goes on with the same.
 
     Source: Self-NPO's paper calls the method data-free.
@@ -311,7 +311,7 @@ class Generated:
         """Open the folder.
 
         Args:
-            inputs: Embeds prompts; its config says how pictures are generated.
+            inputs: Embeds prompts; its config says how images are generated.
             model: The network as it is before training.
         """
         config, components = inputs.config, inputs.components
@@ -335,7 +335,7 @@ class Generated:
     def write(self, examples: Sequence[Example]) -> None:
         """Generate what is not there yet; every process its share.
 
-        Pictures are made in the same groups whichever of them are there, so that their last bits
+        Images are made in the same groups whichever of them are there, so that their last bits
         do not depend on an interruption.
         """
         captions = {self._key(row): caption_of(row, 0) for row in examples}
@@ -344,7 +344,7 @@ class Generated:
         groups = [mine[start : start + _AT_ONCE] for start in range(0, len(mine), _AT_ONCE)]
         todo = [(group, lacking) for group in groups if (lacking := self._store.missing(group))]
         total = sum(len(lacking) for _, lacking in todo)
-        with progress("clean pictures", total, shown=place.is_main) as seen, self._store:
+        with progress("clean images", total, shown=place.is_main) as seen, self._store:
             for group, lacking in todo:
                 found = dict(zip(group, self._generate(group, captions), strict=True))
                 for key in lacking:
@@ -380,7 +380,7 @@ class Generated:
         return self._store.key(caption_of(example, 0))
 
 
-# What goes into the denoiser: captions and pictures, embedded and encoded here or read from disk.
+# What goes into the denoiser: captions and images, embedded and encoded here or read from disk.
 #
 # The VAE and the text encoders are loaded when something is first missing from the caches, so a run
 # with complete caches never holds them.
@@ -414,7 +414,7 @@ class Inputs:
 
         Args:
             examples: All rows of the run.
-            model: Generates the clean pictures of rows that have none, where the config asks.
+            model: Generates the clean images of rows that have none, where the config asks.
 
         Raises:
             ConfigError: A cache that must be complete is not, with the command that writes it.
@@ -452,7 +452,7 @@ class Inputs:
         """Give back the device's memory of what training does not use from step to step.
 
         Encoders whose output is cached are let go: prompts to show are remembered. A VAE waits on
-        the CPU for the next pictures to decode.
+        the CPU for the next images to decode.
         """
         if self._prompts is not None:
             self._encoder = None
@@ -528,7 +528,7 @@ class Inputs:
             self._shown[key] = self.encoder.to(device).encode(prompts).to("cpu")
         return self._shown[key].to(device)
 
-    # -- pictures ----------------------------------------------------------------------------
+    # -- images ----------------------------------------------------------------------------
 
     @property
     def vae(self) -> Vae | PixelSpace:
@@ -579,5 +579,5 @@ def _is_cond(name: str) -> bool:
 # What training reads instead of running the VAE, the text encoders and the reference.
 #
 # Each cache is a folder of shards (`mmalign.data.cache`) below `diffusion.cache_folder`. An entry's
-# key holds everything that decides its values, so a changed picture, model or setting is a miss and
+# key holds everything that decides its values, so a changed image, model or setting is a miss and
 # never a wrong number. `mmalign cache CONFIG` writes them.

@@ -119,7 +119,7 @@ def check_process(config: RunConfig, process: NoiseProcess) -> list[str]:
     if spec.kind == "truncated" and (is_flow or process.ends_in_noise):
         problems.append(
             "diffusion.estimator.kind is truncated, whose walk begins at the last noise level, "
-            "where this model's process keeps nothing of the picture (a flow, or zero terminal SNR)"
+            "where this model's process keeps nothing of the image (a flow, or zero terminal SNR)"
         )
     undefined = process.ends_in_noise and process.prediction == "epsilon"
     if undefined and config.diffusion.timesteps.weighting == "sample":
@@ -145,7 +145,7 @@ def _objective(config: RunConfig) -> list[str]:
         )
     if "ld_alpha" in config.objective.keywords:
         problems.append(
-            "objective.ld_alpha acts on the tokens of a response; a picture has none. Remove it"
+            "objective.ld_alpha acts on the tokens of a response; an image has none. Remove it"
         )
     if "diffusion_npo" in names and not config.data.swap:
         problems.append(
@@ -160,7 +160,7 @@ def _estimator(config: RunConfig) -> list[str]:
     names, spec = names_of(config), config.diffusion.estimator
     if "inpo" in names and spec.kind != "ddim_inversion":
         problems.append(
-            f"objective 'inpo' scores at inverted pictures, but diffusion.estimator.kind is "
+            f"objective 'inpo' scores at inverted images, but diffusion.estimator.kind is "
             f"{spec.kind}. Set it to ddim_inversion, or use diffusion_dpo"
         )
     if spec.kind == "truncated" or "self_npo" in names:
@@ -196,7 +196,7 @@ def _pictures(config: RunConfig) -> list[str]:
         changed = {"flip": settings.flip, "buckets": settings.buckets}
         changed["crop"] = settings.crop != "center"
         return [
-            f"diffusion.{name} is for pictures of the data, but estimator.generated makes others. "
+            f"diffusion.{name} is for images of the data, but estimator.generated makes others. "
             "Remove it"
             for name, is_set in changed.items()
             if is_set
@@ -240,7 +240,7 @@ def _self_npo(config: RunConfig) -> list[str]:
     if kind == "truncated" and settings.timesteps != TimestepSpec():
         problems.append(
             "diffusion.timesteps chooses noise levels and weights of predictions, but "
-            "estimator.kind: truncated draws its own and compares clean pictures. Remove it"
+            "estimator.kind: truncated draws its own and compares clean images. Remove it"
         )
     return problems
 

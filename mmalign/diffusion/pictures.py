@@ -1,4 +1,4 @@
-"""Pictures of a row to arrays of one shape, and what is known of their files from an
+"""Images of a row to arrays of one shape, and what is known of their files from an
 earlier look.
 """
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from mmalign.data.example import Example
 
 
-# Pictures of a row to arrays of one shape; what each went through goes to SDXL's time ids.
+# Images of a row to arrays of one shape; what each went through goes to SDXL's time ids.
 
 log = logging.getLogger("mmalign.diffusion")
 
@@ -51,7 +51,7 @@ Size = tuple[int, int]  # height, width, in pixels
 if TYPE_CHECKING:
     Look = Callable[[Iterable[Picture]], Mapping[Picture, Size | DataError]]
 
-_MOST_HELD = 2**25  # pixels of a row's pictures that are decoded at the same time
+_MOST_HELD = 2**25  # pixels of a row's images that are decoded at the same time
 
 NAMED = 8
 """Rows that a warning names; the others are counted."""
@@ -59,15 +59,15 @@ NAMED = 8
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Where a prepared picture comes from: all that SDXL's time ids tell the network."""
+    """Where a prepared image comes from: all that SDXL's time ids tell the network."""
 
-    size: Size  # of the picture as it was, upright
-    crop: tuple[int, int]  # top, left, in the resized picture, mirrored where it was
-    target: Size  # of the prepared picture
+    size: Size  # of the image as it was, upright
+    crop: tuple[int, int]  # top, left, in the resized image, mirrored where it was
+    target: Size  # of the prepared image
 
 
 def target_size(size: Size, diffusion: DiffusionConfig) -> Size:
-    """The shape that a picture of `size` (height, width) is brought to.
+    """The shape that an image of `size` (height, width) is brought to.
 
     A square of `resolution`, or with buckets the sides, multiples of `bucket_multiple`, of nearly
     the same area whose aspect ratio is nearest, in the logarithm, and at most 2 to 1.
@@ -95,7 +95,7 @@ def _buckets(resolution: int, multiple: int) -> tuple[Size, ...]:
 
 
 def row_size(sizes: Sequence[Size], diffusion: DiffusionConfig) -> Size:
-    """The one shape of all pictures of a row: that of their mean log aspect ratio."""
+    """The one shape of all images of a row: that of their mean log aspect ratio."""
     mean = sum(math.log(height / width) for height, width in sizes) / len(sizes)
     # In units that keep the ratio exact where all sizes are equal, as mostly they are.
     size = sizes[0] if len(set(sizes)) == 1 else (round(2**20 * math.exp(mean)), 2**20)
@@ -105,12 +105,12 @@ def row_size(sizes: Sequence[Size], diffusion: DiffusionConfig) -> Size:
 def prepare(
     pictures: Sequence[Picture | Image.Image], diffusion: DiffusionConfig, draws_seed: int | None
 ) -> list[tuple[NDArray[np.float32], Frame]]:
-    """Resize, crop and flip the pictures of a row; a pure function of its arguments.
+    """Resize, crop and flip the images of a row; a pure function of its arguments.
 
-    A picture is resized, with its aspect ratio kept, to the smallest size that covers the row's
+    An image is resized, with its aspect ratio kept, to the smallest size that covers the row's
     shape (antialiased and bilinear, as torchvision resizes; one of that size stays as it is), cut
     to that shape, and mirrored or not, like all of the row. Random places are drawn as shares of
-    the free range, so that a shared one means the same place in pictures of different sizes.
+    the free range, so that a shared one means the same place in images of different sizes.
 
     Files are decoded one after another and let go. Where the shape depends on the sizes of all,
     those that are too large to be held until then are decoded twice.
@@ -121,7 +121,7 @@ def prepare(
         draws_seed: Of what is random; None: the centre, and no flip.
 
     Returns:
-        For each picture its pixels [3, H, W], float32 in [-1, 1], and its Frame.
+        For each image its pixels [3, H, W], float32 in [-1, 1], and its Frame.
 
     Raises:
         DataError: A file cannot be decoded.
@@ -171,7 +171,7 @@ def _opened(picture: Picture | Image.Image) -> AbstractContextManager[Image.Imag
 
 
 def is_flipped(diffusion: DiffusionConfig, draws_seed: int | None) -> bool:
-    """Whether the pictures of a row are mirrored this time."""
+    """Whether the images of a row are mirrored this time."""
     if not diffusion.flip or draws_seed is None:
         return False
     return bool(np.random.default_rng(draws_seed).random() < 0.5)
@@ -213,16 +213,16 @@ def _covering(size: Size, target: Size) -> Size:
 def usable(
     examples: Sequence[Example], diffusion: DiffusionConfig, look: Look | None = None
 ) -> tuple[list[Example], list[str]]:
-    """The rows whose pictures can all be decoded and brought to one shape.
+    """The rows whose images can all be decoded and brought to one shape.
 
-    Every picture is decoded once, in threads, and let go. A row goes as a whole: with a picture
+    Every image is decoded once, in threads, and let go. A row goes as a whole: with an image
     that cannot be decoded, or with two whose aspect ratios differ by more than 2 to 1. Rows of a
     prompt alone stay. What is left out is logged as one warning.
 
     Args:
         examples: Rows of one run.
-        diffusion: For the size that small pictures are enlarged to.
-        look: Gives the size of every picture, or why it cannot be decoded; None: by decoding them.
+        diffusion: For the size that small images are enlarged to.
+        look: Gives the size of every image, or why it cannot be decoded; None: by decoding them.
 
     Returns:
         The rows that are left, and what was found, as sentences; the warning is made of them.
@@ -250,7 +250,7 @@ def usable(
             if sizes:
                 doubts.add(row, own, sizes, row_size(sizes, diffusion))
     notes = [
-        _sentence(broken, "with a picture that cannot be decoded are left out", "; "),
+        _sentence(broken, "with an image that cannot be decoded are left out", "; "),
         _sentence(odd, "with aspect ratios more than 2 to 1 apart are left out", ", "),
         *doubts.notes(),
     ]
@@ -279,7 +279,7 @@ class _Doubts:
         Args:
             row: Its candidates may have captions of their own, and so be told apart.
             pictures: Of its candidates.
-            sizes: Of the pictures.
+            sizes: Of the images.
             target: That they are brought to.
         """
         factor, size = max((_enlarged(size, target), size) for size in sizes)
@@ -295,22 +295,22 @@ class _Doubts:
 
     def notes(self) -> list[str]:
         """A sentence for each doubt; "" where there is none."""
-        enlarged = f"{self.enlarged} rows have pictures smaller than they are trained at: enlarged."
+        enlarged = f"{self.enlarged} rows have images smaller than they are trained at: enlarged."
         return [
             enlarged if self.enlarged else "",
             _sentence(self.blurred, f"are enlarged more than {LARGEST_FACTOR:g} times", ", "),
-            _sentence(self.cut, "lose more than half of a picture to the crop", ", "),
-            _sentence(self.same, "show one same picture twice, so prefer nothing", ", "),
+            _sentence(self.cut, "lose more than half of an image to the crop", ", "),
+            _sentence(self.same, "show one same image twice, so prefer nothing", ", "),
         ]
 
 
 def _enlarged(size: Size, target: Size) -> float:
-    """By how much a picture is enlarged."""
+    """By how much an image is enlarged."""
     return max(target[0] / size[0], target[1] / size[1])
 
 
 def _cut_off(size: Size, target: Size) -> float:
-    """The share of a picture's area that is cut off."""
+    """The share of an image's area that is cut off."""
     factor = _enlarged(size, target)
     return 1 - target[0] * target[1] / (size[0] * size[1] * factor**2)
 
@@ -327,7 +327,7 @@ def _sentence(rows: Sequence[str], what: str, between: str) -> str:
 
 
 def row_pictures(row: Example) -> list[Picture]:
-    """The pictures of a row's candidates; none for a row of a prompt alone.
+    """The images of a row's candidates; none for a row of a prompt alone.
 
     Raises:
         DataError: A response is text.
@@ -335,20 +335,20 @@ def row_pictures(row: Example) -> list[Picture]:
     pictures = [c.response for c in row.candidates if isinstance(c.response, Picture)]
     if len(pictures) != len(row.candidates) and any(c.response for c in row.candidates):
         raise DataError(
-            f"row {row.id!r}: the responses are text, and diffusion needs pictures: image_chosen "
+            f"row {row.id!r}: the responses are text, and diffusion needs images: image_chosen "
             "and image_rejected, images, or image. Where chosen and rejected are paths of "
-            "pictures, set `layout: pictures`; a model of text is trained with modality: text"
+            "images, set `layout: pictures`; a model of text is trained with modality: text"
         )
     return pictures
 
 
 def describe_row(row: Example, diffusion: DiffusionConfig) -> str:
-    """A row for a terminal: its captions, and each picture with its label, size and crop."""
+    """A row for a terminal: its captions, and each image with its label, size and crop."""
     pictures = row_pictures(row)
     frames = [frame for _, frame in prepare(pictures, diffusion, None)] if pictures else []
     lines = [f"row {row.id}, weight {row.weight:g}: {as_text(row.prompt) or '(own captions)'}"]
     if not frames:
-        lines.append("  a prompt alone: its picture is generated in training")
+        lines.append("  a prompt alone: its image is generated in training")
     for i, (candidate, frame) in enumerate(zip(row.candidates, frames, strict=False)):
         (height, width), (top, left), target = frame.size, frame.crop, frame.target
         place = "placed at random" if diffusion.crop == "random" else f"cut at {left}, {top}"
@@ -359,13 +359,13 @@ def describe_row(row: Example, diffusion: DiffusionConfig) -> str:
     return "\n".join(lines)
 
 
-# What is known of pictures and model files from an earlier look, so that none is read twice.
+# What is known of images and model files from an earlier look, so that none is read twice.
 
 FLUSH_SECONDS = 30.0
 """Longest that finished work waits in memory: what an interruption may lose."""
 
 
-_PART = 1024  # pictures between two looks at the clock
+_PART = 1024  # images between two looks at the clock
 
 
 def cache_folder(config: RunConfig) -> Path:
@@ -379,7 +379,7 @@ def open_store(folder: Path, settings: Mapping[str, str]) -> TensorCache:
 
 
 class FileStat:
-    """What identifies a picture: its file with size and time of change, and its cell.
+    """What identifies a image: its file with size and time of change, and its cell.
 
     A file is looked at once in the life of the object.
     """
@@ -408,7 +408,7 @@ class FileStat:
 
 
 class ImageSizeCache:
-    """What decoding a picture once has shown: its size, or why it cannot be decoded."""
+    """What decoding an image once has shown: its size, or why it cannot be decoded."""
 
     def __init__(self, config: RunConfig, contents: FileStat | None = None) -> None:
         self._contents = contents or FileStat()
@@ -442,7 +442,7 @@ class ImageSizeCache:
         self.store.put(self.key(picture), entry)
 
     def key(self, picture: Picture) -> str:
-        """The picture's entry."""
+        """The image's entry."""
         return self.store.key(self._contents(picture))
 
 
@@ -453,13 +453,13 @@ def look(
     notes: ImageSizeCache | None = None,
     seen: Callable[[int], None] | None = None,
 ) -> dict[Picture, Size | DataError]:
-    """The sizes of pictures, or why one cannot be decoded; only those not known are decoded.
+    """The sizes of images, or why one cannot be decoded; only those not known are decoded.
 
     Args:
         config: The run; says where notes lie.
         pictures: May repeat.
         notes: To add to; without them nothing is written.
-        seen: Called with the number of pictures decoded since the last call.
+        seen: Called with the number of images decoded since the last call.
     """
     known = notes or ImageSizeCache(config)
     found: dict[Picture, Size | DataError] = {}

@@ -1,6 +1,6 @@
 """Noise processes.
 
-How a clean picture becomes a noisy one, what is predicted, and which timesteps are drawn.
+How a clean image becomes a noisy one, what is predicted, and which timesteps are drawn.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ def zero_terminal(table: Tensor) -> Tensor:  # [T] -> [T]
     return ((root - last) * first / (first - last)) ** 2
 
 
-# Noise processes: how a clean picture becomes a noisy one, and what the network is to predict.
+# Noise processes: how a clean image becomes a noisy one, and what the network is to predict.
 #
-# A noisy picture is x_t = alpha_t x0 + sigma_t noise. In the variance-preserving process alpha_t^2
+# A noisy image is x_t = alpha_t x0 + sigma_t noise. In the variance-preserving process alpha_t^2
 # is an entry of a table and t its index; in the rectified flow alpha = 1 - sigma and t is sigma
-# itself. Numbers are computed in float32, in float64 where a picture is float64, never in half
+# itself. Numbers are computed in float32, in float64 where an image is float64, never in half
 # precision.
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
@@ -73,10 +73,10 @@ class NoiseProcess(ABC):
     """A forward process, and one kind of prediction.
 
     Attributes:
-        prediction: What the network returns: "epsilon" the noise, "sample" the clean picture,
+        prediction: What the network returns: "epsilon" the noise, "sample" the clean image,
             "v_prediction" alpha noise - sigma x0, "flow" noise - x0.
         num_timesteps: Levels of the schedule the network was trained on.
-        ends_in_noise: A table whose last entry keeps nothing of the picture.
+        ends_in_noise: A table whose last entry keeps nothing of the image.
     """
 
     prediction: Prediction
@@ -136,11 +136,11 @@ class NoiseProcess(ABC):
         return alpha * noise - sigma * x0
 
     def x0_from(self, pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:  # [N, ...]
-        """The clean picture that a prediction implies.
+        """The clean image that a prediction implies.
 
         Raises:
             ConfigError: The noise table ends in pure noise and the network predicts noise: there
-                the clean picture does not follow from it.
+                the clean image does not follow from it.
         """
         alpha, sigma = self.level(t, x_t)
         pred, x_t = full_precision(pred), full_precision(x_t)
@@ -150,7 +150,7 @@ class NoiseProcess(ABC):
             return alpha * x_t - sigma * pred
         if self.prediction == "flow":
             return x_t - sigma * pred
-        self._has_signal("the clean picture cannot be estimated from predicted noise")
+        self._has_signal("the clean image cannot be estimated from predicted noise")
         return (x_t - sigma * pred) / alpha
 
     def eps_from(self, pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:  # [N, ...]
@@ -181,7 +181,7 @@ class NoiseProcess(ABC):
         """Factor of the squared error of the raw prediction, at each timestep.
 
         "epsilon" makes it the error of the implied noise, "sample" the error of the implied clean
-        picture; "min_snr" is the latter times min(alpha^2 / sigma^2, gamma).
+        image; "min_snr" is the latter times min(alpha^2 / sigma^2, gamma).
 
         Args:
             t: [N] timesteps.
@@ -313,7 +313,7 @@ class RectifiedFlow(NoiseProcess):
         return t * self.num_timesteps
 
     def grid(self, num_steps: int) -> list[float]:
-        """Shifted levels 0, 1/n, ..., 1; the walk begins at the clean picture itself."""
+        """Shifted levels 0, 1/n, ..., 1; the walk begins at the clean image itself."""
         self._stride(num_steps)
         levels = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
         return self._shifted(levels).tolist()
@@ -431,7 +431,7 @@ def _flow(
         return RectifiedFlow(num, float(config.get("flow_shift", config.get("shift", 1.0))))
     if shift_at is None:
         raise ConfigError(
-            "the model's scheduler shifts its levels by the size of the picture "
+            "the model's scheduler shifts its levels by the size of the image "
             "(use_dynamic_shifting), which is not built for its family; a fixed shift is"
         )
     return RectifiedFlow(num, shift_at=shift_at)
@@ -439,7 +439,7 @@ def _flow(
 
 # Steps between noise levels: the sampler's, forwards and backwards, and added noise.
 #
-# Levels are timesteps of the noise process, one a picture; alpha and sigma are those of a level.
+# Levels are timesteps of the noise process, one an image; alpha and sigma are those of a level.
 
 
 def ddim_step(
@@ -451,7 +451,7 @@ def ddim_step(
     x_a + (sigma_b - sigma_a) (eps - x0).
 
     Args:
-        x: [N, ...] pictures at level a.
+        x: [N, ...] images at level a.
         eps: [N, ...] the noise seen in them.
         source: [N] levels a; not pure noise.
         goal: [N] levels b.
@@ -464,12 +464,12 @@ def ddim_step(
 def renoise(
     x: Tensor, noise: Tensor, source: Tensor, goal: Tensor, process: NoiseProcess
 ) -> Tensor:  # [N, ...]
-    """Pictures at level a taken to a renoise level b with fresh noise.
+    """Images at level a taken to a renoise level b with fresh noise.
 
     x_b = alpha_b (x_a / alpha_a + sqrt(rho_b^2 - rho_a^2) noise), rho = sigma / alpha.
 
     Args:
-        x: [N, ...] pictures at level a.
+        x: [N, ...] images at level a.
         noise: [N, ...] standard normal.
         source: [N] levels a; not pure noise.
         goal: [N] levels b, not below a.

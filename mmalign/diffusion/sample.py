@@ -1,4 +1,4 @@
-"""Pictures from prompts: guidance by one or two models, one start noise a seed."""
+"""Images from prompts: guidance by one or two models, one start noise a seed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def guided(
     """The prediction moved away from a negative one.
 
     e = eps_neg + guidance (eps_pos - eps_neg), then
-    rescale * e std(eps_pos) / std(e) + (1 - rescale) * e, std over the elements of each picture.
+    rescale * e std(eps_pos) / std(e) + (1 - rescale) * e, std over the elements of each image.
 
     Linear in the predictions, so that raw outputs of any one kind may be given. Diffusion-NPO
     takes `eps_neg` from a second model: the one trained on exchanged pairs.
@@ -60,7 +60,7 @@ def guided(
     return rescale * (mixed * spread) + (1.0 - rescale) * mixed
 
 
-# Pictures from prompts: a positive and, where wanted, a negative model, one start noise a seed.
+# Images from prompts: a positive and, where wanted, a negative model, one start noise a seed.
 #
 # e = e_neg(x, t, empty) + guidance * (e_pos(x, t, prompt) - e_neg(x, t, empty))
 #
@@ -85,7 +85,7 @@ def generate(
     negative_model: nn.Module | None = None,
     batch_size: int = 4,
 ) -> list[Image]:
-    """One picture a prompt.
+    """One image a prompt.
 
     Args:
         model: The network to sample from; may carry adapters.
@@ -94,10 +94,10 @@ def generate(
         diffusion: `sampling`, `resolution` and the kind of prediction are read.
         prompts: N embedded prompts.
         empty: The empty prompt, one row; not needed with guidance 1 or less.
-        seeds: Seed of each picture's start noise. `diffusers` gives the same picture for
+        seeds: Seed of each image's start noise. `diffusers` gives the same image for
             `generator=torch.Generator("cpu").manual_seed(seed)`.
         negative_model: A second network for the empty prompt.
-        batch_size: Pictures at one time; no picture depends on it.
+        batch_size: Images at one time; no image depends on it.
 
     Raises:
         ConfigError: What the sampler, the guidance or the size cannot be.
@@ -119,7 +119,7 @@ def generate(
             pixels=(height, width),
             negative_model=negative_model,
         )
-        # One by one: decoding a large picture takes more memory than a step of the denoiser.
+        # One by one: decoding a large image takes more memory than a step of the denoiser.
         pictures += [to_picture(decoder.decode(latents[i : i + 1])[0]) for i in range(len(latents))]
     return pictures
 
@@ -145,7 +145,7 @@ def denoise(
         prompts: N embedded prompts.
         empty: The empty prompt, one row.
         noise: [N, C, H, W], standard normal.
-        pixels: Height and width of the pictures, which SDXL is conditioned on.
+        pixels: Height and width of the images, which SDXL is conditioned on.
         negative_model: A second network for the empty prompt.
 
     Returns:
@@ -201,7 +201,7 @@ def start_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
 
 
 def to_picture(pixels: Tensor) -> Image:
-    """[C, H, W] in [-1, 1] as an 8-bit picture; one channel gives a grey one."""
+    """[C, H, W] in [-1, 1] as an 8-bit image; one channel gives a grey one."""
     from PIL import Image as pil
 
     levels = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
@@ -220,7 +220,7 @@ def picture_size(diffusion: DiffusionConfig, factor: int) -> tuple[int, int]:
     size = (spec.height or diffusion.resolution, spec.width or diffusion.resolution)
     if any(side % factor for side in size):
         raise ConfigError(
-            f"diffusion.sampling: pictures of {size[0]} x {size[1]} pixels (height x width) cannot "
+            f"diffusion.sampling: images of {size[0]} x {size[1]} pixels (height x width) cannot "
             f"be made: each side must be a multiple of {factor}, the size of one latent"
         )
     return size
@@ -270,7 +270,7 @@ def scheduler_for(components: Components, diffusion: DiffusionConfig, size: Size
         if process.prediction == "sample":
             raise ConfigError(
                 "diffusion.sampling.sampler is euler, which cannot step with a network that "
-                "predicts the clean picture; use ddim or dpmpp"
+                "predicts the clean image; use ddim or dpmpp"
             )
     else:
         kind = DPMSolverMultistepScheduler

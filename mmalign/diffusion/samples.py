@@ -1,4 +1,4 @@
-"""Pictures of the policy during training.
+"""Images of the policy during training.
 
 Sheets, and what log and report say of denoising errors.
 """
@@ -31,11 +31,11 @@ SHEET = "sheet.png"
 """Name of the sheet in the folder of a step's samples."""
 
 
-# Pictures of the policy in the course of a run, from the same start noise each time.
+# Images of the policy in the course of a run, from the same start noise each time.
 
 
 def check_sampling(components: Components, diffusion: DiffusionConfig) -> None:
-    """Refuse, before training, settings of `diffusion.sampling` that no picture can be made with.
+    """Refuse, before training, settings of `diffusion.sampling` that no image can be made with.
 
     Raises:
         ConfigError: A sampler that does not fit the model, or a size that does not fit the VAE.
@@ -53,7 +53,7 @@ def paint(
     negative_model: nn.Module | None = None,
     batch_size: int = 4,
 ) -> list[PilImage]:
-    """One picture a prompt, with the settings of `diffusion.sampling`.
+    """One image a prompt, with the settings of `diffusion.sampling`.
 
     Args:
         inputs: Embeds the prompts and decodes the latents.
@@ -61,7 +61,7 @@ def paint(
         prompts: N prompts.
         seeds: Of each start noise; by default `diffusion.sampling.seed` and those after it.
         negative_model: A second network for the empty prompt.
-        batch_size: Pictures at one time.
+        batch_size: Images at one time.
     """
     device = next(model.parameters()).device
     diffusion = inputs.config.diffusion
@@ -82,10 +82,10 @@ def paint(
 def write_samples(
     inputs: Inputs, policy: nn.Module, prompts: Mapping[str, str], run: Path, step: int
 ) -> list[dict[str, Any]]:
-    """Write `samples/step-N/`: a picture a prompt, and a sheet beside those of before training.
+    """Write `samples/step-N/`: an image a prompt, and a sheet beside those of before training.
 
     Returns:
-        A record a prompt, with the picture's path inside the run folder.
+        A record a prompt, with the image's path inside the run folder.
     """
     spec = inputs.config.diffusion.sampling
     seed = spec.seed
@@ -119,9 +119,9 @@ NUM_BUCKETS = 4
 
 @torch.no_grad()
 def batch_metrics(logps: CandidateLogps, logp_scale: float, needs: Needs) -> dict[str, Tensor]:
-    """Mean errors of the preferred and the rejected pictures.
+    """Mean errors of the preferred and the rejected images.
 
-    errors/chosen_diff is the policy's error minus the reference's on the preferred pictures: above
+    errors/chosen_diff is the policy's error minus the reference's on the preferred images: above
     0 the policy explains them worse than before, which implicit accuracy does not show.
 
     Args:

@@ -43,17 +43,17 @@ def denoising_error(
     distance: Distance = "mse",
     huber_c: float = 1e-3,
 ) -> Tensor:  # [N]
-    """Distance between a prediction and its target, one number per picture.
+    """Distance between a prediction and its target, one number per image.
 
     mse: (prediction - target)^2; pseudo_huber: sqrt(d^2 + c^2) - c. Both are summed or averaged
-    over the elements of a picture, in float32, or float64 where that comes in.
+    over the elements of an image, in float32, or float64 where that comes in.
 
     Args:
         pred: [N, ...] raw output of the network at `point`, any float type.
-        point: Where the network was called. With `in_x0` the clean picture that the prediction
+        point: Where the network was called. With `in_x0` the clean image that the prediction
             implies is compared.
         process: The noise process of `point`.
-        reduction: "mean" does not depend on the size of a picture; "sum" grows with it.
+        reduction: "mean" does not depend on the size of an image; "sum" grows with it.
         weight: [N] factor of each error, or None.
         distance: Which distance.
         huber_c: pseudo_huber: below it quadratic, above it linear; in units of the target.
@@ -75,7 +75,7 @@ def denoising_error(
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Log-probabilities of N pictures at one timestep each."""
+    """Log-probabilities of N images at one timestep each."""
 
     policy: Tensor  # [N]
     reference: Tensor | None = None  # [N]
@@ -83,7 +83,7 @@ class Scores:
 
 
 class Scoring:
-    """Scores pictures under policy and reference at the same point: -logp_scale * error.
+    """Scores images under policy and reference at the same point: -logp_scale * error.
 
     Args:
         settings: Timestep weights, estimator, reduction and logp_scale.
@@ -117,7 +117,7 @@ class Scoring:
         condition: Condition,
         needs: Needs,
     ) -> Scores:
-        """Scores of the pictures of one shape.
+        """Scores of the images of one shape.
 
         Nothing here waits for the device but an inversion, once, for its timesteps.
 

@@ -1,7 +1,7 @@
 """SPO's arithmetic: log-densities of single steps of a sampler, and pairs among their results.
 
 Only the arithmetic: sampling with the model while it trains, and a preference model that judges
-noisy pictures, are not part of this package. The loss is `mmalign.core.presets.spo`.
+noisy images, are not part of this package. The loss is `mmalign.core.presets.spo`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from mmalign.diffusion.process import NoiseProcess, ddim_std
 def ddim_step_stats(
     eps: Tensor, x_t: Tensor, t: Tensor, process: NoiseProcess, num_steps: int, eta: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the next picture of a stochastic DDIM step.
+    """Mean and standard deviation of the next image of a stochastic DDIM step.
 
     p = max(t - floor(T / num_steps), 0); spread = eta * `ddim_std`(p, t);
     mean = alpha_p x0 + sqrt(sigma_p^2 - spread^2) eps, x0 = (x_t - sigma_t eps) / alpha_t.
 
     Args:
         eps: [N, ...] predicted noise, after guidance.
-        x_t: [N, ...] pictures at t.
+        x_t: [N, ...] images at t.
         t: [N] timesteps, not pure noise.
         process: A noise table.
         num_steps: Steps of the sampler.
@@ -46,10 +46,10 @@ def ddim_step_stats(
 
 
 def gaussian_logp(x: Tensor, mean: Tensor, spread: Tensor) -> Tensor:  # [N]
-    """Log-density of independent normal numbers, **averaged** over the elements of a picture.
+    """Log-density of independent normal numbers, **averaged** over the elements of an image.
 
     Args:
-        x: [N, ...] pictures that were drawn; no gradient flows into them.
+        x: [N, ...] images that were drawn; no gradient flows into them.
         mean: [N, ...].
         spread: [N, 1, ...] standard deviation, above 0.
     """
@@ -59,12 +59,12 @@ def gaussian_logp(x: Tensor, mean: Tensor, spread: Tensor) -> Tensor:  # [N]
 
 
 def best_and_worst(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Which of several next pictures make a pair.
+    """Which of several next images make a pair.
 
     A pair counts where softmax(best, worst) has a gap above `threshold`: tanh((best - worst) / 2).
 
     Args:
-        scores: [M, N] of M candidates for each of N pictures.
+        scores: [M, N] of M candidates for each of N images.
         threshold: In [0, 1]; 0.3 for SD 1.5, 0.4 for SDXL.
 
     Returns:

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 samples_images = True
 
-# `mmalign cache` for diffusion: pictures, captions and reference errors, each computed once.
+# `mmalign cache` for diffusion: images, captions and reference errors, each computed once.
 #
 # Only what is missing is computed. What is finished is on disk within half a minute, in shards that
 # are renamed into place when complete, so the work may be stopped at any moment, also by SIGKILL,
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mmalign.diffusion")
 
 CAPTIONS_AT_ONCE = 32
-DEPTH = 16  # rows whose pictures are decoded before the VAE asks for them
+DEPTH = 16  # rows whose images are decoded before the VAE asks for them
 STALE_SECONDS = 3600  # age at which an unfinished shard belongs to a run that was killed
 
 
@@ -142,7 +142,7 @@ def sweep(folder: Path) -> None:
 
 
 def _look(config: RunConfig, needs: Needs, place: Processes) -> None:
-    """Decode the pictures that no earlier run has decoded, and note their sizes or faults."""
+    """Decode the images that no earlier run has decoded, and note their sizes or faults."""
     from mmalign.data.sources import load_examples
 
     loaded = load_examples(config.data, needs, seed=config.train.seed)
@@ -152,14 +152,14 @@ def _look(config: RunConfig, needs: Needs, place: Processes) -> None:
         for picture in pictures_of([row for part in loaded for row in part])
         if notes.get(picture) is None and place.is_mine(notes.key(picture))
     ]
-    with progress("pictures looked at", len(todo), shown=place.is_main) as seen, notes.store:
+    with progress("images looked at", len(todo), shown=place.is_main) as seen, notes.store:
         look(config, todo, notes=notes, seen=seen)
 
 
 def _write_latents(
     config: RunConfig, needs: Needs, rows: Sequence[Example], place: Processes
 ) -> int:
-    """Encode pictures, decoded by threads meanwhile; returns how many."""
+    """Encode images, decoded by threads meanwhile; returns how many."""
     cache = LatentCache(config)
     work = _pictures_to_encode(cache, rows, place)
     total = sum(len(items) for _, items in work)
@@ -209,9 +209,9 @@ _Item = tuple[int, bool, str]  # candidate, mirrored, key
 def _pictures_to_encode(
     cache: LatentCache, rows: Sequence[Example], place: Processes
 ) -> list[tuple[Example, list[_Item]]]:
-    """This process's rows with the pictures of theirs that are missing, each picture once.
+    """This process's rows with the images of theirs that are missing, each image once.
 
-    A picture of several rows is the business of the first that brings it to this shape, whatever is
+    An image of several rows is the business of the first that brings it to this shape, whatever is
     missing, so that processes that start at different times agree.
     """
     taken: set[str] = set()
@@ -237,7 +237,7 @@ def _pictures_to_encode(
 
 
 def pictures_at_once(shape: tuple[int, ...], place: Processes) -> int:
-    """Pictures [3, H, W] a call of the VAE; a CPU gains nothing from several."""
+    """Images [3, H, W] a call of the VAE; a CPU gains nothing from several."""
     if place.device.type == "cpu":
         return 1
     return max(1, components.PIXELS_AT_ONCE // (shape[1] * shape[2]))
@@ -313,7 +313,7 @@ STAGES = {
 def forecast(plan: Plan, config: RunConfig, needs: Needs) -> str:
     """A sentence on the time that writing what is missing takes on this machine.
 
-    Loads each part's model in turn, as writing does. Reading pictures is not in it: threads do that
+    Loads each part's model in turn, as writing does. Reading images is not in it: threads do that
     while the VAE works.
 
     Args:

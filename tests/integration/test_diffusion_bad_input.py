@@ -122,7 +122,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "ld_alpha": (
         {"objective": {"name": "dpo", "ld_alpha": 0.5}},
-        "objective.ld_alpha acts on the tokens of a response; a picture has none. Remove it",
+        "objective.ld_alpha acts on the tokens of a response; an image has none. Remove it",
     ),
     "weights of tokens": (
         {"objective": {"name": "rrpo"}},
@@ -154,7 +154,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a size that cannot be painted": (
         {"diffusion": {"sampling": {"height": 30}, "resolution": 32}, "sample": {"num_prompts": 1}},
-        "diffusion.sampling: pictures of 30 x 32 pixels.*multiple of 8",
+        "diffusion.sampling: images of 30 x 32 pixels.*multiple of 8",
     ),
     "time ids without SDXL": (
         {"diffusion": {"time_ids": "constant", "resolution": 32}},
@@ -166,12 +166,12 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "dcpo without captions": (
         {"objective": {"name": "dcpo"}},
-        "'dcpo' scores each picture under its own caption, but 4 of 4 rows have one caption "
+        "'dcpo' scores each image under its own caption, but 4 of 4 rows have one caption "
         ".*'row-0'.*prompt_chosen and prompt_rejected, or use diffusion_dpo",
     ),
     "another's scheme": (
         {"objective": {"name": "inpo"}},
-        "objective 'inpo' scores at inverted pictures, but diffusion.estimator.kind is forward",
+        "objective 'inpo' scores at inverted images, but diffusion.estimator.kind is forward",
     ),
 }
 
@@ -280,7 +280,7 @@ def test_data_of_another_kind(sd15_dir: Path, data: Data, llama: Path, tmp_path:
     def message(model: Path, train: Path, **sections: Any) -> str:
         return refused("train", write_config(runs, model, train, **sections))
 
-    assert "the responses are text, and diffusion needs pictures" in message(sd15_dir, text)
+    assert "the responses are text, and diffusion needs images" in message(sd15_dir, text)
     said = message(sd15_dir, data["rated"])
     assert "needs pair rows" in said
     assert "diffusion_kto" in said
@@ -324,7 +324,7 @@ def test_pictures_that_cannot_be_used(sd15_dir: Path, data: Data, tmp_path: Path
     result = run("train", write_config(tmp_path, sd15_dir, file), "--dry-run")
     assert result.exit_code == 0, result.output
     for part in (
-        "of 7 rows: 3 rows with a picture that cannot be decoded are left out: row-0: ",
+        "of 7 rows: 3 rows with an image that cannot be decoded are left out: row-0: ",
         "0-chosen.png: is not a picture of JPEG, PNG",
         "row-1: ",
         "1-chosen.png: cannot be decoded",
@@ -348,7 +348,7 @@ def test_pictures_that_cannot_be_used(sd15_dir: Path, data: Data, tmp_path: Path
 
     file = changed(tmp_path / "ruined", data["pairs"], ruin)
     config = write_config(tmp_path / "other", sd15_dir, file)
-    assert "none of 4 rows can be used. 4 rows with a picture" in refused("train", config)
+    assert "none of 4 rows can be used. 4 rows with an image" in refused("train", config)
     assert "none of 4 rows can be used" in refused("cache", config)
 
 
@@ -444,17 +444,17 @@ def test_what_is_ignored_is_said(sd15_dir: Path, data: Data, tmp_path: Path) -> 
     config = write_config(tmp_path, sd15_dir, both, objective={"name": "dcpo"})
     result = run("train", config, "--dry-run")
     assert result.exit_code == 0, result.output
-    said = "4 of 8 rows have one caption for both pictures ('row-0', 'row-1', 'row-2', 'row-3')"
+    said = "4 of 8 rows have one caption for both images ('row-0', 'row-1', 'row-2', 'row-3')"
     assert said in result.output
     result = run("train", write_config(tmp_path, sd15_dir, data["captioned_pairs"]), "--dry-run")
-    assert "4 of 4 rows have a caption for each picture" in result.output
+    assert "4 of 4 rows have a caption for each image" in result.output
     generated = {"estimator": {"kind": "truncated", "generated": True}, "resolution": 32}
     config = write_config(
         tmp_path, sd15_dir, data["pairs"], objective={"name": "self_npo"}, diffusion=generated
     )
     result = run("train", config, "--dry-run")
     assert result.exit_code == 0, result.output
-    assert "the pictures of 4 of 4 rows are not used" in result.output
+    assert "the images of 4 of 4 rows are not used" in result.output
 
 
 # -- other commands -----------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class SD(Family):
             what = (known | {5: "a depth-guided"}).get(ins, "another")
             raise ConfigError(
                 f"pipeline {path}: is {what} model: its U-Net reads {ins} channels and returns "
-                f"{outs}, so it needs more than a prompt and a picture. Use the text-to-image model"
+                f"{outs}, so it needs more than a prompt and an image. Use the text-to-image model"
             )
         for name in ("class_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type"):
             if config.get(name) is not None:

@@ -23,7 +23,7 @@ NUM_TIME_IDS = 6  # original size, crop, target size; the SDXL refiner has a sco
 
 REFINER = (
     "is an SDXL refiner, whose conditioning has an aesthetic score and which continues another "
-    "model's pictures; preference data has neither. Train the base model"
+    "model's images; preference data has neither. Train the base model"
 )
 
 
@@ -83,7 +83,7 @@ class SDXL(SD):
         time_ids = self.given(cond.time_ids, "time ids (original size, crop, target size)")
         if time_ids.shape[-1] != NUM_TIME_IDS:
             raise NeedsError(
-                f"SDXL needs {NUM_TIME_IDS} time ids a picture (height, width, top, left, target "
+                f"SDXL needs {NUM_TIME_IDS} time ids an image (height, width, top, left, target "
                 f"height, target width); found {time_ids.shape[-1]}"
             )
         added = {"text_embeds": pooled, "time_ids": time_ids}

@@ -1,4 +1,4 @@
-"""Scorers of pictures: to label pairs, to smooth labels, and to compare two models.
+"""Scorers of images: to label pairs, to smooth labels, and to compare two models.
 
     name            model                                       score
     clip            ViT-H-14, laion2B                           cosine

@@ -1,4 +1,4 @@
-"""A file of picture pairs or lists to the same with scores and labels; `mmalign data score`."""
+"""A file of image pairs or lists to the same with scores and labels; `mmalign data score`."""
 
 from __future__ import annotations
 
@@ -34,31 +34,31 @@ if TYPE_CHECKING:
     from mmalign.diffusion.scorers import Scorer
 
 
-# Pictures by reference through scorers, in batches, the next batch decoded meanwhile.
+# Images by reference through scorers, in batches, the next batch decoded meanwhile.
 
 MOST_HELD = 40_000_000
 """Pixels of a batch; the next one is decoded meanwhile."""
 
 Key = TypeVar("Key")
-Scoring = Callable[..., "Tensor"]  # (pictures, prompts) -> [N]
+Scoring = Callable[..., "Tensor"]  # (images, prompts) -> [N]
 
 
 @dataclass(frozen=True, slots=True)
 class Item(Generic[Key]):
-    """Pictures that belong together: a row's candidates, or two models' answers to a prompt."""
+    """Images that belong together: a row's candidates, or two models' answers to a prompt."""
 
     key: Key
     pictures: tuple[Picture, ...]
-    prompts: tuple[str, ...]  # one a picture
+    prompts: tuple[str, ...]  # one an image
 
 
-Scores = dict[str, list[float]]  # scorer to one score a picture
+Scores = dict[str, list[float]]  # scorer to one score an image
 
 
 def score_items(
     items: Iterable[Item[Key]], scorers: Mapping[str, Scoring], batch_size: int
 ) -> Iterator[list[tuple[Item[Key], Scores | DataError]]]:
-    """The scores of each item, batch by batch; a DataError where one of its pictures is broken.
+    """The scores of each item, batch by batch; a DataError where one of its images is broken.
 
     Args:
         items: Read as they are needed.
@@ -94,7 +94,7 @@ def score_items(
 
 
 def _parts(items: Iterable[Item[Key]], batch_size: int) -> Iterator[list[Item[Key]]]:
-    """Up to `batch_size` items, fewer where their pictures are large: all are held at once."""
+    """Up to `batch_size` items, fewer where their images are large: all are held at once."""
     part: list[Item[Key]] = []
     held = 0
     for item in items:
@@ -195,7 +195,7 @@ def score_range(smooth: Smooth | None, scores: Sequence[float]) -> tuple[float, 
         return smooth
     low, high = min(scores), max(scores)
     if low == high:
-        raise DataError(f"--smooth data: all pictures have the score {low:g}; give MIN,MAX")
+        raise DataError(f"--smooth data: all images have the score {low:g}; give MIN,MAX")
     return low, high
 
 
@@ -215,7 +215,7 @@ def label_pair(
     relabel: bool,
     limits: tuple[float, float] | None,
 ) -> Labelled:
-    """A pair with the scores of its two pictures.
+    """A pair with the scores of its two images.
 
     `score_chosen` and `score_rejected` are those of the first scorer, which also labels; all go to
     `meta.scores`. A label that is replaced goes to `meta.human`.
@@ -226,7 +226,7 @@ def label_pair(
         relabel: The higher score wins, whatever the label was; equal scores are a tie.
         limits: Range to smooth over: `p_chosen` replaces the label. None: it stays.
 
-    Departs: the released selectors make the first (SmPO: the second) picture of equal scores the
+    Departs: the released selectors make the first (SmPO: the second) image of equal scores the
         winner; here they are a tie. Without `relabel`, a label that the scores contradict gets a
         `p_chosen` below 1/2.
     """
@@ -254,7 +254,7 @@ def label_pair(
 
 
 def _other_side(key: str) -> str:
-    """The same key of the other picture: image_chosen for image_rejected."""
+    """The same key of the other image: image_chosen for image_rejected."""
     for side, other in (_SIDES, _SIDES[::-1]):
         if key.endswith(side):
             return key.removesuffix(side) + other
@@ -264,7 +264,7 @@ def _other_side(key: str) -> str:
 def label_list(
     record: Mapping[str, Any], scores: Mapping[str, Sequence[float]], *, relabel: bool
 ) -> Labelled:
-    """A ranked list with the scores of its pictures, in `meta.scores`.
+    """A ranked list with the scores of its images, in `meta.scores`.
 
     With `relabel` those of the first scorer become its `scores`, and what was there goes to
     `meta.human`; equal ones stay equal.
@@ -278,7 +278,7 @@ def label_list(
     return Labelled({**row, "meta": meta}, False, len(set(first)) == 1)
 
 
-# A file of picture pairs or lists to the same with scores; `mmalign data score`.
+# A file of image pairs or lists to the same with scores; `mmalign data score`.
 
 
 @dataclass(slots=True)
@@ -318,12 +318,12 @@ def score_file(
     batch_size: int = 16,
     progress: OnProgress = no_progress,
 ) -> Scored:
-    """Write pairs or lists of pictures with their scores, in mmalign's own layout.
+    """Write pairs or lists of images with their scores, in mmalign's own layout.
 
     Scores go to OUT.partial as they come, so that the same call after an interruption goes on; the
     labels are made from them at the end. PickScore's are raw cosines, about 0.2, as SmPO's
-    constants and the published selectors have them. A picture is scored for the row's prompt, or
-    its own caption where the row has none. Rows with a picture that cannot be decoded are left out.
+    constants and the published selectors have them. An image is scored for the row's prompt, or
+    its own caption where the row has none. Rows with an image that cannot be decoded are left out.
 
     Args:
         source: The rows.
@@ -338,7 +338,7 @@ def score_file(
         progress: Told of every batch how many rows it had, and how many there are in all.
 
     Raises:
-        DataError: The file is there, rows have problems or no pictures, or none can be used.
+        DataError: The file is there, rows have problems or no images, or none can be used.
     """
     require_new(out)
     total = _check(source, smooth is not None)
@@ -374,8 +374,8 @@ def _check(source: Source, pairs_only: bool) -> int:
             continue
         if row.kind not in ("pair", "list") or not _is_of_pictures(row):
             raise DataError(
-                f"{record.place}: is not a pair or list of pictures; `mmalign data score` compares "
-                "pictures of one prompt"
+                f"{record.place}: is not a pair or list of images; `mmalign data score` compares "
+                "images of one prompt"
             )
         if pairs_only and row.kind == "list":
             raise DataError(f"{record.place}: --smooth makes labels of pairs, and this is a list")

@@ -1,4 +1,4 @@
-"""ImageReward: a text encoder that looks at the picture, and a linear head on its first token."""
+"""ImageReward: a text encoder that looks at the image, and a linear head on its first token."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REPOSITORY = "THUDM/ImageReward"
 TOKENIZER = "google-bert/bert-base-uncased"
 MOST_TOKENS = 35
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the raw rewards of the release's own test pictures."""
+"""Of the raw rewards of the release's own test images."""
 
 _UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
 _RENAMED = (  # released -> transformers, the first that fits; the rest of a name stays
@@ -49,9 +49,9 @@ _IN_A_BLOCK = (
 
 
 class ImageRewardModel(nn.Module):
-    """Picture tower, text encoder with cross attention to it, head.
+    """Image tower, text encoder with cross attention to it, head.
 
-    raw = head(text encoder([CLS] tokens; attends to the picture's patches)[CLS])
+    raw = head(text encoder([CLS] tokens; attends to the image's patches)[CLS])
     score = (raw - 0.1672) / 1.0333
     """
 
@@ -82,7 +82,7 @@ class ImageRewardModel(nn.Module):
 
 
 def standardised(raw: Tensor) -> Tensor:
-    """(raw - MEAN) / STD, about mean 0 and spread 1 over generated pictures."""
+    """(raw - MEAN) / STD, about mean 0 and spread 1 over generated images."""
     return (raw - MEAN) / STD
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Scorer(Protocol):
-    """How good N pictures are for their N prompts; more is better."""
+    """How good N images are for their N prompts; more is better."""
 
     name: str
 
@@ -37,13 +37,13 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CosineScorer:
-    """A scorer with a tower for pictures and one for prompts.
+    """A scorer with a tower for images and one for prompts.
 
-    score = scale * cos(picture, prompt)
+    score = scale * cos(image, prompt)
 
     Attributes:
         name: What the scorer is called.
-        embed_pictures: N RGB pictures to [N, D], of any length.
+        embed_pictures: N RGB images to [N, D], of any length.
         embed_prompts: N texts to [N, D], of any length.
         scale: exp(logit_scale) of PickScore; 1 for CLIP and HPS.
     """
@@ -79,15 +79,15 @@ def distinct(prompts: Sequence[str]) -> tuple[list[str], list[int]]:
 
 
 def require_pairs(pictures: Sequence[Image], prompts: Sequence[str]) -> None:
-    """Refuse an empty batch, and pictures without a prompt each.
+    """Refuse an empty batch, and images without a prompt each.
 
     Raises:
         DataError: with the two numbers.
     """
     if not pictures or len(pictures) != len(prompts):
         raise DataError(
-            f"a scorer was given {len(pictures)} pictures and {len(prompts)} prompts; it needs as "
-            "many prompts as pictures, and at least one"
+            f"a scorer was given {len(pictures)} images and {len(prompts)} prompts; it needs as "
+            "many prompts as images, and at least one"
         )
 
 
@@ -271,7 +271,7 @@ def clip(path: Path | None, device: torch.device, dtype: torch.dtype) -> CosineS
 def hps(version: str, path: Path | None, device: torch.device, dtype: torch.dtype) -> CosineScorer:
     """HPS v2 or v2.1: the cosine under a ViT-H-14 tuned on human choices. Tables show 100 times it.
 
-    Source: Wu et al. 2023, arXiv:2306.09341, released code. It shrinks the longer side of a picture
+    Source: Wu et al. 2023, arXiv:2306.09341, released code. It shrinks the longer side of an image
         to 224 and fills up with black, where CLIP crops the centre.
     """
     name = f"hps-{version}"
@@ -325,9 +325,9 @@ def pickscore(path: Path | None, device: torch.device, dtype: torch.dtype) -> Co
 
 
 class Aesthetic:
-    """How pleasing a picture is whatever it shows, about 1 to 10; the prompt is not read.
+    """How pleasing an image is whatever it shows, about 1 to 10; the prompt is not read.
 
-    score = linear head of the picture's CLIP features of length 1
+    score = linear head of the image's CLIP features of length 1
 
     Source: Schuhmann, improved-aesthetic-predictor (sac+logos+ava1-l14-linearMSE), on OpenAI's
         ViT-L/14, which has the quick form of GELU.
@@ -336,7 +336,7 @@ class Aesthetic:
     name = "aesthetic"
 
     def __init__(self, visual: nn.Module, head: nn.Module, size: int) -> None:
-        """Score with a picture tower for squares of `size` pixels, and a head on its features."""
+        """Score with an image tower for squares of `size` pixels, and a head on its features."""
         self.visual, self.head = visual.eval(), head.eval()
         self.transform = to_square(size)
 
@@ -420,7 +420,7 @@ def square_size(model: Any) -> int:
 
 
 def to_square(size: int, *, whole_picture: bool = False) -> Callable[[Image], Tensor]:
-    """A picture to pixels [3, size, size] as CLIP was trained with, bicubic.
+    """An image to pixels [3, size, size] as CLIP was trained with, bicubic.
 
     Args:
         size: Side in pixels.
@@ -433,5 +433,5 @@ def to_square(size: int, *, whole_picture: bool = False) -> Callable[[Image], Te
 
 
 def stacked(pictures: Sequence[Image], transform: Callable[[Image], Tensor]) -> Tensor:
-    """Pictures as one batch of pixels [N, 3, H, W]."""
+    """Images as one batch of pixels [N, 3, H, W]."""
     return torch.stack([transform(picture) for picture in pictures])

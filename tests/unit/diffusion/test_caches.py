@@ -361,7 +361,7 @@ def test_a_plan_is_as_large_as_the_cache(
     needs = check(config).needs
     plan = cache_plan.plan(config, needs)
     text = plan_cache(config)
-    assert "16 of 16 pictures to write" in text
+    assert "16 of 16 images to write" in text
     assert "9 of 9 captions" in text
     assert "8 of 8 rows of 3 draws" in text
     assert "has room for" in text

@@ -143,7 +143,7 @@ def test_a_broken_picture_leaves_with_its_twin(tmp_path: Path) -> None:
     assert len(found.dropped) == 1
     assert "0.png" in found.text()
     (b / "1.png").write_bytes(b"")
-    with pytest.raises(DataError, match="no picture can be decoded"):
+    with pytest.raises(DataError, match="no image can be decoded"):
         compare(a, b, {"brightness": Brightness()})
 
 
@@ -160,7 +160,7 @@ def test_other_names_prompts_or_seeds_are_refused(tmp_path: Path) -> None:
             compare(a, other, scorers)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "samples.jsonl").write_text("")
-    with pytest.raises(DataError, match="names no pictures"):
+    with pytest.raises(DataError, match="names no images"):
         compare(a, tmp_path / "empty", scorers)
     with pytest.raises(DataError, match="at least one scorer"):
         compare(a, a, {})
@@ -192,7 +192,7 @@ def test_pictures_of_others_with_a_prompts_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no prompt for extra\.png"):
         compare(a, b, {"brightness": Brightness()}, prompts=prompts)
     (tmp_path / "none").mkdir()
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="holds no images"):
         compare(a, tmp_path / "none", {"brightness": Brightness()}, prompts=prompts)
 
 

@@ -113,7 +113,7 @@ def test_what_sdxl_misses_is_named(sdxl_dir: Path) -> None:
     with pytest.raises(NeedsError, match="SDXL needs pooled embeddings"):
         FAMILIES["sdxl"].predict(model, x, t, Condition(told.embeds, None, told.time_ids))
     five = told.time_ids[:, :5]
-    with pytest.raises(NeedsError, match=r"6 time ids a picture .* found 5"):
+    with pytest.raises(NeedsError, match=r"6 time ids an image .* found 5"):
         FAMILIES["sdxl"].predict(model, x, t, Condition(told.embeds, told.pooled, five))
 
 

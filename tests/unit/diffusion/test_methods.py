@@ -79,11 +79,11 @@ def test_what_fits(fitting: RunConfig) -> None:
         ),
         (
             config("self_npo", estimator("truncated") | {"timesteps": {"weighting": "epsilon"}}),
-            "compares clean pictures. Remove it",
+            "compares clean images. Remove it",
         ),
         (
             config("self_npo", estimator("truncated", generated=True) | {"flip": True}),
-            "diffusion.flip is for pictures of the data",
+            "diffusion.flip is for images of the data",
         ),
         (config("diffusion_dpo", {"shared_crop": False}), "only read with crop: random"),
         (
@@ -123,8 +123,8 @@ def test_processes() -> None:
         (config("flow_dpo"), table(), "'flow_dpo' is for flow models"),
         (legacy, RectifiedFlow(), "inversion is diffusers_0_20"),
         (weighted, noisy_end, "weighting is sample"),
-        (teacher, RectifiedFlow(), "keeps nothing of the picture"),
-        (teacher, noisy_end, "keeps nothing of the picture"),
+        (teacher, RectifiedFlow(), "keeps nothing of the image"),
+        (teacher, noisy_end, "keeps nothing of the image"),
     ]:
         (problem,) = check_process(unfit, process)
         assert sentence in problem

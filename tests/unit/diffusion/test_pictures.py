@@ -205,7 +205,7 @@ def test_rows_that_cannot_be_used_go_as_rows_counted_and_named(
     assert [r.id for r in kept] == ["fine", "fine small", "prompt"]
     (record,) = caplog.records
     message = record.getMessage()
-    assert message.startswith("of 17 rows: 12 rows with a picture that cannot be decoded are left")
+    assert message.startswith("of 17 rows: 12 rows with an image that cannot be decoded are left")
     assert f"cut0: {cut}: cannot be decoded: " in message
     assert "cut7: " in message
     assert "cut8: " not in message
@@ -214,7 +214,7 @@ def test_rows_that_cannot_be_used_go_as_rows_counted_and_named(
         "2 rows with aspect ratios more than 2 to 1 apart are left out: odd (24 x 24 and 50 x 20), "
         "small (24 x 24 and 20 x 8)." in message
     )
-    assert "1 rows have pictures smaller than they are trained at: enlarged." in message
+    assert "1 rows have images smaller than they are trained at: enlarged." in message
     assert message == f"of 17 rows: {' '.join(notes)}"
 
 
@@ -237,17 +237,17 @@ def test_doubtful_pictures_are_kept_and_named(tmp_path: Path) -> None:
     kept, notes = usable(rows, settings(16))
     assert kept == rows
     assert notes == [
-        "1 rows have pictures smaller than they are trained at: enlarged.",
+        "1 rows have images smaller than they are trained at: enlarged.",
         "1 rows are enlarged more than 2 times: tiny (8 x 7 to 16 x 16).",
-        "1 rows lose more than half of a picture to the crop: long (80 x 20 to 16 x 16).",
-        "1 rows show one same picture twice, so prefer nothing: same.",
+        "1 rows lose more than half of an image to the crop: long (80 x 20 to 16 x 16).",
+        "1 rows show one same image twice, so prefer nothing: same.",
     ]
     wide = settings(16, buckets=True, bucket_multiple=8)
     assert not any("to the crop" in note for note in usable(rows[:2], wide)[1])
 
 
 def test_nothing_left_and_texts_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none of 1 rows can be used\. 1 rows with a picture"):
+    with pytest.raises(DataError, match=r"none of 1 rows can be used\. 1 rows with an image"):
         usable([row("a", tmp_path / "a.png", tmp_path / "b.png")], settings())
     text = Example("t", "Why?", (Candidate("Yes."), Candidate("No.")), (1.0, 0.0))
     with pytest.raises(DataError, match="row 't': the responses are text, and diffusion needs"):
@@ -281,7 +281,7 @@ def test_a_row_is_described(tmp_path: Path) -> None:
     assert lines[0] == "row r2, weight 0.5: (own captions)"
     assert lines[2:4] == ["     40 x 32 to 16 x 16, placed at random", "     caption: x"]
     alone = Example("p", "a cat", (Candidate(""),), (1.0,), "plain")
-    assert describe_row(alone, settings()).endswith("its picture is generated in training")
+    assert describe_row(alone, settings()).endswith("its image is generated in training")
 
 
 @pytest.mark.parametrize("buckets", [False, True])

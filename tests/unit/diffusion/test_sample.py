@@ -289,7 +289,7 @@ def test_what_cannot_be_sampled_is_refused(digits_dir: Path, sd15_dir: Path, sd3
         guided.latents()
     config = {**studio.components.scheduler_config, "prediction_type": "sample"}
     euler = DiffusionConfig(sampling=PictureSampleSpec(sampler="euler"))
-    with pytest.raises(ConfigError, match="predicts the clean picture"):
+    with pytest.raises(ConfigError, match="predicts the clean image"):
         scheduler_for(replace(studio.components, scheduler_config=config), euler, (8, 8))
 
 

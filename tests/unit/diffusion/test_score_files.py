@@ -135,7 +135,7 @@ def test_ranges() -> None:
             parse_smooth(text, scorer)
     with pytest.raises(ConfigError, match="that of pickscore"):
         parse_smooth("published", "hps-v2")
-    with pytest.raises(DataError, match="all pictures have the score"):
+    with pytest.raises(DataError, match="all images have the score"):
         score_range("data", [1.0, 1.0])
 
 
@@ -273,7 +273,7 @@ def test_broken_pictures_are_left_out_counted_and_named(tmp_path: Path) -> None:
 
 def test_rows_that_cannot_be_compared_are_refused_before_scoring(tmp_path: Path) -> None:
     (tmp_path / "text.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    with pytest.raises(DataError, match=r"text\.jsonl:1: is not a pair or list of pictures"):
+    with pytest.raises(DataError, match=r"text\.jsonl:1: is not a pair or list of images"):
         score(tmp_path / "text.jsonl", tmp_path / "out.jsonl")
     picture(0).save(tmp_path / "x.png")
     picture(1).save(tmp_path / "y.png")

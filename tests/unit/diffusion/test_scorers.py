@@ -90,7 +90,7 @@ def test_a_prompt_is_embedded_once_however_often_it_is_asked() -> None:
 
 
 def test_as_many_prompts_as_pictures() -> None:
-    with pytest.raises(DataError, match="2 pictures and 1 prompts"):
+    with pytest.raises(DataError, match="2 images and 1 prompts"):
         given()(numbered(0, 1), ["0"])
     with pytest.raises(DataError, match="at least one"):
         given()([], [])
