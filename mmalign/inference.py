@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign import config as configs
+from mmalign.data.jobs import write_lines
 from mmalign.errors import CheckpointError, ConfigError, DataError
 from mmalign.preflight.check import check_config
 from mmalign.safe import write_text
@@ -80,7 +81,8 @@ def evaluate_checkpoint(
     )
     if out is not None:
         record = {"checkpoint": str(folder), "rows": len(rows), "metrics": result.metrics}
-        _write(out, json.dumps({**record, "intervals": result.intervals}, indent=2) + "\n")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, json.dumps({**record, "intervals": result.intervals}, indent=2) + "\n")
     return result
 
 
@@ -142,7 +144,7 @@ def sample_checkpoint(
             {"prompt": _plain(row.prompt), **_template(row), **_media(row), "response": text}
             for row, text in zip(rows, texts, strict=True)
         ]
-        _write(out, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+        write_lines(out, records)
     return texts
 
 
@@ -289,11 +291,6 @@ def _template(row: Example) -> dict[str, Any]:
 def _media(row: Example) -> dict[str, list[str]]:
     files = row.media.files()
     return {"media": [str(file) for file in files]} if files else {}
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
 
 
 def write_cache(config: RunConfig) -> str:

@@ -269,7 +269,6 @@ def common(source: Source, benchmark: str) -> list[Prediction]:
 
 def write_predictions(path: Path, rows: Iterable[Prediction]) -> None:
     """Write the common file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_lines(path, (row.record() for row in rows))
 
 

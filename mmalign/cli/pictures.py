@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -167,10 +166,10 @@ def sample_pictures(
     from rich.progress import track
 
     from mmalign.data.example import as_text
+    from mmalign.data.jobs import write_lines
     from mmalign.data.sheet import fitted, grid, write_image
     from mmalign.diffusion.sample import load_negative
     from mmalign.inference import trained_adapter
-    from mmalign.safe import write_text
 
     if out is None:
         raise ConfigError("sample: name a folder for the images with --out DIR")
@@ -211,7 +210,7 @@ def sample_pictures(
         grid(small, columns or len(chosen) or _COLUMNS, [prompt for prompt, _ in asked]),
         out / GRID,
     )
-    write_text(out / SAMPLES, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    write_lines(out / SAMPLES, records)
     return records
 
 

@@ -261,7 +261,13 @@ def _journal_of(out: Path) -> Path:
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write a JSON object a line; the file is there whole, and on the disk, or not at all."""
+    """Write a JSON object a line; the file is there whole, and on the disk, or not at all.
+
+    Args:
+        path: The file; its folder is made.
+        records: JSON objects; what JSON does not know is written as text.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with (
         replacing(path, flush=True) as temporary,
         temporary.open("w", encoding="utf-8") as handle,

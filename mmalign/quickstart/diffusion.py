@@ -512,7 +512,7 @@ def _too_far(
 def _limits(result: Mapping[str, Any]) -> Markup:
     notes = [
         "Ink is counted, not judged: no person preferred anything here. Pairs of people's choices "
-        "are renoise, and what they want is not one number.",
+        "are noisier, and what they want is not one number.",
         "The oracle learned from the same 1,797 pictures as the base. It says whether a picture "
         "looks like its digit to a support vector machine, not whether it is beautiful.",
         "There are ten neutral prompts, all trained on: pictures are held out, prompts are not.",

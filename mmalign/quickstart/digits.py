@@ -17,6 +17,7 @@ from PIL import Image as pil
 from torch import nn
 from torch.nn.functional import mse_loss
 
+from mmalign.data.jobs import write_lines
 from mmalign.data.sheet import sheet, write_image
 from mmalign.errors import ConfigError
 from mmalign.models.files import usual_mode
@@ -404,8 +405,7 @@ def write_pairs(
                 measured[f"ink_{side}"] = round(float(amount[index]), 4)
             rows.append(row | {"meta": measured})
             gaps.append(float(amount[more] - amount[less]))
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / PAIRS).write_text(text, encoding="utf-8")
+    write_lines(folder / PAIRS, rows)
     return {
         "pairs": len(rows),
         "mean_gap": round(float(np.mean(gaps)), 4),

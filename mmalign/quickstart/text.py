@@ -272,14 +272,11 @@ def _stored_arms() -> Markup:
         f"Stored, not from this run: `{stored['command']}`, mmalign {stored['mmalign']}, seed "
         f"{stored['seed']}, {stored['model']}",
     )
-    answers = Markup().join(
-        Markup("<dt>{}</dt><dd>{}</dd>").format(arm["arm"], arm["answer"]) for arm in stored["arms"]
-    )
     return Markup().join(
         [
             stored_table,
             blocks.paragraph(f"What each arm answers to “{stored['prompt']}”:"),
-            Markup('<dl class="terms">{}</dl>').format(answers),
+            blocks.glossary({arm["arm"]: arm["answer"] for arm in stored["arms"]}),
         ]
     )
 

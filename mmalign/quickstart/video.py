@@ -311,7 +311,7 @@ def shown_clips(output: Path, marks: Mapping[str, Marks], count: int) -> Markup:
         _write_frames(paper.clips.files[index], file)
         truth = _plain(questions.sentence(paper.clips.scenes[index]))
         parts.append(
-            Markup('<article class="answers">{}{}</article>').format(
+            blocks.article(
                 picture(file, f"{paper.clips.files[index].name}: {truth}"),
                 _TABLE.format(Markup().join(rows)),
             )

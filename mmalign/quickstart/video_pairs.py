@@ -5,7 +5,6 @@ Trained to say yes, asked to say no where no is true.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
+from mmalign.data.jobs import write_lines
 from mmalign.quickstart import clips as questions
 from mmalign.quickstart.clips import (
     COLOURS,
@@ -56,13 +56,15 @@ def write(clips: Clips, seed: int) -> Path:
         seed: Of what is asked, and of what a rejected answer says.
     """
     random = np.random.default_rng(seed)
-    lines: list[str] = []
-    for path, scene in zip(clips.files, clips.scenes, strict=True):
-        for number, pair in enumerate(four_pairs(scene, random)):
-            row = {"id": f"{path.stem}-{number}", "video": path.name, **pair}
-            lines.append(json.dumps(row) + "\n")
     file = clips.files[0].with_name(PAIRS)
-    file.write_text("".join(lines), encoding="utf-8")
+    write_lines(
+        file,
+        (
+            {"id": f"{path.stem}-{number}", "video": path.name, **pair}
+            for path, scene in zip(clips.files, clips.scenes, strict=True)
+            for number, pair in enumerate(four_pairs(scene, random))
+        ),
+    )
     return file
 
 

@@ -128,6 +128,22 @@ def columns(
     return Markup('<div class="columns">{}</div>').format(Markup().join(cells))
 
 
+def glossary(terms: Mapping[str, str]) -> Markup:
+    """Terms, each with its text behind it."""
+    items = (Markup("<dt>{}</dt><dd>{}</dd>").format(*item) for item in terms.items())
+    return Markup('<dl class="terms">{}</dl>').format(Markup().join(items))
+
+
+def article(*parts: Markup) -> Markup:
+    """What belongs to one prompt, in a frame."""
+    return Markup('<article class="answers">{}</article>').format(Markup().join(parts))
+
+
+def prompt(text: object) -> Markup:
+    """A prompt, above what belongs to it."""
+    return Markup('<p class="prompt">{}</p>').format(text)
+
+
 def folded(summary: str, content: Markup) -> Markup:
     """Content that opens on a click."""
     return Markup("<details><summary>{}</summary>{}</details>").format(summary, content)
@@ -144,9 +160,7 @@ def _inline(text: str | Markup) -> Markup:
 
 def _answers(row: Answers, count_words: bool) -> Markup:
     shown = columns(row.responses, row.marks, count_words=count_words)
-    return Markup('<article class="answers"><p class="prompt">{}</p>{}</article>').format(
-        row.prompt, shown
-    )
+    return article(prompt(row.prompt), shown)
 
 
 def _is_text(value: object) -> bool:

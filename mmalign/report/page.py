@@ -14,7 +14,7 @@ from mmalign.report.figures import PLOTS, plot
 from mmalign.report.run import Remark, is_number, remarks
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from mmalign.report.figures import Plot
     from mmalign.report.run import Record, Run, Scores
@@ -310,7 +310,7 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
         _completions([run for run in runs if not run.has_pictures and not run.has_media]),
         pictures.alterations(runs),
         _curves(runs, [spec for spec in PLOTS if spec.of in (None, scores)]),
-        Section("How to read the numbers", _terms(terms)),
+        Section("How to read the numbers", blocks.glossary(terms)),
         Section("Configurations" if many else "Configuration", _configs(runs)),
     ]
     return [section for section in sections if section is not None]
@@ -435,13 +435,6 @@ def _prompt(prompt: Any) -> str:
     if len(turns) == 1:
         return str(turns[0].get("content", ""))
     return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns)
-
-
-def _terms(terms: Mapping[str, str]) -> Markup:
-    items = Markup().join(
-        Markup("<dt>{}</dt><dd>{}</dd>").format(term, text) for term, text in terms.items()
-    )
-    return Markup('<dl class="terms">{}</dl>').format(items)
 
 
 def _configs(runs: Sequence[Run]) -> Markup:

@@ -60,8 +60,7 @@ def sheets(runs: Sequence[Run]) -> Section | None:
         found = _sheets_of(run)
         if not found:
             continue
-        if len(runs) > 1:
-            parts.append(Markup("<h3>{}</h3>").format(run.name))
+        parts.append(_heading(run, runs))
         *earlier, (step, file) = found
         parts.append(picture(file, f"After {step:,} steps" if step else "Before training"))
         shown = [_figure(*item) for item in _spread(earlier)]
@@ -82,9 +81,13 @@ def by_noise_level(runs: Sequence[Run]) -> Section | None:
     for run in runs:
         table = _levels(run.evals[-1]) if run.evals else None
         if table is not None:
-            heading = Markup("<h3>{}</h3>").format(run.name) if len(runs) > 1 else Markup()
-            parts.append(heading + table)
+            parts += [_heading(run, runs), table]
     return Section("By noise level", Markup().join(parts)) if parts else None
+
+
+def _heading(run: Run, runs: Sequence[Run]) -> Markup:
+    """The run's name, where there are several."""
+    return Markup("<h3>{}</h3>").format(run.name) if len(runs) > 1 else Markup()
 
 
 def with_error_intervals(run: Run) -> Run:
@@ -262,7 +265,7 @@ def _explained(runs: Sequence[Run], rows: Any) -> Markup:
 
 def _question(row: _Row, budget: _Budget) -> Markup:
     record = row.record
-    parts = [Markup('<p class="prompt">{}</p>').format(record.get("prompt", ""))]
+    parts = [blocks.prompt(record.get("prompt", ""))]
     media = [_medium(about) for about in record.get("media") or ()]
     if media:
         parts.append(budget.picture(row.run, record.get("frames"), "; ".join(media)))
@@ -279,7 +282,7 @@ def _question(row: _Row, budget: _Budget) -> Markup:
         said["Before"], said[after], remark = changed(said["Before"], said[after])
         remarks = {after: [remark]} if remark else {}
     parts.append(blocks.columns(said, remarks))
-    return Markup('<article class="answers">{}</article>').format(Markup().join(parts))
+    return blocks.article(*parts)
 
 
 def _medium(about: Record) -> str:
@@ -312,9 +315,7 @@ def alterations(runs: Sequence[Run]) -> Section | None:
         table = _operations(run)
         if table is None:
             continue
-        if len(runs) > 1:
-            parts.append(Markup("<h3>{}</h3>").format(run.name))
-        parts.append(table)
+        parts += [_heading(run, runs), table]
         rows = [samples for samples in _by_row(run) if samples[-1].get("altered")]
         parts += [_altered(run, samples, budget) for samples in rows[:_MAX_ALTERED]]
     return Section("Altered clips", Markup().join(parts)) if parts else None
@@ -360,7 +361,7 @@ def _altered(run: Run, samples: Sequence[Record], budget: _Budget) -> Markup:
     clips: list[Record] = last["altered"]
     before: list[Record] = first.get("altered") or []
     weighs = any(is_number(clip.get("weight")) for clip in clips)
-    parts = [Markup('<p class="prompt">{}</p>').format(last.get("prompt", ""))]
+    parts = [blocks.prompt(last.get("prompt", ""))]
     other: list[Markup] = []
     for clip in clips:
         taken = not weighs or clip.get("weight", 0) > 0
@@ -370,7 +371,7 @@ def _altered(run: Run, samples: Sequence[Record], budget: _Budget) -> Markup:
         parts.append(_scores(clips, before if first is not last else []))
     if other:
         parts.append(blocks.folded("The clips that were not chosen", Markup().join(other)))
-    return Markup('<article class="answers">{}</article>').format(Markup().join(parts))
+    return blocks.article(*parts)
 
 
 def _caption(clip: Record, *, weighs: bool) -> str:
