@@ -244,7 +244,7 @@ def measure(config: RunConfig, painter: Painter, before: Shown, count: int, nois
 
     Args:
         config: Of the finished run.
-        painter: RowRNG them.
+        painter: Draws them.
         before: Those of the base.
         count: How many of them at the steps before the last.
         noise: Seed of the first picture's start noise.
