@@ -207,7 +207,7 @@ class Bench:
         return shown.numbers()
 
     def painter(self, guidance: float) -> Painter:
-        """RowRNG with this guidance."""
+        """Draws with this guidance."""
         if guidance not in self._painters:
             config = self.config("diffusion_dpo", guidance=guidance)
             self._painters[guidance] = Painter(config, self.oracle)
