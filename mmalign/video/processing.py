@@ -77,11 +77,10 @@ def joined_tensors(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         elif of_text:
             joined[name] = torch.cat(tensors, 1)
         else:
-            most = max(tensor.shape[-1] for tensor in tensors) if tensors[0].dim() > 1 else 0
-            pads = [(0, most - t.shape[-1]) if most else (0, 0) for t in tensors]
-            tensors = [
-                F.pad(t, pad) if any(pad) else t for t, pad in zip(tensors, pads, strict=True)
-            ]
+            if tensors[0].dim() > 1:
+                most = max(tensor.shape[-1] for tensor in tensors)
+                gaps = [most - tensor.shape[-1] for tensor in tensors]
+                tensors = [F.pad(t, (0, n)) if n else t for t, n in zip(tensors, gaps, strict=True)]
             joined[name] = torch.cat(tensors)
     return joined
 
@@ -293,7 +292,28 @@ class Processor:
                 )
         tensors = tensors_of(output, shown)
         self._check_grids(shown, tensors, where)
+        self._check_names(shown, tensors, where, planned=planned)
         return Processed(tensors, {kind: tuple(texts) for kind, texts in found.items()})
+
+    def _check_names(
+        self, shown: DecodedMedia, tensors: Mapping[str, Tensor], where: str, *, planned: bool
+    ) -> None:
+        """Refuse clips and images of one prompt that become one tensor, where one of them is lost.
+
+        So does SmolVLM's, whose frames take the place of the images.
+        """
+        parts = [getattr(self.inner, f"{kind}_processor", None) for kind in ("image", "video")]
+        image, video = (set(getattr(part, "model_input_names", ())) for part in parts)
+        if not shown.clips or not shown.images or not image & video:
+            return
+        bare = DecodedMedia(clips=shown.clips, starts=shown.starts)
+        alone = self._part(bare, where, planned=planned).tensors
+        lost = [n for n in image & video & tensors.keys() if alone[n].shape == tensors[n].shape]
+        if lost:
+            raise DataError(
+                f"{where}: {type(self.inner).__name__} hands on clips and images as one "
+                f"{min(lost)} and keeps the clips alone; use rows with one of the two"
+            )
 
     def _check_grids(self, shown: DecodedMedia, tensors: Mapping[str, Tensor], where: str) -> None:
         """Refuse frames of another size than was asked for, or larger than they may be."""

@@ -339,7 +339,7 @@ class Sizes:
         """Refuse an area that nothing can be brought to."""
         size = dict(self._own.size or {})
         if not set(_EDGES) <= set(size) and set(size) != {_SIDE}:
-            kind, one = ("video", "frame") if self._kind == "videos" else ("image", "picture")
+            kind, one = ("video", "frame") if self._kind == "videos" else ("image", "image")
             raise ConfigError(
                 f"video.{self._name} is set, but the model's {kind} processor brings every {one} "
                 f"to one size ({size}); remove it"

@@ -12,7 +12,7 @@ from video_runs import configured, row, write_rows
 
 from mmalign.core import Needs
 from mmalign.data.example import Clip, Media, Picture
-from mmalign.errors import ConfigError
+from mmalign.errors import ConfigError, DataError
 from mmalign.text.model import causal_model
 from mmalign.train.loop import train
 from mmalign.video.processing import Processor, load_processor
@@ -94,6 +94,15 @@ def test_what_is_shown_has_an_influence(
     rows = [pair(clips_dir, name, media=media) for name, media in shown.items()]
     scores = adapter(adapter.collate(rows), Needs()).policy.sum((1, 2)).tolist()
     assert len({round(score, 3) for score in scores}) == len(scores)
+
+
+def test_a_clip_beside_an_image_is_refused_and_not_lost(
+    folder: Path, shown: dict[str, Media], clips_dir: Path
+) -> None:
+    adapter = make_adapter(folder, Needs(), moved=False, **PLAIN)
+    both = Media(shown["clip"].videos, shown["image"].images)
+    with pytest.raises(DataError, match=r"clips and images as one pixel_\w+ and keeps the clips"):
+        adapter.collate([pair(clips_dir, media=both)])
 
 
 def test_two_steps_of_lora_move_the_language_model_alone(
