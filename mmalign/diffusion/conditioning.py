@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ import torch
 from mmalign.diffusion.families import Condition, Family, family_of
 from mmalign.diffusion.pipeline import (
     component,
-    component_fingerprint,
     denoiser_config,
     has_component,
     load_part,
@@ -170,15 +168,6 @@ class PromptEncoder:
         }
         return cls(tokenizers, models, path=path, revision=revision).to(device)
 
-    @property
-    def limit(self) -> int:
-        """Tokens that the model reads of a prompt, start and end included."""
-        return self.tokenizers.limit
-
-    def num_tokens(self, prompt: str) -> int:
-        """Tokens of the whole prompt, start and end included."""
-        return self.tokenizers.num_tokens(prompt)
-
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encoder to token ids [N, S], int64 on the CPU."""
         return self.tokenizers.tokenize(prompts)
@@ -238,16 +227,6 @@ class PromptEncoder:
     @cached_property
     def _empty_ids(self) -> dict[str, Tensor]:
         return self.tokenize([""])
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the files of all encoders and tokenizers, their dtype, and the empty prompt."""
-        digest = hashlib.sha256(f"{self.family} {self._zero_empty}".encode())
-        for name, model in self._models.items():
-            for part in (name, _tokenizer_of(name)):
-                digest.update(component_fingerprint(self._path, part, self._revision).encode())
-            digest.update(str(model.dtype).encode())
-        return digest.hexdigest()
 
 
 class _GivenIds:

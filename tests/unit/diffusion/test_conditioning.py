@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import tiny_diffusion
 import torch
+from tiny import run_config
 
+from mmalign.diffusion.cache import PromptCache
 from mmalign.diffusion.conditioning import PromptEncoder, load_tokenizers
 from mmalign.diffusion.families import FAMILIES
 from mmalign.errors import ConfigError
@@ -35,6 +37,14 @@ def diffusers_pipeline(folder: Path, **parts: Any) -> Any:
     return getattr(diffusers, kind).from_pretrained(folder, **parts)
 
 
+def key(folder: Path, tmp_path: Path, **model: Any) -> str:
+    """Of a caption in the cache: what decides its embedding."""
+    given = {"path": str(folder), **model}
+    return PromptCache(run_config(modality="diffusion", model=given, output=tmp_path / "run")).key(
+        "a"
+    )
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
 def test_equal_to_the_pipelines_own(name: str, request: pytest.FixtureRequest) -> None:
@@ -57,7 +67,10 @@ def test_equal_to_the_pipelines_own(name: str, request: pytest.FixtureRequest) -
 def test_sd3_without_t5_has_zeros_in_its_place(tmp_path: Path) -> None:
     folder = tiny_diffusion.make_sd3(tmp_path, t5=False)
     encoder = PromptEncoder.load(folder)
-    assert (encoder.limit, set(encoder.tokenize(["a"]))) == (77, {"text_encoder", "text_encoder_2"})
+    assert (encoder.tokenizers.limit, set(encoder.tokenize(["a"]))) == (
+        77,
+        {"text_encoder", "text_encoder_2"},
+    )
     own = diffusers_pipeline(folder, text_encoder_3=None, tokenizer_3=None)
     expected = own.encode_prompt(PROMPTS, device="cpu", **OPTIONS["sd3"])
     found = encoder.encode(PROMPTS)
@@ -80,7 +93,7 @@ def test_sdxl_embeds_the_empty_prompt_where_the_pipeline_says_so(
     (tmp_path / "copy" / "model_index.json").write_text(json.dumps(index))
     plain = PromptEncoder.load(tmp_path / "copy")
     assert plain.encode([""]).embeds.abs().max() > 0
-    assert plain.fingerprint != zeros.fingerprint
+    assert key(tmp_path / "copy", tmp_path) != key(sdxl_dir, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
@@ -117,15 +130,14 @@ def test_tokens_are_counted_without_cutting(sd15_dir: Path, sd3_dir: Path) -> No
 
 
 def test_fingerprints_follow_encoders_tokenizers_and_dtype(sd15_dir: Path, tmp_path: Path) -> None:
-    first = PromptEncoder.load(sd15_dir).fingerprint
-    assert PromptEncoder.load(sd15_dir, dtype=torch.bfloat16).fingerprint != first
+    first = key(sd15_dir, tmp_path)
+    assert key(sd15_dir, tmp_path, dtype="bfloat16") != first
     shutil.copytree(sd15_dir, tmp_path / "copy")
-    assert PromptEncoder.load(tmp_path / "copy").fingerprint == first
+    assert key(tmp_path / "copy", tmp_path) == first
     settings = tmp_path / "copy" / "tokenizer" / "tokenizer_config.json"
     settings.write_text(settings.read_text().replace("77", "60"))
-    other = PromptEncoder.load(tmp_path / "copy")
-    assert other.fingerprint != first
-    assert other.limit == 60
+    assert key(tmp_path / "copy", tmp_path) != first
+    assert load_tokenizers(tmp_path / "copy").limit == 60
 
 
 def test_what_is_missing_or_foreign_is_named(sd15_dir: Path, tmp_path: Path) -> None:
