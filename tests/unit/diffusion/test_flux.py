@@ -21,6 +21,7 @@ from mmalign.diffusion.process import RectifiedFlow
 from mmalign.diffusion.sample import denoise, start_noise
 from mmalign.diffusion.tools import plan_cache, write_cache
 from mmalign.models.lora_files import DIFFUSERS_LORA
+from mmalign.models.merge import merge_checkpoints
 from mmalign.preflight.check import check_config
 from mmalign.train.loop import train
 
@@ -234,6 +235,9 @@ def test_two_steps_and_the_exported_files(
     found = theirs(folder, pipe)
     torch.testing.assert_close(found, ours(folder, policy), rtol=0.0, atol=1e-4)
     assert (found - theirs(folder, pipeline(folder))).abs().max() > 1e-3
+    if kind == "LoRA":
+        merged = merge_checkpoints(folder, [(final, 1.0)], tmp_path / "merged")
+        torch.testing.assert_close(theirs(folder, loaded(merged)), found, rtol=0.0, atol=1e-4)
     if config.sample.prompts:
         assert (config.output / "samples" / "step-2" / "000.png").is_file()
 
