@@ -196,7 +196,7 @@ class Sizes:
         self._asked = lru_cache(maxsize=4096)(self._ask)
         self._chosen = lru_cache(maxsize=4096)(self._choose)
         if self._area is not None and own is None:
-            shown = "clips" if kind == "videos" else "pictures"
+            shown = "clips" if kind == "videos" else "images"
             raise ConfigError(
                 f"video.{self._name} is set, but the model's processor takes no {shown}; remove it"
             )
