@@ -25,7 +25,7 @@ def betas(scheduler_config: Mapping[str, Any]) -> Tensor:  # [T] float32
     """The variances added at each step, as diffusers computes them.
 
     Args:
-        scheduler_config: FileStat of `scheduler_config.json`; what is missing has the value that
+        scheduler_config: Contents of `scheduler_config.json`; what is missing has the value that
             diffusers gives it.
 
     Raises:
@@ -338,7 +338,7 @@ def process_from(
     """The noise process that a model's scheduler describes.
 
     Args:
-        scheduler_config: FileStat of `scheduler_config.json`.
+        scheduler_config: Contents of `scheduler_config.json`.
         prediction: `diffusion.prediction`; other than "auto" it must agree with the scheduler, or
             fill in what that leaves out.
         zero_terminal_snr: Rescale the table so that it ends in pure noise.
