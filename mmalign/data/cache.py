@@ -58,7 +58,7 @@ _PLACE = struct.Struct("<QI")  # offset in the shard, checksum
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """Where an entry's tensors lie; small, since a run has one for every picture."""
+    """Where an entry's tensors lie; small, since a run has one for every image."""
 
     shard: Path
     layout: _Layout  # shared with the entries like it
@@ -408,7 +408,7 @@ def no_collection() -> Generator[None]:
 
 
 class _NotTextError(Exception):
-    """A row shows something, or its response is a picture."""
+    """A row shows something, or its response is an image."""
 
 
 @cache

@@ -62,7 +62,7 @@ class Counted:
 
 _WITH_ANSWERS = "have a prompt that is also trained on, with its responses"
 _PROMPTS = "have a prompt that is also trained on"
-_SHOWN = "show a clip, picture or sound that is also trained on"
+_SHOWN = "show a clip, image or sound that is also trained on"
 
 
 class Leakage:

@@ -54,10 +54,10 @@ class Template:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A picture by reference: a file, or one cell of a table; its bytes are read when needed."""
+    """An image by reference: a file, or one cell of a table; its bytes are read when needed."""
 
-    path: Path  # the picture file, or the parquet or arrow file that holds it
-    row: int = -1  # of the table, counted from 0; -1: `path` is the picture itself
+    path: Path  # the image file, or the parquet or arrow file that holds it
+    row: int = -1  # of the table, counted from 0; -1: `path` is the image itself
     column: str = ""
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """Moving pictures by reference, or a part of them; decoded when needed."""
+    """A video by reference, or a part of it; decoded when needed."""
 
     path: Path
     start: float = 0.0  # seconds

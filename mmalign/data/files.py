@@ -58,7 +58,7 @@ def read_rows(
     """The rows of a file, a saved dataset or a hub dataset, in order.
 
     Args:
-        path: File, folder of pictures or of `save_to_disk`, or hub name such as `owner/dataset`.
+        path: File, folder of images or of `save_to_disk`, or hub name such as `owner/dataset`.
         name: Configuration of a hub dataset.
         split: Split of a saved or hub dataset; for files the caller looks at the `split` column.
         wanted: Asked for the split of each row at the moment at which it would be read. Rows that

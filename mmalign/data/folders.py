@@ -1,11 +1,11 @@
-"""Rows of a folder of pictures with captions: two paired folders, or single pictures.
+"""Rows of a folder of images with captions: two paired folders, or single images.
 
     chosen/NAME.png  rejected/NAME.jpg     a pair: files of one name, in any format
-    NAME.png                               one picture, where there is no chosen/ and rejected/
+    NAME.png                               one image, where there is no chosen/ and rejected/
 
 The caption of NAME stands in metadata.jsonl or captions.jsonl (`file_name`, and `prompt`,
 `caption` or `text`; other keys go along), in captions.txt (NAME, a tab, the caption), or in
-NAME.txt or NAME.caption beside a picture. Where both pictures of a pair have one, each keeps its
+NAME.txt or NAME.caption beside an image. Where both images of a pair have one, each keeps its
 own. Files and folders whose names begin with a dot are of the system's and passed over.
 """
 
@@ -36,14 +36,14 @@ UNREAD = (
     *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".tga", ".psd", ".exr"),
     *(".ppm", ".pgm", ".pnm", ".qoi", ".dng", ".cr2", ".nef", ".arw"),
 )
-"""Pictures of other formats: named as such, since a row without them would be lost unseen."""
+"""Images of other formats: named as such, since a row without them would be lost unseen."""
 CAPTION_FILES = (".txt", ".caption")
 SIDES = ("chosen", "rejected")
 _TABLES = ("metadata.jsonl", "captions.jsonl", "captions.txt")
 _NAMES = ("file_name", "file", "image", "name", "stem")
 _LONGEST_CAPTION = 2**20  # bytes
 _LARGEST_TABLE = 2**26
-_NO_CAPTION = "has no caption: give NAME.txt beside a picture, metadata.jsonl or captions.txt"
+_NO_CAPTION = "has no caption: give NAME.txt beside an image, metadata.jsonl or captions.txt"
 _NAMED = 4
 
 log = logging.getLogger("mmalign.data")
@@ -52,10 +52,10 @@ Names = dict[str, list[str]]  # name without suffix -> files of that name
 
 
 def folder_rows(folder: Path, read: Callable[[Path], Iterator[Row]]) -> Iterator[Row] | None:
-    """The rows of a folder of pictures, or None when it is not such a folder.
+    """The rows of a folder of images, or None when it is not such a folder.
 
     Args:
-        folder: Holds chosen/ and rejected/, or pictures.
+        folder: Holds chosen/ and rejected/, or images.
         read: Reads a JSONL file.
 
     Raises:
@@ -70,7 +70,7 @@ def folder_rows(folder: Path, read: Callable[[Path], Iterator[Row]]) -> Iterator
     files = {side: _files(folder / side, SUFFIXES + UNREAD) for side in there or [""]}
     if not any(files.values()):
         if there:
-            raise DataError(f"{folder}: chosen/ and rejected/ hold no pictures")
+            raise DataError(f"{folder}: chosen/ and rejected/ hold no images")
         return None
     _name_lonely_captions(folder, files)
     return _rows(folder, files, _Captions(folder, read))
@@ -92,7 +92,7 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> Names:
 
 
 def _name_lonely_captions(folder: Path, files: dict[str, Names]) -> None:
-    """Say which caption files have no picture: one may be missing, or of an unknown format."""
+    """Say which caption files have no image: one may be missing, or of an unknown format."""
     lonely: list[str] = []
     for side, pictures in files.items():
         captions = _files(folder / side, CAPTION_FILES if side else (".caption",))
@@ -105,7 +105,7 @@ def _name_lonely_captions(folder: Path, files: dict[str, Names]) -> None:
     if lonely:
         more = ", ..." if len(lonely) > _NAMED else ""
         log.warning(
-            "%s: caption files without a picture beside them: %d (%s%s)",
+            "%s: caption files without an image beside them: %d (%s%s)",
             folder,
             len(lonely),
             ", ".join(lonely[:_NAMED]),
@@ -125,19 +125,19 @@ def _rows(folder: Path, files: dict[str, Names], captions: _Captions) -> Iterato
         if unread:
             yield Row(place, None, f"{unread} is of a format that is not read: convert it to png")
         elif missing is not None:
-            yield Row(place, None, f"has no picture of the same name in {missing}/")
+            yield Row(place, None, f"has no image of the same name in {missing}/")
         elif several is not None:
             where = f" in {several}/" if several else ""
-            yield Row(place, None, f"has more than one picture of the same name{where}")
+            yield Row(place, None, f"has more than one image of the same name{where}")
         else:
             paths = {side: os.path.join(side, files[side][name][0]) for side in files}
             yield captions.row(place, name, paths)
     for name in captions.left(names):
-        yield Row(f"{folder}:{name}", None, "has a caption, but no picture")
+        yield Row(f"{folder}:{name}", None, "has a caption, but no image")
 
 
 def _unread(files: dict[str, Names], name: str) -> str:
-    """A picture of another format with no other of its name; "" where all can be read."""
+    """An image of another format with no other of its name; "" where all can be read."""
     for side, found in files.items():
         there = found.get(name, [])
         read = [file for file in there if _suffix(file) in SUFFIXES]
@@ -153,7 +153,7 @@ def _suffix(file: str) -> str:
 
 @dataclass(slots=True)
 class _Captions:
-    """What is said of each picture, or of both of a pair."""
+    """What is said of each image, or of both of a pair."""
 
     folder: Path
     read: Callable[[Path], Iterator[Row]]
@@ -177,7 +177,7 @@ class _Captions:
         record = dict(row.value or {})
         key = next((key for key in _NAMES if isinstance(record.get(key), str)), None)
         if row.value is None or key is None:
-            problem = row.problem or f"names no picture; it must have `{_NAMES[0]}`"
+            problem = row.problem or f"names no image; it must have `{_NAMES[0]}`"
             self.problems.append(Row(row.place, None, problem))
             return
         name = os.path.normpath(record.pop(key))
@@ -188,7 +188,7 @@ class _Captions:
         self.said.setdefault(stem if is_file else name, {})[side] = record
 
     def row(self, place: str, name: str, paths: dict[str, str]) -> Row:
-        """The row of one picture or pair."""
+        """The row of one image or pair."""
         said = self.said.get(name, {})
         value = {"id": name, **{k: v for record in said.values() for k, v in record.items()}}
         keys = {side: f"image_{side}" if side else "image" for side in paths}
@@ -208,7 +208,7 @@ class _Captions:
         return Row(place, value | {f"prompt_{side}": caption for side, caption in own.items()})
 
     def _caption(self, said: dict[str, dict[str, Any]], side: str, path: str) -> str:
-        """The caption of one picture: its own in the table, that of both, or a file beside it."""
+        """The caption of one image: its own in the table, that of both, or a file beside it."""
         for record in (said.get(side, {}), said.get("", {})):
             texts = [record[key] for key in CAPTIONS if isinstance(record.get(key), str)]
             if texts and texts[0].strip():
@@ -223,7 +223,7 @@ class _Captions:
         return next(iter(texts.values()), "")
 
     def left(self, names: list[str]) -> list[str]:
-        """Names with a caption and without a picture."""
+        """Names with a caption and without an image."""
         return sorted(set(self.said) - set(names))
 
 
@@ -256,7 +256,7 @@ def _captions(table: Path, handle: BinaryIO) -> Iterator[Row]:
         if not line.strip():
             continue
         if not tab:
-            problem = "must be the name of a picture, a tab, and its caption"
+            problem = "must be the name of an image, a tab, and its caption"
             yield Row(f"{table}:{number}", None, problem)
         else:
             yield Row(f"{table}:{number}", {"file_name": name.strip(), "caption": caption.strip()})

@@ -1,4 +1,4 @@
-"""The public layouts of records with pictures and media, each turned into a canonical record."""
+"""The public layouts of records with images and media, each turned into a canonical record."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mmalign.data.fields import as_list, as_object, number, show
 from mmalign.data.turns import ASSISTANTS, Columns, Turns, contrast, response_of, split, turns
 from mmalign.errors import DataError
 
-# What a layout is, and what layouts of texts and of pictures share.
+# What a layout is, and what layouts of texts and of images share.
 
 HIGHER = ("score", "overall_score", "rating", "avg_rating", "reward")
 LOWER = ("rank",)
@@ -222,9 +222,9 @@ MEDIA_LAYOUTS: dict[str, Layout] = {
 }
 
 
-# The public layouts of picture records, each turned into a canonical record.
+# The public layouts of image records, each turned into a canonical record.
 #
-# Pictures are paths, or cells of a table that stay where they are; see `parse_pictures.py`.
+# Images are paths, or cells of a table that stay where they are; see `parse_pictures.py`.
 
 ALONE = "prompts"
 """The layout of rows that are a prompt and nothing else; only read where the config names it."""
@@ -261,29 +261,29 @@ def _prompt(row: Columns) -> Columns:
 
 
 def _taken(row: Columns, pairs: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], list[Any]]:
-    """The names and values of the two pictures."""
+    """The names and values of the two images."""
     names = next((pair for pair in pairs if set(pair) <= set(row)), None)
     if names is None:
-        raise DataError("one of the two pictures is missing")
+        raise DataError("one of the two images is missing")
     return names, [row.pop(name) for name in names]
 
 
 def read_pair(row: Columns) -> Columns:
-    """Two pictures, the better one under its own name."""
+    """Two images, the better one under its own name."""
     prompt = _prompt(row)
     _, (chosen, rejected) = _taken(row, PAIRS)
     return prompt | {"image_chosen": chosen, "image_rejected": rejected}
 
 
 def read_choice(row: Columns) -> Columns:
-    """Two pictures and which one won: Pick-a-Pic's label_0 and label_1, a label, or a winner.
+    """Two images and which one won: Pick-a-Pic's label_0 and label_1, a label, or a winner.
 
-    label_0 = 1 means that the first won, 1/2 a tie; `label` is the number of the better picture.
+    label_0 = 1 means that the first won, 1/2 a tie; `label` is the number of the better image.
     """
     prompt = _prompt(row)
     names, pictures = _taken(row, CHOICES)
     if row.pop("has_label", True) is False:
-        raise DataError("has_label is false: nobody compared the two pictures")
+        raise DataError("has_label is false: nobody compared the two images")
     shares = [row.pop(f"label_{i}", None) for i in "01"]
     if shares != [None, None]:
         won = _by_shares(row, shares)
@@ -301,7 +301,7 @@ def read_choice(row: Columns) -> Columns:
 
 
 def _by_shares(row: Columns, shares: list[Any]) -> int:
-    """The better picture by the shares of the preference that the two got."""
+    """The better image by the shares of the preference that the two got."""
     first, second = (number(share) for share in shares)
     if first is not None and shares[1] is None:
         second = 1.0 - first
@@ -318,12 +318,12 @@ def _by_shares(row: Columns, shares: list[Any]) -> int:
 
 
 def read_list(row: Columns) -> Columns:
-    """K pictures with scores, or with ranks where less is better."""
+    """K images with scores, or with ranks where less is better."""
     prompt = _prompt(row)
     name = next(name for name in LISTS if name in row)
     images = as_list(row.pop(name))
     if images is None:
-        raise DataError(f"{name} must be a list of pictures where there are scores or ranks")
+        raise DataError(f"{name} must be a list of images where there are scores or ranks")
     name = next(name for name in SCORES if name in row)
     scores = as_list(row.pop(name))
     if name in ("ranks", "rank"):
@@ -333,7 +333,7 @@ def read_list(row: Columns) -> Columns:
 
 
 def read_single(row: Columns) -> Columns:
-    """One picture, rated or not."""
+    """One image, rated or not."""
     prompt = _prompt(row)
     image = row.pop(next(name for name in SINGLES if name in row))
     rating = row.pop("desirable", row.pop("label", row.pop("kto_tag", None)))
@@ -374,7 +374,7 @@ PICTURE_LAYOUTS: dict[str, Layout] = {
         read_single,
     ),
     ALONE: Layout(
-        "prompt or caption alone; pictures are generated in training",
+        "prompt or caption alone; images are generated in training",
         (CAPTIONS,),
         (),
         _prompt,

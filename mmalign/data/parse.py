@@ -291,7 +291,7 @@ def _as_prompt(text: Text | None) -> Prompt | None:
 #     unpaired  prompt, response, desirable
 #     plain     prompt, response
 #
-# A text is a string or a list of {role, content} messages. Where the responses are pictures, their
+# A text is a string or a list of {role, content} messages. Where the responses are images, their
 # paths stand under image_chosen and image_rejected, images, or image instead. Where they are texts,
 # these and `video` and `audio` are what the prompt shows and plays; see `parse_media`. Any kind may
 # have the keys of `OPTIONAL`; what is left over is kept in `meta`. Row weights a method computes
@@ -326,7 +326,7 @@ OPTIONAL = {
     "chosen_masked": "pair: chosen with <MASK> tags around its spans",
     "rejected_masked": "pair: the same of rejected",
     "video": "shown by the prompt: a clip's path, or {path, start, end, frames}; `videos`: several",
-    "image": "beside texts: a picture that the prompt shows; `images`: several",
+    "image": "beside texts: an image that the prompt shows; `images`: several",
     "audio": "what the prompt plays: a sound's path, or {path, start, end}; `audios`: several",
     "start": "seconds, where the one clip begins; `end` where it ends, or `span` for both",
     "frames": "numbers of the clip's frames, chosen before",
@@ -353,7 +353,7 @@ def parse_record(
     Args:
         record: A JSON object of one of the four kinds.
         where: File and line, for messages; also the id of a record that has none.
-        root: Where paths of pictures start.
+        root: Where paths of images start.
 
     Raises:
         DataError: naming every problem of the record.
@@ -384,7 +384,7 @@ def read_record(
         if not problems:
             return example, []  # else the record is read as it is written, to name the right keys
     fields = Fields(record)
-    shown = alone or _has_words(fields)  # pictures beside them belong to the prompt
+    shown = alone or _has_words(fields)  # images beside them belong to the prompt
     pictures = not shown and any(key in fields for key in PICTURE_KEYS)
     kind = "plain" if alone else _kind(fields)
     if kind is None:
@@ -452,7 +452,7 @@ def _kind(fields: Fields) -> ExampleKind | None:
         (single, ("response",)),
         (single, ("image",)),
     )
-    if _has_words(fields):  # pictures beside texts belong to the prompt
+    if _has_words(fields):  # images beside texts belong to the prompt
         named = tuple(item for item in named if not set(item[1]) & set(PICTURE_KEYS))
     kinds: list[ExampleKind] = [kind for kind, keys in named if any(key in fields for key in keys)]
     if not kinds:

@@ -1,6 +1,6 @@
 """What a record shows and plays.
 
-Videos, pictures and audio of a prompt, and the pictures that are compared.
+Videos, images and audio of a prompt, and the images that are compared.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _read(fields: Fields, root: PictureRoot | None, side: str) -> Media:
         videos = [_read_as(fields, "the record", clip, beside) for clip in videos]
     images = _several(fields, "image", side, root, _picture)
     if images and "max_pixels" in fields:
-        fields.fail("max_pixels is of clips; how large pictures are shown is video.image_pixels")
+        fields.fail("max_pixels is of clips; how large images are shown is video.image_pixels")
     sounds = _several(fields, "audio", side, root, _sound)
     # A file of sound alone under `video` is a sound: some layouts have one column for both.
     heard = [Sound(c.path, c.start, c.end) for c in videos if _is_sound(c.path)]
@@ -188,7 +188,7 @@ def _path(fields: Fields, name: str, value: Any, root: PictureRoot | None) -> Pa
     if root is None:
         fields.fail(f"{name} is a path, and no folder is known that it starts from")
         return None
-    found = root.find(value, what="media file", absent=True)  # `video.bad_media` is the policy
+    found = root.find(value, what="a media file", absent=True)  # `video.bad_media` is the policy
     if not isinstance(found, Picture):
         fields.fail(f"{name} {found.what}", found.found)
         return None
@@ -275,7 +275,7 @@ def _is_sound(path: Path) -> bool:
     return path.suffix.lower() in _SOUNDS
 
 
-# The pictures of a canonical record: image_chosen and image_rejected, images, or image.
+# The images of a canonical record: image_chosen and image_rejected, images, or image.
 
 PICTURE_KEYS = ("image_chosen", "image_rejected", "images", "image")
 
@@ -286,12 +286,12 @@ def read_pictures(
     """The rated candidates; None in the place of each that is wrong.
 
     Args:
-        fields: The record. A picture is a path, a {path} object, or a Picture already.
+        fields: The record. An image is a path, a {path} object, or a Picture already.
         kind: What the record is.
         root: Where paths start and what they may not leave.
     """
     if not isinstance(fields.get("prompt") or "", str):
-        fields.fail("the prompt of a picture must be text, not messages")
+        fields.fail("the prompt of an image must be text, not messages")
     if kind == "pair":
         return _pair(fields, root)
     if kind != "list":
@@ -299,8 +299,8 @@ def read_pictures(
     items = as_list(fields.get("images"))
     if not items or len(items) == 1:
         found = f"is {show(fields.get('images'))}"
-        fields.fail("images must be a list of at least two pictures", found)
-    return [_candidate(fields, "a picture of images", item, root) for item in items or ()]
+        fields.fail("images must be a list of at least two images", found)
+    return [_candidate(fields, "an entry of images", item, root) for item in items or ()]
 
 
 def _pair(fields: Fields, root: PictureRoot | None) -> list[Candidate | None]:
@@ -310,7 +310,7 @@ def _pair(fields: Fields, root: PictureRoot | None) -> list[Candidate | None]:
         if f"prompt_{side}" in fields:
             caption = fields.text(f"prompt_{side}")
             if isinstance(caption, tuple):
-                fields.fail("the prompt of a picture must be text, not messages")
+                fields.fail("the prompt of an image must be text, not messages")
                 caption = None
         key = f"image_{side}"
         sides.append(_candidate(fields, key, fields.get(key), root, caption))
@@ -338,6 +338,6 @@ def _candidate(
             return None
         value = found
     if not isinstance(value, Picture):
-        fields.fail(f"{name} must be the path of a picture file", f"is {show(value)}")
+        fields.fail(f"{name} must be the path of an image file", f"is {show(value)}")
         return None
     return Candidate(value, prompt=caption)

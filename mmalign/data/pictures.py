@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-# The bytes of single pictures inside parquet and arrow files, read when they are asked for.
+# The bytes of single images inside parquet and arrow files, read when they are asked for.
 
 MOST_KEPT = 256 * 2**20
 """Bytes of decoded column pieces kept for the next cells; the newest piece is always kept."""
@@ -51,7 +51,7 @@ class _Piece:
 
 
 class _Pieces:
-    """The last pieces read. Pictures are mostly read in file order, many from one piece.
+    """The last pieces read. Images are mostly read in file order, many from one piece.
 
     By file, since a row must find its piece: an LRUCache would have to be looked through whole.
     """
@@ -153,9 +153,9 @@ def cell_bytes(picture: Picture) -> bytes:
 
 
 def picture_columns(schema: Any) -> tuple[list[str], list[str]]:
-    """The columns of an arrow schema whose cells are pictures, and those that hold lists of them.
+    """The columns of an arrow schema whose cells are images, and those that hold lists of them.
 
-    A picture is a binary cell, or the {bytes, path} object that `datasets` makes of an image.
+    An image is a binary cell, or the {bytes, path} object that `datasets` makes of an image.
     """
     types: Any = import_module("pyarrow").types
 
@@ -195,17 +195,17 @@ def row_places(paths: Sequence[Path], num_rows: int) -> Iterator[tuple[Path, int
             raise DataError(f"{path}: cannot be read: {error}") from error
     if sum(sizes) != num_rows:
         raise DataError(
-            "its pictures cannot be read in place, as it is a selection of the rows that its files "
+            "its images cannot be read in place, as it is a selection of the rows that its files "
             "hold; write it whole with save_to_disk, and use that folder"
         )
     for path, size in zip(paths, sizes, strict=True):
         yield from ((path, row) for row in range(size))
 
 
-# Memory that pictures take while they are decoded, of all threads of a process together.
+# Memory that images take while they are decoded, of all threads of a process together.
 
 MOST = 480 * 2**20
-"""Bytes. One picture that would take more is refused; several wait for each other."""
+"""Bytes. One image that would take more is refused; several wait for each other."""
 
 _WORKING = {"WEBP": 8, "AVIF": 8}  # bytes a pixel that decoders take besides
 _PROGRESSIVE = 6  # of a JPEG: the coefficients of all its passes
@@ -214,7 +214,7 @@ _RGB = 4  # bytes a pixel as the library keeps it
 
 
 def bytes_a_pixel(image: Image, *, turned: bool) -> int:
-    """What it takes to decode an opened picture and make upright RGB of it.
+    """What it takes to decode an opened image and make upright RGB of it.
 
     Args:
         image: Opened, not yet decoded.
@@ -267,19 +267,19 @@ _ADDRESSES = ("http://", "https://", "s3://", "gs://", "hf://", "data:")
 MOST_BYTES = 64 * 2**20
 MOST_PIXELS = 100_000_000
 WIDEST = 2.0
-"""Largest ratio between the aspect ratios of a row's pictures; wider rows are not trained on."""
+"""Largest ratio between the aspect ratios of a row's images; wider rows are not trained on."""
 
 LARGEST_FACTOR = 2.0
-"""Pictures that are enlarged by more are blurred; they are named."""
+"""Images that are enlarged by more are blurred; they are named."""
 LARGEST_CUT = 0.5
-"""Pictures that lose a larger share of their area to the crop may lose their motif; named too."""
+"""Images that lose a larger share of their area to the crop may lose their motif; named too."""
 
-_PART = 32  # pictures that a thread takes at a time
+_PART = 32  # images that a thread takes at a time
 _STRIP = 2**20  # pixels that are converted at a time
 
 
 class PictureRoot:
-    """The folder that picture paths of a data file start from, and that none may leave.
+    """The folder that image paths of a data file start from, and that none may leave.
 
     Data files come from strangers: a path in one must not reach other files of this machine.
     """
@@ -291,7 +291,7 @@ class PictureRoot:
         self._real_parents: dict[str, str] = {}
 
     def find(
-        self, text: str, *, what: str = "picture file", absent: bool = False
+        self, text: str, *, what: str = "an image file", absent: bool = False
     ) -> Picture | Problem:
         """The file that `text` names, or what it must be and is not.
 
@@ -304,7 +304,7 @@ class PictureRoot:
         """
         found = f"the path is {show(text, 200)}"
         if text.startswith(_ADDRESSES):
-            return Problem("must be a file here: download the pictures first", found)
+            return Problem("must be a file here: download the images first", found)
         if self.folder is None:
             return Problem("must start from a folder: set `pictures` of the source", found)
         path = os.path.join(self.folder, text)
@@ -325,14 +325,14 @@ class PictureRoot:
                 return Picture(Path(path))
         except (OSError, ValueError) as error:
             return Problem("must be a path that can be looked at", f"{found} ({error})")
-        return Problem(f"must name a {what} that is there", found)
+        return Problem(f"must name {what} that is there", found)
 
     def _holds(self, path: str) -> bool:
         return self._fence is not None and self._fence.holds(path)
 
 
 def picture_bytes(picture: Picture) -> bytes:
-    """The encoded bytes of a picture, of at most `MOST_BYTES`.
+    """The encoded bytes of an image, of at most `MOST_BYTES`.
 
     Raises:
         DataError: They cannot be read or are too many.
@@ -353,7 +353,7 @@ def picture_bytes(picture: Picture) -> bytes:
 
 
 def open_picture(picture: Picture | Path) -> Image:
-    """A picture as 8-bit RGB, upright, on white where it is transparent; the first of several.
+    """An image as 8-bit RGB, upright, on white where it is transparent; the first of several.
 
     Args:
         picture: A reference, or a file.
@@ -366,7 +366,7 @@ def open_picture(picture: Picture | Path) -> Image:
 
 
 def num_pixels(picture: Picture) -> int:
-    """Pixels of a picture, from how it begins; 0 of one that cannot be read, as decoding tells."""
+    """Pixels of an image, from how it begins; 0 of one that cannot be read, as decoding tells."""
     from PIL import Image
 
     try:
@@ -403,12 +403,12 @@ def _decode(picture: Picture, data: bytes, stack: ExitStack) -> Image:
         if width * height > most:
             raise DataError(
                 f"{picture}: is {width} x {height}; at most {most / 1e6:.0f} million pixels are "
-                "read of a picture of this kind"
+                "read of an image of this kind"
             )
         stack.enter_context(_ROOM.take(width * height * each))
         image.load()
     except UnidentifiedImageError as error:
-        raise DataError(f"{picture}: is not a picture of {', '.join(_formats())}") from error
+        raise DataError(f"{picture}: is not an image of {', '.join(_formats())}") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{picture}: is too large: {error}") from error
     return _rgb(_upright(image) if _is_turned(image) else image)
@@ -479,11 +479,11 @@ def _on_white(image: Image) -> Image:
 def decode_all(
     pictures: Iterable[Picture], use: Callable[[Image], Result]
 ) -> dict[Picture, Result | DataError]:
-    """Decode every picture once, in threads, and keep what `use` makes of it, or the error.
+    """Decode every image once, in threads, and keep what `use` makes of it, or the error.
 
     Args:
         pictures: May repeat.
-        use: Called with the decoded picture, which is then let go.
+        use: Called with the decoded image, which is then let go.
     """
 
     def decode(part: Sequence[Picture]) -> list[Result | DataError]:
@@ -520,7 +520,7 @@ def same_bytes(one: Picture, other: Picture) -> bool:
 
 
 def is_odd(sizes: Sequence[tuple[int, int]]) -> bool:
-    """Whether pictures of one row differ too much in shape to be brought to one.
+    """Whether images of one row differ too much in shape to be brought to one.
 
     Args:
         sizes: (height, width) of each, or (width, height).

@@ -96,7 +96,7 @@ def _record(value: Columns) -> Columns:
 
 # Files of a converted data file: where they lie from it, and copies of those that lie elsewhere.
 #
-# Pictures that are responses are copied as they are; clips and sounds, which are large, get a
+# Images that are responses are copied as they are; clips and sounds, which are large, get a
 # second name for the same bytes (a hard link) where the disk allows it, and are copied where not.
 
 _STARTS = {
@@ -112,7 +112,7 @@ _STARTS = {
 
 
 class PictureCopies:
-    """Paths of pictures as a data file in `target`'s folder names them."""
+    """Paths of images as a data file in `target`'s folder names them."""
 
     def __init__(self, target: Path, source: PictureRoot) -> None:
         """Copies go to TARGET_pictures/ beside the file, in the order of folders of `source`."""
@@ -123,10 +123,10 @@ class PictureCopies:
         self._linked_files: set[Path] = set()
 
     def columns(self, example: Example) -> dict[str, Any]:
-        """The canonical picture keys of a row; none for texts.
+        """The canonical image keys of a row; none for texts.
 
         Raises:
-            DataError: A picture cannot be read.
+            DataError: An image cannot be read.
         """
         responses = [c.response for c in example.candidates]
         pictures = [picture for picture in responses if isinstance(picture, Picture)]
@@ -239,7 +239,7 @@ def read_records(
 ) -> Generator[Record]:
     """Every row of a source; `split` names a hub split, or a value of the `split` column.
 
-    Paths of pictures start from the folder `pictures`, or that of the source, and stay inside it.
+    Paths of images start from the folder `pictures`, or that of the source, and stay inside it.
     Rows whose split is not `wanted`, asked row by row, are passed over unread.
     """
     root = _root(Path(path), pictures)
@@ -361,7 +361,7 @@ def convert_file(
 ) -> tuple[int, int]:
     """Write the records of a file or dataset in mmalign's own layout, as JSONL.
 
-    Pictures that are not below the folder of `out`, or that are cells of a table, are copied as
+    Images that are not below the folder of `out`, or that are cells of a table, are copied as
     they are, byte for byte, to a folder beside it: paths in a data file start from its folder.
 
     Args:
@@ -370,7 +370,7 @@ def convert_file(
         layout: A name of `LAYOUTS`; None to recognise it.
         split: Only these rows.
         drop_bad: Leave out records with problems instead of stopping.
-        pictures: The folder that picture paths of the source start from; None: the source's own.
+        pictures: The folder that image paths of the source start from; None: the source's own.
 
     Returns:
         How many records were written and how many left out.

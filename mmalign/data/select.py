@@ -394,7 +394,7 @@ def _to_pairs(row: Example, list_pairs: ListPairs) -> list[Example]:
     if row.kind != "list":
         reason = "this one has a single response; give chosen and rejected, or use a loss for "
         loss = (
-            "single responses, such as kto (diffusion_kto for pictures)"
+            "single responses, such as kto (diffusion_kto for images)"
             if row.kind == "unpaired"
             else "plain text, such as sft"
         )

@@ -1,4 +1,4 @@
-"""Rows of parquet files and of Hugging Face datasets; pictures in their cells stay where
+"""Rows of parquet files and of Hugging Face datasets; images in their cells stay where
 they are.
 """
 
@@ -318,9 +318,9 @@ def _described(fence: Fence, file: Path) -> dict[str, Any]:
     return value
 
 
-# Rows of parquet files and of Hugging Face datasets; pictures in their cells stay where they are.
+# Rows of parquet files and of Hugging Face datasets; images in their cells stay where they are.
 #
-# A cell that holds a picture becomes a `Picture`, a reference: a table of pictures can be listed
+# A cell that holds an image becomes a `Picture`, a reference: a table of images can be listed
 # without reading one.
 
 _BATCH_BYTES = 32 * 2**20
@@ -436,8 +436,8 @@ def _refuse_lists(path: str, columns: list[str]) -> None:
     for column in columns:
         if column in LISTS:
             raise DataError(
-                f"{path}: the cells of column {column!r} hold lists of pictures, and only cells of "
-                "one picture can be read. Write the pictures to files, and their paths into the "
+                f"{path}: the cells of column {column!r} hold lists of images, and only cells of "
+                "one image can be read. Write the images to files, and their paths into the "
                 "column"
             )
 
@@ -451,7 +451,7 @@ def saved_rows(folder: Path, split: str | None, wanted: Wanted | None = None) ->
     except damage() as error:
         raise DataError(
             f"{folder}: a folder must be one of datasets.save_to_disk, of parquet files, or of "
-            f"pictures ({error})"
+            f"images ({error})"
         ) from error
     return _dataset_rows(str(folder), data, split, wanted)
 
@@ -487,7 +487,7 @@ def _dataset_rows(path: str, data: Any, split: str | None, wanted: Wanted | None
 
 
 def _records(where: str, data: Any) -> Iterator[Mapping[str, Any]]:
-    """The rows of one Dataset; iterating over its pictures would decode every one."""
+    """The rows of one Dataset; iterating over its images would decode every one."""
     if data is None:
         return
     pictures, lists = picture_columns(data.features.arrow_schema)

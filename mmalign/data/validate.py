@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     """Rows to what is wrong with the media of each; callers bring it, for data decodes no clips."""
 
 
-# What prompts of checked files show and play: how much there is, and pictures that are broken.
+# What prompts of checked files show and play: how much there is, and images that are broken.
 #
 # That a clip or a sound is there was seen when its record was read. Whether it can be decoded is
 # found out where that is asked for, and before a run's first step, with the run's limits.
@@ -40,7 +40,7 @@ class MediaBook:
     """Collects what the prompts of all records show, corrupted clips of their own included."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, int] = dict.fromkeys(("clip", "picture", "sound"), 0)
+        self.counts: dict[str, int] = dict.fromkeys(("clip", "image", "sound"), 0)
         self.files: dict[str, set[Path | Picture]] = {name: set() for name in self.counts}
         self.pictures: list[tuple[Record, Picture]] = []
         self.rows: list[tuple[Record, Example]] = []
@@ -53,12 +53,12 @@ class MediaBook:
             if media is None:
                 continue
             self._count("clip", [clip.path for clip in media.videos])
-            self._count("picture", media.images)
+            self._count("image", media.images)
             self._count("sound", [sound.path for sound in media.sounds])
             self.pictures += [(record, picture) for picture in media.images]
 
     def close(self, problems: ProblemList, decode: Decode | None = None) -> None:
-        """Decode the pictures, in threads, and with `decode` all else, and add what is wrong."""
+        """Decode the images, in threads, and with `decode` all else, and add what is wrong."""
         if decode is not None:
             faults = decode([row for _, row in self.rows])
             for (record, _), texts in zip(self.rows, faults, strict=True):
@@ -70,10 +70,10 @@ class MediaBook:
         for record, picture in self.pictures:
             result = found[picture]
             if isinstance(result, DataError):
-                problems.add(record, Problem("a picture must be decodable", str(result)))
+                problems.add(record, Problem("an image must be decodable", str(result)))
 
     def _add_absent(self, problems: ProblemList) -> None:
-        """Clips and sounds that are not there; pictures are opened anyway."""
+        """Clips and sounds that are not there; images are opened anyway."""
         files = self.files["clip"] | self.files["sound"]
         absent = {file for file in files if isinstance(file, Path) and not file.is_file()}
         for record, row in self.rows if absent else ():
@@ -102,21 +102,21 @@ def _times(count: int, name: str) -> str:
 
 
 def _seen(_: Image) -> None:
-    """Nothing is kept of a picture that can be decoded."""
+    """Nothing is kept of an image that can be decoded."""
 
 
-# The pictures of checked files: which cannot be decoded, their sizes, and what is doubtful.
+# The images of checked files: which cannot be decoded, their sizes, and what is doubtful.
 
 Size = tuple[int, int]  # width, height
 
 USUAL = 512
-"""Pixels a side that pictures are brought to where no config says another number."""
+"""Pixels a side that images are brought to where no config says another number."""
 
 _STRIP = 2**20  # pixels
 
 
 class PictureBook:
-    """Collects the pictures of all records, and decodes each once at the end."""
+    """Collects the images of all records, and decodes each once at the end."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[Record, list[tuple[str, Picture]]]] = []
@@ -124,8 +124,8 @@ class PictureBook:
         self.sizes: dict[str, list[Size]] = {}
 
     def add(self, record: Record, row: Example) -> None:
-        """Take in the pictures of one row."""
-        names = ("chosen", "rejected") if row.kind == "pair" else ("picture",) * row.num_rated
+        """Take in the images of one row."""
+        names = ("chosen", "rejected") if row.kind == "pair" else ("image",) * row.num_rated
         parts = [
             (name, candidate.response)
             for name, candidate in zip(names, row.candidates, strict=False)
@@ -135,12 +135,12 @@ class PictureBook:
             self.rows.append((record, parts))
 
     def close(self, problems: ProblemList, doubts: Doubts, *, alone: bool = True) -> None:
-        """Decode all pictures, in threads, and add what is wrong with them.
+        """Decode all images, in threads, and add what is wrong with them.
 
         Args:
-            problems: Pictures that cannot be decoded go there.
+            problems: Images that cannot be decoded go there.
             doubts: Rows that teach nothing, or other than they seem to, go there.
-            alone: Judge sizes as well: no config does, which knows how large pictures must be.
+            alone: Judge sizes as well: no config does, which knows how large images must be.
         """
         found = decode_all((picture for _, parts in self.rows for _, picture in parts), _look)
         self.num_decoded = sum(not isinstance(result, DataError) for result in found.values())
@@ -151,7 +151,7 @@ class PictureBook:
             for name, picture in parts:
                 result = found[picture]
                 if isinstance(result, DataError):
-                    problems.add(record, Problem("a picture must be decodable", str(result)))
+                    problems.add(record, Problem("an image must be decodable", str(result)))
                 else:
                     sizes.append(result[0])
                     digests.append(result[1])
@@ -160,17 +160,17 @@ class PictureBook:
                 continue
             if is_odd(sizes):
                 what = (
-                    "rows whose pictures differ in aspect ratio by more than 2 to 1: not trained on"
+                    "rows whose images differ in aspect ratio by more than 2 to 1: not trained on"
                 )
                 doubts.note(record, what, " and ".join(map(_shown, sizes)))
             elif _has_one_caption(record) and len(set(digests)) < len(digests):
-                doubts.note(record, "rows that show one picture twice, pixel by pixel")
+                doubts.note(record, "rows that show one image twice, pixel by pixel")
             whole.append((record, sizes))
         if alone:
             _judge_sizes(whole, doubts)
 
     def lines(self) -> list[str]:
-        """How many pictures there are, and a table of their sizes."""
+        """How many images there are, and a table of their sizes."""
         if not self.rows:
             return []
         total = sum(len(parts) for _, parts in self.rows)
@@ -178,7 +178,7 @@ class PictureBook:
         heads = ("width", "height", "width / height")
         quantiles = "".join(f"{name:>8}" for name in ("min", "median", "max"))
         lines = [
-            f"  pictures {total} in {len(self.rows)} records; {self.num_decoded} files decoded",
+            f"  images   {total} in {len(self.rows)} records; {self.num_decoded} files decoded",
             f"  {'':{width}}" + "    ".join(f"{head:>24}" for head in heads),
             f"  {'':{width}}" + "    ".join(quantiles for _ in heads),
         ]
@@ -194,15 +194,15 @@ class PictureBook:
 
 
 def _has_one_caption(record: Record) -> bool:
-    """Whether pictures alone tell the candidates of a row apart."""
+    """Whether images alone tell the candidates of a row apart."""
     row = record.example
     return row is not None and all(candidate.prompt is None for candidate in row.candidates)
 
 
 def _judge_sizes(rows: list[tuple[Record, list[Size]]], doubts: Doubts) -> None:
-    """Note pictures that a square crop cuts, or that training would have to enlarge, by much.
+    """Note images that a square crop cuts, or that training would have to enlarge, by much.
 
-    How large pictures must be is not known: the small ones are those that are small for the usual
+    How large images must be is not known: the small ones are those that are small for the usual
     size and beside the others of the file.
     """
     sides = [min(size) for _, sizes in rows for size in sizes]
@@ -212,11 +212,11 @@ def _judge_sizes(rows: list[tuple[Record, list[Size]]], doubts: Doubts) -> None:
             continue
         small = min(sizes, key=min)
         if min(small) < least:
-            what = f"rows with pictures that would be enlarged more than {LARGEST_FACTOR:g} times"
+            what = f"rows with images that would be enlarged more than {LARGEST_FACTOR:g} times"
             doubts.note(record, what, f"{_shown(small)}, where most have {2 * least:g} a side")
         long = max(sizes, key=lambda size: max(size) / min(size))
         if 1 - min(long) / max(long) > LARGEST_CUT:
-            what = "rows with pictures that a square crop cuts by more than half"
+            what = "rows with images that a square crop cuts by more than half"
             doubts.note(record, what, f"{_shown(long)}; diffusion.buckets keeps more")
 
 
@@ -225,7 +225,7 @@ def _shown(size: Size) -> str:
 
 
 def _look(picture: Image) -> tuple[Size, bytes]:
-    """Size, and a digest of the pixels, taken in strips: a large picture lies in memory once."""
+    """Size, and a digest of the pixels, taken in strips: a large image lies in memory once."""
     digest, (width, height) = hashlib.blake2b(repr(picture.size).encode()), picture.size
     step = max(1, _STRIP // width)
     for top in range(0, height, step):
@@ -300,13 +300,13 @@ def check_files(
 
     Args:
         paths: Files, saved datasets or hub names, or sources of a config, which have a layout and
-            pictures of their own. Rows whose `split` column says eval, test or validation count
+            images of their own. Rows whose `split` column says eval, test or validation count
             as evaluation rows, unless a source asks for that split.
         eval_paths: More of them, all of evaluation rows.
         layout: The layout of all of them; None to recognise it.
-        pictures: The folder that picture paths start from; None: that of each file.
+        pictures: The folder that image paths start from; None: that of each file.
         decode: What is wrong with the media of rows; None: they are only counted.
-        sizes: Judge the sizes of pictures; false where a config does, which knows what they become.
+        sizes: Judge the sizes of images; false where a config does, which knows what they become.
     """
     given = (*paths, *eval_paths)
     names = [str(item if isinstance(item, str | Path) else item.path) for item in given]
@@ -365,7 +365,7 @@ class _Book:
             self.lists.append((record, row.num_rated))
 
     def close(self, decode: Decode | None, *, sizes: bool) -> None:
-        """Compare what needed all records, and look into pictures and media."""
+        """Compare what needed all records, and look into images and media."""
         found = self.report
         found.pictures.close(found.problems, found.warnings, alone=sizes)
         self.report.media.close(self.report.problems, decode)

@@ -325,7 +325,7 @@ def test_pictures_that_cannot_be_used(sd15_dir: Path, data: Data, tmp_path: Path
     assert result.exit_code == 0, result.output
     for part in (
         "of 7 rows: 3 rows with an image that cannot be decoded are left out: row-0: ",
-        "0-chosen.png: is not a picture of JPEG, PNG",
+        "0-chosen.png: is not an image of JPEG, PNG",
         "row-1: ",
         "1-chosen.png: cannot be decoded",
         "bomb.png: is too large",
@@ -372,7 +372,7 @@ def test_pictures_that_are_not_there(sd15_dir: Path, data: Data, tmp_path: Path)
     file = changed(tmp_path / "lost", data["pairs"], lose)
     config = write_config(tmp_path, sd15_dir, file)
     said = refused("train", config)
-    assert "data.jsonl:1 (id 'row-0'): image_chosen must name a picture file that is there" in said
+    assert "data.jsonl:1 (id 'row-0'): image_chosen must name an image file that is there" in said
     assert "must stay inside" in said
     assert "data.bad_rows: drop leaves them out" in said
     result = run("train", config, "data.bad_rows=drop", "--dry-run")

@@ -293,7 +293,7 @@ def test_data_check_counts_and_decodes_media(data: Path) -> None:
     changes = ({"image": "broken.mp4"}, {"audio": "clip0.mp4"}, {"video": "broken.mp4"})
     file = with_media(data, "checked", *changes)
     result = CliRunner().invoke(app, ["data", "check", str(file)])
-    assert "shown    4 clips (4 files), 1 picture (1 file), 1 sound (1 file)" in result.output
+    assert "shown    4 clips (4 files), 1 image (1 file), 1 sound (1 file)" in result.output
     result = CliRunner().invoke(app, ["data", "check", "--decode", str(file)])
     assert result.exit_code == 1
     assert "problems in 2 of 4 records" in result.output

@@ -149,7 +149,7 @@ def test_an_irrelevant_answer_is_a_role(folder: Path) -> None:
         ({"video": "a.mp4", "fps": "fast"}, "the record: fps must be frames a second"),
         ({"video": {"path": "a.mp4", "fps": 0}}, "video: fps must be frames a second"),
         ({"video": "a.mp4", "max_pixels": 1e5}, "max_pixels must be a whole number"),
-        ({"image": "a.png", "max_pixels": 4096}, "pictures are shown is video.image_pixels"),
+        ({"image": "a.png", "max_pixels": 4096}, "images are shown is video.image_pixels"),
         ({"image": {"path": "a.png", "max_pixels": 4096}}, "image has the key 'max_pixels'"),
         ({"vidoe_rejected": "a.mp4"}, "did you mean 'video_rejected'"),
     ],

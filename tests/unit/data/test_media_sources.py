@@ -58,7 +58,7 @@ def test_clips_of_evaluation_rows_that_are_trained_on_are_told(
     held_out = write("b.jsonl", [*rows(1, prompt="What colour?"), *rows(2)])
     (line,) = check_files([train], eval_paths=[held_out]).warnings.lines()
     assert line == (
-        "1 of 2 evaluation rows show a clip, picture or sound that is also trained on; "
+        "1 of 2 evaluation rows show a clip, image or sound that is also trained on; "
         f"the first is {held_out}:1"
     )
     load_examples(DataConfig(train=train, eval=held_out), PAIR, seed=0)
@@ -91,14 +91,14 @@ def test_a_report_counts_what_is_shown(clips: Path, write: Write) -> None:
     save(clips / "a.png", 0)
     more = ANSWERS | {"images": ["a.png"], "audio": "c3.mp4"}
     text = check_files([write("a.jsonl", [*rows(0, 1, 1), more])]).text()
-    assert "shown    3 clips (2 files), 1 picture (1 file), 1 sound (1 file)" in text
+    assert "shown    3 clips (2 files), 1 image (1 file), 1 sound (1 file)" in text
 
 
 def test_pictures_of_prompts_are_looked_into(clips: Path, write: Write) -> None:
     (clips / "a.png").write_bytes(b"no picture")
     report = check_files([write("a.jsonl", [ANSWERS | {"image": "a.png"}])])
     (line,) = report.problems.lines()
-    assert "a picture must be decodable" in line
+    assert "an image must be decodable" in line
 
 
 def test_a_converted_file_names_a_clip_again_that_changed(clips: Path, write: Write) -> None:

@@ -43,7 +43,7 @@ def test_every_format_is_told_by_its_content(tmp_path: Path, kind: str) -> None:
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:
     for kind in ("PPM", "ICO", "TGA", "PDF"):
-        with pytest.raises(DataError, match="is not a picture of JPEG, PNG, WEBP, BMP, TIFF, GIF"):
+        with pytest.raises(DataError, match="is not an image of JPEG, PNG, WEBP, BMP, TIFF, GIF"):
             opened(tmp_path / "a.jpg", encoded(picture(0), kind))
 
 
@@ -131,14 +131,14 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
     jpeg, png = (encoded(picture(3, 64, 64), kind) for kind in ("JPEG", "PNG"))
     for data, reason in (
         (b"", "the file is empty"),
-        (b"I am a text.", "is not a picture"),
+        (b"I am a text.", "is not an image"),
         (jpeg[: len(jpeg) // 2], "cannot be decoded"),
         (png[: len(png) // 2], "cannot be decoded"),
-        (png[:40], "cannot be decoded|is not a picture"),
+        (png[:40], "cannot be decoded|is not an image"),
         (png_of(64, 64), "cannot be decoded"),
         (png_of(60_000, 60_000), "is too large"),
         (png_of(11_000, 10_000), "is 11000 x 10000; at most 100 million pixels are read"),
-        (png_of(0, 5), "cannot be decoded|is not a picture"),
+        (png_of(0, 5), "cannot be decoded|is not an image"),
     ):
         with pytest.raises(DataError, match=reason):
             opened(tmp_path / "a.png", data)
@@ -192,14 +192,14 @@ def test_paths_start_from_the_folder_and_stay_inside(tmp_path: Path) -> None:
         ("up/secret.png", f"must stay inside {folder}"),
         ("..", f"must stay inside {folder}"),
         ("", f"must stay inside {folder}"),
-        ("pics", "must name a picture file that is there"),
-        ("pics/", "must name a picture file that is there"),
-        ("pics/b.png", "must name a picture file that is there"),
-        ("pics/a.png/x.png", "must name a picture file that is there"),
-        ("pipe.png", "must name a picture file that is there"),
+        ("pics", "must name an image file that is there"),
+        ("pics/", "must name an image file that is there"),
+        ("pics/b.png", "must name an image file that is there"),
+        ("pics/a.png/x.png", "must name an image file that is there"),
+        ("pipe.png", "must name an image file that is there"),
         ("a\0b.png", "must be a path that can be looked at"),
         ("x" * 5000, "must be a path that can be looked at"),
-        ("https://somewhere/a.png", "must be a file here: download the pictures first"),
+        ("https://somewhere/a.png", "must be a file here: download the images first"),
     ):
         found = root.find(text)
         assert isinstance(found, Problem)

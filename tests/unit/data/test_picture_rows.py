@@ -110,16 +110,14 @@ def test_check_names_pictures_that_cannot_be_used(pics: Path, write: Write) -> N
     report = check_files([path])
     assert report.exit_code == 1
     lines = report.problems.lines()
-    assert lines[0].startswith(f"{path}:4 (id '4'): image_chosen must name a picture file")
-    assert lines[1].startswith(
-        f"{path}:2 (id '2'): a picture must be decodable, but {pics}/cut.png"
-    )
+    assert lines[0].startswith(f"{path}:4 (id '4'): image_chosen must name an image file")
+    assert lines[1].startswith(f"{path}:2 (id '2'): an image must be decodable, but {pics}/cut.png")
     assert report.warnings.lines() == [
-        "rows whose pictures differ in aspect ratio by more than 2 to 1: not trained on: "
+        "rows whose images differ in aspect ratio by more than 2 to 1: not trained on: "
         f"1 of 3 rows; the first is {path}:3 (id '3'): 60 x 24 and 24 x 24"
     ]
     text = report.text()
-    assert "pictures 6 in 3 records; 4 files decoded" in text
+    assert "images   6 in 3 records; 4 files decoded" in text
     assert [line.split() for line in text.splitlines() if line.startswith("  chosen")] == [
         ["chosen", "24", "42", "60", "24", "24", "24", "1.00", "1.75", "2.50"]
     ]
@@ -139,9 +137,9 @@ def test_check_names_pictures_that_teach_other_than_they_seem(tmp_path: Path) ->
     (folder / "captions.txt").write_text(said, encoding="utf-8")
     lines = check_files([folder]).warnings.lines()
     assert [line.partition(": ")[0] for line in lines] == [
-        "rows that show one picture twice, pixel by pixel",
-        "rows with pictures that a square crop cuts by more than half",
-        "rows with pictures that would be enlarged more than 2 times",
+        "rows that show one image twice, pixel by pixel",
+        "rows with images that a square crop cuts by more than half",
+        "rows with images that would be enlarged more than 2 times",
     ]
     assert all(f": 1 of 4 rows; the first is {folder}:" in line for line in lines)
     assert "long" in lines[1]

@@ -99,7 +99,7 @@ def test_cells_that_only_name_a_file(tmp_path: Path) -> None:
 
     lists = pa.table({"prompt": ["p"], "images": [[b"x", b"y"]], "scores": [[1, 2]]})
     pq.write_table(lists, tmp_path / "b.parquet")
-    with pytest.raises(DataError, match="the cells of column 'images' hold lists of pictures"):
+    with pytest.raises(DataError, match="the cells of column 'images' hold lists of images"):
         list(read_records(tmp_path / "b.parquet"))
 
 
@@ -179,27 +179,25 @@ def test_what_is_wrong_in_a_folder_is_named(tmp_path: Path) -> None:
     said = ["nothing", json.dumps({"text": "of no file"}), json.dumps({"file": "x", "text": "y"})]
     (folder / "metadata.jsonl").write_text("\n".join(said), encoding="utf-8")
     found = {r.place.removeprefix(f"{folder}"): problems([r])[0] for r in read_records(folder)}
-    assert found[":a"] == "has no picture of the same name in rejected/"
-    assert found[":b"] == "has more than one picture of the same name in chosen/"
+    assert found[":a"] == "has no image of the same name in rejected/"
+    assert found[":b"] == "has more than one image of the same name in chosen/"
     assert found[":d.1"].startswith("has no caption: give NAME.txt")
     assert found[":sub/c"].startswith("has a caption that cannot be read")
-    assert found[":x"] == "has a caption, but no picture"
+    assert found[":x"] == "has a caption, but no image"
     assert found["/metadata.jsonl:1"].startswith("not JSON")
-    assert found["/metadata.jsonl:2"] == "names no picture; it must have `file_name`"
+    assert found["/metadata.jsonl:2"] == "names no image; it must have `file_name`"
     assert len(found) == 7
     (folder / "captions.txt").write_text("no tab here", encoding="utf-8")
     with pytest.raises(DataError, match=r"has metadata\.jsonl and captions\.txt; keep one"):
         list(read_records(folder))
     (folder / "metadata.jsonl").unlink()
-    assert problems(list(read_records(folder)))[0].startswith(
-        "must be the name of a picture, a tab"
-    )
+    assert problems(list(read_records(folder)))[0].startswith("must be the name of an image, a tab")
     save(tmp_path / "half" / "chosen" / "a.png")
     with pytest.raises(DataError, match="has chosen/, but no rejected/ beside it"):
         list(read_records(tmp_path / "half"))
     (tmp_path / "half" / "rejected").mkdir()
     (tmp_path / "half" / "chosen" / "a.png").unlink()
-    with pytest.raises(DataError, match="hold no pictures"):
+    with pytest.raises(DataError, match="hold no images"):
         list(read_records(tmp_path / "half"))
 
 
@@ -291,4 +289,4 @@ def test_pictures_that_are_not_read_and_captions_without_one_are_named(
     found = list(read_records(folder))
     assert problems(found) == ["chosen/h.heic is of a format that is not read: convert it to png"]
     assert sum(record.example is not None for record in found) == 4
-    assert "caption files without a picture beside them: 1 (rejected/gone.txt)" in caplog.text
+    assert "caption files without an image beside them: 1 (rejected/gone.txt)" in caplog.text

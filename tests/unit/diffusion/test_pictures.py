@@ -298,7 +298,7 @@ def test_files_of_a_row_are_prepared_as_their_pictures_are(tmp_path: Path, bucke
             assert (array == theirs).all()
             assert frame == its_frame
     (tmp_path / "1.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"1\.png: is not a picture"):
+    with pytest.raises(DataError, match=r"1\.png: is not an image"):
         prepare([Picture(path) for path in paths], options, 3)
 
 
