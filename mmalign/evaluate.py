@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mmalign.core import CandidateLogps, Needs, Objective
-    from mmalign.models.adapter import Batch
+    from mmalign.models.batch import Batch
 
     Floats = NDArray[np.float64]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from mmalign import config as configs
 from mmalign.core import CandidateLogps, Needs
-from mmalign.models.adapter import Adapter, Batch
+from mmalign.models.adapter import Adapter
+from mmalign.models.batch import ROWS, Batch, ModelInputs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,6 +31,13 @@ if TYPE_CHECKING:
 TOY = "toy_adapter:ToyAdapter"
 VOCABULARY = 48
 HIDDEN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ToyInputs(ModelInputs):
+    prompt: Tensor = field(metadata=ROWS)
+    response: Tensor
+    mask: Tensor
 
 
 class ToyModel(nn.Module):
@@ -91,15 +100,14 @@ class ToyAdapter(Adapter):
         longest = max(len(text) for text in prompts)
         prompt = torch.stack([_encode(text.ljust(longest)) for text in prompts])
         return Batch(
-            {"prompt": prompt, "response": ids, "mask": mask},
+            ToyInputs(prompt, ids, mask),
             torch.tensor(labels, dtype=torch.float32),
             torch.tensor([e.weight for e in examples]),
             tuple(e.id for e in examples),
-            shared=frozenset({"prompt"}),
         )
 
     def forward(self, batch: Batch, needs: Needs) -> CandidateLogps:
-        prompt, ids = batch.inputs["prompt"], batch.inputs["response"]
+        prompt, ids = batch.inputs.prompt, batch.inputs.response
         before = ids.roll(1, dims=-1)
         before[..., 0] = 0
         policy = self.policy(prompt, before)
@@ -117,7 +125,7 @@ class ToyAdapter(Adapter):
         weight = torch.sigmoid(policy[..., 0]) if needs.weight else None
         return CandidateLogps(
             policy=chosen,
-            mask=batch.inputs["mask"],
+            mask=batch.inputs.mask,
             labels=batch.labels,
             reference=reference,
             kl=kl,
@@ -127,7 +135,7 @@ class ToyAdapter(Adapter):
         )
 
     def num_positions(self, batch: Batch, needs: Needs) -> Tensor:
-        response = batch.inputs["mask"].sum(-1)
+        response = batch.inputs.mask.sum(-1)
         return torch.stack([response, torch.zeros_like(response)], dim=-1)
 
     def save(self, directory: Path) -> None:

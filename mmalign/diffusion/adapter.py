@@ -18,7 +18,7 @@ from mmalign.data.example import as_text
 from mmalign.diffusion import export, methods, pictures
 from mmalign.diffusion.components import load_components, load_denoiser
 from mmalign.diffusion.conditioning import load_tokenizers
-from mmalign.diffusion.inputs import TIMESTEP_BIN, Inputs, parts
+from mmalign.diffusion.inputs import TIMESTEP_BIN, ImageInputs, Inputs
 from mmalign.diffusion.methods import names_of
 from mmalign.diffusion.pictures import cache_folder, caption_of, look
 from mmalign.diffusion.samples import (
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from mmalign.config import RunConfig, SampleConfig
     from mmalign.data.example import Example
     from mmalign.diffusion.components import Components
-    from mmalign.models.adapter import Batch, Saved
+    from mmalign.models.adapter import Saved
+    from mmalign.models.batch import Batch
 
 
 # The rows a run learns from, and how they are shown.
@@ -259,17 +260,19 @@ class DiffusionAdapter(Adapter):
         """Find out what caches hold of the rows; load what is needed for the rest."""
         self.inputs.open(examples, self.policy)
 
-    def collate(self, examples: Sequence[Example], draws: Sequence[int] | None = None) -> Batch:
+    def collate(
+        self, examples: Sequence[Example], draws: Sequence[int] | None = None
+    ) -> Batch[ImageInputs]:
         """Images or their latents, captions, timesteps and seeds."""
         return self.inputs.collator(examples, draws)
 
-    def forward(self, batch: Batch, needs: Needs) -> CandidateLogps:
+    def forward(self, batch: Batch[ImageInputs], needs: Needs) -> CandidateLogps:
         """Score every candidate at its row's timestep; only what `needs` names is computed."""
         num_rows, num = batch.labels.shape
         condition = self.inputs.condition(batch)
         columns: dict[str, list[Tensor]] = {"policy": [], "reference": [], "kl": []}
         order: list[Tensor] = []
-        for part in parts(batch):
+        for part in batch.inputs.parts:
             flat = (part.rows[:, None] * num + torch.arange(num, device=part.rows.device)).flatten()
             cond = condition.rows(flat.to(batch.labels.device, non_blocking=True))
             scores = self._scoring(self.policy, batch, part, flat, cond, needs)
@@ -284,9 +287,9 @@ class DiffusionAdapter(Adapter):
             for name, values in columns.items()
             if values
         }
-        if needs.reference and "ref_errors" in batch.inputs:
-            stored = batch.inputs["ref_errors"].view(num_rows, num, 1)
-            found["reference"] = -self.config.diffusion.logp_scale * stored
+        stored = batch.inputs.ref_errors
+        if needs.reference and stored is not None:
+            found["reference"] = -self.config.diffusion.logp_scale * stored.view(num_rows, num, 1)
         return CandidateLogps(
             mask=torch.ones_like(found["policy"], dtype=torch.bool),
             labels=batch.labels,
@@ -304,12 +307,12 @@ class DiffusionAdapter(Adapter):
         """Denoising errors of policy and reference, and their difference."""
         return batch_metrics(logps, self.config.diffusion.logp_scale, self.needs)
 
-    def per_row_columns(self, batch: Batch) -> dict[str, list[Any]]:
+    def per_row_columns(self, batch: Batch[ImageInputs]) -> dict[str, list[Any]]:
         """The noise level of each row, as a share of the schedule."""
         # A row's timesteps are not independent of each other: intervals are over rows.
         found: dict[str, list[Any]] = {"row": [name.partition("@")[0] for name in batch.ids]}
         if self.teacher is None:  # else its walks have levels of their own
-            levels = self.process.timestep_input(batch.inputs["timesteps"].double())
+            levels = self.process.timestep_input(batch.inputs.timesteps.double())
             found["noise_level"] = (levels / self.process.num_timesteps).tolist()
         return found
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 
@@ -34,11 +34,11 @@ from mmalign.diffusion.pictures import (
 from mmalign.diffusion.process import draw_timesteps
 from mmalign.diffusion.sample import denoise, picture_size, start_noise
 from mmalign.errors import DataError
-from mmalign.models.adapter import Batch
+from mmalign.models.batch import ON_CPU, ROWS, Batch, ModelInputs
 from mmalign.models.files import state_fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -57,43 +57,58 @@ TIMESTEP_BIN = "timestep_bin"
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """The rows of a batch whose images have one shape; they go through the network together."""
+class Part(ModelInputs):
+    """The rows of a batch whose images have one shape; they go through the network together.
 
-    rows: Tensor  # [R] their places in the batch
-    pictures: dict[str, Tensor]  # mean, std or pixels: [R, K, ...]
+    Attributes:
+        rows: [R] their places in the batch; on the CPU.
+        images: `mean` and `std` [R, K, C, h, w], the posterior of the latents (from a cache), or
+            `pixels` [R, K, 3, H, W] in [-1, 1].
+    """
+
+    rows: Tensor = field(metadata=ROWS | ON_CPU)
+    images: dict[str, Tensor]
+
+    def columns(self, wanted: Tensor) -> Self:
+        """As ever; `wanted` has all rows of the batch."""
+        return super(Part, self).columns(wanted.cpu()[self.rows])
+
+    def take(self, rows: Tensor) -> Self:
+        """Those of the rows that are of this shape."""
+        new, own = (rows.cpu()[:, None] == self.rows).nonzero(as_tuple=True)
+        images = {name: value[own.to(value.device)] for name, value in self.images.items()}
+        return replace(self, rows=new, images=images)
 
 
-def parts(batch: Batch) -> Iterator[Part]:
-    """The shapes of a batch, in turn."""
-    index = 0
-    while f"rows.{index}" in batch.inputs:
-        suffix = f".{index}"
-        found = {
-            key.removesuffix(suffix): value
-            for key, value in batch.inputs.items()
-            if key.endswith(suffix) and key != f"rows{suffix}"
-        }
-        yield Part(batch.inputs[f"rows{suffix}"], found)
-        index += 1
+@dataclass(frozen=True, slots=True)
+class ImageInputs(ModelInputs):
+    """Images of a batch and all that goes with them.
+
+    Attributes:
+        parts: The images, by shape.
+        timesteps: [B], one a row.
+        seeds: [B, K] of the noise: of the row, or of the image where it is not shared; on the CPU,
+            where random numbers are drawn.
+        picture_seeds: [B, K] of what belongs to one image (the posterior's noise); likewise.
+        embeds, pooled: [B, K, S, D] and [B, K, P], embedded captions (from a cache).
+        caption_ids: Text encoder to [B, K, S], the token ids of captions that are not.
+        time_ids: [B, K, 6] size, crop and target size of each image (SDXL).
+        ref_errors: [B, K] of the reference, from a cache.
+    """
+
+    parts: tuple[Part, ...]
+    timesteps: Tensor = field(metadata=ROWS)
+    seeds: Tensor = field(metadata=ON_CPU)
+    picture_seeds: Tensor = field(metadata=ON_CPU)
+    embeds: Tensor | None = None
+    pooled: Tensor | None = None
+    caption_ids: dict[str, Tensor] = field(default_factory=dict["str", "Tensor"])
+    time_ids: Tensor | None = None
+    ref_errors: Tensor | None = None
 
 
 class Collator:
-    """Makes batches; everything random in them comes from a row's draw.
-
-    Inputs of a batch, with B rows, K candidates and, for the i-th shape among them, R of the rows:
-        rows.i [R] places in the batch of the rows of this shape; on the CPU
-        mean.i, std.i [R, K, C, h, w] posterior of the latents (from a cache), or
-        pixels.i [R, K, 3, H, W] in [-1, 1]
-        embeds [B, K, S, D], pooled [B, K, P] embedded captions (from a cache), or
-        ids.NAME [B, K, S] their token ids
-        time_ids [B, K, 6] size, crop and target size of each image (SDXL)
-        timesteps [B] one a row
-        seeds [B, K] of the noise: of the row, or of the image where it is not shared; on the
-            CPU, where random numbers are drawn
-        picture_seeds [B, K] of what belongs to one image (the posterior's noise); likewise
-        ref_errors [B, K] from a cache
-    """
+    """Makes batches; everything random in them comes from a row's draw."""
 
     def __init__(
         self,
@@ -113,7 +128,9 @@ class Collator:
         self.components = components
         self.stored_draws = stored_draws  # draws are numbers of stored ones
 
-    def __call__(self, examples: Sequence[Example], draws: Sequence[int] | None) -> Batch:
+    def __call__(
+        self, examples: Sequence[Example], draws: Sequence[int] | None
+    ) -> Batch[ImageInputs]:
         """The batch of these rows; without draws, each row's own."""
         settings = self.config.diffusion
         row_seeds = [
@@ -131,14 +148,13 @@ class Collator:
             captions = [[row[0], other] for row, other in zip(captions, others, strict=True)]
             examples = [_doubled(example) for example in examples]
 
-        inputs: dict[str, Tensor] = self._conditions(captions)
-        pictures, frames = self._pictures(examples, None if fixed else row_seeds)
-        inputs |= pictures
+        parts, frames = self._pictures(examples, None if fixed else row_seeds)
+        time_ids = ref_errors = None
         if self.components.family.has_time_ids:
-            inputs["time_ids"] = torch.tensor(
+            time_ids = torch.tensor(
                 [[self._time_ids(frame) for frame in row] for row in frames], dtype=torch.float32
             )
-        inputs["timesteps"] = self._timesteps(self._quantiles(examples, rng, draws), frames)
+        timesteps = self._timesteps(self._quantiles(examples, rng, draws), frames)
         # By name and not by place: exchanging two images exchanges all that is theirs.
         own = torch.tensor(
             [
@@ -148,24 +164,23 @@ class Collator:
         )
         # An inversion's noise belongs to an image's own path.
         shared = settings.estimator.kind == "forward" and settings.estimator.shared
-        inputs["picture_seeds"] = own
-        inputs["seeds"] = torch.tensor(row_seeds)[:, None].expand_as(own) if shared else own
+        seeds = torch.tensor(row_seeds)[:, None].expand_as(own) if shared else own
         if self.errors is not None and self.needs.reference:
             numbers = [
                 self._number(e, None if draws is None else draws[i]) for i, e in enumerate(examples)
             ]
-            inputs["ref_errors"] = torch.stack(
+            ref_errors = torch.stack(
                 [self.errors.get(e, d) for e, d in zip(examples, numbers, strict=True)]
             )
-        places = {key for key in inputs if key.startswith("rows.")}
         return Batch(
-            inputs,
+            ImageInputs(
+                parts, timesteps, seeds, own, time_ids=time_ids, ref_errors=ref_errors,
+                **self._conditions(captions),
+            ),
             torch.tensor([list(e.labels) for e in examples], dtype=torch.float32),
             torch.tensor([e.weight for e in examples], dtype=torch.float32),
             tuple(e.id for e in examples),
-            shared=frozenset({"timesteps", *places}),
-            host=frozenset({"seeds", "picture_seeds", *places}),  # a GPU would be waited for
-        )
+        )  # fmt: skip
 
     # -- what is drawn -----------------------------------------------------------------------
 
@@ -217,24 +232,22 @@ class Collator:
             for example, drop in zip(examples, dropped, strict=True)
         ]
 
-    def _conditions(self, captions: list[list[str]]) -> dict[str, Tensor]:
+    def _conditions(self, captions: list[list[str]]) -> dict[str, Any]:
+        """Fields of `ImageInputs`: captions embedded, or as token ids."""
         flat = [caption for row in captions for caption in row]
+        shape = (len(captions), len(captions[0]))
         if self.prompts is not None:
-            found = self.prompts.get(flat)
-        else:
-            assert self.encoder is not None
-            found = {f"ids.{name}": ids for name, ids in self.encoder.tokenize(flat).items()}
-        return {
-            name: value.unflatten(0, (len(captions), len(captions[0])))
-            for name, value in found.items()
-        }
+            return {k: v.unflatten(0, shape) for k, v in self.prompts.get(flat).items()}
+        assert self.encoder is not None
+        ids = self.encoder.tokenize(flat)
+        return {"caption_ids": {name: value.unflatten(0, shape) for name, value in ids.items()}}
 
     # -- images ----------------------------------------------------------------------------
 
     def _pictures(
         self, examples: Sequence[Example], seeds: Sequence[int] | None
-    ) -> tuple[dict[str, Tensor], list[list[Frame]]]:
-        """Tensors of every shape among the rows, and the frames of all images."""
+    ) -> tuple[tuple[Part, ...], list[list[Frame]]]:
+        """The images of every shape among the rows, and the frames of all."""
         settings = self.config.diffusion
         loaded: list[dict[str, Tensor]] = []
         frames: list[list[Frame]] = []
@@ -258,12 +271,14 @@ class Collator:
         groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         for i, row in enumerate(loaded):
             groups[tuple((name, *value.shape) for name, value in sorted(row.items()))].append(i)
-        inputs: dict[str, Tensor] = {}
-        for index, rows in enumerate(groups.values()):
-            inputs[f"rows.{index}"] = torch.tensor(rows)
-            for name in loaded[rows[0]]:
-                inputs[f"{name}.{index}"] = torch.stack([loaded[i][name] for i in rows])
-        return inputs, frames
+        parts = tuple(
+            Part(
+                torch.tensor(rows),
+                {name: torch.stack([loaded[i][name] for i in rows]) for name in loaded[rows[0]]},
+            )
+            for rows in groups.values()
+        )
+        return parts, frames
 
     def _time_ids(self, frame: Frame) -> list[int]:
         if self.config.diffusion.time_ids == "constant":
@@ -491,17 +506,19 @@ class Inputs:
             )
         return self._encoder
 
-    def condition(self, batch: Batch) -> Condition:
+    def condition(self, batch: Batch[ImageInputs]) -> Condition:
         """The conditioning of every image, [B * K] rows."""
-        flat = {name: value.flatten(0, 1) for name, value in batch.inputs.items() if _is_cond(name)}
-        if "embeds" in flat:
-            cond = Condition(flat["embeds"], flat.get("pooled"))
+        inputs = batch.inputs
+        if inputs.embeds is not None:
+            pooled = None if inputs.pooled is None else inputs.pooled.flatten(0, 1)
+            cond = Condition(inputs.embeds.flatten(0, 1), pooled)
         else:
-            ids = {n.removeprefix("ids."): v for n, v in flat.items() if n.startswith("ids.")}
+            ids = {name: value.flatten(0, 1) for name, value in inputs.caption_ids.items()}
             cond = self.encoder.to(batch.labels.device).embed(ids)
         if self.components.is_distilled:
             cond = cond.with_guidance(self.config.diffusion.embedded_guidance)
-        return replace(cond, time_ids=flat.get("time_ids"))
+        times = inputs.time_ids
+        return replace(cond, time_ids=None if times is None else times.flatten(0, 1))
 
     def empty(self, device: torch.device) -> Condition:
         """The empty prompt, one row, without time ids."""
@@ -570,10 +587,6 @@ def _complete(cache: C, wanted: Any, mode: str) -> C | None:
 def captions_of(example: Example) -> list[str]:
     """The captions of a row's candidates."""
     return [caption_of(example, k) for k in range(len(example.candidates))]
-
-
-def _is_cond(name: str) -> bool:
-    return name in ("embeds", "pooled", "time_ids") or name.startswith("ids.")
 
 
 # What training reads instead of running the VAE, the text encoders and the reference.

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from mmalign.core import Needs
     from mmalign.diffusion.estimators import Predict
     from mmalign.diffusion.families import Condition, Family
-    from mmalign.diffusion.inputs import Inputs, Part
-    from mmalign.models.adapter import Batch
+    from mmalign.diffusion.inputs import ImageInputs, Inputs, Part
+    from mmalign.models.batch import Batch
     from mmalign.models.reference import Ema, Reference
 
 
@@ -111,7 +111,7 @@ class Scoring:
     def __call__(
         self,
         policy: nn.Module,
-        batch: Batch,
+        batch: Batch[ImageInputs],
         part: Part,
         flat: Tensor,
         condition: Condition,
@@ -131,11 +131,11 @@ class Scoring:
         """
         settings = self.settings
         num = batch.labels.shape[1]
-        own_rng = RowRNG(batch.inputs["picture_seeds"].flatten()[flat])
-        rng = RowRNG(batch.inputs["seeds"].flatten()[flat])
-        x0 = self.inputs.latents(part.pictures, own_rng)
+        own_rng = RowRNG(batch.inputs.picture_seeds.flatten()[flat])
+        rng = RowRNG(batch.inputs.seeds.flatten()[flat])
+        x0 = self.inputs.latents(part.images, own_rng)
         rows = part.rows.to(x0.device, non_blocking=True)
-        t = batch.inputs["timesteps"][rows].repeat_interleave(num)
+        t = batch.inputs.timesteps[rows].repeat_interleave(num)
         process = self.process.at((x0.shape[-2], x0.shape[-1]))
         networks = self._networks(policy, x0.device, condition)
         point = self.estimator(x0, t, rng, process, networks)
@@ -155,7 +155,7 @@ class Scoring:
             return -settings.logp_scale * error
 
         reference = kl = ref_prediction = None
-        live = needs.kl or (needs.reference and "ref_errors" not in batch.inputs)
+        live = needs.kl or (needs.reference and batch.inputs.ref_errors is None)
         if live:  # before the policy, whose activations are kept
             for share, member in self.reference.members():
                 with member.active() as model:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, cast
 
-import torch
 from torch import nn
 
 from mmalign.core import Needs
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from mmalign.config import RunConfig, SampleConfig, TrainConfig
     from mmalign.core import CandidateLogps
     from mmalign.data.example import Example
+    from mmalign.models.batch import Batch
 
 
 # The rows of a run: read, looked at before a model is loaded, and left out where they must be.
@@ -147,59 +147,6 @@ def say(notes: Sequence[str]) -> None:
 
 
 # The contract between a modality and everything else.
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """B rows ready for a device.
-
-    Inputs have leading axes [B, K]; [B] for those in `shared`; those in `whole` belong to the batch
-    and not to its rows.
-    """
-
-    inputs: Mapping[str, Tensor]
-    labels: Tensor  # [B, K]
-    row_weight: Tensor | None  # [B]
-    ids: tuple[str, ...]  # record ids, for messages and caches
-    shared: frozenset[str] = field(default_factory=frozenset)
-    host: frozenset[str] = field(default_factory=frozenset)  # inputs that stay on the CPU
-    whole: frozenset[str] = field(default_factory=frozenset)
-
-    def to(self, device: torch.device | str) -> Batch:
-        """A copy with every tensor on `device`, but for those of `host`."""
-        return replace(
-            self,
-            inputs={
-                k: v if k in self.host else v.to(device, non_blocking=True)
-                for k, v in self.inputs.items()
-            },
-            labels=self.labels.to(device),
-            row_weight=None if self.row_weight is None else self.row_weight.to(device),
-        )
-
-    def select(self, candidate: int) -> Batch:
-        """The same rows with one candidate only (K = 1), for backward passes in turn."""
-        pick = slice(candidate, candidate + 1)
-        return replace(
-            self,
-            inputs={
-                k: v if k in self.shared | self.whole else v[:, pick]
-                for k, v in self.inputs.items()
-            },
-            labels=self.labels[:, pick],
-        )
-
-    def take(self, rows: Tensor) -> Batch:
-        """Some of the rows, by number."""
-        return replace(
-            self,
-            inputs={
-                k: v if k in self.whole else v[rows.to(v.device)] for k, v in self.inputs.items()
-            },
-            labels=self.labels[rows],
-            row_weight=None if self.row_weight is None else self.row_weight[rows],
-            ids=tuple(self.ids[i] for i in rows.tolist()),
-        )
 
 
 @dataclass(frozen=True, slots=True)

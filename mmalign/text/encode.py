@@ -14,11 +14,12 @@ import torch
 
 from mmalign.data.example import Asked
 from mmalign.errors import ConfigError, DataError, NeedsError
-from mmalign.models.adapter import Batch
+from mmalign.models.batch import Batch
 from mmalign.text.frame import Ends
 from mmalign.text.masks import EncodedCandidate, mark_ranges, mark_spans, mark_steps, span_masks
 from mmalign.text.messages import Notes, PlainText
 from mmalign.text.model import stop_ids
+from mmalign.text.packing import TextInputs
 from mmalign.text.render import ChatTemplate
 from mmalign.text.tokenizer import (
     JinjaTemplate,
@@ -52,16 +53,8 @@ def collate(
     examples: Sequence[Example],
     needs: Needs,
     encode: Callable[[Example], Sequence[EncodedCandidate]],
-) -> tuple[Batch, Encoded]:
+) -> tuple[Batch[TextInputs], Encoded]:
     """A batch on the CPU: the rated candidates, then the extra roles in the order of `needs`.
-
-    Inputs, right-padded to the longest of the batch:
-        prompt_ids, prompt_mask: [B, K, P]
-        response_ids, response_mask: [B, K, L]; True on every token, end included.
-        response_scored: [B, K, L] bool, only where responses of several turns have tokens that the
-            assistant did not write, or that it is not trained on.
-        span_mask (text.masks.kind spans, diff): [B, K, L] bool.
-        step_index (text.masks.kind steps): [B, K, L] long; 0 is no step.
 
     A "mismatched" candidate is the response of the row before under this prompt, tokenised on its
     own: no label of a row depends on the rows beside it.
@@ -96,7 +89,7 @@ def collate(
     if "mismatched" in needs.roles and len(rows) == 1:
         why = "alone in its batch: nothing to mismatch"
         encoder.notes.count("without_mismatch", rows[0].id, why, surveyed=False)
-        inputs["response_mask"][:, -1] = False
+        inputs.response_mask[:, -1] = False
     batch = Batch(
         inputs=inputs,
         labels=torch.tensor(labels, dtype=torch.float32),
@@ -106,7 +99,7 @@ def collate(
     return batch, encoded
 
 
-def _inputs(encoder: Encoder, encoded: Encoded) -> dict[str, Tensor]:
+def _inputs(encoder: Encoder, encoded: Encoded) -> TextInputs:
     inputs: dict[str, Tensor] = {}
     for name in ("prompt", "response"):
         ids = [[getattr(item, name) for item in row] for row in encoded]
@@ -119,7 +112,7 @@ def _inputs(encoder: Encoder, encoded: Encoded) -> dict[str, Tensor]:
         inputs["span_mask"] = _pad([encoder.span_masks(row) for row in encoded], 0).bool()
     if encoder.uses_steps:
         inputs["step_index"] = _pad([[item.steps for item in row] for row in encoded], 0)
-    return inputs
+    return TextInputs(**inputs)
 
 
 def _selected(example: Example, needs: Needs) -> Example:
@@ -340,7 +333,7 @@ class Encoder:
             encoded.update(zip(indices, items, strict=True))
         return tuple(encoded[index] for index in range(len(encoded)))
 
-    def collate(self, examples: Sequence[Example], needs: Needs) -> Batch:
+    def collate(self, examples: Sequence[Example], needs: Needs) -> Batch[TextInputs]:
         """A batch on the CPU: rated candidates, then the extra roles of `needs`; see `collate`."""
         return collate(self, examples, needs, self.encode_example)[0]
 

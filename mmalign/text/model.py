@@ -17,13 +17,13 @@ from mmalign.models.files import ADAPTER_CONFIG
 from mmalign.text import packing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from mmalign.config import ModelConfig, RunConfig
-    from mmalign.text.packing import Fed, Rows
+    from mmalign.text.packing import Fed, Rows, TextInputs
 
 
 # Causal language models of transformers: loading one, and what is switched off in it.
@@ -235,11 +235,11 @@ def rope_limits(model: PreTrainedModel) -> tuple[int, ...]:
     return tuple(sorted(limits))
 
 
-def turns_alike(limits: tuple[int, ...], inputs: Mapping[str, Tensor]) -> bool:
+def turns_alike(limits: tuple[int, ...], inputs: TextInputs) -> bool:
     """Whether one pass over all candidates of a batch turns each as it would be turned alone."""
     if not limits:
         return True
-    lengths = (inputs["prompt_mask"].sum(-1) + inputs["response_mask"].sum(-1)).flatten().tolist()
+    lengths = inputs.lengths().flatten().tolist()
     # The last token of a response is not fed.
     return len({bisect_left(limits, n) for n in (*lengths, max(lengths) - 1)}) == 1
 

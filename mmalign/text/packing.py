@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from mmalign.errors import ConfigError, MmalignError
+from mmalign.models.batch import ModelInputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -243,6 +244,49 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
+class TextInputs(ModelInputs):
+    """Tokens of a batch, right-padded to the longest.
+
+    Attributes:
+        prompt_ids, prompt_mask: [B, K, P]; the mask is bool, as all of them.
+        response_ids, response_mask: [B, K, L]; True on every token, end included.
+        response_scored: [B, K, L], only where responses of several turns have tokens that the
+            assistant did not write, or that it is not trained on.
+        context_index: [B, K] long, only where prompts of equal tokens may show different things.
+        span_mask: [B, K, L], under text.masks.kind spans or diff.
+        step_index: [B, K, L] long, under text.masks.kind steps; 0 is no step.
+        ref_logps: [B, K, L], where the reference was scored beforehand.
+        ref_hidden: [B, K, L, D], where its hidden states were stored.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    response_scored: Tensor | None = None
+    context_index: Tensor | None = None
+    span_mask: Tensor | None = None
+    step_index: Tensor | None = None
+    ref_logps: Tensor | None = None
+    ref_hidden: Tensor | None = None
+
+    def scored_responses(self) -> Tensor:  # [B, K, L]
+        """Which response tokens are scored."""
+        real = self.response_mask
+        return real if self.response_scored is None else real & self.response_scored
+
+    def scored_prompts(self) -> Tensor:  # [B, K, P]
+        """Which prompt tokens can be scored: all but the first, which nothing predicts."""
+        mask = self.prompt_mask.clone()
+        mask[..., 0] = False
+        return mask
+
+    def lengths(self) -> Tensor:  # [B, K]
+        """Tokens of every candidate, prompt and response."""
+        return self.prompt_mask.sum(-1) + self.response_mask.sum(-1)
+
+
+@dataclass(frozen=True, slots=True)
 class Fed:
     """What a pass runs where a model is fed more than token ids."""
 
@@ -250,18 +294,17 @@ class Fed:
     inputs: Mapping[str, Any]  # its keywords
 
 
-def arrange(inputs: Mapping[str, Tensor], layout: Layout, *, prompts: bool = False) -> Rows:
+def arrange(inputs: TextInputs, layout: Layout, *, prompts: bool = False) -> Rows:
     """Lay out a batch.
 
     Args:
-        inputs: prompt_ids, prompt_mask [B, K, P] and response_ids, response_mask [B, K, L];
-            response_scored [B, K, L] where some of those tokens are not scored; context_index
-            [B, K] where prompts of equal tokens may show different things.
+        inputs: Of the batch.
         layout: packed or plain.
         prompts: Whether prompt tokens are scored too.
     """
-    device = inputs["prompt_ids"].device
-    pairs = list(zip(_prompts(inputs), _tokens(inputs, "response"), strict=True))
+    device = inputs.prompt_ids.device
+    responses_of = _tokens(inputs.response_ids, inputs.response_mask)
+    pairs = list(zip(_prompts(inputs), responses_of, strict=True))
     groups: dict[Prompt, dict[Tokens, None]] = {}
     for prompt, response in pairs:
         groups.setdefault(prompt, {})[response] = None
@@ -314,15 +357,15 @@ def arrange(inputs: Mapping[str, Tensor], layout: Layout, *, prompts: bool = Fal
         return torch.where(mask, tensor(starts).view(*mask.shape[:2], 1) + steps, 0)
 
     packed = layout == "packed"
-    prompt_mask = scored_prompts(inputs) if prompts else None
+    prompt_mask = inputs.scored_prompts() if prompts else None
     return Rows(
         input_ids=tensor(ids).view(1 if packed else -1, len(ids) if packed else width),
         position_ids=tensor(positions)[None] if packed else None,
         segments=Segments(tuple(segments)) if packed else None,
         states=tensor(states),
         targets=tensor(targets),
-        slots=slots([places[pair] for pair in pairs], inputs["response_mask"], 0),
-        mask=scored_responses(inputs),
+        slots=slots([places[pair] for pair in pairs], inputs.response_mask, 0),
+        mask=inputs.scored_responses(),
         prompt_slots=None
         if prompt_mask is None
         else slots([prompt_places[prompt] for prompt, _ in pairs], prompt_mask, 1),
@@ -331,32 +374,19 @@ def arrange(inputs: Mapping[str, Tensor], layout: Layout, *, prompts: bool = Fal
     )
 
 
-def scored_responses(inputs: Mapping[str, Tensor]) -> Tensor:  # [B, K, L]
-    """Which response tokens of a batch are scored; its `inputs` are those of `arrange`."""
-    real = inputs["response_mask"]
-    return real & inputs["response_scored"] if "response_scored" in inputs else real
-
-
-def scored_prompts(inputs: Mapping[str, Tensor]) -> Tensor:  # [B, K, P]
-    """Which prompt tokens of a batch can be scored: all but the first, which nothing predicts."""
-    mask = inputs["prompt_mask"].clone()
-    mask[..., 0] = False
-    return mask
-
-
-def _prompts(inputs: Mapping[str, Tensor]) -> list[Prompt]:
+def _prompts(inputs: TextInputs) -> list[Prompt]:
     """Context and tokens of every candidate's prompt, row by row."""
-    tokens = _tokens(inputs, "prompt")
-    if "context_index" not in inputs:
+    tokens = _tokens(inputs.prompt_ids, inputs.prompt_mask)
+    if inputs.context_index is None:
         return [(0, prompt) for prompt in tokens]
-    return list(zip(inputs["context_index"].flatten().tolist(), tokens, strict=True))
+    return list(zip(inputs.context_index.flatten().tolist(), tokens, strict=True))
 
 
-def _tokens(inputs: Mapping[str, Tensor], name: str) -> list[Tokens]:
+def _tokens(ids: Tensor, mask: Tensor) -> list[Tokens]:
     """The real tokens of every candidate, row by row."""
-    ids = inputs[f"{name}_ids"].flatten(0, 1).tolist()
-    lengths = inputs[f"{name}_mask"].sum(-1).flatten().tolist()
-    return [tuple(row[:length]) for row, length in zip(ids, lengths, strict=True)]
+    lengths = mask.sum(-1).flatten().tolist()
+    rows = ids.flatten(0, 1).tolist()
+    return [tuple(row[:length]) for row, length in zip(rows, lengths, strict=True)]
 
 
 def _spread(scores: Tensor, slots: Tensor, mask: Tensor) -> Tensor:

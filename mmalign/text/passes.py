@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 
     from mmalign.config import MaskConfig
     from mmalign.core import Needs
-    from mmalign.models.adapter import Batch
+    from mmalign.models.batch import Batch
     from mmalign.models.reference import Reference
     from mmalign.text.logps import Head, Heads
-    from mmalign.text.packing import Layout, Rows
+    from mmalign.text.packing import Layout, Rows, TextInputs
 
-    Arrange = Callable[[Batch, Layout], Rows]
+    Arrange = Callable[[Batch[TextInputs], Layout], Rows]
 
 
 # One pass of a model over laid-out rows, and the scores of its states.
@@ -154,7 +154,7 @@ class PositionWeights(nn.Module):
         return {"learned": "layers", "activations": "activations"}.get(self.config.kind)  # pyright: ignore
 
     def forward(
-        self, batch: Batch, rows: Rows, policy: Scored, reference: Scored | None
+        self, batch: Batch[TextInputs], rows: Rows, policy: Scored, reference: Scored | None
     ) -> tuple[Tensor, Tensor | None]:  # [B, K, L] each
         """Weights of the log-ratio, and of the KL where they are others than 1.
 
@@ -165,11 +165,12 @@ class PositionWeights(nn.Module):
             reference: The reference's pass, for learned and activation masks.
         """
         if self.config.kind in ("spans", "diff"):
-            return masks.span_weights(batch.inputs["span_mask"], rows.mask), None
+            assert batch.inputs.span_mask is not None
+            return masks.span_weights(batch.inputs.span_mask, rows.mask), None
         if self.config.kind == "steps":
             states = rows.responses(policy.states.detach())
-            steps = batch.inputs["step_index"]
-            return masks.step_weights(states, steps, batch.labels), None
+            assert batch.inputs.step_index is not None
+            return masks.step_weights(states, batch.inputs.step_index, batch.labels), None
         assert reference is not None
         if self.learned is not None:
             assert reference.layers is not None
@@ -205,18 +206,16 @@ def require_single(reference: Reference) -> None:
 # longer ones, with padding, in evaluation and in training mode.
 
 
-def few_rows(batch: Batch) -> Batch:
+def few_rows(batch: Batch[TextInputs]) -> Batch[TextInputs]:
     """The two shortest rows, all of their tokens scored, one response cut so that it is padded."""
-    sizes = sum(batch.inputs[f"{name}_mask"].flatten(1).sum(1) for name in ("prompt", "response"))
-    few = batch.take(torch.as_tensor(sizes).argsort()[:2])
-    mask = few.inputs["response_mask"].clone()
+    few = batch.take(batch.inputs.lengths().sum(1).argsort()[:2])
+    mask = few.inputs.response_mask.clone()
     mask[0, 0, (int(mask[0, 0].sum()) + 1) // 2 :] = False
-    inputs = {name: few.inputs[name] for name in few.inputs if name != "response_scored"}
-    return replace(few, inputs={**inputs, "response_mask": mask})
+    return replace(few, inputs=replace(few.inputs, response_scored=None, response_mask=mask))
 
 
 def require_right(
-    model: PreTrainedModel, heads: Heads, few: Batch, arrange: Arrange, *, trains: bool
+    model: PreTrainedModel, heads: Heads, few: Batch[TextInputs], arrange: Arrange, *, trains: bool
 ) -> None:
     """Refuse a model whose rows in a batch are not scored as it scores each of them alone.
 
@@ -304,18 +303,22 @@ def attention_of(model: PreTrainedModel) -> str:
     return str(getattr(model.config, "_attn_implementation", "its own"))
 
 
-def _tried(few: Batch) -> list[tuple[int, int]]:
+def _tried(few: Batch[TextInputs]) -> list[tuple[int, int]]:
     """Two responses: of two rows, or of the only one."""
     rows, candidates = few.labels.shape
     return [(row, k) for row in range(rows) for k in range(candidates)][:2]
 
 
-def _takes_ids(few: Batch, arrange: Arrange) -> bool:
+def _takes_ids(few: Batch[TextInputs], arrange: Arrange) -> bool:
     return arrange(few, "plain").feed is None
 
 
 def _alone(
-    model: PreTrainedModel, heads: Heads, few: Batch, arrange: Arrange, at: tuple[int, int]
+    model: PreTrainedModel,
+    heads: Heads,
+    few: Batch[TextInputs],
+    arrange: Arrange,
+    at: tuple[int, int],
 ) -> Tensor:  # [n]
     """Log-probabilities of one response, in a pass of its own."""
     if not _takes_ids(few, arrange):  # the model's own forward would need the media themselves
@@ -328,12 +331,10 @@ def _alone(
     return logps.gather(-1, response[:, None]).squeeze(-1)
 
 
-def _ids(few: Batch, at: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _ids(few: Batch[TextInputs], at: tuple[int, int]) -> tuple[Tensor, Tensor]:
     inputs = few.inputs
-    prompt, response = (
-        inputs[f"{part}_ids"][at][inputs[f"{part}_mask"][at]] for part in ("prompt", "response")
-    )
-    return prompt, response
+    prompt = inputs.prompt_ids[at][inputs.prompt_mask[at]]
+    return prompt, inputs.response_ids[at][inputs.response_mask[at]]
 
 
 def own_logps(model: PreTrainedModel, ids: Tensor, count: int, **inputs: Any) -> Tensor:
@@ -353,7 +354,7 @@ def own_logps(model: PreTrainedModel, ids: Tensor, count: int, **inputs: Any) ->
 
 
 @torch.no_grad()
-def _seen_ahead(model: PreTrainedModel, few: Batch) -> float | None:
+def _seen_ahead(model: PreTrainedModel, few: Batch[TextInputs]) -> float | None:
     """How far what follows moves a response's log-probabilities; None where it does not."""
     prompt, response = _ids(few, _tried(few)[-1])
     ids, tail = torch.cat([prompt, response]), prompt[:4].flip(0)
@@ -387,14 +388,14 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}  # largest difference, i
 _TOLERANCE_HALF = 0.05  # mean difference, in nats: single tokens differ by more in bfloat16
 
 
-def check_length(model: PreTrainedModel, inputs: Mapping[str, Tensor], remedy: str) -> None:
+def check_length(model: PreTrainedModel, inputs: TextInputs, remedy: str) -> None:
     """Refuse rows beyond the model's positions; `remedy` says what shortens them.
 
     Raises:
         ConfigError: naming the limits to lower.
     """
     limit = position_limit(model.config.get_text_config())
-    lengths = inputs["prompt_mask"].sum(-1) + inputs["response_mask"].sum(-1) - 1
+    lengths = inputs.lengths() - 1
     if limit is not None and int(lengths.max()) > limit:
         raise ConfigError(
             f"a row has {int(lengths.max())} tokens, but the model has {limit} positions; {remedy} "
@@ -405,7 +406,7 @@ def check_length(model: PreTrainedModel, inputs: Mapping[str, Tensor], remedy: s
 def why_plain(
     models: Iterable[nn.Module],
     heads: Heads,
-    few: Batch,
+    few: Batch[TextInputs],
     arrange: Arrange,
     body: Callable[[PreTrainedModel], PreTrainedModel],
 ) -> str | None:
@@ -429,7 +430,9 @@ def why_plain(
 
 
 @torch.no_grad()
-def _compare(model: PreTrainedModel, heads: Heads, few: Batch, arrange: Arrange) -> str | None:
+def _compare(
+    model: PreTrainedModel, heads: Heads, few: Batch[TextInputs], arrange: Arrange
+) -> str | None:
     limits = rope_limits(model)
     each = [few, *(few.take(torch.tensor([i])) for i in range(len(few.labels)))]
     few = next((part for part in each if turns_alike(limits, part.inputs)), few)
@@ -450,7 +453,7 @@ def _compare(model: PreTrainedModel, heads: Heads, few: Batch, arrange: Arrange)
         if "segments" in str(error):
             return "its forward pass takes no further keywords"
         return f"its forward pass over packed rows raises {describe(error)}"
-    gap = (packed[0] - plain[0])[few.inputs["response_mask"]].abs()
+    gap = (packed[0] - plain[0])[few.inputs.response_mask].abs()
     limit = _TOLERANCE.get(packed[1])
     found, limit = (gap.mean(), _TOLERANCE_HALF) if limit is None else (gap.max(), limit)
     if float(found) <= limit:

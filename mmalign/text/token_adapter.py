@@ -25,7 +25,7 @@ from mmalign.text.cache import ReferenceCache, check_cacheable
 from mmalign.text.encode import Encoder
 from mmalign.text.logps import Heads
 from mmalign.text.model import causal_model, no_dropout, recompute_layers, rope_limits, turns_alike
-from mmalign.text.packing import Layout, Rows, arrange, scored_prompts, scored_responses
+from mmalign.text.packing import Layout, Rows, TextInputs, arrange
 from mmalign.text.passes import (
     PositionWeights,
     Scored,
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
     from mmalign.config import ModelConfig, RunConfig, TrainConfig
     from mmalign.data.example import Example
-    from mmalign.models.adapter import Batch
+    from mmalign.models.batch import Batch
     from mmalign.text.logps import Head
 
 
@@ -150,8 +150,7 @@ log = logging.getLogger(__name__)
 class TokenAdapter(Adapter):
     """A language model as policy, and its reference.
 
-    Inputs of a batch are those of `Encoder.collate`, and from a cache `ref_logps` [B, K, L] or
-    `ref_hidden` [B, K, L, D]. A modality says how its models are loaded, trained and fed.
+    A modality says how its models are loaded, trained and fed.
     """
 
     def __init__(
@@ -227,7 +226,7 @@ class TokenAdapter(Adapter):
         """The part of a model that has the attention layers."""
         return model
 
-    def _rows(self, batch: Batch, layout: Layout, *, prompts: bool = False) -> Rows:
+    def _rows(self, batch: Batch[TextInputs], layout: Layout, *, prompts: bool = False) -> Rows:
         return arrange(batch.inputs, layout, prompts=prompts)
 
     _shorten: ClassVar[str] = "lower"  # how rows become shorter, beside their words
@@ -257,17 +256,18 @@ class TokenAdapter(Adapter):
         if self._cache is not None:
             self._cache.require(examples)
 
-    def collate(self, examples: Sequence[Example], draws: Sequence[int] | None = None) -> Batch:
+    def collate(
+        self, examples: Sequence[Example], draws: Sequence[int] | None = None
+    ) -> Batch[TextInputs]:
         """Token ids of all candidates, and the cached reference's values where there are any."""
         return self._collate(examples, self.needs)
 
-    def _collate(self, examples: Sequence[Example], needs: Needs) -> Batch:
+    def _collate(self, examples: Sequence[Example], needs: Needs) -> Batch[TextInputs]:
         batch = self.encoder.collate(examples, needs)
         if self._cache is None:
             return batch
-        length = batch.inputs["response_ids"].shape[-1]
-        values = {self._cache.name: self._cache.get(examples, length)}
-        return replace(batch, inputs={**batch.inputs, **values})
+        values = self._cache.get(examples, batch.inputs.response_ids.shape[-1])
+        return replace(batch, inputs=replace(batch.inputs, **{self._cache.name: values}))
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for all but routers, which some classes draw at random in it (PhiMoE)."""
@@ -276,7 +276,7 @@ class TokenAdapter(Adapter):
             module.eval()
         return self
 
-    def forward(self, batch: Batch, needs: Needs) -> CandidateLogps:
+    def forward(self, batch: Batch[TextInputs], needs: Needs) -> CandidateLogps:
         """Score the response tokens of every candidate; only what `needs` names is computed."""
         rows = self._arrange(batch, prompts=needs.prompt)
 
@@ -305,12 +305,12 @@ class TokenAdapter(Adapter):
             prompt_mask=rows.prompt_mask,
         )
 
-    def num_positions(self, batch: Batch, needs: Needs) -> Tensor:  # [B, K, 2]
+    def num_positions(self, batch: Batch[TextInputs], needs: Needs) -> Tensor:  # [B, K, 2]
         """The tokens that are scored."""
-        response = scored_responses(batch.inputs).sum(-1)
+        response = batch.inputs.scored_responses().sum(-1)
         prompt = torch.zeros_like(response)
         if needs.prompt:
-            prompt = scored_prompts(batch.inputs).sum(-1)
+            prompt = batch.inputs.scored_prompts().sum(-1)
         return torch.stack([response, prompt], dim=-1)
 
     @property
@@ -318,7 +318,7 @@ class TokenAdapter(Adapter):
         return causal_model(self.policy)
 
     def _run_reference(
-        self, batch: Batch, rows: Rows, needs: Needs, *, layers: bool
+        self, batch: Batch[TextInputs], rows: Rows, needs: Needs, *, layers: bool
     ) -> tuple[Scored | None, Tensor | None]:
         """The reference's pass, for a KL or a mask to read, and its log-probabilities [B, K, L].
 
@@ -327,10 +327,10 @@ class TokenAdapter(Adapter):
         keep = self.weights.reads if layers and self.weights is not None else None
         if not (needs.reference or needs.kl or keep):
             return None, None
-        if "ref_logps" in batch.inputs:
-            return None, batch.inputs["ref_logps"]
-        if "ref_hidden" in batch.inputs:
-            states = rows.from_responses(batch.inputs["ref_hidden"])
+        if batch.inputs.ref_logps is not None:
+            return None, batch.inputs.ref_logps
+        if batch.inputs.ref_hidden is not None:
+            states = rows.from_responses(batch.inputs.ref_hidden)
             assert self._start_head is not None
             self._start_head = self._start_head.to(states.device)
             parts = [(1.0, Scored(states, self._start_head))]
@@ -346,7 +346,7 @@ class TokenAdapter(Adapter):
             logps = sum(share * score(part, rows, Needs(), size).policy for share, part in parts)
         return parts[0][1], rows.responses(torch.as_tensor(logps))
 
-    def _arrange(self, batch: Batch, *, prompts: bool = False) -> Rows:
+    def _arrange(self, batch: Batch[TextInputs], *, prompts: bool = False) -> Rows:
         check_length(self._inner, batch.inputs, self._shorten)
         if self._layout is None:
             self._layout = self._choose_layout(batch)
@@ -355,7 +355,7 @@ class TokenAdapter(Adapter):
             layout = "plain"
         return self._rows(batch, layout, prompts=prompts)
 
-    def _choose_layout(self, batch: Batch) -> Layout:
+    def _choose_layout(self, batch: Batch[TextInputs]) -> Layout:
         few = few_rows(batch)
         for model in scoring_models(self.policy, self.reference):
             trains = self.training and model is self.policy
@@ -426,7 +426,7 @@ class TokenAdapter(Adapter):
         self.reference.load_state(state)
 
     @torch.no_grad()
-    def reference_values(self, batch: Batch, needs: Needs) -> dict[str, Tensor]:
+    def reference_values(self, batch: Batch[TextInputs], needs: Needs) -> dict[str, Tensor]:
         """The reference's states `ref_hidden` where a KL is needed, else `ref_logps`; [B, K, L]."""
         rows = self._arrange(batch)
         needs = Needs(reference=True, kl=needs.kl)

@@ -150,7 +150,7 @@ def _write(
             batch = adapter.collate(part).to(device)
             with autocast:  # as a run scores its policy
                 values = adapter.reference_values(batch, needs)[cache.name]  # [B, K, L, ...]
-            lengths = batch.inputs["response_mask"].sum(-1).amax(1).tolist()  # [B]
+            lengths = batch.inputs.response_mask.sum(-1).amax(1).tolist()  # [B]
             for row, value, length in zip(part, values, lengths, strict=True):
                 cache.put(row, value[:, :length])
     return (

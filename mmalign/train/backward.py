@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from mmalign.core import CandidateLogps, Loss, Needs, Objective
-    from mmalign.models.adapter import Adapter, Batch
+    from mmalign.models.adapter import Adapter
+    from mmalign.models.batch import Batch
 
     Backward = Callable[
         [Accelerator, nn.Module, Objective, Batch, Tensor | None], tuple[Loss, CandidateLogps]

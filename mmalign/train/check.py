@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from mmalign.config import RunConfig
     from mmalign.core import CandidateLogps, Loss, Needs, Objective
-    from mmalign.models.adapter import Batch
+    from mmalign.models.batch import Batch
     from mmalign.train.run import Run
 
 

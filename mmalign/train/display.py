@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from mmalign.core import CandidateLogps, Loss
-    from mmalign.models.adapter import Batch
+    from mmalign.models.batch import Batch
     from mmalign.train.run import Run
 
 
@@ -146,7 +146,7 @@ def describe_dry_run(run: Run, batch: Batch, loss: Loss, logps: CandidateLogps) 
     gradients = [p.grad for p in run.adapter.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     values = {"loss": loss.value, **loss.metrics}
-    shapes = {name: value for name, value in {**batch.inputs, "labels": batch.labels}.items()}
+    shapes = {**batch.inputs.flat(), "labels": batch.labels}
     return "\n".join(
         [
             f"rows        {len(run.train_rows):,} to train on, {len(run.eval_rows):,} held out",

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from mmalign.config import RunConfig
-    from mmalign.models.adapter import Batch
+    from mmalign.models.batch import Batch
     from mmalign.train.backward import Backward
 
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from mmalign.config import TrainConfig
     from mmalign.data.example import Example
-    from mmalign.models.adapter import Adapter, Batch
+    from mmalign.models.adapter import Adapter
+    from mmalign.models.batch import Batch
 
 
 # Which rows a step sees: a pure function of seed and step, so a resumed run replays nothing.

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from mmalign.config import RunConfig, TrainConfig
     from mmalign.core import Objective
     from mmalign.data.example import Example
-    from mmalign.models.adapter import Adapter, Batch
+    from mmalign.models.adapter import Adapter
+    from mmalign.models.batch import Batch
 
     Groups = list[dict[str, Any]]
     Pair = tuple[nn.Parameter, nn.Parameter]  # a weight, and the float32 tensor that is stepped

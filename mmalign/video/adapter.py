@@ -55,7 +55,8 @@ if TYPE_CHECKING:
     from mmalign.config import RunConfig, SampleConfig, TrainConfig
     from mmalign.core import CandidateLogps, Needs
     from mmalign.data.example import Example
-    from mmalign.models.adapter import Batch, Surveyed
+    from mmalign.models.adapter import Surveyed
+    from mmalign.models.batch import Batch
     from mmalign.text.packing import Layout, Rows
     from mmalign.text.passes import Scored
     from mmalign.video.reader import Prepared
@@ -226,7 +227,7 @@ class VideoAdapter(TokenAdapter):
         rows = self._arrange(batch)
         scored = run_model(self.policy, rows, self.heads)
         contexts = self._contexts(batch)
-        shown = batch.inputs["context_media"][batch.inputs["context_index"]]  # [B, 1 + K]
+        shown = batch.inputs.of_candidates(batch.inputs.context_media)  # [B, 1 + K]
         inner = causal_model(self.policy)
         means = {
             i: contexts.media(inner, i).tokens.float().mean(0)
@@ -349,7 +350,9 @@ class VideoAdapter(TokenAdapter):
     def _rows(
         self, batch: Batch, layout: Layout, *, prompts: bool = False, clued: bool = True
     ) -> Rows:
-        rows = place_positions(arrange(batch.inputs, layout, prompts=prompts), batch.inputs)
+        rows = place_positions(
+            arrange(batch.inputs, layout, prompts=prompts), batch.inputs.positions
+        )
         contexts = self._contexts(batch)
         clues = self.clues if clued else None
         clue_id = clues.clue_id if clues else None

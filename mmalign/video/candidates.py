@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from mmalign.config import VideoConfig
     from mmalign.data.example import Clip, Example, Media
-    from mmalign.models.adapter import Batch
+    from mmalign.models.batch import Batch
     from mmalign.video.checks import Seen, Use
     from mmalign.video.pami import Chosen
 
@@ -309,4 +309,4 @@ def choices(batch: Batch, choice: Chosen, names: Iterable[str]) -> dict[str, Ten
 
 
 def _operations(batch: Batch) -> Tensor:  # [B, K]
-    return batch.inputs["context_operation"][batch.inputs["context_index"]]
+    return batch.inputs.of_candidates(batch.inputs.context_operation)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from mmalign.text.logps import Heads
     from mmalign.text.packing import Layout, Piece, Rows
     from mmalign.text.passes import Arrange
-    from mmalign.video.encode import VideoEncoder
+    from mmalign.video.encode import VideoEncoder, VideoInputs
     from mmalign.video.model import TokenKinds
     from mmalign.video.reader import FeatureStore
 
@@ -50,14 +50,14 @@ class Contexts:
     """The contexts of one batch.
 
     Attributes:
-        inputs: Of the batch; see `VideoEncoder`.
+        inputs: Of the batch.
         ids: Tokens that stand for features.
         frozen: Whether features are the same for policy and reference, so that they are made once.
         store: Keeps them for later batches, where they are frozen.
         kinds: Of tokens, for models that read them.
     """
 
-    inputs: Mapping[str, Tensor]
+    inputs: VideoInputs
     ids: frozenset[int]
     frozen: bool
     store: FeatureStore
@@ -68,23 +68,22 @@ class Contexts:
         """The features of media `number`, made by this model's towers."""
         if number in self._made:
             return self._made[number]
-        group = f"media/{number}/"
-        given = {k.removeprefix(group): v for k, v in self.inputs.items() if k.startswith(group)}
-        if "tokens" in given:
-            made = Encoded.of(given)
+        given = self.inputs.media[number - 1]
+        if given.features is not None:
+            made = given.features
         elif not self.frozen:
-            return encode(model, given, self.ids, self.kinds)
+            return encode(model, given.tensors, self.ids, self.kinds)
         else:
             with torch.no_grad():
-                made = encode(model, given, self.ids, self.kinds)
-            if "key" in given:
-                self.store.put(bytes(given["key"].tolist()).hex(), made)
+                made = encode(model, given.tensors, self.ids, self.kinds)
+            if given.key:
+                self.store.put(given.key, made)
         self._made[number] = made
         return made
 
     def shown(self, piece: Piece) -> int:
         """The number of the media that a prompt shows; 0 for none."""
-        return int(self.inputs["context_media"][piece.context])
+        return int(self.inputs.context_media[piece.context])
 
 
 def rope_positions(
@@ -121,17 +120,21 @@ def rope_positions(
     return positions[:, 0]  # fractions of a position where a class counts time so
 
 
-def place_positions(rows: Rows, inputs: Mapping[str, Tensor]) -> Rows:
-    """The rows with positions in time, height and width where a prompt has such."""
-    counted = [inputs[name] for name in inputs if name.startswith("positions/")]
+def place_positions(rows: Rows, counted: Mapping[int, Tensor]) -> Rows:
+    """The rows with positions in time, height and width where a prompt has such.
+
+    Args:
+        rows: The laid-out batch.
+        counted: Context to [3, P], positions of the tokens of its prompt.
+    """
     if not counted:
         return rows
     ids = rows.input_ids
-    fractions = any(own.is_floating_point() for own in counted)
+    fractions = any(own.is_floating_point() for own in counted.values())
     dtype = torch.float32 if fractions else torch.long
     positions = torch.zeros(3, ids.numel(), dtype=dtype, device=ids.device)
     for piece in rows.pieces:
-        own = inputs.get(f"positions/{piece.context}")
+        own = counted.get(piece.context)
         if own is None:
             own = torch.arange(piece.length, device=ids.device).expand(3, -1)
         own = own[:, : piece.length].to(ids.device, dtype)
@@ -173,7 +176,7 @@ def feed(
         prompt = ids[piece.start : piece.start + piece.length]
         seen = torch.isin(prompt, wanted).nonzero().squeeze(-1) + piece.start
         if number not in made:
-            made[number] = contexts.media(model, number).to(flat)
+            made[number] = contexts.media(model, number).like(flat)
         encoded = made[number]
         if len(seen) != len(encoded.tokens):
             raise ConfigError(
@@ -271,10 +274,9 @@ def require_true(
     bare = copy(encoder)
     bare.num_clues, bare.uses_spans = None, False  # the class knows nothing of them
     batch = bare.collate([row], Needs()).to(model.device)
-    prompt, response = (
-        batch.inputs[f"{part}_ids"][0, 0][batch.inputs[f"{part}_mask"][0, 0]]
-        for part in ("prompt", "response")
-    )
+    tokens = batch.inputs
+    prompt = tokens.prompt_ids[0, 0][tokens.prompt_mask[0, 0]]
+    response = tokens.response_ids[0, 0][tokens.response_mask[0, 0]]
     inputs = _own_inputs(model, encoder, row, prompt, len(response))
     what = f"its own forward pass on what its processor makes of row {row.id!r}"
     with in_mode(model, training=False):

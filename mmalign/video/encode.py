@@ -7,23 +7,25 @@ import json
 import re
 from collections import Counter
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from mmalign.data.example import Asked, Media, Message, Template
 from mmalign.errors import ConfigError, DataError
+from mmalign.models.batch import WHOLE, Batch, ModelInputs
 from mmalign.text.encode import Encoder, collate
 from mmalign.text.messages import PlainText
+from mmalign.text.packing import TextInputs
 from mmalign.text.render import ChatTemplate
 from mmalign.video import candidates
 from mmalign.video.clue_part import CLUE_TOKEN, insert_clues
 from mmalign.video.clues import clue_count
-from mmalign.video.model import TokenKinds
+from mmalign.video.model import Encoded, TokenKinds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from mmalign.config import RunConfig
     from mmalign.core import Needs
     from mmalign.data.example import Example, Prompt
-    from mmalign.models.adapter import Batch
     from mmalign.text.masks import EncodedCandidate
     from mmalign.text.tokenizer import Offsets
     from mmalign.video.processing import Processed, Processor
@@ -148,18 +149,52 @@ class Context:
     operation: int = 0
 
 
-class VideoEncoder(Encoder):
-    """Turns examples into batches for one processor and one config.
+@dataclass(frozen=True, slots=True)
+class MediaInputs(ModelInputs):
+    """The media of a context.
 
-    Inputs of a batch beside those of a text batch, all but the first of them `whole`:
-        context_index: [B, K] long, the context of each candidate.
+    Attributes:
+        tensors: What the processor made of them, where they must be encoded.
+        features: What the language model takes for them, where that is known.
+        key: Under which their features are kept; empty for media that do not come again.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict["str", "Tensor"], metadata=WHOLE)
+    features: Encoded | None = None
+    key: str = ""
+
+    @classmethod
+    def of(cls, prepared: Prepared) -> Self:
+        """As a batch carries them."""
+        if prepared.encoded is not None:
+            return cls(features=prepared.encoded)
+        return cls(dict(prepared.processed.tensors), key=prepared.key if prepared.recurs else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoInputs(TextInputs):
+    """Tokens of a batch and the media that their prompts show.
+
+    Attributes:
         context_media: [C] long, the media that context c shows, counted from 1; 0 for none.
         context_operation: [C] long, how they are perturbed; see `mmalign.video.candidates`.
-        positions/C: [3, P] of the tokens of a context's prompt, for models that count so.
-        media/M/NAME: what the processor made of media M, where they must be encoded.
-        media/M/tokens, media/M/deep/LAYER: [n, D], their features, where they are known.
-        media/M/key: the media's identity, as bytes, where features are to be kept.
+        positions: Context to [3, P] of the tokens of its prompt, for models that count so.
+        media: All media of the batch.
     """
+
+    context_media: Tensor = field(metadata=WHOLE)
+    context_operation: Tensor = field(metadata=WHOLE)
+    positions: dict[int, Tensor] = field(metadata=WHOLE)
+    media: tuple[MediaInputs, ...]
+
+    def of_candidates(self, facts: Tensor) -> Tensor:  # [B, K]
+        """What is known of contexts [C], for each candidate."""
+        assert self.context_index is not None
+        return facts[self.context_index]
+
+
+class VideoEncoder(Encoder):
+    """Turns examples into batches for one processor and one config."""
 
     def __init__(
         self,
@@ -266,8 +301,8 @@ class VideoEncoder(Encoder):
         ids = self._known(self._cut_prompt(self._started(ids, where), where), where)
         return ids, None if context is None else context.prepared
 
-    def collate(self, examples: Sequence[Example], needs: Needs) -> Batch:
-        """A batch on the CPU; see the class for its inputs."""
+    def collate(self, examples: Sequence[Example], needs: Needs) -> Batch[VideoInputs]:
+        """A batch on the CPU."""
         encode = partial(self._encoded, prepared={})
         batch, encoded = collate(self, examples, needs, encode)
         contexts: dict[_Named, Context] = {}
@@ -276,9 +311,10 @@ class VideoEncoder(Encoder):
                 contexts.setdefault(_name(item), item.context)
         numbers = {name: number for number, name in enumerate(contexts, 1)}
         index = [[numbers.get(_name(item), 0) for item in row] for row in encoded]
-        whole = self._media_inputs(contexts)
-        inputs = {**batch.inputs, "context_index": torch.tensor(index, dtype=torch.long), **whole}
-        return replace(batch, inputs=inputs, whole=frozenset(whole))
+        text = {item.name: getattr(batch.inputs, item.name) for item in fields(batch.inputs)}
+        text["context_index"] = torch.tensor(index, dtype=torch.long)
+        inputs = VideoInputs(**text, **self._media_inputs(contexts))
+        return Batch(inputs, batch.labels, batch.row_weight, batch.ids)
 
     def fingerprint(self) -> str:
         """Hash of everything that decides tokens and features."""
@@ -356,24 +392,24 @@ class VideoEncoder(Encoder):
         count = self.num_clues(bool(media.videos or media.images), heard)
         return insert_clues(text, count, self.processor.tokens.values())
 
-    def _media_inputs(self, contexts: Mapping[_Named, Context]) -> dict[str, Tensor]:
+    def _media_inputs(self, contexts: Mapping[_Named, Context]) -> dict[str, Any]:
+        """Fields of `VideoInputs` that belong to the contexts of a batch."""
         media = {context.prepared.key: context.prepared for context in contexts.values()}
         places = {key: number for number, key in enumerate(media, 1)}
         shown = [0, *(places[key] for key, _ in contexts)]
         done = [0, *(context.operation for context in contexts.values())]
-        inputs: dict[str, Tensor] = {
+        positions: dict[int, Tensor] = {}
+        if self.positions is not None:
+            for number, (key, ids) in enumerate(contexts, 1):
+                counted = self.positions(torch.tensor(ids), media[key])
+                if counted is not None:
+                    positions[number] = counted
+        return {
             "context_media": torch.tensor(shown, dtype=torch.long),
             "context_operation": torch.tensor(done, dtype=torch.long),
+            "positions": positions,
+            "media": tuple(map(MediaInputs.of, media.values())),
         }
-        if self.positions is not None:
-            for number, ((key, ids), _) in enumerate(contexts.items(), 1):
-                positions = self.positions(torch.tensor(ids), media[key])
-                if positions is not None:
-                    inputs[f"positions/{number}"] = positions
-        for key, number in places.items():
-            for name, tensor in media_tensors(media[key]).items():
-                inputs[f"media/{number}/{name}"] = tensor
-        return inputs
 
     def cut_prompt(self, ids: list[int], row: str) -> list[int]:
         """Cut the words of a prompt to `data.max_prompt_length`; media are never cut into."""
@@ -403,17 +439,6 @@ class VideoEncoder(Encoder):
 
 def _name(item: EncodedCandidate) -> _Named:
     return ("" if item.context is None else item.context.prepared.key, tuple(item.prompt))
-
-
-def media_tensors(prepared: Prepared) -> dict[str, Any]:
-    """What a batch carries of the media of a prompt."""
-    encoded = prepared.encoded
-    if encoded is not None:
-        return encoded.named()
-    if not prepared.recurs:
-        return dict(prepared.processed.tensors)
-    key = torch.frombuffer(bytearray(bytes.fromhex(prepared.key)), dtype=torch.uint8)
-    return {"key": key, **prepared.processed.tensors}
 
 
 def token_counts(encoder: VideoEncoder, processed: Processed) -> dict[str, list[int]]:

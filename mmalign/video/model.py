@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmalign.errors import ConfigError, MmalignError
+from mmalign.models.batch import WHOLE, ModelInputs
 from mmalign.text import packing
 from mmalign.text.model import FAULTS, describe, in_mode, quantization, refusing
 from mmalign.text.tokenizer import num_embedded
@@ -246,19 +247,24 @@ _INSIDE = ("merger", "deepstack_merger_list", "proj")
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
-    """The media of a prompt as the language model takes them, in the order of their tokens."""
+class Encoded(ModelInputs):
+    """The media of a prompt as the language model takes them, in the order of their tokens.
 
-    tokens: Tensor  # [n, D]
-    deep: Mapping[int, Tensor] = field(default_factory=dict)  # [n, D] added at a layer (DeepStack)
+    Attributes:
+        tokens: [n, D].
+        deep: Layer to [n, D], added there (DeepStack).
+    """
+
+    tokens: Tensor = field(metadata=WHOLE)
+    deep: dict[int, Tensor] = field(default_factory=dict["int", "Tensor"], metadata=WHOLE)
 
     def detached(self) -> Encoded:
         """Without a graph, on the CPU, in memory of its own."""
-        return self._each(lambda tensor: tensor.detach().to("cpu", copy=True))
+        return self._moved(lambda tensor: tensor.detach().to("cpu", copy=True))
 
-    def to(self, like: Tensor) -> Encoded:
+    def like(self, other: Tensor) -> Encoded:
         """On the device and in the dtype of another tensor."""
-        return self._each(lambda tensor: tensor.to(like.device, like.dtype))
+        return self._moved(lambda tensor: tensor.to(other.device, other.dtype))
 
     @property
     def nbytes(self) -> int:
@@ -275,7 +281,7 @@ class Encoded:
         deep = {int(k.removeprefix("deep/")): t for k, t in tensors.items() if k != "tokens"}
         return cls(tensors["tokens"], deep)
 
-    def _each(self, move: Callable[[Tensor], Tensor]) -> Encoded:
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Encoded:
         return Encoded(move(self.tokens), {layer: move(t) for layer, t in self.deep.items()})
 
 

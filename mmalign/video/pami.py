@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from mmalign.config import SelectionSpec
     from mmalign.core import CandidateLogps
-    from mmalign.models.adapter import Batch
+    from mmalign.models.batch import Batch
     from mmalign.text.packing import Rows
     from mmalign.text.passes import Scored
 
@@ -252,17 +252,5 @@ def choose(
     kept = replace(batch, labels=labels)
     if selection.index is not None:  # only the chosen clip is scored with a gradient
         columns = torch.stack([torch.zeros_like(selection.index), selection.index + 1], 1)
-        kept = _columns(kept, columns)
+        kept = kept.columns(columns)
     return Chosen(kept, selection.row_weight, close, far, weights)
-
-
-def _columns(batch: Batch, columns: Tensor) -> Batch:  # [B, 2]
-    """The batch with some candidates of each row, others for each."""
-    alike = batch.shared | batch.whole
-    index = torch.arange(len(columns), device=columns.device)[:, None]
-
-    def take(value: Tensor) -> Tensor:
-        return value[index.to(value.device), columns.to(value.device)]
-
-    inputs = {k: v if k in alike else take(v) for k, v in batch.inputs.items()}
-    return replace(batch, inputs=inputs, labels=take(batch.labels))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mmalign.config import RunConfig, SampleConfig
     from mmalign.core import Needs
     from mmalign.data.example import Asked, Candidate, Example, Media, Picture, Prompt
-    from mmalign.models.adapter import Batch
+    from mmalign.models.batch import Batch
     from mmalign.text.masks import EncodedCandidate
     from mmalign.video.encode import VideoEncoder
     from mmalign.video.generate import Question

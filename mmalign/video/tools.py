@@ -23,7 +23,7 @@ from mmalign.text.tools import CONTEXT, counted, legend, response, write_referen
 from mmalign.video.adapter import VideoAdapter
 from mmalign.video.augment import seed_for
 from mmalign.video.candidates import Perturbation
-from mmalign.video.encode import VideoEncoder, media_tensors
+from mmalign.video.encode import VideoEncoder
 from mmalign.video.model import encode
 from mmalign.video.processing import Processor, load_processor
 from mmalign.video.reader import FeatureStore, MediaReader, open_features
@@ -203,7 +203,7 @@ def _live(config: RunConfig) -> VideoAdapter:
 
 def _encoded(adapter: VideoAdapter, prepared: Prepared) -> Encoded:
     inner, encoder = causal_model(adapter.policy), adapter.encoder
-    tensors = {k: v.to(inner.device) for k, v in media_tensors(prepared).items()}
+    tensors = {k: v.to(inner.device) for k, v in prepared.processed.tensors.items()}
     return encode(inner, tensors, encoder.shown_ids, encoder.kinds)
 
 

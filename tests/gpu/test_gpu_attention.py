@@ -140,7 +140,7 @@ def test_a_step_on_a_large_vocabulary(tmp_path: Path) -> None:
         run = build_run(config, check_config(config))
         batch = next(run.batches()).to("cuda")
         backward_joint(run.accelerator, run.model, run.objective, batch)  # the layout is chosen
-        tokens = int(batch.inputs["response_mask"].sum())
+        tokens = int(batch.inputs.response_mask.sum())
         assert tokens > 6000
         run.adapter.zero_grad(set_to_none=True)
         del batch

@@ -263,9 +263,8 @@ def test_time_ids_are_asked_for(sdxl_dir: Path, data: Data, tmp_path: Path) -> N
     rows, _ = load_usable(config, needs)
     adapter = build_adapter(config, needs)
     batch = adapter.collate(rows[:2])
-    inputs = {name: value for name, value in batch.inputs.items() if name != "time_ids"}
     with pytest.raises(NeedsError, match="SDXL needs time ids"):
-        adapter(replace(batch, inputs=inputs), needs)
+        adapter(replace(batch, inputs=replace(batch.inputs, time_ids=None)), needs)
 
 
 # -- data ---------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 
 from mmalign import evaluate as ev
 from mmalign.core import CandidateLogps, Needs, presets
-from mmalign.models.adapter import Batch
+from mmalign.models.batch import Batch, ModelInputs
 from mmalign.stats import bootstrap_interval
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "seed_losses.json"
@@ -131,7 +131,9 @@ def test_the_interval_is_the_same_every_time_and_holds_the_mean() -> None:
 
 
 def batch(num_rows: int) -> Batch:
-    return Batch({}, torch.tensor([[1.0, 0.0]] * num_rows), None, tuple(map(str, range(num_rows))))
+    return Batch(
+        ModelInputs(), torch.tensor([[1.0, 0.0]] * num_rows), None, tuple(map(str, range(num_rows)))
+    )
 
 
 def fixed_scores(batch: Batch, needs: Needs) -> CandidateLogps:
@@ -197,7 +199,7 @@ def test_of_a_plain_row_only_the_response_itself_is_rated() -> None:
         mask=torch.ones(shape, dtype=torch.bool),
         labels=torch.tensor([[1.0, 0.0, 1.0, 0.0], [1.0, 0.5, 0.5, 0.0]]),
     )
-    batch = Batch({}, logps.labels, torch.ones(2), ("a", "b"))
+    batch = Batch(ModelInputs(), logps.labels, torch.ones(2), ("a", "b"))
     result = ev.evaluate(lambda *_: logps, presets.pami_vdpo(), [batch])
     assert [len(row["labels"]) for row in result.rows] == [1, 1]
     assert [row["logps"] for row in result.rows] == [

@@ -189,8 +189,8 @@ def test_a_cached_reference_gives_log_2(
     torch.testing.assert_close(stored, errors, rtol=1e-5, atol=1e-7)
     for visit in range(4):
         batch = adapter.collate(rows, [visit] * 3)
-        assert torch.equal(batch.inputs["ref_errors"][1], bank.get(rows[1], visit % 3))
-        seen.add(tuple(batch.inputs["ref_errors"][:, 0].tolist()))
+        assert torch.equal(batch.inputs.ref_errors[1], bank.get(rows[1], visit % 3))
+        seen.add(tuple(batch.inputs.ref_errors[:, 0].tolist()))
         loss = objective(adapter(batch, objective.needs)).rows
         torch.testing.assert_close(loss, torch.full((3,), math.log(2)), rtol=0, atol=2e-3)
     assert len(seen) == 3  # the draws differ, and the fourth visit has the first one again

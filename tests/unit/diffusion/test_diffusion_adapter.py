@@ -21,7 +21,7 @@ from mmalign.train.backward import backward_joint, backward_per_candidate
 
 if TYPE_CHECKING:
     from mmalign.data.example import Example
-    from mmalign.models.adapter import Batch
+    from mmalign.models.batch import Batch
 
 FAMILIES = ("sd15", pytest.param("sdxl", marks=pytest.mark.slow), "sd3")
 SIDE = 32
@@ -159,7 +159,7 @@ def test_rows_of_different_shapes_share_a_batch(sd15_dir: Path, tmp_path: Path) 
     adapter, rows, objective = built(config)
     moved(adapter)
     batch = adapter.collate(rows, [1, 2, 3])
-    assert "rows.2" in batch.inputs
+    assert len(batch.inputs.parts) == 3
     together = adapter(batch, objective.needs).policy.detach()
     alone = torch.cat(
         [
@@ -285,7 +285,7 @@ def test_held_out_rows_are_scored_at_spread_timesteps(sd15_dir: Path, tmp_path: 
     assert [row.id for row in held[:5]] == [*(f"row-0@{k}" for k in range(4)), "row-1@0"]
     batches = [adapter.collate(held[i : i + 4]) for i in range(0, len(held), 4)]
     for batch in batches:
-        quarters = (batch.inputs["timesteps"] // 250).tolist()
+        quarters = (batch.inputs.timesteps // 250).tolist()
         assert quarters == [0, 1, 2, 3]
     adapter.eval()
     result = evaluate(
@@ -351,8 +351,8 @@ def test_captions_of_held_out_rows_are_never_left_out(sd15_dir: Path, tmp_path: 
     adapter, rows, _ = built(config)
     held_out, trained = (adapter.collate(rows, draws) for draws in (None, [1, 2, 3, 4]))
     empty = adapter.inputs.encoder.tokenize([""])["text_encoder"]
-    assert (trained.inputs["ids.text_encoder"] == empty[0]).all()
-    assert not (held_out.inputs["ids.text_encoder"] == empty[0]).all(-1).any()
+    assert (trained.inputs.caption_ids["text_encoder"] == empty[0]).all()
+    assert not (held_out.inputs.caption_ids["text_encoder"] == empty[0]).all(-1).any()
 
 
 @pytest.mark.parametrize("estimator", ["forward", "ddim_inversion"])
@@ -367,7 +367,7 @@ def test_what_is_drawn_for_a_picture_goes_with_it(
             sd15_dir, data, tmp_path, data={"swap": swap}, diffusion={"estimator": spec}
         )
         adapter, rows, _ = built(config)
-        seeds.append(adapter.collate(rows, [1, 2, 3, 4]).inputs["seeds"])
+        seeds.append(adapter.collate(rows, [1, 2, 3, 4]).inputs.seeds)
     assert torch.equal(seeds[0], seeds[1].flip(1))
     assert not (seeds[0][:, 0] == seeds[0][:, 1]).any()
 
@@ -395,7 +395,7 @@ def test_teacher_without_a_prompt_is_told_the_same_sizes(
     adapter, rows, objective = built(config)
     batch = adapter.collate(rows, [1, 2])
     adapter(batch, objective.needs)
-    expected = batch.inputs["time_ids"].flatten(0, 1)
+    expected = batch.inputs.time_ids.flatten(0, 1)
     assert expected[0, :2].tolist() == [40.0, 56.0]
     assert len(told) == 5  # two evaluations of the teacher, each with and without, and the student
     assert all(torch.equal(ids, expected) for ids in told)
@@ -408,5 +408,5 @@ def test_pictures_of_one_name_in_two_folders_draw_apart(sd15_dir: Path, tmp_path
         tiny_pictures.picture(folder / side, "1.png", size=(SIDE, SIDE), seed=seed)
     (folder / "captions.txt").write_text("1\ta cat\n", encoding="utf-8")
     adapter, rows, _ = built(configured(sd15_dir, folder, tmp_path))
-    ((first, second),) = adapter.collate(rows, [1]).inputs["picture_seeds"].tolist()
+    ((first, second),) = adapter.collate(rows, [1]).inputs.picture_seeds.tolist()
     assert first != second

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmalign.core import presets
 from mmalign.diffusion.estimators import DDIMInversion, ForwardNoise, Networks, Point, RowRNG
+from mmalign.diffusion.inputs import Part
 from mmalign.diffusion.process import NoiseProcess, RectifiedFlow, VPSchedule, zero_terminal
 from mmalign.diffusion.scores import denoising_error
 
@@ -159,3 +160,14 @@ def test_the_size_of_a_picture_does_not_matter_to_the_mean() -> None:
         denoising_error(large, point(wide), table(), reduction="sum"),
         9 * denoising_error(small, point(target), table(), reduction="sum"),
     )
+
+
+def test_rows_of_one_shape_are_taken_by_their_places_in_the_batch() -> None:
+    images = torch.arange(6.0).view(3, 2)  # rows 0, 2 and 5 of a batch, two candidates each
+    part = Part(torch.tensor([0, 2, 5]), {"pixels": images})
+    taken = part.take(torch.tensor([5, 1, 0]))
+    assert taken.rows.tolist() == [0, 2]  # of the new batch
+    assert taken.images["pixels"].tolist() == [[4.0, 5.0], [0.0, 1.0]]
+    assert part.select(1).images["pixels"].tolist() == [[1.0], [3.0], [5.0]]
+    wanted = torch.tensor([[1], [0], [0], [0], [0], [1]])
+    assert part.columns(wanted).images["pixels"].tolist() == [[1.0], [2.0], [5.0]]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from mmalign.models.adapter import Batch
+    from mmalign.models.batch import Batch
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 ROWS = [  # ragged on purpose; the first two share a prompt, the last has a one-token response
@@ -90,24 +90,24 @@ def whole_logits(model: torch.nn.Module, batch: Batch) -> Iterator[tuple[Any, Te
 
 def naive(adapter: TextAdapter, batch: Batch) -> CandidateLogps:
     """Whole logits, log-softmax, one candidate after the other, everything kept for autograd."""
-    zeros = torch.zeros_like(batch.inputs["response_ids"], dtype=torch.float64)
+    zeros = torch.zeros_like(batch.inputs.response_ids, dtype=torch.float64)
     out = {name: zeros.clone() for name in ("policy", "reference", "kl", "log_sum_p2")}
-    out["prompt"] = torch.zeros_like(batch.inputs["prompt_ids"], dtype=torch.float64)
+    out["prompt"] = torch.zeros_like(batch.inputs.prompt_ids, dtype=torch.float64)
     policy = whole_logits(adapter.policy, batch)
     with adapter.reference.active() as model, torch.no_grad():
         reference = list(whole_logits(model, batch))
     for (at, log_p, ids), (_, log_ref, _) in zip(policy, reference, strict=True):
-        length = int(batch.inputs["response_mask"][at].sum())
+        length = int(batch.inputs.response_mask[at].sum())
         tokens = log_p.gather(-1, ids[1:, None]).squeeze(-1)
         out["policy"][at][:length] = tokens[-length:]
         out["prompt"][at][1 : len(ids) - length] = tokens[:-length]
         out["reference"][at][:length] = log_ref.gather(-1, ids[1:, None]).squeeze(-1)[-length:]
         out["kl"][at][:length] = (log_ref.exp() * (log_ref - log_p)).sum(-1)[-length:]
         out["log_sum_p2"][at][:length] = (2 * log_p).logsumexp(-1)[-length:]
-    prompt_mask = batch.inputs["prompt_mask"].clone()
+    prompt_mask = batch.inputs.prompt_mask.clone()
     prompt_mask[..., 0] = False
     return CandidateLogps(
-        mask=batch.inputs["response_mask"],
+        mask=batch.inputs.response_mask,
         labels=batch.labels,
         row_weight=batch.row_weight,
         prompt_mask=prompt_mask,
@@ -251,7 +251,7 @@ def test_no_tensor_holds_the_logits_of_a_batch(shared_prefix: str) -> None:
         mixed_loss(adapter(batch, ALL)).backward()
     head = adapter.policy.get_output_embeddings().weight.numel()
     assert largest.numel <= max(block * vocabulary, head)
-    assert largest.numel < batch.inputs["response_mask"].sum() * vocabulary
+    assert largest.numel < batch.inputs.response_mask.sum() * vocabulary
 
 
 def count_calls(adapter: TextAdapter, needs: Needs) -> tuple[int, int]:

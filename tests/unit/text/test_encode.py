@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerFast
 
-    from mmalign.models.adapter import Batch
+    from mmalign.models.batch import Batch
 
 PAIR = Needs(candidates=2, rows="pair")
 PROMPT, CHOSEN, REJECTED = "Why is the sky blue?", "The air scatters blue.", "It is."
@@ -105,7 +105,7 @@ def test_pad_equal_to_eos_leaves_the_real_end_token_scored() -> None:
     tokenizer = make_tokenizer(pad=None)
     tokenizer.pad_token = tokenizer.eos_token
     batch = Encoder(tokenizer, run_config()).collate([pair()], PAIR)
-    ids, mask = batch.inputs["response_ids"], batch.inputs["response_mask"]
+    ids, mask = batch.inputs.response_ids, batch.inputs.response_mask
     lengths = [mask[0, k].sum().item() for k in range(2)]
     assert lengths[0] > lengths[1]
     for k, length in enumerate(lengths):
@@ -348,12 +348,12 @@ def test_collate_pads_right_to_the_longest_and_masks_by_length() -> None:
     examples = [pair(), replace(pair("No.", prompt="Why?"), id="row-2", weight=0.5)]
     batch = encoder.collate(examples, PAIR)
     longest = max(len(c.response) for e in examples for c in encoder.encode_example(e))
-    assert batch.inputs["response_ids"].shape == (2, 2, longest)
+    assert batch.inputs.response_ids.shape == (2, 2, longest)
     for index, example in enumerate(examples):
         for k, item in enumerate(encoder.encode_example(example)):
             assert row(batch, "prompt", index, k) == item.prompt
             assert row(batch, "response", index, k) == item.response
-            mask = batch.inputs["response_mask"][index, k].long()
+            mask = batch.inputs.response_mask[index, k].long()
             assert (mask.diff() <= 0).all()  # True first, then False
     assert batch.labels.tolist() == [[1.0, 0.0], [1.0, 0.0]]
     assert batch.row_weight is not None
@@ -395,8 +395,8 @@ def test_lone_row_has_no_mismatched_answer() -> None:
     encoder = plain()
     lone = Example("r0", PROMPT, (Candidate("One."),), (1.0,), kind="unpaired")
     batch = encoder.collate([lone], Needs(candidates=2, roles=("mismatched",)))
-    assert not batch.inputs["response_mask"][0, 1].any()
-    assert batch.inputs["response_mask"][0, 0].any()
+    assert not batch.inputs.response_mask[0, 1].any()
+    assert batch.inputs.response_mask[0, 0].any()
     assert encoder.counts["without_mismatch"] == 1
 
 
@@ -456,8 +456,8 @@ def test_spans_cover_the_tokens_that_overlap_them(template: str | None) -> None:
     marked = [token for token, hit in zip(item.response, item.spans, strict=True) if hit]
     assert encoder.tokenizer.decode(marked).strip() == "cat"
     batch = encoder.collate([example], PAIR)
-    assert batch.inputs["span_mask"].sum() == len(marked)
-    assert "span_mask" not in chat().collate([example], PAIR).inputs
+    assert batch.inputs.span_mask.sum() == len(marked)
+    assert chat().collate([example], PAIR).inputs.span_mask is None
 
 
 def test_spans_inside_characters_of_several_tokens_mark_all_of_them() -> None:

@@ -10,13 +10,13 @@ from torch import Tensor
 from mmalign.text import packing
 from mmalign.text.logps import Heads
 from mmalign.text.model import run_body, scored_states
-from mmalign.text.packing import CannotPackError, Segments, arrange
+from mmalign.text.packing import CannotPackError, Segments, TextInputs, arrange
 
 PROMPTS = [[5, 6, 7], [8, 9]]
 RESPONSES = [[[1, 2, 3], [4]], [[2, 3], [4, 4, 4]]]
 
 
-def inputs(prompts: list[list[int]], responses: list[list[list[int]]]) -> dict[str, Tensor]:
+def inputs(prompts: list[list[int]], responses: list[list[list[int]]]) -> TextInputs:
     """The batch that the encoder would make: every candidate with its row's prompt."""
     table = {
         "prompt": [[p] * len(row) for p, row in zip(prompts, responses, strict=True)],
@@ -28,7 +28,7 @@ def inputs(prompts: list[list[int]], responses: list[list[list[int]]]) -> dict[s
         padded = [[ids + [0] * (length - len(ids)) for ids in row] for row in rows]
         real = [[[True] * len(i) + [False] * (length - len(i)) for i in row] for row in rows]
         out |= {f"{name}_ids": torch.tensor(padded), f"{name}_mask": torch.tensor(real)}
-    return out
+    return TextInputs(**out)
 
 
 def test_packed_row_by_hand() -> None:
@@ -58,10 +58,10 @@ def test_plain_rows_by_hand() -> None:
 def test_targets_land_on_the_tokens_they_score(layout) -> None:
     batch = inputs(PROMPTS, RESPONSES)
     rows = arrange(batch, layout, prompts=True)
-    expected = batch["response_ids"].where(batch["response_mask"], 0)
+    expected = batch.response_ids.where(batch.response_mask, 0)
     assert torch.equal(rows.responses(rows.targets), expected)
-    first = torch.arange(batch["prompt_ids"].shape[-1]) == 0
-    expected = batch["prompt_ids"].where(batch["prompt_mask"] & ~first, 0)
+    first = torch.arange(batch.prompt_ids.shape[-1]) == 0
+    expected = batch.prompt_ids.where(batch.prompt_mask & ~first, 0)
     assert torch.equal(rows.prompts(rows.targets), expected)
     again = rows.from_responses(rows.responses(rows.targets))
     scored = torch.zeros_like(rows.targets, dtype=torch.bool)
@@ -80,7 +80,7 @@ def test_nothing_is_fed_or_scored_twice() -> None:
 
 def test_a_candidate_without_tokens_has_a_graph() -> None:
     batch = inputs(PROMPTS, [[[1]], [[2]]])
-    batch["response_mask"][:] = False
+    batch.response_mask[:] = False
     rows = arrange(batch, "packed")
     scores = torch.zeros(0, requires_grad=True)
     assert rows.responses(scores).tolist() == [[[0.0]], [[0.0]]]
@@ -140,7 +140,7 @@ def test_a_response_does_not_change_with_its_neighbours() -> None:
 
     with torch.no_grad():
         before = states(batch)
-        batch["response_ids"][:, 0] += 1
+        batch.response_ids[:, 0] += 1
         after = states(batch)
     torch.testing.assert_close(before[:, 1], after[:, 1], rtol=0, atol=1e-12)
     assert (before[:, 0] - after[:, 0]).abs().max() > 1e-3

@@ -95,7 +95,7 @@ def test_a_damaged_value_is_named_and_the_command_mends_it(
     config = run_config(**sections)
     assert "3 rows written" in write_cache(config)
     adapter, rows = opened(config)
-    expected = adapter.collate(rows).inputs["ref_logps"].clone()
+    expected = adapter.collate(rows).inputs.ref_logps.clone()
     (shard,) = (tmp_path / "cache").glob("*.safetensors")
     cache = ReferenceCache(config, adapter.encoder, OBJECTIVE.needs)
     entry = cache.store.get(cache.key(rows[1]))
@@ -114,5 +114,5 @@ def test_a_damaged_value_is_named_and_the_command_mends_it(
 
     assert "1 rows written, 2 were there" in write_cache(config)
     again, _ = opened(config)
-    assert torch.equal(again.collate(rows).inputs["ref_logps"], expected)
+    assert torch.equal(again.collate(rows).inputs.ref_logps, expected)
     assert "0 rows written, 3 were there" in write_cache(config)

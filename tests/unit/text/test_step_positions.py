@@ -60,7 +60,7 @@ def test_turns_of_the_user_within_an_answer_are_not_counted(shared_prefix: str) 
         scored = adapter(batch, needs).mask.sum((0, 2))
     assert found is not None
     assert found[:, 0].tolist() == scored.tolist()
-    assert int(scored[0]) < int(batch.inputs["response_mask"][0, 0].sum())
+    assert int(scored[0]) < int(batch.inputs.response_mask[0, 0].sum())
 
 
 def test_only_token_means_ask_for_it() -> None:

@@ -274,7 +274,7 @@ def test_tokens_that_are_not_scored_are_fed_but_masked(layout: Any) -> None:
     rows = arrange(batch.inputs, layout)
     assert rows.mask[0, 0].tolist() == items[0].mask
     assert rows.mask[0, 1].sum() == len(items[1].response)
-    assert batch.inputs["response_mask"][0, 0].all()
+    assert batch.inputs.response_mask[0, 0].all()
     scores = rows.responses(torch.arange(1.0, len(rows.targets) + 1))
     assert ((scores != 0) == rows.mask).all()
     fed = rows.targets[rows.slots[0, 0]].tolist()

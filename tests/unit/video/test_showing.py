@@ -252,6 +252,6 @@ def test_shown_tokens_are_those_of_training_with_clues(
     adapter = make_adapter(video_models(KIND), **given)
     row = pair(clips_dir / "clip0.mp4")
     text = "\n".join(lines_of(run_config(video_models(KIND), **given), row))
-    length = int(adapter.collate([row]).inputs["prompt_mask"][0, 0].sum())
+    length = int(adapter.collate([row]).inputs.prompt_mask[0, 0].sum())
     assert f"{length} + " in text
     assert "<|clue|> x 4 " in text

@@ -124,9 +124,9 @@ def test_a_class_with_its_own_way_to_its_language_model_is_followed(
         scored = adapter(batch, Needs()).policy
     for b, row in enumerate(rows):
         for k in range(2):
-            mask = batch.inputs["response_mask"][b, k]
-            answer = batch.inputs["response_ids"][b, k][mask].tolist()
-            prompt = batch.inputs["prompt_ids"][b, k][batch.inputs["prompt_mask"][b, k]].tolist()
+            mask = batch.inputs.response_mask[b, k]
+            answer = batch.inputs.response_ids[b, k][mask].tolist()
+            prompt = batch.inputs.prompt_ids[b, k][batch.inputs.prompt_mask[b, k]].tolist()
             ids, truth = own_logps(adapter, row, answer)
             assert prompt == ids
             torch.testing.assert_close(scored[b, k][mask], truth, rtol=0, atol=1e-5)

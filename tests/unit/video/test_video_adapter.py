@@ -264,7 +264,7 @@ def test_features_are_made_once_for_all_that_look_at_a_clip(
     first = adapter(adapter.collate(rows), ALL)
     assert len(made) == 1, "six answers, policy and reference"
     batch = adapter.collate(rows)
-    assert not [name for name in batch.inputs if "pixel" in name], "kept for the next time"
+    assert not [name for name in batch.inputs.flat() if "pixel" in name], "kept for the next time"
     torch.testing.assert_close(adapter(batch, ALL).policy, first.policy, rtol=0, atol=0)
     assert len(made) == 1
     trained = make_adapter(

@@ -149,7 +149,7 @@ def test_pami_trains_on_the_clips_it_chose(
         assert sum(each.values()) == pytest.approx(1.0)
     assert found["pami/far_max"] == choice.far.amax(1).mean()
     # Every clip has one operation: the means of the operations give the mean over clips.
-    number = batch.inputs["context_operation"][batch.inputs["context_index"]]
+    number = batch.inputs.context_operation[batch.inputs.context_index]
     assert (number[:, 0] == 0).all()
     assert (number[:, 1:] > 0).all()
     total = sum(
@@ -212,7 +212,7 @@ def test_spans_hold_under_a_corrupted_clip(video_models: Models, clips_dir: Path
     needs = replace(presets.mdpo().needs, weight=True)
     adapter = make_adapter(video_models(KIND), needs, text={"masks": {"kind": "spans"}})
     batch = adapter.collate([pair(clips_dir / "clip0.mp4")])
-    spans = batch.inputs["span_mask"][0]
+    spans = batch.inputs.span_mask[0]
     assert spans[0].any()
     assert torch.equal(spans[0], spans[2]), "the chosen answer again, under another clip"
 

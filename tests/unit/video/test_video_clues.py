@@ -41,7 +41,7 @@ def test_clues_reach_every_class_and_gradients_reach_the_aggregator(
     assert adapter.clues is not None
     clue_id = adapter.clues.clue_id
     heard = kind == "qwen2_5_omni_thinker"
-    prompt = batch.inputs["prompt_ids"][0, 0].tolist()
+    prompt = batch.inputs.prompt_ids[0, 0].tolist()
     assert prompt.count(clue_id) == (8 if heard else 4)
     presets.adpo()(scored).value.backward()
     lacking = [n for n, p in adapter.clues.named_parameters() if p.grad is None or not p.grad.any()]
@@ -106,7 +106,7 @@ def test_clues_follow_what_is_shown(video_models: Models, clips_dir: Path, tmp_p
     }
     rows = [pair(clip, name, media=media) for name, (media, _) in shown.items()]
     batch = adapter.collate(rows)
-    counts = (batch.inputs["prompt_ids"][:, 0] == adapter.clues.clue_id).sum(1).tolist()
+    counts = (batch.inputs.prompt_ids[:, 0] == adapter.clues.clue_id).sum(1).tolist()
     assert counts == [count for _, count in shown.values()]
     assert adapter(batch, Needs()).policy.isfinite().all()
 

@@ -162,5 +162,5 @@ def test_features_on_disk_are_found(
     adapter = make_adapter(video_models(KIND), **sections)
     monkeypatch.setattr(contexts, "encode", lambda *_: pytest.fail("they are on disk"))
     batch = adapter.collate(rows)
-    assert not [name for name in batch.inputs if "pixel" in name]
+    assert not [name for name in batch.inputs.flat() if "pixel" in name]
     torch.testing.assert_close(adapter(batch, Needs()).policy, expected, rtol=0, atol=1e-5)

@@ -1,0 +1,150 @@
+"""A batch of rows: what an adapter is fed, typed, and how rows and candidates are taken from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    Change = Callable[[torch.Tensor], torch.Tensor]
+
+# What a field of inputs says in its metadata where its tensors do not lead with the axes [B, K].
+ROWS = {"leading": "rows"}  # [B]
+WHOLE = {"leading": "batch"}  # they belong to the batch as a whole
+ON_CPU = {"host": True}  # they are never moved to a device
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInputs:
+    """What a modality feeds its models: tensors that lead with [B, K] if their field says no other.
+
+    A field may be None, another `ModelInputs`, or a tuple or dict of these and of tensors.
+    """
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy on a device, but for what stays on the CPU."""
+
+        def move(value: torch.Tensor) -> torch.Tensor:
+            return value.to(device, non_blocking=True)
+
+        return self._each(
+            lambda told: None if told.get("host") else move, lambda part: part.to(device)
+        )
+
+    def select(self, candidate: int) -> Self:
+        """The same rows with one candidate only, K = 1."""
+        pick = slice(candidate, candidate + 1)
+        return self._each(_of(candidates=lambda v: v[:, pick]), lambda part: part.select(candidate))
+
+    def columns(self, wanted: torch.Tensor) -> Self:
+        """The same rows with some candidates of each, other ones in each; `wanted` [B, n]."""
+        rows = torch.arange(len(wanted))[:, None]
+
+        def pick(value: torch.Tensor) -> torch.Tensor:
+            return value[rows.to(value.device), wanted.to(value.device)]
+
+        return self._each(_of(candidates=pick), lambda part: part.columns(wanted))
+
+    def take(self, rows: torch.Tensor) -> Self:
+        """Some of the rows, by number."""
+
+        def pick(value: torch.Tensor) -> torch.Tensor:
+            return value[rows.to(value.device)]
+
+        return self._each(_of(candidates=pick, rows=pick), lambda part: part.take(rows))
+
+    def flat(self) -> dict[str, torch.Tensor]:
+        """All tensors by name, those of parts behind the part's: media.0.pixel_values."""
+        found: dict[str, torch.Tensor] = {}
+
+        def walk(name: str, value: Any) -> None:
+            if isinstance(value, torch.Tensor):
+                found[name] = value
+            elif isinstance(value, ModelInputs):
+                found.update({f"{name}.{k}": v for k, v in value.flat().items()})
+            elif isinstance(value, dict | tuple):
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                for key, item in items:
+                    walk(f"{name}.{key}", item)
+
+        for item in fields(self):
+            walk(item.name, getattr(self, item.name))
+        return found
+
+    def _each(
+        self, change_of: Callable[[Mapping[str, Any]], Change | None], part: Callable[[Any], Any]
+    ) -> Self:
+        """A copy: tensors changed as their field wants (None: left alone), inputs by `part`."""
+
+        def walk(value: Any, change: Change | None) -> Any:
+            if isinstance(value, ModelInputs):
+                return part(value)
+            if isinstance(value, torch.Tensor):
+                return value if change is None else change(value)
+            if isinstance(value, dict):
+                return {key: walk(item, change) for key, item in value.items()}
+            if isinstance(value, tuple):
+                return tuple(walk(item, change) for item in value)
+            return value
+
+        changed = {
+            item.name: walk(getattr(self, item.name), change_of(item.metadata))
+            for item in fields(self)
+        }
+        return replace(self, **changed)
+
+
+def _of(**changes: Change) -> Callable[[Mapping[str, Any]], Change | None]:
+    """The change of tensors by the axes that they lead with."""
+    return lambda told: changes.get(told.get("leading", "candidates"))
+
+
+Kind = TypeVar("Kind", bound=ModelInputs, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(Generic[Kind]):
+    """B rows ready for a device."""
+
+    inputs: Kind
+    labels: torch.Tensor  # [B, K]
+    row_weight: torch.Tensor | None  # [B]
+    ids: tuple[str, ...]  # record ids, for messages and caches
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy with every tensor on `device`, but for those that stay on the CPU."""
+        weight = self.row_weight
+        return replace(
+            self,
+            inputs=self.inputs.to(device),
+            labels=self.labels.to(device),
+            row_weight=None if weight is None else weight.to(device),
+        )
+
+    def select(self, candidate: int) -> Self:
+        """The same rows with one candidate only (K = 1), for backward passes in turn."""
+        pick = slice(candidate, candidate + 1)
+        return replace(self, inputs=self.inputs.select(candidate), labels=self.labels[:, pick])
+
+    def columns(self, wanted: torch.Tensor) -> Self:
+        """The same rows with some candidates of each, other ones in each; `wanted` [B, n]."""
+        rows = torch.arange(len(wanted), device=wanted.device)[:, None]
+        labels = self.labels[rows.to(self.labels.device), wanted.to(self.labels.device)]
+        return replace(self, inputs=self.inputs.columns(wanted), labels=labels)
+
+    def take(self, rows: torch.Tensor) -> Self:
+        """Some of the rows, by number."""
+        return replace(
+            self,
+            inputs=self.inputs.take(rows),
+            labels=self.labels[rows],
+            row_weight=None if self.row_weight is None else self.row_weight[rows],
+            ids=tuple(self.ids[i] for i in rows.tolist()),
+        )
