@@ -8,15 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from mmalign.data.jobs import (
-    OnProgress,
-    Source,
-    first_few,
-    no_progress,
-    require_new,
-    resumable,
-    write_lines,
-)
+from mmalign.data import jobs
 from mmalign.data.words import differing_phrases, words
 from mmalign.errors import DataError
 from mmalign.pairs.answers import Answer, Answers, Row, Sampled, answers_record, rows_of
@@ -238,19 +230,19 @@ class Made:
             lines.append(f"{self.left_out} records with problems left out")
         if self.broken:
             lines.append(f"{self.broken.total()} records left out, which cannot be asked:")
-            lines += [f"  {text}" for text in first_few(list(self.broken))]
+            lines += [f"  {text}" for text in jobs.first_few(list(self.broken))]
         if self.answers is not None:
             lines.append(f"all answers: {self.answers}")
         return "\n".join(lines)
 
 
 def make(
-    source: Source,
+    source: jobs.Source,
     out: Path,
     answers: Answers,
     recipe: Recipe,
     *,
-    progress: OnProgress = no_progress,
+    progress: jobs.OnProgress = jobs.no_progress,
 ) -> Made:
     """Write pairs of records and a model's answers to them, in mmalign's own layout.
 
@@ -271,7 +263,7 @@ def make(
     if out.suffix != ".jsonl":
         raise DataError(f"--out {out}: must end in .jsonl")
     kept = out.with_name(f"{out.stem}.answers.jsonl") if isinstance(answers, Sampled) else None
-    require_new(out, *([kept] if kept else []))
+    jobs.require_new(out, *([kept] if kept else []))
     rows, left_out = rows_of(source, out)
     recipe.check(rows)
     result = Made(out, len(rows), left_out=left_out, answers=kept)
@@ -279,7 +271,7 @@ def make(
         out.parent.mkdir(parents=True, exist_ok=True)
         _write(rows, [answers(row) for row in rows], recipe, result)
         return result
-    with resumable(out, {**source.facts(), **answers.facts()}) as journal:
+    with jobs.resumable(out, {**source.facts(), **answers.facts()}) as journal:
         done = journal.finished
         progress(len(done), len(rows))
         for row in rows:
@@ -315,6 +307,6 @@ def _write(
     for row, answers in asked:
         pairs += recipe(row, answers, result.counts)
     result.num_pairs = len(pairs)
-    write_lines(result.out, pairs)
+    jobs.write_lines(result.out, pairs)
     if result.answers is not None:
-        write_lines(result.answers, (answers_record(row, answers) for row, answers in asked))
+        jobs.write_lines(result.answers, (answers_record(row, answers) for row, answers in asked))

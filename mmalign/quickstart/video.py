@@ -10,18 +10,9 @@ import numpy as np
 from markupsafe import Markup
 
 from mmalign.quickstart import clips as questions
+from mmalign.quickstart import driver
 from mmalign.quickstart.clips import EVENTS, NUM_FRAMES
-from mmalign.quickstart.driver import (
-    Demo,
-    arm_table,
-    bullets,
-    one_thread,
-    share,
-    smoke,
-    table,
-    took,
-    train_arm,
-)
+from mmalign.quickstart.driver import share
 from mmalign.quickstart.video_pairs import SHARE_OF_YES
 from mmalign.report import Section, blocks, figures, write_report
 from mmalign.report.pictures import picture
@@ -107,9 +98,9 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
     from mmalign.quickstart.video_pairs import sit, write_paper
 
     sizes = FAST if fast else FULL
-    demo = Demo("video", output, seed, fast)
+    demo = driver.Demo("video", output, seed, fast)
     output = demo.output
-    one_thread()
+    driver.one_thread()
     print("Drawing clips in which one thing happens ...", flush=True)
     learned, paired, held_out = (
         clips.make(output / "clips" / name, count, first + seed)
@@ -207,7 +198,7 @@ def examined(config: RunConfig, processor: Any, paper: Paper) -> Marks:
     """Train an arm, and examine what came out."""
     from mmalign.quickstart.video_pairs import sit
 
-    return sit(load(train_arm(config) / "final"), processor, paper)
+    return sit(load(driver.train_arm(config) / "final"), processor, paper)
 
 
 def load(folder: Path) -> Any:
@@ -268,7 +259,7 @@ def verdict(before: Marks, after: Marks) -> dict[str, Any]:
 
 
 def _lines(result: dict[str, Any]) -> str:
-    shares = table("held-out clips, %", result, _ARMS, lambda value: f"{100 * value:.0f}")
+    shares = driver.table("held-out clips, %", result, _ARMS, lambda value: f"{100 * value:.0f}")
     return f"{shares}\n{result['verdict']['text']}"
 
 
@@ -412,9 +403,9 @@ def _what_happened(result: Mapping[str, Any]) -> Markup:
                 "holds the rest of the chosen answers. What encodes the frames stayed frozen. The "
                 "control was fine-tuned on the chosen answers of the same pairs, for as many steps."
             ),
-            smoke(result, "a base that learned next to nothing"),
+            driver.smoke(result, "a base that learned next to nothing"),
             blocks.note(text, "info" if passed else "warning"),
-            arm_table(
+            driver.arm_table(
                 result,
                 _ARMS,
                 [(key, label, share) for key, label in _ROWS],
@@ -435,7 +426,7 @@ def _what_happened(result: Mapping[str, Any]) -> Markup:
                 f"says yes to what happens in {share(result['control']['basic'])} of the clips, "
                 f"the aligned model in {share(result['after']['basic'])}."
             ),
-            took(result),
+            driver.took(result),
         ]
     )
 
@@ -542,7 +533,7 @@ def _limits(result: Mapping[str, Any]) -> Markup:
         f"With {result['num_clips']} clips one is {100 / result['num_clips']:.1f} points. Read the "
         "direction, not the decimals.",
     ]
-    return bullets(notes)
+    return driver.bullets(notes)
 
 
 def _change(gain: Mapping[str, float], key: str) -> str:

@@ -10,17 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
+from mmalign.data import jobs
 from mmalign.data.example import Picture, as_text
-from mmalign.data.jobs import (
-    Journal,
-    OnProgress,
-    Source,
-    first_few,
-    no_progress,
-    require_new,
-    resumable,
-    write_lines,
-)
 from mmalign.data.pictures import decode_all, num_pixels
 from mmalign.data.records import PictureCopies, ProblemList
 from mmalign.diffusion.scorers.towers import CosineScorer
@@ -301,13 +292,13 @@ class Scored:
         if self.swapped or self.tied:
             lines.append(f"of {self.num_pairs} pairs {self.swapped} swapped, {self.tied} tied")
         if self.left_out:
-            shown = "; ".join(first_few(self.left_out))
+            shown = "; ".join(jobs.first_few(self.left_out))
             lines.append(f"{len(self.left_out)} rows left out: {shown}")
         return "\n".join(lines)
 
 
 def score_file(
-    source: Source,
+    source: jobs.Source,
     out: Path,
     names: Sequence[str],
     load: Callable[[], Mapping[str, Scorer]],
@@ -316,7 +307,7 @@ def score_file(
     smooth: Smooth | None = None,
     settings: Mapping[str, Any] | None = None,
     batch_size: int = 16,
-    progress: OnProgress = no_progress,
+    progress: jobs.OnProgress = jobs.no_progress,
 ) -> Scored:
     """Write pairs or lists of images with their scores, in mmalign's own layout.
 
@@ -340,10 +331,10 @@ def score_file(
     Raises:
         DataError: The file is there, rows have problems or no images, or none can be used.
     """
-    require_new(out)
+    jobs.require_new(out)
     total = _check(source, smooth is not None)
     asked = {**source.facts(), "scorers": list(names), **(settings or {})}
-    with resumable(out, asked) as journal:
+    with jobs.resumable(out, asked) as journal:
         result = Scored(out, resumed=len(journal.done))
         progress(result.resumed, total)
         if result.resumed < total:
@@ -362,7 +353,7 @@ def _raw(scorers: Mapping[str, Scorer]) -> dict[str, Callable[..., Any]]:
     return {n: s.cosine if isinstance(s, CosineScorer) else s for n, s in scorers.items()}
 
 
-def _check(source: Source, pairs_only: bool) -> int:
+def _check(source: jobs.Source, pairs_only: bool) -> int:
     """How many rows there are; all problems are told before anything is scored."""
     problems = ProblemList()
     total = 0
@@ -390,7 +381,7 @@ def _is_of_pictures(row: Example) -> bool:
     return all(isinstance(candidate.response, Picture) for candidate in row.candidates)
 
 
-def _items(source: Source, journal: Journal) -> Iterator[Item[str]]:
+def _items(source: jobs.Source, journal: jobs.Journal) -> Iterator[Item[str]]:
     """The rows that are still to be scored."""
     for record in source.records():
         row = record.example
@@ -401,7 +392,7 @@ def _items(source: Source, journal: Journal) -> Iterator[Item[str]]:
 
 
 def _write(
-    source: Source, journal: Journal, relabel: bool, smooth: Smooth | None, result: Scored
+    source: jobs.Source, journal: jobs.Journal, relabel: bool, smooth: Smooth | None, result: Scored
 ) -> None:
     """Labels from the journal's scores; the file replaces nothing until it is whole."""
     found = {key: line["scores"] for key, line in journal.done.items() if "scores" in line}
@@ -427,4 +418,4 @@ def _write(
             result.num_written += 1
             yield row.record
 
-    write_lines(result.out, labelled())
+    jobs.write_lines(result.out, labelled())
