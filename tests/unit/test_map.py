@@ -52,7 +52,7 @@ def test_each_room_is_described() -> None:
 def test_files_and_names_of_the_guides_exist(guide: str) -> None:
     """`text/encode.py`, and `text/encode.py:Encoder.collate` for what a file defines."""
     text = (ROOT / guide).read_text(encoding="utf-8")
-    named = re.findall(r"`((?:[a-z_]+/)*[a-z_0-9]+\.py)(?::([A-Za-z_.]+))?`", text)
+    named = re.findall(r"`((?:[a-z_]+/)+[a-z_0-9]+\.py)(?::([A-Za-z_.]+))?`", text)
     assert named
     for file, name in named:
         places = [place for place in (ROOT / "mmalign" / file, ROOT / file) if place.is_file()]
