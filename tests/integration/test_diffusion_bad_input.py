@@ -217,6 +217,7 @@ def test_models_that_are_no_text_to_image_pipelines(
     assert "scheduler is one of flow matching; use auto or flow" in refused("train", config)
 
 
+@pytest.mark.runs
 def test_references_of_another_kind(
     sd15_dir: Path, sdxl_dir: Path, digits_dir: Path, llama: Path, data: Data, tmp_path: Path
 ) -> None:
@@ -235,6 +236,7 @@ def test_references_of_another_kind(
         assert re.search(message, refused("train", config)), path
 
 
+@pytest.mark.runs
 def test_half_precision_overflow_of_a_vae(sdxl_dir: Path, data: Data, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -380,6 +382,7 @@ def test_pictures_that_are_not_there(sd15_dir: Path, data: Data, tmp_path: Path)
     assert "2 to train on" in result.output
 
 
+@pytest.mark.runs
 def test_captions_longer_than_the_model_reads(sd15_dir: Path, data: Data, tmp_path: Path) -> None:
     def lengthen(folder: Path, rows: list[dict[str, Any]]) -> None:
         rows[0]["prompt"] = "cat " * 100
@@ -409,6 +412,7 @@ def test_captions_longer_than_the_model_reads(sd15_dir: Path, data: Data, tmp_pa
     assert "no row is left" in said
 
 
+@pytest.mark.runs
 def test_ties_are_never_wins(sd15_dir: Path, data: Data, tmp_path: Path) -> None:
     def tie(folder: Path, rows: list[dict[str, Any]]) -> None:
         for row in rows[:2]:
@@ -438,6 +442,7 @@ def test_ties_are_never_wins(sd15_dir: Path, data: Data, tmp_path: Path) -> None
     assert "see data.ties" in said
 
 
+@pytest.mark.runs
 def test_what_is_ignored_is_said(sd15_dir: Path, data: Data, tmp_path: Path) -> None:
     both = [str(data["pairs"]), str(data["captioned_pairs"])]
     config = write_config(tmp_path, sd15_dir, both, objective={"name": "dcpo"})

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import tiny_pictures
+from selected import some_configs
 
 from mmalign import config as configs
 
@@ -59,18 +60,12 @@ def shrunk(path: Path, model: Path, data: dict[str, Path], folder: Path) -> RunC
     return configs.load(path, [*own, train, *sizes])
 
 
-def _once_by_default() -> list[Any]:
-    """All configs; those of SDXL whose method also has one of SD 1.5 are slow."""
-    stems = {path.stem for path in CONFIGS}
-    return [
-        pytest.param(path, id=path.stem, marks=pytest.mark.slow)
-        if path.stem.replace("_sdxl", "_sd15") in stems - {path.stem}
-        else pytest.param(path, id=path.stem)
-        for path in CONFIGS
-    ]
+STEMS = [path.stem for path in CONFIGS]
+TWINS = {s for s in STEMS if s.endswith("_sdxl") and s.replace("_sdxl", "_sd15") in STEMS}
+"""Configs of SDXL whose method also has one of SD 1.5."""
 
 
-@pytest.mark.parametrize("path", _once_by_default())
+@pytest.mark.parametrize("path", some_configs(CONFIGS, slow=TWINS))
 def test_config_dry_runs(
     path: Path,
     data: dict[str, Path],

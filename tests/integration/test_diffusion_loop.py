@@ -26,6 +26,8 @@ from mmalign.inference import evaluate_checkpoint, write_cache
 from mmalign.train.loop import train
 from mmalign.train.metrics import read_json
 
+pytestmark = pytest.mark.runs
+
 DRAWN = {"flip": True, "crop": "random", "caption_dropout": 0.3}
 """All that is drawn at random for a row."""
 

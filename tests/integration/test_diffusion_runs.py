@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from mmalign.config import RunConfig
 
+pytestmark = pytest.mark.runs
+
 
 def write_config(folder: Path, pipeline: Path, **sections: Any) -> Path:
     """A run of 6 steps of 2 pairs, 3 to evaluate on; its run folder is `folder/run`."""

@@ -22,6 +22,7 @@ def series(run_dir: Path, key: str) -> list[float]:
     return [line[key] for line in read_json(run_dir / "metrics.jsonl") if key in line]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "objective",
     [

@@ -114,6 +114,7 @@ def weights_after(folder: Path, *overrides: str) -> dict[str, Any]:
     return load_file(result.final_dir / "model.safetensors")
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "objective",
     [

@@ -19,6 +19,8 @@ from mmalign.quickstart.text import measure, summary
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+pytestmark = pytest.mark.runs
+
 ARMS = ("before", "after", "control")
 
 

@@ -24,7 +24,7 @@ from mmalign.train.checkpoint import checkpoints
 from mmalign.train.loop import train
 from mmalign.train.metrics import read_json
 
-pytestmark = pytest.mark.usefixtures("toy")
+pytestmark = [pytest.mark.usefixtures("toy"), pytest.mark.runs]
 RUN_TOY = Path(__file__).with_name("run_toy.py")
 
 # An epoch is 6 steps: step 5 to 9 lie in the middle of one and across a boundary. BCO has running

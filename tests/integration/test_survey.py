@@ -108,6 +108,7 @@ def test_bad_rows_drop_leaves_out_what_the_survey_finds(
     assert "1 row cannot be used and is left out" in page
 
 
+@pytest.mark.runs
 def test_the_page_tells_what_reading_the_rows_told(
     model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -240,6 +241,7 @@ def test_faults_of_spans_are_found_though_a_run_without_them_was_looked_at(tmp_p
         notes(settings(folder, data, **masks))
 
 
+@pytest.mark.runs
 def test_processes_find_what_one_finds(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

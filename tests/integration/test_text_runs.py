@@ -25,6 +25,8 @@ from mmalign.train.loop import train
 from mmalign.train.metrics import read_json
 from mmalign.train.run import build_run
 
+pytestmark = pytest.mark.runs
+
 PROMPTS = ["Why is the sky blue?", "What is two plus two?", "How does bread rise?", "Tell a story."]
 GOOD = ["The air scatters blue light.", "Four.", "Yeast makes bubbles.", "A cat played in the sun."]
 BAD = [

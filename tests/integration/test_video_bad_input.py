@@ -131,6 +131,7 @@ def test_settings(name: str, video_models: Models, data: Path, tmp_path: Path) -
 # -- models -------------------------------------------------------------------------------------
 
 
+@pytest.mark.runs
 def test_models_of_another_kind(
     video_models: Models, tiny_llama_dir: Path, sd15_dir: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -168,6 +169,7 @@ def add_tokens(folder: Path, count: int) -> None:
     processor.save_pretrained(folder)
 
 
+@pytest.mark.runs
 def test_a_video_model_under_another_modality(
     video_models: Models, data: Path, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from selected import some_configs
 from video_runs import KIND_OF, row, shrunk, write_rows
 
 from mmalign import config as configs
@@ -53,13 +54,7 @@ REPEATED = ("rrpo_qwen3vl", "rrpo_llavaov")
 """Their method is dry-run on another class by default, and their class by another method."""
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in REPEATED))
-        for path in CONFIGS
-    ],
-)
+@pytest.mark.parametrize("path", some_configs(CONFIGS, slow=REPEATED))
 def test_config_dry_runs(
     path: Path,
     data: dict[str, Path],

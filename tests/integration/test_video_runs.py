@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     Models = Callable[[str], Path]
 
+pytestmark = pytest.mark.runs
+
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 KIND = "qwen2_5_vl"
 LONGER = {"num_steps": 10, "lr": 3e-2, "save_every": 5, "eval_every": 5}

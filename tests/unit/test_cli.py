@@ -421,6 +421,7 @@ def test_sample_completes_prompts_with_trained_and_with_base_weights(
     assert both.out == shown.out, "an override may stand where CONFIG would"
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("objective", ["dpo", pytest.param("tdpo2", marks=pytest.mark.slow)])
 def test_cache_is_written_once_and_trains_alike(config: Path, objective: str) -> None:
     name = f"objective.name={objective}"

@@ -78,6 +78,7 @@ def section(found: Section | None) -> str:
     return str(found.html)
 
 
+@pytest.mark.runs
 def test_a_page_shows_the_frames_that_were_seen(pami_run: Path, tmp_path: Path) -> None:
     page = write_report([pami_run], tmp_path / "page.html").read_text(encoding="utf-8")
     samples = [s for s in read_json(pami_run / "samples.jsonl") if s["step"] == 3]
@@ -199,6 +200,7 @@ def test_a_page_stays_small(pami_run: Path, tmp_path: Path) -> None:
     assert page.count("Not shown, the page would grow too large") == 27
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("lacking", [
     "samples", pytest.param("samples.jsonl", marks=pytest.mark.slow), "metrics.jsonl"
 ])  # fmt: skip

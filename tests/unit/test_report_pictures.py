@@ -207,6 +207,7 @@ def test_several_runs_have_a_sheet_each(tmp_path: Path) -> None:
     assert "2 runs compared" in html
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("lacking", ["samples", "eval.jsonl", "metrics.jsonl"])
 def test_an_interrupted_run_is_shown_as_far_as_it_got(tmp_path: Path, lacking: str) -> None:
     run = make_run(tmp_path / "run")

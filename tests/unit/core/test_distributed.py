@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -58,6 +59,7 @@ def run(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.runs
 def test_two_processes_equal_one_batch(tmp_path: Path) -> None:
     other = mp.get_context("spawn").Process(target=run, args=(1, str(tmp_path)))
     other.start()

@@ -124,6 +124,7 @@ def test_cached_prompts_are_those_of_the_encoders(
         assert torch.equal(value, getattr(expected, name))
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("family", [pytest.param("sdxl", marks=pytest.mark.slow), "sd3", "digits"])
 def test_training_from_caches_loads_no_vae_and_no_encoder(
     family: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -150,6 +151,7 @@ def test_training_from_caches_loads_no_vae_and_no_encoder(
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-5)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("family", "options"),
     [
@@ -332,6 +334,7 @@ def test_a_broken_picture_is_decoded_once_and_named_each_time(
         monkeypatch.setattr(notes, "decode_all", lambda pictures, _: refuse() if pictures else {})
 
 
+@pytest.mark.runs
 def test_processes_share_the_work(sd15_dir: Path, tmp_path: Path) -> None:
     """Each takes what its keys say, however late it starts."""
     config = configured(sd15_dir, tmp_path, num=6, reference=BANKED)
@@ -352,6 +355,7 @@ def test_processes_share_the_work(sd15_dir: Path, tmp_path: Path) -> None:
     assert found == expected
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("family", ["sdxl", pytest.param("sd3", marks=pytest.mark.slow)])
 def test_a_plan_is_as_large_as_the_cache(
     family: str, request: pytest.FixtureRequest, tmp_path: Path

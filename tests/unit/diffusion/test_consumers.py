@@ -216,6 +216,7 @@ def pipeline(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(f"{request.param}_dir")
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_comfyui_computes_the_trained_weights(pipeline: Path, tmp_path: Path, dora: bool) -> None:
     """Every kind of layer, linear and convolution, by either program's names."""

@@ -170,6 +170,7 @@ def test_rows_of_different_shapes_share_a_batch(sd15_dir: Path, tmp_path: Path) 
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "estimator",
     ["forward", "apart", "ddim_inversion", pytest.param("renoise", marks=pytest.mark.slow)],
@@ -243,6 +244,7 @@ def test_kl_is_the_gap_of_the_predictions(sd15_dir: Path, tmp_path: Path) -> Non
     assert any(p.grad is not None and bool(p.grad.any()) for p in adapter.parameters())
 
 
+@pytest.mark.runs
 def test_divergences_and_links_of_the_core_apply(sd15_dir: Path, tmp_path: Path) -> None:
     data, lora = write_rows(tmp_path / "data"), {"lora": {"rank": 4}}
     adapter, rows, _ = built(configured(sd15_dir, data, tmp_path, model=lora))
@@ -274,6 +276,7 @@ def test_an_objective_on_text_is_refused(sd15_dir: Path, tmp_path: Path) -> None
         check(config)
 
 
+@pytest.mark.runs
 def test_held_out_rows_are_scored_at_spread_timesteps(sd15_dir: Path, tmp_path: Path) -> None:
     from mmalign.evaluate import evaluate
 

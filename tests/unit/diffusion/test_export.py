@@ -169,6 +169,7 @@ def test_whole_weights_load_with_diffusers_and_merge(tmp_path: Path, trained: Tr
     assert all(torch.equal(a, b) for a, b in states(restored, whole.policy))
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "spec",
     [
@@ -192,6 +193,7 @@ def states(one: nn.Module, other: nn.Module) -> list[tuple[Tensor, Tensor]]:
     return list(zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("name", [DIFFUSERS_LORA, KOHYA_LORA])
 def test_what_was_saved_is_restored(sdxl_dir: Path, tmp_path: Path, name: str) -> None:
     """Into a policy that was built afresh, and as a LoRA to train on."""

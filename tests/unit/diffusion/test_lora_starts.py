@@ -60,6 +60,7 @@ def saved(pipeline: Path, folder: Path, start: str) -> dict[str, Tensor]:
     return weights(unet)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_merged_and_trained_further_it_is_what_was_trained(
     start: str, sdxl_dir: Path, tmp_path: Path

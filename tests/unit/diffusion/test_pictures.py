@@ -321,6 +321,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("buckets", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_four_large_pictures_take_the_memory_of_one(tmp_path: Path, buckets: bool) -> None:
     size = 7000, 6000  # of which one takes 160 MiB

@@ -86,6 +86,7 @@ def encoded(folder: Path, name: str) -> Tensor:
         return kind.from_pretrained(folder / name)(IDS)[0]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 @pytest.mark.parametrize("family", ["sd15_dir", "sdxl_dir"])
 def test_both_are_merged_into_a_pipeline(

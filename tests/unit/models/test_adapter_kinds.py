@@ -102,6 +102,7 @@ def saved(folder: Path, *, tied: bool = False, **settings: Any) -> Tensor:
     return logits(policy)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("kind", SEVERAL)
 def test_loaded_trained_further_and_saved(kind: str, tmp_path: Path) -> None:
     expected = saved(tmp_path, **KINDS[kind])

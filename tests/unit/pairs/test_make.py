@@ -269,6 +269,7 @@ def test_a_model_s_wrong_answers_become_pairs_that_train(
     assert (work / "run" / "final").is_dir()
 
 
+@pytest.mark.runs
 def test_a_model_s_answers_are_the_same_in_every_batch(work: Path) -> None:
     row = rows_of(Source(str(work / "qa.jsonl")), work / "out.jsonl")[0][0]
     found: list[list[str]] = []

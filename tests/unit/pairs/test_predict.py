@@ -63,6 +63,7 @@ def command(tmp_path: Path, video_models: Models) -> list[object]:
     ]  # fmt: skip
 
 
+@pytest.mark.runs
 def test_predictions_are_a_common_file_also_after_an_interruption(
     command: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ def beta_of(config: configs.RunConfig) -> object:
 OWN = 'objective={name: "my_losses:doubled", beta: 0.2}'
 
 
+@pytest.mark.runs
 def test_it_is_found_beside_the_config_and_in_the_current_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,7 @@ def test_an_area_is_that_of_a_frame(name: str) -> None:
     assert 8_000 < least[0] * least[1] <= 12_544
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("name", OWN)
 def test_frames_can_be_held_whatever_area_is_asked_for(name: str) -> None:
     """At the processor's size, or as they are where that is not known to stay."""

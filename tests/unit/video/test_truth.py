@@ -94,6 +94,7 @@ def own_logps(
     return asked[0].tolist(), scores if all_tokens else picked
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("kind", "what"),
     [

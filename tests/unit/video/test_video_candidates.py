@@ -93,6 +93,7 @@ def test_sound_alone_is_corrupted_as_sound(clips_dir: Path) -> None:
     assert change.operation in ("silence", "noise")
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("name", [
     "mdpo", "vdpo", "chip",
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("vdpo_symmetric", "povid")),
@@ -116,6 +117,7 @@ def test_objectives_on_cells_start_at_log_2(
     assert all((logps.policy[0, k] - logps.policy[0, 0]).abs().max() > 1e-6 for k in same)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("mode", ["hard", "soft", pytest.param("mean", marks=pytest.mark.slow)])
 def test_pami_trains_on_the_clips_it_chose(
     mode: str, video_models: Models, clips_dir: Path

@@ -27,6 +27,7 @@ CLASSES = (
 )
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("shared", ["on", "off"])
 @pytest.mark.parametrize("kind", CLASSES)
 def test_clues_reach_every_class_and_gradients_reach_the_aggregator(
@@ -68,6 +69,7 @@ def test_policy_moves_and_the_reference_stays(video_models: Models, clips_dir: P
     assert (after.policy - before.policy).abs().max() > 1e-3
 
 
+@pytest.mark.runs
 def test_a_trained_aggregator_is_saved_and_started_from(
     video_models: Models, clips_dir: Path, tmp_path: Path
 ) -> None:

@@ -35,6 +35,7 @@ def scored(
     return adapter, adapter(adapter.collate(rows), objective.needs)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "divergence",
     [
@@ -56,6 +57,7 @@ def test_every_divergence_starts_at_log_2_and_moves(
     assert gradients(adapter).abs().max() > 0
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("name", "sections"),
     [
@@ -145,6 +147,7 @@ def test_a_cached_reference_is_the_live_one(
     torch.testing.assert_close(logps.kl, expected.kl, rtol=0, atol=1e-9)
 
 
+@pytest.mark.runs
 def test_features_on_disk_are_found(
     video_models: Models, clips_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -197,6 +197,7 @@ def test_pictures_have_an_area_too(
         survey("llava_onevision", shown, count=1, video={"image_pixels": 4096})
 
 
+@pytest.mark.runs
 def test_a_cache_is_as_large_as_was_planned(
     video_models: Models, data: Path, tmp_path: Path
 ) -> None:
