@@ -51,7 +51,7 @@ def run_script(folder: Path, given: dict[str, Any]) -> None:
     unet.train()
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=DECAY)
     side = given["resolution"]
-    stacked = torch.rand(1, 6, side, side) * 2 - 1  # a pair, one picture after the other
+    stacked = torch.rand(1, 6, side, side) * 2 - 1  # a pair, one image after the other
     cast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     def errors(predicted: Tensor, noise: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ from mmalign.quickstart.driver import one_thread
 from mmalign.train.loop import train
 
 BETA = 20000.0  # of the demonstration; published ones are for latents a hundred times as large
-COUNT = 200  # pictures a measurement
-RESOLUTION = {"ink": 0.002, "legibility": 0.014}  # standard errors of so many pictures
+COUNT = 200  # images a measurement
+RESOLUTION = {"ink": 0.002, "legibility": 0.014}  # standard errors of so many images
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "diffusion_dpo": Method("ink of neutral prompts up"),
     "sft": Method(
-        "control: imitation of the inky pictures, without preferences",
+        "control: imitation of the inky images, without preferences",
         {"objective": {"name": "sft"}},
     ),
     "smpo": Method(
@@ -78,7 +78,7 @@ METHODS: dict[str, Method] = {
         against="diffusion_dpo",
     ),
     "diffusion_kto": Method(
-        "ink up from single rated pictures, without pairs",
+        "ink up from single rated images, without pairs",
         {"objective": {"name": "diffusion_kto", "beta": BETA / 2}, "train": {"batch_size": 64}},
         data="rated.jsonl",
     ),
@@ -214,7 +214,7 @@ class Bench:
         return self._painters[guidance]
 
     def _write_data(self) -> None:
-        """Pairs as the demonstration makes them, and the same pictures in other layouts."""
+        """Pairs as the demonstration makes them, and the same images in other layouts."""
         pairs, sizes, first = self.folder / "pairs", self.sizes, self.seed * 1_000_000
         shutil.rmtree(pairs, ignore_errors=True)
         painter = self.painter(2.0)
@@ -256,7 +256,7 @@ def preference(row: dict[str, Any], scale: float) -> float:
 
 
 def described(folder: Path, row: dict[str, Any], side: str) -> str:
-    """The caption that a describer who looks at the strokes would give this picture."""
+    """The caption that a describer who looks at the strokes would give this image."""
     digit = digits.NAMES.index(row["prompt"].split()[-1])
     real = digits.load()
     own = real.digits == digit
@@ -316,7 +316,7 @@ def compared(
     """Differences by seed, and whether the goal's is beyond the spread of the seeds.
 
     It is where the mean difference is more than two standard deviations of the seeds' differences,
-    and more than what 200 pictures can tell.
+    and more than what 200 images can tell.
     """
     found: dict[str, Any] = {}
     seeds = sorted(own.keys() & other.keys())

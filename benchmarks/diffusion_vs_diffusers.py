@@ -218,7 +218,7 @@ def _compare(
 
 
 def _prepare(folder: Path, given: dict[str, Any], tiny: bool) -> None:
-    """Pipeline, pictures and caches, in a process that ends and gives all memory back."""
+    """Pipeline, images and caches, in a process that ends and gives all memory back."""
     if not (folder / "pairs.jsonl").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         _in_child(_write, folder, given, tiny)

@@ -119,7 +119,7 @@ def write_pipeline(
 
 
 def write_pairs(folder: Path, num: int, resolution: int) -> Path:
-    """Pairs of pictures of noise, each with a caption of its own; returns the file."""
+    """Pairs of images of noise, each with a caption of its own; returns the file."""
     from PIL import Image
 
     rng = np.random.default_rng(0)

@@ -8,14 +8,14 @@ On a CPU: a Llama of 58 million parameters, vocabulary 32,000, float32, full fin
 Every arm is a process of its own that holds its model and waits; the arms of a comparison take
 their steps in turn, one at a time, so that whatever else the machine does meets all alike; on a GPU
 each takes all of its steps in a row, since its memory holds the work of one. A step is everything
-from the batch to the updated weights; ours includes tokenisation, TRL's does not (it tokenises
+from the batch to the updated weights; ours includes tokenization, TRL's does not (it tokenizes
 beforehand). Ratios are of each arm's fastest step, since what else runs on a machine only ever adds
 time; medians stand beside. Peak memory is the largest resident size during a step, less that of the
 process after its imports; on a GPU what PyTorch had allocated at most.
 
 TRL runs with its own defaults, but on a CPU in float32 (its default is bfloat16), and in the arms
 named so without gradient checkpointing (its default is on). Ratios are against TRL's faster
-setting. `bare` is the model's own forward and backward over the fewest tokens, without optimiser,
+setting. `bare` is the model's own forward and backward over the fewest tokens, without optimizer,
 loss or attention mask, and with the reference's forward where there is a live one. `no oneDNN`
 leaves our float32 products to MKL, as TRL's and the bare model's are.
 """

@@ -10,7 +10,7 @@ takes 0.94 of the multiplications of the text layers (0.92 there), the head 0.11
 (0.11 there), for which the vocabulary is 8,192. `--like 7b` has a shallower tower, 0.44 (0.39 in
 Qwen2.5-VL-7B). Attention takes a larger share than in wide models.
 
-`plain` is written anew from what trainers forked from TRL's DPO do: a batch of chosen and
+`plain` is written again from what trainers forked from TRL's DPO do: a batch of chosen and
 rejected, each with the clip; tower, text layers and head over all tokens, with the LoRA and once
 more without it; log-softmax over all positions. It begins with pixels and ids that are ready. Ours
 begins with rows and is the body of the training loop, with the default settings: a clip's features

@@ -1,4 +1,4 @@
-"""How good a policy is on held-out rows, and how sure one can be of that.
+"""Metrics of a policy on held-out rows, with confidence intervals.
 
 `evaluate` scores batches and keeps one record a row; everything else is a pure function of arrays,
 so the same numbers can be had from a run folder's `eval.jsonl`.
@@ -83,7 +83,7 @@ def loss_threshold(c: Floats, beta: float) -> Floats:  # [N] -> [N]
 def idealised_log_ratio(
     ref_chosen: Floats, ref_rejected: Floats, agreement: Floats, beta: float, eps: float = 1e-3
 ) -> Floats:
-    """log pi*(chosen) - log pi*(rejected) at the exact optimum pi* of the KL-regularised objective.
+    """log pi*(chosen) - log pi*(rejected) at the exact optimum pi* of the KL-regularized objective.
 
     = log ref(chosen) - log ref(rejected) + log(a / (1 - a)) / beta
 
@@ -265,7 +265,7 @@ def row_values(
             drift/desirable, drift/undesirable for single responses
         kl_per_token: mean KL(reference, policy)
 
-    Those per token are left out where all responses have one position, as pictures do.
+    Those per token are left out where all responses have one position, as images do.
     """
     if not rows:
         return {}
@@ -276,7 +276,7 @@ def row_values(
     }
     labels, logps = table["labels"], table["logps"]  # [N, K]
     lengths = np.maximum(table["lengths"], 1.0)
-    has_tokens = bool((lengths > 1).any())  # a picture has one position
+    has_tokens = bool((lengths > 1).any())  # an image has one position
     values: dict[str, Floats] = {"loss": table["loss"]} if "loss" in table else {}
     if "kl" in table and has_tokens:
         values["kl_per_token"] = table["kl"].sum(1) / lengths.sum(1)

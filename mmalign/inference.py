@@ -294,7 +294,7 @@ def _media(row: Example) -> dict[str, list[str]]:
 
 
 def write_cache(config: RunConfig) -> str:
-    """Store what training would compute again and again; what is there already stays.
+    """Store what training would compute again and again; what already exists stays.
 
     Returns:
         What was done, as a sentence.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Commands are invoked hundreds of times; building all of them anew takes longer than most do.
+# Commands are invoked hundreds of times; building all of them again takes longer than most do.
 typer.testing._get_command = lru_cache(typer.testing._get_command)
 
 REPOSITORY = Path(__file__).resolve().parent.parent

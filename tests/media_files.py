@@ -53,13 +53,13 @@ def write_numbered(
     Args:
         path: The file; its ending says the container.
         times: When each frame is shown, in milliseconds.
-        codec: Of the pictures.
+        codec: Of the images.
         options: Of the encoder.
         beeps: When the sound has beeps, in seconds; None: no sound track.
-        seconds: Length of the sound; None: of the pictures.
+        seconds: Length of the sound; None: of the images.
         sound_codec: Of the sound.
         sound_rate: Hz.
-        sound_start: Seconds by which the track begins after the pictures.
+        sound_start: Seconds by which the track begins after the images.
         rotation: Degrees counterclockwise by which the file says it is to be turned.
         size: Width and height.
         pix_fmt: Of the encoder.
@@ -104,7 +104,7 @@ def write_pictures(
     matrix: Sequence[int] | None = None,
     ratio: Fraction | None = None,
 ) -> Path:
-    """Write a clip of given pictures, [H, W, 3] uint8.
+    """Write a clip of given images, [H, W, 3] uint8.
 
     Args:
         path: The file; its ending says the container.
@@ -155,7 +155,7 @@ def cut(source: Path, path: Path, share: float) -> Path:
 
 
 def damaged(source: Path, path: Path, packets: Sequence[int]) -> Path:
-    """A file some of whose packets of pictures, in the order of the file, are noise."""
+    """A file some of whose packets of images, in the order of the file, are noise."""
     import av
 
     data, rng = bytearray(source.read_bytes()), np.random.default_rng(0)

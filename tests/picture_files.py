@@ -1,4 +1,4 @@
-"""Pictures made on the spot that the tests of pictures share."""
+"""Pictures made on the spot that the tests of images share."""
 
 from __future__ import annotations
 

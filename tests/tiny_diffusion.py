@@ -1,7 +1,7 @@
 """Tiny random pipelines of diffusers with the wiring of the true ones, written on the spot.
 
 Each takes well under two seconds on one thread, loads with diffusers' own pipeline class (but for
-the one without a VAE), and always has the same weights. Pictures are 32 or 64 pixels a side.
+the one without a VAE), and always has the same weights. Images are 32 or 64 pixels a side.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tiny data sets of pictures of every kind that a method reads, written on the spot."""
+"""Tiny data sets of images of every kind that a method reads, written on the spot."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def scored_pairs(folder: Path, num: int, **of_pictures: Any) -> Path:
 
 
 def captioned_pairs(folder: Path, num: int, **of_pictures: Any) -> Path:
-    """Two pictures, each with a caption of its own."""
+    """Two images, each with a caption of its own."""
 
     def row(i: int) -> dict[str, Any]:
         captions = {"prompt_chosen": caption(i), "prompt_rejected": f"no {caption(i)}"}

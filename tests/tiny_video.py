@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["KINDS", "SMOL", "make_video_model", "write_clip"]
 
 WIDTH = 32
-SIDE = 56  # pixels a side of every picture in the LLaVA classes: 4 x 4 patches of 14
+SIDE = 56  # pixels a side of every image in the LLaVA classes: 4 x 4 patches of 14
 PINPOINTS = [[56, 56], [56, 112]]
 
 
@@ -243,7 +243,7 @@ def _processor(kind: str, tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
 
 
 def _smol_processor(kind: str, tokenizer: PreTrainedTokenizerFast, chat: str) -> ProcessorMixin:
-    """Frames become squares; of a picture, up to four tiles and the whole. It needs num2words."""
+    """Frames become squares; of an image, up to four tiles and the whole. It needs num2words."""
     import transformers as hf
 
     size: dict[str, Any] = {

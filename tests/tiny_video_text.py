@@ -60,7 +60,7 @@ _USER_ASSISTANT = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
-# For pictures alone: the processor writes conversations with a clip by a template of its own.
+# For images alone: the processor writes conversations with a clip by a template of its own.
 _SMOL = (
     "<|im_start|>{% for message in messages %}{{ message['role'].capitalize() + ':' }}"
     "{% if message['content'] is string %}{{ ' ' + message['content'] }}{% else %}"

@@ -161,7 +161,7 @@ def _paligemma() -> tuple[Any, Any]:
 
 
 def _granite4_vision() -> tuple[Any, Any]:
-    """Nothing of a picture is in the embeddings; all is added at layers of the config's choice."""
+    """Nothing of an image is in the embeddings; all is added at layers of the config's choice."""
     import transformers as hf
 
     tokenizer = _tokenizer(named={"image_token": "<image>"})
@@ -196,7 +196,7 @@ def _granite4_vision() -> tuple[Any, Any]:
 
 
 def _ovis2() -> tuple[Any, Any]:
-    """What opens and ends a picture has features of its own."""
+    """What opens and ends an image has features of its own."""
     import transformers as hf
 
     ends = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
@@ -216,7 +216,7 @@ def _ovis2() -> tuple[Any, Any]:
 
 
 def _glm4v() -> tuple[Any, Any]:
-    """Frames of a clip are written with the token of pictures."""
+    """Frames of a clip are written with the token of images."""
     import transformers as hf
 
     marks = {

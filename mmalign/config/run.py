@@ -77,7 +77,7 @@ class RunConfig(Section):
     def _fits_together(self) -> Self:
         if self.model.quantization and self.model.lora is None and self.model.adapter is None:
             raise ValueError(
-                "model.quantization needs model.lora: quantised weights are not trainable"
+                "model.quantization needs model.lora: quantized weights are not trainable"
             )
         if self.model.revision is not None and os.path.isdir(self.model.path):
             raise ValueError(

@@ -104,7 +104,7 @@ class ReferenceConfig(Section):
         default=0.999, ge=0, le=1, description="ema: share of the old one kept at a refresh"
     )
     every: int = Field(
-        default=1, ge=1, le=COUNT, description="ema: optimiser steps between refreshes"
+        default=1, ge=1, le=COUNT, description="ema: optimizer steps between refreshes"
     )
     mixture: list[MixturePart] = []
     cache: Path | None = Field(

@@ -16,7 +16,7 @@ from mmalign.core.numerics import expm1_linear, log1mexp, require
 from mmalign.errors import ArgumentError, ConfigError
 
 # A transform turns the log-ratio of one response into its score. Valid are the convex f whose f' is
-# strictly increasing and unbounded below at u = 0: then the optimum of the regularised problem
+# strictly increasing and unbounded below at u = 0: then the optimum of the regularized problem
 # keeps every response possible, and reward = beta * f'(policy / reference) + c(prompt). The unknown
 # c cancels between candidates of one row only, so losses that look at a single response need
 # reverse KL.

@@ -292,7 +292,7 @@ class LogRatio(Term):
 
 @dataclass(frozen=True)
 class KlPenalty(Term):
-    """KL(reference, policy) over every position of one candidate: RRPO's regulariser.
+    """KL(reference, policy) over every position of one candidate: RRPO's regularizer.
 
     Position weights do not apply: the whole response is held to the reference, not only its spans.
     """

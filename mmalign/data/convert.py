@@ -1,4 +1,4 @@
-"""Any public layout to a canonical record, recognised by its columns, and what is left unread."""
+"""Any public layout to a canonical record, recognized by its columns, and what is left unread."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def _sign(key: str, value: Any) -> str | None:
     return "tie" if strength == 0 else "a" if strength < 0 else "b"
 
 
-# Any public layout to a canonical record, recognised by its columns.
+# Any public layout to a canonical record, recognized by its columns.
 
 MOST_COLUMNS = 10_000
 _LONGEST_NAME = 256
@@ -182,7 +182,7 @@ def to_record(raw: Mapping[str, Any], layout: str | None = None) -> dict[str, An
 
     Args:
         raw: One row. Null columns count as absent, as tables fill every missing cell with null.
-        layout: A name of `LAYOUTS`; None to recognise the layout by its columns.
+        layout: A name of `LAYOUTS`; None to recognize the layout by its columns.
 
     Raises:
         DataError: when no layout fits, or several do, or the row breaks the one that fits.

@@ -158,7 +158,7 @@ def role_before(candidate: Candidate) -> str:
 
 
 def bare(response: Response) -> str:
-    """The normalised words without marks of punctuation or markup at a word's end, or unseen ones.
+    """The normalized words without marks of punctuation or markup at a word's end, or unseen ones.
 
     Marks between two letters or digits stay, and signs that calculate or call: `3.5` is not `35`.
     """
@@ -178,7 +178,7 @@ def same_words(one: Response, other: Response) -> bool:
 
 
 def _seen(response: Response) -> str:
-    """The normalised text without characters that are not seen."""
+    """The normalized text without characters that are not seen."""
     text = as_text(response)
     for character in set(text):  # far fewer than there are characters
         if unicodedata.category(character) == "Cf":
@@ -544,6 +544,6 @@ def _last(prompt: Prompt) -> str:
 
 
 def _said(candidate: Candidate, text: str) -> str:
-    """The normalised words of a response without the role before them."""
+    """The normalized words of a response without the role before them."""
     response = candidate.response
     return normalised(response[0].content) if isinstance(response, tuple) else text

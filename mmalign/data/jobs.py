@@ -189,8 +189,8 @@ class Source:
     Attributes:
         path: File, saved dataset or hub name.
         split: Only these rows.
-        layout: Of its records; None to recognise it.
-        pictures: Where paths of pictures start; None: the folder of `path`.
+        layout: Of its records; None to recognize it.
+        images: Where paths of images start; None: the folder of `path`.
         drop_bad: Leave out records with problems instead of stopping.
     """
 
@@ -219,7 +219,7 @@ class Source:
         }
 
     def root(self) -> PictureRoot:
-        """Where paths of its pictures start."""
+        """Where paths of its images start."""
         file = Path(self.path)
         own = None if not file.exists() else file if file.is_dir() else file.parent
         return PictureRoot(self.pictures or own)

@@ -40,9 +40,9 @@ _BOOKKEEPING = _OPINIONS | frozenset(
 )
 """Last words of names that say where a row comes from, or what somebody thought of it.
 
-Nobody expects such a column to be trained on, and the public files that are read unaided all have
-some: `data check` lists them and a run logs them as information, but do not warn of them. Any
-other name may be a slip, and is one.
+Nobody expects such a column to be trained on, and public files all have some: `data check` lists
+them and a run logs them as information, but neither warns of them. Any other name may be a slip,
+and is one.
 """
 _SIDE = frozenset(("chosen", "rejected", *"ab012"))
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")

@@ -23,7 +23,7 @@ _END = re.compile(r"_([ab]|[0-9])(?:_path)?$")
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a layout is recognised and read."""
+    """How a layout is recognized and read."""
 
     columns: str  # as shown to a user
     needs: tuple[tuple[str, ...], ...]  # one column of every group must be there

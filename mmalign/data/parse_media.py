@@ -286,7 +286,7 @@ def read_pictures(
     """The rated candidates; None in the place of each that is wrong.
 
     Args:
-        fields: The record. An image is a path, a {path} object, or a Picture already.
+        fields: The record. An image is a path, a {path} object, or a Image already.
         kind: What the record is.
         root: Where paths start and what they may not leave.
     """

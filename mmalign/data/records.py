@@ -367,10 +367,10 @@ def convert_file(
     Args:
         source: File, folder, saved dataset or hub name.
         out: The JSONL file to write; it appears whole or not at all.
-        layout: A name of `LAYOUTS`; None to recognise it.
+        layout: A name of `LAYOUTS`; None to recognize it.
         split: Only these rows.
         drop_bad: Leave out records with problems instead of stopping.
-        pictures: The folder that image paths of the source start from; None: the source's own.
+        images: The folder that image paths of the source start from; None: the source's own.
 
     Returns:
         How many records were written and how many left out.

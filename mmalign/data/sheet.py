@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL import ImageFont
     from PIL.Image import Image
 
-_SMALL, _LARGE = 96, 256  # sides between which pictures are shown
+_SMALL, _LARGE = 96, 256  # sides between which images are shown
 _GAP, _PAPER, _INK, _SOFT = 8, "white", "#1b1f27", "#505968"
 _MAX_LINES = 3
 _PAGE = 1100  # width of a sheet
@@ -26,14 +26,14 @@ def grid(images: Sequence[Image], columns: int, labels: Sequence[str] | None = N
     Args:
         images: Of any sizes; small ones are enlarged by a whole factor without smoothing, large
             ones made smaller.
-        columns: Pictures in a row.
-        labels: Text under each picture; None for none.
+        columns: Images in a row.
+        labels: Text under each image; None for none.
 
     Raises:
-        ValueError: No pictures, or as many labels as there are not pictures.
+        ValueError: No images, or as many labels as there are not images.
     """
     if not images or columns < 1:
-        raise ValueError("a grid needs at least one picture and one column")
+        raise ValueError("a grid needs at least one image and one column")
     names = [""] * len(images) if labels is None else labels
     cells = [_captioned([image], name) for image, name in zip(images, names, strict=True)]
     return arranged(cells, columns)
@@ -45,18 +45,18 @@ def sheet(
     *,
     pairs_in_row: int | None = None,
 ) -> Image:
-    """The same prompts under several models, side by side, each prompt below its pictures.
+    """The same prompts under several models, side by side, each prompt below its images.
 
     Args:
-        prompts: One a row of pictures.
-        columns: Name of a model and its pictures, one a prompt, e.g. ("reference", [...]).
+        prompts: One a row of images.
+        columns: Name of a model and its images, one a prompt, e.g. ("reference", [...]).
         pairs_in_row: Prompts beside each other; by default as many as fit into about 1100 pixels.
 
     Raises:
         ValueError: Columns of other lengths than the prompts.
     """
     if not prompts or any(len(images) != len(prompts) for _, images in columns):
-        raise ValueError("a sheet needs one picture of each model for each prompt")
+        raise ValueError("a sheet needs one image of each model for each prompt")
     names = [name for name, _ in columns]
     cells = [
         _captioned([images[i] for _, images in columns], prompt, names)

@@ -115,7 +115,7 @@ def size_of(batch: Any) -> tuple[int, int]:
 def require_short(place: str, batch: Any, first: int = 1) -> None:
     """Refuse a record batch with a row that is longer than a line of JSONL may be.
 
-    Pictures, which are read by themselves, do not count.
+    Images, which are read by themselves, do not count.
 
     Args:
         place: Of the batch; the number of the row is put behind it.

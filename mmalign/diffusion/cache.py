@@ -68,7 +68,7 @@ class LatentCache:
     """Per image, shape and flip: the VAE's posterior, scaled, and the frame for time ids.
 
     Mean and standard deviation are kept, in float16, so that training can draw from the posterior
-    anew each time; the deviation is left out where the VAE has none. Images are cropped in the
+    again each time; the deviation is left out where the VAE has none. Images are cropped in the
     centre. A key holds the image's file and cell, the shape all images of its row have, the
     flip, the VAE's files and its dtype.
 

@@ -235,7 +235,7 @@ def _errors(config: RunConfig, rows: Sequence[Example]) -> Part:
     return Part("reference errors", unit, folder, len(keys), len(missing), each)
 
 
-# Long work in stages: its share for each process, and what a person sees of it.
+# Long work in stages: its share for each process, and its console output.
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -356,7 +356,7 @@ class ReNoise(DDIMInversion):
 
     Source: Lu et al. 2025, SmPO-Diffusion, released code, after Garibi et al. 2024,
         arXiv:2403.14602.
-    Departs: as `DDIMInversion`. The original method's noise regularisation and weighted averages
+    Departs: as `DDIMInversion`. The original method's noise regularization and weighted averages
         are not part of the release.
     """
 

@@ -116,7 +116,7 @@ def prepare(
     those that are too large to be held until then are decoded twice.
 
     Args:
-        pictures: All candidates of the row: where they are, or in RGB.
+        images: All candidates of the row: where they are, or in RGB.
         diffusion: Its `resolution`, `buckets`, `crop`, `shared_crop` and `flip`.
         draws_seed: Of what is random; None: the centre, and no flip.
 
@@ -278,7 +278,7 @@ class _Doubts:
 
         Args:
             row: Its candidates may have captions of their own, and so be told apart.
-            pictures: Of its candidates.
+            images: Of its candidates.
             sizes: Of the images.
             target: That they are brought to.
         """
@@ -457,7 +457,7 @@ def look(
 
     Args:
         config: The run; says where notes lie.
-        pictures: May repeat.
+        images: May repeat.
         notes: To add to; without them nothing is written.
         seen: Called with the number of images decoded since the last call.
     """
@@ -531,11 +531,11 @@ def require(store: TensorCache, what: str, lacking: int, total: int, of: str = "
 
 
 def lost(store: TensorCache, what: str) -> ConfigError:
-    """The error for an entry that is not there in the course of a run."""
+    """The error for an entry that is not there during training."""
     if store.bad_shards:
         return ConfigError(
             f"{store.bad_shards[-1]} is damaged and held {what}. Remove this file, and write what "
-            "it held anew with `mmalign cache CONFIG`"
+            "it held again with `mmalign cache CONFIG`"
         )
     return ConfigError(
         f"{store.folder}: {what} are missing. Write them with `mmalign cache CONFIG`"

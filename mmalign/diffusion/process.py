@@ -464,7 +464,7 @@ def ddim_step(
 def renoise(
     x: Tensor, noise: Tensor, source: Tensor, goal: Tensor, process: NoiseProcess
 ) -> Tensor:  # [N, ...]
-    """Images at level a taken to a noisier level b with fresh noise.
+    """Images at level a taken to level b, which has more noise, with fresh noise.
 
     x_b = alpha_b (x_a / alpha_a + sqrt(rho_b^2 - rho_a^2) noise), rho = sigma / alpha.
 

@@ -31,7 +31,7 @@ SHEET = "sheet.png"
 """Name of the sheet in the folder of a step's samples."""
 
 
-# Images of the policy in the course of a run, from the same start noise each time.
+# Images of the policy during training, from the same start noise each time.
 
 
 def check_sampling(components: Components, diffusion: DiffusionConfig) -> None:
@@ -89,7 +89,7 @@ def write_samples(
     """
     spec = inputs.config.diffusion.sampling
     seed = spec.seed
-    # Read anew each time: it may hold a share of what the policy has learned by now.
+    # Read again each time: it may hold a share of what the policy has learned by now.
     negative = load_negative(spec, inputs.config.model, policy)
     images = paint(inputs, policy, list(prompts.values()), negative_model=negative)
     inputs.release()

@@ -349,7 +349,7 @@ def _prompts(config: RunConfig, needs: Needs) -> float:
     dtype = getattr(torch, model.dtype)
     encoder = PromptEncoder.load(model.path, None, dtype, place.device, revision=model.revision)
     size = 1 if place.device.type == "cpu" else CAPTIONS_AT_ONCE
-    return _seconds(lambda: encoder.encode(["a picture"] * size)) / size
+    return _seconds(lambda: encoder.encode(["an image"] * size)) / size
 
 
 def _errors(config: RunConfig, needs: Needs) -> float:

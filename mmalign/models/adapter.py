@@ -264,7 +264,7 @@ class Adapter(nn.Module, ABC):
         """
 
     def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
-        """Optimiser groups; the default is one group of all trainable parameters."""
+        """Optimizer groups; the default is one group of all trainable parameters."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
     def setup(self, examples: Sequence[Example], num_steps: int | None = None) -> None:
@@ -272,7 +272,7 @@ class Adapter(nn.Module, ABC):
 
         Args:
             examples: All rows of the run.
-            num_steps: Optimiser steps that the run takes; None: nothing is trained.
+            num_steps: Optimizer steps that the run takes; None: nothing is trained.
         """
 
     @property
@@ -281,7 +281,7 @@ class Adapter(nn.Module, ABC):
         return None
 
     def after_step(self, step: int) -> None:
-        """Called after every optimiser step: EMA, reference refresh."""
+        """Called after every optimizer step: EMA, reference refresh."""
 
     def eval_examples(self, examples: Sequence[Example]) -> list[Example]:
         """The rows to evaluate on; more than were given where one row is scored several times."""
@@ -345,7 +345,7 @@ class Adapter(nn.Module, ABC):
         Args:
             prompts: Row id to prompt.
             folder: The run folder; files go to `samples/step-N/` inside.
-            step: Optimiser steps done.
+            step: Optimizer steps done.
             options: The config's `sample` section.
 
         Returns:

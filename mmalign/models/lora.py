@@ -353,11 +353,11 @@ def _head(model: nn.Module) -> nn.Module | None:
     return find() if find is not None else None
 
 
-# Weights quantised by bitsandbytes: what training needs of them.
+# Weights quantized by bitsandbytes: what training needs of them.
 
 
 def always_as_in_training(model: nn.Module) -> int:
-    """Let quantised layers compute in evaluation what they do in training; returns how many.
+    """Let quantized layers compute in evaluation what they do in training; returns how many.
 
     Their mode decides nothing but the kernel, and on a CPU the one for evaluation does harm. With
     AVX512-BF16, the first such pass rearranges a 4-bit weight in place, for a kernel without a

@@ -179,7 +179,7 @@ def one_line(error: BaseException) -> str:
 
 
 def can_load(base: Path) -> bool:
-    """Whether the config of a folder names a class of transformers that is no quantised model."""
+    """Whether the config of a folder names a class of transformers that is no quantized model."""
     config = base / "config.json"
     if not config.is_file() or (base.parent / "model_index.json").is_file():
         return False

@@ -47,7 +47,7 @@ class Reference(ABC):
         return [(1.0, self)]
 
     def after_step(self, step: int) -> None:  # noqa: B027  most references stand still
-        """Called after every optimiser step."""
+        """Called after every optimizer step."""
 
     def state(self) -> dict[str, Tensor]:
         """Tensors that a resumed run needs."""
@@ -156,7 +156,7 @@ class AdapterCopy(Copy):
 class Ema(Reference):
     """A moving average of the policy.
 
-    reference <- decay * reference + (1 - decay) * policy, every `every` optimiser steps
+    reference <- decay * reference + (1 - decay) * policy, every `every` optimizer steps
 
     decay 0 copies the policy at each refresh. The average is kept in float32 or wider: in bfloat16
     a share of 0.001 would be rounded away.
@@ -172,7 +172,7 @@ class Ema(Reference):
         Args:
             start: The copy to move.
             decay: Share of the old reference kept at a refresh, 0 to 1.
-            every: Optimiser steps between refreshes.
+            every: Optimizer steps between refreshes.
         """
         self.copy = start
         self.decay = decay
@@ -211,7 +211,7 @@ class Ema(Reference):
 
 
 class Mixture(Reference):
-    """log ref = sum_k weight_k * log ref_k: a geometric mixture, not normalised.
+    """log ref = sum_k weight_k * log ref_k: a geometric mixture, not normalized.
 
     The normaliser depends on the prompt alone and cancels between responses.
 
@@ -376,5 +376,5 @@ def _check_mixture(config: RunConfig, needs: Needs) -> None:
     if needs.kl:
         raise ConfigError(
             "reference.kind is mixture, but the objective needs the per-token KL: a geometric "
-            "mixture is not normalised over the vocabulary, so it has none. Use a single reference"
+            "mixture is not normalized over the vocabulary, so it has none. Use a single reference"
         )

@@ -144,7 +144,7 @@ def _columns(media: Media, place: str, out: Path) -> dict[str, Any]:
     def named(medium: Clip | Picture | Sound) -> Any:
         file = Path(os.path.realpath(medium.path))
         if isinstance(medium, Picture) and medium.row >= 0:
-            raise DataError(f"{place}: {medium} is a cell of a table; give the picture as a file")
+            raise DataError(f"{place}: {medium} is a cell of a table; give the image as a file")
         if not file.is_relative_to(folder):
             raise DataError(
                 f"{place}: {file} does not lie below {folder}, and the paths of a data file start "

@@ -116,7 +116,7 @@ class Ambiguous:
         weigh: Give pairs the score as weight.
 
     Source: Ye et al. 2024, arXiv:2403.04640 (CAT's ADPO).
-    Departs: there an outside model judges, and writes the specific answer anew; rules and numbers
+    Departs: there an outside model judges, and writes the specific answer again; rules and numbers
         are ours.
     """
 

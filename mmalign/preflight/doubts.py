@@ -198,7 +198,7 @@ class Plan:
     Attributes:
         config: Of the run.
         needs: Of its objective.
-        num_steps: Optimiser steps.
+        num_steps: Optimizer steps.
         rows_per_step: Rows of one step, over all processes.
         rows: What is trained on.
     """

@@ -146,7 +146,7 @@ def _save_float32(source: Path, target: Path) -> None:
     location: dict[str, Any] = {"gguf_file": source.name}
     tokenizer = AutoTokenizer.from_pretrained(source.parent, **location)
     model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **location)
-    # Saving is refused as long as the model calls itself quantised, though its weights are float32.
+    # Saving is refused as long as the model calls itself quantized, though its weights are float32.
     marks = [(model, name) for name in ("hf_quantizer", "is_quantized", "quantization_method")]
     for owner, mark in [*marks, (model.config, "quantization_config")]:
         delattr(owner, mark)

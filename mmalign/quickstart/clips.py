@@ -108,7 +108,7 @@ def make(folder: Path, count: int, seed: int) -> Clips:
 
 
 def draw(scene: Scene, random: np.random.Generator) -> Pixels:  # [8, 32, 32, 3]
-    """A scene's frames; where, how large and on which grey is drawn anew each time."""
+    """A scene's frames; where, how large and on which grey is drawn again each time."""
     t = np.linspace(-1.0, 1.0, NUM_FRAMES)
     centre = random.uniform(11.0, 21.0, 2)  # x, y
     radius = np.full(NUM_FRAMES, random.uniform(5.5, 7.0))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Bolder strokes on handwritten digits: a base trained on the spot, Diffusion-DPO, a report.
 #
-# The base learns real digits. Its own pictures are ranked by their ink, and pairs of much and
+# The base learns real digits. Its own images are ranked by their ink, and pairs of much and
 # little ink align it with the project's own loop. Legibility is the guard: a second run with a far
 # smaller beta shows what too much looks like, and which number gives warning.
 
@@ -60,14 +60,14 @@ class Sizes:
 
     base_steps: int = 700
     batch_size: int = 32  # pairs
-    per_digit: int = 48  # pictures, of which
+    per_digit: int = 48  # images, of which
     kept: int = 16  # of each end become training pairs
     held_out_per_digit: int = 18
     held_out_kept: int = 6
-    measured: int = 200  # pictures before and after
+    measured: int = 200  # images before and after
     watched: int = 100  # of them, on the way and with style words
     steps: int | None = None  # of every run, where not the recipe's
-    denoising_steps: int = 20  # of every picture
+    denoising_steps: int = 20  # of every image
 
 
 FULL = Sizes()
@@ -87,7 +87,7 @@ FAST = Sizes(
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """An aligned model: its pictures, and those of its steps on the way."""
+    """An aligned model: its images, and those of its steps on the way."""
 
     folder: Path
     model: nn.Module
@@ -103,7 +103,7 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
             `summary.json`; by default runs/quickstart-diffusion, or the first name with a number
             behind it that is free.
         seed: Decides the base, the pairs, the order of the rows and all noise.
-        fast: A smoke run: a few steps, a few pictures. Its numbers mean nothing.
+        fast: A smoke run: a few steps, a few images. Its numbers mean nothing.
 
     Returns:
         What `summary.json` holds: `before`, `after`, `too_far`, `seconds`, and how they came about.
@@ -122,7 +122,7 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
     oracle = digits.Oracle(real)
     demo.lap("oracle", "Training a small base model on real handwritten digits ...")
     make(output / "base", seed, sizes.base_steps)
-    demo.lap("base", "Drawing pictures and pairing those of much ink with those of little ...")
+    demo.lap("base", "Drawing images and pairing those of much ink with those of little ...")
     aligned = config(output / "base", ALIGNED, output / "aligned", seed, sizes)
     painter = Painter(aligned, oracle)
     first = seed * _SEEDS
@@ -221,7 +221,7 @@ def config(base: Path, recipe: Recipe, output: Path, seed: int, sizes: Sizes = F
             "diffusion": {
                 "resolution": SIDE,
                 "eval_draws": 6,
-                "cache": "off",  # of 160 pictures of 64 pixels
+                "cache": "off",  # of 160 images of 64 pixels
                 "sampling": {**SAMPLING, "num_steps": sizes.denoising_steps},
             },
             "output": output,
@@ -293,7 +293,7 @@ def write(output: Path, result: Mapping[str, Any], before: Shown, after: Arm, ru
     Args:
         output: Folder of the demonstration.
         result: What `summary.json` will hold.
-        before: Pictures of the base.
+        before: Images of the base.
         after: The aligned model.
         ruined: The same with a beta that is far too small.
     """
@@ -330,15 +330,15 @@ def _what_happened(output: Path, result: Mapping[str, Any], before: Shown, after
             driver.smoke(result, "a base that learned next to nothing"),
             picture(file, "Same prompt, same start noise, before and after; below each its ink"),
             blocks.paragraph(
-                "In the mean over all pictures of a digit chance is gone, and what is left is what "
+                "In the mean over all images of a digit chance is gone, and what is left is what "
                 "was learned: red is where ink was gained, blue where it was lost."
             ),
-            picture(means, "Mean of all pictures of a digit, before and after, and the change"),
+            picture(means, "Mean of all images of a digit, before and after, and the change"),
             driver.arm_table(
                 result,
                 _ARMS,
                 _ROWS,
-                f"{result['num_pictures']} pictures of neutral prompts from the same start noise "
+                f"{result['num_pictures']} images of neutral prompts from the same start noise "
                 f"each, seed {result['seed']}. Standard error of a legibility near 96 %: "
                 f"{error:.1f} points.",
             ),
@@ -361,7 +361,7 @@ def _steps(result: Mapping[str, Any], after: Arm, ruined: Arm) -> Markup:
                 "More ink is what was asked for; legibility is the guard, measured by an oracle "
                 f"that names {100 * result['oracle_accuracy']:.1f} % of unseen real digits. "
                 "Below them is the winner error: how much worse than the reference the model "
-                "explains the preferred pictures. In the red band it explains them worse than "
+                "explains the preferred images. In the red band it explains them worse than "
                 "before training, and legibility falls soon after. Thin: training batches, each at "
                 "other noise levels; points: held-out pairs."
             ),
@@ -376,7 +376,7 @@ def _steps(result: Mapping[str, Any], after: Arm, ruined: Arm) -> Markup:
 
 
 def _path(arm: Arm) -> Markup:
-    """Ink, legibility and winner error of one run over its steps, in one picture."""
+    """Ink, legibility and winner error of one run over its steps, in one image."""
     run = read_run(arm.folder)
     steps = [step for step, _ in arm.path]
     inks = [shown.ink for _, shown in arm.path]
@@ -400,7 +400,7 @@ def _path(arm: Arm) -> Markup:
         height = max(height, 0.2 * (height - bottom))
         low.axhspan(0.0, height, color=figures.colour(_TOO_FAR), alpha=0.13, linewidth=0)
         low.set_ylim(bottom, height)
-        low.set_xlabel("optimiser step")
+        low.set_xlabel("optimizer step")
         figure.align_ylabels()
 
     return figures.svg(
@@ -436,7 +436,7 @@ def _histogram(result: Mapping[str, Any], before: Shown, after: Arm) -> Markup:
     means = ", ".join(f"{label} {amount.mean():.3f}" for label, amount in amounts.items())
     return blocks.figure(
         figures.svg(draw, alt=f"Histogram of ink; means: {means}", size=(5.6, 2.9)),
-        "Ink of the pictures of neutral prompts",
+        "Ink of the images of neutral prompts",
         "Dashed: mean ink of real digits in each third of their kind. Digits differ in ink by "
         "themselves (a one has little), so both histograms are wide.",
     )
@@ -466,7 +466,7 @@ def _leak(result: Mapping[str, Any]) -> Markup:
             blocks.table(
                 ["prompts", "ink before", "ink after", "legible before", "legible after"],
                 rows,
-                f"{result['num_watched']} pictures for each style word, the same start noise "
+                f"{result['num_watched']} images for each style word, the same start noise "
                 "everywhere.",
             ),
         ]
@@ -502,21 +502,21 @@ def _too_far(
 def _limits(result: Mapping[str, Any]) -> Markup:
     notes = [
         "Ink is counted, not judged: no person preferred anything here. Pairs of people's choices "
-        "are noisier, and what they want is not one number.",
-        "The oracle learned from the same 1,797 pictures as the base. It says whether a picture "
+        "are less consistent, and what they want is not one number.",
+        "The oracle learned from the same 1,797 images as the base. It says whether an image "
         "looks like its digit to a support vector machine, not whether it is beautiful.",
-        "There are ten neutral prompts, all trained on: pictures are held out, prompts are not.",
-        f"With {result['num_pictures']} pictures one is {100 / result['num_pictures']:.1f} points "
+        "There are ten neutral prompts, all trained on: images are held out, prompts are not.",
+        f"With {result['num_pictures']} images one is {100 / result['num_pictures']:.1f} points "
         "of legibility. Read the direction, not the decimals.",
         "The base can draw bold digits already when asked to. Alignment changed what it draws when "
         "nobody asks; it taught it nothing new.",
         "The winner error is a mean over noise levels. By level, further down, it can be below 0 "
         "where little noise is and above 0 where much is. The held-out loss rises early and says "
         "little: with a large beta a few pairs that are still ranked wrongly outweigh all others.",
-        "Imitation alone, of the inky pictures and without the others, gets nearly as far with no "
+        "Imitation alone, of the inky images and without the others, gets nearly as far with no "
         "loss of legibility: ink +0.024 against +0.026 in three other runs, 99.5 % legible against "
         "97.3 % (docs/diffusion_methods.md). The claim is that preferences move the model where "
-        "they point, not that DPO beats fine-tuning on pictures that are good already.",
+        "they point, not that DPO beats fine-tuning on images that are good already.",
         "It is a model of 8 x 8 pixels without latents. Learning rates, and how soon it breaks, "
         "are its own; the signs to watch are not.",
     ]

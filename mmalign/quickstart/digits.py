@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from mmalign.diffusion.inputs import Inputs
 
 
-# Real handwritten digits: pictures, prompts, ink, and a judge of legibility.
+# Real handwritten digits: images, prompts, ink, and a judge of legibility.
 #
-# 1,797 pictures of 8 x 8 pixels by many hands, as scikit-learn ships them.
+# 1,797 images of 8 x 8 pixels by many hands, as scikit-learn ships them.
 #
 # Source: UCI "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998).
 
@@ -47,17 +47,17 @@ _NUM_TEST = 360
 
 @dataclass(frozen=True, slots=True)
 class Digits:
-    """All pictures, what they show, and how much ink each has among its own kind."""
+    """All images, what they show, and how much ink each has among its own kind."""
 
     pixels: NDArray[np.float32]  # [N, 8, 8] in [0, 1]; 1 is ink
     digits: NDArray[np.int64]  # [N], 0 to 9
-    styles: NDArray[np.int64]  # [N], third of the ink among the pictures of the same digit
+    styles: NDArray[np.int64]  # [N], third of the ink among the images of the same digit
 
 
 class Oracle:
-    """Says which digit a picture shows; a digit is legible when the oracle names it.
+    """Says which digit an image shows; a digit is legible when the oracle names it.
 
-    A support vector machine on the raw pixels, trained on 1,437 pictures.
+    A support vector machine on the raw pixels, trained on 1,437 images.
     """
 
     def __init__(self, digits: Digits) -> None:
@@ -71,14 +71,14 @@ class Oracle:
         self.accuracy = float(self._model.score(flat[test], digits.digits[test]))
 
     def legible(self, pixels: NDArray[np.float32], digits: Sequence[int]) -> NDArray[np.bool_]:
-        """Whether each picture [N, 8, 8] shows its digit, [N]."""
+        """Whether each image [N, 8, 8] shows its digit, [N]."""
         named = self._model.predict(pixels.reshape(len(pixels), -1))
         return np.asarray(named == np.asarray(digits))
 
 
 @cache
 def load() -> Digits:
-    """The pictures.
+    """The images.
 
     Raises:
         ConfigError: scikit-learn is not installed.
@@ -103,24 +103,24 @@ def load() -> Digits:
 
 
 def ink(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mean of the pixels of each picture [N, 8, 8], [N]; 0 is empty and 1 is full."""
+    """Mean of the pixels of each image [N, 8, 8], [N]; 0 is empty and 1 is full."""
     return pixels.reshape(len(pixels), -1).mean(1).astype(np.float32)
 
 
 def ink_of_styles(digits: Digits) -> dict[str, float]:
-    """Mean ink of the real pictures of each style."""
+    """Mean ink of the real images of each style."""
     amount = ink(digits.pixels)
     means = [float(amount[digits.styles == index].mean()) for index in range(len(STYLES))]
     return {style: round(mean, 4) for style, mean in zip(STYLES, means, strict=True)}
 
 
 def prompt(digit: int, style: str = "") -> str:
-    """What a picture is called, e.g. `a bold handwritten seven`; neutral without a style."""
+    """What an image is called, e.g. `a bold handwritten seven`; neutral without a style."""
     return " ".join(["a", *([style] if style else []), "handwritten", NAMES[digit]])
 
 
 def to_pixels(pictures: Sequence[Image]) -> NDArray[np.float32]:
-    """Generated pictures as [N, 8, 8] in [0, 1]."""
+    """Generated images as [N, 8, 8] in [0, 1]."""
     shades = np.stack([np.asarray(picture.convert("L")) for picture in pictures])
     return shades.astype(np.float32) / np.float32(255)
 
@@ -142,7 +142,7 @@ def make(folder: Path, seed: int, num_steps: int = NUM_STEPS) -> Path:
 
     Args:
         folder: Where to write.
-        seed: Decides the start, the order of the pictures, the captions and the noise.
+        seed: Decides the start, the order of the images, the captions and the noise.
         num_steps: Fewer for a smoke run.
     """
     torch.manual_seed(seed)
@@ -200,7 +200,7 @@ def _train(networks: nn.ModuleDict, tokenizer: Any, seed: int, num_steps: int) -
 
 
 def _captions(digits: Digits, rows: NDArray[np.int64], random: np.random.Generator) -> list[str]:
-    """A caption for each picture: with its style, without, or empty (for guidance)."""
+    """A caption for each image: with its style, without, or empty (for guidance)."""
     found: list[str] = []
     for row, plain, empty in zip(
         rows, random.random(len(rows)) < _NO_STYLE, random.random(len(rows)) < _EMPTY, strict=True
@@ -276,14 +276,14 @@ def _scheduler() -> Any:
     return DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
 
 
-# Pairs of generated digits, more ink against less, and what generated pictures look like.
+# Pairs of generated digits, more ink against less, and what generated images look like.
 
 SAMPLING: dict[str, Any] = {
     "guidance": 2.0,  # 3 and more ruin the base by themselves
     "sampler": "ddim",
     "clip_sample": True,
 }
-"""How every picture of the demonstration is made, but for the number of steps."""
+"""How every image of the demonstration is made, but for the number of steps."""
 
 PAIRS = "pairs.jsonl"
 _AT_ONCE = 100
@@ -299,16 +299,16 @@ class Shown:
 
     @property
     def ink(self) -> float:
-        """Mean over all pictures."""
+        """Mean over all images."""
         return float(ink(self.pixels).mean())
 
     @property
     def legibility(self) -> float:
-        """Share of the pictures in which the oracle sees the digit."""
+        """Share of the images in which the oracle sees the digit."""
         return float(self.legible.mean())
 
     def first(self, count: int) -> Shown:
-        """The first of the pictures."""
+        """The first of the images."""
         return Shown(self.digits[:count], self.pixels[:count], self.legible[:count])
 
     def numbers(self) -> dict[str, float]:
@@ -323,8 +323,8 @@ class Painter:
         """Load the base.
 
         Args:
-            config: Of any run on it; how pictures are made stands in `diffusion.sampling`.
-            oracle: Judges the pictures.
+            config: Of any run on it; how images are made stands in `diffusion.sampling`.
+            oracle: Judges the images.
         """
         from mmalign.core import Needs
         from mmalign.diffusion.components import load_components
@@ -346,7 +346,7 @@ class Painter:
         style: str = "",
         negative_model: nn.Module | None = None,
     ) -> Shown:
-        """One picture a digit; picture i has the start noise of seed `first_seed` + i."""
+        """One image a digit; image i has the start noise of seed `first_seed` + i."""
         from mmalign.diffusion.samples import paint
 
         pictures = paint(
@@ -372,10 +372,10 @@ def write_pairs(
     """Draw digits with neutral prompts; of each, the inkiest against the least inky.
 
     Args:
-        folder: For the pictures, and their records in `pairs.jsonl`.
+        folder: For the images, and their records in `pairs.jsonl`.
         painter: Whose base draws.
         first_seed: Of the start noise, and of the pairing.
-        per_digit: Pictures of each digit.
+        per_digit: Images of each digit.
         kept: How many of each end become pairs.
 
     Returns:
@@ -417,7 +417,7 @@ def write_pairs(
 
 
 def write_same_noise(file: Path, count: int, in_row: int, columns: Mapping[str, Shown]) -> None:
-    """The first `count` pictures of each model beside each other, with their ink."""
+    """The first `count` images of each model beside each other, with their ink."""
     many = list(columns.values())
     count = min(count, len(many[0].digits))
     amounts = [ink(shown.pixels[:count]) for shown in many]
@@ -430,7 +430,7 @@ def write_same_noise(file: Path, count: int, in_row: int, columns: Mapping[str, 
 
 
 def write_means(file: Path, before: Shown, after: Shown) -> None:
-    """The mean picture of each digit, and where it gained (red) or lost (blue) ink."""
+    """The mean image of each digit, and where it gained (red) or lost (blue) ink."""
     digits = np.asarray(before.digits)
     known = sorted(set(before.digits))
     means = [

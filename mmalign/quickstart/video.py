@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # No where nothing of the kind happens: a base that sees and says yes, RRPO, a report.
 #
 # The base is trained on the spot with answers that are mostly yes. It names what happens in a clip
-# when asked openly, and says yes to whatever else is asked. Preference pairs with spans on the word
+# when asked openly, and answers yes to any other question. Preference pairs with spans on the word
 # yes or no align it with the project's own loop; fine-tuning on the same chosen answers is the
 # control. Held-out clips are asked about before and after.
 
@@ -397,7 +397,7 @@ def _what_happened(result: Mapping[str, Any]) -> Markup:
                 "A LLaVA-OneVision of 0.18 million parameters was trained from nothing on clips in "
                 "which one shape does one thing. In that training "
                 f"{100 * SHARE_OF_YES:.0f} % of the questions whether an event happens had the "
-                "answer yes, as in data made from captions, so it says yes to whatever is asked. "
+                "answer yes, as in data made from captions, so it answers yes to every question. "
                 f"Then {result['num_pairs']:,} preference pairs, made by rule, aligned its "
                 "language model with RRPO: the loss weighs the word yes or no alone, and a KL term "
                 "holds the rest of the chosen answers. What encodes the frames stayed frozen. The "
@@ -469,7 +469,7 @@ def _sees(output: Path, result: Mapping[str, Any], course: Course) -> Markup:
     def draw(axes: Axes) -> None:
         axes.plot(np.arange(len(means)) + window, means, color=figures.colour(0))
         axes.set_yscale("log")
-        axes.set_xlabel("optimiser step")
+        axes.set_xlabel("optimizer step")
         axes.set_ylabel("nats per token")
 
     text = (

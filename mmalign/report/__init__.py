@@ -26,7 +26,7 @@ _LONGEST = 60  # letters of each
 def place_of(run_dirs: Sequence[str | Path]) -> Path:
     """Where a page goes that nobody named: in its run; of several runs to a new file beside them.
 
-    The page of one run is written anew each time; one of several takes nobody's place.
+    The page of one run is written again each time; one of several takes nobody's place.
     """
     folders = [Path(folder) for folder in run_dirs]
     if len(folders) == 1:

@@ -166,7 +166,7 @@ def plot(spec: Plot, runs: Sequence[Run]) -> Markup | None:
                 axes.set_ylim(low, high)
         if spec.bounds is not None:
             axes.set_ylim(*spec.bounds)
-        axes.set_xlabel("optimiser step")
+        axes.set_xlabel("optimizer step")
         axes.set_ylabel(spec.unit)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         if len(labels) > 1:
@@ -184,7 +184,7 @@ def plot(spec: Plot, runs: Sequence[Run]) -> Markup | None:
         f"{values[-1]:.3g}"
         for index, curve, _, values in drawn
     )
-    return svg(draw, alt=f"{spec.title} over the optimiser steps: {ends}")
+    return svg(draw, alt=f"{spec.title} over the optimizer steps: {ends}")
 
 
 def _thin(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
@@ -212,20 +212,20 @@ PLOTS = (
         (Curve("loss", "training", 0), Curve("loss", "held out", 1, held_out=True)),
     ),
     Plot(
-        "Error on preferred pictures, against the reference",
+        "Error on preferred images, against the reference",
         "policy minus reference",
         (
             Curve("errors/chosen_diff", "training", CHOSEN),
             Curve("errors/chosen_diff", "held out", 2, held_out=True),
         ),
         of="errors",
-        note="Below 0 the model explains the preferred pictures better than the reference does; in "
-        "the red band it explains them worse, and picture quality falls soon after.",
+        note="Below 0 the model explains the preferred images better than the reference does; in "
+        "the red band it explains them worse, and image quality falls soon after.",
         level=0.0,
         warns_above=True,
     ),
     Plot(
-        "Error on rejected pictures, against the reference",
+        "Error on rejected images, against the reference",
         "policy minus reference",
         (
             Curve("errors/rejected_diff", "training", REJECTED),
@@ -332,7 +332,7 @@ PLOTS = (
     Plot("KL to the reference, training", "nats per response", _KL, of="tokens"),
     Plot("KL to the reference, training", "error gap", _KL, of="errors"),
     Plot(
-        "Divergence under altered clips, training",
+        "Divergence against perturbed video, training",
         "nats",
         (Curve("pami/far", "chosen", 0), Curve("pami/far_max", "farthest", 1, "--")),
         of="tokens",

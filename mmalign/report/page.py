@@ -75,7 +75,7 @@ _METRICS = (
     _Metric(
         "reward_accuracy",
         "Implicit accuracy",
-        "pairs whose preferred picture gained more than the rejected one",
+        "pairs whose preferred image gained more than the rejected one",
         of="errors",
         is_share=True,
     ),
@@ -171,7 +171,7 @@ def _caption(run: Run) -> str:
     if not rows:
         return interval
     count = len(rows)
-    # A held-out picture row is scored at several noise levels, as ROW@0, ROW@1, ...
+    # A held-out image row is scored at several noise levels, as ROW@0, ROW@1, ...
     num_rows = len({str(row.get("id")).rpartition("@")[0] or row.get("id") for row in rows})
     if run.has_pictures and num_rows < count:
         return f"{num_rows:,} held-out rows at {count // num_rows} noise levels each. {interval}"
@@ -271,7 +271,7 @@ def lead(runs: Sequence[Run]) -> str:
     run = runs[0]
     rows = (run.env.get("data") or {}).get("train_rows")
     on = f" on {rows:,} rows of preference data" if isinstance(rows, int) else ""
-    return f"A preference alignment run of {run.last_step:,} optimiser steps{on}."
+    return f"A preference alignment run of {run.last_step:,} optimizer steps{on}."
 
 
 def state(run: Run) -> dict[str, str]:

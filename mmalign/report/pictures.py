@@ -1,4 +1,4 @@
-"""What a page shows of a run on pictures and on clips.
+"""What a page shows of a run on images and on clips.
 
 Samples, what the model saw, what was altered.
 """
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
     from mmalign.report.run import Record, Run
 
 
-# What a page shows of a run on pictures: sheets of samples, and numbers by noise level.
+# What a page shows of a run on images: sheets of samples, and numbers by noise level.
 
 TERMS = {
     "Denoising error": "The mean squared difference between what the network predicts and what it "
-    "should predict, at one drawn noise level. It stands in for the log-probability of a picture: "
-    "the smaller the error, the better the model explains the picture.",
+    "should predict, at one drawn noise level. It stands in for the log-probability of an image: "
+    "the smaller the error, the better the model explains the image.",
     "Error against the reference": "The trained model's error minus that of the frozen reference, "
-    "on the same picture with the same noise. Below 0: the picture became more likely.",
+    "on the same image with the same noise. Below 0: the image became more likely.",
     "Margin": "What the objective compares: for Diffusion-DPO beta / 2 times how much more the "
-    "error fell on the preferred picture than on the rejected one.",
-    "Implicit accuracy": "The share of pairs whose preferred picture gained more than the rejected "
+    "error fell on the preferred image than on the rejected one.",
+    "Implicit accuracy": "The share of pairs whose preferred image gained more than the rejected "
     "one. Before training every pair is a tie, which counts half and says nothing. A model that "
-    "breaks all pictures, the rejected ones faster, has an accuracy of 100 % too.",
-    "Noise level": "The drawn timestep, in thousandths of the schedule: 0 is a clean picture, 1000 "
+    "breaks all images, the rejected ones faster, has an accuracy of 100 % too.",
+    "Noise level": "The drawn timestep, in thousandths of the schedule: 0 is a clean image, 1000 "
     "pure noise. Early levels decide fine detail, late ones the layout.",
     "Interval": "Made again and again in this way from other held-out rows, 95 % of the intervals "
     "would hold the true mean. The noise levels a row is scored at are drawn together.",
@@ -108,7 +108,7 @@ def with_error_intervals(run: Run) -> Run:
 
 
 def picture(file: Path, caption: str) -> Markup:
-    """A picture file as part of the page, made smaller where it would be too large for one."""
+    """An image file as part of the page, made smaller where it would be too large for one."""
     try:
         kind, data = _bounded(file)
     except DataError as error:
@@ -142,7 +142,7 @@ def _spread(items: Sequence[tuple[int, Path]]) -> list[tuple[int, Path]]:
 
 
 def _bounded(file: Path) -> tuple[str, bytes]:
-    """Kind and bytes of a picture of at most `_MAX_BYTES`: as it is, else a smaller JPEG."""
+    """Kind and bytes of an image of at most `_MAX_BYTES`: as it is, else a smaller JPEG."""
     data = picture_bytes(Picture(file))
     if len(data) <= _MAX_BYTES:
         return file.suffix.removeprefix("."), data
@@ -208,7 +208,7 @@ _MARKS = {
 
 @dataclass(slots=True)
 class _Budget:
-    """Bytes of pictures that a section may still hold."""
+    """Bytes of images that a section may still hold."""
 
     left: int = _MOST_OF_SHEETS
 

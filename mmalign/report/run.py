@@ -282,7 +282,7 @@ class Run:
 
     @property
     def has_pictures(self) -> bool:
-        """Whether candidates are pictures, so that scores are denoising errors."""
+        """Whether candidates are images, so that scores are denoising errors."""
         return self.config.get("modality") == "diffusion"
 
     @property
@@ -302,7 +302,7 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """The last optimiser step that left a log line."""
+        """The last optimizer step that left a log line."""
         return int(self.metrics[-1].get("step", 0)) if self.metrics else 0
 
     def series(self, key: str, *, held_out: bool = False) -> tuple[list[float], list[float]]:
@@ -326,7 +326,7 @@ def read_run(folder: str | Path) -> Run:
         raise ConfigError(f"{folder}: there is no such folder; give the `output` of a run")
     if not any((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
         raise ConfigError(
-            f"{folder}: has neither config.yaml nor metrics.jsonl, so it is no run folder"
+            f"{folder}: has neither config.yaml nor metrics.jsonl, so it is not a run folder"
         )
     problems: list[str] = []
     config: Record = {}
@@ -451,8 +451,8 @@ def _preferred_explained_worse(run: Run) -> Remark | None:
     if value is None or value <= 0:
         return None
     return Remark(
-        "The model now explains the preferred pictures worse than the reference does: "
-        f"{where}, its denoising error on them is {value:.2g} higher. Pictures lose quality soon "
+        "The model now explains the preferred images worse than the reference does: "
+        f"{where}, its denoising error on them is {value:.2g} higher. Images lose quality soon "
         "after this, while implicit accuracy stays high. Fewer steps, a smaller learning rate or a "
         "larger beta prevent it."
     )

@@ -56,7 +56,7 @@ def collate(
 ) -> tuple[Batch[TextInputs], Encoded]:
     """A batch on the CPU: the rated candidates, then the extra roles in the order of `needs`.
 
-    A "mismatched" candidate is the response of the row before under this prompt, tokenised on its
+    A "mismatched" candidate is the response of the row before under this prompt, tokenized on its
     own: no label of a row depends on the rows beside it.
 
     Args:
@@ -369,9 +369,9 @@ class Encoder:
     ) -> list[EncodedCandidate]:
         """Candidates under one prompt, whose ids are cut to what all of them start with.
 
-        Prompt and response are tokenised as one text. Where the prompt's last tokens merge with a
+        Prompt and response are tokenized as one text. Where the prompt's last tokens merge with a
         response, the responses of all sides start at the first token that any side changed.
-        `render` writes them, and `expand` rewrites the context before it is tokenised.
+        `render` writes them, and `expand` rewrites the context before it is tokenized.
         """
         context, responses = render.responses(
             prompt, candidates, row, last=self.text.train_on == "last"

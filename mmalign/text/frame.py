@@ -166,7 +166,7 @@ def holds(body: str, text: str) -> bool:
 # What a chat template writes around any response, found by rendering one with marks in it.
 
 ASKED = "mmalign\u2063asked"  # stands for a user's words when a template is probed
-MARK = "mmalign\u2063answer"  # stands for the response; neither is ever tokenised
+MARK = "mmalign\u2063answer"  # stands for the response; neither is ever tokenized
 _TAG_BEGUN = re.compile(r"(?:<[^<>\s]*|\[[A-Z_/]*)\Z")
 
 

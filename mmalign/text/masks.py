@@ -43,7 +43,7 @@ class LearnedMask(nn.Module):
 
     Source: SparsePO, Christopoulou et al. 2024, arXiv:2410.05102; SimpleMaskAllLayers.
     Departs: biases start at 1 and the mixer at 1 / J, so that the mask is near 1 at the start. With
-        the released initialisation both relus can be 0 for a whole batch, which ends all gradients.
+        the released initialization both relus can be 0 for a whole batch, which ends all gradients.
     """
 
     def __init__(

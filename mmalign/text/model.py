@@ -145,7 +145,7 @@ def recompute_layers(model: PreTrainedModel) -> None:
 
 
 def quantization(config: ModelConfig) -> Any:
-    """The settings that transformers loads quantised weights by; None for whole ones."""
+    """The settings that transformers loads quantized weights by; None for whole ones."""
     if config.quantization is None:
         return None
     from transformers import BitsAndBytesConfig

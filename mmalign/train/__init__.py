@@ -1,1 +1,1 @@
-"""The training loop and its parts: order of rows, optimiser, backward, checkpoints, logs."""
+"""The training loop and its parts: order of rows, optimizer, backward, checkpoints, logs."""

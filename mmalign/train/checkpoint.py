@@ -113,7 +113,7 @@ def _sum_of(about: Mapping[str, Any]) -> str:
 #         run.json              step, rows and tokens seen, what the run is made of, sums of all
 #           files
 #         weights.safetensors   trainable parameters by name
-#         optimizer.pt          the optimiser's state
+#         optimizer.pt          the optimizer's state
 #         state.safetensors     buffers of the objective (BCO's shift) and of the adapter (EMA)
 #         process-0.pt          random streams and running averages, one file a process
 #         sharded/              instead of the first two where parameters are sharded

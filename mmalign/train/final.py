@@ -182,7 +182,7 @@ def model_card(
         config: The full configuration.
         environment: What env.json holds.
         evaluations: The records of eval.jsonl, in order of the step.
-        step: Optimiser steps done.
+        step: Optimizer steps done.
         saved: The files beside it.
     """
     objective = config.objective.name or " + ".join(config.objective.mix or {})

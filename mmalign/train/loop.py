@@ -89,7 +89,7 @@ class RunResult:
     """What a run came to.
 
     Attributes:
-        steps: Optimiser steps done, those before a resume included.
+        steps: Optimizer steps done, those before a resume included.
         seconds: Wall time of this call.
         run_dir: The run folder.
         metrics: The last training metrics, and the last held-out ones as `eval_NAME`.

@@ -45,7 +45,7 @@ class Order:
     Attributes:
         num_rows: Rows of the training set.
         batch_size: Rows of one micro-batch on one process.
-        accumulate: Micro-batches of one optimiser step.
+        accumulate: Micro-batches of one optimizer step.
         num_processes: Processes that share a step.
         seed: Decides the order of every epoch.
     """
@@ -58,17 +58,17 @@ class Order:
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of one optimiser step over all processes."""
+        """Rows of one optimizer step over all processes."""
         return self.batch_size * self.accumulate * self.num_processes
 
     def num_steps(self, train: TrainConfig) -> int:
-        """Optimiser steps of a run: `num_steps`, or as many as `num_epochs` passes take."""
+        """Optimizer steps of a run: `num_steps`, or as many as `num_epochs` passes take."""
         if train.num_steps is not None:
             return train.num_steps
         return max(1, math.ceil(train.num_epochs * self.num_rows / self.rows_per_step))
 
     def epoch(self, step: int) -> float:
-        """Passes over the data after `step` optimiser steps."""
+        """Passes over the data after `step` optimizer steps."""
         return step * self.rows_per_step / self.num_rows
 
     def micro_batch(self, index: int, process: int) -> list[Visit]:

@@ -42,19 +42,19 @@ if TYPE_CHECKING:
 # Steps on bfloat16 weights that are not rounded away.
 #
 # A bfloat16 weight has 8 significant bits: a step below 1/512 of it is rounded to nothing, and
-# steps of preference training are hundreds of times smaller. So the optimiser works on float32
+# steps of preference training are hundreds of times smaller. So the optimizer works on float32
 # tensors, state included, and what it gives is either kept beside the weights or rounded at random.
 
 _CHUNK = 1 << 26  # weights that are in float32 at one time
 
 
 def has_bfloat16(groups: Groups) -> bool:
-    """Whether an optimiser over these groups steps bfloat16 weights."""
+    """Whether an optimizer over these groups steps bfloat16 weights."""
     return any(p.dtype == torch.bfloat16 for group in groups for p in group["params"])
 
 
 class Bfloat16Optimizer(Optimizer):
-    """Any optimiser, stepping bfloat16 weights in float32; other weights are its own.
+    """Any optimizer, stepping bfloat16 weights in float32; other weights are its own.
 
     `master` keeps a float32 copy of every weight (4 bytes each); the weights are its rounding.
     Without, the copy lives for the step alone, and the weight becomes one of its two neighbours in
@@ -70,11 +70,11 @@ class Bfloat16Optimizer(Optimizer):
         master: bool,
         seed: int,
     ) -> None:
-        """Build the optimiser inside.
+        """Build the optimizer inside.
 
         Args:
             groups: Parameter groups with their settings.
-            make: Gives the optimiser of such groups.
+            make: Gives the optimizer of such groups.
             master: Whether float32 copies are kept.
             seed: Of the random rounding.
         """
@@ -97,7 +97,7 @@ class Bfloat16Optimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step of the optimiser inside, some weights after the other."""
+        """One step of the optimizer inside, some weights after the other."""
         generators: dict[torch.device, torch.Generator] = {}
         for group, inner, pairs in zip(
             self.param_groups, self._inner_groups, self._pairs, strict=True
@@ -139,7 +139,7 @@ class Bfloat16Optimizer(Optimizer):
         return torch.Generator(device).manual_seed(int(state[0] >> np.uint64(1)))
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the optimiser inside, the number of steps, and the copies that are kept."""
+        """The state of the optimizer inside, the number of steps, and the copies that are kept."""
         copies = [
             stepped.detach() for part in self._pairs for p, stepped in part if stepped is not p
         ]
@@ -261,7 +261,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether accelerate owns how parameters or optimiser state lie on the processes."""
+    """Whether accelerate owns how parameters or optimizer state lie on the processes."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
@@ -298,7 +298,7 @@ def ready_for_sharding(accelerator: Accelerator, adapter: Adapter, config: RunCo
             f"train.bf16_weights is {config.train.bf16_weights}, but "
             f"{accelerator.distributed_type.value} shards the weights; use model.dtype: float32 "
             "with train.mixed_precision: bf16, or train.bf16_weights: nearest, which leaves the "
-            "steps to the sharded optimiser"
+            "steps to the sharded optimizer"
         )
     if adapter.extra_state():
         raise ConfigError(
@@ -311,13 +311,13 @@ def ready_for_sharding(accelerator: Accelerator, adapter: Adapter, config: RunCo
     adapter._no_split_modules = blocks  # where accelerate looks for them
 
 
-# The optimiser, and the learning rate as a pure function of the step.
+# The optimizer, and the learning rate as a pure function of the step.
 
 _FUSED_DEVICES = {"cpu", "cuda", "xpu", "mps"}
 
 
 def build_optimizer(adapter: Adapter, train: TrainConfig) -> Optimizer:
-    """The optimiser of `train.optimizer` over the adapter's parameter groups.
+    """The optimizer of `train.optimizer` over the adapter's parameter groups.
 
     A group may bring its own `lr` and `weight_decay`. AdamW runs as one fused kernel wherever all
     parameters lie on a device that has it. Adafactor takes `lr` as it is, as in the release of
@@ -398,7 +398,7 @@ def set_lr(optimizer: Optimizer, scale: float) -> float:
 class Position:
     """How far a run is; the next row follows from the step alone."""
 
-    step: int = 0  # optimiser steps done
+    step: int = 0  # optimizer steps done
     rows: int = 0  # rows seen, over all processes
     tokens: int = 0  # scored positions seen up to the last log line, over all processes
 

@@ -1,4 +1,4 @@
-"""The clue aggregator at work in an adapter.
+"""The clue aggregator within an adapter.
 
 What it is asked, what it looks at, and where its clues go.
 """
@@ -171,7 +171,7 @@ def _weight(table: nn.Module) -> Tensor:
     return weight
 
 
-# The clue aggregator at work in an adapter: what it is asked, what it looks at, and its copy.
+# The clue aggregator within an adapter: what it is asked, what it looks at, and its copy.
 
 FOLDER = "clues"  # of a saved aggregator, inside `final/`
 

@@ -206,7 +206,7 @@ def write_samples(
         adapter: In evaluation mode.
         prompts: Row id to question.
         folder: The run folder.
-        step: Optimiser steps done; the same questions show the same at each.
+        step: Optimizer steps done; the same questions show the same at each.
         options: The config's `sample` section.
 
     Returns:

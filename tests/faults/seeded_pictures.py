@@ -1,4 +1,4 @@
-"""Faults of runs on pictures: each changes a good run and returns what has to be said of it."""
+"""Faults of runs on images: each changes a good run and returns what has to be said of it."""
 
 from __future__ import annotations
 

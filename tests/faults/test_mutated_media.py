@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def pictures() -> list[bytes]:
-    """Small pictures of every kind that is read: with alpha, a palette, a rotation, frames."""
+    """Small images of every kind that is read: with alpha, a palette, a rotation, frames."""
     rng = np.random.default_rng(0)
     plain = Image.fromarray(rng.integers(0, 255, (24, 20, 3), dtype=np.uint8))
     clear = Image.fromarray(rng.integers(0, 255, (12, 12, 4), dtype=np.uint8))

@@ -1,4 +1,4 @@
-"""Every fault of a run on pictures or clips is told before its first step; good runs are silent."""
+"""Every fault of a run on images or clips is told before its first step; good runs are silent."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def near(found: Step, expected: Step, *, loss: float, gradient: float) -> None:
 
 
 def changed(config: RunConfig, **sections: Any) -> RunConfig:
-    """A config with settings exchanged, e.g. `train={"lr": 1e-3}`, and checked anew."""
+    """A config with settings exchanged, e.g. `train={"lr": 1e-3}`, and checked again."""
     given = config.model_dump(mode="json", exclude_unset=True)
     for name, section in sections.items():
         both = isinstance(section, dict) and name != "objective"

@@ -1,4 +1,4 @@
-"""Denoisers on CUDA: the numbers of a CPU, whole runs, caches, pictures and files."""
+"""Denoisers on CUDA: the numbers of a CPU, whole runs, caches, images and files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GENTLE = {"name": "diffusion_dpo", "beta": 20}  # far from where a pair is decid
 
 @pytest.fixture
 def make(tmp_path: Path, request: pytest.FixtureRequest) -> Make:
-    """Config of a run of a family on pairs of pictures, with sections exchanged."""
+    """Config of a run of a family on pairs of images, with sections exchanged."""
     files = picture_runs.write_data(tmp_path / "data", "pairs", "prompts", num=6)
 
     def made(family: str, /, *, rows: str = "pairs", **sections: Any) -> RunConfig:
@@ -154,7 +154,7 @@ def test_latents_are_those_of_a_cpu(dtype: str, make: Make, tmp_path: Path) -> N
 
 
 def test_pictures_are_nearly_those_of_a_cpu(make: Make, tmp_path: Path) -> None:
-    """The start noise is drawn on the CPU, so a seed means the same picture everywhere."""
+    """The start noise is drawn on the CPU, so a seed means the same image everywhere."""
     sampling = {"sampling": {"num_steps": 4, "guidance": 3.0}}
     for family in FAMILIES:
         config = make(family, diffusion=sampling)
@@ -172,7 +172,7 @@ def test_pictures_are_nearly_those_of_a_cpu(make: Make, tmp_path: Path) -> None:
 
 
 def test_self_npo_from_prompts_alone(make: Make) -> None:
-    """A teacher, clean pictures that the model makes, and two conditions."""
+    """A teacher, clean images that the model makes, and two conditions."""
     estimator = {"kind": "truncated", "num_steps": 4, "num_moves": 1, "generated": True}
     config = make(
         "sd15",

@@ -1,4 +1,4 @@
-"""Weights quantised to 4 and 8 bits, where bitsandbytes is there."""
+"""Weights quantized to 4 and 8 bits, where bitsandbytes is there."""
 
 from __future__ import annotations
 

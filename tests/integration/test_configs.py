@@ -1,6 +1,6 @@
 """Every file in configs/ for text trains: dry-run on a tiny model and tiny data of its kind.
 
-Those for pictures: `test_diffusion_configs.py`, for clips: `test_video_configs.py`. What all of
+Those for images: `test_diffusion_configs.py`, for clips: `test_video_configs.py`. What all of
 them share is tested here.
 """
 

@@ -1,7 +1,7 @@
 """Every diffusion file in configs/ trains: dry-run on a tiny pipeline of its family's wiring.
 
 Only what makes it large is exchanged: the model, the data, the resolution, the number of rows a
-micro-batch, and the sampler's steps where clean pictures are generated beforehand.
+micro-batch, and the sampler's steps where clean images are generated beforehand.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def shrunk(path: Path, model: Path, data: dict[str, Path], folder: Path) -> RunConfig:
-    """The config with a tiny model and tiny pictures in place of its own, all else as it is."""
+    """The config with a tiny model and tiny images in place of its own, all else as it is."""
     (source,) = configs.load(path).data.train
     layout = f", layout: {source.layout}" if source.layout else ""
     sizes = [f"diffusion.resolution={SIDE}", "train.batch_size=2", "diffusion.sampling.num_steps=2"]
@@ -101,7 +101,7 @@ def test_data_files_are_those_that_exist_here() -> None:
 def test_stated_rows_a_step_are_those_of_the_numbers(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     config = configs.load(path)
-    stated = re.search(r"# (\d+) (?:pairs|pictures) a step", text)
+    stated = re.search(r"# (\d+) (?:pairs|images) a step", text)
     if stated:
         assert config.train.batch_size * config.train.accumulate == int(stated[1])
     product = re.search(r"1e-8 times (\d+) pairs", text)

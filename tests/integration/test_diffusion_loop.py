@@ -151,7 +151,7 @@ def test_a_run_goes_on_to_the_same_bits(
 
 @pytest.mark.slow
 def test_a_reference_that_inverts(sd15_dir: Path, data: Data, tmp_path: Path) -> None:
-    """The first step's pictures are those that the policy itself would find; later ones are not."""
+    """The first step's images are those that the policy itself would find; later ones are not."""
     runs: dict[str, list[float]] = {}
     for network in ("policy", "reference"):
         inverts = {"estimator": {"kind": "ddim_inversion", "num_steps": 4, "network": network}}
@@ -192,7 +192,7 @@ def test_rated_pictures_and_another_rows_caption(
     assert first["eval_loss"] == pytest.approx(0.5, abs=1e-6)
     assert 0.0 <= first["eval_separation"] <= 1.0
     said = [line for line in read_json(tmp_path / "run/metrics.jsonl") if "loss" in line]
-    for good in ("chosen", "rejected"):  # of rated pictures, not of another row's caption
+    for good in ("chosen", "rejected"):  # of rated images, not of another row's caption
         assert any(line[f"errors/policy_{good}"] is not None for line in said)
     plain = {"objective": {"name": "sft"}}
     trained(tmp_path / "plain", sd15_dir, data["captioned"], **plain)
@@ -365,7 +365,7 @@ def test_a_step_never_waits_for_the_device(
     sections["diffusion"] = {**drawn, "resolution": 32, **sections.get("diffusion", {})}
     if sections["diffusion"].get("estimator") == "truncated":
         if family == "sd3":
-            pytest.skip("a flow keeps nothing of a picture at its last level")
+            pytest.skip("a flow keeps nothing of an image at its last level")
         sections["diffusion"]["estimator"] = {"kind": "truncated", "num_steps": 3}
     pipeline = request.getfixturevalue(f"{family}_dir")
     if family == "sd3":

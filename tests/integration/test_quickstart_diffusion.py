@@ -1,4 +1,4 @@
-"""The diffusion demonstration in seconds; in full, and on real pictures with a real VAE, slowly."""
+"""The diffusion demonstration in seconds; in full, and on real images with a real VAE, slowly."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_latents_of_real_pictures_are_aligned_through_caches(
     learn = RunConfig.model_validate(settings("learn", {"name": "sft"}, num_steps=100, lr=2e-3))
     objective = {"name": "diffusion_dpo", "beta": 2000.0}
     align = RunConfig.model_validate(settings("align", objective, num_steps=40, lr=2e-4))
-    write_cache(learn)  # of the coloured pictures alone: nothing else is read
+    write_cache(learn)  # of the coloured images alone: nothing else is read
     write_cache(align)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
     write_cache(align)
@@ -199,7 +199,7 @@ def test_latents_of_real_pictures_are_aligned_through_caches(
     losses = [record["loss"] for record in steps if "loss" in record]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
     assert aligned[0]["reward_accuracy"] == 0.5, "all tied"
-    assert aligned[-1]["reward_accuracy"] > 0.8, "colour wins on pictures it never saw"
+    assert aligned[-1]["reward_accuracy"] > 0.8, "colour wins on images it never saw"
     assert aligned[-1]["loss"] < math.log(2)
 
     vae = components.load_vae(base, align.diffusion)
@@ -215,7 +215,7 @@ def never(*arguments: Any, **options: Any) -> None:
 
 
 def cut_emoji(shared_data: Path, folder: Path, count: int = 96, held_out: int = 24) -> Path:
-    """Pairs of a coloured picture and the same in grey, captioned with its name."""
+    """Pairs of a coloured image and the same in grey, captioned with its name."""
     from PIL import Image
 
     from mmalign.quickstart.digits import PAIRS

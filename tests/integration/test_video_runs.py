@@ -340,7 +340,7 @@ def test_a_folder_with_broken_clips_trains_to_the_end(
 
 
 def write_sound_alone(path: Path) -> None:
-    """A track without pictures, in a container for both."""
+    """A track without images, in a container for both."""
     from fractions import Fraction
 
     import av

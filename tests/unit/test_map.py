@@ -1,4 +1,4 @@
-"""The map of the code says what the code is: docs/architecture.md and the picture in it."""
+"""The map of the code says what the code is: docs/architecture.md and the image in it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_the_picture_shows_the_rooms_and_their_imports() -> None:
 
 
 def test_another_picture_is_found(tmp_path: Path) -> None:
-    """A test of the test: one arrow more in the code than in the picture."""
+    """A test of the test: one arrow more in the code than in the image."""
     (tmp_path / "docs").mkdir()
     for name in ("core", "data"):
         (tmp_path / "mmalign" / name).mkdir(parents=True)

@@ -189,7 +189,7 @@ def test_figures_have_axes_text_and_a_description(whole_page: Path) -> None:
     drawings = re.findall(r"<svg.*?</svg>", raw, re.DOTALL)
     assert len(drawings) == 9
     for drawing in drawings:
-        assert "optimiser step" in drawing
+        assert "optimizer step" in drawing
         assert re.search(r'role="img" aria-label="\w[^"]+ over the optimiser steps: ', drawing)
         assert "#0" not in re.sub(r"#[0-9a-z]{8,}", "", drawing), (
             "colours are variables of the page"

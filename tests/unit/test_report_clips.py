@@ -92,7 +92,7 @@ def test_a_page_shows_the_frames_that_were_seen(pami_run: Path, tmp_path: Path) 
         "What does the yeast do after second 20?",
         "clip0.mp4: 4 frames of 64 × 64, 0.00 to 1.88 s, shown at 56 × 56 in 17 tokens",
         "Answer of the data 6 words The yeast plays in the sun.",
-        "Divergence under altered clips, training",
+        "Divergence against perturbed video, training",
     ):
         assert words in text, words
     assert "Completions before and after" not in text

@@ -1,4 +1,4 @@
-"""The report of a run on pictures: sheets, errors against the reference, noise levels."""
+"""The report of a run on images: sheets, errors against the reference, noise levels."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def make_run(
 
 
 def shown(html: str) -> list[Image.Image]:
-    """The pictures that a page holds, in their order."""
+    """The images that a page holds, in their order."""
     found = re.findall(r'src="data:image/(?:png|jpeg);base64,([^"]+)"', html)
     return [Image.open(io.BytesIO(base64.b64decode(data))) for data in found]
 
@@ -132,7 +132,7 @@ def test_a_page_speaks_of_pictures(whole_page: str) -> None:
     text = text_of(html[html.index("<main>") : html.index("Configuration</h2>")])
     for words in (
         "Pictures before and after",
-        "Error on preferred pictures policy minus reference; above 0 the model explains them worse "
+        "Error on preferred images policy minus reference; above 0 the model explains them worse "
         "than before 0 −0.002 to 0 −0.0013 −0.002 to −0.0013 −0.0013",
         "2 held-out rows at 2 noise levels each",
         "Implicit accuracy",
@@ -157,7 +157,7 @@ def test_the_error_on_preferred_pictures_has_a_band_and_a_warning_above_zero(
     ]
     assert band in drawings[1]
     assert "fill-opacity: 0.13" in drawings[1] or "opacity: 0.13" in drawings[1]
-    assert "explains the preferred pictures worse" not in " ".join(
+    assert "explains the preferred images worse" not in " ".join(
         remark.text for remark in remarks(read_run(good))
     )
     warning = next(r for r in remarks(read_run(bad)) if "explains the preferred pictures" in r.text)

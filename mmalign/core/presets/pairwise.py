@@ -250,7 +250,7 @@ def exo(
         fields: Of the divergence, where it is a name alone: the older spelling.
 
     Source: Ji et al. 2024, arXiv:2402.00856, eq. 16.
-    Departs: the label is normalised.
+    Departs: the label is normalized.
     """
     require(0.0 < flip <= 0.5, "flip", flip, "in (0, 0.5], the label smoothing")
     link = Exo(0.0, -10.0) if compat == "official" else Exo(math.log1p(-flip), math.log(flip))
@@ -481,7 +481,7 @@ def inpo_nash(eta: float = 7.5e-3) -> Objective:
 
 
 def online_ipo(beta: float = 0.1) -> Objective:
-    """Online IPO on length-normalised log-ratios, the inner loss of EGPO.
+    """Online IPO on length-normalized log-ratios, the inner loss of EGPO.
 
     loss = (m - (p_0 - p_1) / beta)^2, m of per-token mean log-ratios, p = labels: win rates
 

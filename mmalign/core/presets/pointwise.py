@@ -156,7 +156,7 @@ def aot_unpaired(beta: float = 0.1, flip: float = 0.0) -> Objective:
 def kto(
     beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> Objective:
-    """Kahneman-Tversky optimisation.
+    """Kahneman-Tversky optimization.
 
     loss = weight * sigmoid(-(r - z0)) if desirable, weight * sigmoid(r - z0) if not,
     r = beta * log-ratio, z0 = max(0, beta * mean log-ratio of mismatched responses), no gradient

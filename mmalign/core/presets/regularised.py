@@ -19,7 +19,7 @@ __all__ = [  # noqa: RUF022
 
 
 def rpo(beta: float = 0.05, eta: float = 0.005, nll_reduce: NllReduce = "sum") -> Objective:
-    """Regularised preference optimisation: SFT loss as an adversarial regulariser.
+    """Regularised preference optimisation: SFT loss as an adversarial regularizer.
 
     loss = -log sigmoid(beta * m) + eta * beta * (-log pi(chosen)), the summed form as released;
     with nll_reduce mean or batch_token: -log sigmoid(beta * m) + eta * NLL(chosen)

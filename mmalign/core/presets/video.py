@@ -18,7 +18,7 @@ __all__ = [  # noqa: RUF022
 
 
 def rrpo(beta: float = 0.1, alpha: float = 0.01) -> Objective:
-    """Refined regularised preference optimisation: reward on spans, KL on the chosen response.
+    """Refined regularized preference optimisation: reward on spans, KL on the chosen response.
 
     loss = -log sigmoid(beta * m_spans) + alpha * KL(reference, policy) summed over the chosen
     response

@@ -231,7 +231,7 @@ class Family(ABC):
             raise ConfigError(
                 f"the prompt embeddings have {cond.embeds.shape[-1]} numbers a token, but the "
                 f"denoiser reads {expected}: they are of another model's text encoders. Write the "
-                "cache anew, or give the pipeline its own text encoders"
+                "cache again, or give the pipeline its own text encoders"
             )
         return self.call(model, x_t.to(dtype), t_input, cond)
 

@@ -64,7 +64,7 @@ def load_scorer(
 
     Raises:
         ConfigError: There is no such scorer.
-        CheckpointError: Its weights are not to be had, or are those of another model.
+        CheckpointError: Its weights are unavailable, or are those of another model.
     """
     if name not in SCORERS:
         raise ConfigError(f"there is no scorer {name!r}; it must be one of {', '.join(SCORERS)}")

@@ -27,7 +27,7 @@ def write(tmp_path: Path) -> Write:
 
 @pytest.fixture
 def pics(tmp_path: Path) -> Path:
-    """A folder with the pictures a.png, b.png and c.png."""
+    """A folder with the images a.png, b.png and c.png."""
     for i, name in enumerate("abc"):
         save(tmp_path / f"{name}.png", i)
     return tmp_path

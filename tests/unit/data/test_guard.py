@@ -19,7 +19,7 @@ from mmalign.models.files import weight_files
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    """A folder with one pair of pictures, and a text beside it that it must not show."""
+    """A folder with one pair of images, and a text beside it that it must not show."""
     folder = tmp_path / "pairs"
     for seed, side in enumerate(("chosen", "rejected")):
         (folder / side).mkdir(parents=True)

@@ -106,7 +106,7 @@ def test_all_that_belongs_to_a_side_goes_with_it(tmp_path: Path) -> None:
     assert better.media is not None
     assert [image.path.name for image in better.media.images] == ["other.png"]
     assert worse.media is None
-    # A corrupted picture is shown with the better response; a third response stays what it is.
+    # A corrupted image is shown with the better response; a third response stays what it is.
     shown = {c.role: (c.response, c.media and c.media.images[0].path.name) for c in extra}
     assert shown == {
         "rejected_irrelevant": ("about something else", None),

@@ -1,4 +1,4 @@
-"""Records about clips, pictures and sounds: canonical keys, layouts, what is refused."""
+"""Records about clips, images and sounds: canonical keys, layouts, what is refused."""
 
 from __future__ import annotations
 

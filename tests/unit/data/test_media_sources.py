@@ -133,7 +133,7 @@ def test_where_links_cannot_be_made_clips_are_copied(
 
 
 def test_a_copied_picture_is_never_written_into_a_source(clips: Path, write: Write) -> None:
-    """A prompt's picture becomes a hard link; later, a response of that name must not fill it."""
+    """A prompt's image becomes a hard link; later, a response of that name must not fill it."""
     for number, folder in enumerate(("one", "two")):
         (clips / folder).mkdir()
         save(clips / folder / "a.png", number)

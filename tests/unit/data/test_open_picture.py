@@ -1,4 +1,4 @@
-"""Opening one picture: every format, every way to be broken, and where a path may point."""
+"""Opening one image: every format, every way to be broken, and where a path may point."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_paths_start_from_the_folder_and_stay_inside(tmp_path: Path) -> None:
     assert "set `pictures`" in nowhere.what
 
 
-# Pictures inside tables
+# Images inside tables
 
 
 def test_cells_are_read_where_they_are(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What runs, `data check` and `data convert` make of picture records."""
+"""What runs, `data check` and `data convert` make of image records."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_check_names_pictures_that_cannot_be_used(pics: Path, write: Write) -> N
 
 
 def test_check_names_pictures_that_teach_other_than_they_seem(tmp_path: Path) -> None:
-    """Small beside the others, mostly cut away, or one picture twice, in whatever format."""
+    """Small beside the others, mostly cut away, or one image twice, in whatever format."""
     folder = tmp_path / "pairs"
     sizes = {"fine": (24, 24), "tiny": (2, 3), "long": (24, 60), "twice": (24, 24)}
     for name, (height, width) in sizes.items():
@@ -152,7 +152,7 @@ def test_convert_names_pictures_from_the_new_file(pics: Path, write: Write) -> N
     path = write("a.jsonl", [{"caption": "p", "win": "a.png", "lose": "b.png", "label_x": 1}])
     assert convert_file(path, pics / "b.jsonl") == (1, 0)
     assert json.loads((pics / "b.jsonl").read_text()) == AB | {"label_x": 1}
-    # From another folder the pictures are copied: a data file may not point outside of its own.
+    # From another folder the images are copied: a data file may not point outside of its own.
     out = pics / "new" / "c.jsonl"
     assert convert_file(path, out) == (1, 0)
     copied = json.loads(out.read_text())

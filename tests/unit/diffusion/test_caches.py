@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def configured(pipeline: Path, tmp_path: Path, *, num: int = 3, **sections: Any) -> RunConfig:
-    """A run on pairs of pictures, one of them wide."""
+    """A run on pairs of images, one of them wide."""
     data = tmp_path / "data"
     if not data.exists():
         tiny_pictures.pairs(data, num)
@@ -74,7 +74,7 @@ def refuse(*_: Any, **__: Any) -> None:
 def test_cached_latents_are_those_of_the_vae(
     family: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """In float16, for a picture as it is and mirrored, with the frame of SDXL's time ids."""
+    """In float16, for an image as it is and mirrored, with the frame of SDXL's time ids."""
     pipeline = request.getfixturevalue(f"{family}_dir")
     buckets = {"flip": True, "buckets": True, "bucket_multiple": 8, "num_draws": 3}
     config = configured(pipeline, tmp_path, diffusion={"resolution": 32, **buckets})
@@ -94,7 +94,7 @@ def test_cached_latents_are_those_of_the_vae(
                 torch.testing.assert_close(found.float(), values, rtol=1e-3, atol=1e-5)
             assert frames == [frame for _, frame in done]
         shapes.add(tuple(mean.shape))
-    assert len(shapes) == 2  # both pictures of a row in one shape
+    assert len(shapes) == 2  # both images of a row in one shape
 
 
 @pytest.mark.parametrize(
@@ -509,7 +509,7 @@ def test_stopped_by_hand_nothing_is_lost(
 def test_batches_of_pictures_are_always_full(
     sd15_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on an accelerator: what a picture is encoded beside changes with what is missing."""
+    """As on an accelerator: what an image is encoded beside changes with what is missing."""
     monkeypatch.setattr(tools, "pictures_at_once", lambda shape, place: 4)
     whole = configured(sd15_dir, tmp_path, diffusion={"cache_folder": str(tmp_path / "whole")})
     write(whole)

@@ -1,4 +1,4 @@
-"""Win rates of two sets of same-seed pictures: the golden, the folders, the command."""
+"""Win rates of two sets of same-seed images: the golden, the folders, the command."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Exported files as ComfyUI and kohya's sd-scripts read them: their names, and what they compute.
 
-The rules are written anew here, from what those programs do, and share nothing with the package.
+The rules are written again here, from what those programs do, and share nothing with the package.
 """
 
 from __future__ import annotations

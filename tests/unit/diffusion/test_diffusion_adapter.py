@@ -35,7 +35,7 @@ KINDS = {
 
 
 def write_rows(folder: Path, num: int = 4, *, kind: str = "pair") -> Path:
-    """Rows of pictures of `SIDE` pixels."""
+    """Rows of images of `SIDE` pixels."""
     return KINDS[kind](folder, num, size=(SIDE, SIDE))
 
 

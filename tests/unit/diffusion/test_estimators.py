@@ -1,4 +1,4 @@
-"""Places to score at: per picture, whatever the batch; exact ends; finite everywhere."""
+"""Places to score at: per image, whatever the batch; exact ends; finite everywhere."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_every_picture_has_its_own_path(estimator: DDIMInversion) -> None:
 @pytest.mark.parametrize("inversion", ["exact", "diffusers_0_20", "diffusers"])
 @pytest.mark.parametrize("kind", [DDIMInversion, ReNoise])
 def test_a_picture_that_has_arrived_is_not_given_to_the_network(kind: Any, inversion: Any) -> None:
-    """As many evaluations as the pictures take one by one, and not the longest for all."""
+    """As many evaluations as the images take one by one, and not the longest for all."""
     t, condition = torch.tensor([950, 30, 0, 450, 250]), torch.randn(5, 3)
     x0, draws = pictures(5), RowRNG(range(5))
     alone: list[list[float]] = []
@@ -172,7 +172,7 @@ def test_an_inversion_in_a_flow_is_eulers_method() -> None:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_modern_is_the_inverse_scheduler_of_diffusers(prediction: Any) -> None:
-    """It calls the network at the goal, and reads a velocity at the level the picture is at."""
+    """It calls the network at the goal, and reads a velocity at the level the image is at."""
     from diffusers import DDIMInverseScheduler
 
     given = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -1,4 +1,4 @@
-"""Exported files: each loads with diffusers and gives the pictures of the run itself."""
+"""Exported files: each loads with diffusers and gives the images of the run itself."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def trained(request: pytest.FixtureRequest) -> Trained:
 
 
 def test_every_lora_file_loads_with_diffusers_and_merges(trained: Trained, tmp_path: Path) -> None:
-    """Alpha is not the rank, so a reader that forgets it would paint another picture."""
+    """Alpha is not the rank, so a reader that forgets it would paint another image."""
     names, expected = trained.save(tmp_path / "final"), trained.expected()
     assert names == [DIFFUSERS_LORA, KOHYA_LORA]
     for name in names:

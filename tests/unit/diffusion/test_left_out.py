@@ -1,4 +1,4 @@
-"""What is left out of pictures is told to whoever reads the run later."""
+"""What is left out of images is told to whoever reads the run later."""
 
 from __future__ import annotations
 

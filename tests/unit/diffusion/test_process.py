@@ -140,7 +140,7 @@ def test_half_precision_is_computed_in_float32(process: NoiseProcess) -> None:
 
 
 def test_a_half_precision_table_would_move_the_first_level_by_15_percent() -> None:
-    """As SmPO and InPO are released; ours stays float32 whatever the pictures are."""
+    """As SmPO and InPO are released; ours stays float32 whatever the images are."""
     process, t = table(), torch.tensor([0])
     _, sigma = process.level(t, torch.zeros(1, 4, 2, 2).half())
     released = 1.0 - process.table[0].half().float()

@@ -134,7 +134,7 @@ def test_sd3_equals_diffusers(sd3_dir: Path) -> None:
 
 
 def test_pictures_equal_diffusers(sd15_dir: Path) -> None:
-    """From the seed alone to the last byte of the picture, but for rounding."""
+    """From the seed alone to the last byte of the image, but for rounding."""
     import diffusers
 
     studio = Studio(sd15_dir, size=64, sampler="dpmpp")
@@ -156,7 +156,7 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_batch(digits_dir: Path) ->
     studio = Studio(digits_dir, size=8, sampler="ddim", clip_sample=True)
     together = studio.pictures([3, 4])
     alone = studio.pictures([3, 4], batch_size=1)
-    assert together[0].shape == (8, 8)  # one channel, no VAE: a grey picture of the same size
+    assert together[0].shape == (8, 8)  # one channel, no VAE: a grey image of the same size
     for one, other in zip(together, alone, strict=True):
         assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
     assert np.abs(together[0].astype(int) - studio.pictures([4, 4])[0].astype(int)).max() > 10

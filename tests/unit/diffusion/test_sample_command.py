@@ -1,4 +1,4 @@
-"""`mmalign sample` on a model of pictures."""
+"""`mmalign sample` on a model of images."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_pictures_records_and_a_grid(run: Path, tmp_path: Path) -> None:
     ]
     assert pixels(out / "0000.png").shape == (8, 8)
 
-    # The model of before training: the same names and seeds, other pictures.
+    # The model of before training: the same names and seeds, other images.
     sample("--run", run, "--prompts", prompts, "--out", tmp_path / "base", "--base")
     before = records(tmp_path / "base")
     assert [(r["id"], r["seed"]) for r in before] == [(r["id"], r["seed"]) for r in found]

@@ -54,7 +54,7 @@ def test_golden_smoothed_labels() -> None:
             limits=PUBLISHED_RANGE,
         )
         first_won = labelled.record["image_chosen"] == "0"
-        # The release makes the second of equal pictures the winner; here they are a tie.
+        # The release makes the second of equal images the winner; here they are a tie.
         assert first_won == bool(case["ps_label_0"]) or labelled.tied
         assert labelled.record["p_chosen"] == pytest.approx(case["p_win"], rel=1e-10)
 
@@ -259,7 +259,7 @@ def test_another_job_does_not_go_on_with_these_scores(tmp_path: Path) -> None:
 
 def test_broken_pictures_are_left_out_counted_and_named(tmp_path: Path) -> None:
     file = write_pairs(tmp_path / "data", [(1, 2), (3, 4), (5, 6)])
-    (tmp_path / "data" / "1-r.png").write_bytes(b"not a picture")
+    (tmp_path / "data" / "1-r.png").write_bytes(b"not an image")
     out = tmp_path / "data" / "out.jsonl"
     result = score(file, out)
     assert [row["id"] for row in lines_of(out)] == ["row0", "row2"]
@@ -308,7 +308,7 @@ def png(grey: int) -> bytes:
 
 
 def test_pick_a_pic_columns(tmp_path: Path) -> None:
-    """Cells of a parquet file come out as picture files beside the JSONL."""
+    """Cells of a parquet file come out as image files beside the JSONL."""
     table = pyarrow.table(
         {
             "jpg_0": [png(10), png(90), png(5)],

@@ -39,7 +39,7 @@ def pickscore_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def given(scale: float = 1.0, prompts: list[list[str]] | None = None) -> CosineScorer:
-    """A scorer whose features are those of the golden: picture i is i, and so is a prompt."""
+    """A scorer whose features are those of the golden: image i is i, and so is a prompt."""
     family = GOLDEN["clip_family"]
 
     def embed(texts: Sequence[str]) -> Tensor:

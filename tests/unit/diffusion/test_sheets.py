@@ -1,4 +1,4 @@
-"""Sheets: pictures side by side, small ones enlarged pixel by pixel."""
+"""Sheets: images side by side, small ones enlarged pixel by pixel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmalign.data.sheet import fitted, grid, sheet, write_image
 
 
 def noise(size: tuple[int, int], seed: int = 0) -> Image.Image:
-    """A grey picture of random levels; size is width and height."""
+    """A grey image of random levels; size is width and height."""
     levels = np.random.default_rng(seed).integers(0, 256, size[::-1])
     return Image.fromarray(levels.astype(np.uint8))
 
@@ -55,7 +55,7 @@ def test_the_models_stand_side_by_side_in_the_order_given() -> None:
 
 
 def test_a_sheet_is_as_wide_as_a_page() -> None:
-    """Five pairs of small pictures stand beside each other, two of large ones."""
+    """Five pairs of small images stand beside each other, two of large ones."""
     for size, beside in (((8, 8), 5), ((512, 512), 2)):
         prompts = ["a cat"] * 6
         one = sheet(prompts[:1], [("a", [noise(size)]), ("b", [noise(size)])])
@@ -93,5 +93,5 @@ def test_files_are_complete_or_absent(tmp_path: Path) -> None:
 def test_nothing_to_show_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one picture"):
         grid([], 3)
-    with pytest.raises(ValueError, match="one picture of each model for each prompt"):
+    with pytest.raises(ValueError, match="one image of each model for each prompt"):
         sheet(["a", "b"], [("policy", [noise((8, 8))])])

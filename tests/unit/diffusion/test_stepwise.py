@@ -18,7 +18,7 @@ HYPER = SPO["hp"]
 
 
 def densities(eps: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of both next pictures, [N] each."""
+    """Of both next images, [N] each."""
     x_t, t = tensor(SPO["x_t"]), torch.tensor(SPO["timesteps"])
     mean, spread = ddim_step_stats(eps, x_t, t, table(), HYPER["num_steps"], HYPER["eta"])
     return {side: gaussian_logp(tensor(SPO[f"x_prev_{side}"]), mean, spread) for side in "wl"}

@@ -19,7 +19,7 @@ from mmalign.errors import ConfigError
 from mmalign.models.reference import Ema, copy_of
 
 CASES = GOLDEN["self_npo"]["cases"]
-LATE, EARLY = CASES  # in the second all pictures arrive before the last evaluation
+LATE, EARLY = CASES  # in the second all images arrive before the last evaluation
 NONE = torch.empty(0)  # timesteps of the row, which a walk does not read
 
 

@@ -323,7 +323,7 @@ def test_members_of_a_single_reference_are_itself() -> None:
         (
             {"reference": {"kind": "mixture", "mixture": [{"weight": 1.0}]}},
             Needs(reference=True, kl=True),
-            "not normalised over the vocabulary",
+            "not normalized over the vocabulary",
         ),
     ],
 )

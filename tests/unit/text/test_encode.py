@@ -1,4 +1,4 @@
-"""Every trap of tokenisation that could move a label."""
+"""Every trap of tokenization that could move a label."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_empty_response_is_refused_unless_it_is_an_end() -> None:
 def test_boundary_merge_moves_the_start_of_both_responses(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    # " sun" is one token; " s" and "un" tokenised apart give other ids than joined.
+    # " sun" is one token; " s" and "un" tokenized apart give other ids than joined.
     encoder = plain()
     example = pair(chosen="ky is blue.", rejected="un is red.", prompt="Why is the s")
     with caplog.at_level(logging.WARNING):

@@ -32,7 +32,7 @@ def pair(prompt: str, chosen: str) -> Example:
 
 
 def larger(chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token more than the model, for pictures."""
+    """A tokenizer with one token more than the model, for images."""
     tokenizer = make_tokenizer(chat_template)
     tokenizer.add_tokens(["<picture>"], special_tokens=True)
     assert tokenizer.convert_tokens_to_ids("<picture>") == 320

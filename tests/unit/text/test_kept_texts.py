@@ -1,4 +1,4 @@
-"""Texts and conversations that come again: rendered and tokenised once, and never changed."""
+"""Texts and conversations that come again: rendered and tokenized once, and never changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients through quantised weights: those of the same weights written out, at any time."""
+"""Gradients through quantized weights: those of the same weights written out, at any time."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def evaluate(adapter: TextAdapter) -> None:
 
 @torch.no_grad()
 def written_out(adapter: TextAdapter, folder: Path) -> Path:
-    """The quantised weights as a float32 model."""
+    """The quantized weights as a float32 model."""
     layers = {
         name.removesuffix(".base_layer"): module
         for name, module in causal_model(adapter.policy).named_modules()

@@ -1,4 +1,4 @@
-"""Weights in bfloat16 take steps far below their spacing, whatever the optimiser."""
+"""Weights in bfloat16 take steps far below their spacing, whatever the optimizer."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def test_a_policy_that_is_not_stops_with_the_causes(
 
 
 def test_log_ratios_are_judged_as_the_loss_sees_them(tmp_path: Path) -> None:
-    """A difference that no nat shows is one where beta is large, as for pictures."""
+    """A difference that no nat shows is one where beta is large, as for images."""
     assert "agree" in start(tmp_path, "objective={name: dpo, beta: 0.01}", shift=1e-5)
     with pytest.raises(ConfigError, match=r"times beta [\d.]+, on rows .*DoRA.*model\.dtype"):
         start(tmp_path, "objective={name: dpo, beta: 1000}", shift=1e-5)

@@ -1,4 +1,4 @@
-"""Frames by number: which are chosen, that they are the right pictures, and what is refused."""
+"""Frames by number: which are chosen, that they are the right images, and what is refused."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_stored_numbers_give_the_same_pixels(whole: Path) -> None:
 
 
 def test_pictures_are_laid_as_players_lay_them(folder: Path) -> None:
-    """All eight displays: where a corner (x, y) of the stored picture is shown, by its matrix."""
+    """All eight displays: where a corner (x, y) of the stored image is shown, by its matrix."""
     height, width = 32, 48
     corner = {(-1, -1): 40, (1, -1): 100, (-1, 1): 160, (1, 1): 230}
     image = np.zeros((height, width, 3), np.uint8)
@@ -156,7 +156,7 @@ def test_pixels_that_are_not_square_are_widened(
     path = write_pictures(folder / f"wide{ratio.numerator}.mp4", images, ratio=ratio)
     frames = read_frames(Clip(path), every(2))
     assert frames.pixels.shape[1:3] == frames.size == size
-    # A header that claims a thin strip makes no picture larger than is allowed.
+    # A header that claims a thin strip makes no image larger than is allowed.
     assert max(shown_size(48, 96, Fraction(9999), 512)) == 512
     assert shown_size(48, 96, Fraction(1, 9999), 512) == (48, 1)
 
@@ -198,7 +198,7 @@ def test_a_cut_file_is_read_as_far_as_its_frames_are_there(whole: Path, folder: 
 
 
 def test_damage_is_bridged_over_three_frames_and_no_more(folder: Path) -> None:
-    kind = {"codec": "mjpeg", "pix_fmt": "yuvj420p"}  # each picture stands for itself
+    kind = {"codec": "mjpeg", "pix_fmt": "yuvj420p"}  # each image stands for itself
     source = write_numbered(folder / "stills.mov", CONSTANT, **kind)
     path = damaged(source, folder / "few.mov", [23, 24])
     seen = numbers(read_frames(Clip(path), every(60)).pixels)

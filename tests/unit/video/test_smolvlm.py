@@ -1,4 +1,4 @@
-"""SmolVLM2: pictures in tiles, clips by the processor's own template, sides for sizes."""
+"""SmolVLM2: images in tiles, clips by the processor's own template, sides for sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sound in step with the pictures, of the right length, at the right rate."""
+"""Sound in step with the images, of the right length, at the right rate."""
 
 from __future__ import annotations
 
