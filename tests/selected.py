@@ -10,12 +10,12 @@ import pytest
 
 
 def some_configs(paths: Iterable[Path], slow: Collection[str] = ()) -> list[Any]:
-    """Every eighth config by default; those named in `slow` have a twin that is tried as well."""
+    """Every sixteenth config by default; those in `slow` have a twin that is tried as well."""
     return [
         pytest.param(
             path,
             id=path.stem,
-            marks=pytest.mark.slow if path.stem in slow else [pytest.mark.runs] * (number % 8 > 0),
+            marks=pytest.mark.slow if path.stem in slow else [pytest.mark.runs] * (number % 16 > 0),
         )
         for number, path in enumerate(paths)
     ]

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 OF_PICTURES, OF_CLIPS = faults_of(seeded_pictures), faults_of(seeded_clips)
 
 
+@pytest.mark.runs
 def test_a_fault_of_pictures_is_told(sd15_dir: Path, tmp_path: Path) -> None:
     name = stream("quick").choice(sorted(OF_PICTURES))
     require_told(OF_PICTURES[name], seeded_pictures.good_run(tmp_path, sd15_dir, stream(name)))
 
 
+@pytest.mark.runs
 def test_a_fault_of_clips_is_told(
     video_models: Callable[[str], Path], clips_dir: Path, tmp_path: Path
 ) -> None:

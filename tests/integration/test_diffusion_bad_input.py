@@ -253,6 +253,7 @@ def test_half_precision_overflow_of_a_vae(sdxl_dir: Path, data: Data, tmp_path: 
     assert "float16" in refused("train", config)
 
 
+@pytest.mark.runs
 def test_time_ids_are_asked_for(sdxl_dir: Path, data: Data, tmp_path: Path) -> None:
     """A caller that leaves them out gets a sentence, and not diffusers' KeyError."""
     from mmalign import config as configs
@@ -306,6 +307,7 @@ def test_data_of_another_kind(sd15_dir: Path, data: Data, llama: Path, tmp_path:
     assert "diffusion is only read with modality: diffusion (found text); remove it" in said
 
 
+@pytest.mark.runs
 def test_pictures_that_cannot_be_used(sd15_dir: Path, data: Data, tmp_path: Path) -> None:
     """Rows go as a whole, counted and named; the rest is trained on."""
 

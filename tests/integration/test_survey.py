@@ -93,6 +93,7 @@ def test_row_beyond_the_positions_stops_the_run_before_a_model_is_loaded(
     assert "2 rows cannot be used" in str(error.value)
 
 
+@pytest.mark.runs
 def test_bad_rows_drop_leaves_out_what_the_survey_finds(
     model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

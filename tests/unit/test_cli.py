@@ -331,6 +331,7 @@ def test_what_libraries_say_of_a_strangers_file_is_escaped() -> None:
     assert warned == "UserWarning: layer\\x1b]0;title\\x07\\u202e\n"
 
 
+@pytest.mark.runs
 def test_train_writes_a_run_and_its_report(trained: tuple[Path, Result]) -> None:
     config, result = trained
     run = config.parent / "run"

@@ -214,6 +214,7 @@ def test_held_out_numbers_have_intervals_and_a_paired_change(tmp_path: Path) -> 
     assert f"+{number:.2f} +{interval[0]:.2f} to +{interval[1]:.2f}" in text
 
 
+@pytest.mark.runs
 def test_several_runs_share_a_page(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name) for name in ("one", "two")]
     raw = write_report(runs, tmp_path / "page.html").read_text()
@@ -300,6 +301,7 @@ def test_an_interrupted_run_is_shown_as_far_as_it_got(tmp_path: Path) -> None:
     assert "Held-out numbers" not in text
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
 def test_numbers_that_are_none_do_not_break_the_page(tmp_path: Path, value: float | None) -> None:
     folder = make_run(tmp_path / "run")

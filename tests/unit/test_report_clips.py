@@ -103,6 +103,7 @@ def test_a_page_shows_the_frames_that_were_seen(pami_run: Path, tmp_path: Path) 
     assert all(" ".join(said.split()) in text for said in (before, after))
 
 
+@pytest.mark.runs
 def test_the_chosen_clip_stands_open_and_the_others_are_folded(pami_run: Path) -> None:
     page = section(alterations([read_run(pami_run)]))
     samples = [s for s in read_json(pami_run / "samples.jsonl") if s["step"] == 3]

@@ -145,6 +145,7 @@ def test_a_page_speaks_of_pictures(whole_page: str) -> None:
         assert word not in text, word
 
 
+@pytest.mark.runs
 def test_the_error_on_preferred_pictures_has_a_band_and_a_warning_above_zero(
     tmp_path: Path,
 ) -> None:
@@ -181,6 +182,7 @@ def test_text_warnings_are_not_said_of_pictures(tmp_path: Path) -> None:
     assert not any("answers" in remark.text for remark in found)
 
 
+@pytest.mark.runs
 def test_a_page_stays_small(tmp_path: Path) -> None:
     """Noise does not compress: 8 sheets of 750 kB would make 8 MB."""
     run = make_run(tmp_path / "run", side=500, every=4, noisy=True)

@@ -43,6 +43,7 @@ def judged(kind: Benchmark, text: str, legacy: bool) -> float:
     return time.process_time() - start
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize(
     ("names", "units"),

@@ -22,6 +22,7 @@ def altered(a: list[int], kinds: int, draw: random.Random) -> list[int]:
     return b
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("small", [0, 16, 128 * 128])
 def test_blocks_and_opcodes_are_those_of_difflib(
     small: int, monkeypatch: pytest.MonkeyPatch

@@ -50,6 +50,7 @@ def plain(table: Any) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items()} for row in table.to_pylist()]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
 @pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "zstd", "lz4", "brotli"])
 def test_whatever_wrote_the_pages_rows_are_read(tmp_path: Path, codec: str, version: str) -> None:

@@ -48,6 +48,7 @@ def test_long_job_on_a_terminal_shows_how_far_it_is() -> None:
     assert "/8" in told
 
 
+@pytest.mark.runs
 def test_nothing_is_shown_of_a_short_job_or_by_further_processes() -> None:
     assert on_terminal(SLOW.replace("0.1", "0.001")) == ""
     assert on_terminal(SLOW, RANK="1") == ""

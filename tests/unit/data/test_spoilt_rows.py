@@ -80,6 +80,7 @@ def spoil(row: dict[str, Any], draw: random.Random) -> None:
         row |= copy.deepcopy(draw.choice(ROWS))
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("seed", range(6))
 def test_spoilt_rows(seed: int) -> None:
     draw = random.Random(seed)

@@ -204,6 +204,7 @@ def test_a_cached_reference_gives_log_2(
 BANKED = {"kind": "cached"}
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("changes", "missing"),
     [
@@ -551,6 +552,7 @@ def test_loader_workers_get_copies(written: tuple[Path, RunConfig]) -> None:
         assert torch.equal(pickle.loads(pickle.dumps(cache)).get(rows[0], 0)[0], before)
 
 
+@pytest.mark.runs
 def test_the_time_is_forecast_for_what_is_missing(sd15_dir: Path, tmp_path: Path) -> None:
     """Also where the run asks for a complete cache, which there is not yet."""
     config = configured(sd15_dir, tmp_path, reference={"kind": "cached"}, diffusion={"cache": "on"})

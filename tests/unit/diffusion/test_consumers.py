@@ -230,6 +230,7 @@ def test_comfyui_computes_the_trained_weights(pipeline: Path, tmp_path: Path, do
     assert error < 2e-5 * effect
 
 
+@pytest.mark.runs
 def test_kohya_reads_all_of_the_file_that_is_called_after_it(
     pipeline: Path, tmp_path: Path
 ) -> None:

@@ -122,6 +122,7 @@ def test_swapping_the_halves_negates_the_logits(pipeline: Path, tmp_path: Path) 
     assert torch.equal(margins[0], -margins[1])
 
 
+@pytest.mark.runs
 def test_a_draw_decides_all_and_the_batch_nothing(sd15_dir: Path, tmp_path: Path) -> None:
     adapter, rows, objective = built(
         configured(sd15_dir, write_rows(tmp_path / "data"), tmp_path, model={"lora": {"rank": 4}})
@@ -139,6 +140,7 @@ def test_a_draw_decides_all_and_the_batch_nothing(sd15_dir: Path, tmp_path: Path
     assert torch.equal(scores(rows, None), scores(rows, None))
 
 
+@pytest.mark.runs
 def test_rows_of_different_shapes_share_a_batch(sd15_dir: Path, tmp_path: Path) -> None:
     sizes = ((80, 48), (48, 80), (64, 64))
     files = [tiny_pictures.pairs(tmp_path / f"{h}x{w}", 1, size=(h, w)) for h, w in sizes]

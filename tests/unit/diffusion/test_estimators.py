@@ -226,6 +226,7 @@ def test_extremes_are_finite(estimator: DDIMInversion, kind: Any) -> None:
         assert torch.isfinite(point.target).all()
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("num_steps", [1, pytest.param(999, marks=pytest.mark.slow), 1000])
 @pytest.mark.parametrize("inversion", ["exact", "diffusers_0_20", "diffusers"])
 def test_any_number_of_steps(num_steps: int, inversion: Any) -> None:

@@ -130,6 +130,7 @@ def trained(request: pytest.FixtureRequest) -> Trained:
     return Trained(request.getfixturevalue(request.param))
 
 
+@pytest.mark.runs
 def test_every_lora_file_loads_with_diffusers_and_merges(trained: Trained, tmp_path: Path) -> None:
     """Alpha is not the rank, so a reader that forgets it would paint another image."""
     names, expected = trained.save(tmp_path / "final"), trained.expected()
@@ -158,6 +159,7 @@ def test_a_folder_alone_is_enough(sd15_dir: Path, tmp_path: Path) -> None:
     assert kept == {item.name for item in merged.iterdir() if item.is_dir()}
 
 
+@pytest.mark.runs
 def test_whole_weights_load_with_diffusers_and_merge(tmp_path: Path, trained: Trained) -> None:
     whole = Trained(trained.folder, spec=None)
     assert whole.save(tmp_path / "final") == [f"{whole.part}/"]
@@ -329,6 +331,7 @@ def test_negative_merge_is_a_sum_of_changes(sd15_dir: Path, tmp_path: Path) -> N
 # Refusals
 
 
+@pytest.mark.runs
 def test_files_that_do_not_fit_the_policy_are_refused(
     sd15_dir: Path, sdxl_dir: Path, tmp_path: Path
 ) -> None:
@@ -357,7 +360,7 @@ def test_files_with_other_parts_are_refused(sd15_dir: Path, tmp_path: Path) -> N
     one = torch.ones(1, 1)
     cases = {
         "text_encoder.x.lora_A.weight": "changes a text encoder",
-        "unet.conv_in.weight": "no part of a LoRA",
+        "unet.conv_in.weight": "not a part of a LoRA",
         "lora_te1_x.lora_down.weight": "changes a text encoder",
         "lora_unet_mid_block.hada_w1_a": "of a kind that cannot be read",
         "lora_unet_nowhere.lora_down.weight": "fits 0 tensors",

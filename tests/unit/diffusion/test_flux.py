@@ -204,6 +204,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.runs
 @both
 @pytest.mark.parametrize("kind", SECTIONS)
 def test_two_steps_and_the_exported_files(

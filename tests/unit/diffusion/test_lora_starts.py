@@ -83,6 +83,7 @@ def bases(policy: Any) -> dict[str, Tensor]:
     return {n: m.weight.detach() for n, m in named if n.endswith(("to_q", "to_v"))}
 
 
+@pytest.mark.runs
 def test_it_is_not_put_under_a_lora_of_another_start(sdxl_dir: Path, tmp_path: Path) -> None:
     saved(sdxl_dir, tmp_path / "lora", "pissa")
     policy = lora.attach(base_of(sdxl_dir), LoraSpec(rank=4, targets=["to_q", "to_v"]), task=None)

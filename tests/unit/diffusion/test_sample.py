@@ -271,6 +271,7 @@ def test_no_negative_model_by_default(digits_dir: Path) -> None:
 # Refusals
 
 
+@pytest.mark.runs
 def test_what_cannot_be_sampled_is_refused(digits_dir: Path, sd15_dir: Path, sd3_dir: Path) -> None:
     studio = Studio(digits_dir, size=8, guidance=1.0)
     with pytest.raises(ConfigError, match="only read with guidance above 1"):

@@ -62,6 +62,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.runs
 def test_pictures_records_and_a_grid(run: Path, tmp_path: Path) -> None:
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("a cat\na dog\n", encoding="utf-8")
@@ -84,6 +85,7 @@ def test_pictures_records_and_a_grid(run: Path, tmp_path: Path) -> None:
     assert np.abs(pixels(out / "0000.png") - pixels(tmp_path / "base" / "0000.png")).max() > 5
 
 
+@pytest.mark.runs
 def test_several_seeds_and_a_negative_model(run: Path, tmp_path: Path) -> None:
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
     prompts.write_text('{"prompt": "a cat"}\n{"prompt": "a dog"}\n', encoding="utf-8")

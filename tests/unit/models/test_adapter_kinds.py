@@ -122,6 +122,7 @@ def test_loaded_trained_further_and_saved(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(again), moved, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("kind", SEVERAL)
 def test_merged(kind: str, tmp_path: Path) -> None:
     expected = saved(tmp_path, **KINDS[kind])

@@ -161,6 +161,7 @@ def test_a_class_that_would_be_scored_wrongly_is_refused(kind: str) -> None:
         adapter(adapter.collate(examples()), NEEDS)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("limit", [10, 14, 24, 200])
 def test_rows_on_both_sides_of_a_rotary_limit_are_each_turned_as_alone(limit: int) -> None:
     rope = {

@@ -105,6 +105,7 @@ def bare(plain: TextAdapter) -> list[list[str]]:
     return answers(plain)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("name", SHIPPED)
 def test_no_setting_that_a_model_ships_changes_an_answer(
     name: str, plain: TextAdapter, bare: list[list[str]], monkeypatch: pytest.MonkeyPatch
@@ -217,6 +218,7 @@ def test_a_draw_at_a_tiny_temperature_is_the_most_likely_token() -> None:
         assert torch.equal(draw(torch.empty(0), logits).argmax(-1), logits.argmax(-1))
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "kind",
     [

@@ -71,6 +71,7 @@ def test_class_whose_files_have_other_names(kind: str, tmp_path: Path) -> None:
     assert_equal_states(policy, trained, rtol=0.0, atol=0.0)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("kind", RENAMED)
 def test_its_adapter_is_merged_as_peft_merges_it(kind: str, tmp_path: Path) -> None:
     base = tmp_path / "base"

@@ -243,6 +243,7 @@ def test_a_run_whose_weights_do_not_move_says_so(
     assert "train.bf16_weights: stochastic or master" in line
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     "overrides",
     [

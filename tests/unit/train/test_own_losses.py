@@ -186,6 +186,7 @@ def test_a_config_runs_nothing_of_the_library(tmp_path: Path, name: str) -> None
     assert "antigravity" not in set(sys.modules) - before
 
 
+@pytest.mark.runs
 def test_a_stranger_s_run_is_sampled_and_reported_without_its_code(tmp_path: Path) -> None:
     from mmalign.inference import evaluate_checkpoint, trained_adapter
     from mmalign.report import write_report

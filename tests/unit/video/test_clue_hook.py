@@ -89,6 +89,7 @@ def drawn(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_class_sees_clues_in_their_places_and_all_else_as_before(
     kind: str, video_models: Models
@@ -114,6 +115,7 @@ def test_every_class_sees_clues_in_their_places_and_all_else_as_before(
         assert fed["position_ids"][..., ~places].equal(expected)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["llava_onevision", "qwen2_vl"])
 def test_gradients_of_a_model_with_lora_reach_the_whole_aggregator(

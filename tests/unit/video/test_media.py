@@ -55,6 +55,7 @@ def whole(folder: Path) -> Path:
     return write_numbered(folder / "whole.mp4", CONSTANT, codec="libx264", options=options)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("name", KINDS)
 def test_a_number_means_the_same_picture_whatever_else_is_decoded(folder: Path, name: str) -> None:
     path = write_numbered(folder / name, CONSTANT, **KINDS[name])
@@ -319,6 +320,7 @@ def test_real_files(shared_data: Path, name: str, frames: int, fps: float) -> No
                 break
 
 
+@pytest.mark.runs
 def test_random_damage_gives_frames_or_an_error_that_names_the_file(folder: Path) -> None:
     sources = [
         write_numbered(folder / f"damage{suffix}", CONSTANT[:20], beeps=[1.0], codec="libx264")

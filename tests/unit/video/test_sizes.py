@@ -119,6 +119,7 @@ def test_a_cap_is_asked_for(tmp_path: Path) -> None:
     assert Sizes(own("of a clip, capped"), VideoConfig()).size(16, 720, 1280) == capped
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("kind", [QWEN, QWEN3, "llava_onevision", OMNI])
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 16])
 def test_times_and_pixels_are_the_processors_own(kind: str, count: int, tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def test_a_clip_beside_an_image_is_refused_and_not_lost(
         adapter.collate([pair(clips_dir, media=both)])
 
 
+@pytest.mark.runs
 def test_two_steps_of_lora_move_the_language_model_alone(
     folder: Path, clips_dir: Path, tmp_path: Path
 ) -> None:

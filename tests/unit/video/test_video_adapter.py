@@ -90,6 +90,7 @@ def test_scores_and_gradients_are_those_of_the_model_s_own_forward(
     assert ours.abs().max() > 1e-3
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [pytest.param("float32", 1e-5, marks=pytest.mark.slow), ("float64", 1e-9)],
@@ -136,6 +137,7 @@ def test_policy_equals_reference_at_the_start(
     assert not [n for n in trainable if any(t in n for t in ("visual", "tower", "projector"))]
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("kind", SEVERAL)
 def test_another_clip_moves_the_score(kind: str, video_models: Models, clips_dir: Path) -> None:
     adapter = make_adapter(video_models(kind), Needs())
@@ -146,6 +148,7 @@ def test_another_clip_moves_the_score(kind: str, video_models: Models, clips_dir
     torch.testing.assert_close(first, again, rtol=0, atol=1e-12)
 
 
+@pytest.mark.runs
 @pytest.mark.parametrize("kind", SEVERAL)
 def test_pictures_and_several_media_are_seen(
     kind: str, video_models: Models, clips_dir: Path, tmp_path: Path
@@ -340,6 +343,7 @@ def test_a_model_of_text_alone_is_refused(tiny_llama_dir: Path) -> None:
         make_adapter(tiny_llama_dir)
 
 
+@pytest.mark.runs
 def test_of_a_whole_omni_model_the_thinker_is_taken(
     video_models: Models, clips_dir: Path, tmp_path: Path
 ) -> None:

@@ -219,6 +219,7 @@ def test_spans_hold_under_a_corrupted_clip(video_models: Models, clips_dir: Path
     assert torch.equal(spans[0], spans[2]), "the chosen answer again, under another clip"
 
 
+@pytest.mark.runs
 def test_only_clips_that_come_again_are_remembered(video_models: Models, clips_dir: Path) -> None:
     objective = presets.pami_vdpo()
     adapter = make_adapter(video_models(KIND), objective.needs)

@@ -125,6 +125,7 @@ def test_candidates_backward_in_turn_give_the_joint_gradient(
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
 
 
+@pytest.mark.runs
 def test_a_cached_reference_is_the_live_one(
     video_models: Models, clips_dir: Path, tmp_path: Path
 ) -> None:
