@@ -230,14 +230,14 @@ def config(base: Path, recipe: Recipe, output: Path, seed: int, sizes: Sizes = F
 
 
 def measure(config: RunConfig, painter: Painter, before: Shown, count: int, noise: int) -> Arm:
-    """Pictures of a run, from the start noise of `before`.
+    """Images of a run, from the start noise of `before`.
 
     Args:
         config: Of the finished run.
         painter: Draws them.
         before: Those of the base.
         count: How many of them at the steps before the last.
-        noise: Seed of the first picture's start noise.
+        noise: Seed of the first image's start noise.
     """
     from mmalign.core import Needs
     from mmalign.inference import restore
@@ -300,7 +300,7 @@ def write(output: Path, result: Mapping[str, Any], before: Shown, after: Arm, ru
     sections = [
         Section("What happened", _what_happened(output, result, before, after)),
         Section("Ink and legibility, step by step", _steps(result, after, ruined)),
-        Section("Ink of every picture", _histogram(result, before, after)),
+        Section("Ink of every image", _histogram(result, before, after)),
         Section("What leaks", _leak(result)),
         Section("Too far", _too_far(output, result, before, after, ruined)),
         Section("What this does not show", _limits(result)),
@@ -491,7 +491,7 @@ def _too_far(
                 "The same pairs with beta 200 in place of 20000 and a learning rate of 1e-4 that "
                 f"does not fall, for {ruined.path[-1][0]} steps. The ink is {bad['ink']:.3f} "
                 f"(aligned {good['ink']:.3f}), but {100 * (1 - bad['legibility']):.0f} % of the "
-                f"pictures are no longer legible. Implicit accuracy ({accuracies}) does not tell "
+                f"images are no longer legible. Implicit accuracy ({accuracies}) does not tell "
                 f"the two apart. The winner error does: {errors}."
             ),
             picture(file, "Same prompt, same start noise, under all three models"),

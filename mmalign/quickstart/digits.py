@@ -291,7 +291,7 @@ _AT_ONCE = 100
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """Pictures of one model for the same prompts and start noise as those of any other."""
+    """Images of one model for the same prompts and start noise as those of any other."""
 
     digits: tuple[int, ...]  # what each should show
     pixels: NDArray[np.float32]  # [N, 8, 8] in [0, 1]

@@ -236,7 +236,7 @@ PLOTS = (
         level=0.0,
     ),
     Plot(
-        "Denoising error of preferred pictures",
+        "Denoising error of preferred images",
         "squared error",
         (
             Curve("errors/policy_chosen", "policy", 0),
@@ -246,7 +246,7 @@ PLOTS = (
         note="It depends on the noise level drawn far more than on the model.",
     ),
     Plot(
-        "Denoising error of rejected pictures",
+        "Denoising error of rejected images",
         "squared error",
         (
             Curve("errors/policy_rejected", "policy", 0),

@@ -39,14 +39,14 @@ _AGAINST = "nats against the reference"
 _METRICS = (
     _Metric(
         "errors/chosen_diff",
-        "Error on preferred pictures",
+        "Error on preferred images",
         "policy minus reference; above 0 the model explains them worse than before",
         of="errors",
         is_tiny=True,
     ),
     _Metric(
         "errors/rejected_diff",
-        "Error on rejected pictures",
+        "Error on rejected images",
         "policy minus reference; above 0 the model has moved away from them",
         of="errors",
         is_tiny=True,
@@ -96,7 +96,7 @@ _METRICS = (
     _Metric("loss", "Loss", "the objective on held-out rows"),
     _Metric(
         "errors/policy_chosen",
-        "Denoising error of preferred pictures",
+        "Denoising error of preferred images",
         "under the trained model",
         of="errors",
         is_tiny=True,

@@ -159,7 +159,7 @@ def _bounded(file: Path) -> tuple[str, bytes]:
 
 
 def _levels(record: Record) -> Markup | None:
-    """Rows: ranges of noise levels. A preferred picture's error that rose is marked."""
+    """Rows: ranges of noise levels. A preferred image's error that rose is marked."""
     names = {"reward_accuracy", "errors/chosen_diff", "errors/rejected_diff"}
     found: dict[tuple[int, int], dict[str, float]] = {}
     for key, value in record.items():

@@ -116,7 +116,7 @@ def _places(count: int, most: int) -> list[int]:
 
 
 def _grid(images: Sequence[Image.Image], labels: Sequence[str]) -> Block:
-    """Pictures in rows of eight, or of as many as fit, each over its label."""
+    """Images in rows of eight, or of as many as fit, each over its label."""
     side = min(_LARGE, (_WIDTH + _GAP) // min(len(images), _COLUMNS) - _GAP)
     pictures = [fitted(image, _SMALL, side) for image in images]
     width, height = max(p.width for p in pictures), max(p.height for p in pictures)

@@ -75,7 +75,7 @@ def test_demo_report_is_honest_and_self_contained(demo: Path) -> None:
     for heading in (
         "What happened",
         "Ink and legibility, step by step",
-        "Ink of every picture",
+        "Ink of every image",
         "What leaks",
         "Too far",
         "What this does not show",

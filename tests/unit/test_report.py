@@ -190,7 +190,7 @@ def test_figures_have_axes_text_and_a_description(whole_page: Path) -> None:
     assert len(drawings) == 9
     for drawing in drawings:
         assert "optimizer step" in drawing
-        assert re.search(r'role="img" aria-label="\w[^"]+ over the optimiser steps: ', drawing)
+        assert re.search(r'role="img" aria-label="\w[^"]+ over the optimizer steps: ', drawing)
         assert "#0" not in re.sub(r"#[0-9a-z]{8,}", "", drawing), (
             "colours are variables of the page"
         )
@@ -368,7 +368,7 @@ def test_a_sheet_elsewhere_is_not_shown(tmp_path: Path) -> None:
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such folder"):
         write_report([tmp_path / "absent"], tmp_path / "page.html")
-    with pytest.raises(ConfigError, match="no run folder"):
+    with pytest.raises(ConfigError, match="not a run folder"):
         write_report([tmp_path], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
 

@@ -138,7 +138,7 @@ def test_a_page_speaks_of_pictures(whole_page: str) -> None:
         "Implicit accuracy",
         "By noise level",
         "0 to 499 75 % −0.0013 +0.02",
-        "Denoising error of preferred pictures",
+        "Denoising error of preferred images",
     ):
         assert words in text, words
     for word in ("token", "answer", "nats", "Ranking", "Completions"):
@@ -161,7 +161,7 @@ def test_the_error_on_preferred_pictures_has_a_band_and_a_warning_above_zero(
     assert "explains the preferred images worse" not in " ".join(
         remark.text for remark in remarks(read_run(good))
     )
-    warning = next(r for r in remarks(read_run(bad)) if "explains the preferred pictures" in r.text)
+    warning = next(r for r in remarks(read_run(bad)) if "explains the preferred images" in r.text)
     assert warning.is_warning
     assert "held out, its denoising error on them is 0.011 higher" in warning.text
     section = by_noise_level([read_run(bad)])

@@ -91,7 +91,7 @@ def test_files_are_complete_or_absent(tmp_path: Path) -> None:
 
 
 def test_nothing_to_show_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         grid([], 3)
     with pytest.raises(ValueError, match="one image of each model for each prompt"):
         sheet(["a", "b"], [("policy", [noise((8, 8))])])
