@@ -306,7 +306,7 @@ PEAK = """
 import resource, sys
 from pathlib import Path
 from mmalign.config import DiffusionConfig
-from mmalign.data.example import Image
+from mmalign.data.example import Picture
 from mmalign.diffusion.pictures import prepare
 
 def peak():
