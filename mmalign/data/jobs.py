@@ -190,7 +190,7 @@ class Source:
         path: File, saved dataset or hub name.
         split: Only these rows.
         layout: Of its records; None to recognize it.
-        images: Where paths of images start; None: the folder of `path`.
+        pictures: Where paths of images start; None: the folder of `path`.
         drop_bad: Leave out records with problems instead of stopping.
     """
 

@@ -356,7 +356,7 @@ def open_picture(picture: Picture | Path) -> Image:
     """An image as 8-bit RGB, upright, on white where it is transparent; the first of several.
 
     Args:
-        image: A reference, or a file.
+        picture: A reference, or a file.
 
     Raises:
         DataError: It cannot be read, is of no known format, is cut off, or is too large.
@@ -482,7 +482,7 @@ def decode_all(
     """Decode every image once, in threads, and keep what `use` makes of it, or the error.
 
     Args:
-        images: May repeat.
+        pictures: May repeat.
         use: Called with the decoded image, which is then let go.
     """
 

@@ -370,7 +370,7 @@ def convert_file(
         layout: A name of `LAYOUTS`; None to recognize it.
         split: Only these rows.
         drop_bad: Leave out records with problems instead of stopping.
-        images: The folder that image paths of the source start from; None: the source's own.
+        pictures: The folder that image paths of the source start from; None: the source's own.
 
     Returns:
         How many records were written and how many left out.

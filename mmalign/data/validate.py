@@ -304,7 +304,7 @@ def check_files(
             as evaluation rows, unless a source asks for that split.
         eval_paths: More of them, all of evaluation rows.
         layout: The layout of all of them; None to recognize it.
-        images: The folder that image paths start from; None: that of each file.
+        pictures: The folder that image paths start from; None: that of each file.
         decode: What is wrong with the media of rows; None: they are only counted.
         sizes: Judge the sizes of images; false where a config does, which knows what they become.
     """

@@ -560,7 +560,7 @@ class Inputs:
         """Clean latents [N, C, h, w], drawn from the VAE's posterior.
 
         Args:
-            images: `mean` and perhaps `std`, or `pixels`; [R, K, ...] each, N = R * K.
+            pictures: `mean` and perhaps `std`, or `pixels`; [R, K, ...] each, N = R * K.
             rng: One stream an image.
         """
         flat = {name: value.flatten(0, 1) for name, value in pictures.items()}

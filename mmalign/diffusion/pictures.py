@@ -116,7 +116,7 @@ def prepare(
     those that are too large to be held until then are decoded twice.
 
     Args:
-        images: All candidates of the row: where they are, or in RGB.
+        pictures: All candidates of the row: where they are, or in RGB.
         diffusion: Its `resolution`, `buckets`, `crop`, `shared_crop` and `flip`.
         draws_seed: Of what is random; None: the centre, and no flip.
 
@@ -278,7 +278,7 @@ class _Doubts:
 
         Args:
             row: Its candidates may have captions of their own, and so be told apart.
-            images: Of its candidates.
+            pictures: Of its candidates.
             sizes: Of the images.
             target: That they are brought to.
         """
@@ -457,7 +457,7 @@ def look(
 
     Args:
         config: The run; says where notes lie.
-        images: May repeat.
+        pictures: May repeat.
         notes: To add to; without them nothing is written.
         seen: Called with the number of images decoded since the last call.
     """

@@ -165,7 +165,7 @@ class Conversation:
         Args:
             chat: The template.
             prompt: Turns before the response's.
-            response: The assistant's first turn, and all after it.
+            answer: The assistant's first turn, and all after it.
             context: Of the response.
             row: Tools and keywords.
             where: The row, for errors.
