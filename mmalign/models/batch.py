@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import torch
@@ -110,41 +110,15 @@ Kind = TypeVar("Kind", bound=ModelInputs, covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Batch(Generic[Kind]):
-    """B rows ready for a device."""
+class Batch(ModelInputs, Generic[Kind]):
+    """B rows ready for a device, or for backward passes of one candidate in turn."""
 
     inputs: Kind
     labels: torch.Tensor  # [B, K]
-    row_weight: torch.Tensor | None  # [B]
+    row_weight: torch.Tensor | None = field(metadata=ROWS)  # [B]
     ids: tuple[str, ...]  # record ids, for messages and caches
 
-    def to(self, device: torch.device | str) -> Self:
-        """A copy with every tensor on `device`, but for those that stay on the CPU."""
-        weight = self.row_weight
-        return replace(
-            self,
-            inputs=self.inputs.to(device),
-            labels=self.labels.to(device),
-            row_weight=None if weight is None else weight.to(device),
-        )
-
-    def select(self, candidate: int) -> Self:
-        """The same rows with one candidate only (K = 1), for backward passes in turn."""
-        pick = slice(candidate, candidate + 1)
-        return replace(self, inputs=self.inputs.select(candidate), labels=self.labels[:, pick])
-
-    def columns(self, wanted: torch.Tensor) -> Self:
-        """The same rows with some candidates of each, other ones in each; `wanted` [B, n]."""
-        rows = torch.arange(len(wanted), device=wanted.device)[:, None]
-        labels = self.labels[rows.to(self.labels.device), wanted.to(self.labels.device)]
-        return replace(self, inputs=self.inputs.columns(wanted), labels=labels)
-
     def take(self, rows: torch.Tensor) -> Self:
-        """Some of the rows, by number."""
-        return replace(
-            self,
-            inputs=self.inputs.take(rows),
-            labels=self.labels[rows],
-            row_weight=None if self.row_weight is None else self.row_weight[rows],
-            ids=tuple(self.ids[i] for i in rows.tolist()),
-        )
+        """Some of the rows, by number, with their ids."""
+        taken = super(Batch, self).take(rows)
+        return replace(taken, ids=tuple(self.ids[i] for i in rows.tolist()))
