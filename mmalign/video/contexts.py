@@ -65,7 +65,8 @@ class Contexts:
     _made: dict[int, Encoded] = field(default_factory=dict)
 
     def media(self, model: PreTrainedModel, number: int) -> Encoded:
-        """The features of media `number`, made by this model's towers."""
+        """The features of media `number`, counted from 1, made by this model's towers."""
+        assert number > 0, "a prompt that shows nothing has no features"
         if number in self._made:
             return self._made[number]
         given = self.inputs.media[number - 1]
