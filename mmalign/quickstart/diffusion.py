@@ -323,7 +323,7 @@ def _what_happened(output: Path, result: Mapping[str, Any], before: Shown, after
             blocks.paragraph(
                 "A diffusion model of 1 million parameters learned real handwritten digits. It "
                 f"then drew digits itself, and {result['pairs']['pairs']} pairs of its own "
-                "pictures, much ink (preferred) against little (rejected), aligned it with "
+                "images, much ink (preferred) against little (rejected), aligned it with "
                 "Diffusion-DPO: every weight of the U-Net, reference and text encoder frozen. "
                 "The prompts say nothing of strokes."
             ),
@@ -430,7 +430,7 @@ def _histogram(result: Mapping[str, Any], before: Shown, after: Arm) -> Markup:
             axes.axvline(mean, color=figures.colour(_LEGIBLE), linestyle=(0, (2, 2)), linewidth=1.2)
             axes.text(mean, 1.1 * height, style, ha="center", color=figures.colour(_LEGIBLE))
         axes.set_xlabel("ink, mean of the pixels")
-        axes.set_ylabel("pictures")
+        axes.set_ylabel("images")
         axes.legend(loc="upper right")
 
     means = ", ".join(f"{label} {amount.mean():.3f}" for label, amount in amounts.items())

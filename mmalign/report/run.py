@@ -484,7 +484,7 @@ def _accuracy_is_spent(run: Run) -> Remark | None:
     last = values[-max(1, len(values) // 10) :]
     if len(values) < 5 or sum(last) < 0.999 * len(last):
         return None
-    shown = "pictures" if run.has_pictures else "completions"
+    shown = "images" if run.has_pictures else "completions"
     return Remark(
         "Training reward accuracy is 100 %, so it can tell nothing more: good and ruined runs both "
         f"reach it. Judge by the {shown} and the held-out numbers.",
