@@ -9,7 +9,7 @@ import re
 import sys
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from mmalign.data.doubts import special_mark, special_mark_of
@@ -27,7 +27,7 @@ from mmalign.text.model import Limits, model_limits
 from mmalign.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from mmalign.config import DataConfig, RunConfig
@@ -83,13 +83,27 @@ class Found:
         if sentence:
             self.sentences.setdefault(name, sentence)
 
+    def among(self, rows: Sequence[int]) -> Found:
+        """What was found in one row, as what is found in rows like it, whose numbers are given."""
+        times = len(rows)
+        return replace(
+            self,
+            rows=self.rows * times,
+            responses=self.responses * times,
+            pairs=self.pairs * times,
+            counts=Counter({name: count * times for name, count in self.counts.items()}),
+            first={name: list(rows[:NAMED]) for name in self.first},
+            equal=list(rows) if self.equal else [],
+            problems=[(row, *problem[1:]) for problem in self.problems for row in rows],
+        )
+
     def add(self, other: Found) -> None:
-        """Take in what was found among later rows."""
+        """Take in what was found among other rows."""
         for name in ("rows", "responses", "pairs"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.counts.update(other.counts)
         for name, rows in other.first.items():
-            self.first[name] = (self.first.get(name, []) + rows)[:NAMED]
+            self.first[name] = sorted(self.first.get(name, []) + rows)[:NAMED]
         self.sentences = {**other.sentences, **self.sentences}
         self.said += [sentence for sentence in other.said if sentence not in self.said]
         self.equal += other.equal
@@ -101,13 +115,19 @@ class Found:
         self.refused = self.refused or other.refused
 
 
-def survey(encoder: Encoder, rows: Sequence[Example], limits: Limits | None = None) -> Found:
+def survey(
+    encoder: Encoder,
+    rows: Sequence[Example],
+    limits: Limits | None = None,
+    keys: Sequence[Hashable] | None = None,
+) -> Found:
     """Encode every row, on all processors where there are many; a bar shows how far it is.
 
     Args:
         encoder: Used for nothing else: what it noted is lost.
         rows: Any number, each of them once.
         limits: Of the models that will score the rows.
+        keys: Of each row; of those with equal keys, which must have equal tokens, one is encoded.
 
     Raises:
         ConfigError: Something is wrong that no row can help.
@@ -115,14 +135,19 @@ def survey(encoder: Encoder, rows: Sequence[Example], limits: Limits | None = No
     limits = limits or Limits()
     if limits.embedded is not None:
         encoder.use_ids_below(limits.embedded)
-    chunks = _Chunks(encoder, rows, limits)
+    alike: dict[Hashable, list[int]] = {}
+    for number in range(len(rows)):
+        alike.setdefault(number if keys is None else keys[number], []).append(number)
+    chunks = _Chunks(encoder, rows, list(alike.values()), limits)
     found = Found()
     for part in track(
-        _looked_at(chunks), "checking rows", total=len(rows), unit="rows", size=_CHUNK
+        _looked_at(chunks), "checking rows", total=len(alike), unit="rows", size=_CHUNK
     ):
         found.add(part)
         if found.refused:
             raise ConfigError(found.refused)
+    found.equal.sort()
+    found.problems.sort()
     found.said = list(dict.fromkeys((*encoder.notes.said, *found.said)))
     return found
 
@@ -133,16 +158,19 @@ class _Chunks:
 
     encoder: Encoder
     rows: Sequence[Example]
+    alike: Sequence[Sequence[int]]  # numbers of rows with the same tokens
     limits: Limits
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // _CHUNK)
+        return -(-len(self.alike) // _CHUNK)
 
     def __getitem__(self, index: int) -> Found:
         found = Found()
-        for number in range(index * _CHUNK, min((index + 1) * _CHUNK, len(self.rows))):
+        for numbers in self.alike[index * _CHUNK : (index + 1) * _CHUNK]:
+            one = Found()
             try:
-                self._look(found, number, self.rows[number])
+                self._look(one, numbers[0], self.rows[numbers[0]])
+                found.add(one.among(numbers))
             except ConfigError as error:
                 found.refused = str(error)
                 break
@@ -220,7 +248,7 @@ def too_long(limit: int) -> str:
 
 def _looked_at(chunks: _Chunks) -> Iterator[Found]:
     workers = min(len(os.sched_getaffinity(0)), _MOST_WORKERS) if sys.platform == "linux" else 1
-    if len(chunks.rows) < _FEW or workers < 2:
+    if len(chunks.alike) < _FEW or workers < 2:
         yield from (chunks[index] for index in range(len(chunks)))
         return
     import torch
@@ -262,11 +290,11 @@ class SurveyCache:
         masks = encoder.masks and encoder.masks.model_dump(mode="json")  # spans can be at fault too
         self._settings = [VERSION, encoder.fingerprint(), asdict(limits), masks]
 
-    def file(self, rows: Sequence[Example]) -> Path:
-        """Where what is found in these rows lies."""
+    def file(self, keys: Iterable[bytes]) -> Path:
+        """Where what is found in rows with these keys lies."""
         digest = hashlib.sha256(json.dumps(self._settings).encode())
-        for row in rows:
-            digest.update(repr(_content(row)).encode())
+        for key in keys:
+            digest.update(key)
         return self.folder / f"{digest.hexdigest()[:40]}.json"
 
     @staticmethod
@@ -295,8 +323,34 @@ class SurveyCache:
                 partial.write_text(json.dumps(value), encoding="utf-8")
 
 
+def findings(
+    config: RunConfig,
+    encoder: Encoder,
+    rows: Sequence[Example],
+    limits: Limits,
+    about: Callable[[Example], Hashable] | None = None,
+) -> Found:
+    """What a survey finds, or found when it looked at the same rows under the same settings.
+
+    Args:
+        config: The run's configuration.
+        encoder: As `survey` takes it.
+        rows: Any number, each of them once.
+        limits: Of the models that will score the rows.
+        about: What besides its words decides a row's tokens; its `repr` tells them apart.
+    """
+    keys = [repr((_content(row), about and about(row))).encode() for row in rows]
+    cache = SurveyCache(cache_folder(config) / FOLDER, encoder, limits)
+    file = cache.file(keys)
+    known = cache.get(file)
+    if known is None:
+        known = survey(encoder, rows, limits, keys)
+        cache.put(file, known)
+    return known
+
+
 def _content(row: Example) -> tuple[Any, ...]:
-    """All that decides the row's tokens."""
+    """All words that decide the row's tokens."""
     answers = [(c.response, c.prompt, c.spans, c.steps, c.complete, c.role) for c in row.candidates]
     return row.prompt, row.template.tools, row.template.options, row.kind, answers
 
@@ -443,7 +497,7 @@ def survey_parts(config: RunConfig, needs: Needs, parts: Sequence[Sequence[Examp
     refuse_media(rows)
     encoder, limits = Encoder(load_tokenizer(config), config), model_limits(config)
     encoder.notes.quiet = True
-    found = _found(config, encoder, rows, limits)
+    found = findings(config, encoder, rows, limits)
     bad = {id(rows[number]) for number, *_ in found.problems}
     kept = [[row for row in part if id(row) not in bad] for part in parts]
     numbers = {id(row): number for number, row in enumerate(rows)}
@@ -465,14 +519,3 @@ def refuse_media(rows: Sequence[Example]) -> None:
             f"{shown[0]!r}), which a model of text cannot take. Set modality: video with a "
             "model that can, or remove the columns"
         )
-
-
-def _found(config: RunConfig, encoder: Encoder, rows: Sequence[Example], limits: Limits) -> Found:
-    """What a survey finds, or found when it looked at the same rows under the same settings."""
-    cache = SurveyCache(cache_folder(config) / FOLDER, encoder, limits)
-    file = cache.file(rows)
-    known = cache.get(file)
-    if known is None:
-        known = survey(encoder, rows, limits)
-        cache.put(file, known)
-    return known

@@ -257,6 +257,7 @@ class PlannedReader(MediaReader):
         super().__init__(processor, config, FeatureStore(0))
         self.seen = seen
         self._kept: LRUCache[Hashable, Processed] = LRUCache(_KEPT)
+        self._digests: dict[Media, bytes] = {}
 
     def key(self, media: Media) -> str:
         """As ever: perturbed media take as many tokens, and are counted as they were."""
@@ -286,6 +287,14 @@ class PlannedReader(MediaReader):
             found = planned or super().prepare(media, where).processed
             self._kept[media if planned is None else facts] = found
         return found
+
+    def tokens(self, media: Media) -> bytes:
+        """A digest of the text that stands for the media in a prompt; raises as `prepare` does."""
+        bare = media.unchanged()
+        if bare not in self._digests:
+            shown = repr(self.processed(bare, "").replacements)
+            self._digests[bare] = hashlib.sha256(shown.encode()).digest()
+        return self._digests[bare]
 
     def _facts(self, media: Media) -> Hashable:
         """All that is known of the media: those alike take the same tokens where that is enough."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
+from functools import cache
 from typing import TYPE_CHECKING
 
 from mmalign.data.example import Clip
@@ -15,12 +15,10 @@ from mmalign.text.cache import cache_folder
 from mmalign.text.masks import with_spans
 from mmalign.text.model import Limits, model_limits
 from mmalign.text.survey import (
-    FOLDER,
-    SurveyCache,
+    findings,
     lines,
     problems,
     require_lesson,
-    survey,
     too_long,
 )
 from mmalign.video.augment import seed_for
@@ -98,14 +96,20 @@ def survey_parts(config: RunConfig, needs: Needs, parts: Sequence[Sequence[Examp
     possible = taken(parts, processor)
     report = look_at(config, processor, possible)
     kept = keep_usable(possible, report, config.video, uses_audio=uses_audio)
-    encoder = counting_encoder(config, processor, report)
-    kept = _fitting(kept, encoder)
+    reader = PlannedReader(processor, config, report.seen)
+    encoder = counting_encoder(config, reader)
+    kept = _fitting(kept, reader)
     donors = tuple(dict.fromkeys(clip for row in kept[0] for clip in row.media.videos))
     alter = Perturbation(config.video, uses_audio, donors, report.seen)
     kept, bare = _perturbable(kept, alter, needs.roles)
     rows = list({id(row): row for part in kept for row in part}.values())
     limits = Limits(positions=model_limits(config).positions)
-    found = _found(config, encoder, rows, limits, report)
+
+    def shown(row: Example) -> tuple[bytes | None, ...]:
+        media = (row.media, *(c.media for c in row.candidates))
+        return tuple(reader.tokens(item) if item else None for item in media)
+
+    found = findings(config, encoder, rows, limits, shown)
     found.problems += [(number, bare[id(row)], "") for number, row in enumerate(rows)
                        if id(row) in bare]  # fmt: skip
     kept = _within(kept, rows, found, limits, encoder)
@@ -131,10 +135,9 @@ def look_at(
     )
 
 
-def counting_encoder(config: RunConfig, processor: Processor, report: MediaReport) -> VideoEncoder:
-    """An encoder that needs no pixels of what a report has seen."""
-    reader = PlannedReader(processor, config, report.seen)
-    encoder = VideoEncoder.without_model(processor, config, reader)
+def counting_encoder(config: RunConfig, reader: PlannedReader) -> VideoEncoder:
+    """An encoder that needs no pixels of what its reader knows."""
+    encoder = VideoEncoder.without_model(reader.processor, config, reader)
     encoder.notes.quiet = True
     return encoder
 
@@ -145,18 +148,20 @@ def shown_by(row: Example) -> Iterable[Media]:
     return dict.fromkeys(item for item in media if item)
 
 
-def _fitting(parts: list[list[Example]], encoder: VideoEncoder) -> list[list[Example]]:
+def _fitting(parts: list[list[Example]], reader: PlannedReader) -> list[list[Example]]:
     """The rows whose media the processor takes."""
-    faults: dict[int, str] = {}
-    for row in {id(row): row for part in parts for row in part}.values():
-        for media in shown_by(row):
-            try:
-                encoder.reader.prepare(media.unchanged(), row.id)
-            except DataError as error:
-                text = str(error).removeprefix(f"{row.id}: ")
-                faults[id(row)] = f"{_files(media)}: {text}"
-                break
-    return leave_out(parts, faults, encoder.reader.video)
+
+    @cache
+    def fault(media: Media) -> str:
+        try:
+            reader.tokens(media)
+        except DataError as error:
+            return f"{_files(media)}: {str(error).removeprefix(': ')}"
+        return ""
+
+    rows = {id(row): row for part in parts for row in part}
+    found = {key: next(filter(None, map(fault, shown_by(row))), "") for key, row in rows.items()}
+    return leave_out(parts, {key: text for key, text in found.items() if text}, reader.video)
 
 
 def _perturbable(
@@ -242,29 +247,3 @@ def media_tokens(encoder: VideoEncoder, media: Media, where: str) -> int:
 
 def _files(media: Media) -> str:
     return ", ".join(dict.fromkeys(map(str, media.files())))
-
-
-def _found(
-    config: RunConfig,
-    encoder: VideoEncoder,
-    rows: Sequence[Example],
-    limits: Limits,
-    report: MediaReport,
-) -> Found:
-    """What a survey finds, or found when it looked at the same rows, files and settings."""
-    cache = SurveyCache(cache_folder(config) / FOLDER, encoder, limits)
-    digest = hashlib.sha256(cache.file(rows).name.encode())
-    for row in rows:
-        uses = uses_of(row, uses_audio=encoder.processor.uses_clip_audio)
-        known = [(*use, report.seen.get(use), _area(use[0])) for use in uses]
-        digest.update(repr(known).encode())
-    file = cache.folder / f"{digest.hexdigest()[:40]}.json"
-    known = cache.get(file)
-    if known is None:
-        known = survey(encoder, rows, limits)
-        cache.put(file, known)
-    return known
-
-
-def _area(reference: object) -> int | None:
-    return getattr(reference, "max_pixels", None)

@@ -26,7 +26,7 @@ from mmalign.video.candidates import Perturbation
 from mmalign.video.encode import VideoEncoder
 from mmalign.video.model import encode
 from mmalign.video.processing import Processor, load_processor
-from mmalign.video.reader import FeatureStore, MediaReader, open_features
+from mmalign.video.reader import FeatureStore, MediaReader, PlannedReader, open_features
 from mmalign.video.samples import described
 from mmalign.video.survey import counting_encoder, look_at, shown_by
 
@@ -236,7 +236,8 @@ def plan_cache(config: RunConfig, needs: Needs) -> str:
     _require_cacheable(config)
     rows = [row for part in load_usable(config, needs) for row in part]
     processor = Processor(load_processor(config), config)
-    encoder = counting_encoder(config, processor, look_at(config, processor, [rows]))
+    seen = look_at(config, processor, [rows]).seen
+    encoder = counting_encoder(config, PlannedReader(processor, config, seen))
     parts: list[Part] = []
     said: list[str] = []
     if config.video.freezes_media:

@@ -281,3 +281,23 @@ def test_data_check_wants_files_or_a_config() -> None:
     result = CliRunner().invoke(app, ["data", "check"])
     assert result.exit_code == 1
     assert "name files, or a config with --config" in result.output
+
+
+def test_rows_with_the_same_words_are_counted_one_by_one(model_dir: Path, tmp_path: Path) -> None:
+    """Only one of them is encoded; what is said is as if all were."""
+    limits = {"max_prompt_length": 20, "max_response_length": 30}
+    same = {"prompt": LONG, "chosen": f"{LONG} a", "rejected": f"{LONG} b"}
+    rows = [pair(0), *({"id": f"s{i}", **same} for i in range(4)), pair(1)]
+    told = notes(settings(model_dir, write(tmp_path / "rows.jsonl", rows), data=limits))
+    unlike = [{**row, "rejected": f"{row['rejected']}{i}"} for i, row in enumerate(rows)]
+    assert told == notes(settings(model_dir, write(tmp_path / "other.jsonl", unlike), data=limits))
+    assert any("4 of 6 pairs" in note and "'s0', 's1' and 's2'" in note for note in told)
+
+
+def test_faults_of_rows_with_the_same_words_are_all_counted(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    rows = [pair(1), *({**pair(0, chosen=LONG * 9), "id": f"s{i}"} for i in range(3))]
+    limits = {"max_response_length": 4000, "bad_rows": "drop"}
+    (note,) = notes(settings(model_dir, write(tmp_path / "rows.jsonl", rows), data=limits))
+    assert "3 rows cannot be used and are left out" in note
