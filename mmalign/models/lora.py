@@ -106,8 +106,6 @@ def comfyui_scale(
     return scale.view(-1, *(1,) * (weight.dim() - 1))
 
 
-# Low-rank adapters through peft: attach, load, copy, save, merge.
-
 log = logging.getLogger(__name__)
 
 REFERENCE = "reference"  # the frozen second adapter; never saved
@@ -351,9 +349,6 @@ def _fits_nothing(model: nn.Module, target: str) -> str:
 def _head(model: nn.Module) -> nn.Module | None:
     find = getattr(model, "get_output_embeddings", None)
     return find() if find is not None else None
-
-
-# Weights quantized by bitsandbytes: what training needs of them.
 
 
 def always_as_in_training(model: nn.Module) -> int:

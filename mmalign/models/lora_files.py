@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Whether the tensors of a LoRA file are whole: factors that belong together, no layer left out.
-
 _PAIRS = (("A", "B"), ("embedding_A", "embedding_B"))  # B [out, r, ...] after A [r, in, ...]
 
 
@@ -264,8 +262,6 @@ def _stability_name(module: str, layers: int) -> str:
     return _OUTSIDE.get(module, module)
 
 
-# Text encoders in LoRA files: which tensors change one, and which of its layers those are.
-
 _KOHYA_ENCODERS = {
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
@@ -305,8 +301,6 @@ def left_out_of(names: Sequence[str]) -> str:
     told = ", ".join(f"{count} of {part}" for part, count in sorted(counts.items()))
     return f"{len(names)} tensors that change text encoders are left out ({told})"
 
-
-# LoRA files of peft, diffusers and kohya, read into one form.
 
 Encoders = Literal["stop", "ignore", "apply"]
 """What happens to changes of text encoders beside those of the denoiser: refused, left out with a

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
 
-# What the settings of a saved adapter ask for (peft's adapter_config.json); what is refused.
-
 RECOMPUTED = ("pissa", "olora")
 """Starts that take a part out of the base which can be computed from the base again."""
 
@@ -221,8 +219,6 @@ def _plain(value: Any) -> Any:
         value = sorted(map(str, value))
     return value or None
 
-
-# Which modules `all-linear` leaves out, as peft takes it, and what is said about that.
 
 ROUTER = "routers of experts"
 MAMBA = "projections that the kernels of Mamba read past an adapter"

@@ -115,9 +115,6 @@ def _olora(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return r[:rank], q[:, :rank]
 
 
-# What a saved LoRA or DoRA adapter changes in the weights of its base.
-
-
 class Change(NamedTuple):
     """What a checkpoint does to one tensor, in float64."""
 

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from mmalign.core import Needs
 
 
-# The kinds of reference model, behind one context manager.
-
-
 class Reference(ABC):
     """A frozen model; a plain object, so that it is never saved, sharded or counted as trained."""
 
@@ -252,9 +249,6 @@ def _frozen(module: nn.Module) -> Iterator[None]:
             part.training = training
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
-
-
-# The frozen model that log-ratios are taken against: which kind a run needs, and its making.
 
 
 def resolve(config: RunConfig, needs: Needs) -> str:

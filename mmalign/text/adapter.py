@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from mmalign.models.adapter import Surveyed
 
 
-# Which linear layers of a model a LoRA on all of them must leave out in a run on text.
-
 _LENGTHS = (16, 256)  # tokens: the second where some are silent, as layers over long stretches are
 
 
@@ -84,9 +82,6 @@ def _reasons(model: PreTrainedModel, length: int) -> dict[str, str]:
     felt = {name for name, grad in zip(heard, grads, strict=True) if grad is not None}
     silent = sorted(n for n in layers if n not in felt and "experts" not in n.split("."))
     return dict.fromkeys(silent, SILENT) | dict.fromkeys(sorted(odd), ODD)
-
-
-# The text adapter: causal language models.
 
 
 class TextAdapter(TokenAdapter):

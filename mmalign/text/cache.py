@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from mmalign.text.encode import Encoder
 
 
-# A reference read from disk: log-probabilities, or last hidden states where a KL is needed.
-
-
 def check_cacheable(config: RunConfig, needs: Needs) -> None:
     """Refuse what no cache can hold, before a weight is loaded.
 
@@ -142,8 +139,6 @@ def _tensor(array: np.ndarray[Any, np.dtype[Any]]) -> Tensor:
     tensor = torch.from_numpy(array.copy())
     return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
 
-
-# The date that a chat template writes: one for a whole run, and for the cache that it reads.
 
 log = logging.getLogger(__name__)
 

@@ -45,9 +45,6 @@ if TYPE_CHECKING:
     Encoded = list[list[EncodedCandidate]]  # by row and candidate
 
 
-# Encoded rows to one batch: extra roles, mismatched responses, padding to [B, K, ...].
-
-
 def collate(
     encoder: Encoder,
     examples: Sequence[Example],
@@ -162,8 +159,6 @@ def require_frame(encoder: Encoder, embedded: int, key: str) -> None:
             "the tokenizer got tokens that the model did not"
         )
 
-
-# Examples to token ids: exact response masks, one prompt for all sides, padding to [B, K, ...].
 
 VERSION = 4  # raise it when the same settings give other tokens: caches depend on it
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from mmalign.text.tokenizer import JinjaTemplate
 
 
-# Thoughts of responses: the tags around them, and where a template opens, closes or drops them.
-
 PAIRS = {
     "<think>": "</think>",
     "<thinking>": "</thinking>",
@@ -162,8 +160,6 @@ def holds(body: str, text: str) -> bool:
     """Whether a text stands in a body, whatever the template does to white space."""
     return text.strip() in body or "".join(text.split()) in "".join(body.split())
 
-
-# What a chat template writes around any response, found by rendering one with marks in it.
 
 ASKED = "mmalign\u2063asked"  # stands for a user's words when a template is probed
 MARK = "mmalign\u2063answer"  # stands for the response; neither is ever tokenized

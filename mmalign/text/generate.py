@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from mmalign.text.encode import Encoder
 
 
-# New tokens after prompts, from the model's own distribution and nothing else.
-
-
 @torch.no_grad()
 def complete(
     model: nn.Module,
@@ -142,8 +139,6 @@ def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-# Which prompts are answered in one batch: padding and neighbours may not change a response.
-
 log = logging.getLogger(__name__)
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -233,9 +228,6 @@ def _is_padded_freely(model: Any, rows: Sequence[list[int]], pad: int, steps: in
 @cache
 def _say(message: str) -> None:
     log.warning(message)
-
-
-# Completions of prompts, for reports and `mmalign sample`.
 
 
 def generate(

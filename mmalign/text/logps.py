@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Output layers: the head of a model, with what the model does to its logits afterwards.
-
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")
 

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     Range = tuple[int, int]
 
 
-# Weights of response positions: learned, from activations, from spans, from reasoning steps.
-
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn")
 _VALUE_OUT = ("o_proj", "attn.c_proj", "attn.out_proj", "attention.dense")  # their input
 _MLP = ("act_fn", "mlp.act", "mlp.activation_fn")
@@ -237,9 +235,6 @@ def raw_step_weights(
     return (2.0 - w if contrast else w).clamp(min=0.0), count
 
 
-# What differs between the two responses of a pair, token by token.
-
-
 def diff_spans(
     chosen_ids: Sequence[int], rejected_ids: Sequence[int], min_match: int = 3
 ) -> tuple[list[bool], list[bool]]:
@@ -275,8 +270,6 @@ def diff_spans(
         i, j = end_i + size, end_j + size
     return chosen, rejected
 
-
-# Character ranges of a response to token positions.
 
 _LINE = re.compile(r"(?:\A\n*+)?[^\n]++\n*+")
 
@@ -324,8 +317,6 @@ def mark_steps(offsets: Sequence[Range], steps: Sequence[Range], text: str) -> l
     starts = sorted(start for start, _ in steps) or [m.start() for m in _LINE.finditer(text)]
     return [bisect_right(starts, max(end - 1, start)) for start, end in offsets]
 
-
-# Spans of a row's candidates as masks over response tokens, and rows that have none.
 
 log = logging.getLogger(__name__)
 

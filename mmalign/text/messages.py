@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from mmalign.text.tokenizer import JinjaTemplate
 
 
-# Turns of a record as chat templates take them, and what of them a rendering must hold.
-
 _WORD = re.compile(r"\w+")
 _SWITCH = re.compile(r"/(?:no_?)?think\b")  # in a text, for the template alone
 _SAYING = ("tool_calls", "tool_plan", "function_call", *frame.REASONING)
@@ -173,9 +171,6 @@ def writes_repr(given: Iterable[Mapping[str, Any]], rendered: str) -> bool:
     return False
 
 
-# What follows a context, as text: the response, the end of its turn, and what of it is scored.
-
-
 @dataclass(frozen=True, slots=True)
 class Response:
     """What follows the context: the response as the model sees it, then the end of its turn."""
@@ -210,8 +205,6 @@ def answer_turns(candidate: Candidate, where: str) -> tuple[Message, ...]:
         )
     return response
 
-
-# Prompt and response as text without a chat template: as they are, or as a transcript.
 
 _SPEAKERS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
 _SILENT = {"tool_call_id", "name", "id"}  # keys that say nothing which a transcript would lose
@@ -297,8 +290,6 @@ def _refuse_template(row: Template, where: str) -> None:
             "model, or take the column out"
         )
 
-
-# What was done to rows on their way to tokens: said once, counted for every row.
 
 log = logging.getLogger(__name__)
 

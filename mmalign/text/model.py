@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from mmalign.text.packing import Fed, Rows, TextInputs
 
 
-# Causal language models of transformers: loading one, and what is switched off in it.
-
-
 def load_model(path: str, config: ModelConfig, revision: str | None = None) -> PreTrainedModel:
     """The model of a folder or hub name.
 
@@ -167,9 +164,6 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model  # pyright: ignore
 
 
-# The body of a causal language model, and one pass of it over laid-out rows.
-
-
 def body_of(model: PreTrainedModel) -> nn.Module:
     """The part of a model whose last states its head reads.
 
@@ -290,8 +284,6 @@ def _run_apart(
     return SimpleNamespace(last_hidden_state=layers[0], hidden_states=tuple(layers[1:]) or None)
 
 
-# Calls into classes of models that are not ours: their mode, and what they raise as a sentence.
-
 FAULTS = (
     ArithmeticError,
     AssertionError,
@@ -335,9 +327,6 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-# Where a model's own settings say that generation stops.
-
-
 def stop_ids(model: ModelConfig) -> frozenset[int]:
     """All ids of `eos_token_id` in a model's generation_config.json, else in its config.json.
 
@@ -371,9 +360,6 @@ def base_path(path: str) -> str:
         return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
     except (OSError, ValueError, KeyError, TypeError):
         return path
-
-
-# How many positions and tokens the models of a config have, known without their weights.
 
 
 @dataclass(frozen=True, slots=True)

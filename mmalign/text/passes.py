@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     Arrange = Callable[[Batch[TextInputs], Layout], Rows]
 
 
-# One pass of a model over laid-out rows, and the scores of its states.
-
 Keep = Literal["layers", "activations"]
 
 
@@ -122,9 +120,6 @@ def scoring_models(policy: nn.Module, reference: Reference) -> Iterator[nn.Modul
             if id(causal_model(model)) not in seen:
                 seen.add(id(causal_model(model)))
                 yield model
-
-
-# The position weights that `text.masks` asks for, of one batch.
 
 
 class PositionWeights(nn.Module):
@@ -381,8 +376,6 @@ def _gap(
     found, limit = (every.max(), 2e-3) if wide else (every.median(), 0.05)
     return None if float(found) <= limit else float(found)
 
-
-# Whether a model may be fed packed rows: by its kind, and by trying.
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}  # largest difference, in nats
 _TOLERANCE_HALF = 0.05  # mean difference, in nats: single tokens differ by more in bfloat16

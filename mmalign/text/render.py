@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     Messages = list[dict[str, Any]]
 
 
-# A response of one turn made whole: its thought and its words, as the model would write them.
-
-
 @dataclass(frozen=True, slots=True)
 class Thought:
     """A response in its context, of which a template may drop or misplace the thought."""
@@ -137,9 +134,6 @@ def dropped(answer: str, body: str, where: str) -> DataError:
         f"{body[:60]!r}). Train on the text that the template keeps, or set text.chat_template: "
         "false"
     )
-
-
-# Responses of several turns: what of the rendered conversation the assistant wrote.
 
 
 class Conversation:
@@ -311,9 +305,6 @@ class Conversation:
                 stop += len(self.frame.between)
             found.append((first, stop))
         return found
-
-
-# Prompt and response as a chat template writes them: the context is what inference sends.
 
 
 class ChatTemplate:

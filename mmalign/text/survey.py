@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from mmalign.text.masks import EncodedCandidate
 
 
-# Every row encoded once before a model is loaded, to find what training would meet later on.
-
 NAMED = 3  # first rows that are kept by number, of everything that is only counted
 
 _CHUNK = 128  # rows between two looks at how far it is
@@ -276,8 +274,6 @@ def _same(part: Found) -> Found:
     return part
 
 
-# What surveys found, kept in a folder by everything that decides it; a second start reads it.
-
 VERSION = 2  # raise it when the same rows and settings give other findings
 
 
@@ -354,8 +350,6 @@ def _content(row: Example) -> tuple[Any, ...]:
     answers = [(c.response, c.prompt, c.spans, c.steps, c.complete, c.role) for c in row.candidates]
     return row.prompt, row.template.tools, row.template.options, row.kind, answers
 
-
-# What a survey found, in words: a line for each thing, and the rows with problems.
 
 _OWN_WORDS = frozenset({"prompts_cut", "responses_cut", "ends_lost", "special_tokens"})
 
@@ -474,8 +468,6 @@ def _name(row: Example) -> str:
     """Its id, or where it stands where it has none."""
     return row.id if row.id == row.place else repr(row.id)
 
-
-# The rows of a run on text, all of them encoded once before a model is loaded.
 
 FOLDER = "surveys"
 

@@ -53,9 +53,6 @@ if TYPE_CHECKING:
     from mmalign.text.logps import Head
 
 
-# What a run's `final/` holds, put back into a policy: weights as transformers names them.
-
-
 def load_trained(policy: nn.Module, folder: Path) -> nn.Module:
     """Load what a run's `final/` holds into the policy.
 
@@ -141,8 +138,6 @@ def _differs(folder: Path, what: str, names: Sequence[str]) -> CheckpointError:
         f"e.g. {names[0]}"
     )
 
-
-# Models of tokens scored on response tokens, whatever their prompts show: text, and video.
 
 log = logging.getLogger(__name__)
 

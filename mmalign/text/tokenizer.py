@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     Range = tuple[int, int]
 
 
-# A Hugging Face tokenizer held still: no truncation, no surprise bos, offsets beside the ids.
-
 Offsets = list[tuple[int, int]]
 
 _KEPT = 2**17  # tokens of the latest texts: many rows ask one question
@@ -151,8 +149,6 @@ def leading(bare: Mapping[str, Any], full: Mapping[str, Any]) -> list[int]:
             return whole[:start]
     return []
 
-
-# A chat template as transformers renders it: the date held still, errors in one sentence.
 
 CLOCK = "strftime_now"  # the function with which templates write today's date
 _KEPT_CONVERSATIONS = 2**21  # characters of the latest conversations: many rows ask one question
@@ -376,8 +372,6 @@ def _looked_at(
     words |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     return frozenset(meta.find_undeclared_variables(tree)), frozenset(words)
 
-
-# Whether tokenizer and model belong together: ids that the model embeds, and one end token.
 
 log = logging.getLogger(__name__)
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 samples_images = False
 
-# What the model will see, in colours: context, scored tokens, end token, spans, steps.
-
 CONTEXT, SCORED, END, SPAN = "dim", "green", "bold magenta", "bold black on yellow"
 STEPS = ("green", "cyan")  # in turns
 
@@ -88,9 +86,6 @@ def _style(scored: bool, is_end: bool, span: int, step: int) -> str:
     if not scored:  # a turn that is not the assistant's, or not trained on
         return CONTEXT
     return END if is_end else SPAN if span else STEPS[(step - 1) % 2] if step else SCORED
-
-
-# Writing what the reference says about every row, for runs with `reference.kind: cached`.
 
 
 def write_reference(
