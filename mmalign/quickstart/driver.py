@@ -1,16 +1,20 @@
-"""What the demonstrations share: a folder, timed stages, arms that train, a table, parts of a page.
+"""What the demonstrations share: timed stages, arms that train side by side, parts of a page.
 
-A demonstration starts a `Demo`, names its stages with `lap`, trains its arms with `train_arm`, and
-hands what it measured to `finish`, which has the page written and prints the table. Its data, its
-arms and its words are its own.
+A demonstration starts a `Demo` with its plan, names each stage as it begins, trains its arms with
+`train_arms`, and hands what it measured to `finish`, which has the page written and prints the
+table. Its data, its arms and its words are its own.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import sys
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from markupsafe import Markup
 
@@ -20,20 +24,30 @@ from mmalign.report import blocks
 from mmalign.safe import write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
     from mmalign.config import RunConfig
+
+T = TypeVar("T")
+
+_BETWEEN_LINES = 5.0  # seconds
+_TRUSTED = 10.0  # seconds of the plan that count as if this machine had been measured on them
 
 
 class Demo:
-    """A demonstration under way.
+    """A demonstration under way, which says at each stage how long all of it will still take.
 
     Attributes:
         output: Its folder.
         stages: Seconds of each stage that is over.
     """
 
-    def __init__(self, name: str, output: Path | None, seed: int, fast: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        output: Path | None,
+        seed: int,
+        fast: bool,
+        plan: Mapping[str, float] | None = None,
+    ) -> None:
         """Begin.
 
         Args:
@@ -41,22 +55,98 @@ class Demo:
             output: An empty folder or a new one; None: runs/quickstart-NAME, with a number behind
                 it where that is taken.
             seed: For the summary.
-            fast: A smoke run, for the summary.
+            fast: A smoke run, for the summary; it takes seconds and does not say how many are left.
+            plan: Every stage in its order, the last being `report`, with the seconds it takes on
+                two quiet cores; what is left is told from it and from the pace so far.
 
         Raises:
             ConfigError: `output` is not an empty folder.
         """
-        self._began = self._clock = time.perf_counter()
+        self._began = self._clock = self._line = time.perf_counter()
         self.name, self.seed, self.fast = name, seed, fast
         self.output = free_folder(output, f"quickstart-{name}")
         self.stages: dict[str, float] = {}
+        self._plan = dict(plan or {})
+        self._stage = ""
+
+    def stage(self, name: str, what: str) -> None:
+        """End the stage before, begin one of the plan, and say what it does and what is left."""
+        self._end()
+        self._stage = name
+        self._say(what, 0.0)
+
+    def at(self, done: int, total: int, unit: str) -> None:
+        """Say how far the stage is, unless the last line is a moment old."""
+        if time.perf_counter() - self._line >= _BETWEEN_LINES:
+            self._say(f"  {done:,} of {total:,} {unit}", done / total)
+
+    def track(self, items: Sequence[T], unit: str) -> Iterator[T]:
+        """The items of a stage, unchanged, with a line now and then."""
+        for index, item in enumerate(items):
+            self.at(index, len(items), unit)
+            yield item
 
     def lap(self, stage: str, upcoming: str = "") -> None:
         """Note what the stage that ends here took, and say what comes now."""
-        now = time.perf_counter()
-        self.stages[stage], self._clock = round(now - self._clock, 1), now
+        self._stage = stage
+        self._end()
         if upcoming:
             print(upcoming, flush=True)
+
+    def _end(self) -> None:
+        now = time.perf_counter()
+        if self._stage:
+            self.stages[self._stage] = round(now - self._clock, 1)
+        self._clock, self._stage = now, ""
+
+    def _say(self, what: str, share: float) -> None:
+        """A line; `share` of the stage is done."""
+        self._line = time.perf_counter()
+        elapsed = self._line - self._began
+        left = ""
+        if self._plan and not self.fast:
+            done = sum(self._plan[name] for name in self.stages) + share * self._plan[self._stage]
+            pace = (_TRUSTED + elapsed) / (_TRUSTED + done)
+            left = f"; about {_minutes(pace * (sum(self._plan.values()) - done))} left"
+        print(f"[{_minutes(elapsed)}] {what}{left}", flush=True)
+
+    def train_arms(self, configs: Sequence[RunConfig]) -> None:
+        """Run the project's loop on each config, as many at a time as there are cores.
+
+        They train in processes of their own, which print to `training-N.log`.
+
+        Args:
+            configs: Of the arms, with `num_threads: 1`, since the others use the other cores, and
+                with `num_steps`, by which progress is told.
+
+        Raises:
+            ConfigError: It was interrupted, or an arm failed.
+        """
+        count = min(len(configs), os.cpu_count() or 1)
+        # Not forked: a child of a process that uses several threads or a GPU may hang.
+        context = multiprocessing.get_context("spawn")
+        logs = [self.output / f"training-{number}.log" for number in range(1, count + 1)]
+        self.output.mkdir(parents=True, exist_ok=True)
+        workers = [
+            context.Process(target=_train_in_turn, args=(configs[first::count], log), daemon=True)
+            for first, log in enumerate(logs)
+        ]
+        for worker in workers:
+            worker.start()
+        total = sum(config.train.num_steps or 0 for config in configs)
+        try:
+            while any(worker.is_alive() for worker in workers):
+                next(worker for worker in workers if worker.is_alive()).join(0.5)
+                self.at(sum(_steps_done(config.output) for config in configs), total, "steps")
+        except KeyboardInterrupt:
+            for worker in workers:
+                worker.terminate()
+                worker.join()
+            raise ConfigError(_INTERRUPTED) from None
+        for worker, log in zip(workers, logs, strict=True):
+            if worker.exitcode:
+                said = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
+                raise ConfigError(f"an arm of the quickstart did not train ({log}): {said}")
 
     def finish(
         self,
@@ -73,6 +163,8 @@ class Demo:
             write_page: Writes `report.html` of the summary.
             show: The lines to print of the summary.
         """
+        if self._plan:
+            self.stage("report", "Writing the page")
         result: dict[str, Any] = {
             **numbers,
             "seconds": self._seconds(),
@@ -84,7 +176,8 @@ class Demo:
             "mmalign": __version__,
         }
         write_page(result)
-        self.lap("report")
+        self._stage = "report"
+        self._end()
         result["seconds"] = self._seconds()
         write_text(self.output / "summary.json", json.dumps(result, indent=2) + "\n")
         print(show(result))
@@ -93,6 +186,27 @@ class Demo:
 
     def _seconds(self) -> float:
         return round(time.perf_counter() - self._began, 1)
+
+
+_INTERRUPTED = "the quickstart was interrupted; start it again, it takes a new folder"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{round(seconds) // 60}:{round(seconds) % 60:02d}"
+
+
+def _train_in_turn(configs: Sequence[RunConfig], log: Path) -> None:
+    # Open until the process ends, which writes the traceback of an error last.
+    sys.stdout = sys.stderr = log.open("w", encoding="utf-8", buffering=1)
+    for config in configs:
+        train_arm(config)
+
+
+def _steps_done(run_dir: Path) -> int:
+    from mmalign.train.metrics import last_values
+
+    file = run_dir / "metrics.jsonl"
+    return int(last_values(file).get("step", 0)) if file.exists() else 0
 
 
 def free_folder(output: Path | None, name: str) -> Path:
@@ -124,7 +238,7 @@ def train_arm(config: RunConfig) -> Path:
     from mmalign.train.loop import train
 
     if train(config).stopped:
-        raise ConfigError("the quickstart was interrupted; start it again, it takes a new folder")
+        raise ConfigError(_INTERRUPTED)
     return config.output
 
 
