@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
@@ -12,9 +12,6 @@ from mmalign.report.blocks import Section
 from mmalign.report.page import describe, lead, run_sections, state
 from mmalign.report.run import read_run
 from mmalign.safe import write_text
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = ["Section", "place_of", "write_report"]
 

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from markupsafe import Markup, escape
 
 from mmalign.data.words import opcodes
 from mmalign.report.run import is_number
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-
-# Pieces of a report page: tables, figures, notes and answers side by side.
 
 MISSING = "–"
 
@@ -176,8 +170,6 @@ def _align(text: bool) -> Markup:
 def _shown(value: object) -> object:
     return value if isinstance(value, str) else number(value)
 
-
-# Marks within texts: spans, and the words in which two texts differ.
 
 _ALIKE = 0.25
 """Share of equal words below which marks would cover almost everything."""

@@ -1,4 +1,7 @@
-"""Figures as inline SVG, and which metrics of a run are drawn. Colours are CSS variables."""
+"""Figures as inline SVG, and which metrics of a run are drawn.
+
+Colours are CSS variables, so they follow the page, light or dark.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from markupsafe import Markup, escape
 
+from mmalign.report.run import Run, Scores
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from mmalign.report.run import Run, Scores
-
-
-# Figures as inline SVG. Colours are CSS variables, so they follow the page, light or dark.
 
 # matplotlib draws in these placeholders; the SVG gets the variable in their place.
 _INK, _GRID = "#010101", "#020202"
@@ -52,7 +53,7 @@ class Plot:
     curves: tuple[Curve, ...]
     of: Scores | None = None  # runs that are scored by it; None: all
     note: str = ""
-    bounds: tuple[float, float] | None = None
+    is_share: bool = False  # of pairs: from 0 to 1, with a line at 1/2
     level: float | None = None  # a thin reference line
     warns_above: bool = False  # a red band where curves are above the level
 
@@ -157,15 +158,16 @@ def plot(spec: Plot, runs: Sequence[Run]) -> Markup | None:
             if many:  # the key tells the curves apart, so it has no run's colour
                 line = Line2D([], [], linestyle=curve.style, marker=marker, color=_INK)
             labels.setdefault(curve.label, line)
-        if spec.level is not None:
-            axes.axhline(spec.level, color=_INK, linewidth=0.8, linestyle=(0, (1, 3)))
-        if spec.warns_above and spec.level is not None:
+        level = 0.5 if spec.is_share else spec.level
+        if level is not None:
+            axes.axhline(level, color=_INK, linewidth=0.8, linestyle=(0, (1, 3)))
+        if spec.warns_above and level is not None:
             low, high = axes.get_ylim()
-            if high > spec.level:
-                axes.axhspan(spec.level, high, color=_WARN, alpha=0.13, linewidth=0)
+            if high > level:
+                axes.axhspan(level, high, color=_WARN, alpha=0.13, linewidth=0)
                 axes.set_ylim(low, high)
-        if spec.bounds is not None:
-            axes.set_ylim(*spec.bounds)
+        if spec.is_share:
+            axes.set_ylim(-0.03, 1.03)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(spec.unit)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
@@ -200,24 +202,36 @@ def _thin(steps: list[float], values: list[float]) -> tuple[list[float], list[fl
     return mean[0], mean[1]
 
 
-# Which metrics of a run are drawn, and how.
+def _training(key: str) -> tuple[Curve, ...]:
+    return (Curve(key, "training", 0),)
 
-_KL = (Curve("kl", "training", 0),)
+
+def _both(key: str, held_out: str = "", colours: tuple[int, int] = (0, 1)) -> tuple[Curve, ...]:
+    """A metric in training, and on held-out rows, where it may have another name."""
+    first, second = colours
+    return (
+        Curve(key, "training", first),
+        Curve(held_out or key, "held out", second, held_out=True),
+    )
+
+
+def _sides(key: str, *names: str, held_out: bool = False) -> tuple[Curve, ...]:
+    """A metric of the good and of the bad side, by turns."""
+    return tuple(
+        Curve(f"{key}/{name}", name, i % 2, "--" if i % 2 else "-", held_out)
+        for i, name in enumerate(names)
+    )
+
+
 _EARLY = "It reaches 1 early, in good runs and in ruined ones."
+_DRAWN = "It depends on the noise level drawn far more than on the model."
 
 PLOTS = (
-    Plot(
-        "Loss",
-        "loss",
-        (Curve("loss", "training", 0), Curve("loss", "held out", 1, held_out=True)),
-    ),
+    Plot("Loss", "loss", _both("loss")),
     Plot(
         "Error on preferred images, against the reference",
         "policy minus reference",
-        (
-            Curve("errors/chosen_diff", "training", CHOSEN),
-            Curve("errors/chosen_diff", "held out", 2, held_out=True),
-        ),
+        _both("errors/chosen_diff", colours=(CHOSEN, 2)),
         of="errors",
         note="Below 0 the model explains the preferred images better than the reference does; in "
         "the red band it explains them worse, and image quality falls soon after.",
@@ -227,42 +241,28 @@ PLOTS = (
     Plot(
         "Error on rejected images, against the reference",
         "policy minus reference",
-        (
-            Curve("errors/rejected_diff", "training", REJECTED),
-            Curve("errors/rejected_diff", "held out", 2, held_out=True),
-        ),
+        _both("errors/rejected_diff", colours=(REJECTED, 2)),
         of="errors",
         note="Above 0: the model has moved away from them.",
         level=0.0,
     ),
-    Plot(
-        "Denoising error of preferred images",
-        "squared error",
-        (
-            Curve("errors/policy_chosen", "policy", 0),
-            Curve("errors/ref_chosen", "reference", 1, "--"),
-        ),
-        of="errors",
-        note="It depends on the noise level drawn far more than on the model.",
-    ),
-    Plot(
-        "Denoising error of rejected images",
-        "squared error",
-        (
-            Curve("errors/policy_rejected", "policy", 0),
-            Curve("errors/ref_rejected", "reference", 1, "--"),
-        ),
-        of="errors",
+    *(
+        Plot(
+            f"Denoising error of {name} images",
+            "squared error",
+            (
+                Curve(f"errors/policy_{side}", "policy", 0),
+                Curve(f"errors/ref_{side}", "reference", 1, "--"),
+            ),
+            of="errors",
+            note=note,
+        )
+        for name, side, note in (("preferred", "chosen", _DRAWN), ("rejected", "rejected", ""))
     ),
     Plot(
         "Log-ratio of each side, held out",
         "nats",
-        (
-            Curve("drift/chosen", "chosen", CHOSEN, held_out=True),
-            Curve("drift/rejected", "rejected", REJECTED, "--", held_out=True),
-            Curve("drift/desirable", "desirable", CHOSEN, held_out=True),
-            Curve("drift/undesirable", "undesirable", REJECTED, "--", held_out=True),
-        ),
+        _sides("drift", "chosen", "rejected", "desirable", "undesirable", held_out=True),
         of="tokens",
         note="How much more (above 0) or less likely each answer became than under the reference. "
         "The margin can grow while both sides fall.",
@@ -271,45 +271,26 @@ PLOTS = (
     Plot(
         "Implicit reward of each side, training",
         "implicit reward",
-        (
-            Curve("rewards/chosen", "chosen", CHOSEN),
-            Curve("rewards/rejected", "rejected", REJECTED, "--"),
-        ),
+        _sides("rewards", "chosen", "rejected"),
         of="tokens",
         note="What the objective compares: for DPO beta times the log-ratio.",
     ),
-    Plot(
-        "Margin",
-        "chosen minus rejected",
-        (
-            Curve("rewards/margins", "training", 0),
-            Curve("rewards/margins", "held out", 1, held_out=True),
-        ),
-        level=0.0,
-    ),
+    Plot("Margin", "chosen minus rejected", _both("rewards/margins"), level=0.0),
     Plot(
         "Reward accuracy",
         "share of pairs",
-        (
-            Curve("rewards/accuracies", "training", 0),
-            Curve("rewards/accuracies", "held out", 1, held_out=True),
-        ),
+        _both("rewards/accuracies"),
         of="tokens",
         note=_EARLY,
-        bounds=(-0.03, 1.03),
-        level=0.5,
+        is_share=True,
     ),
     Plot(
         "Implicit accuracy",
         "share of pairs",
-        (
-            Curve("rewards/accuracies", "training", 0),
-            Curve("reward_accuracy", "held out", 1, held_out=True),
-        ),
+        _both("rewards/accuracies", "reward_accuracy"),
         of="errors",
         note=_EARLY,
-        bounds=(-0.03, 1.03),
-        level=0.5,
+        is_share=True,
     ),
     Plot(
         "Ranking accuracy, held out",
@@ -320,8 +301,7 @@ PLOTS = (
         ),
         of="tokens",
         note="Share of pairs whose chosen answer the model itself finds at least as likely.",
-        bounds=(-0.03, 1.03),
-        level=0.5,
+        is_share=True,
     ),
     Plot(
         "KL to the reference, held out",
@@ -329,8 +309,8 @@ PLOTS = (
         (Curve("kl_per_token", "held out", 0, held_out=True),),
         of="tokens",
     ),
-    Plot("KL to the reference, training", "nats per response", _KL, of="tokens"),
-    Plot("KL to the reference, training", "error gap", _KL, of="errors"),
+    Plot("KL to the reference, training", "nats per response", _training("kl"), of="tokens"),
+    Plot("KL to the reference, training", "error gap", _training("kl"), of="errors"),
     Plot(
         "Divergence against perturbed video, training",
         "nats",
@@ -339,6 +319,6 @@ PLOTS = (
         note="How differently the model answers when it sees the altered clip. Near 0 the clips "
         "teach nothing.",
     ),
-    Plot("Learning rate", "learning rate", (Curve("learning_rate", "training", 0),)),
-    Plot("Gradient norm", "before clipping", (Curve("grad_norm", "training", 0),)),
+    Plot("Learning rate", "learning rate", _training("learning_rate")),
+    Plot("Gradient norm", "before clipping", _training("grad_norm")),
 )

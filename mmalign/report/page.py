@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup, escape
 
 from mmalign.config import yaml
 from mmalign.report import blocks, pictures
 from mmalign.report.blocks import Answers, Section
-from mmalign.report.figures import PLOTS, plot
-from mmalign.report.run import Remark, is_number, remarks
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from mmalign.report.figures import Plot
-    from mmalign.report.run import Record, Run, Scores
-
-
-# Held-out numbers before and after, with their intervals.
+from mmalign.report.figures import PLOTS, Plot, plot
+from mmalign.report.run import Record, Remark, Run, Scores, is_number, remarks
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,8 +230,6 @@ def _shown(value: float, interval: Any, metric: _Metric, sign: str = "") -> Mark
     low, high = interval
     return shown + Markup(" <small>{} to {}</small>").format(text(low), text(high))
 
-
-# The page's own sections, from what the run folders say.
 
 _TERMS = {
     "Log-ratio": "The log-probability of an answer under the trained model minus the same under "

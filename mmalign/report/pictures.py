@@ -9,8 +9,10 @@ import base64
 import io
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
@@ -20,16 +22,7 @@ from mmalign.data.pictures import open_picture, picture_bytes
 from mmalign.errors import DataError
 from mmalign.report import blocks
 from mmalign.report.blocks import Section, changed, marked
-from mmalign.report.run import is_number
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from mmalign.report.run import Record, Run
-
-
-# What a page shows of a run on images: sheets of samples, and numbers by noise level.
+from mmalign.report.run import Record, Run, is_number
 
 TERMS = {
     "Denoising error": "The mean squared difference between what the network predicts and what it "
@@ -193,8 +186,6 @@ def _marked(value: float | None) -> Markup | str:
         return _signed(value)
     return Markup('<span class="bad">{}</span>').format(_signed(value))
 
-
-# What a page shows of a run on clips: what the model saw, what it said, what was altered.
 
 _MOST_OF_SHEETS = 4_000_000  # of all sheets of a section
 _MAX_ALTERED = 4  # rows whose altered clips are shown

@@ -1,28 +1,32 @@
-"""A run folder, read for the report; whatever an interrupted run left out is simply absent."""
+"""A run folder, read for the report, and what in it a reader should look at first.
+
+A run folder may come from a stranger, from another version, or from a disk that lost a part of it:
+what an interrupted run left out is simply absent, and a value of another type than it must have is
+left out and counted.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from types import UnionType
+from typing import Any, Literal
 
 from mmalign.config import yaml
 from mmalign.data.fields import left_out, read_lines
 from mmalign.errors import ConfigError
 from mmalign.safe import read_bytes
 
-# What the page reads of a run folder, by type: anything else is left out, and counted.
-#
-# A run folder may come from a stranger, from another version, or from a disk that lost a part of
-# it.
-
-Shape = Callable[[Any, list[str]], Any]
-"""The value as the page may use it, the names of what was left out added; raises `OddError`."""
+Record = dict[str, Any]
+Scores = Literal["tokens", "errors"]
+"""What candidates are scored by: log-probabilities of tokens, or denoising errors."""
 
 _LARGEST = 2.0**53  # what a float counts exactly
+_LARGEST_ENV = 64 * 2**20  # bytes of env.json
 
 
 class OddError(ValueError):
@@ -36,204 +40,153 @@ def is_number(value: Any) -> bool:
     return abs(value) < 1e300 if isinstance(value, int) else math.isfinite(value)
 
 
-def _number(value: Any, odd: list[str]) -> float:
-    if not is_number(value):
-        raise OddError
-    return value
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST
 
 
-def _real(value: Any, odd: list[str]) -> float:
-    """A number of a row, which may be no finite one."""
-    if not is_number(value) and not isinstance(value, float):
-        raise OddError
-    return value
-
-
-def _count(value: Any, odd: list[str]) -> int:
-    if type(value) is not int or not 0 <= value <= _LARGEST:
-        raise OddError
-    return value
-
-
-def _text(value: Any, odd: list[str]) -> str:
-    if not isinstance(value, str):
-        raise OddError
-    return value
-
-
-def _scalar(value: Any, odd: list[str]) -> Any:
-    if not isinstance(value, str | int | float | bool | None):
-        raise OddError
-    return value
-
-
-def _any(value: Any, odd: list[str]) -> Any:
-    return value
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise OddError
-    return cast("list[Any]", value)
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise OddError
-    return cast("dict[str, Any]", value)
-
-
-def _several(member: Shape) -> Shape:
-    """A list, without the members that are odd."""
-
-    def read(value: Any, odd: list[str]) -> list[Any]:
-        found: list[Any] = []
-        for item in _list(value):
-            try:
-                found.append(member(item, odd))
-            except OddError:
-                odd.append("a member of a list")
-        return found
-
-    return read
-
-
-def _exactly(number: int, member: Shape) -> Shape:
-    """A list of so many, all of which must fit."""
-
-    def read(value: Any, odd: list[str]) -> list[Any]:
-        if len(_list(value)) != number:
-            raise OddError
-        return [member(item, odd) for item in value]
-
-    return read
-
-
-def _either(*shapes: Shape) -> Shape:
-    def read(value: Any, odd: list[str]) -> Any:
-        for shape in shapes:
-            try:
-                return shape(value, odd)
-            except OddError:
-                continue
-        raise OddError
-
-    return read
-
-
-def _keyed(
-    known: Mapping[str, Shape],
-    *,
-    must: tuple[str, ...] = (),
-    others: Shape = _any,
-    keep_null: bool = False,
-) -> Shape:
-    """An object, without the members that are odd; null ones count as absent, or are kept."""
-
-    def read(value: Any, odd: list[str]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, member in _object(value).items():
-            if member is None:
-                if keep_null:
-                    found[name] = None
-                continue
-            try:
-                found[name] = known.get(name, others)(member, odd)
-            except OddError:
-                odd.append(name)
-        if any(name not in found for name in must):
-            raise OddError
-        return found
-
-    return read
-
-
-def _rows(value: Any, odd: list[str]) -> list[dict[str, Any]]:
+def _are_rows(value: Any) -> bool:
     """Held-out rows, of which a table is made: all have the same columns of the same lengths."""
-    rows = [_object(row) for row in _list(value)]
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        return False
+    first = value[0] if value else {}
     columns = ("labels", "logps", "lengths", "ref_logps", "kl")
-    first = rows[0] if rows else {}
-    sizes = {name: len(_list(first[name])) for name in columns if name in first}
-    if rows and not (
-        {"labels", "logps", "lengths"} <= set(sizes) and len(set(sizes.values())) == 1
-    ):
-        raise OddError
-    for row in rows:
-        for name, size in sizes.items():
-            _exactly(size, _real)(row.get(name), odd)
-        if sizes["labels"] < 1:
-            raise OddError
-        if "loss" in first:
-            _real(row.get("loss"), odd)
-        _text(row.get("row", ""), odd)
-        _scalar(row.get("id"), odd)
-    return rows
+    names = [name for name in columns if name in first]
+    if value and not {"labels", "logps", "lengths"} <= set(names):
+        return False
+    size = len(first["labels"]) if value and isinstance(first["labels"], list) else 0
+
+    def fits(row: Record) -> bool:
+        lists = [row.get(name) for name in names]
+        return (
+            all(isinstance(x, list) and len(x) == size and all(map(_is_real, x)) for x in lists)
+            and ("loss" not in first or _is_real(row.get("loss")))
+            and isinstance(row.get("row", ""), str)
+            and isinstance(row.get("id"), _SCALAR)
+        )
+
+    return not value or (size > 0 and all(map(fits, value)))
 
 
-_SOURCE = _either(_text, _keyed({"path": _text}, must=("path",)))
+def _is_real(value: Any) -> bool:
+    """Whether a value of a row is a number, which may be no finite one."""
+    return is_number(value) or isinstance(value, float)
 
-CONFIG = _keyed(
+
+@dataclass(frozen=True, slots=True)
+class _Object:
+    """The shape of an object: of members by name, which it must have, and of those not named."""
+
+    members: Mapping[str, Any]
+    must: tuple[str, ...] = ()
+    others: Any = object
+    keeps_null: bool = False  # else a null member counts as absent
+
+
+@dataclass(frozen=True, slots=True)
+class _Either:
+    shapes: tuple[Any, ...]
+
+
+_SCALAR = str | int | float | bool | None
+_SOURCE = _Either((str, _Object({"path": str}, must=("path",))))
+_SOURCES = _Either((_SOURCE, [_SOURCE]))
+
+CONFIG = _Object(
     {
-        "modality": _text,
-        "model": _keyed({"path": _text, "lora": _keyed({"rank": _scalar}, must=("rank",))}),
-        "reference": _keyed({"kind": _text}),
-        "data": _keyed(
-            {
-                "train": _either(_SOURCE, _several(_SOURCE)),
-                "eval": _either(_SOURCE, _several(_SOURCE)),
-                "eval_fraction": _number,
-            }
-        ),
-        "objective": _keyed({"name": _text, "mix": _keyed({})}),
-        "train": _keyed({"batch_size": _count, "accumulate": _count, "seed": _scalar}),
-        "text": _keyed({"masks": _keyed({"kind": _text})}),
-        "diffusion": _keyed({"logp_scale": _number}),
+        "modality": str,
+        "model": _Object({"path": str, "lora": _Object({"rank": _SCALAR}, must=("rank",))}),
+        "reference": _Object({"kind": str}),
+        "data": _Object({"train": _SOURCES, "eval": _SOURCES, "eval_fraction": is_number}),
+        "objective": _Object({"name": str, "mix": _Object({})}),
+        "train": _Object({"batch_size": _is_count, "accumulate": _is_count, "seed": _SCALAR}),
+        "text": _Object({"masks": _Object({"kind": str})}),
+        "diffusion": _Object({"logp_scale": is_number}),
     }
 )
 """`config.yaml`."""
 
-ENV = _keyed(
-    {"data": _keyed({"train_rows": _count, "eval_rows": _count, "notes": _several(_text)})}
-)
+ENV = _Object({"data": _Object({"train_rows": _is_count, "eval_rows": _is_count, "notes": [str]})})
 """`env.json`."""
 
-METRICS = _keyed({"step": _count}, must=("step",), keep_null=True)
+METRICS = _Object({"step": _is_count}, must=("step",), keeps_null=True)
 """A line of `metrics.jsonl`; whether the others are numbers is asked for each curve, and null is
 what was not finite."""
 
-EVAL = _keyed(
+EVAL = _Object(
     {
-        "step": _count,
-        "intervals": _keyed({}, others=_exactly(2, _number)),
-        "rows": _rows,
+        "step": _is_count,
+        "intervals": _Object({}, others=(is_number, is_number)),
+        "rows": _are_rows,
     },
     must=("step",),
 )
 """A line of `eval.jsonl`."""
 
-_TURN = _keyed({"role": _scalar, "content": _scalar})
-_MEDIUM = _keyed({"times": _several(_number), "tokens": _number})
-_ANSWER = _keyed({"spans": _several(_exactly(2, _count))})
-_CLIP = _keyed({"weight": _number, "role": _text})
-
-SAMPLE = _keyed(
+SAMPLE = _Object(
     {
-        "step": _count,
-        "prompt": _either(_text, _several(_TURN)),
-        "media": _several(_MEDIUM),
-        "answers": _several(_ANSWER),
-        "altered": _several(_CLIP),
+        "step": _is_count,
+        "prompt": _Either((str, [_Object({"role": _SCALAR, "content": _SCALAR})])),
+        "media": [_Object({"times": [is_number], "tokens": is_number})],
+        "answers": [_Object({"spans": [(_is_count, _is_count)]})],
+        "altered": [_Object({"weight": is_number, "role": str})],
     },
     must=("step",),
 )
 """A line of `samples.jsonl`."""
 
 
-def fitting(shape: Shape, value: Any, file: str, problems: list[str]) -> Any:
+def _fit(shape: Any, value: Any, odd: list[str]) -> Any:
+    """A value without what does not fit, the names of which are added to `odd`.
+
+    Args:
+        shape: A type; a predicate; `[shape]` for a list of any length; `(shape, shape)` for one of
+            two; an `_Object`; or an `_Either`.
+        value: What JSON or YAML gave.
+        odd: Names of the members that were left out.
+
+    Raises:
+        OddError: The value as a whole does not fit.
+    """
+    if isinstance(shape, _Either):
+        for one in shape.shapes:
+            with suppress(OddError):
+                return _fit(one, value, odd)
+        raise OddError
+    if isinstance(shape, _Object) and isinstance(value, dict):
+        found: Record = {}
+        for name, member in value.items():
+            try:
+                if member is not None:
+                    found[name] = _fit(shape.members.get(name, shape.others), member, odd)
+                elif shape.keeps_null:
+                    found[name] = None
+            except OddError:
+                odd.append(name)
+        if found.keys() >= set(shape.must):
+            return found
+    elif isinstance(shape, list) and isinstance(value, list):
+        members: list[Any] = []
+        for item in value:
+            try:
+                members.append(_fit(shape[0], item, odd))
+            except OddError:
+                odd.append("a member of a list")
+        return members
+    elif isinstance(shape, tuple) and isinstance(value, list) and len(value) == len(shape):
+        return [_fit(one, item, odd) for one, item in zip(shape, value, strict=True)]
+    elif isinstance(shape, type | UnionType):
+        if isinstance(value, shape):
+            return value
+    elif callable(shape) and shape(value):
+        return value
+    raise OddError
+
+
+def _fitting(shape: Any, value: Any, file: str, problems: list[str]) -> Any:
     """The value as the page may use it, or None; what was left out becomes a problem."""
     odd: list[str] = []
     try:
-        found = shape(value, odd)
+        found = _fit(shape, value, odd)
     except OddError:
         problems.append(f"{file} holds something else than it should, and was left out")
         return None
@@ -243,24 +196,6 @@ def fitting(shape: Shape, value: Any, file: str, problems: list[str]) -> Any:
             f"{file}: {len(odd)} odd value{'s' if len(odd) > 1 else ''} left out: {names}"
         )
     return found
-
-
-def fitting_lines(
-    shape: Shape, records: list[dict[str, Any]], file: str, problems: list[str]
-) -> list[dict[str, Any]]:
-    """The same of all records of a file, in the order of their steps."""
-    return sorted(
-        fitting(_several(shape), records, file, problems) or [], key=lambda record: record["step"]
-    )
-
-
-# A run folder, read for the report; whatever an interrupted run left out is simply absent.
-
-Record = dict[str, Any]
-Scores = Literal["tokens", "errors"]
-"""What candidates are scored by: log-probabilities of tokens, or denoising errors."""
-
-_LARGEST_ENV = 64 * 2**20  # bytes of env.json
 
 
 @dataclass(frozen=True)
@@ -314,6 +249,11 @@ class Run:
         ]
         return [step for step, _ in pairs], [value for _, value in pairs]
 
+    def last(self, key: str) -> float | None:
+        """A metric's value at the last evaluation that has it."""
+        _, values = self.series(key, held_out=True)
+        return values[-1] if values else None
+
 
 def read_run(folder: str | Path) -> Run:
     """Read a run folder.
@@ -329,15 +269,11 @@ def read_run(folder: str | Path) -> Run:
             f"{folder}: has neither config.yaml nor metrics.jsonl, so it is not a run folder"
         )
     problems: list[str] = []
-    config: Record = {}
-    if (folder / "config.yaml").is_file():
-        config = yaml.read(folder / "config.yaml")
-        config = fitting(CONFIG, config, "config.yaml", problems) or {}
-    env = _read_object(folder / "env.json", problems)
+    config = yaml.read(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     return Run(
         folder=folder,
-        config=config,
-        env=fitting(ENV, env, "env.json", problems) or {},
+        config=_fitting(CONFIG, config, "config.yaml", problems) or {},
+        env=_read_env(folder / "env.json", problems),
         metrics=_read_lines(folder / "metrics.jsonl", METRICS, problems),
         evals=_read_lines(folder / "eval.jsonl", EVAL, problems),
         samples=_read_lines(folder / "samples.jsonl", SAMPLE, problems),
@@ -345,7 +281,7 @@ def read_run(folder: str | Path) -> Run:
     )
 
 
-def _read_object(path: Path, problems: list[str]) -> Record:
+def _read_env(path: Path, problems: list[str]) -> Record:
     if not path.is_file():
         return {}
     try:
@@ -353,24 +289,20 @@ def _read_object(path: Path, problems: list[str]) -> Record:
     except (ValueError, OSError, RecursionError):  # JSONDecodeError and UnicodeDecodeError too
         problems.append(f"{path.name} is not readable JSON and was left out")
         return {}
-    if not isinstance(value, dict):
-        problems.append(f"{path.name} holds no object and was left out")
-        return {}
-    return cast("Record", value)
+    return _fitting(ENV, value, path.name, problems) or {}
 
 
-def _read_lines(path: Path, shape: Shape, problems: list[str]) -> list[Record]:
-    """The records of a JSONL file; a run killed while writing leaves its last line torn."""
+def _read_lines(path: Path, shape: _Object, problems: list[str]) -> list[Record]:
+    """The records of a JSONL file by step; a run killed while writing leaves its last line torn."""
     records, odd = read_lines(path)
     if odd:
         problems.append(left_out(path, odd))
-    return fitting_lines(shape, records, path.name, problems)
+    found = _fitting([shape], records, path.name, problems)
+    return sorted(found, key=lambda record: record["step"])
 
 
-# What in a run's numbers a reader should look at first.
-
-_NATS_PER_NAT = 5.0
-"""Fall of the rejected answers per gain of the chosen ones from which a run is suspect."""
+_LOST_PER_GAINED = 5.0
+"""Nats that the rejected answers lose for one that the chosen ones gain: suspect from here on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,129 +315,101 @@ class Remark:
 
 def remarks(run: Run) -> list[Remark]:
     """What went wrong or may mislead; empty for a run without anything to explain."""
-    checks = [check for check, of in _CHECKS if of in (None, run.scores)]
-    found = [remark for check in checks if (remark := check(run)) is not None]
+    if run.has_pictures:
+        parts = [_on_progress, _on_images, _on_held_out, _on_training]
+    else:
+        parts = [_on_progress, _on_held_out, _on_answers, _on_training]
+    found = [remark for part in parts for remark in part(run)]
     return found + [Remark(problem) for problem in run.problems]
 
 
-def _unfinished(run: Run) -> Remark | None:
-    if run.is_finished:
-        return None
-    if not run.metrics:
-        return Remark("The run stopped before its first log line.")
-    return Remark(
-        f"The run stopped at step {run.last_step:,}, before its end. "
-        "Go on with `mmalign train CONFIG --resume`."
-    )
-
-
-def _not_finite(run: Run) -> Remark | None:
+def _on_progress(run: Run) -> Iterator[Remark]:
+    if not run.is_finished and not run.metrics:
+        yield Remark("The run stopped before its first log line.")
+    elif not run.is_finished:
+        yield Remark(
+            f"The run stopped at step {run.last_step:,}, before its end. "
+            "Go on with `mmalign train CONFIG --resume`."
+        )
     bad = [r.get("step") for r in run.metrics if "loss" in r and not is_number(r["loss"])]
-    return Remark(f"The loss was not finite at step {bad[0]}.") if bad else None
+    if bad:
+        yield Remark(f"The loss was not finite at step {bad[0]}.")
 
 
-def _chosen_falls(run: Run) -> Remark | None:
+def _on_images(run: Run) -> Iterator[Remark]:
+    value, where = run.last("errors/chosen_diff"), "held out"
+    if value is None:  # no held-out rows
+        last = _last_tenth(run, "errors/chosen_diff")
+        value, where = (sum(last) / len(last) if last else 0.0), "in training"
+    if value > 0:
+        yield Remark(
+            "The model now explains the preferred images worse than the reference does: "
+            f"{where}, its denoising error on them is {value:.2g} higher. Images lose quality soon "
+            "after this, while implicit accuracy stays high. Fewer steps, a smaller learning rate "
+            "or a larger beta prevent it."
+        )
+
+
+def _on_held_out(run: Run) -> Iterator[Remark]:
+    _, losses = run.series("loss", held_out=True)
+    if len(losses) > 1 and losses[-1] > losses[0]:
+        yield Remark(
+            f"The held-out loss rose from {losses[0]:.3f} to {losses[-1]:.3f}: what was learned "
+            "does not carry over to new rows. Try a smaller learning rate, fewer steps or a larger "
+            "beta."
+        )
+    accuracy = run.last("reward_accuracy")
+    if accuracy is None or run.evals[-1].get("step") == 0:  # nothing was trained yet
+        return
+    interval = (run.evals[-1].get("intervals") or {}).get("reward_accuracy")
+    if interval and interval[0] <= 0.5 <= interval[1]:
+        yield Remark(
+            f"Held out, reward accuracy is {accuracy:.0%} ({interval[0]:.0%} to "
+            f"{interval[1]:.0%}), which a coin would reach: these rows show no effect of the "
+            "training."
+        )
+
+
+def _on_answers(run: Run) -> Iterator[Remark]:
     for good, bad in (("chosen", "rejected"), ("desirable", "undesirable")):
-        gain, other = _last(run, f"drift/{good}"), _last(run, f"drift/{bad}")
+        gain, other = run.last(f"drift/{good}"), run.last(f"drift/{bad}")
         if gain is not None and gain < 0:
             beside = f" (the {bad} ones: {other:+.1f})" if other is not None else ""
-            return Remark(
+            yield Remark(
                 f"The {good} answers became less likely than under the reference: held out they "
                 f"lost {-gain:.1f} nats{beside}. Then a growing margin says little about better "
                 "answers. A larger beta, a smaller learning rate or an NLL term on the "
                 f"{good} answer holds them up."
             )
-    return None
+            break
+    gain, fall = run.last("drift/chosen") or 0.0, -(run.last("drift/rejected") or 0.0)
+    if gain > 0 and fall >= _LOST_PER_GAINED * gain:
+        yield Remark(
+            f"Held out, the rejected answers fell {fall / gain:.1f} nats for every nat that the "
+            "chosen ones gained. Runs that collapsed looked like this; read the completions."
+        )
+    reward, ranking = run.last("reward_accuracy"), run.last("ranking_accuracy")
+    if reward is not None and ranking is not None and reward - ranking >= 0.15:
+        yield Remark(
+            f"Reward accuracy is {reward:.0%}, ranking accuracy only {ranking:.0%}: in most pairs "
+            "the gap moved the right way, in fewer it changed sign. The second tells what it "
+            "prefers.",
+            is_warning=False,
+        )
 
 
-def _loss_rises(run: Run) -> Remark | None:
-    _, values = run.series("loss", held_out=True)
-    if len(values) < 2 or values[-1] <= values[0]:
-        return None
-    return Remark(
-        f"The held-out loss rose from {values[0]:.3f} to {values[-1]:.3f}: what was learned does "
-        "not carry over to new rows. Try a smaller learning rate, fewer steps or a larger beta."
-    )
+def _on_training(run: Run) -> Iterator[Remark]:
+    last = _last_tenth(run, "rewards/accuracies")
+    if len(run.series("rewards/accuracies")[1]) >= 5 and sum(last) >= 0.999 * len(last):
+        shown = "images" if run.has_pictures else "completions"
+        yield Remark(
+            "Training reward accuracy is 100 %, so it can tell nothing more: good and ruined runs "
+            f"both reach it. Judge by the {shown} and the held-out numbers.",
+            is_warning=False,
+        )
 
 
-def _coin(run: Run) -> Remark | None:
-    accuracy = _last(run, "reward_accuracy")
-    interval = (run.evals[-1].get("intervals") or {}).get("reward_accuracy") if run.evals else None
-    if accuracy is None or interval is None or not interval[0] <= 0.5 <= interval[1]:
-        return None
-    if run.evals[-1].get("step") == 0:  # nothing was trained yet
-        return None
-    return Remark(
-        f"Held out, reward accuracy is {accuracy:.0%} ({interval[0]:.0%} to {interval[1]:.0%}), "
-        "which a coin would reach: these rows show no effect of the training."
-    )
-
-
-def _preferred_explained_worse(run: Run) -> Remark | None:
-    key, where = "errors/chosen_diff", "held out"
-    value = _last(run, key)
-    if value is None:  # no held-out rows: the mean of the last tenth of the log lines
-        _, values = run.series(key)
-        last = values[-max(1, len(values) // 10) :]
-        value, where = (sum(last) / len(last) if last else None), "in training"
-    if value is None or value <= 0:
-        return None
-    return Remark(
-        "The model now explains the preferred images worse than the reference does: "
-        f"{where}, its denoising error on them is {value:.2g} higher. Images lose quality soon "
-        "after this, while implicit accuracy stays high. Fewer steps, a smaller learning rate or a "
-        "larger beta prevent it."
-    )
-
-
-def _rejected_dominates(run: Run) -> Remark | None:
-    chosen, rejected = _last(run, "drift/chosen"), _last(run, "drift/rejected")
-    if chosen is None or rejected is None or chosen <= 0 or -rejected < _NATS_PER_NAT * chosen:
-        return None
-    return Remark(
-        f"Held out, the rejected answers fell {-rejected / chosen:.1f} nats for every nat that the "
-        "chosen ones gained. Runs that collapsed looked like this; read the completions."
-    )
-
-
-def _accuracies_disagree(run: Run) -> Remark | None:
-    reward, ranking = _last(run, "reward_accuracy"), _last(run, "ranking_accuracy")
-    if reward is None or ranking is None or reward - ranking < 0.15:
-        return None
-    return Remark(
-        f"Reward accuracy is {reward:.0%}, ranking accuracy only {ranking:.0%}: in most pairs the "
-        "gap moved the right way, in fewer it changed sign. The second tells what it prefers.",
-        is_warning=False,
-    )
-
-
-def _accuracy_is_spent(run: Run) -> Remark | None:
-    _, values = run.series("rewards/accuracies")
-    last = values[-max(1, len(values) // 10) :]
-    if len(values) < 5 or sum(last) < 0.999 * len(last):
-        return None
-    shown = "images" if run.has_pictures else "completions"
-    return Remark(
-        "Training reward accuracy is 100 %, so it can tell nothing more: good and ruined runs both "
-        f"reach it. Judge by the {shown} and the held-out numbers.",
-        is_warning=False,
-    )
-
-
-def _last(run: Run, key: str) -> float | None:
-    _, values = run.series(key, held_out=True)
-    return values[-1] if values else None
-
-
-_CHECKS: tuple[tuple[Callable[[Run], Remark | None], Scores | None], ...] = (
-    (_unfinished, None),
-    (_not_finite, None),
-    (_preferred_explained_worse, "errors"),
-    (_loss_rises, None),
-    (_coin, None),
-    (_chosen_falls, "tokens"),
-    (_rejected_dominates, "tokens"),
-    (_accuracies_disagree, "tokens"),
-    (_accuracy_is_spent, None),
-)
-"""What is looked at in this order, and in which runs; None: in all."""
+def _last_tenth(run: Run, key: str) -> list[float]:
+    """A metric in the last tenth of the log lines, one at least."""
+    _, values = run.series(key)
+    return values[-max(1, len(values) // 10) :]
