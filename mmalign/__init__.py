@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 from mmalign import moved
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __version__ = "0.1.0"
 

@@ -11,12 +11,10 @@ import errno
 import os
 import re
 import stat
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
+from typing import BinaryIO
 
 MOST_SHOWN = 1_800
 """Characters of a message; of longer ones the middle is left out."""
