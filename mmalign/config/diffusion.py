@@ -5,13 +5,25 @@ from __future__ import annotations
 import logging
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mmalign.config.sections import Section, default_of, only_read_by
+from mmalign.config.sections import (
+    Below1,
+    Decay,
+    Factor,
+    Number,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    default_of,
+    only_read_by,
+)
 
 MOST_SIDE = 8192  # pixels
+Side = Annotated[int, Field(ge=1, le=MOST_SIDE)]
 NUM_STEPS = {"ddim_inversion": 10, "renoise": 5, "truncated": 25}
 """Steps of an estimator's grid over the whole schedule, as published for SD 1.5."""
 
@@ -50,9 +62,7 @@ class TimestepSpec(Section):
     )
     mean: float = Field(default=0.0, ge=-50, le=50, description="logit_normal: of the logit")
     std: float = Field(default=1.0, ge=1e-6, le=50, description="logit_normal: of the logit")
-    low: float = Field(
-        default=0.0, ge=0, lt=1, description="uniform: least noise drawn, as a share"
-    )
+    low: Below1 = Field(default=0.0, description="uniform: least noise drawn, as a share")
     high: float = Field(
         default=1.0, gt=0, le=1, description="uniform: most noise drawn, as a share"
     )
@@ -61,9 +71,7 @@ class TimestepSpec(Section):
         description="factor of the error: epsilon and sample turn it into the error of the noise "
         "or of the clean image, whatever the network predicts",
     )
-    gamma: float = Field(
-        default=5.0, ge=1e-6, le=1e6, description="min_snr: the largest ratio that counts"
-    )
+    gamma: Positive = Field(default=5.0, description="min_snr: the largest ratio that counts")
 
     @model_validator(mode="after")
     def _only_what_the_kind_reads(self) -> Self:
@@ -95,24 +103,20 @@ class EstimatorSpec(Section):
         description="inversions: exact ends at the drawn timestep itself; the others reproduce "
         "released code with that version of diffusers",
     )
-    eta: float = Field(
-        default=0.0, ge=0, le=1, description="ddim_inversion: added noise; 0.1 in the release"
-    )
+    eta: Share = Field(default=0.0, description="ddim_inversion: added noise; 0.1 in the release")
     network: Literal["policy", "reference"] = Field(
         default="policy", description="inversions: who inverts"
     )
-    guidance: float = Field(
+    guidance: Factor = Field(
         default=-1.0,
-        ge=-1000,
-        le=1000,
         description="truncated: factor w of (conditional - empty) added to conditional; -1 SD 1.5, "
         "-5 SDXL",
     )
     num_moves: int = Field(
         default=5, ge=0, le=1000, description="truncated: steps before the estimate"
     )
-    teacher_decay: float = Field(
-        default=0.999, ge=0, le=1, description="truncated: share of the old teacher kept a step"
+    teacher_decay: Share = Field(
+        default=0.999, description="truncated: share of the old teacher kept a step"
     )
     distance: Literal["pseudo_huber", "mse"] = Field(
         default="pseudo_huber", description="truncated: distance of the two estimates"
@@ -168,37 +172,26 @@ class PictureSampleSpec(Section):
     """How images are generated: during training, by `mmalign sample`, and for reports."""
 
     num_steps: int = Field(default=25, ge=1, le=10_000)
-    guidance: float = Field(
-        default=7.5, ge=-1000, le=1000, description="above 1: away from the empty prompt"
-    )
-    rescale: float = Field(
-        default=0.0, ge=0, le=1, description="share of the guided prediction's spread taken back"
+    guidance: Factor = Field(default=7.5, description="above 1: away from the empty prompt")
+    rescale: Share = Field(
+        default=0.0, description="share of the guided prediction's spread taken back"
     )
     sampler: Literal["auto", "ddim", "dpmpp", "euler"] = Field(
         default="auto", description="auto: dpmpp, and euler for flow models"
     )
     clip_sample: bool = Field(default=False, description="ddim: estimates kept in [-1, 1]")
-    seed: int = Field(
-        default=0, ge=0, lt=2**31, description="of the first image; the next has the next"
-    )
-    height: int | None = Field(
-        default=None, ge=1, le=MOST_SIDE, description="pixels; default: the resolution"
-    )
-    width: int | None = Field(
-        default=None, ge=1, le=MOST_SIDE, description="pixels; default: the resolution"
-    )
+    seed: Seed = Field(default=0, description="of the first image; the next has the next")
+    height: Side | None = Field(default=None, description="pixels; default: the resolution")
+    width: Side | None = Field(default=None, description="pixels; default: the resolution")
     negative: Path | None = Field(
         default=None,
         description="a second model for the empty prompt: final folder of a run, LoRA, or U-Net",
     )
-    negative_keeps: float = Field(
-        default=0.0,
-        ge=-1000,
-        le=1000,
-        description="share of the trained change that the negative model has too",
+    negative_keeps: Factor = Field(
+        default=0.0, description="share of the trained change that the negative model has too"
     )
-    negative_weight: float = Field(
-        default=1.0, ge=-1000, le=1000, description="factor of the negative model's own change"
+    negative_weight: Factor = Field(
+        default=1.0, description="factor of the negative model's own change"
     )
 
     @model_validator(mode="after")
@@ -228,18 +221,16 @@ class DiffusionConfig(Section):
     zero_terminal_snr: bool = Field(
         default=False, description="rescale the noise table so that it ends in pure noise"
     )
-    resolution: int = Field(default=512, ge=1, le=MOST_SIDE, description="pixels a side")
+    resolution: Side = Field(default=512, description="pixels a side")
     buckets: bool = Field(
         default=False, description="keep aspect ratios, at the same area; one shape a row"
     )
-    bucket_multiple: int = Field(
-        default=64, ge=1, le=1024, description="buckets: sides are multiples of it"
-    )
+    bucket_multiple: Number = Field(default=64, description="buckets: sides are multiples of it")
     crop: Literal["center", "random"] = "center"
     shared_crop: bool = Field(default=True, description="one place for all images of a row")
     flip: bool = Field(default=False, description="mirror half of the rows, left and right")
-    caption_dropout: float = Field(
-        default=0.0, ge=0, le=1, description="share of rows trained with the empty prompt"
+    caption_dropout: Share = Field(
+        default=0.0, description="share of rows trained with the empty prompt"
     )
     long_captions: Literal["drop", "truncate", "stop"] = Field(
         default="drop", description="rows whose caption has more tokens than the model reads"
@@ -247,10 +238,8 @@ class DiffusionConfig(Section):
     time_ids: Literal["measured", "constant"] = Field(
         default="measured", description="SDXL: true size and crop, or (R, R, 0, 0, R, R)"
     )
-    embedded_guidance: float = Field(
+    embedded_guidance: Decay = Field(
         default=3.5,
-        ge=0,
-        le=1000,
         description="scale that models distilled with guidance (FLUX.1-dev) are given in training",
     )
     noise_offset: float = Field(default=0.0, ge=0, le=10, description="noise shared by all pixels")

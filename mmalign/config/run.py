@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -31,10 +32,6 @@ from mmalign.config.sections import (
     default_of,
 )
 from mmalign.config.video import VideoConfig
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
 
 OF_TOKENS = ("text", "video")
 _READ_BY: dict[str, tuple[str, ...]] = {

@@ -14,7 +14,17 @@ COUNT = 2**31 - 1
 LARGEST_RATE = 1e38
 """Of learning; what is merely far from published values is warned of elsewhere."""
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1, le=COUNT)]
+Size = Annotated[int, Field(ge=1, le=16_384)]
+Number = Annotated[int, Field(ge=1, le=1024)]
+Tokens = Annotated[int, Field(ge=1, le=2**24)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(gt=0, le=LARGEST_RATE)]
+Decay = Annotated[float, Field(ge=0, le=1000)]
+Factor = Annotated[float, Field(ge=-1000, le=1000)]
+Positive = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
 class Section(BaseModel):
@@ -42,11 +52,9 @@ def only_read_by(section: Section, choice: str, readers: dict[str, tuple[str, ..
 class LoraSpec(Section):
     """Low-rank adapters on the policy."""
 
-    rank: int = Field(default=16, ge=1, le=16_384)
+    rank: Size = 16
     alpha: float = Field(default=32, ge=1e-4, le=1e6)
-    dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="keep 0: with it policy and reference differ"
-    )
+    dropout: Below1 = Field(default=0.0, description="keep 0: with it policy and reference differ")
     targets: str | list[str] = Field(
         default="auto",
         description="module names, or all-linear; auto: all-linear for text, the attention's "
@@ -100,12 +108,8 @@ class ReferenceConfig(Section):
     path: str | None = Field(
         default=None, description="frozen-copy: a model other than the policy's start"
     )
-    decay: float = Field(
-        default=0.999, ge=0, le=1, description="ema: share of the old one kept at a refresh"
-    )
-    every: int = Field(
-        default=1, ge=1, le=COUNT, description="ema: optimizer steps between refreshes"
-    )
+    decay: Share = Field(default=0.999, description="ema: share of the old one kept at a refresh")
+    every: Count = Field(default=1, description="ema: optimizer steps between refreshes")
     mixture: list[MixturePart] = []
     cache: Path | None = Field(
         default=None, description="cached: folder; default: cache/ beside the output"
@@ -171,25 +175,19 @@ class DataConfig(Section):
 
     train: Sources = Field(min_length=1)
     eval: Sources = []
-    eval_fraction: float = Field(
+    eval_fraction: Below1 = Field(
         default=0.0,
-        ge=0,
-        lt=1,
         description="held out by a hash of the prompt or clip, unless a `split` column holds out",
     )
-    max_samples: int | None = Field(
+    max_samples: Count | None = Field(
         default=None,
-        ge=1,
-        le=COUNT,
         description="train on the first rows alone, and read no more; sources take turns",
     )
-    max_eval_samples: int | None = Field(
-        default=None, ge=1, le=COUNT, description="evaluate on the first rows alone"
+    max_eval_samples: Count | None = Field(
+        default=None, description="evaluate on the first rows alone"
     )
-    max_prompt_length: int = Field(default=512, ge=1, le=2**24, description="tokens")
-    max_response_length: int = Field(
-        default=512, ge=1, le=2**24, description="tokens, end token included"
-    )
+    max_prompt_length: Tokens = Field(default=512, description="tokens")
+    max_response_length: Tokens = Field(default=512, description="tokens, end token included")
     truncate_prompt: Literal["keep_end", "keep_start"] = "keep_end"
     ties: Literal["drop", "half", "soft"] = Field(
         default="drop", description="half: both orders, weight 1/2; soft: labels (1/2, 1/2)"
@@ -257,15 +255,15 @@ class ObjectiveConfig(BaseModel):
 class TrainConfig(Section):
     """The loop."""
 
-    num_steps: int | None = Field(default=None, ge=1, le=COUNT, description="overrides num_epochs")
-    num_epochs: float = Field(default=1.0, ge=1e-6, le=1e6)
-    batch_size: int = Field(default=4, ge=1, le=16_384, description="rows a device and micro-batch")
+    num_steps: Count | None = Field(default=None, description="overrides num_epochs")
+    num_epochs: Positive = 1.0
+    batch_size: Size = Field(default=4, description="rows a device and micro-batch")
     accumulate: int = Field(default=1, ge=1, le=65_536)
-    eval_batch_size: int | None = Field(default=None, ge=1, le=16_384)
-    lr: float = Field(default=1e-6, gt=0, le=LARGEST_RATE)
+    eval_batch_size: Size | None = None
+    lr: Rate = 1e-6
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "sgd"] = "adamw"
-    weight_decay: float = Field(default=0.0, ge=0, le=1000)
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    weight_decay: Decay = 0.0
+    betas: tuple[Below1, Below1] = (0.9, 0.999)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = Field(
         default=0.0, ge=0, le=COUNT, description="steps if at least 1, else a share of all steps"
@@ -279,19 +277,15 @@ class TrainConfig(Section):
         "steps",
     )
     backward: Literal["joint", "per_candidate"] = "joint"
-    seed: int = Field(default=0, ge=0, lt=2**31)
-    log_every: int = Field(default=1, ge=1, le=COUNT)
-    eval_every: int | None = Field(
-        default=None, ge=1, le=COUNT, description="steps; the end is always evaluated"
-    )
-    save_every: int | None = Field(
-        default=None, ge=1, le=COUNT, description="steps; the end is always saved"
-    )
-    sample_every: int | None = Field(default=None, ge=1, le=COUNT)
-    keep_checkpoints: int = Field(default=2, ge=1, le=COUNT)
+    seed: Seed = 0
+    log_every: Count = 1
+    eval_every: Count | None = Field(default=None, description="steps; the end is always evaluated")
+    save_every: Count | None = Field(default=None, description="steps; the end is always saved")
+    sample_every: Count | None = None
+    keep_checkpoints: Count = 2
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    num_threads: int | None = Field(
-        default=None, ge=1, le=1024, description="CPU threads; 1 is best for tiny models"
+    num_threads: Number | None = Field(
+        default=None, description="CPU threads; 1 is best for tiny models"
     )
     check_reference: bool = Field(
         default=True, description="stop if policy and reference differ before step 1"
@@ -338,17 +332,10 @@ class MaskConfig(Section):
         default="drop",
         description="spans, diff: rows without any are left out and counted, or count whole",
     )
-    min_match: int = Field(
-        default=3, ge=1, le=COUNT, description="diff: tokens in a row that count as the same"
-    )
-    lr: float | None = Field(
-        default=None,
-        gt=0,
-        le=LARGEST_RATE,
-        description="learned: the head's own learning rate",
-    )
-    weight_decay: float = Field(default=0.01, ge=0, le=1000)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    min_match: Count = Field(default=3, description="diff: tokens in a row that count as the same")
+    lr: Rate | None = Field(default=None, description="learned: the head's own learning rate")
+    weight_decay: Decay = 0.01
+    dropout: Below1 = 0.0
 
 
 class TextConfig(Section):
@@ -358,8 +345,8 @@ class TextConfig(Section):
         default="auto",
         description="prompt once, then each response; exact; off where a model cannot do it",
     )
-    block_size: int = Field(
-        default=1024, ge=1, le=COUNT, description="response positions with logits at one time"
+    block_size: Count = Field(
+        default=1024, description="response positions with logits at one time"
     )
     chat_template: bool | Path = Field(
         default=True,

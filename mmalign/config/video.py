@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import Any, Literal, Self, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
 
-from mmalign.config.sections import LARGEST_RATE, Section, default_of
+from mmalign.config.sections import (
+    Number,
+    Positive,
+    Rate,
+    Section,
+    Size,
+    default_of,
+    only_read_by,
+)
 
 log = logging.getLogger(__name__)
+
+Pixels = Annotated[int, Field(ge=256, le=2**26)]
+MiB = Annotated[int, Field(ge=0, le=2**24)]
+Cosine = Annotated[float, Field(ge=-1, le=1)]
 
 Operation = Literal[
     "shuffle", "reverse", "clip_crop", "shift", "drop_frames", "repeat_frame", "freeze",
@@ -41,13 +53,13 @@ class SelectionSpec(Section):
 
     num_candidates: int = Field(default=4, ge=1, le=64, description="augmented clips a row")
     mode: Literal["hard", "soft", "mean"] = "hard"
-    tau_close: float = Field(
-        default=0.5, ge=-1, le=1, description="least cosine of mean features with the row's clip"
+    tau_close: Cosine = Field(
+        default=0.5, description="least cosine of mean features with the row's clip"
     )
-    tau_start: float | None = Field(
-        default=None, ge=-1, le=1, description="tau_close at step 0, moved linearly; e.g. 0.9"
+    tau_start: Cosine | None = Field(
+        default=None, description="tau_close at step 0, moved linearly; e.g. 0.9"
     )
-    temperature: float = Field(default=0.05, ge=1e-6, le=1e6, description="soft: of the far scores")
+    temperature: Positive = Field(default=0.05, description="soft: of the far scores")
     noise_floor: float = Field(
         default=0.0,
         ge=0,
@@ -57,8 +69,6 @@ class SelectionSpec(Section):
 
     @model_validator(mode="after")
     def _temperature_is_read(self) -> Self:
-        from mmalign.config.sections import only_read_by
-
         only_read_by(self, "mode", {"temperature": ("soft",)})
         return self
 
@@ -72,12 +82,10 @@ class ClueSpec(Section):
     cross_every: int = Field(
         default=2, ge=1, le=128, description="layers between two cross-attentions"
     )
-    num_heads: int = Field(default=4, ge=1, le=1024)
+    num_heads: Number = 4
     use_global: bool = Field(default=True, description="one mean token a modality besides")
     residual: bool = Field(default=False, description="False: no residual connection, as released")
-    lr: float | None = Field(
-        default=None, gt=0, le=LARGEST_RATE, description="its own learning rate"
-    )
+    lr: Rate | None = Field(default=None, description="its own learning rate")
     path: str | None = Field(default=None, description="a trained aggregator to start from")
 
 
@@ -93,34 +101,21 @@ def _say_renamed() -> None:
 class VideoConfig(Section):
     """Settings of the video adapter."""
 
-    num_frames: int | None = Field(
-        default=16,
-        ge=1,
-        le=16_384,
-        description="spread evenly over the clip; null to choose by fps",
+    num_frames: Size | None = Field(
+        default=16, description="spread evenly over the clip; null to choose by fps"
     )
     fps: float | None = Field(default=None, ge=1e-4, le=1000, description="frames a second instead")
-    max_frames: int = Field(
-        default=64, ge=1, le=16_384, description="with fps: at most, then spread evenly"
+    max_frames: Size = Field(default=64, description="with fps: at most, then spread evenly")
+    min_frames: Size = Field(
+        default=1, description="with fps: at least, then spread evenly, as far as there are so many"
     )
-    min_frames: int = Field(
-        default=1,
-        ge=1,
-        le=16_384,
-        description="with fps: at least, then spread evenly, as far as there are so many",
-    )
-    frame_pixels: int | None = Field(
+    frame_pixels: Pixels | None = Field(
         default=None,
-        ge=256,
-        le=2**26,
         description="most pixels a frame, whatever a processor that resizes freely means by its "
         "size; null: the processor's own",
     )
-    image_pixels: int | None = Field(
-        default=None,
-        ge=256,
-        le=2**26,
-        description="most pixels of an image that a prompt shows, likewise",
+    image_pixels: Pixels | None = Field(
+        default=None, description="most pixels of an image that a prompt shows, likewise"
     )
     cap_pixels_per_frame: bool | None = Field(
         default=None,
@@ -150,14 +145,11 @@ class VideoConfig(Section):
     decode_timeout: float = Field(
         default=60.0, gt=0, le=86_400, description="seconds a clip may take"
     )
-    frame_cache: int = Field(
-        default=512, ge=0, le=2**24, description="MiB of decoded clips kept in memory; 0: none"
+    frame_cache: MiB = Field(
+        default=512, description="MiB of decoded clips kept in memory; 0: none"
     )
-    feature_cache: int = Field(
-        default=1024,
-        ge=0,
-        le=2**24,
-        description="MiB of encoded clips kept, where the tower is frozen",
+    feature_cache: MiB = Field(
+        default=1024, description="MiB of encoded clips kept, where the tower is frozen"
     )
     train: list[Literal["language", "tower", "projector"]] = Field(
         default=["language"], description="what LoRA or full training may change; [] with clues"
