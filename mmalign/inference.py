@@ -6,6 +6,7 @@ Evaluation, samples, caches and the rows as a model sees them.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,20 +54,21 @@ def evaluate_checkpoint(
     """
     from mmalign.core import Needs
     from mmalign.evaluate import evaluate
-    from mmalign.models.adapter import adapter_class, build_adapter
+    from mmalign.models.adapter import build_adapter, tools_of
     from mmalign.train.final import reward_beta
     from mmalign.train.order import eval_batches
 
     if not own_loss:
         _refuse_own_loss(config)
     objective = check_config(config)
-    config = adapter_class(config.modality).resolve_config(config)
+    tools = tools_of(config.modality)
+    config = tools.resolve_config(config)
     folder = trained_folder(config, checkpoint)
     rows = _held_out_rows(config, objective, data)
     device = _device(config)
     adapter = build_adapter(config, objective.needs).to(device).eval()
     restore(adapter, folder, objective)
-    rows = adapter.eval_examples(rows)
+    rows = tools.eval_examples(config, rows)
     adapter.setup(rows)
     has_kl = objective.needs.reference and adapter.provides(config).kl
     size = config.train.eval_batch_size or config.train.batch_size
@@ -77,7 +79,7 @@ def evaluate_checkpoint(
         needs=objective.needs | Needs(kl=True) if has_kl else objective.needs,
         beta=reward_beta(objective),
         columns=adapter.per_row_columns,
-        summary=adapter.summarise,
+        summary=partial(tools.summarise, config),
     )
     if out is not None:
         record = {"checkpoint": str(folder), "rows": len(rows), "metrics": result.metrics}
@@ -128,9 +130,9 @@ def sample_checkpoint(
     Raises:
         DataError: A prompt shows what the model does not take, or what cannot be decoded.
     """
-    from mmalign.models.adapter import adapter_class, answer_seeds
+    from mmalign.models.adapter import answer_seeds, tools_of
 
-    asked = [adapter_class(config.modality).to_prompt(row) for row in rows]
+    asked = [tools_of(config.modality).to_prompt(row) for row in rows]
     adapter = trained_adapter(config, checkpoint, base=base)
     options = config.sample.model_dump(exclude={"num_prompts", "prompts"})
     size = config.train.eval_batch_size or config.train.batch_size
@@ -169,7 +171,7 @@ def trained_adapter(config: RunConfig, checkpoint: Path | None, *, base: bool = 
     import torch
 
     from mmalign.core import Needs
-    from mmalign.models.adapter import adapter_class, build_adapter
+    from mmalign.models.adapter import build_adapter, tools_of
 
     if base and checkpoint is not None:
         raise ConfigError("sample: --base is the untrained model, so it has no --checkpoint")
@@ -179,7 +181,7 @@ def trained_adapter(config: RunConfig, checkpoint: Path | None, *, base: bool = 
         needs = Needs(weight=config.text.masks is not None)
     else:
         needs = Needs(weight=check_config(config).needs.weight)
-    config = adapter_class(config.modality).resolve_config(config)
+    config = tools_of(config.modality).resolve_config(config)
     folder = None if base else trained_folder(config, checkpoint)
     torch.manual_seed(config.train.seed)
     adapter = build_adapter(config, needs).to(_device(config)).eval()
@@ -319,9 +321,9 @@ def plan_cache(config: RunConfig) -> str:
 
 def show_rows(config: RunConfig, count: int) -> Any:
     """The first training rows as the model will see them, for a rich console."""
-    from mmalign.models.adapter import adapter_class, load_usable, tools_of
+    from mmalign.models.adapter import load_usable, tools_of
 
     objective = check_config(config)
-    config = adapter_class(config.modality).resolve_config(config)
+    config = tools_of(config.modality).resolve_config(config)
     rows, _ = load_usable(config, objective.needs, first=count)
     return tools_of(config.modality).show_rows(config, rows)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mmalign.data.example import Example
 
 TOY = "toy_adapter:ToyAdapter"
+TOY_TOOLS = "mmalign.models.adapter:Tools"
 VOCABULARY = 48
 HIDDEN = 8
 

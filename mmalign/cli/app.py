@@ -172,7 +172,7 @@ def sample(
     from mmalign import config as configs
     from mmalign.data.records import read_prompts
     from mmalign.inference import last_asked, sample_checkpoint
-    from mmalign.models.adapter import adapter_class, tools_of
+    from mmalign.models.adapter import tools_of
 
     overrides = list(overrides or ())
     if run is not None and config is not None:  # the first KEY=VALUE lands in CONFIG's place
@@ -184,10 +184,11 @@ def sample(
     path = run / "config.yaml" if run is not None else Path(str(config))
     settings = configs.load(path, overrides)
     asked = read_prompts(prompts)
-    if tools_of(settings.modality).samples_images:
+    tools = tools_of(settings.modality)
+    if tools.samples_images:
         from mmalign.cli.pictures import sample_pictures
 
-        texts = [adapter_class(settings.modality).to_prompt(row) for row in asked]
+        texts = [tools.to_prompt(row) for row in asked]
         records = sample_pictures(
             settings, texts, checkpoint, out, base=base, seeds=seeds, columns=grid
         )

@@ -9,7 +9,7 @@ import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -18,20 +18,18 @@ from mmalign.data.example import as_text
 from mmalign.diffusion import export, methods, pictures
 from mmalign.diffusion.components import load_components, load_denoiser
 from mmalign.diffusion.conditioning import load_tokenizers
-from mmalign.diffusion.inputs import TIMESTEP_BIN, ImageInputs, Inputs
+from mmalign.diffusion.inputs import ImageInputs, Inputs
 from mmalign.diffusion.methods import names_of
 from mmalign.diffusion.pictures import cache_folder, caption_of, look
 from mmalign.diffusion.samples import (
     batch_metrics,
-    by_timestep,
     check_sampling,
     paint,
-    write_samples,
 )
 from mmalign.diffusion.scores import Scoring
 from mmalign.errors import ConfigError, DataError
 from mmalign.models import lora
-from mmalign.models.adapter import Adapter, LogpUnit, Surveyed
+from mmalign.models.adapter import Adapter
 from mmalign.models.reference import Ema, build_reference, copy_of
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
-    from mmalign.config import RunConfig, SampleConfig
+    from mmalign.config import RunConfig
     from mmalign.data.example import Example
     from mmalign.diffusion.components import Components
     from mmalign.models.adapter import Saved
@@ -163,8 +161,6 @@ class DiffusionAdapter(Adapter):
     Inputs of a batch are those of `Collator`.
     """
 
-    unit: ClassVar[str] = "images"
-
     def __init__(
         self, config: RunConfig, needs: Needs, components: Components, *, stored_draws: bool = False
     ) -> None:
@@ -206,36 +202,10 @@ class DiffusionAdapter(Adapter):
         return cls(config, needs, load_components(config.model, config.diffusion))
 
     @classmethod
-    def problems(cls, config: RunConfig) -> list[str]:
-        """What the method, the estimator and the model's options ask of each other."""
-        problems = methods.check_method(config)
-        if config.model.lora is not None and config.model.lora.dropout:
-            problems.append(
-                f"model.lora.dropout is {config.model.lora.dropout:g}, but with dropout the errors "
-                "of policy and reference cannot be compared. Remove it"
-            )
-        return problems
-
-    @classmethod
     def provides(cls, config: RunConfig) -> Needs:
         """Reference errors, and with a live reference the gap of the two predictions as KL."""
         kind = config.reference.kind
         return Needs(reference=kind != "none", kl=kind not in ("none", "mixture", "cached"))
-
-    @classmethod
-    def logp_unit(cls, config: RunConfig) -> LogpUnit:
-        """Errors; those of a sum are as large as an image has elements, and compare with none."""
-        settings = config.diffusion
-        if settings.reduction == "sum":
-            return LogpUnit("errors", None)
-        return LogpUnit("errors", settings.logp_scale / 0.5, "diffusion.logp_scale / 0.5")
-
-    @classmethod
-    def survey(
-        cls, config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]
-    ) -> Surveyed:
-        """Without rows whose images cannot be decoded or whose captions are too long."""
-        return Surveyed([filter_examples(config, part) for part in parts])
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for all but the denoiser.
@@ -246,15 +216,6 @@ class DiffusionAdapter(Adapter):
         super().train(mode)
         self.policy.eval()
         return self
-
-    def eval_examples(self, examples: Sequence[Example]) -> list[Example]:
-        """Every row at `eval_draws` timesteps, spread evenly over their distribution."""
-        num = self.config.diffusion.eval_draws
-        return [
-            replace(row, id=f"{row.id}@{k}", meta={**row.meta, TIMESTEP_BIN: (k, num)})
-            for row in examples
-            for k in range(num)
-        ]
 
     def setup(self, examples: Sequence[Example], num_steps: int | None = None) -> None:
         """Find out what caches hold of the rows; load what is needed for the rest."""
@@ -316,10 +277,6 @@ class DiffusionAdapter(Adapter):
             found["noise_level"] = (levels / self.process.num_timesteps).tolist()
         return found
 
-    def summarise(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Implicit accuracy and errors by noise level."""
-        return by_timestep(rows, self.config.diffusion.logp_scale)
-
     def after_step(self, step: int) -> None:
         """Move an averaged reference and the teacher."""
         self.reference.after_step(step)
@@ -348,12 +305,6 @@ class DiffusionAdapter(Adapter):
         return export.load_trained(self.policy, directory)
 
     @classmethod
-    def score_tolerance(cls, config: RunConfig) -> float:
-        """Two passes agree to rounding; a cached error may come from a batch of another size."""
-        half = config.model.dtype == "bfloat16" or config.train.mixed_precision == "bf16"
-        return 2e-3 if half else 1e-5
-
-    @classmethod
     def with_stored_draws(cls, config: RunConfig, needs: Needs) -> Self:
         """An adapter with a live reference that uses the stored draws."""
         from mmalign.config import ReferenceConfig
@@ -367,13 +318,6 @@ class DiffusionAdapter(Adapter):
     def sample(self, prompts: Sequence[Any], **options: Any) -> list[Image]:
         """One image a prompt, from seed `diffusion.sampling.seed` on."""
         return paint(self.inputs, self.policy, [as_text(prompt) for prompt in prompts], **options)
-
-    def write_samples(
-        self, prompts: Mapping[str, Any], folder: Path, step: int, options: SampleConfig
-    ) -> list[dict[str, Any]]:
-        """Images from the same start noise as before training, and a sheet of both."""
-        asked = {row: as_text(prompt) for row, prompt in prompts.items()}
-        return write_samples(self.inputs, self.policy, asked, folder, step)
 
 
 def _trainable(components: Components, config: RunConfig) -> nn.Module:

@@ -11,13 +11,16 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from mmalign.data.example import as_text
 from mmalign.data.jobs import only_writer
-from mmalign.diffusion import components, pictures
+from mmalign.diffusion import components, methods, pictures
+from mmalign.diffusion.adapter import DiffusionAdapter, filter_examples
 from mmalign.diffusion.cache import (
     ErrorCache,
     LatentCache,
@@ -37,6 +40,7 @@ from mmalign.diffusion.cache_plan import (
 )
 from mmalign.diffusion.cache_plan import plan as plan_needed
 from mmalign.diffusion.conditioning import PromptEncoder
+from mmalign.diffusion.inputs import TIMESTEP_BIN
 from mmalign.diffusion.pictures import (
     Frame,
     ImageSizeCache,
@@ -45,17 +49,17 @@ from mmalign.diffusion.pictures import (
     prepare,
     row_pictures,
 )
+from mmalign.diffusion.samples import by_timestep, write_samples
+from mmalign.models.adapter import LogpUnit, Surveyed, Tools, load_usable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from mmalign.config import RunConfig
+    from mmalign.config import RunConfig, SampleConfig
     from mmalign.core import Needs
     from mmalign.data.example import Example
     from mmalign.diffusion.cache_plan import Plan
-
-samples_images = True
 
 # `mmalign cache` for diffusion: images, captions and reference errors, each computed once.
 #
@@ -75,21 +79,11 @@ DEPTH = 16  # rows whose images are decoded before the VAE asks for them
 STALE_SECONDS = 3600  # age at which an unfinished shard belongs to a run that was killed
 
 
-def write_cache(config: RunConfig, needs: Needs) -> str:
+def store(config: RunConfig, needs: Needs) -> str:
     """Store the latents, embeddings and, with reference.kind cached, errors that a run will read.
 
-    Under several processes each computes the share that follows from the keys.
-
-    Args:
-        config: The run.
-        needs: Of its objective.
-
-    Returns:
-        What was done, as sentences.
-
-    Raises:
-        ConfigError: Nothing can be cached, or the disk is too small.
-        DataError: A file cannot be used.
+    Under several processes each computes the share that follows from the keys. What was done is
+    returned as sentences.
     """
     check_cacheable(config, needs)
     place = Processes.launched()
@@ -100,7 +94,6 @@ def write_cache(config: RunConfig, needs: Needs) -> str:
 
 
 def _write(config: RunConfig, needs: Needs, place: Processes) -> str:
-    from mmalign.models.adapter import load_usable
 
     if place.is_main:
         sweep(cache_folder(config))
@@ -273,7 +266,6 @@ def _write_errors(
     The reference is the policy as it starts, so one network and one pass are enough.
     """
     from mmalign.core import Needs
-    from mmalign.diffusion.adapter import DiffusionAdapter
 
     errors = ErrorCache(config)
     todo = [row for row in errors.missing(rows) if place.is_mine(errors.key(row))]
@@ -354,8 +346,6 @@ def _prompts(config: RunConfig, needs: Needs) -> float:
 
 def _errors(config: RunConfig, needs: Needs) -> float:
     from mmalign.core import Needs
-    from mmalign.diffusion.adapter import DiffusionAdapter
-    from mmalign.models.adapter import load_usable
 
     rows = load_usable(config, needs)[0][:1]
     if config.diffusion.cache == "on":  # latents and prompts are not written yet either
@@ -388,15 +378,77 @@ _TIMERS: dict[str, Callable[[RunConfig, Needs], float]] = {
 }
 
 
-def plan_cache(config: RunConfig, needs: Needs) -> str:
-    """Sizes of latents, prompt embeddings and errors, and the time they take to compute."""
-    planned = plan_needed(config, needs)
-    return f"{planned.text()}\n{forecast(planned, config, needs)}"
+class DiffusionTools(Tools):
+    """The tools of images."""
 
+    unit = "images"
+    samples_images = True
 
-def show_rows(config: RunConfig, examples: Sequence[Example]) -> Any:
-    """Captions, files, sizes, crops and labels, for a terminal."""
-    from rich.text import Text
+    def problems(self, config: RunConfig) -> list[str]:
+        """What the method, the estimator and the model's options ask of each other."""
+        problems = methods.check_method(config)
+        if config.model.lora is not None and config.model.lora.dropout:
+            problems.append(
+                f"model.lora.dropout is {config.model.lora.dropout:g}, but with dropout the errors "
+                "of policy and reference cannot be compared. Remove it"
+            )
+        return problems
 
-    shown = [pictures.describe_row(row, config.diffusion) for row in examples]
-    return Text("\n\n".join(shown))
+    def logp_unit(self, config: RunConfig) -> LogpUnit:
+        """Errors; those of a sum are as large as an image has elements, and compare with none."""
+        settings = config.diffusion
+        if settings.reduction == "sum":
+            return LogpUnit("errors", None)
+        return LogpUnit("errors", settings.logp_scale / 0.5, "diffusion.logp_scale / 0.5")
+
+    def score_tolerance(self, config: RunConfig) -> float:
+        """Two passes agree to rounding; a cached error may come from a batch of another size."""
+        half = config.model.dtype == "bfloat16" or config.train.mixed_precision == "bf16"
+        return 2e-3 if half else 1e-5
+
+    def survey(
+        self, config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]
+    ) -> Surveyed:
+        """Without rows whose images cannot be decoded or whose captions are too long."""
+        return Surveyed([filter_examples(config, part) for part in parts])
+
+    def eval_examples(self, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
+        """Every row at `eval_draws` timesteps, spread evenly over their distribution."""
+        num = config.diffusion.eval_draws
+        return [
+            replace(row, id=f"{row.id}@{k}", meta={**row.meta, TIMESTEP_BIN: (k, num)})
+            for row in examples
+            for k in range(num)
+        ]
+
+    def summarise(self, config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Implicit accuracy and errors by noise level."""
+        return by_timestep(rows, config.diffusion.logp_scale)
+
+    def write_samples(
+        self,
+        adapter: DiffusionAdapter,
+        prompts: Mapping[str, Any],
+        folder: Path,
+        step: int,
+        options: SampleConfig,
+    ) -> list[dict[str, Any]]:
+        """Images from the same start noise as before training, and a sheet of both."""
+        asked = {row: as_text(prompt) for row, prompt in prompts.items()}
+        return write_samples(adapter.inputs, adapter.policy, asked, folder, step)
+
+    def write_cache(self, config: RunConfig, needs: Needs) -> str:
+        """Store the latents, embeddings and, with reference.kind cached, errors of a run."""
+        return store(config, needs)
+
+    def plan_cache(self, config: RunConfig, needs: Needs) -> str:
+        """Sizes of latents, prompt embeddings and errors, and the time they take to compute."""
+        planned = plan_needed(config, needs)
+        return f"{planned.text()}\n{forecast(planned, config, needs)}"
+
+    def show_rows(self, config: RunConfig, examples: Sequence[Example]) -> Any:
+        """Captions, files, sizes, crops and labels, for a terminal."""
+        from rich.text import Text
+
+        shown = [pictures.describe_row(row, config.diffusion) for row in examples]
+        return Text("\n\n".join(shown))

@@ -9,7 +9,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from torch import nn
 
@@ -99,7 +99,7 @@ def find_rows(config: RunConfig, needs: Needs, *, first: int | None = None) -> S
     with logged("mmalign") as heard:  # while they are read, and while they are looked at
         train, held_out = _read(config, needs)
         parts = (train[:first], held_out[:first])
-        found = adapter_class(config.modality).survey(config, needs, parts)
+        found = tools_of(config.modality).survey(config, needs, parts)
     return replace(found, logged=tuple(dict.fromkeys(heard)))
 
 
@@ -196,46 +196,6 @@ class Adapter(nn.Module, ABC):
     def provides(cls, config: RunConfig) -> Needs:
         """What this adapter can supply under `config`; looks at no weights."""
 
-    @classmethod
-    def problems(cls, config: RunConfig) -> list[str]:
-        """What `config` asks for and this adapter cannot do, as sentences; looks at no weights."""
-        return []
-
-    @classmethod
-    def named_models(cls, config: RunConfig) -> Iterator[tuple[str, str | None, str | None]]:
-        """Kind, path and revision of every model whose files decide what a run learns."""
-        yield "model", config.model.path, config.model.revision
-        yield "adapter", config.model.adapter, None
-        yield "reference", config.reference.path, None
-        for number, part in enumerate(config.reference.mixture):
-            yield f"mixture {number + 1}", part.path, None
-
-    @classmethod
-    def logp_unit(cls, config: RunConfig) -> LogpUnit:
-        """What the scores of `forward` are counted in."""
-        return LogpUnit()
-
-    @classmethod
-    def resolve_config(cls, config: RunConfig) -> RunConfig:
-        """The config with what is decided on the day that a run begins, and kept by it."""
-        return config
-
-    @classmethod
-    def survey(
-        cls, config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]
-    ) -> Surveyed:
-        """The rows that can be learned from, and all that can be known of them without a model.
-
-        Args:
-            config: Of the run.
-            needs: Of its objective.
-            parts: Rows to train on and rows held out, which may share files.
-
-        Raises:
-            DataError, ConfigError: They cannot be trained on, whatever `data.bad_rows` is.
-        """
-        return Surveyed([list(part) for part in parts])
-
     @abstractmethod
     def collate(self, examples: Sequence[Example], draws: Sequence[int] | None = None) -> Batch:
         """Examples to one batch, on the CPU; may run in worker processes.
@@ -283,10 +243,6 @@ class Adapter(nn.Module, ABC):
     def after_step(self, step: int) -> None:
         """Called after every optimizer step: EMA, reference refresh."""
 
-    def eval_examples(self, examples: Sequence[Example]) -> list[Example]:
-        """The rows to evaluate on; more than were given where one row is scored several times."""
-        return list(examples)
-
     def num_positions(self, batch: Batch, needs: Needs) -> Tensor | None:  # [B, K, 2]
         """How many positions of response and prompt `forward` will score, known without a pass.
 
@@ -303,10 +259,6 @@ class Adapter(nn.Module, ABC):
         """What to keep of each held-out row beside its scores, one value a row."""
         return {}
 
-    def summarise(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Held-out metrics that follow from the rows' scores and `per_row_columns`."""
-        return {}
-
     def extra_state(self) -> dict[str, Tensor]:
         """Tensors outside `parameters()` that a resumed run needs (an EMA reference)."""
         return {}
@@ -314,9 +266,75 @@ class Adapter(nn.Module, ABC):
     def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `extra_state` gave."""
 
-    @classmethod
-    def to_prompt(cls, example: Example) -> Any:
-        """What `sample` takes to answer a row, or to answer it again; hashable.
+    def sample(self, prompts: Sequence[Any], **options: Any) -> list[Any]:
+        """Generate one response a prompt with the policy, for reports and `mmalign sample`.
+
+        Models of tokens draw each by a seed of its own: one of `seeds`, else of the run's.
+        """
+        raise ConfigError(f"{type(self).__name__} cannot generate samples")
+
+
+class Tools:
+    """What a modality says of configs and rows without weights, and does for commands.
+
+    Attributes:
+        unit: What positions are called in logs.
+        samples_images: What the model makes; else texts.
+    """
+
+    unit: ClassVar[str] = "tokens"
+    samples_images: ClassVar[bool] = False
+
+    def problems(self, config: RunConfig) -> list[str]:
+        """What `config` asks for and the modality cannot do, as sentences."""
+        return []
+
+    def named_models(self, config: RunConfig) -> Iterator[tuple[str, str | None, str | None]]:
+        """Kind, path and revision of every model whose files decide what a run learns."""
+        yield "model", config.model.path, config.model.revision
+        yield "adapter", config.model.adapter, None
+        yield "reference", config.reference.path, None
+        for number, part in enumerate(config.reference.mixture):
+            yield f"mixture {number + 1}", part.path, None
+
+    def logp_unit(self, config: RunConfig) -> LogpUnit:
+        """What scores are counted in."""
+        return LogpUnit()
+
+    def score_tolerance(self, config: RunConfig) -> float:
+        """How far two ways to one log-probability may differ on average, in nats a position."""
+        half = config.model.dtype == "bfloat16" or config.train.mixed_precision == "bf16"
+        return 0.05 if half or config.model.quantization else 1e-3
+
+    def resolve_config(self, config: RunConfig) -> RunConfig:
+        """The config with what is decided on the day that a run begins, and kept by it."""
+        return config
+
+    def survey(
+        self, config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]
+    ) -> Surveyed:
+        """The rows that can be learned from, and all that can be known of them without a model.
+
+        Args:
+            config: Of the run.
+            needs: Of its objective.
+            parts: Rows to train on and rows held out, which may share files.
+
+        Raises:
+            DataError, ConfigError: They cannot be trained on, whatever `data.bad_rows` is.
+        """
+        return Surveyed([list(part) for part in parts])
+
+    def eval_examples(self, config: RunConfig, examples: Sequence[Example]) -> list[Example]:
+        """The rows to evaluate on; more than were given where one row is scored several times."""
+        return list(examples)
+
+    def summarise(self, config: RunConfig, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Held-out metrics that follow from the rows' scores and `Adapter.per_row_columns`."""
+        return {}
+
+    def to_prompt(self, example: Example) -> Any:
+        """What `Adapter.sample` takes to answer a row, or to answer it again; hashable.
 
         Raises:
             DataError: The row shows something that a model of this modality does not look at.
@@ -330,19 +348,18 @@ class Adapter(nn.Module, ABC):
         row = example.template
         return Asked(example.prompt, row, example.place or example.id) if row else example.prompt
 
-    def sample(self, prompts: Sequence[Any], **options: Any) -> list[Any]:
-        """Generate one response a prompt with the policy, for reports and `mmalign sample`.
-
-        Models of tokens draw each by a seed of its own: one of `seeds`, else of the run's.
-        """
-        raise ConfigError(f"{type(self).__name__} cannot generate samples")
-
     def write_samples(
-        self, prompts: Mapping[str, Any], folder: Path, step: int, options: SampleConfig
+        self,
+        adapter: Any,
+        prompts: Mapping[str, Any],
+        folder: Path,
+        step: int,
+        options: SampleConfig,
     ) -> list[dict[str, Any]]:
-        """Generate for the prompts during training; here: texts, by `sample`.
+        """Generate for the prompts during training; here: texts, by `Adapter.sample`.
 
         Args:
+            adapter: Of the modality, in evaluation mode.
             prompts: Row id to prompt.
             folder: The run folder; files go to `samples/step-N/` inside.
             step: Optimizer steps done.
@@ -352,19 +369,35 @@ class Adapter(nn.Module, ABC):
             One record a prompt for samples.jsonl: `id`, `prompt`, and `response` or file names.
         """
         settings = options.model_dump(exclude={"num_prompts", "prompts"})
-        texts = self.sample(list(prompts.values()), **settings)
+        texts = adapter.sample(list(prompts.values()), **settings)
         return [
             {"id": row, "prompt": as_text(prompt), "response": str(text)}
             for (row, prompt), text in zip(prompts.items(), texts, strict=True)
         ]
 
-    unit: ClassVar[str] = "tokens"  # what positions are called in logs
+    def write_cache(self, config: RunConfig, needs: Needs) -> str:
+        """Store what training would compute again and again.
 
-    @classmethod
-    def score_tolerance(cls, config: RunConfig) -> float:
-        """How far two ways to one log-probability may differ on average, in nats a position."""
-        half = config.model.dtype == "bfloat16" or config.train.mixed_precision == "bf16"
-        return 0.05 if half or config.model.quantization else 1e-3
+        Args:
+            config: The run.
+            needs: Of its objective.
+
+        Returns:
+            What was done, as sentences.
+
+        Raises:
+            ConfigError: Nothing of it can be stored, or the disk is too small.
+            DataError: A file cannot be used.
+        """
+        raise ConfigError(f"a cache of modality {config.modality} is not supported")
+
+    def plan_cache(self, config: RunConfig, needs: Needs) -> str:
+        """What `write_cache` would write, and how large it is."""
+        raise ConfigError(f"--plan: the size of a {config.modality} cache is not known beforehand")
+
+    def show_rows(self, config: RunConfig, examples: Sequence[Example]) -> Any:
+        """The rows as the model will see them, for a terminal."""
+        return "\n".join(str(example) for example in examples)
 
 
 ADAPTERS: dict[str, str] = {
@@ -372,42 +405,28 @@ ADAPTERS: dict[str, str] = {
     "diffusion": "mmalign.diffusion.adapter:DiffusionAdapter",
     "video": "mmalign.video.adapter:VideoAdapter",
 }
+TOOLS: dict[str, str] = {
+    "text": "mmalign.text.tools:TextTools",
+    "diffusion": "mmalign.diffusion.tools:DiffusionTools",
+    "video": "mmalign.video.tools:VideoTools",
+}
 
 
 def adapter_class(modality: str) -> type[Adapter]:
     """The adapter of a modality, imported on first use."""
-    module, name = _place(modality).split(":")
-    return getattr(import_module(module), name)
-
-
-class Tools(Protocol):
-    """What commands do with a modality beside training: the module `tools` of its package."""
-
-    samples_images: bool  # what the model makes; else texts
-
-    def write_cache(self, config: RunConfig, needs: Needs) -> str:
-        """Store what training would compute again and again; returns what was done, in words."""
-        ...
-
-    def plan_cache(self, config: RunConfig, needs: Needs) -> str:
-        """What `write_cache` would write, and how large it is."""
-        ...
-
-    def show_rows(self, config: RunConfig, examples: Sequence[Example]) -> Any:
-        """The rows as the model will see them, for a terminal."""
-        ...
+    return _named(ADAPTERS, modality)
 
 
 def tools_of(modality: str) -> Tools:
     """The tools of a modality, imported on first use."""
-    package = _place(modality).partition(":")[0].rpartition(".")[0]
-    return cast("Tools", import_module(f"{package}.tools"))
+    return _named(TOOLS, modality)()
 
 
-def _place(modality: str) -> str:
-    if modality not in ADAPTERS:
-        raise ConfigError(f"modality is {modality!r}; it must be one of {sorted(ADAPTERS)}")
-    return ADAPTERS[modality]
+def _named(places: Mapping[str, str], modality: str) -> Any:
+    if modality not in places:
+        raise ConfigError(f"modality is {modality!r}; it must be one of {sorted(places)}")
+    module, name = places[modality].split(":")
+    return getattr(import_module(module), name)
 
 
 def load_usable(

@@ -78,11 +78,11 @@ def check_config(config: RunConfig, *, where: str = "config") -> Objective:
         ConfigError: An unknown preset or keyword, a need that nothing supplies, a missing extra.
     """
     from mmalign.core import presets
-    from mmalign.models.adapter import adapter_class
+    from mmalign.models.adapter import adapter_class, tools_of
 
     objective = presets.from_config(config.objective)
     adapter = adapter_class(config.modality)
-    problems = _missing_extras(config) + adapter.problems(config)
+    problems = _missing_extras(config) + tools_of(config.modality).problems(config)
     problems += check_needs(config, objective.needs, adapter.provides(config))
     if problems:
         raise ConfigError("\n  ".join(f"{where}: {problem}" for problem in problems))

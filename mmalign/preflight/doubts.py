@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmalign.core.presets import ALIASES, PRESETS
 from mmalign.errors import MmalignError
-from mmalign.models.adapter import adapter_class
+from mmalign.models.adapter import tools_of
 from mmalign.models.files import ADAPTER_CONFIG, read_json, weight_files
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ def _learning_rate(plan: Plan) -> Iterator[str]:
 
 def _strength(plan: Plan) -> Iterator[str]:
     """beta and its like, under the names that the losses have for them."""
-    unit = adapter_class(plan.config.modality).logp_unit(plan.config)
+    unit = tools_of(plan.config.modality).logp_unit(plan.config)
     if unit.factor is None:
         return
     for where, name, given in plan.losses:

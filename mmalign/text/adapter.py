@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from mmalign.core import presets
 from mmalign.models import lora
 from mmalign.models.adapter import answer_seeds
 from mmalign.models.lora_settings import ODD, SILENT, linear_layers
 from mmalign.text.encode import Encoder
 from mmalign.text.generate import generate
 from mmalign.text.model import FAULTS, in_mode, load_model
-from mmalign.text.survey import survey_parts
 from mmalign.text.token_adapter import TokenAdapter
 from mmalign.text.tokenizer import load_tokenizer
 
@@ -25,8 +23,7 @@ if TYPE_CHECKING:
 
     from mmalign.config import RunConfig
     from mmalign.core import Needs
-    from mmalign.data.example import Asked, Example, Prompt
-    from mmalign.models.adapter import Surveyed
+    from mmalign.data.example import Asked, Prompt
 
 
 _LENGTHS = (16, 256)  # tokens: the second where some are silent, as layers over long stretches are
@@ -109,29 +106,6 @@ class TextAdapter(TokenAdapter):
 
     def _make_trainable(self, model: PreTrainedModel) -> nn.Module:
         return lora.apply(model, self.config.model, unfit=lambda: unfit_layers(model))
-
-    @classmethod
-    def problems(cls, config: RunConfig) -> list[str]:
-        """Losses that compare responses under corrupted media, which text does not support."""
-        roles = presets.from_config(config.objective).needs.roles
-        unknown = [role for role in dict.fromkeys(roles) if role not in cls._roles]
-        if not unknown:
-            return []
-        return [
-            f"the objective scores {' and '.join(unknown)} candidates, responses about corrupted "
-            "clips or images, which only modality: video makes. Use another objective, e.g. dpo"
-        ]
-
-    _roles: ClassVar[frozenset[str]] = frozenset(
-        {"mismatched", "calibration", "rationale", "online"}
-    )
-
-    @classmethod
-    def survey(
-        cls, config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]
-    ) -> Surveyed:
-        """All rows encoded once; those that have a span, where only spans are scored."""
-        return survey_parts(config, needs, parts)
 
     def sample(
         self,

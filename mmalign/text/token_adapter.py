@@ -20,7 +20,6 @@ from mmalign.models.lora import always_as_in_training
 from mmalign.models.lora_load import LIBRARY_ERRORS, TRAINED, adapter_tensors, one_line, put_tensors
 from mmalign.models.lora_settings import differences, read_settings, routers
 from mmalign.models.reference import Cached, build_reference, resolve
-from mmalign.text import cache
 from mmalign.text.cache import ReferenceCache, check_cacheable
 from mmalign.text.encode import Encoder
 from mmalign.text.logps import Heads
@@ -240,11 +239,6 @@ class TokenAdapter(Adapter):
             log_sum_p2=True,
             prompt=True,
         )
-
-    @classmethod
-    def resolve_config(cls, config: RunConfig) -> RunConfig:
-        """The config with the date that its chat template writes, where it writes one."""
-        return cache.settle(config)
 
     def setup(self, examples: Sequence[Example], num_steps: int | None = None) -> None:
         """Refuse a cache that lacks rows, before the first step."""

@@ -9,13 +9,15 @@ import torch
 from rich.console import Group
 from rich.text import Text
 
+from mmalign.core import presets
 from mmalign.data.jobs import only_writer, track
 from mmalign.errors import ConfigError
-from mmalign.models.adapter import load_usable
+from mmalign.models.adapter import Surveyed, Tools, load_usable
 from mmalign.text import cache as dates
 from mmalign.text.adapter import TextAdapter
 from mmalign.text.cache import ReferenceCache, cache_folder, check_cacheable
 from mmalign.text.encode import Encoder
+from mmalign.text.survey import survey_parts
 from mmalign.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from mmalign.data.example import Example
     from mmalign.text.masks import EncodedCandidate
     from mmalign.text.token_adapter import TokenAdapter
-
-samples_images = False
 
 CONTEXT, SCORED, END, SPAN = "dim", "green", "bold magenta", "bold black on yellow"
 STEPS = ("green", "cyan")  # in turns
@@ -154,16 +154,40 @@ def _write(
     )
 
 
-def write_cache(config: RunConfig, needs: Needs) -> str:
-    """Store the reference's log-probabilities, or hidden states where a KL is needed."""
-    return write_reference(config, needs, TextAdapter.build)
+class TokenTools(Tools):
+    """What models of tokens have in common, whatever their prompts show."""
+
+    def resolve_config(self, config: RunConfig) -> RunConfig:
+        """The config with the date that its chat template writes, where it writes one."""
+        return dates.settle(config)
 
 
-def plan_cache(config: RunConfig, needs: Needs) -> str:
-    """Refused: what a reference of text takes is known only when its rows are scored."""
-    raise ConfigError(f"--plan: the size of a {config.modality} cache is not known beforehand")
+class TextTools(TokenTools):
+    """The tools of text."""
 
+    roles = frozenset({"mismatched", "calibration", "rationale", "online"})
 
-def show_rows(config: RunConfig, examples: Sequence[Example]) -> Group:
-    """Context dim, scored tokens coloured."""
-    return show(Encoder(load_tokenizer(config), config), examples)
+    def problems(self, config: RunConfig) -> list[str]:
+        """Losses that compare responses under corrupted media, which text does not support."""
+        roles = presets.from_config(config.objective).needs.roles
+        unknown = [role for role in dict.fromkeys(roles) if role not in self.roles]
+        if not unknown:
+            return []
+        return [
+            f"the objective scores {' and '.join(unknown)} candidates, responses about corrupted "
+            "clips or images, which only modality: video makes. Use another objective, e.g. dpo"
+        ]
+
+    def survey(
+        self, config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]
+    ) -> Surveyed:
+        """All rows encoded once; those that have a span, where only spans are scored."""
+        return survey_parts(config, needs, parts)
+
+    def write_cache(self, config: RunConfig, needs: Needs) -> str:
+        """Store the reference's log-probabilities, or hidden states where a KL is needed."""
+        return write_reference(config, needs, TextAdapter.build)
+
+    def show_rows(self, config: RunConfig, examples: Sequence[Example]) -> Group:
+        """Context dim, scored tokens coloured."""
+        return show(Encoder(load_tokenizer(config), config), examples)

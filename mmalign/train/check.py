@@ -86,7 +86,7 @@ def check_start(run: Run) -> str:
         log.warning("%s", doubt)
     if reason is not None:
         return f"not checked that the policy starts as its reference: {reason}"
-    tolerance = run.adapter.score_tolerance(run.config)
+    tolerance = run.tools.score_tolerance(run.config)
     gap = CACHED_GAP if run.config.reference.kind == "cached" else LARGEST_GAP
     with own_random_stream(run.config.train.seed):
         problem = unequal_start(run.model, run.objective, batch, tolerance, gap, logps)

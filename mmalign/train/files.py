@@ -26,7 +26,7 @@ from mmalign.core.presets import source as loss_source
 from mmalign.data.example import Picture
 from mmalign.data.jobs import LOCK
 from mmalign.errors import CheckpointError, ConfigError
-from mmalign.models.adapter import adapter_class
+from mmalign.models.adapter import tools_of
 from mmalign.models.files import ADAPTER_CONFIG, read_json, weight_files
 from mmalign.safe import write_text
 
@@ -180,7 +180,7 @@ def look(config: RunConfig, rows: Sequence[Example]) -> Table:
         rows: To train on; their media count, in the order in which they are shown.
     """
     table: Table = {}
-    for kind, path, revision in adapter_class(config.modality).named_models(config):
+    for kind, path, revision in tools_of(config.modality).named_models(config):
         table |= model_files(kind, path, revision)
     data: dict[Path, None] = {}
     for source in config.data.train:

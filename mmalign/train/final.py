@@ -38,13 +38,13 @@ class HeldOut:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._rows = run.adapter.eval_examples(run.eval_rows)
+        self._rows = run.tools.eval_examples(run.config, run.eval_rows)
         needs = run.objective.needs
         has_kl = needs.reference and run.adapter.provides(run.config).kl
         self._needs = needs | Needs(kl=True) if has_kl else needs  # reported, if not trained on
         shown = run.config.sample
         given = {f"prompt-{i}": prompt for i, prompt in enumerate(shown.prompts)}
-        ask = run.adapter.to_prompt
+        ask = run.tools.to_prompt
         self._prompts = given or _first_prompts(run.eval_rows, shown.num_prompts, ask)
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -79,9 +79,8 @@ class HeldOut:
         run.model.train()
         gathered = sorted(gather_object(tallies), key=lambda item: item[0])
         total = sum((tally for _, tally in gathered), Tally())
-        return summarise(
-            total, beta=reward_beta(run.objective), also=run.adapter.summarise(total.rows)
-        )
+        also = run.tools.summarise(run.config, total.rows)
+        return summarise(total, beta=reward_beta(run.objective), also=also)
 
     def sample(self, step: int) -> None:
         """Generate for the first eval prompts and append to samples.jsonl."""
@@ -91,7 +90,7 @@ class HeldOut:
         output, options = run.config.output, run.config.sample
         run.adapter.eval()
         with own_random_stream(run.config.train.seed):
-            records = run.adapter.write_samples(self._prompts, output, step, options)
+            records = run.tools.write_samples(run.adapter, self._prompts, output, step, options)
         run.adapter.train()
         append_json(output / "samples.jsonl", [{"step": step, **record} for record in records])
 

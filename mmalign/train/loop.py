@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 
 from mmalign import config as configs
 from mmalign.data.jobs import is_main_process, only_writer
-from mmalign.models.adapter import adapter_class
+from mmalign.models.adapter import tools_of
 from mmalign.preflight.check import check_config
 from mmalign.train import checkpoint, files
 from mmalign.train.backward import backward_joint, backward_per_candidate, step_positions
@@ -129,7 +129,7 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> 
     began = time.perf_counter()
     require_launcher()
     objective = check_config(config)
-    config = adapter_class(config.modality).resolve_config(config)
+    config = tools_of(config.modality).resolve_config(config)
     require_sensible(config, objective.needs)
     if dry_run:
         _try_out(build_run(config, objective))
@@ -237,7 +237,7 @@ def _train(run: Run, *, resume: bool) -> Path | None:
 def _backward(config: RunConfig) -> Backward:
     if config.train.backward == "joint":
         return backward_joint
-    tolerance = adapter_class(config.modality).score_tolerance(config)
+    tolerance = tools_of(config.modality).score_tolerance(config)
     return partial(backward_per_candidate, tolerance=tolerance)
 
 
@@ -284,13 +284,14 @@ def _training_values(run: Run, lr: float) -> dict[str, float]:
     rows, tokens = sums.pop("rows")[0], sums.pop("tokens")[0]
     seconds = sums.pop("seconds")[0] / run.accelerator.num_processes
     run.position.tokens += round(tokens)
+    unit = run.tools.unit
     return {
         "epoch": run.order.epoch(run.position.step),
         **means(sums),
         "learning_rate": lr,
-        f"num_{run.adapter.unit}": run.position.tokens,
+        f"num_{unit}": run.position.tokens,
         "rows_per_second": rows / seconds,
-        f"{run.adapter.unit}_per_second": tokens / seconds,
+        f"{unit}_per_second": tokens / seconds,
     }
 
 

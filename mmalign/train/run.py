@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from mmalign import preflight
 from mmalign.data.select import check_trainable
 from mmalign.errors import ConfigError
-from mmalign.models.adapter import build_adapter, say, survey_rows
+from mmalign.models.adapter import build_adapter, say, survey_rows, tools_of
 from mmalign.train.metrics import Averages, flatten
 from mmalign.train.order import Order, batches
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mmalign.config import RunConfig, TrainConfig
     from mmalign.core import Objective
     from mmalign.data.example import Example
-    from mmalign.models.adapter import Adapter
+    from mmalign.models.adapter import Adapter, Tools
     from mmalign.models.batch import Batch
 
     Groups = list[dict[str, Any]]
@@ -420,6 +420,11 @@ class Run:
     notes: tuple[str, ...] = ()  # what is to be known of the rows, a sentence each
     position: Position = field(default_factory=Position)
     averages: Averages = field(default_factory=Averages)
+
+    @property
+    def tools(self) -> Tools:
+        """Of the run's modality."""
+        return tools_of(self.config.modality)
 
     @property
     def is_sharded(self) -> bool:

@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from mmalign.core import presets
-from mmalign.data.example import Asked
-from mmalign.data.select import MADE
 from mmalign.models import lora
 from mmalign.models.adapter import answer_seeds
 from mmalign.text.model import causal_model
@@ -31,7 +28,7 @@ from mmalign.video.contexts import (
     rope_positions,
 )
 from mmalign.video.encode import VideoEncoder
-from mmalign.video.generate import Question, generate
+from mmalign.video.generate import generate
 from mmalign.video.model import (
     language_model,
     load_model,
@@ -42,76 +39,21 @@ from mmalign.video.model import (
 from mmalign.video.pami import tau_at
 from mmalign.video.processing import Processor, load_processor
 from mmalign.video.reader import FeatureStore, MediaReader
-from mmalign.video.samples import write_samples
-from mmalign.video.survey import survey_parts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from mmalign.config import RunConfig, SampleConfig, TrainConfig
+    from mmalign.config import RunConfig, TrainConfig
     from mmalign.core import CandidateLogps, Needs
     from mmalign.data.example import Example
-    from mmalign.models.adapter import Surveyed
     from mmalign.models.batch import Batch
     from mmalign.text.packing import Layout, Rows
     from mmalign.text.passes import Scored
     from mmalign.video.reader import Prepared
-
-
-# Settings of a video config that exclude each other.
-
-
-def problems(config: RunConfig) -> list[str]:
-    """What a config asks for that does not go together, as sentences; looks at no weights."""
-    video, reference = config.video, config.reference
-    needs = presets.from_config(config.objective).needs
-    found: list[str] = []
-    if not video.train and video.clues is None:
-        found.append(
-            "video.train is empty, and there is no clue aggregator (video.clues): nothing "
-            "would be trained. Leave it out to train the language model"
-        )
-    if not video.train and config.model.lora is not None:
-        found.append(
-            "video.train is empty, but model.lora is set; remove model.lora to train the clue "
-            "aggregator alone, or set video.train: [language]"
-        )
-    if video.clues is not None and (
-        reference.kind in ("ema", "mixture") or reference.path is not None
-    ):
-        kind = reference.path or reference.kind
-        found.append(
-            f"video.clues is set, but the reference is {kind}: the aggregator's reference is "
-            "its own start. Use reference.kind: auto or cached"
-        )
-    made = [role for role in dict.fromkeys(needs.roles) if role in MADE]
-    if reference.kind == "cached" and made:
-        found.append(
-            f"reference.kind is cached, but the objective scores {' and '.join(made)} "
-            "candidates, which are other ones at every visit of a row. Use lora-off or "
-            "frozen-copy"
-        )
-    if "augmented" in needs.roles and config.train.backward == "per_candidate":
-        found.append(
-            "train.backward is per_candidate, but the objective chooses among a row's clips, which "
-            "it must see together. Use joint"
-        )
-    if "augmented" not in needs.roles and "selection" in video.model_fields_set:
-        found.append(
-            "video.selection is set, but the objective chooses among no clips; only pami_vdpo "
-            "does. Remove it"
-        )
-    drawn = {"corrupted", "rejected_corrupted", "augmented"} & set(made)
-    if not drawn and "corruption" in video.model_fields_set:
-        found.append(
-            "video.corruption is set, but the objective scores no answer under a clip that is "
-            "corrupted by it. Remove it, or use e.g. mdpo, vdpo, pami_vdpo"
-        )
-    return found
 
 
 # A token model fed more than tokens: everything about scoring is the text adapter's. What is added
@@ -180,24 +122,6 @@ class VideoAdapter(TokenAdapter):
     def features(self) -> FeatureStore:
         """The features of media that are kept."""
         return self.encoder.reader.features
-
-    @classmethod
-    def problems(cls, config: RunConfig) -> list[str]:
-        """Settings that exclude each other."""
-        return problems(config)
-
-    @classmethod
-    def named_models(cls, config: RunConfig) -> Iterator[tuple[str, str | None, str | None]]:
-        """The model, what it starts from and is compared with, and the aggregator of clues."""
-        yield from super().named_models(config)
-        yield "clues", config.video.clues.path if config.video.clues else None, None
-
-    @classmethod
-    def survey(
-        cls, config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]
-    ) -> Surveyed:
-        """Media looked at, and all rows encoded once without pixels."""
-        return survey_parts(config, needs, parts)
 
     def collate(self, examples: Sequence[Example], draws: Sequence[int] | None = None) -> Batch:
         """Ids of all candidates, those under perturbed clips among them, and what they show."""
@@ -271,13 +195,6 @@ class VideoAdapter(TokenAdapter):
             found |= candidates.choices(batch, self._choice, names)
         return found
 
-    @classmethod
-    def to_prompt(cls, example: Example) -> Question:
-        """The row's prompt with what it shows."""
-        row = example.template
-        prompt = Asked(example.prompt, row) if row else example.prompt
-        return Question(prompt, example.media, example)
-
     def sample(
         self, prompts: Sequence[Any], *, seeds: Sequence[int] | None = None, **options: Any
     ) -> list[str]:
@@ -285,12 +202,6 @@ class VideoAdapter(TokenAdapter):
         seeds = answer_seeds(self.config.train.seed, prompts) if seeds is None else seeds
         options["clues"] = self.clues
         return generate(self.policy, self.encoder, prompts, seeds=seeds, **options)
-
-    def write_samples(
-        self, prompts: Mapping[str, Any], folder: Path, step: int, options: SampleConfig
-    ) -> list[dict[str, Any]]:
-        """Answers, and sheets of what the questions show and of their perturbed clips."""
-        return write_samples(self, prompts, folder, step, options)
 
     def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
         """The policy, learned position weights, and the clue aggregator."""

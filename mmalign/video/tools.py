@@ -14,31 +14,33 @@ from rich.text import Text
 
 from mmalign.config import ReferenceConfig
 from mmalign.core import Needs, presets
+from mmalign.data.example import Asked
 from mmalign.data.jobs import only_writer, track
+from mmalign.data.select import MADE
 from mmalign.errors import ConfigError
-from mmalign.models.adapter import load_usable
+from mmalign.models.adapter import Surveyed, load_usable
 from mmalign.text.cache import ReferenceCache, cache_folder
 from mmalign.text.model import causal_model
-from mmalign.text.tools import CONTEXT, counted, legend, response, write_reference
+from mmalign.text.tools import CONTEXT, TokenTools, counted, legend, response, write_reference
 from mmalign.video.adapter import VideoAdapter
 from mmalign.video.augment import seed_for
 from mmalign.video.candidates import Perturbation
 from mmalign.video.encode import VideoEncoder
+from mmalign.video.generate import Question
 from mmalign.video.model import encode
 from mmalign.video.processing import Processor, load_processor
 from mmalign.video.reader import FeatureStore, MediaReader, PlannedReader, open_features
-from mmalign.video.samples import described
-from mmalign.video.survey import counting_encoder, look_at, shown_by
+from mmalign.video.samples import described, write_samples
+from mmalign.video.survey import counting_encoder, look_at, shown_by, survey_parts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
-    from mmalign.config import RunConfig
+    from mmalign.config import RunConfig, SampleConfig
     from mmalign.data.example import Example, Media
     from mmalign.video.model import Encoded
     from mmalign.video.reader import Prepared
-
-samples_images = False
 
 # What a model will see of rows, for a terminal: media with their times, context, scored tokens.
 
@@ -46,7 +48,7 @@ _MEDIA, _CUT = "cyan", "yellow"
 _MOST_TIMES = 12
 
 
-def show_rows(config: RunConfig, examples: Sequence[Example]) -> Group:
+def show(config: RunConfig, examples: Sequence[Example]) -> Group:
     """Rows as training will encode them, with their answers under perturbed clips; no weights.
 
     Clips that an alteration takes from are those of the rows shown.
@@ -140,29 +142,6 @@ def _context(encoder: VideoEncoder, ids: Sequence[int]) -> Text:
 # Encoding the media of all rows beforehand, and the reference's scores where a run reads them.
 
 
-def write_cache(config: RunConfig, needs: Needs) -> str:
-    """Store what training would compute again and again.
-
-    Args:
-        config: The run's configuration.
-        needs: Of its objective.
-
-    Returns:
-        What was done, a sentence a line.
-
-    Raises:
-        ConfigError: Nothing of it can be stored.
-    """
-    _require_cacheable(config)
-    said: list[str] = []
-    if config.video.freezes_media:
-        with only_writer(cache_folder(config), "cache", wait=True):
-            said.append(_write_features(config, needs))
-    if config.reference.kind == "cached":
-        said.append(write_reference(config, needs, VideoAdapter.build))
-    return "\n".join(said)
-
-
 def _require_cacheable(config: RunConfig) -> None:
     if not config.video.freezes_media and config.reference.kind != "cached":
         raise ConfigError(
@@ -227,7 +206,7 @@ class Part:
         return f"{self.name}: {self.missing:,} of {self.total:,} to write, {size(self.num_bytes)}"
 
 
-def plan_cache(config: RunConfig, needs: Needs) -> str:
+def plan(config: RunConfig, needs: Needs) -> str:
     """What `write_cache` would write, how large it is and how long it takes, in words.
 
     Raises:
@@ -341,3 +320,102 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.1f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+class VideoTools(TokenTools):
+    """The tools of video."""
+
+    def problems(self, config: RunConfig) -> list[str]:
+        """Settings that exclude each other."""
+        video, reference = config.video, config.reference
+        needs = presets.from_config(config.objective).needs
+        found: list[str] = []
+        if not video.train and video.clues is None:
+            found.append(
+                "video.train is empty, and there is no clue aggregator (video.clues): nothing "
+                "would be trained. Leave it out to train the language model"
+            )
+        if not video.train and config.model.lora is not None:
+            found.append(
+                "video.train is empty, but model.lora is set; remove model.lora to train the clue "
+                "aggregator alone, or set video.train: [language]"
+            )
+        if video.clues is not None and (
+            reference.kind in ("ema", "mixture") or reference.path is not None
+        ):
+            kind = reference.path or reference.kind
+            found.append(
+                f"video.clues is set, but the reference is {kind}: the aggregator's reference is "
+                "its own start. Use reference.kind: auto or cached"
+            )
+        made = [role for role in dict.fromkeys(needs.roles) if role in MADE]
+        if reference.kind == "cached" and made:
+            found.append(
+                f"reference.kind is cached, but the objective scores {' and '.join(made)} "
+                "candidates, which are other ones at every visit of a row. Use lora-off or "
+                "frozen-copy"
+            )
+        if "augmented" in needs.roles and config.train.backward == "per_candidate":
+            found.append(
+                "train.backward is per_candidate, but the objective chooses among a row's clips, "
+                "which it must see together. Use joint"
+            )
+        if "augmented" not in needs.roles and "selection" in video.model_fields_set:
+            found.append(
+                "video.selection is set, but the objective chooses among no clips; only pami_vdpo "
+                "does. Remove it"
+            )
+        drawn = {"corrupted", "rejected_corrupted", "augmented"} & set(made)
+        if not drawn and "corruption" in video.model_fields_set:
+            found.append(
+                "video.corruption is set, but the objective scores no answer under a clip that is "
+                "corrupted by it. Remove it, or use e.g. mdpo, vdpo, pami_vdpo"
+            )
+        return found
+
+    def named_models(self, config: RunConfig) -> Iterator[tuple[str, str | None, str | None]]:
+        """The model, what it starts from and is compared with, and the aggregator of clues."""
+        yield from super().named_models(config)
+        yield "clues", config.video.clues.path if config.video.clues else None, None
+
+    def survey(
+        self, config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]
+    ) -> Surveyed:
+        """Media looked at, and all rows encoded once without pixels."""
+        return survey_parts(config, needs, parts)
+
+    def to_prompt(self, example: Example) -> Question:
+        """The row's prompt with what it shows."""
+        row = example.template
+        prompt = Asked(example.prompt, row) if row else example.prompt
+        return Question(prompt, example.media, example)
+
+    def write_samples(
+        self,
+        adapter: VideoAdapter,
+        prompts: Mapping[str, Any],
+        folder: Path,
+        step: int,
+        options: SampleConfig,
+    ) -> list[dict[str, Any]]:
+        """Responses, and sheets of what the questions show and of their perturbed clips."""
+        return write_samples(adapter, prompts, folder, step, options)
+
+    def write_cache(self, config: RunConfig, needs: Needs) -> str:
+        """Encode the media of all rows, and score the reference where a run reads its scores."""
+        _require_cacheable(config)
+        said: list[str] = []
+        if config.video.freezes_media:
+            with only_writer(cache_folder(config), "cache", wait=True):
+                said.append(_write_features(config, needs))
+        if config.reference.kind == "cached":
+            said.append(write_reference(config, needs, VideoAdapter.build))
+        return "\n".join(said)
+
+    def plan_cache(self, config: RunConfig, needs: Needs) -> str:
+        """What `write_cache` would write, its bytes and its time."""
+        return plan(config, needs)
+
+    def show_rows(self, config: RunConfig, examples: Sequence[Example]) -> Group:
+        """Media with their times, context, scored tokens."""
+        return show(config, examples)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from toy_adapter import TOY
+from toy_adapter import TOY, TOY_TOOLS
 
-from mmalign.models.adapter import ADAPTERS
+from mmalign.models.adapter import ADAPTERS, TOOLS
 
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `modality: text` mean the toy adapter."""
     monkeypatch.setitem(ADAPTERS, "text", TOY)
+    monkeypatch.setitem(TOOLS, "text", TOY_TOOLS)

@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from toy_adapter import TOY
+from toy_adapter import TOY, TOY_TOOLS
 
 from mmalign import config as configs
 from mmalign.errors import MmalignError
-from mmalign.models.adapter import ADAPTERS
+from mmalign.models.adapter import ADAPTERS, TOOLS
 from mmalign.train import run
 from mmalign.train.loop import train
 
@@ -43,6 +43,7 @@ def shard_on_cpu() -> None:
 
 if __name__ == "__main__":
     ADAPTERS["text"] = TOY
+    TOOLS["text"] = TOY_TOOLS
     if "TOY_FSDP" in os.environ:
         shard_on_cpu()
     options = [item for item in sys.argv[2:] if item != "--resume"]

@@ -21,6 +21,7 @@ from picture_runs import Data, configured, write_config, write_data
 from safetensors.torch import load_file, save_file
 from torch.utils import checkpoint as recomputing
 
+from mmalign.diffusion.tools import DiffusionTools
 from mmalign.errors import ConfigError
 from mmalign.inference import evaluate_checkpoint, write_cache
 from mmalign.train.loop import train
@@ -400,10 +401,10 @@ def test_encoders_are_let_go_where_their_output_is_cached(
     adapter: Any = build_adapter(config, needs)
     adapter.setup(rows)
     told = {"p": "a red dog"}
-    first = adapter.write_samples(told, tmp_path, 0, config.sample)
+    first = DiffusionTools().write_samples(adapter, told, tmp_path, 0, config.sample)
     picture = (tmp_path / first[0]["image"]).read_bytes()
     assert adapter.inputs._encoder is None
-    again = adapter.write_samples(told, tmp_path, 1, config.sample)
+    again = DiffusionTools().write_samples(adapter, told, tmp_path, 1, config.sample)
     assert (tmp_path / again[0]["image"]).read_bytes() == picture
     assert adapter.inputs._encoder is None, "prompts to show are remembered"
 

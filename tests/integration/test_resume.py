@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from toy_adapter import TOY, toy_config
+from toy_adapter import TOY, TOY_TOOLS, toy_config
 
 from mmalign.data.jobs import only_writer
 from mmalign.errors import CheckpointError, ConfigError
-from mmalign.models.adapter import ADAPTERS
+from mmalign.models.adapter import ADAPTERS, TOOLS
 from mmalign.train.checkpoint import checkpoints
 from mmalign.train.loop import train
 from mmalign.train.metrics import read_json
@@ -71,6 +71,7 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a run with noise that nothing interrupted."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ADAPTERS, "text", TOY)
+        patch.setitem(TOOLS, "text", TOY_TOOLS)
         config = toy_config(tmp_path_factory.mktemp("noisy"), *SETTINGS, noise=0.1)
         train(config)
     return config.output

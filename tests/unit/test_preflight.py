@@ -18,8 +18,8 @@ from mmalign.data.example import Candidate, Example
 from mmalign.models.adapter import LogpUnit
 from mmalign.preflight import Plan, doubts
 from mmalign.preflight.doubts import DESIRABLE, LEARNING_RATES, STRENGTHS, Range
-from mmalign.text import adapter as text_adapter
-from mmalign.text.adapter import TextAdapter
+from mmalign.text import tools as text_tools
+from mmalign.text.tools import TextTools
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 LORA = {"lora": {"rank": 8, "alpha": 16}}
@@ -232,17 +232,16 @@ def test_a_released_recipe_is_in_no_doubt(recipe: dict[str, Any]) -> None:
     assert said(**recipe) == []
 
 
-def test_an_adapter_says_in_which_unit_constants_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_modality_says_in_which_unit_constants_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever its modality is called."""
 
-    class InErrors(TextAdapter):
-        @classmethod
-        def logp_unit(cls, config: RunConfig) -> LogpUnit:
+    class InErrors(TextTools):
+        def logp_unit(self, config: RunConfig) -> LogpUnit:
             return LogpUnit("errors", config.train.max_grad_norm, "train.max_grad_norm")
 
     objective = {"name": "diffusion_dpo", "beta": 3000}
     assert re.search(r"beta is 3000, far above .* 0\.0003 to 5 ", said(objective=objective)[0])
-    monkeypatch.setattr(text_adapter, "TextAdapter", InErrors)
+    monkeypatch.setattr(text_tools, "TextTools", InErrors)
     assert said(objective=objective, train={"max_grad_norm": 1.0}) == []
     (line,) = said(objective=objective, train={"max_grad_norm": 0.001})
     assert "far below" in line

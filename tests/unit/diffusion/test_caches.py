@@ -27,6 +27,7 @@ from mmalign.diffusion.cache_plan import Processes, ahead, duration, progress
 from mmalign.diffusion.conditioning import PromptEncoder
 from mmalign.diffusion.families import Condition
 from mmalign.diffusion.pictures import prepare, row_pictures
+from mmalign.diffusion.tools import DiffusionTools
 from mmalign.errors import ConfigError
 from mmalign.inference import plan_cache
 from mmalign.inference import write_cache as write
@@ -179,7 +180,7 @@ def test_a_cached_reference_gives_log_2(
     assert "reference errors: 3 written, 0 were there" in said
     objective, rows = check(config), rows_of(config)
     adapter = build_adapter(config, objective.needs)
-    held_out = adapter.eval_examples(rows)
+    held_out = DiffusionTools().eval_examples(config, rows)
     adapter.setup([*rows, *held_out])
     bank, seen = ErrorCache(config), set()
     live = DiffusionAdapter.with_stored_draws(config, objective.needs)

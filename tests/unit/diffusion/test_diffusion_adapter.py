@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 from mmalign.config import RunConfig
 from mmalign.core import Needs
 from mmalign.diffusion.adapter import DiffusionAdapter
+from mmalign.diffusion.tools import DiffusionTools
 from mmalign.errors import ConfigError
 from mmalign.models.adapter import load_usable
 from mmalign.preflight.check import check_config as check
@@ -286,7 +288,7 @@ def test_held_out_rows_are_scored_at_spread_timesteps(sd15_dir: Path, tmp_path: 
         configured(sd15_dir, write_rows(tmp_path / "data"), tmp_path, model={"lora": {"rank": 4}})
     )
     moved(adapter)
-    held = adapter.eval_examples(rows)
+    held = DiffusionTools().eval_examples(adapter.config, rows)
     assert [row.id for row in held[:5]] == [*(f"row-0@{k}" for k in range(4)), "row-1@0"]
     batches = [adapter.collate(held[i : i + 4]) for i in range(0, len(held), 4)]
     for batch in batches:
@@ -294,12 +296,20 @@ def test_held_out_rows_are_scored_at_spread_timesteps(sd15_dir: Path, tmp_path: 
         assert quarters == [0, 1, 2, 3]
     adapter.eval()
     result = evaluate(
-        adapter, objective, batches, columns=adapter.per_row_columns, summary=adapter.summarise
+        adapter,
+        objective,
+        batches,
+        columns=adapter.per_row_columns,
+        summary=partial(DiffusionTools().summarise, adapter.config),
     )
     names = {f"reward_accuracy/t{low:03d}-{low + 249:03d}" for low in (0, 250, 500, 750)}
     assert names <= result.metrics.keys()
     again = evaluate(
-        adapter, objective, batches, columns=adapter.per_row_columns, summary=adapter.summarise
+        adapter,
+        objective,
+        batches,
+        columns=adapter.per_row_columns,
+        summary=partial(DiffusionTools().summarise, adapter.config),
     )
     assert result.metrics == again.metrics
 

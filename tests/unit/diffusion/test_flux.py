@@ -19,7 +19,7 @@ from mmalign.diffusion.export import load_trained
 from mmalign.diffusion.families import FAMILIES, Condition
 from mmalign.diffusion.process import RectifiedFlow
 from mmalign.diffusion.sample import denoise, start_noise
-from mmalign.diffusion.tools import plan_cache, write_cache
+from mmalign.diffusion.tools import DiffusionTools
 from mmalign.models.lora_files import DIFFUSERS_LORA
 from mmalign.models.merge import merge_checkpoints
 from mmalign.preflight.check import check_config
@@ -220,8 +220,8 @@ def test_two_steps_and_the_exported_files(
     )
     needs = check_config(config).needs
     if kind == "caches":
-        assert "captions to write" in plan_cache(config, needs)
-        assert "written" in write_cache(config, needs)
+        assert "captions to write" in DiffusionTools().plan_cache(config, needs)
+        assert "written" in DiffusionTools().write_cache(config, needs)
     train(config)
     final = config.output / "final"
     policy: Any = load_trained(DiffusionAdapter.build(config, needs).policy, final)

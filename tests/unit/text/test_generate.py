@@ -20,6 +20,7 @@ from mmalign.text.adapter import TextAdapter
 from mmalign.text.encode import Encoder
 from mmalign.text.generate import Draw, complete, generate, left_padded, written
 from mmalign.text.model import causal_model
+from mmalign.text.tools import TextTools
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -299,9 +300,10 @@ def test_samples_of_a_run_are_those_of_the_command(folder: Path, tmp_path: Path)
     rows = [Example(f"row-{i}", text, (Candidate(""),), (0.0,)) for i, text in enumerate(PROMPTS)]
     drawn = {"temperature": 1.0, "max_new_tokens": 8}
     made = adapter(folder, sample=drawn)
-    shown = {row.id: made.to_prompt(row) for row in rows}
+    shown = {row.id: TextTools().to_prompt(row) for row in rows}
     first, again = (
-        made.write_samples(shown, tmp_path, step, made.config.sample) for step in (0, 100)
+        TextTools().write_samples(made, shown, tmp_path, step, made.config.sample)
+        for step in (0, 100)
     )
     assert first == again
     texts = sample_checkpoint(made.config, rows, None, base=True)
@@ -430,11 +432,10 @@ def test_a_file_of_prompts_is_answered_row_by_row(folder: Path, tmp_path: Path) 
 
 def test_a_prompt_that_the_template_refuses_is_named_by_its_line(tmp_path: Path) -> None:
     from mmalign.data.records import read_prompts
-    from mmalign.text.adapter import TextAdapter
 
     file = tmp_path / "asked.jsonl"
     tool = {"type": "function", "function": {"name": "sky", "parameters": {}}}
     file.write_text("\n".join(map(json.dumps, [{"prompt": "A"}, {"prompt": "B", "tools": [tool]}])))
-    asked = TextAdapter.to_prompt(read_prompts(file)[1])
+    asked = TextTools().to_prompt(read_prompts(file)[1])
     with pytest.raises(DataError, match=r"asked\.jsonl:2: .*`tools`"):
         Encoder(make_tokenizer(CHATML), run_config()).encode_prompt(asked)

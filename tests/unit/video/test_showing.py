@@ -20,7 +20,7 @@ from mmalign.video import samples
 from mmalign.video.processing import DecodedMedia
 from mmalign.video.samples import describe, in_words
 from mmalign.video.sizes import SOUND_RATE, Frames, Wave
-from mmalign.video.tools import show_rows
+from mmalign.video.tools import VideoTools
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +49,7 @@ def seen(shown: DecodedMedia) -> Image.Image:
 
 def lines_of(config: object, *rows: object) -> list[str]:
     console = Console(width=400, file=io.StringIO(), record=True)
-    console.print(show_rows(config, rows))  # pyright: ignore[reportArgumentType]
+    console.print(VideoTools().show_rows(config, rows))  # pyright: ignore[reportArgumentType]
     return console.export_text(styles=True).splitlines()
 
 
@@ -155,11 +155,11 @@ def test_samples_hold_what_was_seen_and_where_the_answers_differ(
     candidates = [replace(c, response=a) for c, a in zip(row.candidates, answers, strict=True)]
     row = replace(row, candidates=tuple(candidates), prompt="<video>What does the cat do?")
     options = adapter.config.sample.model_copy(update={"max_new_tokens": 3})
-    asked = {"row": adapter.to_prompt(row)}
-    (record,) = adapter.write_samples(asked, tmp_path, 0, options)
+    asked = {"row": VideoTools().to_prompt(row)}
+    (record,) = VideoTools().write_samples(adapter, asked, tmp_path, 0, options)
     assert record["id"] == "row"
     assert record["prompt"] == "What does the cat do?"
-    assert record["response"] == adapter.sample([adapter.to_prompt(row)], max_new_tokens=3)[0]
+    assert record["response"] == adapter.sample([VideoTools().to_prompt(row)], max_new_tokens=3)[0]
     assert record["media"][0]["file"] == "clip0.mp4"
     assert len(record["media"][0]["times"]) == 8
     assert [record["media"][0][key] for key in ("width", "height", "shown", "tokens")] == [
@@ -178,7 +178,7 @@ def test_samples_hold_what_was_seen_and_where_the_answers_differ(
     cell = np.asarray(Image.open(sheet).convert("RGB"))[6:118:2, 6:118:2].astype(int)
     assert abs(cell - frames.pixels[0]).mean() < 8
     before = sheet.stat().st_mtime_ns
-    assert adapter.write_samples(asked, tmp_path, 9, options) == [record]
+    assert VideoTools().write_samples(adapter, asked, tmp_path, 9, options) == [record]
     assert sheet.stat().st_mtime_ns == before
 
 
@@ -190,7 +190,9 @@ def test_samples_of_pami_hold_its_choice(
     row = pair(clips_dir / "clip0.mp4")
     row = replace(row, candidates=row.candidates[:1], labels=(1.0,), kind="plain")
     options = adapter.config.sample.model_copy(update={"max_new_tokens": 1})
-    (record,) = adapter.write_samples({"row": adapter.to_prompt(row)}, tmp_path, 0, options)
+    (record,) = VideoTools().write_samples(
+        adapter, {"row": VideoTools().to_prompt(row)}, tmp_path, 0, options
+    )
     clips = record["altered"]
     assert sorted(c["operation"] for c in clips) == sorted(
         adapter.config.video.corruption.operations
@@ -212,8 +214,8 @@ def test_a_corrupted_clip_of_two_answers_is_shown_once(
     assert {"corrupted", "rejected_corrupted"} <= set(needs.roles)
     adapter = make_adapter(video_models(KIND), needs)
     options = adapter.config.sample.model_copy(update={"max_new_tokens": 1})
-    question = adapter.to_prompt(pair(clips_dir / "clip0.mp4"))
-    (record,) = adapter.write_samples({"row": question}, tmp_path, 0, options)
+    question = VideoTools().to_prompt(pair(clips_dir / "clip0.mp4"))
+    (record,) = VideoTools().write_samples(adapter, {"row": question}, tmp_path, 0, options)
     assert [c["role"] for c in record["altered"]] == ["corrupted"]
     assert "far" not in record["altered"][0]
 

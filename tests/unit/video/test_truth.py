@@ -18,6 +18,7 @@ from mmalign.models.adapter import build_adapter
 from mmalign.text.model import causal_model
 from mmalign.video import contexts
 from mmalign.video.model import encode, handed, parts_of, select_parts
+from mmalign.video.tools import VideoTools
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -320,7 +321,7 @@ def test_answers_are_those_of_the_model_on_its_processor_s_output(
 ) -> None:
     adapter = as_it_is(vision_models(kind))
     row = pair(clips_dir, media=shown(what, 0, clips_dir, pictures))
-    said = adapter.sample([adapter.to_prompt(row)], max_new_tokens=5)
+    said = adapter.sample([VideoTools().to_prompt(row)], max_new_tokens=5)
     tokens: list[int] = []
     for _ in range(5):
         _, scores = own_logps(adapter, row, [*tokens, 0], all_tokens=True)

@@ -16,6 +16,7 @@ from mmalign.data.example import Candidate, Clip, Media, Message, Picture, Sound
 from mmalign.errors import ConfigError, DataError
 from mmalign.text.model import causal_model
 from mmalign.video.adapter import VideoAdapter
+from mmalign.video.tools import VideoTools
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -296,7 +297,7 @@ def test_a_row_alone_scores_as_in_a_batch_and_answers_are_given(
 ) -> None:
     adapter = make_adapter(video_models("qwen2_5_omni_thinker"), Needs())
     rows = [pair(clips_dir / f"clip{i}.mp4", f"row-{i}") for i in range(3)]
-    asked = [adapter.to_prompt(row) for row in rows]
+    asked = [VideoTools().to_prompt(row) for row in rows]
     for options in ({}, {"temperature": 1.0}):
         together = adapter.sample(asked, max_new_tokens=6, **options)
         alone = [adapter.sample([one], max_new_tokens=6, **options)[0] for one in asked]
@@ -311,7 +312,7 @@ def test_no_setting_that_a_model_ships_changes_an_answer(
     lora: Any, video_models: Models, clips_dir: Path
 ) -> None:
     adapter = make_adapter(video_models("llava_onevision"), Needs(), model={"lora": lora})
-    asked = [adapter.to_prompt(pair(clips_dir / "clip0.mp4"))]
+    asked = [VideoTools().to_prompt(pair(clips_dir / "clip0.mp4"))]
 
     def answers() -> list[str]:
         greedy = adapter.sample(asked, max_new_tokens=6)
@@ -332,10 +333,10 @@ def test_a_question_is_the_same_wherever_its_clip_lies(clips_dir: Path, tmp_path
     rows = [
         pair(folder / "clip0.mp4", name) for folder, name in ((clips_dir, "a"), (tmp_path, "b"))
     ]
-    first, second = (repr(VideoAdapter.to_prompt(row)) for row in rows)
+    first, second = (repr(VideoTools().to_prompt(row)) for row in rows)
     assert first == second
     assert "clip0.mp4" in first
-    assert repr(VideoAdapter.to_prompt(pair(clips_dir / "clip1.mp4"))) != first
+    assert repr(VideoTools().to_prompt(pair(clips_dir / "clip1.mp4"))) != first
 
 
 def test_a_model_of_text_alone_is_refused(tiny_llama_dir: Path) -> None:

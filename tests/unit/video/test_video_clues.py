@@ -12,6 +12,7 @@ from video_rows import ALL, make_adapter, pair
 from mmalign.core import Needs, presets
 from mmalign.data.example import Clip, Media, Picture, Sound
 from mmalign.video.clue_part import CLUE_TOKEN
+from mmalign.video.tools import VideoTools
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -116,7 +117,7 @@ def test_clues_follow_what_is_shown(video_models: Models, clips_dir: Path, tmp_p
 def test_answers_are_generated_with_clues(video_models: Models, clips_dir: Path) -> None:
     adapter = make_adapter(video_models("llava_onevision"), video={"clues": SMALL}, moved=False)
     row = pair(clips_dir / "clip0.mp4")
-    questions = [adapter.to_prompt(row), adapter.to_prompt(pair(clips_dir / "clip1.mp4"))]
+    questions = [VideoTools().to_prompt(row), VideoTools().to_prompt(pair(clips_dir / "clip1.mp4"))]
     answers = adapter.sample(questions, max_new_tokens=4)
     assert answers == [adapter.sample([q], max_new_tokens=4)[0] for q in questions]
     # The first generated token is the likeliest one under the adapter's own scores.

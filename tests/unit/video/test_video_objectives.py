@@ -11,6 +11,7 @@ import torch
 from video_rows import gradients, make_adapter, pair, run_config
 
 from mmalign.core import DIVERGENCES, Needs, presets
+from mmalign.video.tools import VideoTools
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,7 +98,7 @@ def test_rrpo_without_spans_counts_whole_answers_or_not_at_all(
     for on_empty in ("drop", "full"):
         masks = {"masks": {"kind": "spans", "on_empty": on_empty}}
         adapter = make_adapter(video_models(KIND), objective.needs, text=masks)
-        kept = adapter.survey(adapter.config, objective.needs, [[row, bare], []]).train
+        kept = VideoTools().survey(adapter.config, objective.needs, [[row, bare], []]).train
         assert kept == ([row] if on_empty == "drop" else [row, bare])
         logps = adapter(adapter.collate(kept), objective.needs)
         if on_empty == "full":
@@ -158,9 +159,9 @@ def test_features_on_disk_are_found(
     sections: dict[str, Any] = {"output": str(tmp_path / "run"), "model": {"dtype": "float32"}}
     config = run_config(video_models(KIND), **sections)
     monkeypatch.setattr(tools, "load_usable", lambda *_: (rows[:2], rows[2:]))
-    said = tools.write_cache(config, Needs(reference=True))
+    said = VideoTools().write_cache(config, Needs(reference=True))
     assert "features of 3 media written, 0 were there" in said
-    assert "0 media written, 3 were" in tools.write_cache(config, Needs(reference=True))
+    assert "0 media written, 3 were" in VideoTools().write_cache(config, Needs(reference=True))
     fresh = make_adapter(video_models(KIND), model={"dtype": "float32"})
     expected = fresh(fresh.collate(rows), Needs()).policy
     adapter = make_adapter(video_models(KIND), **sections)
