@@ -1,6 +1,4 @@
-"""Tensors computed once, and rows read once, kept on disk and found again by a hash of everything
-they depend on.
-"""
+"""Tensors and rows kept on disk, and found again by a hash of everything they depend on."""
 
 from __future__ import annotations
 
@@ -14,6 +12,7 @@ import re
 import struct
 import time
 import zlib
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
@@ -22,22 +21,22 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 
-from mmalign.data.example import Candidate, Example, Message, Template
+from mmalign.data.example import Example
 from mmalign.data.jobs import waiting
 from mmalign.data.opening import OpenFiles
+from mmalign.data.select import Needs
 from mmalign.errors import DataError
 from mmalign.safe import open_file, replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+    from pydantic import TypeAdapter
 
     from mmalign.config import DataConfig
-    from mmalign.data.select import Needs
-
-    Array = np.ndarray[Any, np.dtype[Any]]
-    Parts = tuple[list[Example], list[Example]]
 
 log = logging.getLogger("mmalign.data")
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Parts = tuple[list[Example], list[Example]]
 
 VERSION = "1"  # raise it when entries of the same key change meaning
 _DTYPES = {
@@ -50,9 +49,8 @@ _MOST_HEADER = 100_000_000  # bytes, as the library that writes it has it
 _Layout = tuple[tuple[str, str, tuple[int, ...]], ...]  # name, dtype and shape of each tensor
 
 _OWN_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")  # of a shard; other files are not ours
-
 _PARTIAL = re.compile(r"\.[0-9a-f]{32}(\.safetensors)?\.\d+\.part")  # one that is being written
-
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 _PLACE = struct.Struct("<QI")  # offset in the shard, checksum
 
 
@@ -138,12 +136,11 @@ class TensorCache:
             keys: From `key`.
             read: Read every entry that is there: what is damaged is missing too.
         """
-        wanted = list(dict.fromkeys(keys))
+        wanted = [key for key in dict.fromkeys(keys) if key not in self._pending]
         if read:
             for key in wanted:
-                if key in self._index and key not in self._pending:
-                    self._read(key)  # a damaged one leaves the index
-        return [k for k in wanted if k not in self._index and k not in self._pending]
+                self._read(key)  # a damaged one leaves the index
+        return [key for key in wanted if key not in self._index]
 
     def repair(self) -> int:
         """Write what is whole in damaged shards again, and delete them; returns how many.
@@ -164,13 +161,9 @@ class TensorCache:
 
     def get(self, key: str) -> dict[str, Array] | None:
         """The arrays of an entry; None, and a miss, when there is none that can be trusted."""
-        found = self._pending.get(key)
-        if found is None and key in self._index:
-            found = self._read(key)
-        if found is None:
-            self.misses += 1
-            return None
-        self.hits += 1
+        found = self._pending[key] if key in self._pending else self._read(key)
+        self.hits += found is not None
+        self.misses += found is None
         return found
 
     def put(self, key: str, arrays: Mapping[str, Array]) -> None:
@@ -240,15 +233,10 @@ class TensorCache:
                 place = _PLACE.pack(8 + length + entry["data_offsets"][0], int(sums[name]))
                 found = (array, _DTYPES[entry["dtype"]], _shape(entry), place)
                 entries.setdefault(key, []).append(found)
-            whole = max(entry["data_offsets"][1] for entry in header.values()) + 8 + length <= size
-        except (
-            *(OSError, ValueError, KeyError, TypeError, AttributeError, struct.error),
-            RecursionError,
-        ) as error:
+            if max(entry["data_offsets"][1] for entry in header.values()) + 8 + length > size:
+                raise ValueError("it ends too early")
+        except (*_DAMAGE, struct.error) as error:
             self._damaged(shard, str(error))
-            return
-        if not whole:
-            self._damaged(shard, "it ends too early")
             return
         for key, tensors in entries.items():
             layout = tuple(tensor[:3] for tensor in tensors)
@@ -257,15 +245,14 @@ class TensorCache:
             self._index[key] = _Entry(shard, layout, places, self._index.get(key))
 
     def _read(self, key: str) -> dict[str, Array] | None:
-        entry = self._index.get(key)
-        while entry is not None:
+        while entry := self._index.get(key):
             arrays = self._arrays(entry)
             if arrays is not None:
                 return arrays
-            entry = entry.older
-            if entry is not None:
-                self._index[key] = entry
-        self._index.pop(key, None)
+            if entry.older is None:
+                del self._index[key]
+            else:
+                self._index[key] = entry.older
         return None
 
     def _arrays(self, entry: _Entry) -> dict[str, Array] | None:
@@ -287,9 +274,8 @@ class TensorCache:
     def _damaged(self, shard: Path, reason: str) -> None:
         self.corrupt += 1
         self.bad_shards.append(shard)
-        if self.bad_shards.count(shard) > 1:  # said already
-            return
-        log.warning("%s cannot be used (%s); its entries are computed again", shard, reason)
+        if self.bad_shards.count(shard) == 1:  # else it is said already
+            log.warning("%s cannot be used (%s); its entries are computed again", shard, reason)
 
 
 def _shape(entry: Mapping[str, Any]) -> tuple[int, ...]:
@@ -321,16 +307,11 @@ def plain(value: Any) -> Any:
         info = value.stat()
         return [str(value), info.st_size, info.st_mtime_ns]
     if is_dataclass(value) and not isinstance(value, type):
-        return {name: plain(getattr(value, name)) for name in (item.name for item in fields(value))}
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, tuple | list):
         return [plain(item) for item in cast("Sequence[Any]", value)]
     return value
 
-
-# Rows of text as a run takes them, kept in a folder, so that a large file is parsed once.
-#
-# What is kept is found by the bytes of every file, by what the config and the objective ask of
-# them, and by the code that reads them; any change makes it a miss.
 
 FEWEST = 10_000  # rows; fewer are read in a moment
 _LARGEST = 2 << 30  # bytes of all files together
@@ -338,7 +319,11 @@ _LATER = {"max_prompt_length", "max_response_length", "truncate_prompt", "num_wo
 
 
 class KeptRows:
-    """One file for each set of sources and each way to read them."""
+    """Rows of text as a run takes them, kept in a folder, so that a large file is parsed once.
+
+    They are found by the bytes of every file, by what the config and the objective ask of them, and
+    by the code that reads them; any change makes it a miss.
+    """
 
     def __init__(self, folder: Path, config: DataConfig, needs: Needs, seed: int) -> None:
         """`folder` is made when it is first written to; nothing is kept of what is not a file."""
@@ -362,35 +347,34 @@ class KeptRows:
             return None
         try:
             with waiting("reading rows"), no_collection():
-                head, _, body = self.file.read_bytes().partition(b"\n")
+                head, body, places = self.file.read_bytes().split(b"\n")
                 checksum, lines = json.loads(head)
-                if zlib.crc32(body) != checksum:
+                if zlib.crc32(body + places) != checksum:
                     return None
-                rows, places = json.loads(body)
-                examples = [_unpacked(row) for row in rows]
-                parts: Parts = ([examples[i] for i in places[0]], [examples[i] for i in places[1]])
+                rows = _examples().validate_json(body)
+                train, held_out = ([rows[i] for i in part] for part in json.loads(places))
         except (OSError, ValueError, TypeError, IndexError):
             return None
         for line in lines:
             log.warning("%s", line)
-        return parts
+        return train, held_out
 
     def put(self, parts: Parts, lines: Sequence[str]) -> None:
         """Keep the rows and what was logged; what cannot be kept or written is read again."""
         rows = {id(row): row for part in parts for row in part}
-        if self.file is None or len(rows) < FEWEST:
+        if self.file is None or len(rows) < FEWEST or not all(map(_is_text, rows.values())):
             return
         numbers = {key: number for number, key in enumerate(rows)}
-        places = [[numbers[id(row)] for row in part] for part in parts]
         try:
             with no_collection():
-                packed = [[_packed(row) for row in rows.values()], places]
-                body = json.dumps(packed, ensure_ascii=False).encode()
+                plain_rows = _examples().dump_python(list(rows.values()), exclude_defaults=True)
+                body = json.dumps(plain_rows, ensure_ascii=False).encode()
+            places = json.dumps([[numbers[id(row)] for row in part] for part in parts]).encode()
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            head = json.dumps([zlib.crc32(body), list(lines)]).encode()
+            head = json.dumps([zlib.crc32(body + places), list(lines)]).encode()
             with replacing(self.file, several=True) as partial:
-                partial.write_bytes(head + b"\n" + body)
-        except (OSError, _NotTextError, TypeError, UnicodeEncodeError):  # dates in meta, say
+                partial.write_bytes(b"\n".join((head, body, places)))
+        except (OSError, TypeError, UnicodeEncodeError):  # dates in meta, say
             return
 
 
@@ -407,10 +391,6 @@ def no_collection() -> Generator[None]:
             gc.enable()
 
 
-class _NotTextError(Exception):
-    """A row shows something, or its response is an image."""
-
-
 @cache
 def _code() -> str:
     """Identifies the code that reads rows."""
@@ -420,70 +400,14 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def _packed(row: Example) -> list[Any]:
-    if row.media or any(candidate.media for candidate in row.candidates):
-        raise _NotTextError
-    return [
-        row.id,
-        _packed_text(row.prompt),
-        [_packed_candidate(candidate) for candidate in row.candidates],
-        row.labels,
-        row.kind,
-        row.weight,
-        row.template.tools,
-        row.template.options,
-        row.meta,
-        row.place if row.place != row.id else None,
-    ]
+@cache
+def _examples() -> TypeAdapter[list[Example]]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(list[Example])
 
 
-def _packed_candidate(c: Candidate) -> list[Any]:
-    own = None if c.prompt is None else _packed_text(c.prompt)
-    rest = [own, c.spans, c.steps, c.role, c.complete]
-    text = _packed_text(c.response)
-    return [text] if rest == [None, (), (), "", True] else [text, *rest]
-
-
-def _packed_text(text: Any) -> str | list[list[str]]:
-    if isinstance(text, str):
-        return text
-    if not isinstance(text, tuple):
-        raise _NotTextError
-    turns = cast("tuple[Message, ...]", text)
-    return [[turn.role, turn.content, turn.extra] for turn in turns]
-
-
-_NO_TEMPLATE = Template()
-
-
-def _unpacked(row: list[Any]) -> Example:
-    identity, prompt, candidates, labels, kind, weight, tools, options, meta, place = row
-    return Example(
-        id=identity,
-        prompt=_text(prompt),
-        candidates=tuple(_candidate(item) for item in candidates),
-        labels=tuple(labels),
-        kind=kind,
-        weight=weight,
-        template=Template(tools, options) if tools or options else _NO_TEMPLATE,
-        meta=meta,
-        place=identity if place is None else place,
-    )
-
-
-def _candidate(item: list[Any]) -> Candidate:
-    if len(item) == 1:
-        return Candidate(_text(item[0]))
-    text, own, spans, steps, role, complete = item
-    return Candidate(
-        _text(text),
-        prompt=None if own is None else _text(own),
-        spans=tuple((first, last) for first, last in spans),
-        steps=tuple((first, last) for first, last in steps),
-        role=role,
-        complete=complete,
-    )
-
-
-def _text(value: str | list[list[str]]) -> str | tuple[Message, ...]:
-    return value if isinstance(value, str) else tuple(Message(*turn) for turn in value)
+def _is_text(row: Example) -> bool:
+    """Whether a row shows nothing, and no response of it is an image."""
+    texts = all(isinstance(c.response, str | tuple) and not c.media for c in row.candidates)
+    return texts and not row.media

@@ -8,18 +8,12 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from mmalign.data.fields import Fields, number
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-
-# One preference record as the rest of mmalign sees it; `parse.py` makes it from a raw one.
 
 ExampleKind = Literal["pair", "unpaired", "list", "plain"]
 
