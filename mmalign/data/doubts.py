@@ -5,32 +5,26 @@ from __future__ import annotations
 import re
 import unicodedata
 from array import array
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 from operator import eq
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mmalign.data.convert import Unread
-from mmalign.data.example import as_text, normalised
+from mmalign.data.example import Candidate, Example, Message, Picture, Prompt, as_text, normalised
 from mmalign.data.fields import as_list, number, show
 from mmalign.data.layouts import CHOICES
 from mmalign.data.media_layouts import CHOICES as PICTURE_CHOICES
 from mmalign.data.media_layouts import HIGHER, LOWER, ends_of, side_of
+from mmalign.data.records import Record
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from mmalign.data.example import Candidate, Example, Message, Picture, Prompt
-    from mmalign.data.records import Record
-
-    Response = str | Path | Picture | tuple[Message, ...]
-
-
-# One thing that holds for some rows, with its count and the places of a few.
+Response = str | Path | Picture | tuple[Message, ...]
 
 
 @dataclass(slots=True)
@@ -40,6 +34,7 @@ class Counted:
     what: str
     first: str  # its place, id, and what was found there
     places: list[str] = field(default_factory=list[str])
+    of_pairs: bool = False  # counted among pairs, and not among all rows
 
     def line(self, total: int, unit: str, show_places: int) -> str:
         """What, how many, and where the first is; then the places of a few more."""
@@ -58,15 +53,13 @@ class Counted:
         return text
 
 
-# Evaluation rows that are trained on too, told in the same words before a run and in a check.
-
 _WITH_ANSWERS = "have a prompt that is also trained on, with its responses"
 _PROMPTS = "have a prompt that is also trained on"
 _SHOWN = "show a clip, image or sound that is also trained on"
 
 
 class Leakage:
-    """Takes in rows of both parts, in any order. Texts are kept as hashes."""
+    """Evaluation rows that are trained on too. Rows come in any order, texts are kept as hashes."""
 
     def __init__(self) -> None:
         self._prompts: set[int] = set()
@@ -110,8 +103,6 @@ def asked(row: Example) -> str:
     """The prompt; that of the best candidate in a row whose candidates have their own."""
     return as_text(row.prompt or row.candidates[0].prompt or "")
 
-
-# What stands in answers that no person wrote: the marks of a converter gone wrong.
 
 _MARK = re.compile(
     r"<\|[A-Za-z][\w ]{0,40}\|>|<｜[^<>｜]{1,40}｜>|</s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad)>"
@@ -196,11 +187,6 @@ def _words(response: Response) -> list[str]:
     return [turn.content for turn in response] if isinstance(response, tuple) else []
 
 
-# Columns beside a row's labels that say which response is the better one, where they disagree.
-#
-# A reader follows one of them. The others are carried along unread, so a row may say two things at
-# once: scores that prefer `rejected`, a `better_response_id` beside another `winner`.
-
 _WINNERS = ("winner", "better_response_id", "label")
 _RATINGS = ("desirable", "label", "kto_tag")
 _SCORES = ("scores", "ratings", "human_preference")
@@ -211,6 +197,10 @@ def contradictions(
     raw: Mapping[str, Any], record: Mapping[str, Any], row: Example, *, turned: bool = False
 ) -> dict[str, str]:
     """What disagrees about the better response: a phrase for each kind, and what was found.
+
+    Readers follow one column of those that name it. The others are carried along unread, so a row
+    may say two things at once: scores that prefer `rejected`, a `better_response_id` beside another
+    `winner`.
 
     Args:
         raw: The row as its file has it, in any layout.
@@ -334,31 +324,27 @@ def _two_ratings(raw: Mapping[str, Any]) -> dict[str, str]:
     return {}
 
 
-# What is doubtful about rows that can be read: the same words before a run and in a check.
-#
-# Each kind is one line with its count and the first place. Rows are compared by hashes, so memory
-# does not grow with the length of texts.
-
 HEAVY = 100.0
 """A weight above this many times the median is named."""
 SHORTEST_REPEAT = 20  # characters of a prompt; an answer may well begin with a shorter one
 FEWEST_EQUAL = 5  # rows; fewer may have one same answer by chance
 MOSTLY = 0.5  # of the rows, from which on a way of writing is no row's own
+_ROLES = "answers that begin with a role, as in a transcript"
 
 
 class Doubts:
-    """Takes in every row as it is read; `lines` says what is in doubt."""
+    """Takes in every row as it is read; `lines` says what is in doubt.
+
+    Rows are compared by hashes, so memory does not grow with the length of texts.
+    """
 
     def __init__(self) -> None:
         self.num_rows = 0
-        self.num_pairs = 0
         self.leakage = Leakage()  # of the rows that it is given
         self.unread = Unread()
         self._groups: dict[str, Counted] = {}
-        self._of_pairs: set[str] = set()
-        self._roles = Counted("answers that begin with a role, as in a transcript", "")
-        self._turned: dict[str, dict[str, int]] = {}  # file -> what prefers rejected -> pairs
-        self._pairs_of: dict[str, int] = {}  # file -> pairs
+        self._turned: dict[str, Counter[str]] = {}  # file -> what prefers rejected -> pairs
+        self._pairs_of: Counter[str] = Counter()  # file -> pairs
         self._first: dict[int, str] = {}  # hash of a row -> its place
         self._rated: dict[int, tuple[bool, str]] = {}  # hash of a single response -> its rating
         self._same: dict[str, _Same] = {}
@@ -372,16 +358,15 @@ class Doubts:
             return
         self.num_rows += 1
         self.unread.add(source, record.unread)
-        if row.kind == "pair":
-            self.num_pairs += 1
-            self._pairs_of[source] = self._pairs_of.get(source, 0) + 1
+        self._pairs_of[source] += row.kind == "pair"
         if record.turned:
-            reasons = self._turned.setdefault(source, {})
-            reasons[record.turned] = reasons.get(record.turned, 0) + 1
+            self._turned.setdefault(source, Counter())[record.turned] += 1
         told = contradictions(record.raw, record.value, row, turned=bool(record.turned))
         for what, found in told.items():
             self.note(record, what, found)
-        self._weigh(record, row.weight)
+        self._weights.append(row.weight)
+        if row.weight > self._heaviest[0]:
+            self._heaviest = (row.weight, record.place)
         self._read(record, row, held_out)
 
     def note(self, record: Record, what: str, found: str = "", *, of_pairs: bool = False) -> None:
@@ -390,45 +375,39 @@ class Doubts:
         if group is None:
             name = f" (id {record.id!r})" if record.id != record.place else ""
             after = f": {found}" if found else ""
-            group = self._groups[what] = Counted(what, f"{record.place}{name}{after}")
-        if of_pairs:
-            self._of_pairs.add(what)
+            group = Counted(what, f"{record.place}{name}{after}", of_pairs=of_pairs)
+            self._groups[what] = group
         if group.places[-1:] != [record.place]:  # both answers of a row are one row
             group.places.append(record.place)
 
     def lines(self, show_places: int = 0) -> list[str]:
         """One line for each thing in doubt."""
         lines = [*self.unread.lines(), *self._turned_lines()]
+        pairs, rows = (self._pairs_of.total(), "pairs"), (self.num_rows, "rows")
         for what, group in self._groups.items():
-            of_pairs = what in self._of_pairs
-            total, unit = (self.num_pairs, "pairs") if of_pairs else (self.num_rows, "rows")
-            lines.append(group.line(total, unit, show_places))
-        if len(self._roles.places) >= max(FEWEST_EQUAL, MOSTLY * self.num_rows):
-            lines.append(self._roles.line(self.num_rows, "rows", show_places))
-        lines += [*self._same_lines(), *self._weight_lines()]
-        return lines + self.leakage.lines(show_places)
+            few = len(group.places) < max(FEWEST_EQUAL, MOSTLY * self.num_rows)
+            if what != _ROLES or not few:
+                lines.append(group.line(*(pairs if group.of_pairs else rows), show_places))
+        lines += [
+            f"one same {name} in all {same.count} rows: {show(same.shown)}"
+            for name, same in self._same.items()
+            if len(same.texts) == 1 and len(same.prompts) > 1 and same.count >= FEWEST_EQUAL
+        ]
+        return [*lines, *self._weight_lines(), *self.leakage.lines(show_places)]
 
     def _turned_lines(self) -> list[str]:
         lines: list[str] = []
         for source, reasons in self._turned.items():
-            count, total = sum(reasons.values()), self._pairs_of[source]
             which = " or ".join(reasons)
-            one = which in ("p_chosen", "agreement")
-            lines.append(
-                f"{count} of {total} pairs of {source} were turned round: their {which} "
-                f"{'prefers' if one else 'prefer'} `rejected`"
-            )
+            verb = "prefers" if which in ("p_chosen", "agreement") else "prefer"
+            count = f"{reasons.total()} of {self._pairs_of[source]} pairs"
+            lines.append(f"{count} of {source} were turned round: their {which} {verb} `rejected`")
         return lines
 
     @property
     def all_weights_are_zero(self) -> bool:
         """Whether there are rows, and none has a weight: nothing would be learned from them."""
         return bool(self._weights) and self._heaviest[0] == 0.0
-
-    def _weigh(self, record: Record, weight: float) -> None:
-        self._weights.append(weight)
-        if weight > self._heaviest[0]:
-            self._heaviest = (weight, record.place)
 
     def _weight_lines(self) -> list[str]:
         weights = np.frombuffer(self._weights) if self._weights else np.zeros(0)
@@ -438,14 +417,13 @@ class Doubts:
         lines: list[str] = []
         if none and positive.size:
             lines.append(f"rows of weight 0, of which nothing is learned: {none} of {weights.size}")
-        if not heavy:
-            return lines
-        weight, place = self._heaviest
-        return [
-            *lines,
-            f"weights above {HEAVY:g} times the median of {usual:g}: {heavy} of {self.num_rows} "
-            f"rows; the highest is {weight:g} at {place}",
-        ]
+        if heavy:
+            weight, place = self._heaviest
+            lines.append(
+                f"weights above {HEAVY:g} times the median of {usual:g}: {heavy} of "
+                f"{self.num_rows} rows; the highest is {weight:g} at {place}"
+            )
+        return lines
 
     def _read(self, record: Record, row: Example, held_out: bool) -> None:
         """Compare the texts of a row with each other and with those of earlier rows."""
@@ -459,41 +437,37 @@ class Doubts:
             own = asked if candidate.prompt is None else normalised(_last(candidate.prompt))
             if len(own) >= SHORTEST_REPEAT and _said(candidate, text).startswith(own):
                 self.note(record, "answers that repeat their prompt", name)
-            mark = special_mark(candidate)
-            if mark:
-                what = "special tokens written in answers"
-                self.note(record, what, f"{mark} in {name}")
+            if mark := special_mark(candidate):
+                self.note(record, "special tokens written in answers", f"{mark} in {name}")
             for what, found in of_a_converter(candidate).items():
                 self.note(record, what, f"{found} in {name}")
             if role := role_before(candidate):
-                self._roles.first = self._roles.first or f"{record.place}: {role}"
-                if self._roles.places[-1:] != [record.place]:
-                    self._roles.places.append(record.place)
+                self.note(record, _ROLES, role)
             shown = None if candidate.prompt is None else normalised(candidate.prompt)
             answers.append((text, hash((text, shown, candidate.media))))
         if row.kind == "pair":
             self._compare_sides(record, row, answers[0][1] == answers[1][1])
         if not row.files() and all(c.prompt is None for c in row.candidates):
-            same = self._same.setdefault("prompt", _Same(prompt[0], as_text(row.prompt)))
+            same = self._same.setdefault("prompt", _Same(as_text(row.prompt)))
             same.add(prompt[0], answers[0][0] if answers else "")
         if row.kind != "list":
             for name, candidate, (text, _) in zip(names, rated, answers, strict=True):
                 if text:  # what is trained on prompts alone has none
-                    same = self._same.setdefault(name, _Same(text, as_text(candidate.response)))
+                    same = self._same.setdefault(name, _Same(as_text(candidate.response)))
                     same.add(text, prompt[0])
         self._compare(record, row, hash((prompt, held_out)), [key for _, key in answers])
 
     def _compare_sides(self, record: Record, row: Example, equal: bool) -> None:
         """Whether the two sides of a pair say the same."""
         first, second = row.candidates[:2]
+        alike = (first.prompt, first.media) == (second.prompt, second.media)
+        words = alike and isinstance(first.response, str | tuple)
         if equal:
             what = "chosen equal to rejected but for white space and case"
             self.note(record, what, of_pairs=True)
-        elif isinstance(first.response, str | tuple):
-            alike = (first.prompt, first.media) == (second.prompt, second.media)
-            if alike and same_words(first.response, second.response):
-                what = "chosen equal to rejected but for punctuation and marks that are not seen"
-                self.note(record, what, of_pairs=True)
+        elif words and same_words(first.response, second.response):
+            what = "chosen equal to rejected but for punctuation and marks that are not seen"
+            self.note(record, what, of_pairs=True)
 
     def _compare(self, record: Record, row: Example, prompt: int, answers: list[int]) -> None:
         key, reverse = hash((prompt, *answers)), hash((prompt, *reversed(answers)))
@@ -511,31 +485,21 @@ class Doubts:
             self.note(record, what, f"the other is {other}", of_pairs=True)
         self._first.setdefault(key, record.place)
 
-    def _same_lines(self) -> list[str]:
-        return [
-            f"one same {name} in all {same.count} rows: {show(same.shown)}"
-            for name, same in self._same.items()
-            if same.everywhere and same.prompts_differ and same.count >= FEWEST_EQUAL
-        ]
-
 
 @dataclass(slots=True)
 class _Same:
     """Whether all rows have one same answer to different prompts, or one prompt for all answers."""
 
-    text: str
-    shown: str  # as it was written
+    shown: str  # as the first is written
+    texts: set[int] = field(default_factory=set[int])  # hashes of at most two
+    prompts: set[int] = field(default_factory=set[int])
     count: int = 0
-    prompt: str | None = None
-    everywhere: bool = True
-    prompts_differ: bool = False
 
     def add(self, text: str, prompt: str) -> None:
         self.count += 1
-        self.everywhere = self.everywhere and text == self.text
-        if self.prompt is None:
-            self.prompt = prompt
-        self.prompts_differ = self.prompts_differ or prompt != self.prompt
+        for known, new in ((self.texts, text), (self.prompts, prompt)):
+            if len(known) < 2:
+                known.add(hash(new))
 
 
 def _last(prompt: Prompt) -> str:
