@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmalign.data.doubts import Doubts
-from mmalign.data.example import HELD_OUT, Example, Picture, as_text
+from mmalign.data.example import HELD_OUT, Example, Media, Picture, as_text
 from mmalign.data.fields import Problem
 from mmalign.data.jobs import track
 from mmalign.data.pictures import LARGEST_CUT, LARGEST_FACTOR, decode_all, is_odd
@@ -20,92 +21,75 @@ from mmalign.errors import DataError
 from mmalign.safe import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-
     from PIL.Image import Image
 
     from mmalign.config import DataSource
 
-    Decode = Callable[[Sequence[Example]], Sequence[Sequence[str]]]
-    """Rows to what is wrong with the media of each; callers bring it, for data decodes no clips."""
-
-
-# What prompts of checked files show and play: how much there is, and images that are broken.
-#
-# That a clip or a sound is there was seen when its record was read. Whether it can be decoded is
-# found out where that is asked for, and before a run's first step, with the run's limits.
+Decode = Callable[[Sequence[Example]], Sequence[Sequence[str]]]
+"""Rows to what is wrong with the media of each; callers bring it, for data decodes no clips."""
 
 
 class MediaBook:
-    """Collects what the prompts of all records show, corrupted clips of their own included."""
+    """Collects what the prompts of all records show, corrupted clips of their own included.
+
+    Whether a clip or a sound can be decoded is found out where that is asked for, and before a
+    run's first step, with the run's limits.
+    """
 
     def __init__(self) -> None:
-        self.counts: dict[str, int] = dict.fromkeys(("clip", "image", "sound"), 0)
-        self.files: dict[str, set[Path | Picture]] = {name: set() for name in self.counts}
-        self.pictures: list[tuple[Record, Picture]] = []
-        self.rows: list[tuple[Record, Example]] = []
+        kinds = ("clip", "image", "sound")
+        self.files: dict[str, Counter[Path | Picture]] = {kind: Counter() for kind in kinds}
+        self.rows: list[tuple[Record, Example, list[Media]]] = []
 
     def add(self, record: Record, row: Example) -> None:
         """Take in the media of one row, and of its candidates."""
-        if row.media or any(c.media for c in row.candidates):
-            self.rows.append((record, row))
-        for media in (row.media, *(c.media for c in row.candidates)):
-            if media is None:
-                continue
-            self._count("clip", [clip.path for clip in media.videos])
-            self._count("image", media.images)
-            self._count("sound", [sound.path for sound in media.sounds])
-            self.pictures += [(record, picture) for picture in media.images]
+        shown = [m for m in (row.media, *(c.media for c in row.candidates)) if m]
+        if shown:
+            self.rows.append((record, row, shown))
+        for media in shown:
+            self.files["clip"].update(clip.path for clip in media.videos)
+            self.files["image"].update(media.images)
+            self.files["sound"].update(sound.path for sound in media.sounds)
 
     def close(self, problems: ProblemList, decode: Decode | None = None) -> None:
         """Decode the images, in threads, and with `decode` all else, and add what is wrong."""
         if decode is not None:
-            faults = decode([row for _, row in self.rows])
-            for (record, _), texts in zip(self.rows, faults, strict=True):
+            faults = decode([row for _, row, _ in self.rows])
+            for (record, _, _), texts in zip(self.rows, faults, strict=True):
                 for text in texts:
                     problems.add(record, Problem("what is shown must be decodable", text))
             return
-        self._add_absent(problems)
-        found = decode_all((picture for _, picture in self.pictures), _seen)
-        for record, picture in self.pictures:
-            result = found[picture]
-            if isinstance(result, DataError):
-                problems.add(record, Problem("an image must be decodable", str(result)))
-
-    def _add_absent(self, problems: ProblemList) -> None:
-        """Clips and sounds that are not there; images are opened anyway."""
         files = self.files["clip"] | self.files["sound"]
         absent = {file for file in files if isinstance(file, Path) and not file.is_file()}
-        for record, row in self.rows if absent else ():
-            media = [row.media, *(c.media for c in row.candidates if c.media is not None)]
-            for file in dict.fromkeys(file for item in media for file in item.files()):
+        for record, _, shown in self.rows if absent else ():
+            for file in dict.fromkeys(file for media in shown for file in media.files()):
                 if file in absent:
                     what = "what is shown or played must be a media file that is there"
                     problems.add(record, Problem(what, f"there is no {file}"))
+        found = decode_all(self.files["image"], lambda _: None)
+        for record, _, shown in self.rows:
+            for picture in (picture for media in shown for picture in media.images):
+                _add_fault(problems, record, found[picture])
 
     def lines(self) -> list[str]:
         """How many media there are of each kind, and in how many files."""
         parts = [
-            f"{_times(count, name)} ({_times(len(self.files[name]), 'file')})"
-            for name, count in self.counts.items()
-            if count
+            f"{_times(files.total(), kind)} ({_times(len(files), 'file')})"
+            for kind, files in self.files.items()
+            if files
         ]
         return [f"  {'shown':8} " + ", ".join(parts)] if parts else []
-
-    def _count(self, name: str, files: Sequence[Path | Picture]) -> None:
-        self.counts[name] += len(files)
-        self.files[name].update(files)
 
 
 def _times(count: int, name: str) -> str:
     return f"{count} {name}{'s' * (count != 1)}"
 
 
-def _seen(_: Image) -> None:
-    """Nothing is kept of an image that can be decoded."""
+def _add_fault(problems: ProblemList, record: Record, result: object) -> None:
+    """Add a problem where an image could not be decoded."""
+    if isinstance(result, DataError):
+        problems.add(record, Problem("an image must be decodable", str(result)))
 
-
-# The images of checked files: which cannot be decoded, their sizes, and what is doubtful.
 
 Size = tuple[int, int]  # width, height
 
@@ -119,7 +103,7 @@ class PictureBook:
     """Collects the images of all records, and decodes each once at the end."""
 
     def __init__(self) -> None:
-        self.rows: list[tuple[Record, list[tuple[str, Picture]]]] = []
+        self.rows: list[tuple[Record, list[tuple[str, Picture]], bool]] = []  # own captions
         self.num_decoded = 0
         self.sizes: dict[str, list[Size]] = {}
 
@@ -132,7 +116,8 @@ class PictureBook:
             if isinstance(candidate.response, Picture)
         ]
         if parts:
-            self.rows.append((record, parts))
+            has_captions = any(candidate.prompt is not None for candidate in row.candidates)
+            self.rows.append((record, parts, has_captions))
 
     def close(self, problems: ProblemList, doubts: Doubts, *, alone: bool = True) -> None:
         """Decode all images, in threads, and add what is wrong with them.
@@ -142,28 +127,25 @@ class PictureBook:
             doubts: Rows that teach nothing, or other than they seem to, go there.
             alone: Judge sizes as well: no config does, which knows how large images must be.
         """
-        found = decode_all((picture for _, parts in self.rows for _, picture in parts), _look)
+        found = decode_all((picture for _, parts, _ in self.rows for _, picture in parts), _look)
         self.num_decoded = sum(not isinstance(result, DataError) for result in found.values())
         whole: list[tuple[Record, list[Size]]] = []
-        for record, parts in self.rows:
+        for record, parts, has_captions in self.rows:
             sizes: list[Size] = []
             digests: list[bytes] = []
             for name, picture in parts:
                 result = found[picture]
-                if isinstance(result, DataError):
-                    problems.add(record, Problem("an image must be decodable", str(result)))
-                else:
+                _add_fault(problems, record, result)
+                if not isinstance(result, DataError):
                     sizes.append(result[0])
                     digests.append(result[1])
                     self.sizes.setdefault(name, []).append(result[0])
             if len(sizes) < len(parts):
                 continue
             if is_odd(sizes):
-                what = (
-                    "rows whose images differ in aspect ratio by more than 2 to 1: not trained on"
-                )
-                doubts.note(record, what, " and ".join(map(_shown, sizes)))
-            elif _has_one_caption(record) and len(set(digests)) < len(digests):
+                what = "rows whose images differ in aspect ratio by more than 2 to 1"
+                doubts.note(record, f"{what}: not trained on", " and ".join(map(_shown, sizes)))
+            elif len(set(digests)) < len(digests) and not has_captions:
                 doubts.note(record, "rows that show one image twice, pixel by pixel")
             whole.append((record, sizes))
         if alone:
@@ -173,7 +155,7 @@ class PictureBook:
         """How many images there are, and a table of their sizes."""
         if not self.rows:
             return []
-        total = sum(len(parts) for _, parts in self.rows)
+        total = sum(len(parts) for _, parts, _ in self.rows)
         width = max(map(len, self.sizes), default=0) + 2
         heads = ("width", "height", "width / height")
         quantiles = "".join(f"{name:>8}" for name in ("min", "median", "max"))
@@ -191,12 +173,6 @@ class PictureBook:
             ]
             lines.append(f"  {name:{width}}" + "    ".join(cells))
         return lines
-
-
-def _has_one_caption(record: Record) -> bool:
-    """Whether images alone tell the candidates of a row apart."""
-    row = record.example
-    return row is not None and all(candidate.prompt is None for candidate in row.candidates)
 
 
 def _judge_sizes(rows: list[tuple[Record, list[Size]]], doubts: Doubts) -> None:
@@ -233,8 +209,6 @@ def _look(picture: Image) -> tuple[Size, bytes]:
     return picture.size, digest.digest()
 
 
-# `mmalign data check`: all problems of the files in one pass, and what is in them.
-
 EVAL = "eval"
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
@@ -255,8 +229,42 @@ class Report:
         default_factory=dict[str, "list[tuple[int, int]]"]
     )
     """For each part of a row: (characters, words) of every one."""
+    lists: list[tuple[Record, int]] = field(default_factory=list["tuple[Record, int]"])
+    """Ranked lists, and how many responses each has."""
     pictures: PictureBook = field(default_factory=PictureBook)
     media: MediaBook = field(default_factory=MediaBook)
+
+    def add(self, record: Record, split: str, source: str) -> None:
+        """Take in one record of the split and file."""
+        self.num_records += 1
+        self.problems.add(record, *record.problems)
+        row = record.example
+        if row is None:
+            return
+        self.kinds[row.kind] += 1
+        self.splits[split] += 1
+        self.labels[_label(row)] += 1
+        for part, text in _parts(row):
+            self.lengths.setdefault(part, []).append((len(text), len(text.split())))
+        self.pictures.add(record, row)
+        self.media.add(record, row)
+        self.warnings.add(record, source, held_out=split == EVAL)
+        self.warnings.leakage.add(row, held_out=split == EVAL)
+        if row.kind == "list":
+            self.lists.append((record, row.num_rated))
+
+    def close(self, decode: Decode | None, *, sizes: bool) -> None:
+        """Compare what needed all records, and look into images and media."""
+        self.pictures.close(self.problems, self.warnings, alone=sizes)
+        self.media.close(self.problems, decode)
+        if self.warnings.all_weights_are_zero:
+            nowhere = Record(self.names, self.names, "", None)
+            self.problems.add(nowhere, Problem("the weight of all rows is 0"))
+        usual = Counter(k for _, k in self.lists).most_common(1)
+        for record, k in self.lists:
+            if k != usual[0][0]:
+                what = f"all lists must have the same length, which is mostly {usual[0][0]} here"
+                self.problems.add(record, Problem(what, f"this one has {k} responses"))
 
     @property
     def exit_code(self) -> int:
@@ -266,11 +274,8 @@ class Report:
     def text(self, show: int = 20) -> str:
         """The report for a terminal; `show` places for each kind of problem."""
         lines = [f"{self.names}: {self.num_records} records"]
-        for title, counts in (
-            ("kinds", self.kinds),
-            ("splits", self.splits),
-            ("labels", self.labels),
-        ):
+        for title in ("kinds", "splits", "labels"):
+            counts: Counter[str] = getattr(self, title)
             if counts:
                 told = ", ".join(f"{n} {printable(key)}" for key, n in counts.items())
                 lines.append(f"  {title:8} {told}")
@@ -311,72 +316,22 @@ def check_files(
     given = (*paths, *eval_paths)
     names = [str(item if isinstance(item, str | Path) else item.path) for item in given]
     report = Report(", ".join(names))
-    book = _Book(report)
     for number, (item, name) in enumerate(zip(given, names, strict=True)):
-        split = None if isinstance(item, str | Path) else item.split
+        source: dict[str, Any] = {"layout": layout, "pictures": pictures}
+        if not isinstance(item, str | Path):
+            source = {key: getattr(item, key) for key in ("name", "split", "layout", "pictures")}
         before = report.num_records
         try:
-            for record in track(_records(item, layout, pictures), f"reading {name}"):
-                by_split = split is None and record.split.lower() in HELD_OUT
+            for record in track(read_records(name, **source), f"reading {name}"):
+                by_split = source.get("split") is None and record.split.lower() in HELD_OUT
                 held_out = number >= len(paths) or by_split
-                book.add(record, EVAL if held_out else record.split or "train", name)
+                report.add(record, EVAL if held_out else record.split or "train", name)
             if report.num_records == before:
                 raise DataError(f"{name}: holds no records")
         except DataError as error:
             report.problems.add(Record(name, name, "", None), Problem(str(error)))
-    book.close(decode, sizes=sizes)
+    report.close(decode, sizes=sizes)
     return report
-
-
-def _records(
-    item: str | Path | DataSource, layout: str | None, pictures: Path | None
-) -> Iterator[Record]:
-    if isinstance(item, str | Path):
-        return read_records(item, layout=layout, pictures=pictures)
-    return read_records(
-        item.path, name=item.name, split=item.split, layout=item.layout, pictures=item.pictures
-    )
-
-
-class _Book:
-    """Fills a report; keeps what must be compared between records."""
-
-    def __init__(self, report: Report) -> None:
-        self.report = report
-        self.lists: list[tuple[Record, int]] = []
-
-    def add(self, record: Record, split: str, source: str) -> None:
-        """Take in one record of the split and file."""
-        self.report.num_records += 1
-        self.report.problems.add(record, *record.problems)
-        row = record.example
-        if row is None:
-            return
-        self.report.kinds[row.kind] += 1
-        self.report.splits[split] += 1
-        self.report.labels[_label(row)] += 1
-        for part, text in _parts(row):
-            self.report.lengths.setdefault(part, []).append((len(text), len(text.split())))
-        self.report.pictures.add(record, row)
-        self.report.media.add(record, row)
-        self.report.warnings.add(record, source, held_out=split == EVAL)
-        self.report.warnings.leakage.add(row, held_out=split == EVAL)
-        if row.kind == "list":
-            self.lists.append((record, row.num_rated))
-
-    def close(self, decode: Decode | None, *, sizes: bool) -> None:
-        """Compare what needed all records, and look into images and media."""
-        found = self.report
-        found.pictures.close(found.problems, found.warnings, alone=sizes)
-        self.report.media.close(self.report.problems, decode)
-        if self.report.warnings.all_weights_are_zero:
-            nowhere = Record(self.report.names, self.report.names, "", None)
-            self.report.problems.add(nowhere, Problem("the weight of all rows is 0"))
-        usual = Counter(k for _, k in self.lists).most_common(1)
-        for record, k in self.lists:
-            if k != usual[0][0]:
-                what = f"all lists must have the same length, which is mostly {usual[0][0]} here"
-                self.report.problems.add(record, Problem(what, f"this one has {k} responses"))
 
 
 def _label(row: Example) -> str:
