@@ -352,12 +352,13 @@ class KeptRows:
                 if zlib.crc32(body + places) != checksum:
                     return None
                 rows = _examples().validate_json(body)
-                train, held_out = ([rows[i] for i in part] for part in json.loads(places))
+                train, held_out = json.loads(places)
+                parts: Parts = ([rows[i] for i in train], [rows[i] for i in held_out])
         except (OSError, ValueError, TypeError, IndexError):
             return None
         for line in lines:
             log.warning("%s", line)
-        return train, held_out
+        return parts
 
     def put(self, parts: Parts, lines: Sequence[str]) -> None:
         """Keep the rows and what was logged; what cannot be kept or written is read again."""

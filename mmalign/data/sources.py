@@ -6,43 +6,51 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from mmalign.data.doubts import Doubts, Leakage, asked
-from mmalign.data.example import HELD_OUT
+from mmalign.data.example import HELD_OUT, Example
 from mmalign.data.jobs import track
 from mmalign.data.records import ProblemList, Record, read_records
 from mmalign.data.select import Needs, fit, is_used, reads_labels
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from mmalign.config import DataConfig, DataSource
-    from mmalign.data.example import Example
-
-
-# Reading the sources of a run, as far as the run needs them.
-#
-# Without a limit every source is read whole. With one, sources take turns row by row, and reading
-# ends where there are enough rows. A source whose rows name a `split` is then looked through for
-# the rows that it holds out, without reading the others.
 
 log = logging.getLogger("mmalign.data")
 
 
 class Reader:
-    """One source: the rows read so far, apart from them those that its `split` column holds out."""
+    """One source, and the rows read so far.
 
-    def __init__(self, source: DataSource, doubts: Doubts | None, *, of_eval: bool = False) -> None:
+    Attributes:
+        here: The rows, but for those held out.
+        there: The rows that its `split` column holds out.
+        counts: How many of them an objective uses: of `there`, of `here`, and under `share` those
+            of `here` that would be held out as a share of the prompts.
+    """
+
+    def __init__(
+        self,
+        source: DataSource,
+        doubts: Doubts | None,
+        is_used: Callable[[Example], bool],
+        *,
+        share: float = 0.0,
+        of_eval: bool = False,
+    ) -> None:
         """Nothing is read yet. Rows go to `doubts` too, where they have not been there before."""
         self.source = source
         self.here: list[Example] = []
         self.there: list[Example] = []
+        self.counts: Counter[str] = Counter()
+        self._is_used, self._share = is_used, share
         self.names_splits = False
         self.held_out_only = False  # rows of other splits are passed over unread
         self._doubts = doubts
@@ -80,6 +88,9 @@ class Reader:
         self.names_splits = self.names_splits or (by_split and "split" in record.raw)
         held_out = by_split and _is_held_out(record.split)
         (self.there if held_out else self.here).append(row)
+        if self._is_used(row):
+            in_share = self._share > 0 and _place(row) < self._share
+            self.counts["there" if held_out else "share" if in_share else "here"] += 1
         if self._doubts is not None:
             self._doubts.add(record, self.source.path, held_out=held_out or self._of_eval)
 
@@ -93,13 +104,12 @@ class Reader:
         if not self._num_read:
             raise DataError(f"{self.source.path}: holds no records")
         found = self._problems
-        if not found.groups:
-            return
-        if bad_rows == "stop":
+        if found.groups and bad_rows == "stop":
             raise found.error(self.source.path)
-        message = "%s: %d of %d records have problems and are left out: %s"
-        lines = " ".join(found.lines(0))
-        log.warning(message, self.source.path, found.num_records, self._num_read, lines)
+        if found.groups:
+            message = "%s: %d of %d records have problems and are left out: %s"
+            lines = " ".join(found.lines(0))
+            log.warning(message, self.source.path, found.num_records, self._num_read, lines)
 
 
 def read_whole(readers: Sequence[Reader]) -> None:
@@ -116,36 +126,8 @@ def read_until(enough: Callable[[], bool], readers: Sequence[Reader]) -> None:
         live = [reader for reader in live if reader.step()]
 
 
-def look_through(readers: Sequence[Reader], enough: Callable[[], bool]) -> None:
-    """Go on in the sources that name splits, for the rows that they hold out and no others."""
-    named = [reader for reader in readers if reader.names_splits]
-    for reader in named:
-        reader.held_out_only = True
-    read_until(enough, named)
-
-
-class Count:
-    """How many rows of growing lists pass a test; each row is tested once."""
-
-    def __init__(self, test: Callable[[Example], bool]) -> None:
-        self._test = test
-        self._seen: dict[int, int] = {}  # list -> how many of its rows were tested
-        self._passed: dict[int, int] = {}
-
-    def of(self, rows: list[Example]) -> int:
-        """The rows of a list that pass; the list may grow between calls, and must live on."""
-        key = id(rows)
-        seen = self._seen.get(key, 0)
-        self._passed[key] = self._passed.get(key, 0) + sum(map(self._test, rows[seen:]))
-        self._seen[key] = len(rows)
-        return self._passed[key]
-
-
 def _is_held_out(split: str) -> bool:
     return split.lower() in HELD_OUT
-
-
-# Everything between `data:` in a config and the Examples of a run.
 
 
 def load_examples(
@@ -177,15 +159,19 @@ def load_examples(
     def shape(rows: Sequence[Example], needs: Needs) -> list[Example]:
         return fit(rows, needs, ties=config.ties, swap=config.swap, list_pairs=config.list_pairs)
 
+    def used(row: Example) -> bool:
+        return is_used(row, needs, config.ties)
+
     doubts = Doubts()
-    readers = [Reader(source, doubts) for source in config.train]
-    _read_train(readers, config, needs)
+    share = 0.0 if config.eval or config.max_samples is None else config.eval_fraction
+    readers = [Reader(source, doubts, used, share=share) for source in config.train]
+    _read_train(readers, config, share)
     known = {_where(source) for source in config.train}
     of_eval = [
-        Reader(source, None if _where(source) in known else doubts, of_eval=True)
+        Reader(source, None if _where(source) in known else doubts, used, of_eval=True)
         for source in config.eval
     ]
-    _read_eval(of_eval, config, needs)
+    _read_eval(of_eval, config.max_eval_samples)
     for reader in (*readers, *of_eval):
         reader.finish(config.bad_rows)
     for line in doubts.lines():
@@ -221,45 +207,44 @@ def load_examples(
     return train, evaluation
 
 
-def _read_train(readers: Sequence[Reader], config: DataConfig, needs: Needs) -> None:
-    """Read the train sources: whole, or until there are enough rows to train and evaluate on."""
+def _read_train(readers: Sequence[Reader], config: DataConfig, share: float) -> None:
+    """Read the train sources: whole, or until there are enough rows to train and evaluate on.
+
+    A source whose rows name a `split` is then looked through for the rows that it holds out,
+    without reading the others.
+    """
     limit, eval_limit = config.max_samples, config.max_eval_samples
     if limit is None:
         read_whole(readers)
         return
-    share = 0.0 if config.eval else config.eval_fraction
-    trained = Count(lambda row: is_used(row, needs, config.ties) and _place(row) >= share)
-    held_out = Count(lambda row: is_used(row, needs, config.ties) and _place(row) < share)
-    by_split = Count(lambda row: is_used(row, needs, config.ties))
 
     def enough() -> bool:
-        if sum(trained.of(reader.here) * reader.source.weight for reader in readers) < limit:
+        if sum(reader.counts["here"] * reader.source.weight for reader in readers) < limit:
             return False
         if not share or any(reader.names_splits for reader in readers):
             return True
-        return sum(held_out.of(reader.here) for reader in readers) >= (eval_limit or 1)
+        return sum(reader.counts["share"] for reader in readers) >= (eval_limit or 1)
 
     def enough_held_out() -> bool:
-        if eval_limit is None:
-            return False
-        return sum(by_split.of(reader.there) for reader in readers) >= eval_limit
+        count = sum(reader.counts["there"] for reader in readers)
+        return eval_limit is not None and count >= eval_limit
 
     read_until(enough, readers)
-    if not config.eval:
-        look_through(readers, enough_held_out)
+    named = [reader for reader in readers if reader.names_splits and not config.eval]
+    for reader in named:
+        reader.held_out_only = True
+    read_until(enough_held_out, named)
 
 
-def _read_eval(readers: Sequence[Reader], config: DataConfig, needs: Needs) -> None:
+def _read_eval(readers: Sequence[Reader], limit: int | None) -> None:
     """Read the sources of `data.eval`: whole, or until there are enough rows."""
-    limit = config.max_eval_samples
     if limit is None:
         read_whole(readers)
         return
-    used = Count(lambda row: is_used(row, needs, config.ties))
 
     def enough() -> bool:
-        rows = [reader.there if reader.names_splits else reader.here for reader in readers]
-        return sum(map(used.of, rows)) >= limit
+        counts = (r.counts["there" if r.names_splits else "here"] for r in readers)
+        return sum(counts) >= limit
 
     read_until(enough, readers)
 

@@ -66,7 +66,8 @@ class MediaBook:
                 if file in absent:
                     what = "what is shown or played must be a media file that is there"
                     problems.add(record, Problem(what, f"there is no {file}"))
-        found = decode_all(self.files["image"], lambda _: None)
+        pictures = (file for file in self.files["image"] if isinstance(file, Picture))
+        found = decode_all(pictures, lambda _: None)
         for record, _, shown in self.rows:
             for picture in (picture for media in shown for picture in media.images):
                 _add_fault(problems, record, found[picture])
