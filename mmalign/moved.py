@@ -14,6 +14,8 @@ from typing import Any
 MOVED = {
     "benchmark": "bench",
     "benchmark.show": "bench.score",
+    "bench.vidhalluc": "bench.hallucination",
+    "bench.videohallucer": "bench.hallucination",
     "configfile": "config.yaml",
     "data.kept": "data.cache",
     "data.phrases": "data.words",

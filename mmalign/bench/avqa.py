@@ -1,4 +1,4 @@
-"""AVQA and MUSIC-AVQA: questions about what is seen and heard."""
+"""MUSIC-AVQA: questions about musical performances, answered with one of 42 words."""
 
 from __future__ import annotations
 
@@ -6,41 +6,12 @@ import ast
 import json
 import re
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 
 from mmalign.bench.base import Benchmark, Entry, Prediction, Question, Source, Verdict
-from mmalign.bench.choice import Keys, OneFile
 from mmalign.bench.options import mentioned, plain
 from mmalign.bench.parsers import concluded, yes_no
 from mmalign.bench.spoken import final
 from mmalign.errors import DataError
-
-# AVQA: questions about what is seen and heard, four options each.
-
-
-class AVQA(OneFile):
-    """Accuracy, in all and by type of question."""
-
-    name = "avqa"
-    title = "AVQA"
-    layout = "[{id, video_name, question_text, multi_choice: [4], answer: int, prediction?}, ...]"
-    metric = "accuracy over all questions; by question type and relation besides"
-    suffix = "\nAnswer with the option's letter from the given choices directly. (ours)"
-    legacy = "the same: the published code classifies and reads no text"
-    skips_missing = False
-    source = "Yang et al. 2022, AVQA (ACM Multimedia)"
-    tables = ("type", "relation")
-    keys = Keys("question_text", "multi_choice", "answer", "video_name")
-    by = MappingProxyType({"type": "question_type", "relation": "question_relation"})
-    task_table = "type"
-    video_ending = ".mp4"
-
-    def judge(self, row: Prediction, legacy: bool) -> Verdict:
-        """One way to read, legacy or not."""
-        return super().judge(row, legacy=False)
-
-
-# MUSIC-AVQA: questions about musical performances, answered with one of 42 words.
 
 NUMBERS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),

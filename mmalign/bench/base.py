@@ -1,6 +1,6 @@
-"""What a benchmark is.
+"""What a benchmark is: its files, questions and answers, how an answer is judged, what is counted.
 
-Its files, its questions and answers, how an answer is judged, and what is counted.
+Files are as they are published: lists and objects of JSON, JSONL, parquet.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from mmalign.data.jobs import write_lines
 from mmalign.data.opening import open_data
 from mmalign.errors import DataError
 from mmalign.stats import NUM_RESAMPLES, resample_counts
-
-# Files of benchmarks as they are published: lists and objects of JSON, JSONL, parquet.
 
 MAX_OPTIONS = 26
 
@@ -123,7 +121,9 @@ def load(path: Path) -> Source:
         DataError: It is not there, is empty, or is not what its name says.
     """
     if path.suffix.lower() != ".json" or not path.is_file():
-        rows = list(read_rows(path)) if path.suffix else _no_suffix(path)
+        if not path.suffix:
+            raise DataError(f"{path}: must be a .json, .jsonl or .parquet file")
+        rows = list(read_rows(path))
         bad = [row for row in rows if row.value is None]
         if bad:
             more = f"; {len(bad) - 1} more lines like it" if len(bad) > 1 else ""
@@ -149,10 +149,6 @@ def load(path: Path) -> Source:
     return _filled(path, value)
 
 
-def _no_suffix(path: Path) -> list[Any]:
-    raise DataError(f"{path}: must be a .json, .jsonl or .parquet file")
-
-
 def _filled(path: Path, value: Any) -> Source:
     if not value:
         raise DataError(f"{path}: holds no questions")
@@ -163,9 +159,6 @@ def _kind(value: Any) -> str:
     if isinstance(value, dict):
         return f"an object with {show(sorted(value))}"
     return f"a list of {len(value)}" if isinstance(value, list) else show(value)
-
-
-# Questions and answers of any benchmark, and the JSONL file that all of them share.
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,30 +286,25 @@ def named(ids: Iterable[str], most: int = 3) -> str:
     return ", ".join(map(repr, ordered[:most])) + more
 
 
-# Sums per unit, from which every number of a benchmark follows, and the bootstrap over units.
-#
-# A unit is what was drawn as one piece: a pair of questions, or a video with all of its questions.
-# Every metric is a function of sums over units, so that a resample of units is a product of counts
-# with one matrix, and two runs are resampled alike.
-
 Floats = NDArray[np.float64]
 Sums = Mapping[str, Floats]
 
 
 class Sheet:
-    """Columns of numbers with a row a unit."""
+    """Columns of numbers with a row a unit, from which every number of a benchmark follows.
+
+    A unit is what was drawn as one piece: a pair of questions, or a video with all of its
+    questions. Every metric is a function of sums over units, so that a resample of units is a
+    product of counts with one matrix, and two runs are resampled alike.
+    """
 
     def __init__(self) -> None:
         self._cells: dict[str, dict[str, float]] = {}
 
-    def add(self, unit: str, **values: float) -> None:
+    def add(self, unit: str, values: Mapping[str, float] | None = None, **more: float) -> None:
         """Add to the sums of a unit; without values it is only known to be there."""
-        self.put(unit, values)
-
-    def put(self, unit: str, values: Mapping[str, float]) -> None:
-        """The same, for names that are no identifiers."""
         cells = self._cells.setdefault(unit, defaultdict(float))
-        for name, value in values.items():
+        for name, value in {**(values or {}), **more}.items():
             cells[name] += float(value)
 
     @property
@@ -324,34 +312,26 @@ class Sheet:
         """In the order of their names: the order of a file does not matter."""
         return sorted(self._cells)
 
-    def columns(self) -> list[str]:
-        """Names in the order in which they first came up."""
-        return list(dict.fromkeys(name for cells in self._cells.values() for name in cells))
-
-    def matrix(self, columns: list[str]) -> Floats:
-        """The sums, [units, columns]."""
-        rows = [[self._cells[unit].get(name, 0.0) for name in columns] for unit in self.units]
-        return np.asarray(rows, dtype=np.float64).reshape(len(rows), len(columns))
+    def _matrix(self) -> tuple[list[str], Floats]:
+        """Columns in the order in which they first came up, and the sums, [units, columns]."""
+        names = list(dict.fromkeys(name for cells in self._cells.values() for name in cells))
+        rows = [[self._cells[unit].get(name, 0.0) for name in names] for unit in self.units]
+        return names, np.asarray(rows, dtype=np.float64).reshape(len(rows), len(names))
 
     def total(self) -> dict[str, Floats]:
         """Sums over all units, [1] each."""
-        columns = self.columns()
-        return _named(columns, self.matrix(columns).sum(0, keepdims=True))
+        names, matrix = self._matrix()
+        return dict(zip(names, matrix.sum(0)[:, None], strict=True))
 
     def resampled(self, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> dict[str, Floats]:
         """Sums over units drawn with replacement, [resamples] each.
 
         The draws are those of `mmalign.stats.bootstrap_interval`, unit by unit.
         """
-        columns = self.columns()
-        matrix = self.matrix(columns)  # [U, C]
+        names, matrix = self._matrix()
         counts = resample_counts(len(matrix), num_resamples, seed)
-        sums = [drawn @ matrix for drawn in counts]  # [chunk, C]
-        return _named(columns, np.concatenate(sums))
-
-
-def _named(columns: list[str], sums: Floats) -> dict[str, Floats]:
-    return {name: sums[:, i] for i, name in enumerate(columns)}
+        sums = np.concatenate([drawn @ matrix for drawn in counts])  # [resamples, columns]
+        return dict(zip(names, sums.T, strict=True))
 
 
 def share(part: Floats, whole: Floats) -> Floats:
@@ -364,9 +344,6 @@ def mean(values: list[Floats]) -> Floats:
     stacked = np.stack(values)  # [groups, R]
     present = ~np.isnan(stacked)
     return share(np.where(present, stacked, 0.0).sum(0), present.sum(0).astype(np.float64))
-
-
-# What a benchmark is: how its files are read, how an answer is judged, what is counted.
 
 
 @dataclass(frozen=True, slots=True)
@@ -466,32 +443,28 @@ class Benchmark(ABC):
             if verdict.counted:
                 places = ["", *(f"/{table}/{group}" for table, group in self.groups(row).items())]
                 for place in places:
-                    sheet.put(unit, {f"right{place}": verdict.right, f"seen{place}": 1})
+                    sheet.add(unit, {f"right{place}": verdict.right, f"seen{place}": 1})
         return sheet, verdicts
 
     def metrics(self, sums: Sums) -> dict[str, Floats]:
         """Every number from sums, [R] each: micro and macro accuracy, then that of each group."""
         if not sums:
             return {}
-        names = [name.removeprefix("seen/") for name in sums if name.startswith("seen/")]
-        tables = list(dict.fromkeys(name.partition("/")[0] for name in names))
-        groups = {
-            name: share(sums[f"right/{name}"], sums[f"seen/{name}"])
-            for table in tables
-            for name in names
-            if name.partition("/")[0] == table
-        }
-        averaged = [groups[name] for name in names if name.partition("/")[0] == tables[0]]
+        tables: dict[str, dict[str, Floats]] = defaultdict(dict)
+        for name in (name.removeprefix("seen/") for name in sums if name.startswith("seen/")):
+            right, seen = sums[f"right/{name}"], sums[f"seen/{name}"]
+            tables[name.partition("/")[0]][name] = share(right, seen)
         found = {"accuracy": share(sums["right"], sums["seen"])}
-        if averaged:
-            found["macro"] = mean(averaged)
-        return found | groups
+        if tables:
+            found["macro"] = mean(list(next(iter(tables.values())).values()))
+        return {key: value for part in (found, *tables.values()) for key, value in part.items()}
 
     def sizes(self, sums: Sums) -> dict[str, int]:
         """How many questions, or pairs, a metric is over."""
         counts = {name: int(value[0]) for name, value in sums.items() if name.startswith("seen")}
+        total = counts.get("seen", 0)
         found = {name.removeprefix("seen/"): count for name, count in counts.items()}
-        return found | {"accuracy": counts.get("seen", 0), "macro": counts.get("seen", 0)}
+        return found | {"accuracy": total, "macro": total}
 
     def notes(self) -> list[str]:
         """What a reader of the numbers has to know."""

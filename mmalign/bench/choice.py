@@ -1,6 +1,6 @@
-"""Benchmarks of questions with lettered options.
+"""Benchmarks of questions with lettered options, one of which is right.
 
-MVBench, TVBench, MLVU, LongVideoBench, Video-MME.
+MVBench, TVBench, MLVU, LongVideoBench, Video-MME, AVQA.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from mmalign.bench.base import Benchmark, Entry, Prediction, Question, Source, V
 from mmalign.bench.base import entry as as_entry
 from mmalign.bench.parsers import LETTERS, letter
 from mmalign.errors import DataError
-
-# Benchmarks of questions with lettered options, one of which is right.
 
 _ANY_LETTER = re.compile(r"[A-Za-z]")
 
@@ -180,8 +178,6 @@ class OneFile(Choice):
         )
 
 
-# MVBench: twenty tasks on clips of eleven data sets.
-
 FOLDERS = {
     "action_sequence": "star/Charades_v1_480",
     "action_prediction": "star/Charades_v1_480",
@@ -219,9 +215,6 @@ class MVBench(BothCodes, TaskFiles):
         return f"{FOLDERS[task]}/{video}" if task in FOLDERS else video
 
 
-# TVBench: ten temporal tasks that one frame does not answer.
-
-
 class TVBench(BothCodes, TaskFiles):
     """Accuracy per task; the average is over all questions."""
 
@@ -234,9 +227,6 @@ class TVBench(BothCodes, TaskFiles):
         return f"{task}/{video}"
 
 
-# MLVU, the tasks with options: long videos.
-
-
 class MLVU(TaskFiles):
     """Mean over tasks of their accuracy (M-Avg)."""
 
@@ -247,9 +237,6 @@ class MLVU(TaskFiles):
     headline = "macro"
     source = "Zhou et al. 2024, arXiv:2406.04264; pritamqu/RRPO, eval/mlvu"
     task_key = "question_type"  # files are called 1_plotQA.json and so on
-
-
-# LongVideoBench: questions on videos of up to an hour.
 
 
 class LongVideoBench(OneFile):
@@ -280,8 +267,6 @@ class LongVideoBench(OneFile):
             yield replace(question, meta={**drawn, **question.meta}), entry.said()
 
 
-# Video-MME: three questions a video, videos of three durations.
-
 _LETTERED = re.compile(r"^\s*\(?[A-Z][.):]\s*")
 
 MERGED_PREFIXES = (
@@ -310,6 +295,28 @@ def published_letter(text: str) -> str | None:
     return found[0] if found else None
 
 
+class AVQA(OneFile):
+    """Questions about what is seen and heard; accuracy in all and by type of question."""
+
+    name = "avqa"
+    title = "AVQA"
+    layout = "[{id, video_name, question_text, multi_choice: [4], answer: int, prediction?}, ...]"
+    metric = "accuracy over all questions; by question type and relation besides"
+    suffix = "\nAnswer with the option's letter from the given choices directly. (ours)"
+    legacy = "the same: the published code classifies and reads no text"
+    skips_missing = False
+    source = "Yang et al. 2022, AVQA (ACM Multimedia)"
+    tables = ("type", "relation")
+    keys = Keys("question_text", "multi_choice", "answer", "video_name")
+    by = MappingProxyType({"type": "question_type", "relation": "question_relation"})
+    task_table = "type"
+    video_ending = ".mp4"
+
+    def judge(self, row: Prediction, legacy: bool) -> Verdict:
+        """One way to read, legacy or not."""
+        return super().judge(row, legacy=False)
+
+
 class VideoMME(Choice):
     """Accuracy in all, by duration, domain, sub-category and task type."""
 
@@ -326,12 +333,7 @@ class VideoMME(Choice):
         "answers without one are left out"
     )
     source = "Fu et al. 2024, arXiv:2405.21075; pritamqu/RRPO, eval/videomme"
-    tables = (
-        "duration",
-        "domain",
-        "sub_category",
-        "task_type",
-    )
+    tables = ("duration", "domain", "sub_category", "task_type")
 
     def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
         """Nested by video, or flat as in the published table."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
 from mmalign.bench.spoken import Token, tokens, word_set
 from mmalign.data.words import stem
-
-# Options of a question by their texts: which of them an answer says.
 
 ARTICLES = word_set("a an the")
 NEGATORS = word_set(
@@ -119,16 +117,16 @@ def _said(text: str, texts: Sequence[str], form: Callable[[str], str]) -> list[i
         parts = [form(part) for part in re.findall(r"[^\W_]+", token.text.lower())]
         words += parts
         places += [i] * len(parts)
-    line = f" {' '.join(words)} "
-    starts = _starts(words)
 
     def is_said(option: str) -> bool:
-        size = option.count(" ") + 1
-        for at in _all(line, f" {option} "):
-            first = starts[at]
-            if not ahead[places[first]] and not behind[places[first + size - 1]]:
-                return True
-        return False
+        parts = option.split(" ")
+        return any(
+            word == parts[0]
+            and words[at : at + len(parts)] == parts
+            and not ahead[places[at]]
+            and not behind[places[at + len(parts) - 1]]
+            for at, word in enumerate(words)
+        )
 
     said = [i for i, option in enumerate(texts) if option and is_said(option)]
     return [
@@ -136,26 +134,6 @@ def _said(text: str, texts: Sequence[str], form: Callable[[str], str]) -> list[i
         for i in said
         if not any(texts[i] != texts[j] and f" {texts[i]} " in f" {texts[j]} " for j in said)
     ]
-
-
-def _starts(words: Sequence[str]) -> dict[int, int]:
-    """Number of the word behind each blank of the joined line."""
-    found: dict[int, int] = {}
-    at = 0
-    for i, word in enumerate(words):
-        found[at] = i
-        at += len(word) + 1
-    return found
-
-
-def _all(line: str, part: str) -> Iterator[int]:
-    at = line.find(part)
-    while at >= 0:
-        yield at
-        at = line.find(part, at + 1)
-
-
-# Where letters stand in an answer, and how surely each of them is meant as the answer.
 
 
 class Rank(IntEnum):

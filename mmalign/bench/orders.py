@@ -1,13 +1,14 @@
-"""The order of two actions, as an answer tells it."""
+"""The order of two actions, as an answer tells it, and as the published script reads it."""
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mmalign.bench.options import denied_after, denied_before
-from mmalign.bench.spoken import Token, spoken, tokens, word_set
+from mmalign.bench.spoken import Token, agreed, tokens, word_set
 
 _RIGHT, _LEFT = re.compile(r"(?<![-=<])[-=]++>"), re.compile(r"<[-=]++(?!>)")
 _HYPHEN = re.compile(r"\b([AB])-(?=[AB]\b)")
@@ -79,6 +80,8 @@ _RELATIONS = {
     "wasbefore": "wasbefore",
     "wasafter": "wasafter",
 }
+_BACKWARDS = word_set("after wasafter later then")
+_FIRST = {"A": "AB", "B": "BA"}
 _FRONTED = word_set("before after following once")
 _UNTOLD = word_set(
     "simultaneously unclear together both neither cannot whether if unable undetermined unknown "
@@ -109,9 +112,7 @@ def order(text: str) -> str | None:
     action where the other is denied or not named. Sentences that contradict each other, or deny
     an order, tell none.
     """
-    marked, whole = spoken(text)
-    read = {_order(part) for part in marked or [whole]}
-    return read.pop() if len(read) == 1 else None
+    return agreed(text, _order)
 
 
 def _order(text: str) -> str | None:
@@ -202,44 +203,26 @@ def _votes(items: Sequence[_Item]) -> Iterator[str]:
         before = [other for other in items[max(0, i - 2) : i] if other.kind in ("A", "B")]
         after = [other for other in items[i + 1 : i + 3] if other.kind in ("A", "B")]
         near = items[i + 1] if i + 1 < len(items) and items[i + 1].kind in ("A", "B") else None
-        yield from _vote(item, before, after, near)
+        told = _vote(item, before, after, near)
+        if told in ("AB", "BA"):
+            yield told[::-1] if item.kind in _BACKWARDS else told
 
 
-def _vote(
-    item: _Item, before: list[_Item], after: list[_Item], near: _Item | None
-) -> Iterator[str]:
-    kind = item.kind
-    if kind in ("before", "after"):
-        first, second = "", ""
+def _vote(item: _Item, before: list[_Item], after: list[_Item], near: _Item | None) -> str:
+    """The order of the actions around a relation, as if it were "before" or "first"."""
+    if item.kind in ("before", "after"):
         if item.fronted and len(after) == 2:
-            second, first = after[0].kind, after[1].kind
-        elif before and near:
-            first, second = before[-1].kind, near.kind
-        elif before and not after:  # "B happens after"
-            first = before[-1].kind
-            second = _other(first)
-        if kind == "after":
-            first, second = second, first
-    elif kind in ("wasbefore", "wasafter"):
-        pair = [one.kind for one in before] if len(before) == 2 else []
+            return after[1].kind + after[0].kind
+        if before and near:
+            return before[-1].kind + near.kind
+        return "" if not before or after else _FIRST[before[-1].kind]  # "B happens after"
+    if item.kind in ("wasbefore", "wasafter"):
         if len(before) == 1 and near:  # after B, A
-            pair = [near.kind, before[0].kind]
-        first, second = pair if len(pair) == 2 else ("", "")
-        if kind == "wasafter":
-            first, second = second, first
-    else:
-        own = before[-1] if before and before[-1].clause == item.clause else None
-        one = near if near and (item.fronts or own is None or kind in ("then", "sooner")) else own
-        first = one.kind if one else ""
-        second = _other(first) if first else ""
-        if kind in ("later", "then"):
-            first, second = second, first
-    if first and second and first != second:
-        yield first + second
-
-
-def _other(action: str) -> str:
-    return "B" if action == "A" else "A"
+            return near.kind + before[0].kind
+        return "".join(one.kind for one in before)
+    own = before[-1] if before and before[-1].clause == item.clause else None
+    one = near if near and (item.fronts or own is None or item.kind in ("then", "sooner")) else own
+    return _FIRST[one.kind] if one else ""
 
 
 def _listed(found: Sequence[Token], ahead: Sequence[bool], behind: Sequence[bool]) -> str | None:
@@ -253,3 +236,58 @@ def _listed(found: Sequence[Token], ahead: Sequence[bool], behind: Sequence[bool
         return letters[0] if not relations else None
     plain = all(token.word in _PLAIN or not token.word.isalpha() for token in found)
     return letters if letters in ("AB", "BA") and len(named) == 2 and plain else None
+
+
+_PUBLISHED_MENTION = r"(action [ab]|[ab][\.\)])"
+
+
+def published_order(text: str) -> str | None:
+    """As the published script reads it.
+
+    Its patterns hold sets of characters where words are meant (`[^before]+`), so that most
+    sentences fall through to the order of all mentions: actions named twice give ABAB.
+
+    Source: Vid-Halluc/VidHalluc, eval/evaluation/eval_tsh.py.
+    """
+    low = text.lower()
+    if low in ("ab", "ba", "a", "b"):
+        return low.upper()
+    if "not clear" in low or "no clear" in low:
+        return None
+    named = [action for action in ("a", "b") if f"action {action}" in low]
+    if len(named) < 2:
+        return named[0].upper() if named else None
+    word = next((word for word in ("before", "then", "after") if word in low), None)
+    if word:
+        told = _published_search(low, word)
+        if told:
+            first, second = told
+            return (second + first if word == "after" else first + second).upper()
+    return "".join(mention[-1] for mention in re.findall(_PUBLISHED_MENTION, low)).upper()
+
+
+def _published_search(low: str, word: str) -> tuple[str, str] | None:
+    """Last characters of the two mentions that the published pattern finds, in linear time.
+
+    The pattern is MENTION[^word]+word[^action]*?MENTION, searched from the left.
+    """
+    mentions = list(re.finditer(rf"(?={_PUBLISHED_MENTION})", low))
+    starts = [mention.start() for mention in mentions]
+    stops = [match.start() for match in re.finditer(f"[{word}]", low)]
+    barred = [match.start() for match in re.finditer("[action]", low)]
+    for mention in mentions:
+        end = mention.end(1)
+        stop = _next(stops, end)
+        if stop is None or stop == end or not low.startswith(word, stop):
+            continue
+        after = stop + len(word)
+        place = bisect_left(starts, after)
+        last = _next(barred, after)
+        if place < len(starts) and (last is None or starts[place] <= last):
+            return mention[1][-1], mentions[place][1][-1]
+    return None
+
+
+def _next(places: Sequence[int], start: int) -> int | None:
+    at = bisect_left(places, start)
+    return places[at] if at < len(places) else None

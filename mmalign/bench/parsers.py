@@ -1,4 +1,8 @@
-"""What a model meant by its words, strictly: nothing is guessed, and None says so."""
+"""What a model meant by its words, strictly: nothing is guessed, and None says so.
+
+Thoughts, tokens of templates and layout are no answer; what stands in `<answer>` or a box is the
+answer, whatever else is said.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +27,8 @@ from mmalign.bench.options import (
     mentioned,
     plain,
 )
-from mmalign.bench.spoken import Token, spoken, tokens, word_set
+from mmalign.bench.spoken import Token, agreed, tokens, word_set
 from mmalign.errors import ConfigError
-
-# Yes or no, as an answer means it.
-#
-# An answer is read clause by clause. A clause that is a yes or a no counts before one that begins
-# with it, "the answer is no" before both, and a contradiction at the surest place is no answer. A
-# plain statement that denies ("The man does not jump") is a no; one that affirms is not read, since
-# only the question tells what it affirms. What is asked, supposed or not known is no answer.
 
 
 class Cue(IntEnum):
@@ -131,10 +128,15 @@ _MAX_STATEMENT = 30
 
 
 def yes_no(text: str) -> str | None:
-    """The yes or no of an answer; None: it is neither, both, or not known."""
-    marked, whole = spoken(text)
-    read = {_read(part) for part in marked or [whole]}
-    return read.pop() if len(read) == 1 else None
+    """The yes or no of an answer; None: it is neither, both, or not known.
+
+    An answer is read clause by clause. A clause that is a yes or a no counts before one that begins
+    with it, "the answer is no" before both, and a contradiction at the surest place is no answer. A
+    plain statement that denies ("The man does not jump") is a no; one that affirms is not read,
+    since only the question tells what it affirms. What is asked, supposed or not known is no
+    answer.
+    """
+    return agreed(text, _read)
 
 
 def _read(text: str) -> str | None:
@@ -283,14 +285,6 @@ def _first_sentence(clauses: Sequence[_Clause]) -> list[_Clause]:
     return sentence
 
 
-# What a model meant by its words, strictly: nothing is guessed, and None says so.
-#
-# Thoughts, tokens of templates and layout are no answer; what stands in `<answer>` or a box is the
-# answer, whatever else is said. A letter counts where it stands as an answer: after "answer is" and
-# the like, in front, alone, or in brackets; never as a word of a sentence, and never where it is
-# denied. The surest place counts; two letters there are no answer. Where no letter is given, the
-# one option whose text is said counts.
-
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 _COMPACT = re.compile(  # AC, but not in "the AC adapter"
@@ -305,14 +299,17 @@ _CUE = re.compile(
 def letter(text: str, options: Sequence[str] = (), count: int | None = None) -> str | None:
     """The one letter an answer gives.
 
+    A letter counts where it stands as an answer: after "answer is" and the like, in front, alone,
+    or in brackets; never as a word of a sentence, and never where it is denied. The surest place
+    counts; two letters there are no answer. Where no letter is given, the one option whose text is
+    said counts.
+
     Args:
         text: What the model said.
         options: Texts of the options; () where they are not known.
         count: How many options there are; by default as many as `options`, or 26.
     """
-    marked, whole = spoken(text)
-    read = {_letter(part, options, count) for part in marked or [whole]}
-    return read.pop() if len(read) == 1 else None
+    return agreed(text, lambda part: _letter(part, options, count))
 
 
 def _letter(text: str, options: Sequence[str], count: int | None) -> str | None:
@@ -403,9 +400,7 @@ def concluded(text: str) -> list[str]:
 
 def letters(text: str, options: Sequence[str]) -> frozenset[str]:
     """All letters that an answer to a question with several right options gives; empty: none."""
-    marked, whole = spoken(text)
-    read = {_letters(part, options) for part in marked or [whole]}
-    return read.pop() if len(read) == 1 else frozenset()
+    return agreed(text, lambda part: _letters(part, options)) or frozenset()
 
 
 def _letters(text: str, options: Sequence[str]) -> frozenset[str]:
@@ -441,8 +436,6 @@ def _all_meant(said: Sequence[Given], found: Sequence[Token]) -> list[Given]:
             chosen.append(item)
     return chosen
 
-
-# How alike two descriptions of a place are, without weights.
 
 Similarity = Callable[[str, str], float]
 """Two texts to a number up to 1, as a cosine of embeddings is."""

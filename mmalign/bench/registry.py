@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
-from mmalign.bench.avqa import AVQA, MusicAVQA
+from mmalign.bench.avqa import MusicAVQA
 from mmalign.bench.base import (
     Benchmark,
     Prediction,
@@ -19,14 +20,17 @@ from mmalign.bench.base import (
     load,
     named,
 )
-from mmalign.bench.choice import MLVU, LongVideoBench, MVBench, TVBench, VideoMME
+from mmalign.bench.choice import AVQA, MLVU, LongVideoBench, MVBench, TVBench, VideoMME
+from mmalign.bench.hallucination import (
+    VideoHallucer,
+    VidHallucBQA,
+    VidHallucMCQ,
+    VidHallucSTH,
+    VidHallucTSH,
+)
 from mmalign.bench.parsers import named_similarity
 from mmalign.bench.tempcompass import Captioning, CaptionMatching, MultiChoice, YesNo
-from mmalign.bench.videohallucer import VideoHallucer
-from mmalign.bench.vidhalluc import VidHallucBQA, VidHallucMCQ, VidHallucSTH, VidHallucTSH
 from mmalign.errors import ConfigError, DataError
-
-# All benchmarks by name.
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
     kind.name: kind
@@ -62,9 +66,6 @@ def find(name: str, similarity: str | None = None, code: str | None = None) -> B
     found = kind() if similarity is None else VidHallucSTH(named_similarity(similarity), similarity)
     found.code = code or ""
     return found
-
-
-# From files, of a benchmark's own layout or the common one, to questions with answers.
 
 
 def questions(benchmark: str, file: str | Path) -> list[Question]:
@@ -103,7 +104,8 @@ def read_files(
         if is_common(source):
             rows += common(source, benchmark.name)
         elif asked:
-            known = _answers(benchmark, source)
+            with _explained(benchmark):
+                known = benchmark.answers(source)
             rows += [Prediction(key, "", "", text, "") for key, text in known.items()]
         else:
             items = _items(benchmark, source)
@@ -130,34 +132,26 @@ def _joined(
     other = [key for key, row in found.items() if row.answer and row.answer != asked[key].answer]
     if other:
         raise DataError(f"{where}: other answers are right than in --questions: {named(other)}")
-    return [
-        replace(
-            row,
-            prediction=found[key].prediction,
-            meta={**row.meta, **{k: v for k, v in found[key].meta.items() if k == "rating"}},
-        )
-        if key in found
-        else row
-        for key, row in asked.items()
-    ]
+    for key, row in found.items():
+        rating = {name: value for name, value in row.meta.items() if name == "rating"}
+        question = asked[key]
+        meta = {**question.meta, **rating}
+        asked[key] = replace(question, prediction=row.prediction, meta=meta)
+    return list(asked.values())
 
 
 def _items(benchmark: Benchmark, source: Source) -> list[tuple[Question, str | None]]:
-    try:
+    with _explained(benchmark):
         found = list(benchmark.items(source))
-    except DataError as error:
-        raise _explained(benchmark, error) from error
     if not found:
         raise DataError(f"{source.path}: holds no questions")
     return found
 
 
-def _answers(benchmark: Benchmark, source: Source) -> dict[str, str | None]:
+@contextmanager
+def _explained(benchmark: Benchmark) -> Iterator[None]:
+    """Says behind an error what files of the benchmark hold."""
     try:
-        return benchmark.answers(source)
+        yield
     except DataError as error:
-        raise _explained(benchmark, error) from error
-
-
-def _explained(benchmark: Benchmark, error: DataError) -> DataError:
-    return DataError(f"{error}. {benchmark.name} reads {benchmark.layout}")
+        raise DataError(f"{error}. {benchmark.name} reads {benchmark.layout}") from error

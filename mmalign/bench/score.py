@@ -1,43 +1,66 @@
 """The numbers of one run on one benchmark, and of two runs on the same questions, with
-intervals.
+intervals; as JSON, and as tables for a terminal of 80 columns.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import textwrap
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mmalign.bench.base import (
-    Benchmark,
-    Prediction,
-    distinct,
-    named,
-)
+from mmalign.bench.base import Benchmark, Prediction, distinct, named
 from mmalign.bench.registry import BENCHMARKS
 from mmalign.data.jobs import write_lines
 from mmalign.errors import DataError
 from mmalign.safe import write_text
 from mmalign.stats import NUM_RESAMPLES, percentile_interval
 
-# The numbers of one run on one benchmark, with intervals.
-
 
 @dataclass(frozen=True, slots=True)
-class Score:
-    """What `mmalign bench score` finds.
+class Reading:
+    """How answers were read.
 
     Attributes:
         benchmark: Its name.
         legacy: Whether answers were read as the published code does.
         headline: The metric to report.
+        code: Whose published code was followed, where there are several.
+    """
+
+    benchmark: str
+    legacy: bool
+    headline: str
+    code: str
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "benchmark": self.benchmark,
+            "reading": "legacy" if self.legacy else "strict",
+            **({"code": self.code} if self.code else {}),
+            "headline": self.headline,
+        }
+
+
+def _reading(benchmark: Benchmark, legacy: bool) -> tuple[str, bool, str, str]:
+    """The fields of `Reading`; a legacy one follows the first of several codes by default."""
+    code = (benchmark.code or next(iter(benchmark.codes), "")) if legacy else ""
+    return benchmark.name, legacy, benchmark.headline, code
+
+
+@dataclass(frozen=True, slots=True)
+class Score(Reading):
+    """What `mmalign bench score` finds.
+
+    Attributes:
         metrics: All of them; shares are in [0, 1].
         intervals: 95 %, bootstrapped over units.
         sizes: How many questions or pairs a metric is over.
@@ -45,38 +68,27 @@ class Score:
             not understood), `left_out` (by the published code).
         notes: What a reader has to know.
         rows: One a question: id, task, answer, prediction, what was read, whether it is right.
-        code: Whose published code was followed, where there are several.
     """
 
-    benchmark: str
-    legacy: bool
-    headline: str
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     sizes: dict[str, int]
     counts: dict[str, int]
-    notes: list[str] = field(default_factory=list)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    code: str = ""
+    notes: list[str]
+    rows: list[dict[str, Any]]
 
     def summary(self) -> dict[str, Any]:
         """All but the rows, as JSON."""
-        return {
-            "benchmark": self.benchmark,
-            "reading": "legacy" if self.legacy else "strict",
-            **({"code": self.code} if self.code else {}),
-            "headline": self.headline,
-            "metrics": {
-                name: {
-                    "value": _json(value),
-                    "interval": [_json(bound) for bound in self.intervals[name]],
-                    "n": self.sizes.get(name),
-                }
-                for name, value in self.metrics.items()
-            },
-            "counts": self.counts,
-            "notes": self.notes,
+        metrics = {
+            name: {
+                "value": _json(value),
+                "interval": [_json(bound) for bound in self.intervals[name]],
+                "n": self.sizes.get(name),
+            }
+            for name, value in self.metrics.items()
         }
+        rest = {"metrics": metrics, "counts": self.counts, "notes": self.notes}
+        return Reading.summary(self) | rest
 
     def write(self, folder: Path) -> tuple[Path, Path]:
         """Write `score.json`, and `rows.jsonl` with what was made of each answer."""
@@ -112,46 +124,39 @@ def score(
     total = sheet.total()
     values = benchmark.metrics(total)
     resampled = benchmark.metrics(sheet.resampled(num_resamples=num_resamples, seed=seed))
-    judged = list(zip(rows, verdicts, strict=True))
+    judged = [
+        {
+            "id": row.id,
+            "task": row.task,
+            "answer": row.answer,
+            "prediction": row.prediction,
+            "read": verdict.read,
+            "right": verdict.right,
+            "counted": verdict.counted,
+        }
+        for row, verdict in zip(rows, verdicts, strict=True)
+    ]
+    missing = sum(row.prediction is None for row in rows)
     return Score(
-        benchmark.name,
-        legacy,
-        benchmark.headline,
+        *_reading(benchmark, legacy),
         metrics={name: float(value[0]) for name, value in values.items()},
         intervals={name: percentile_interval(resampled[name]) for name in values},
         sizes=benchmark.sizes(total),
         counts={
             "questions": len(rows),
             "units": len(sheet.units),
-            "missing": sum(row.prediction is None for row in rows),
-            "unmatched": sum(
-                row.prediction is not None and verdict.read is None for row, verdict in judged
-            ),
+            "missing": missing,
+            "unmatched": len(_unmatched(judged)),
             "left_out": sum(not verdict.counted for verdict in verdicts),
         },
         notes=benchmark.notes(),
-        rows=[
-            {
-                "id": row.id,
-                "task": row.task,
-                "answer": row.answer,
-                "prediction": row.prediction,
-                "read": verdict.read,
-                "right": verdict.right,
-                "counted": verdict.counted,
-            }
-            for row, verdict in judged
-        ],
-        code=followed(benchmark, legacy),
+        rows=judged,
     )
 
 
-def followed(benchmark: Benchmark, legacy: bool) -> str:
-    """Whose code a legacy reading follows; "" where there is one alone, or none is followed."""
-    return (benchmark.code or next(iter(benchmark.codes), "")) if legacy else ""
-
-
-# Two runs on the same questions: how far apart, and how surely.
+def _unmatched(rows: list[dict[str, Any]]) -> list[str]:
+    """Answers that are not understood."""
+    return [r["prediction"] for r in rows if r["read"] is None and r["prediction"] is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,50 +180,36 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(Reading):
     """What `mmalign bench compare` finds.
 
     Attributes:
-        benchmark: Its name.
-        legacy: How answers were read.
-        headline: The metric to report.
         differences: By metric.
         num_units: How many pairs or videos were drawn from.
         changed: Questions that only the second run has right, and only the first.
-        code: Whose published code was followed, where there are several.
     """
 
-    benchmark: str
-    legacy: bool
-    headline: str
     differences: dict[str, Difference]
     num_units: int
     changed: tuple[int, int]
-    code: str = ""
 
     def summary(self) -> dict[str, Any]:
-        """As JSON."""
-        return {
-            "benchmark": self.benchmark,
-            "reading": "legacy" if self.legacy else "strict",
-            **({"code": self.code} if self.code else {}),
-            "headline": self.headline,
-            "units": self.num_units,
-            "only_b_right": self.changed[0],
-            "only_a_right": self.changed[1],
-            "metrics": {
-                name: {
-                    "a": found.a,
-                    "b": found.b,
-                    "difference": found.difference,
-                    "interval": list(found.interval),
-                    "above_0": found.above,
-                    "below_0": found.below,
-                }
-                for name, found in self.differences.items()
-                if found.difference == found.difference  # a metric without a value has no row
-            },
+        """As JSON; a metric without a value has no row."""
+        metrics = {
+            name: {
+                "a": found.a,
+                "b": found.b,
+                "difference": found.difference,
+                "interval": list(found.interval),
+                "above_0": found.above,
+                "below_0": found.below,
+            }
+            for name, found in self.differences.items()
+            if found.difference == found.difference
         }
+        only_b, only_a = self.changed
+        counts = {"units": self.num_units, "only_b_right": only_b, "only_a_right": only_a}
+        return Reading.summary(self) | counts | {"metrics": metrics}
 
 
 def compare(
@@ -236,19 +227,18 @@ def compare(
         DataError: The runs differ in their questions, or in what is right.
     """
     _same(distinct(a, "A"), distinct(b, "B"))
-    (sheet_a, verdicts_a), (sheet_b, verdicts_b) = (
-        benchmark.tally(rows, legacy) for rows in (a, b)
-    )
-    if sheet_a.units != sheet_b.units:
-        other = set(sheet_a.units) ^ set(sheet_b.units)
+    tallies = [benchmark.tally(rows, legacy) for rows in (a, b)]
+    sheets = [sheet for sheet, _ in tallies]
+    if sheets[0].units != sheets[1].units:
+        other = set(sheets[0].units) ^ set(sheets[1].units)
         raise DataError(f"A and B are grouped otherwise (pair_id, meta.video): {named(other)}")
-    totals = [benchmark.metrics(sheet.total()) for sheet in (sheet_a, sheet_b)]
+    totals = [benchmark.metrics(sheet.total()) for sheet in sheets]
     drawn = [
         benchmark.metrics(sheet.resampled(num_resamples=num_resamples, seed=seed))
-        for sheet in (sheet_a, sheet_b)
+        for sheet in sheets
     ]
     differences: dict[str, Difference] = {}
-    for name in totals[0].keys() & totals[1].keys():
+    for name in (name for name in totals[0] if name in totals[1]):
         change = drawn[1][name] - drawn[0][name]  # [R]
         present = change[~np.isnan(change)]
         first, second = (float(total[name][0]) for total in totals)
@@ -260,29 +250,23 @@ def compare(
             above=float((present > 0).mean()) if len(present) else float("nan"),
             below=float((present < 0).mean()) if len(present) else float("nan"),
         )
-    right_a = {row.id: v.right for row, v in zip(a, verdicts_a, strict=True)}
-    right_b = {row.id: v.right for row, v in zip(b, verdicts_b, strict=True)}
+    right_a, right_b = (
+        {row.id for row, verdict in zip(rows, verdicts, strict=True) if verdict.right}
+        for rows, (_, verdicts) in zip((a, b), tallies, strict=True)
+    )
     return Comparison(
-        benchmark.name,
-        legacy,
-        benchmark.headline,
-        {name: differences[name] for name in totals[0] if name in differences},
-        len(sheet_a.units),
-        (
-            sum(right and not right_a[key] for key, right in right_b.items()),
-            sum(right and not right_b[key] for key, right in right_a.items()),
-        ),
-        followed(benchmark, legacy),
+        *_reading(benchmark, legacy),
+        differences,
+        len(sheets[0].units),
+        (len(right_b - right_a), len(right_a - right_b)),
     )
 
 
 def _same(a: dict[str, Prediction], b: dict[str, Prediction]) -> None:
-    missing, more = a.keys() - b.keys(), b.keys() - a.keys()
-    if missing or more:
+    only = {"A": a.keys() - b.keys(), "B": b.keys() - a.keys()}
+    if any(only.values()):
         parts = [
-            f"{len(ids)} ids are only in {run}: {named(ids)}"
-            for run, ids in (("A", missing), ("B", more))
-            if ids
+            f"{len(ids)} ids are only in {run}: {named(ids)}" for run, ids in only.items() if ids
         ]
         raise DataError(
             f"the runs answer different questions; {'; '.join(parts)}. Give the question files "
@@ -293,26 +277,22 @@ def _same(a: dict[str, Prediction], b: dict[str, Prediction]) -> None:
         raise DataError(f"A and B differ in what is right for {len(other)} ids: {named(other)}")
 
 
-# Scores and comparisons as tables for a terminal of 80 columns.
-
 WIDTH = 80
 
 
 def score_text(found: Score) -> str:
     """A table with a row a metric, and what was not understood below it."""
     kind = BENCHMARKS[found.benchmark]
-    table = _table(("", "left"), ("value", "right"), ("95 %", "left"), ("n", "right"))
+    table = _table({"value": "right", "95 %": "left", "n": "right"})
     for name, label in _rows(found.metrics, table):
-        low, high = found.intervals[name]
-        between = f"{_number(kind, name, low)} to {_number(kind, name, high)}"
+        between = " to ".join(_number(kind, name, bound) for bound in found.intervals[name])
         value, size = _number(kind, name, found.metrics[name]), found.sizes.get(name, "")
         table.add_row(label, value, between, str(size))
     counts = found.counts
     lines = [
         _head(kind, found),
         _printed(table),
-        f"{counts['questions']} questions; 95 % by resampling {counts['units']} "
-        f"{'pairs' if kind.unit == 'pair' else 'videos'}",
+        f"{counts['questions']} questions; 95 % by resampling {counts['units']} {kind.unit}s",
     ]
     wrong = "left out" if found.legacy and kind.skips_missing else "counted as wrong"
     if counts["missing"]:
@@ -331,26 +311,25 @@ def score_text(found: Score) -> str:
 def comparison_text(found: Comparison, names: tuple[str, str]) -> str:
     """A table with both runs and their difference."""
     kind = BENCHMARKS[found.benchmark]
-    columns = (("A", "right"), ("B", "right"), ("B - A", "right"), ("95 %", "left"))
-    table = _table(("", "left"), *columns, ("> 0", "right"))
+    table = _table({"A": "right", "B": "right", "B - A": "right", "95 %": "left", "> 0": "right"})
     for name, label in _rows(found.differences, table):
         part = found.differences[name]
-        low, high = (_number(kind, name, bound, sign=True) for bound in part.interval)
-        values = (_number(kind, name, value) for value in (part.a, part.b))
-        change = _number(kind, name, part.difference, sign=True)
-        table.add_row(label, *values, change, f"{low} to {high}", f"{part.above:.1%}")
+        values = [_number(kind, name, value) for value in (part.a, part.b)]
+        change, *ends = (
+            _number(kind, name, value, sign="+") for value in (part.difference, *part.interval)
+        )
+        table.add_row(label, *values, change, " to ".join(ends), f"{part.above:.1%}")
     gained, lost = found.changed
-    return "\n".join(
-        [
-            _head(kind, found),
-            f"A  {names[0]}",
-            f"B  {names[1]}",
-            _printed(table),
-            f"{gained} questions only B has right, {lost} only A; the same {found.num_units} "
-            f"{'pairs' if kind.unit == 'pair' else 'videos'} resampled in both",
-            "> 0: share of resamples in which B - A is above 0",
-        ]
-    )
+    lines = [
+        _head(kind, found),
+        f"A  {names[0]}",
+        f"B  {names[1]}",
+        _printed(table),
+        f"{gained} questions only B has right, {lost} only A; the same {found.num_units} "
+        f"{kind.unit}s resampled in both",
+        "> 0: share of resamples in which B - A is above 0",
+    ]
+    return "\n".join(lines)
 
 
 def listing() -> str:
@@ -364,30 +343,26 @@ def listing() -> str:
             "legacy": kind.legacy,
             "source": kind.source,
         }
-        blocks.append("\n".join([f"{name}    {kind.title}", *_wrapped(parts)]))
+        lines = [
+            textwrap.fill(text, WIDTH, initial_indent=f"  {label:<8}", subsequent_indent=" " * 10)
+            for label, text in parts.items()
+        ]
+        blocks.append("\n".join([f"{name}    {kind.title}", *lines]))
     return "\n\n".join(blocks)
 
 
-def _wrapped(parts: dict[str, str]) -> Iterable[str]:
-    from textwrap import wrap
-
-    for label, text in parts.items():
-        first, *rest = wrap(text, WIDTH - 10)
-        yield f"  {label:<8}{first}"
-        yield from (f"{'':<10}{line}" for line in rest)
-
-
-def _head(kind: type[Benchmark], found: Score | Comparison) -> str:
+def _head(kind: type[Benchmark], found: Reading) -> str:
     whose = f"{found.code}'s" if found.code else "the published"
     reading = f"legacy: read as {whose} code does" if found.legacy else "strict"
     return f"{kind.title} ({reading}); to report: {found.headline}"
 
 
-def _table(*columns: tuple[str, str]) -> Table:
-    table = Table(box=None, pad_edge=False, show_edge=False)
-    for title, justify in columns:
-        side = "left" if justify == "left" else "right"
-        table.add_column(title, justify=side, no_wrap=bool(title), overflow="fold")  # names wrap
+def _table(columns: dict[str, Literal["left", "right"]]) -> Table:
+    """A table whose first column, with the names of metrics, wraps."""
+    table = Table("", box=None, pad_edge=False, show_edge=False)
+    table.columns[0].overflow = "fold"
+    for title, justify in columns.items():
+        table.add_column(title, justify=justify, no_wrap=True, overflow="fold")
     return table
 
 
@@ -402,11 +377,10 @@ def _rows(names: Collection[str], table: Table) -> Iterable[tuple[str, str]]:
         yield name, f"  {rest}" if rest else name
 
 
-def _number(kind: type[Benchmark], name: str, value: float, *, sign: bool = False) -> str:
+def _number(kind: type[Benchmark], name: str, value: float, sign: Literal["", "+"] = "") -> str:
     if value != value:
         return "-"
-    share = name not in kind.plain
-    return f"{value:{'+' if sign else ''}{'.1%' if share else '.3f'}}"
+    return f"{value:{sign}.3f}" if name in kind.plain else f"{value:{sign}.1%}"
 
 
 def _printed(table: Table) -> str:
@@ -416,8 +390,6 @@ def _printed(table: Table) -> str:
 
 
 def _examples(found: Score, most: int = 2) -> str:
-    texts = [
-        r["prediction"] for r in found.rows if r["read"] is None and r["prediction"] is not None
-    ]
+    texts = _unmatched(found.rows)
     shown = [repr(text if len(text) <= 30 else f"{text[:27]}...") for text in texts[:most]]
     return ", ".join(shown) + (", ..." if len(texts) > most else "")

@@ -1,18 +1,17 @@
-"""What a model's output says as its answer.
+"""What a model's output says as its answer: without thoughts, template tokens and layout.
 
-Its words, without thoughts, template tokens and layout.
+Every step passes over the text once. Words of other languages that steer a reading stand in
+English; only those are translated, what the options say is compared as it is written.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
 
-# What a model's output says as its answer: without thoughts, template tokens and layout.
-#
-# Every step passes over the text once.
+Read = TypeVar("Read")
 
 _THOUGHT = re.compile(
     r"(?P<closes></(?:think|thinking|thoughts?|reasoning|reflection|analysis|scratchpad|seed:think)>"
@@ -80,12 +79,21 @@ def spoken(text: str) -> tuple[list[str], str]:
     return [without_layout(part) for part in boxed or marked], whole
 
 
+def agreed(text: str, read: Callable[[str], Read]) -> Read | None:
+    """What each answer that an output marks is read as, or all that it says; None if they differ.
+
+    Args:
+        text: What the model said.
+        read: Reads one answer without layout.
+    """
+    marked, whole = spoken(text)
+    found = {read(part) for part in marked or [whole]}
+    return found.pop() if len(found) == 1 else None
+
+
 def final(text: str) -> str:
     """The answer that an output marks, or all that it says; empty where marks contradict."""
-    marked, whole = spoken(text)
-    if not marked:
-        return whole
-    return marked[0] if len(set(marked)) == 1 else ""
+    return agreed(text, str) or ""
 
 
 def without_layout(text: str) -> str:
@@ -148,10 +156,6 @@ def _boxes(text: str) -> list[str]:
         found.append(text[box.end() : end - (not depth)])
     return [part for part in found if part.strip()]
 
-
-# Words and marks of an answer; words of other languages that steer a reading stand in English.
-#
-# Only such words are translated: what the options say is compared as it is written.
 
 _WORD_OR_MARK = re.compile(r"\n|[^\W_]+(?:['-][^\W_]+)*|[^\s\w]|_")
 _HAN = re.compile(r"([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+)")

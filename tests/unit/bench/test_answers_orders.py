@@ -11,8 +11,8 @@ from runs import scored, write
 from mmalign.bench import find, read_files, score
 from mmalign.bench.avqa import said_of_kind
 from mmalign.bench.choice import first_word_fits
+from mmalign.bench.hallucination import route
 from mmalign.bench.orders import order
-from mmalign.bench.vidhalluc import route
 from mmalign.errors import ConfigError
 
 ORDERS = {

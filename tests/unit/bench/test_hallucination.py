@@ -9,8 +9,8 @@ import pytest
 from runs import VIDEOHALLUCER, both, scored, videohallucer_pair, write
 
 from mmalign.bench import find, questions, read_files, score
+from mmalign.bench.hallucination import VidHallucSTH, scaled
 from mmalign.bench.parsers import word_cosine
-from mmalign.bench.vidhalluc import VidHallucSTH, scaled
 
 
 def test_videohallucer_by_hand(tmp_path: Path) -> None:

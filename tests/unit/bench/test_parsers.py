@@ -8,10 +8,10 @@ import re
 import pytest
 
 from mmalign.bench.choice import first_letter, published_letter
+from mmalign.bench.hallucination import published_letters
 from mmalign.bench.options import mentioned
-from mmalign.bench.orders import order
+from mmalign.bench.orders import _published_search, order, published_order
 from mmalign.bench.parsers import letter, letters
-from mmalign.bench.vidhalluc import _published_search, published_letters, published_order
 
 OPTIONS = ("a cat", "a dog", "two cats", "none")
 

@@ -1,10 +1,9 @@
-"""VidHalluc: binary questions, options, scene transitions and temporal sequence."""
+"""Benchmarks of what a model makes up: VideoHallucer and the four parts of VidHalluc."""
 
 from __future__ import annotations
 
 import math
 import re
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,14 +20,170 @@ from mmalign.bench.base import (
     Sums,
     Verdict,
     entry,
+    mean,
     share,
 )
-from mmalign.bench.orders import order
+from mmalign.bench.orders import order, published_order
 from mmalign.bench.parsers import LETTERS, Similarity, letters, word_cosine, yes_no
 from mmalign.bench.spoken import final
 from mmalign.errors import DataError
 
-# VidHalluc, binary questions on action: one question about several clips of a video.
+CATEGORIES = {
+    "object_relation": "obj_rel",
+    "temporal": "temporal",
+    "semantic_detail": "semantic",
+    "external_factual": "fact",
+    "external_nonfactual": "nonfact",
+    "fact_detect": "factdet",
+}
+"""Question files, whose clips lie in a folder of that name, and the categories they are."""
+
+SIDES = ("basic", "hallucination")
+Halves = dict[str, tuple[Prediction, Verdict]]
+_YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+_BIAS = ("yes_diff", "no_diff", "fp_ratio")
+
+
+def says(word: str, text: str) -> bool:
+    """Whether the published scorer finds a word: anywhere, whatever else is said.
+
+    Source: patrick-tssn/VideoHallucer; pritamqu/RRPO, eval/videohallucer/evaluation_utils.py.
+    """
+    return re.search(rf"\b({re.escape(word)})\b", text, re.IGNORECASE) is not None
+
+
+class VideoHallucer(Benchmark):
+    """A pair is right where both answers are; the average is over categories."""
+
+    name = "videohallucer"
+    title = "VideoHallucer"
+    layout = (
+        "[{category, basic: {video, question, answer: yes, predict?}, hallucination: {video, "
+        "question, answer: no, predict?}}, ...]"
+    )
+    metric = "share of pairs with both answers right, mean over categories; bias towards yes and no"
+    suffix = "\nAnswer the question using 'yes' or 'no'."
+    strict = "the yes or no that is meant; contradictions are none"
+    legacy = "the right word anywhere, so that an answer with both words is right on either side"
+    source = "Wang et al. 2024, arXiv:2406.16338; pritamqu/RRPO, eval/videohallucer"
+    unit = "pair"
+    plain = frozenset(_BIAS[:2])
+
+    def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
+        """Two questions an entry; pairs are numbered from 0 in their category."""
+        counts: dict[str, int] = defaultdict(int)
+        folders = {category: folder for folder, category in CATEGORIES.items()}
+        stem = source.path.stem
+        for both in source.entries():
+            category = both.maybe("category") or CATEGORIES.get(stem, stem)
+            pair = f"{category}/{counts[category]}"
+            counts[category] += 1
+            for side in SIDES:
+                asked = both.inner(side)
+                video = asked.text("video")
+                question = Question(
+                    id=f"{pair}/{side}",
+                    task=category,
+                    prompt=asked.text("question") + self.suffix,
+                    video=f"{folders[category]}/videos/{video}" if category in folders else video,
+                    answer=asked.text("answer").strip().lower(),
+                    pair_id=pair,
+                    meta={"side": side},
+                )
+                yield question, asked.said("predict")
+
+    def judge(self, row: Prediction, legacy: bool) -> Verdict:
+        """Whether the answer is the right one of yes and no."""
+        text = row.prediction or ""
+        if legacy:
+            first = _YES_NO.search(text)
+            return Verdict(first[1].lower() if first else None, says(row.answer, text))
+        read = yes_no(text)
+        return Verdict(read, read == row.answer)
+
+    def tally(self, rows: Sequence[Prediction], legacy: bool) -> tuple[Sheet, list[Verdict]]:
+        """Count pairs; the half of a pair that is not there at all is wrong too."""
+        sheet, verdicts = Sheet(), [self.verdict(row, legacy) for row in rows]
+        pairs: dict[str, Halves] = defaultdict(dict)
+        for row, verdict in zip(rows, verdicts, strict=True):
+            pairs[self.unit_of(row)][_side(row)] = (row, verdict)
+        for pair, halves in pairs.items():
+            right = {side: side in halves and halves[side][1].right for side in SIDES}
+            right["accuracy"] = all(right.values())
+            category = next(iter(halves.values()))[0].task
+            sheet.add(pair, {f"pairs/{category}": 1})
+            sheet.add(pair, {f"{name}/{category}": hit for name, hit in right.items()})
+            sheet.add(pair, _published_bias(halves) if legacy else _bias(halves))
+        return sheet, verdicts
+
+    def metrics(self, sums: Sums) -> dict[str, Floats]:
+        """Means over categories first, [R] each."""
+        categories = [n.removeprefix("pairs/") for n in sums if n.startswith("pairs/")]
+        names = ("accuracy", *SIDES)
+        by_category = {
+            f"{name}/{category}": share(sums[f"{name}/{category}"], sums[f"pairs/{category}"])
+            for name in names
+            for category in categories
+        }
+        found = {name: mean([by_category[f"{name}/{c}"] for c in categories]) for name in names}
+        bias = {
+            "yes_diff": share(sums["said_yes"] - sums["is_yes"], 2 * sums["is_yes"]),
+            "no_diff": share(sums["said_no"] - sums["is_no"], 2 * sums["is_no"]),
+            "fp_ratio": share(sums["false_yes"], sums["wrong"]),
+        }
+        return found | bias | by_category
+
+    def sizes(self, sums: Sums) -> dict[str, int]:
+        """Pairs, in all and of a category; for the false positive ratio, wrong answers."""
+        pairs = {n.removeprefix("pairs/"): int(v[0]) for n, v in sums.items() if "pairs/" in n}
+        names = ("accuracy", *SIDES)
+        total: dict[str, int] = dict.fromkeys((*names, *_BIAS[:2]), sum(pairs.values()))
+        total["fp_ratio"] = int(sums["wrong"][0])
+        return total | {f"{name}/{c}": pairs[c] for name in names for c in pairs}
+
+
+def _side(row: Prediction) -> str:
+    side = row.meta.get("side") or {"yes": "basic", "no": "hallucination"}.get(row.answer)
+    if side not in SIDES:
+        raise DataError(f"{row.id}: the answer must be yes or no, or meta.side one of {SIDES}")
+    return str(side)
+
+
+def _bias(halves: Halves) -> dict[str, float]:
+    """What is said to both questions against what is right.
+
+    Source: Guan et al. 2023, HallusionBench, arXiv:2310.14566: (said - right) / questions, and the
+    share of wrong answers that say yes.
+    """
+    both = list(halves.values())
+    return {
+        "said_yes": sum(v.read == "yes" for _, v in both),
+        "said_no": sum(v.read == "no" for _, v in both),
+        "is_yes": sum(row.answer == "yes" for row, _ in both),
+        "is_no": sum(row.answer == "no" for row, _ in both),
+        "wrong": sum(not v.right for _, v in both),
+        "false_yes": sum(row.answer == "no" and v.read == "yes" for row, v in both),
+    }
+
+
+def _published_bias(halves: Halves) -> dict[str, float]:
+    """As the published script counts: a wrong answer counts the other half's answer once more.
+
+    A basic question whose answer is not yes adds the no of the other half a second time, and a
+    made-up one whose answer is not no adds the basic yes a second time, which is a false positive.
+
+    Source: pritamqu/RRPO, eval/videohallucer/evaluation_bias.py.
+    """
+    text = {side: row.prediction or "" for side, (row, _) in halves.items()}
+    yes, no = says("yes", text.get("basic", "")), says("no", text.get("hallucination", ""))
+    return {
+        "said_yes": yes + (yes and not no),
+        "said_no": no + (no and not yes),
+        "is_yes": 1,
+        "is_no": 1,
+        "wrong": (not yes) + (not no),
+        "false_yes": yes and not no,
+    }
 
 
 class VidHallucBQA(Benchmark):
@@ -107,9 +262,6 @@ def _asked(source: Source) -> Iterator[tuple[str, int, str, dict[str, Any]]]:
             yield key, number, asked.text("q"), asked.inner("a").value
 
 
-# VidHalluc, options on action: one or several of four are right.
-
-
 def published_letters(text: str, options: tuple[str, ...]) -> frozenset[str]:
     """Every A to D that stands as a word, "A man" too but not "AC"; else the first option said.
 
@@ -175,8 +327,6 @@ class VidHallucMCQ(Benchmark):
         """By how many letters are right."""
         return {"right options": "one" if len(row.answer) == 1 else "several"}
 
-
-# VidHalluc, scene transitions: whether the scene changes, and from where to where.
 
 LOW = 0.3
 """Similarity that counts nothing, by default of the published function."""
@@ -285,11 +435,11 @@ class VidHallucSTH(Benchmark):
         sheet, verdicts = Sheet(), [self.verdict(row, legacy) for row in rows]
         for row, verdict in zip(rows, verdicts, strict=True):
             unit = self.unit_of(row)
-            sheet.put(unit, dict.fromkeys((*_CELLS, "alike"), 0.0))
+            sheet.add(unit, dict.fromkeys((*_CELLS, "alike"), 0.0))
             if not verdict.counted:
                 continue
-            cell = ("tp" if verdict.right else "fn", "tn" if verdict.right else "fp")
-            sheet.put(unit, {cell[0 if row.answer == "yes" else 1]: 1})
+            says_yes = verdict.right == (row.answer == "yes")
+            sheet.add(unit, {f"{'t' if verdict.right else 'f'}{'p' if says_yes else 'n'}": 1})
             if verdict.right and row.answer == "yes":
                 sheet.add(unit, alike=self._alike(row, legacy))
         return sheet, verdicts
@@ -335,68 +485,9 @@ class VidHallucSTH(Benchmark):
 
     def notes(self) -> list[str]:
         """What the similarity is."""
-        if self.similarity is word_cosine:
-            return [
-                "description: cosine of word counts, not the SimCSE embeddings of published numbers"
-            ]
-        return [f"description: similarity by {self.label or self.similarity}"]
-
-
-# VidHalluc, temporal sequence: which of two actions happens first.
-
-_PUBLISHED_MENTION = r"(action [ab]|[ab][\.\)])"
-
-
-def published_order(text: str) -> str | None:
-    """As the published script reads it.
-
-    Its patterns hold sets of characters where words are meant (`[^before]+`), so that most
-    sentences fall through to the order of all mentions: actions named twice give ABAB.
-
-    Source: Vid-Halluc/VidHalluc, eval/evaluation/eval_tsh.py.
-    """
-    low = text.lower()
-    if low in ("ab", "ba", "a", "b"):
-        return low.upper()
-    if "not clear" in low or "no clear" in low:
-        return None
-    named = [action for action in ("a", "b") if f"action {action}" in low]
-    if len(named) < 2:
-        return named[0].upper() if named else None
-    word = next((word for word in ("before", "then", "after") if word in low), None)
-    if word:
-        told = _published_search(low, word)
-        if told:
-            first, second = told
-            return (second + first if word == "after" else first + second).upper()
-    return "".join(mention[-1] for mention in re.findall(_PUBLISHED_MENTION, low)).upper()
-
-
-def _published_search(low: str, word: str) -> tuple[str, str] | None:
-    """Last characters of the two mentions that the published pattern finds, in linear time.
-
-    The pattern is MENTION[^word]+word[^action]*?MENTION, searched from the left.
-    """
-    mentions = list(re.finditer(rf"(?={_PUBLISHED_MENTION})", low))
-    starts = [mention.start() for mention in mentions]
-    stops = [match.start() for match in re.finditer(f"[{word}]", low)]
-    barred = [match.start() for match in re.finditer("[action]", low)]
-    for mention in mentions:
-        end = mention.end(1)
-        stop = _next(stops, end)
-        if stop is None or stop == end or not low.startswith(word, stop):
-            continue
-        after = stop + len(word)
-        place = bisect_left(starts, after)
-        last = _next(barred, after)
-        if place < len(starts) and (last is None or starts[place] <= last):
-            return mention[1][-1], mentions[place][1][-1]
-    return None
-
-
-def _next(places: Sequence[int], start: int) -> int | None:
-    at = bisect_left(places, start)
-    return places[at] if at < len(places) else None
+        counted = "cosine of word counts, not the SimCSE embeddings of published numbers"
+        named = f"similarity by {self.label or self.similarity}"
+        return [f"description: {counted if self.similarity is word_cosine else named}"]
 
 
 class VidHallucTSH(Benchmark):
