@@ -24,6 +24,7 @@ from mmalign.cli.parts import (
     group,
     option,
     say,
+    setting,
     warning_text,
 )
 from mmalign.errors import ConfigError
@@ -65,14 +66,12 @@ def train(
     config: Config,
     overrides: Overrides = None,
     resume: Annotated[
-        bool,
-        option("--resume", text="continue from the newest complete checkpoint in `output`"),
+        bool, option("--resume", "continue from the newest complete checkpoint in `output`")
     ] = False,
     dry_run: Annotated[
         bool,
         option(
-            "--dry-run",
-            text="load, run one batch forward and backward, print shapes and memory, stop",
+            "--dry-run", "load, run one batch forward and backward, print shapes and memory, stop"
         ),
     ] = False,
 ) -> None:
@@ -104,17 +103,13 @@ def evaluate(
     overrides: Overrides = None,
     checkpoint: Checkpoint = None,
     data: Annotated[
-        str | None,
-        option("--data", metavar="FILE", text="rows to score instead of those of CONFIG"),
+        str | None, option("--data FILE", "rows to score instead of those of CONFIG")
     ] = None,
-    out: Annotated[
-        Path | None, option("--out", metavar="FILE", text="also write the numbers as JSON")
-    ] = None,
+    out: Annotated[Path | None, option("--out FILE", "also write the numbers as JSON")] = None,
     own_loss: Annotated[
         bool,
         option(
-            "--own-loss",
-            text="CONFIG is that of a run folder with a loss of its own: import that code",
+            "--own-loss", "CONFIG is that of a run folder with a loss of its own: import that code"
         ),
     ] = False,
 ) -> None:
@@ -136,32 +131,24 @@ def sample(
     prompts: Annotated[
         Path | None,
         option(
-            "--prompts",
-            metavar="FILE",
-            text="JSONL with a `prompt` in each record, a text or a conversation, which may have "
+            "--prompts FILE",
+            "JSONL with a `prompt` in each record, a text or a conversation, which may have "
             "tools, video, image, audio; or a text file with one prompt a line",
         ),
     ] = None,
-    run: Annotated[
-        Path | None, option("--run", metavar="DIR", text="run folder whose config is used")
-    ] = None,
+    run: Annotated[Path | None, option("--run DIR", "run folder whose config is used")] = None,
     checkpoint: Checkpoint = None,
     base: Base = False,
     out: Annotated[
         Path | None,
         option(
-            "--out",
-            metavar="PATH",
-            text="text: write JSONL here instead of printing; images: folder to write to",
+            "--out PATH", "text: write JSONL here instead of printing; images: folder to write to"
         ),
     ] = None,
     seeds: Annotated[
-        str | None,
-        option("--seeds", metavar="N,N", text="images: one of each prompt for each seed"),
+        str | None, option("--seeds N,N", "images: one of each prompt for each seed")
     ] = None,
-    grid: Annotated[
-        int | None, option("--grid", metavar="N", text="images: columns of grid.png")
-    ] = None,
+    grid: Annotated[int | None, option("--grid N", "images: columns of grid.png")] = None,
 ) -> None:
     """Complete prompts with a trained model, with the settings of CONFIG's `sample`.
 
@@ -211,7 +198,7 @@ def cache(
     config: Config,
     overrides: Overrides = None,
     plan: Annotated[
-        bool, option("--plan", text="only say what would be written, how large it is, how long")
+        bool, option("--plan", "only say what would be written, how large it is, how long")
     ] = False,
 ) -> None:
     """Write to disk what training would compute again in every epoch; what is there stays.
@@ -246,22 +233,20 @@ pictures.register(app)
 @app.command(short_help="Merge checkpoints by weight arithmetic.")
 def merge(
     base: Annotated[str, argument("BASE", "full checkpoint: folder or hub name")],
-    out: Annotated[Path, option("--out", metavar="DIR", text="folder to make")],
+    out: Annotated[Path, option("--out DIR", "folder to make")],
     add: Annotated[
         list[str] | None,
         option(
-            "--add",
-            metavar="DIR[=COEF]",
-            text="add COEF times what DIR changes, of a run what its final/ does; by default 1 "
+            "--add DIR[=COEF]",
+            "add COEF times what DIR changes, of a run what its final/ does; by default 1 "
             "time; repeat it",
         ),
     ] = None,
     text_encoders: Annotated[
         str,
-        typer.Option(
-            "--text-encoders",
-            metavar="NAME",
-            help="LoRA files of image models that change text encoders too: stop, apply or ignore",
+        setting(
+            "--text-encoders NAME",
+            "LoRA files of image models that change text encoders too: stop, apply or ignore",
         ),
     ] = "stop",
 ) -> None:
@@ -281,9 +266,8 @@ def report(
     out: Annotated[
         Path | None,
         option(
-            "--out",
-            metavar="FILE",
-            text="the page; by default report.html in the run, of several a new file beside them",
+            "--out FILE",
+            "the page; by default report.html in the run, of several a new file beside them",
         ),
     ] = None,
 ) -> None:
@@ -309,11 +293,10 @@ def _quickstart() -> None:
 
 
 Output = Annotated[
-    Path | None,
-    option("--output", metavar="DIR", text="run folder; by default runs/quickstart-NAME"),
+    Path | None, option("--output DIR", "run folder; by default runs/quickstart-NAME")
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="of all that is drawn at random")]
-Fast = Annotated[bool, option("--fast", text="a smoke run of seconds, whose numbers mean nothing")]
+Seed = Annotated[int, setting("--seed N", "of all that is drawn at random")]
+Fast = Annotated[bool, option("--fast", "a smoke run of seconds, whose numbers mean nothing")]
 
 
 @quickstart_app.command("text", short_help="A chat model that answers in one sentence.")

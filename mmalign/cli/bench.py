@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from mmalign.cli.parts import (
     Base,
     Checkpoint,
@@ -19,43 +17,41 @@ from mmalign.cli.parts import (
     option,
     resumable,
     say,
+    setting,
 )
 from mmalign.errors import ConfigError
 
 app = group("Numbers on video benchmarks, from files of questions and answers.")
 
-Name = Annotated[str, option("--benchmark", metavar="NAME", text="`mmalign bench list` lists them")]
+Name = Annotated[str, option("--benchmark NAME", "`mmalign bench list` lists them")]
 QuestionFiles = Annotated[
     list[Path] | None,
     option(
-        "--questions",
-        metavar="FILE",
-        text="the benchmark's question file, where files of answers do not hold every question; "
+        "--questions FILE",
+        "the benchmark's question file, where files of answers do not hold every question; "
         "repeat it",
     ),
 ]
 Legacy = Annotated[
-    bool, option("--legacy", text="read answers as the published code does, mistakes included")
+    bool, option("--legacy", "read answers as the published code does, mistakes included")
 ]
 LegacyOf = Annotated[
     str | None,
     option(
-        "--legacy-of",
-        metavar="NAME",
-        text="--legacy, and whose code it follows, where there are several: tvbench and mvbench "
+        "--legacy-of NAME",
+        "--legacy, and whose code it follows, where there are several: tvbench and mvbench "
         "have rrpo (its copies, as --legacy alone) and original",
     ),
 ]
-AsJson = Annotated[bool, option("--json", text="print JSON instead of a table")]
+AsJson = Annotated[bool, option("--json", "print JSON instead of a table")]
 SimilarityName = Annotated[
     str | None,
     option(
-        "--similarity",
-        metavar="MODULE:FUNCTION",
-        text="of vidhalluc-sth: how alike two texts are; by default cosine of word counts",
+        "--similarity MODULE:FUNCTION",
+        "of vidhalluc-sth: how alike two texts are; by default cosine of word counts",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="of the resampling")]
+Seed = Annotated[int, setting("--seed N", "of the resampling")]
 
 
 @app.command("list", short_help="List the benchmarks, their files and metrics.")
@@ -76,8 +72,7 @@ def bench_score(
     legacy: Legacy = False,
     legacy_of: LegacyOf = None,
     out: Annotated[
-        Path | None,
-        option("--out", metavar="DIR", text="write score.json, and rows.jsonl with every reading"),
+        Path | None, option("--out DIR", "write score.json, and rows.jsonl with every reading")
     ] = None,
     as_json: AsJson = False,
     similarity: SimilarityName = None,
@@ -149,24 +144,16 @@ def bench_predict(
     benchmark: Name,
     questions: Annotated[
         list[Path],
-        option("--questions", metavar="FILE", text="the benchmark's question file; repeat it"),
+        option("--questions FILE", "the benchmark's question file; repeat it"),
     ],
-    media: Annotated[
-        Path, option("--media", metavar="DIR", text="folder that the paths of clips start from")
-    ],
+    media: Annotated[Path, option("--media DIR", "folder that the paths of clips start from")],
     out: Written,
     overrides: Overrides = None,
     checkpoint: Checkpoint = None,
     base: Base = False,
     batch: Annotated[
         int | None,
-        typer.Option(
-            "--batch",
-            metavar="N",
-            min=1,
-            help="questions at one time; by default train.eval_batch_size",
-            show_default=False,
-        ),
+        option("--batch N", "questions at one time; by default train.eval_batch_size", min=1),
     ] = None,
 ) -> None:
     """Answer a benchmark's questions with a model, with the settings of CONFIG's `sample`.

@@ -23,6 +23,7 @@ from mmalign.cli.parts import (
     option,
     resumable,
     say,
+    setting,
 )
 from mmalign.cli.pictures import BatchSize, Device, Dtype, Scorers, load_scorers, parse_scorers
 from mmalign.errors import ConfigError
@@ -48,40 +49,26 @@ AnswerOverrides = Annotated[
     list[str] | None,
     argument("KEY=VALUE", "override one value of CONFIG, e.g. sample.temperature=0.8"),
 ]
-Data = Annotated[
-    str, option("--data", metavar="FILE", text="records with a video, a question and its answer")
-]
+Data = Annotated[str, option("--data FILE", "records with a video, a question and its answer")]
 Out = Annotated[
-    Path,
-    option("--out", metavar="FILE", text="the JSONL file to write, in or above the videos' folder"),
+    Path, option("--out FILE", "the JSONL file to write, in or above the videos' folder")
 ]
 Checkpoint = Annotated[
     Path | None,
     option(
-        "--checkpoint",
-        metavar="DIR",
-        text="trained weights: a checkpoint-N or final folder; by default the model of CONFIG as "
+        "--checkpoint DIR",
+        "trained weights: a checkpoint-N or final folder; by default the model of CONFIG as "
         "it was before training",
     ),
 ]
-Num = Annotated[
-    int | None,
-    typer.Option(
-        "--num", metavar="N", min=1, help="answers sampled a record; by default 4",
-        show_default=False,
-    ),
-]  # fmt: skip
-Keep = Annotated[int, typer.Option("--keep", metavar="N", min=1, help="pairs a record, at most")]
-Seed = Annotated[
-    int | None,
-    option("--seed", metavar="N", text="of corrupted videos and answers; by default 0"),
-]
+Num = Annotated[int | None, option("--num N", "answers sampled a record; by default 4", min=1)]
+Keep = Annotated[int, setting("--keep N", "pairs a record, at most", min=1)]
+Seed = Annotated[int | None, option("--seed N", "of corrupted videos and answers; by default 0")]
 AnswersFile = Annotated[
     Path | None,
     option(
-        "--answers",
-        metavar="FILE",
-        text="take the answers from here instead of sampling: JSONL of `id` with `pred` or "
+        "--answers FILE",
+        "take the answers from here instead of sampling: JSONL of `id` with `pred` or "
         "`answers`; `wrong: true` says that they are",
     ),
 ]
@@ -101,24 +88,25 @@ def make_hallucinate(
     change: Annotated[
         list[str] | None,
         option(
-            "--change",
-            metavar="NAME",
-            text="how the video is corrupted, an operation of video.corruption; repeat it to take "
+            "--change NAME",
+            "how the video is corrupted, an operation of video.corruption; repeat it to take "
             "turns; by default mask_frames, 25 to 50 % of the frames",
         ),
     ] = None,
     likeness: Annotated[
         float,
-        typer.Option(
-            "--likeness", metavar="X", min=0, max=1,
-            help="an open answer that says something else is wrong below this likeness",
+        setting(
+            "--likeness X",
+            "an open answer that says something else is wrong below this likeness",
+            min=0,
+            max=1,
         ),
     ] = 0.5,
     seed: Seed = None,
     answers: AnswersFile = None,
     layout: Layout = None,
     drop_bad: DropBad = False,
-) -> None:  # fmt: skip
+) -> None:
     """Ask a model about videos with hidden frames, keep its wrong answers, mark what differs.
 
     The record's answer is `chosen`, the model's is `rejected`, and the phrases in which they differ
@@ -151,33 +139,32 @@ def make_ambiguous(
     judge: Annotated[
         Path | None,
         option(
-            "--judge",
-            metavar="FILE",
-            text="JSONL of `id` and `score`, or `scores`, one an answer of --answers: 0 exact to 1 "
+            "--judge FILE",
+            "JSONL of `id` and `score`, or `scores`, one an answer of --answers: 0 exact to 1 "
             "vague, in place of the rules",
         ),
     ] = None,
     threshold: Annotated[
-        float,
-        typer.Option("--threshold", metavar="X", min=0, max=1, help="vague from this score on"),
+        float, setting("--threshold X", "vague from this score on", min=0, max=1)
     ] = 0.5,
     consistency: Annotated[
         float,
-        typer.Option(
-            "--consistency", metavar="X", min=0, max=1,
-            help="all answers are vague where their mean likeness is below; 0: never",
+        setting(
+            "--consistency X",
+            "all answers are vague where their mean likeness is below; 0: never",
+            min=0,
+            max=1,
         ),
     ] = 0.2,
     own: Annotated[
-        bool,
-        option("--own", text="the specific answer is the model's too, not the record's"),
+        bool, option("--own", "the specific answer is the model's too, not the record's")
     ] = False,
-    weigh: Annotated[bool, option("--weigh", text="the score is the pair's weight")] = False,
+    weigh: Annotated[bool, option("--weigh", "the score is the pair's weight")] = False,
     seed: Seed = None,
     answers: AnswersFile = None,
     layout: Layout = None,
     drop_bad: DropBad = False,
-) -> None:  # fmt: skip
+) -> None:
     """Ask a model several times, find what it answers vaguely, pair that with a specific answer.
 
     Hedges, words for anything and answers that name nothing of the video's clues are vague, and so
@@ -249,22 +236,18 @@ def data_check(
     config: Annotated[
         str | None,
         option(
-            "--config",
-            metavar="CONFIG",
-            text="look at the rows as training with CONFIG would: its files where none are named, "
+            "--config CONFIG",
+            "look at the rows as training with CONFIG would: its files where none are named, "
             "its tokenizer, chat template and limits",
         ),
     ] = None,
     evaluation: Annotated[
-        list[str] | None,
-        option("--eval", metavar="FILE", text="held-out rows, compared with the others; repeat"),
+        list[str] | None, option("--eval FILE", "held-out rows, compared with the others; repeat")
     ] = None,
     layout: Layout = None,
-    show: Annotated[
-        int, typer.Option("--show", metavar="N", min=0, help="places named for each problem")
-    ] = 20,
+    show: Annotated[int, setting("--show N", "places named for each problem", min=0)] = 20,
     decode: Annotated[
-        bool, option("--decode", text="decode video and audio too; minutes where there are many")
+        bool, option("--decode", "decode video and audio too; minutes where there are many")
     ] = False,
 ) -> None:
     """Report every problem of preference files in one pass, with lines, and what is in them."""
@@ -312,9 +295,7 @@ def _check_config(
 def data_show(
     config: Config,
     overrides: Overrides = None,
-    rows: Annotated[
-        int, typer.Option("--rows", metavar="N", min=1, help="how many of the training rows")
-    ] = 3,
+    rows: Annotated[int, setting("--rows N", "how many of the training rows", min=1)] = 3,
 ) -> None:
     """Print rows as the model will see them: context dim, scored tokens coloured."""
     from rich.console import Console
@@ -347,22 +328,20 @@ def data_score(
     out: Written,
     scorer: Scorers,
     relabel: Annotated[
-        bool, option("--relabel", text="the higher score wins; equal scores are a tie")
+        bool, option("--relabel", "the higher score wins; equal scores are a tie")
     ] = False,
     smooth: Annotated[
         str | None,
         option(
-            "--smooth",
-            metavar="RANGE",
-            text="write SmPO's p_chosen; RANGE is MIN,MAX of the scores, `data` for theirs, or "
+            "--smooth RANGE",
+            "write SmPO's p_chosen; RANGE is MIN,MAX of the scores, `data` for theirs, or "
             "`published` for SmPO's constants",
         ),
     ] = None,
     layout: Layout = None,
     split: Split = None,
     pictures: Annotated[
-        Path | None,
-        option("--pictures", metavar="DIR", text="where paths start; by default FILE's folder"),
+        Path | None, option("--pictures DIR", "where paths start; by default FILE's folder")
     ] = None,
     batch_size: BatchSize = 16,
     device: Device = None,

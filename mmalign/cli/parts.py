@@ -116,9 +116,15 @@ def argument(metavar: str, text: str) -> Any:
     return typer.Argument(metavar=metavar, help=text, show_default=False)
 
 
-def option(*names: str, metavar: str | None = None, text: str) -> Any:
-    """An option or a flag."""
-    return typer.Option(*names, metavar=metavar, help=text, show_default=False)
+def option(flag: str, text: str, *, show_default: bool = False, **limits: Any) -> Any:
+    """An option, whose name is followed by that of its value (`--out FILE`), or a flag."""
+    name, _, value = flag.partition(" ")
+    return typer.Option(name, metavar=value or None, help=text, show_default=show_default, **limits)
+
+
+def setting(flag: str, text: str, **limits: Any) -> Any:
+    """An option whose default is shown."""
+    return option(flag, text, show_default=True, **limits)
 
 
 Config = Annotated[str, argument("CONFIG", "YAML file; see configs/ for one per method")]
@@ -130,18 +136,15 @@ Overrides = Annotated[
 Checkpoint = Annotated[
     Path | None,
     option(
-        "--checkpoint",
-        metavar="DIR",
-        text="trained weights: a checkpoint-N or final folder, or its name in `output`; by default "
+        "--checkpoint DIR",
+        "trained weights: a checkpoint-N or final folder, or its name in `output`; by default "
         "the newest of `output`",
     ),
 ]
-Base = Annotated[bool, option("--base", text="the model as it was before training")]
-Written = Annotated[Path, option("--out", metavar="FILE", text="the JSONL file to write")]
-Layout = Annotated[
-    str | None, option("--layout", metavar="NAME", text="of FILE; found by itself when left out")
-]
-Split = Annotated[str | None, option("--split", metavar="NAME", text="only the rows of this split")]
+Base = Annotated[bool, option("--base", "the model as it was before training")]
+Written = Annotated[Path, option("--out FILE", "the JSONL file to write")]
+Layout = Annotated[str | None, option("--layout NAME", "of FILE; found by itself when left out")]
+Split = Annotated[str | None, option("--split NAME", "only the rows of this split")]
 DropBad = Annotated[
-    bool, option("--drop-bad", text="leave out records with problems instead of stopping")
+    bool, option("--drop-bad", "leave out records with problems instead of stopping")
 ]

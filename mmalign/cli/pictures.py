@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmalign.cli.parts import argument, option, say, shown
+from mmalign.cli.parts import argument, option, say, setting, shown
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,22 +25,15 @@ if TYPE_CHECKING:
 Scorers = Annotated[
     list[str],
     option(
-        "--scorer",
-        metavar="NAME[=DIR]",
-        text="clip, pickscore, hps-v2, hps-v2.1, aesthetic or image-reward; repeat it; "
+        "--scorer NAME[=DIR]",
+        "clip, pickscore, hps-v2, hps-v2.1, aesthetic or image-reward; repeat it; "
         "weights come from the hub, or from DIR",
     ),
 ]
-BatchSize = Annotated[
-    int, typer.Option("--batch-size", metavar="N", min=1, help="rows or prompts at one time")
-]
-Device = Annotated[
-    str | None, option("--device", metavar="NAME", text="by default the GPU where there is one")
-]
+BatchSize = Annotated[int, setting("--batch-size N", "rows or prompts at one time", min=1)]
+Device = Annotated[str | None, option("--device NAME", "by default the GPU where there is one")]
 DTYPES = ("float32", "bfloat16", "float16")
-Dtype = Annotated[
-    str, typer.Option("--dtype", metavar="NAME", help="of the networks: " + ", ".join(DTYPES))
-]
+Dtype = Annotated[str, setting("--dtype NAME", "of the networks: " + ", ".join(DTYPES))]
 
 
 def register(app: typer.Typer) -> None:
@@ -53,15 +46,12 @@ def compare(
     folder_b: Annotated[Path, argument("DIR_B", "of the other, with the same file names")],
     scorer: Scorers,
     out: Annotated[
-        Path | None,
-        option("--out", metavar="FILE", text="write a summary as JSON, rows beside it as JSONL"),
+        Path | None, option("--out FILE", "write a summary as JSON, rows beside it as JSONL")
     ] = None,
     prompts: Annotated[
         Path | None,
         option(
-            "--prompts",
-            metavar="FILE",
-            text="JSONL with `image` and `prompt`, for folders without samples.jsonl",
+            "--prompts FILE", "JSONL with `image` and `prompt`, for folders without samples.jsonl"
         ),
     ] = None,
     batch_size: BatchSize = 16,
