@@ -79,22 +79,22 @@ class MusicAVQA(Benchmark):
     legacy = "exact match after lower case and stripping, as of a classifier"
     source = "Li et al. 2022, MUSIC-AVQA (CVPR)"
 
-    def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
+    def items(self, source: Source) -> Iterator[Question]:
         """Slots such as <Object> are filled from `templ_values`."""
         for entry in source.entries():
             kinds = _listed(entry, "type")
             if len(kinds) != 2:
                 raise DataError(f"{entry.where}: `type` must be a modality and a kind")
             video = entry.text("video_id")
-            question = Question(
+            yield Question(
                 id=entry.text("question_id"),
                 task=" ".join(kinds),
                 prompt=_filled(entry) + self.ending,
                 video=f"{video}.mp4",
                 answer=entry.text("anser", "answer"),
                 meta={"modality": kinds[0], "video": video},
+                said=entry.said(),
             )
-            yield question, entry.said()
 
     def judge(self, row: Prediction, legacy: bool) -> Verdict:
         """Compare words, or find the one answer that is said."""

@@ -176,6 +176,7 @@ class Question:
         answer: What is right: a letter where there are options.
         pair_id: Names what is only right together; empty where each question counts alone.
         meta: Whatever else the benchmark groups by; `video` is what was drawn as one piece.
+        said: What a model said, where the file holds that too.
     """
 
     id: str
@@ -188,6 +189,7 @@ class Question:
     options: tuple[str, ...] = ()
     pair_id: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    said: str | None = None
 
     def answered(self, benchmark: str, prediction: str | None) -> Prediction:
         """The question with a model's answer; None: there is none."""
@@ -406,12 +408,12 @@ class Benchmark(ABC):
         return self.suffix.removesuffix(" (ours)")
 
     @abstractmethod
-    def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
-        """Questions of a published file, with the answer of a model where the file holds one."""
+    def items(self, source: Source) -> Iterator[Question]:
+        """Questions of a published file."""
 
     def answers(self, source: Source) -> dict[str, str | None]:
         """Answers of a file that holds answers, by question id; questions come from another."""
-        return {question.id: text for question, text in self.items(source)}
+        return {question.id: question.said for question in self.items(source)}
 
     @abstractmethod
     def judge(self, row: Prediction, legacy: bool) -> Verdict:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from mmalign.bench.base import Benchmark, Entry, Prediction, Question, Source, Verdict
 from mmalign.bench.base import entry as as_entry
@@ -107,14 +107,14 @@ class TaskFiles(Choice):
     suffix = "\nOnly give the best option."
     task_key: ClassVar[str] = ""
 
-    def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
+    def items(self, source: Source) -> Iterator[Question]:
         """Questions are numbered from 0 in their file."""
         counts: dict[str, int] = {}
         for entry in source.entries():
             options = entry.texts("candidates")
             task = (self.task_key and entry.maybe(self.task_key)) or source.path.stem
             number = counts[task] = counts.get(task, -1) + 1
-            question = Question(
+            yield Question(
                 id=f"{task}/{number}",
                 task=task,
                 prompt=listed(entry.text("question"), options) + self.suffix,
@@ -123,58 +123,49 @@ class TaskFiles(Choice):
                 end=entry.seconds("end"),
                 options=tuple(options),
                 answer=right_letter(entry.text("answer"), options, entry.where),
+                said=entry.said(),
             )
-            yield question, entry.said()
 
     def clip(self, video: str, task: str) -> str:
         """The clip's file in the folder of all media."""
         return video
 
 
-class Keys(NamedTuple):
-    """What a file calls the parts of a question; `right` is the place of the right option."""
-
-    question: str
-    options: str
-    right: str
-    video: str
-
-
 class OneFile(Choice):
     """A list of questions in one file, which name the right option by its place.
 
     Attributes:
-        keys: Of the parts of a question.
+        keys: Of the question, its options, the place of the right one, and the video.
         by: Table of `tables` to the key in the file.
         task_table: Of these the one that is the task.
         mark: How an option is written.
         video_ending: What the file's name lacks.
     """
 
-    keys: ClassVar[Keys]
+    keys: ClassVar[tuple[str, str, str, str]]
     by: ClassVar[Mapping[str, str]]
     task_table: ClassVar[str]
     mark: ClassVar[str] = "({}) {}"
     video_ending: ClassVar[str] = ""
 
-    def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
+    def items(self, source: Source) -> Iterator[Question]:
         """One an entry."""
-        for entry in source.entries():
-            yield self.asked(entry), entry.said()
+        yield from map(self.asked, source.entries())
 
     def asked(self, entry: Entry) -> Question:
         """The question of an entry; tables that it does not name are left out."""
-        keys = self.keys
-        options = entry.texts(keys.options)
+        question, choices, right, video = self.keys
+        options = entry.texts(choices)
         named = {table: entry.maybe(key) for table, key in self.by.items()}
         return Question(
             id=entry.text("id"),
             task=named[self.task_table] or "",
-            prompt=listed(entry.text(keys.question), options, self.mark) + self.ending,
-            video=entry.text(keys.video) + self.video_ending,
+            prompt=listed(entry.text(question), options, self.mark) + self.ending,
+            video=entry.text(video) + self.video_ending,
             options=tuple(options),
-            answer=LETTERS[entry.place(keys.right, len(options))],
+            answer=LETTERS[entry.place(right, len(options))],
             meta={table: name for table, name in named.items() if name},
+            said=entry.said(),
         )
 
 
@@ -249,22 +240,22 @@ class LongVideoBench(OneFile):
     suffix = "\nAnswer with the option's letter from the given choices directly."
     source = "Wu et al. 2024, arXiv:2407.15754; pritamqu/RRPO, eval/longvideobench"
     tables = ("duration", "category")
-    keys = Keys("question", "candidates", "correct_choice", "video_path")
+    keys = ("question", "candidates", "correct_choice", "video_path")
     by = MappingProxyType({"duration": "duration_group", "category": "question_category"})
     task_table = "category"
     mark = "{}. {}"
 
-    def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
+    def items(self, source: Source) -> Iterator[Question]:
         """Question files, and `{id, pred, gt}` as RRPO writes answers."""
         for entry in source.entries():
             name = entry.text("id")
             drawn = {"video": entry.maybe("video_id") or name.rpartition("_")[0] or name}
             if "candidates" not in entry.value:
                 answer = right_letter(entry.text("gt"), (), entry.where)
-                yield Question(name, "", "", "", answer, meta=drawn), entry.said("pred")
+                yield Question(name, "", "", "", answer, meta=drawn, said=entry.said("pred"))
                 continue
             question = self.asked(entry)
-            yield replace(question, meta={**drawn, **question.meta}), entry.said()
+            yield replace(question, meta={**drawn, **question.meta})
 
 
 _LETTERED = re.compile(r"^\s*\(?[A-Z][.):]\s*")
@@ -307,7 +298,7 @@ class AVQA(OneFile):
     skips_missing = False
     source = "Yang et al. 2022, AVQA (ACM Multimedia)"
     tables = ("type", "relation")
-    keys = Keys("question_text", "multi_choice", "answer", "video_name")
+    keys = ("question_text", "multi_choice", "answer", "video_name")
     by = MappingProxyType({"type": "question_type", "relation": "question_relation"})
     task_table = "type"
     video_ending = ".mp4"
@@ -335,7 +326,7 @@ class VideoMME(Choice):
     source = "Fu et al. 2024, arXiv:2405.21075; pritamqu/RRPO, eval/videomme"
     tables = ("duration", "domain", "sub_category", "task_type")
 
-    def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
+    def items(self, source: Source) -> Iterator[Question]:
         """Nested by video, or flat as in the published table."""
         for video in source.entries():
             inner = video.value.get("questions")
@@ -345,7 +336,7 @@ class VideoMME(Choice):
             for i, item in enumerate(inner, start=1):
                 yield self._item(video, as_entry(item, f"{video.where} question {i}"))
 
-    def _item(self, video: Entry, asked: Entry) -> tuple[Question, str | None]:
+    def _item(self, video: Entry, asked: Entry) -> Question:
         options = _options(asked)
         meta: dict[str, Any] = {key: video.text(key) for key in self.tables[:3]}
         meta["task_type"] = asked.text("task_type")
@@ -356,7 +347,7 @@ class VideoMME(Choice):
             "correct option.\n" + "\n".join(options) + "\n"
         )
         texts = tuple(_LETTERED.sub("", option) for option in options)
-        question = Question(
+        return Question(
             id=asked.text("question_id"),
             task=meta["task_type"],
             prompt=prompt,
@@ -364,8 +355,8 @@ class VideoMME(Choice):
             options=texts,
             answer=right_letter(asked.text("answer"), texts, asked.where),
             meta=meta,
+            said=asked.said("response"),
         )
-        return question, asked.said("response")
 
     def judge(self, row: Prediction, legacy: bool) -> Verdict:
         """Whether the letter that is read is the right one."""

@@ -69,7 +69,7 @@ class VideoHallucer(Benchmark):
     unit = "pair"
     plain = frozenset(_BIAS[:2])
 
-    def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
+    def items(self, source: Source) -> Iterator[Question]:
         """Two questions an entry; pairs are numbered from 0 in their category."""
         counts: dict[str, int] = defaultdict(int)
         folders = {category: folder for folder, category in CATEGORIES.items()}
@@ -81,7 +81,7 @@ class VideoHallucer(Benchmark):
             for side in SIDES:
                 asked = both.inner(side)
                 video = asked.text("video")
-                question = Question(
+                yield Question(
                     id=f"{pair}/{side}",
                     task=category,
                     prompt=asked.text("question") + self.suffix,
@@ -89,8 +89,8 @@ class VideoHallucer(Benchmark):
                     answer=asked.text("answer").strip().lower(),
                     pair_id=pair,
                     meta={"side": side},
+                    said=asked.said("predict"),
                 )
-                yield question, asked.said("predict")
 
     def judge(self, row: Prediction, legacy: bool) -> Verdict:
         """Whether the answer is the right one of yes and no."""
@@ -202,11 +202,11 @@ class VidHallucBQA(Benchmark):
     source = "Li et al. 2024, arXiv:2412.03735; Vid-Halluc/VidHalluc, eval/evaluation/eval_bqa.py"
     skips_missing = True
 
-    def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
+    def items(self, source: Source) -> Iterator[Question]:
         """A question and a clip each; the file holds right answers."""
         for key, number, text, clips in _asked(source):
             for clip, answer in clips.items():
-                question = Question(
+                yield Question(
                     id=f"{key}/{number}/{clip}",
                     task="bqa",
                     prompt=text + self.suffix,
@@ -215,7 +215,6 @@ class VidHallucBQA(Benchmark):
                     pair_id=f"{key}/{number}",
                     meta={"video": key},
                 )
-                yield question, None
 
     def answers(self, source: Source) -> dict[str, str | None]:
         """The same shape, with what the model said in the place of what is right."""
@@ -292,7 +291,7 @@ class VidHallucMCQ(Benchmark):
     source = "Li et al. 2024, arXiv:2412.03735; Vid-Halluc/VidHalluc, eval/evaluation/eval_mcq.py"
     skips_missing = True
 
-    def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
+    def items(self, source: Source) -> Iterator[Question]:
         """A clip each."""
         for key, clips in source.keyed():
             for clip, item in entry(clips, f"{source.path} {key!r}").value.items():
@@ -302,7 +301,7 @@ class VidHallucMCQ(Benchmark):
                     raise DataError(f"{asked.where}: the keys of `Choices` must be A, B, ...")
                 right = re.findall("[A-D]", asked.text("Correct Answer").upper())
                 lines = [f"{key}. {value}\n" for key, value in choices.items()]
-                question = Question(
+                yield Question(
                     id=f"{key}/{clip}",
                     task="mcq",
                     prompt=asked.text("Question")
@@ -313,8 +312,8 @@ class VidHallucMCQ(Benchmark):
                     options=tuple(map(str, choices.values())),
                     answer="".join(sorted(set(right))),
                     meta={"video": key},
+                    said=asked.said("Model Answer"),
                 )
-                yield question, asked.said("Model Answer")
 
     def judge(self, row: Prediction, legacy: bool) -> Verdict:
         """Compare sets of letters."""
@@ -398,19 +397,19 @@ class VidHallucSTH(Benchmark):
         self.similarity = similarity
         self.label = label
 
-    def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
+    def items(self, source: Source) -> Iterator[Question]:
         """A video each; `meta.locations` are the right places."""
         for video, item in source.keyed():
             asked = entry(item, f"{source.path} {video!r}")
-            question = Question(
+            yield Question(
                 id=video,
                 task="sth",
                 prompt=self.PROMPT,
                 video=f"{video}.mp4",
                 answer=asked.text("Scene change").strip().lower(),
                 meta={"video": video, "locations": asked.maybe("Locations") or ""},
+                said=asked.said("prediction", "Model Answer"),
             )
-            yield question, asked.said("prediction", "Model Answer")
 
     def answers(self, source: Source) -> dict[str, str | None]:
         """`{video: text}`, or the layout of questions with answers inside."""
@@ -507,20 +506,20 @@ class VidHallucTSH(Benchmark):
     source = "Li et al. 2024, arXiv:2412.03735; Vid-Halluc/VidHalluc, eval/evaluation/eval_tsh.py"
     skips_missing = True
 
-    def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
+    def items(self, source: Source) -> Iterator[Question]:
         """An entry each."""
         for key, item in source.keyed():
             asked = entry(item, f"{source.path} {key!r}")
             video = asked.text("video")
-            question = Question(
+            yield Question(
                 id=key,
                 task="tsh",
                 prompt=asked.text("Question") + self.suffix,
                 video=f"{video}.mp4",
                 answer=asked.text("Correct Answer").strip().upper(),
                 meta={"video": video},
+                said=asked.said("Model Answer"),
             )
-            yield question, asked.said("Model Answer")
 
     def judge(self, row: Prediction, legacy: bool) -> Verdict:
         """Whether the order is right."""

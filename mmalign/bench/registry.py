@@ -75,7 +75,7 @@ def questions(benchmark: str, file: str | Path) -> list[Question]:
         ConfigError: No such benchmark.
         DataError: The file is not in its layout.
     """
-    return [question for question, _ in _items(find(benchmark), load(Path(file)))]
+    return _items(find(benchmark), load(Path(file)))
 
 
 def read_files(
@@ -96,7 +96,7 @@ def read_files(
     asked = [
         question.answered(benchmark.name, None)
         for path in question_files
-        for question, _ in _items(benchmark, load(path))
+        for question in _items(benchmark, load(path))
     ]
     rows: list[Prediction] = []
     for path in files:
@@ -109,7 +109,7 @@ def read_files(
             rows += [Prediction(key, "", "", text, "") for key, text in known.items()]
         else:
             items = _items(benchmark, source)
-            rows += [question.answered(benchmark.name, text) for question, text in items]
+            rows += [question.answered(benchmark.name, question.said) for question in items]
     found = distinct(rows, where)
     if asked:
         rows = _joined(distinct(asked, ", ".join(map(str, question_files))), found, where)
@@ -140,7 +140,7 @@ def _joined(
     return list(asked.values())
 
 
-def _items(benchmark: Benchmark, source: Source) -> list[tuple[Question, str | None]]:
+def _items(benchmark: Benchmark, source: Source) -> list[Question]:
     with _explained(benchmark):
         found = list(benchmark.items(source))
     if not found:

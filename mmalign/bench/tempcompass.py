@@ -40,7 +40,7 @@ class TempCompass(Benchmark):
     source = "Liu et al. 2024, arXiv:2403.00476; llyx97/TempCompass, eval_*.py"
     task: ClassVar[str]
 
-    def items(self, source: Source) -> Iterator[tuple[Question, str | None]]:
+    def items(self, source: Source) -> Iterator[Question]:
         """Questions are numbered from 0 in their video and dimension."""
         for video, dimensions in source.keyed():
             for dimension, asked in entry(dimensions, f"{source.path} {video!r}").value.items():
@@ -48,11 +48,7 @@ class TempCompass(Benchmark):
                 if not isinstance(asked, list):
                     raise DataError(f"{where}: must be a list of questions")
                 for i, item in enumerate(asked):
-                    found = entry(item, f"{where} {i}")
-                    yield (
-                        self._question(found, video, dimension, i),
-                        found.said("prediction", "response", "video-llm-prediction"),
-                    )
+                    yield self._question(entry(item, f"{where} {i}"), video, dimension, i)
 
     def _question(self, asked: Entry, video: str, dimension: str, number: int) -> Question:
         text, rating = asked.text("question"), asked.value.get("rating")
@@ -65,6 +61,7 @@ class TempCompass(Benchmark):
             answer=asked.text("answer", "gt-answer"),
             options=self.options(meta["lines"]),
             meta=meta | ({} if rating is None else {"rating": rating}),
+            said=asked.said("prediction", "response", "video-llm-prediction"),
         )
 
     def options(self, lines: Sequence[str]) -> tuple[str, ...]:
