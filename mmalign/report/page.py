@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from markupsafe import Markup, escape
 
@@ -20,85 +21,76 @@ class _Metric:
     key: str
     label: str
     meaning: str
-    of: Scores | None = None  # None: of all runs
-    is_share: bool = False
+    kind: Literal["", "share", "tiny"] = ""  # tiny: shown with significant digits
     changes: bool = True
-    is_tiny: bool = False  # shown with significant digits
 
 
 _AGAINST = "nats against the reference"
+_SEPARATION = "how often a desirable {} scores above an undesirable one of another row"
+_LOSS = _Metric("loss", "Loss", "the objective on held-out rows")
 
-_METRICS = (
+_OF_IMAGES = (
     _Metric(
         "errors/chosen_diff",
         "Error on preferred images",
         "policy minus reference; above 0 the model explains them worse than before",
-        of="errors",
-        is_tiny=True,
+        "tiny",
     ),
     _Metric(
         "errors/rejected_diff",
         "Error on rejected images",
         "policy minus reference; above 0 the model has moved away from them",
-        of="errors",
-        is_tiny=True,
-    ),
-    _Metric(
-        "ranking_accuracy",
-        "Ranking accuracy",
-        "pairs whose chosen answer the model itself finds at least as likely",
-        of="tokens",
-        is_share=True,
-    ),
-    _Metric(
-        "ranking_accuracy_per_token",
-        "Ranking accuracy per token",
-        "the same by mean log-probability, which does not favour short answers",
-        of="tokens",
-        is_share=True,
-    ),
-    _Metric(
-        "reward_accuracy",
-        "Reward accuracy",
-        "pairs whose chosen answer gained more than the rejected one",
-        of="tokens",
-        is_share=True,
+        "tiny",
     ),
     _Metric(
         "reward_accuracy",
         "Implicit accuracy",
         "pairs whose preferred image gained more than the rejected one",
-        of="errors",
-        is_share=True,
+        "share",
+    ),
+    _Metric("separation", "Separation", _SEPARATION.format("picture"), "share"),
+    _LOSS,
+    _Metric(
+        "errors/policy_chosen",
+        "Denoising error of preferred images",
+        "under the trained model",
+        "tiny",
+    ),
+)
+_OF_ANSWERS = (
+    _Metric(
+        "ranking_accuracy",
+        "Ranking accuracy",
+        "pairs whose chosen answer the model itself finds at least as likely",
+        "share",
+    ),
+    _Metric(
+        "ranking_accuracy_per_token",
+        "Ranking accuracy per token",
+        "the same by mean log-probability, which does not favour short answers",
+        "share",
+    ),
+    _Metric(
+        "reward_accuracy",
+        "Reward accuracy",
+        "pairs whose chosen answer gained more than the rejected one",
+        "share",
     ),
     _Metric(
         "idealised_accuracy",
         "Idealised ranking accuracy",
         "what the exact optimum would reach from this reference",
-        of="tokens",
-        is_share=True,
+        "share",
         changes=False,
     ),
-    _Metric(
-        "separation",
-        "Separation",
-        "how often a desirable {item} scores above an undesirable one of another row",
-        is_share=True,
-    ),
-    _Metric("loss", "Loss", "the objective on held-out rows"),
-    _Metric(
-        "errors/policy_chosen",
-        "Denoising error of preferred images",
-        "under the trained model",
-        of="errors",
-        is_tiny=True,
-    ),
-    _Metric("log_ratio_margin", "Log-ratio margin", "chosen minus rejected, in nats", of="tokens"),
-    _Metric("drift/chosen", "Log-ratio of the chosen answers", _AGAINST, of="tokens"),
-    _Metric("drift/rejected", "Log-ratio of the rejected answers", _AGAINST, of="tokens"),
-    _Metric("drift/desirable", "Log-ratio of desirable answers", _AGAINST, of="tokens"),
-    _Metric("drift/undesirable", "Log-ratio of undesirable answers", _AGAINST, of="tokens"),
-    _Metric("kl_per_token", "KL per token", "KL(reference, policy), in nats", of="tokens"),
+    _Metric("separation", "Separation", _SEPARATION.format("answer"), "share"),
+    _LOSS,
+    _Metric("log_ratio_margin", "Log-ratio margin", "chosen minus rejected, in nats"),
+    _Metric("drift/chosen", "Log-ratio of the chosen answers", _AGAINST),
+    _Metric("drift/rejected", "Log-ratio of the rejected answers", _AGAINST),
+    _Metric("drift/desirable", "Log-ratio of desirable answers", _AGAINST),
+    _Metric("drift/undesirable", "Log-ratio of undesirable answers", _AGAINST),
+    _Metric("kl_per_token", "KL per token", "KL(reference, policy), in nats"),
 )
 
 
@@ -113,24 +105,19 @@ def eval_section(runs: Sequence[Run]) -> Section | None:
     runs = [run for run in runs if run.evals]
     if not runs:
         return None
-    scores = _scores(runs)
-    item = "picture" if scores == "errors" else "answer"
-    shown = [
-        replace(metric, meaning=metric.meaning.format(item=item))
-        for metric in _METRICS
-        if metric.of in (None, scores)
-    ]
-    table = _before_and_after(runs[0], shown) if len(runs) == 1 else _compared(runs, shown)
+    metrics = _OF_IMAGES if _scores(runs) == "errors" else _OF_ANSWERS
+    table = _before_and_after(runs[0], metrics) if len(runs) == 1 else _compared(runs, metrics)
     return Section("Held-out numbers", table)
 
 
 def _before_and_after(run: Run, metrics: Sequence[_Metric]) -> Markup:
+    from mmalign.evaluate import TIED, is_tied
+
     first, last = run.evals[0], run.evals[-1]
     if first is last:
         header = ["", f"at step {last.get('step')}"]
         rows = [[_name(m), _cell(last, m)] for m in metrics if _has(last, m)]
         return blocks.table(header, rows, _caption(run))
-    from mmalign.evaluate import TIED, is_tied
 
     changes = _changes(first, last, metrics)
     if is_tied(first):  # by construction, and no result that a gain could be counted from
@@ -149,11 +136,12 @@ def _compared(runs: Sequence[Run], metrics: Sequence[_Metric]) -> Markup:
     start = runs[0].evals[0]
     has_start = start.get("step") == 0
     header = ["", *(["before"] if has_start else []), *(run.name for run in runs)]
-    rows: list[list[object]] = []
-    for metric in metrics:
-        if any(_has(run.evals[-1], metric) for run in runs):
-            before = [_cell(start, metric)] if has_start else []
-            rows.append([_name(metric), *before, *(_cell(run.evals[-1], metric) for run in runs)])
+    shown = [*([start] if has_start else []), *(run.evals[-1] for run in runs)]
+    rows = [
+        [_name(metric), *(_cell(record, metric) for record in shown)]
+        for metric in metrics
+        if any(_has(run.evals[-1], metric) for run in runs)
+    ]
     return blocks.table(header, rows, _caption(runs[0]))
 
 
@@ -216,14 +204,12 @@ def _cell(record: Record, metric: _Metric) -> Markup | str:
 
 def _shown(value: float, interval: Any, metric: _Metric, sign: str = "") -> Markup:
     def text(number: float) -> str:
-        if metric.is_share:
-            return f"{100 * number:{sign}.0f}".replace("-", "−")
-        if metric.is_tiny:
-            return f"{number:{sign}.3g}".replace("-", "−")
-        digits = 3 if abs(number) < 1 else 2
-        return f"{number:{sign}.{digits}f}".replace("-", "−")
+        plain = ".3f" if abs(number) < 1 else ".2f"
+        digits = {"share": ".0f", "tiny": ".3g"}.get(metric.kind, plain)
+        scaled = 100 * number if metric.kind == "share" else number
+        return f"{scaled:{sign}{digits}}".replace("-", "−")
 
-    unit = (" points" if sign else " %") if metric.is_share else ""
+    unit = (" points" if sign else " %") if metric.kind == "share" else ""
     shown = Markup("{}{}").format(text(value), unit)
     if interval is None or not all(is_number(end) for end in interval):
         return shown
@@ -307,10 +293,10 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
 
 
 def _remarks(runs: Sequence[Run]) -> Section | None:
-    whose: dict[Remark, list[str]] = {}
+    whose: dict[Remark, list[str]] = defaultdict(list)
     for run in runs:
         for remark in remarks(run):
-            whose.setdefault(remark, []).append(run.name)
+            whose[remark].append(run.name)
     notes = [
         blocks.note(
             remark.text if len(runs) == 1 else f"{', '.join(names)}: {remark.text}",
@@ -403,9 +389,9 @@ def _completions(runs: Sequence[Run]) -> Section | None:
     """The first and the last completion of every prompt; of several runs the last of each."""
     rows: dict[str, dict[str, str]] = {}
     for run in runs:
-        by_prompt: dict[str, list[Any]] = {}
-        for sample in sorted(run.samples, key=lambda s: s.get("step", 0)):
-            by_prompt.setdefault(_prompt(sample.get("prompt", "")), []).append(sample)
+        by_prompt: dict[str, list[Any]] = defaultdict(list)
+        for sample in run.samples:
+            by_prompt[_prompt(sample.get("prompt", ""))].append(sample)
         for prompt, samples in by_prompt.items():
             columns = rows.setdefault(prompt, {})
             first, last = samples[0], samples[-1]
@@ -430,13 +416,8 @@ def _prompt(prompt: Any) -> str:
 def _configs(runs: Sequence[Run]) -> Markup:
     parts: list[Markup] = []
     for run in runs:
-        name = run.name if len(runs) > 1 else "config.yaml"
-        if run.config:
-            text = blocks.preformatted(yaml.dump(run.config))
-            parts.append(blocks.folded(name, text))
-        if run.env:
-            label = (
-                f"Versions and machine of {run.name}" if len(runs) > 1 else "Versions and machine"
-            )
-            parts.append(blocks.folded(label, blocks.preformatted(yaml.dump(run.env))))
+        name, of = (run.name, f" of {run.name}") if len(runs) > 1 else ("config.yaml", "")
+        for label, values in ((name, run.config), (f"Versions and machine{of}", run.env)):
+            if values:
+                parts.append(blocks.folded(label, blocks.preformatted(yaml.dump(values))))
     return Markup().join(parts) or escape("The run folder holds no config.yaml.")

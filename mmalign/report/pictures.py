@@ -9,8 +9,10 @@ import base64
 import io
 import os
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,10 @@ def sheets(runs: Sequence[Run]) -> Section | None:
         parts.append(_heading(run, runs))
         *earlier, (step, file) = found
         parts.append(picture(file, f"After {step:,} steps" if step else "Before training"))
-        shown = [_figure(*item) for item in _spread(earlier)]
+        shown = [
+            picture(file, f"Step {step:,}" if step else "Before training")
+            for step, file in _spread(earlier)
+        ]
         if shown:
             title = "Earlier steps" if len(earlier) > 1 else f"Step {earlier[0][0]:,}"
             parts.append(blocks.folded(title, Markup().join(shown)))
@@ -111,10 +116,6 @@ def picture(file: Path, caption: str) -> Markup:
     return blocks.figure(image, caption)
 
 
-def _figure(step: int, file: Path) -> Markup:
-    return picture(file, f"Step {step:,}" if step else "Before training")
-
-
 def _sheets_of(run: Run) -> list[tuple[int, Path]]:
     """Step and file of every sheet, in order."""
     fence = Fence(run.folder)
@@ -129,9 +130,8 @@ def _sheets_of(run: Run) -> list[tuple[int, Path]]:
 
 def _spread(items: Sequence[tuple[int, Path]]) -> list[tuple[int, Path]]:
     """At most `_MAX_EARLIER` of them, the first among them, evenly spread."""
-    if len(items) <= _MAX_EARLIER:
-        return list(items)
-    return [items[i * len(items) // _MAX_EARLIER] for i in range(_MAX_EARLIER)]
+    most = min(len(items), _MAX_EARLIER)
+    return [items[i * len(items) // most] for i in range(most)]
 
 
 def _bounded(file: Path) -> tuple[str, bytes]:
@@ -164,14 +164,11 @@ def _levels(record: Record) -> Markup | None:
     rows: list[list[object]] = []
     for (low, high), values in sorted(found.items()):
         accuracy = values.get("reward_accuracy")
-        rows.append(
-            [
-                f"{low} to {high}",
-                blocks.MISSING if accuracy is None else f"{100 * accuracy:.0f} %",
-                _marked(values.get("errors/chosen_diff")),
-                _signed(values.get("errors/rejected_diff")),
-            ]
-        )
+        share = blocks.MISSING if accuracy is None else f"{100 * accuracy:.0f} %"
+        chosen, rejected = (_signed(values.get(f"errors/{s}_diff")) for s in ("chosen", "rejected"))
+        if values.get("errors/chosen_diff", 0.0) > 0:
+            chosen = Markup('<span class="bad">{}</span>').format(chosen)
+        rows.append([f"{low} to {high}", share, chosen, rejected])
     header = ["", "implicit accuracy", "error on preferred", "error on rejected"]
     caption = "At the last evaluation. Errors are those of the policy minus the reference's."
     return blocks.table(header, rows, caption)
@@ -179,12 +176,6 @@ def _levels(record: Record) -> Markup | None:
 
 def _signed(value: float | None) -> str:
     return blocks.MISSING if value is None else f"{value:+.2g}".replace("-", "−")
-
-
-def _marked(value: float | None) -> Markup | str:
-    if value is None or value <= 0:
-        return _signed(value)
-    return Markup('<span class="bad">{}</span>').format(_signed(value))
 
 
 _MOST_OF_SHEETS = 4_000_000  # of all sheets of a section
@@ -281,7 +272,8 @@ def _medium(about: Record) -> str:
     text = f"{about.get('file')}: "
     size = f"{about.get('width')} × {about.get('height')}"
     shown: Any = about.get("shown")
-    at = " at {} × {}".format(*shown) if _is_pair(shown) else ""
+    is_pair = isinstance(shown, list) and len(shown) == 2 and all(map(is_number, shown))
+    at = " at {} × {}".format(*shown) if is_pair else ""
     cost = f", shown{at} in {about['tokens']} tokens" if is_number(about.get("tokens")) else ""
     if about.get("kind") == "image":
         return f"{text}{size}{cost}"
@@ -291,11 +283,6 @@ def _medium(about: Record) -> str:
     heard = ", with sound" if about.get("heard") else ""
     frames = f"{len(times)} frame{'' if len(times) == 1 else 's'}"
     return f"{text}{frames} of {size}, {times[0]:.2f} to {times[-1]:.2f} s{heard}{cost}"
-
-
-def _is_pair(value: Any) -> bool:
-    """Whether a value of a record is a width and a height."""
-    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
 
 
 def alterations(runs: Sequence[Run]) -> Section | None:
@@ -314,11 +301,8 @@ def alterations(runs: Sequence[Run]) -> Section | None:
 
 def _operations(run: Run) -> Markup | None:
     """Rows: operations. Means over the log lines."""
-    names = [
-        key.removeprefix("altered/")
-        for key in dict.fromkeys(key for record in run.metrics for key in record)
-        if key.startswith("altered/")
-    ]
+    keys = dict.fromkeys(key for record in run.metrics for key in record)
+    names = [key.removeprefix("altered/") for key in keys if key.startswith("altered/")]
     if not names:
         return None
     header, starts = ["operation", "of all altered clips"], ["altered/"]
@@ -328,7 +312,8 @@ def _operations(run: Run) -> Markup | None:
         starts += ["pami/op/", "pami/close/", "pami/far/"]
     rows: list[list[object]] = []
     for name in names:
-        values = [_mean(run, start + name) for start in starts]
+        series = [run.series(start + name)[1] for start in starts]
+        values = [sum(found) / len(found) if found else None for found in series]
         if values[0]:  # what was never drawn is left out
             shares = [f"{100 * v:.0f} %" if v is not None else None for v in values[:2]]
             rows.append([Markup("<code>{}</code>").format(name), *shares, *values[2:]])
@@ -339,11 +324,6 @@ def _operations(run: Run) -> Markup | None:
             "how differently the model answers under it (Jensen-Shannon, at most 0.69)."
         )
     return blocks.table(header, rows, explained)
-
-
-def _mean(run: Run, key: str) -> float | None:
-    _, values = run.series(key)
-    return sum(values) / len(values) if values else None
 
 
 def _altered(run: Run, samples: Sequence[Record], budget: _Budget) -> Markup:
@@ -378,20 +358,18 @@ def _scores(clips: Sequence[Record], before: Sequence[Record]) -> Markup:
     if before:
         header[2:] = ["divergence before", "after", "weight before", "after"]
     rows: list[list[object]] = []
-    for index, clip in enumerate(clips):
-        if not is_number(clip.get("weight")):
-            continue
-        was = [before[index]] if index < len(before) else [{}] if before else []
-        pair = [*was, clip]
-        values = [one.get(key) for key in ("far", "weight") for one in pair]
-        name = Markup("<code>{}</code>").format(clip.get("operation"))
-        rows.append([name, clip.get("close"), *values])
+    for was, clip in zip_longest(before[: len(clips)], clips, fillvalue={}):
+        if is_number(clip.get("weight")):
+            pair = [was, clip] if before else [clip]
+            values = [one.get(key) for key in ("far", "weight") for one in pair]
+            name = Markup("<code>{}</code>").format(clip.get("operation"))
+            rows.append([name, clip.get("close"), *values])
     return blocks.table(header, rows)
 
 
 def _by_row(run: Run) -> list[list[Record]]:
     """The records of each question, in order of the step."""
-    found: dict[str, list[Record]] = {}
-    for sample in sorted(run.samples, key=lambda s: s.get("step", 0)):
-        found.setdefault(str(sample.get("id")), []).append(sample)
+    found: dict[str, list[Record]] = defaultdict(list)
+    for sample in run.samples:
+        found[str(sample.get("id"))].append(sample)
     return list(found.values())
