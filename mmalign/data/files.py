@@ -1,6 +1,4 @@
-"""Rows of a file or a Hugging Face dataset, each with its place; what cannot be read is a
-problem.
-"""
+"""Rows of a file or a hub dataset, each with its place; what cannot be read is a problem."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from mmalign.data.example import Row, Wanted
 from mmalign.data.fields import LONGEST, JsonText, NotJsonError, as_list, as_object, parse, show
 from mmalign.data.folders import folder_rows
 from mmalign.data.media_layouts import HIGHER, LOWER
-from mmalign.data.opening import ERRORS, FOLDED, open_data
+from mmalign.data.opening import ERRORS, FOLDED, open_data, text_lines
 from mmalign.data.tables import hub_rows, parquet_rows, saved_rows, shard_rows
 from mmalign.data.turns import Unreadable, are_messages, literal
 from mmalign.errors import DataError
@@ -119,8 +117,11 @@ def _jsonl(file: Path, handle: IO[bytes], wanted: Wanted | None = None) -> Itera
     line, number = handle.readline(LONGEST_LINE), 1
     while line:
         place = f"{file}:{number}"
-        more = "a JSONL file has one record a line, and one big array belongs in a .json file"
-        _require_short(place, line, more)
+        if len(line) == LONGEST_LINE:
+            raise DataError(
+                f"{place}: the line is longer than {LONGEST_LINE // 2**20} MiB; a JSONL file has "
+                "one record a line, and one big array belongs in a .json file"
+            )
         text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
         following = handle.readline(LONGEST_LINE)
         if text.strip() and not (wanted and _is_of_others(text, wanted)):
@@ -210,23 +211,8 @@ def _has_json_lines(handle: IO[bytes]) -> bool:
 
 def _prompts(file: Path, handle: IO[bytes]) -> Iterator[Row]:
     """Prompts, one a line."""
-    number = 0
-    while line := handle.readline(LONGEST_LINE):
-        number += 1
-        place = f"{file}:{number}"
-        _require_short(place, line, "a text file has one prompt a line")
-        try:
-            prompt = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            yield Row(place, None, f"not UTF-8 ({error}); save the file as UTF-8")
-            continue
-        if prompt:
-            yield Row(place, {"prompt": prompt})
-
-
-def _require_short(place: str, line: bytes, instead: str) -> None:
-    if len(line) == LONGEST_LINE:
-        raise DataError(f"{place}: the line is longer than {LONGEST_LINE // 2**20} MiB; {instead}")
+    for place, text, problem in text_lines(file, handle, LONGEST_LINE):
+        yield Row(place, None if problem else {"prompt": text.strip()}, problem)
 
 
 class _Lines:

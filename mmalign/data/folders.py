@@ -17,14 +17,12 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from mmalign.data.example import Row
 from mmalign.data.media_layouts import CAPTIONS
-from mmalign.data.opening import Fence, as_text
+from mmalign.data.opening import Fence, as_text, text_lines
 from mmalign.errors import DataError
 from mmalign.safe import open_file
 
@@ -93,24 +91,17 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> Names:
 
 def _name_lonely_captions(folder: Path, files: dict[str, Names]) -> None:
     """Say which caption files have no image: one may be missing, or of an unknown format."""
-    lonely: list[str] = []
-    for side, pictures in files.items():
-        captions = _files(folder / side, CAPTION_FILES if side else (".caption",))
-        lonely += [
-            os.path.join(side, file)
-            for name in captions
-            if name not in pictures
-            for file in captions[name]
-        ]
+    lonely = [
+        os.path.join(side, file)
+        for side, images in files.items()
+        for name, found in _files(folder / side, CAPTION_FILES if side else (".caption",)).items()
+        if name not in images
+        for file in found
+    ]
     if lonely:
-        more = ", ..." if len(lonely) > _NAMED else ""
-        log.warning(
-            "%s: caption files without an image beside them: %d (%s%s)",
-            folder,
-            len(lonely),
-            ", ".join(lonely[:_NAMED]),
-            more,
-        )
+        named = ", ".join([*lonely[:_NAMED], *(["..."] if len(lonely) > _NAMED else [])])
+        message = "%s: caption files without an image beside them: %d (%s)"
+        log.warning(message, folder, len(lonely), named)
 
 
 def _rows(folder: Path, files: dict[str, Names], captions: _Captions) -> Iterator[Row]:
@@ -140,37 +131,26 @@ def _unread(files: dict[str, Names], name: str) -> str:
     """An image of another format with no other of its name; "" where all can be read."""
     for side, found in files.items():
         there = found.get(name, [])
-        read = [file for file in there if _suffix(file) in SUFFIXES]
+        read = [file for file in there if os.path.splitext(file)[1].lower() in SUFFIXES]
         if there and not read:
             return os.path.join(side, there[0])
         found |= {name: read} if there else {}
     return ""
 
 
-def _suffix(file: str) -> str:
-    return os.path.splitext(file)[1].lower()
-
-
-@dataclass(slots=True)
 class _Captions:
     """What is said of each image, or of both of a pair."""
 
-    folder: Path
-    read: Callable[[Path], Iterator[Row]]
-    said: dict[str, dict[str, dict[str, Any]]] = field(  # name -> side, or "" for both -> record
-        default_factory=dict[str, "dict[str, dict[str, Any]]"]
-    )
-    problems: list[Row] = field(default_factory=list[Row])
-    fence: Fence = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.fence = Fence(self.folder)
-        tables = [name for name in _TABLES if (self.folder / name).is_file()]
+    def __init__(self, folder: Path, read: Callable[[Path], Iterator[Row]]) -> None:
+        self.folder, self.fence = folder, Fence(folder)
+        self.said: dict[str, dict[str, dict[str, Any]]] = {}  # name -> side, "" for both -> record
+        self.problems: list[Row] = []
+        tables = [name for name in _TABLES if (folder / name).is_file()]
         if len(tables) > 1:
-            raise DataError(f"{self.folder}: has {' and '.join(tables)}; keep one of them")
-        if tables:
-            table = self.fence.require(self.folder / tables[0])
-            for row in self.read(table) if table.suffix == ".jsonl" else _lines(table):
+            raise DataError(f"{folder}: has {' and '.join(tables)}; keep one of them")
+        for table in tables:
+            file = self.fence.require(folder / table)
+            for row in read(file) if file.suffix == ".jsonl" else _lines(file):
                 self._take(row)
 
     def _take(self, row: Row) -> None:
@@ -233,30 +213,16 @@ def _lines(table: Path) -> Iterator[Row]:
         with open_file(table) as handle:
             start = handle.read(2)
             handle.seek(0)
+            stream = handle
             if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # as Windows' editors write
-                text = as_text(handle.read(_LARGEST_TABLE))
-                yield from _captions(table, io.BytesIO(text.encode()))
-            else:
-                yield from _captions(table, handle)
+                stream = io.BytesIO(as_text(handle.read(_LARGEST_TABLE)).encode())
+            for place, line, problem in text_lines(table, stream, _LONGEST_CAPTION):
+                name, tab, caption = line.partition("\t")
+                if not tab:
+                    problem = problem or "must be the name of an image, a tab, and its caption"
+                value = {"file_name": name.strip(), "caption": caption.strip()}
+                yield Row(place, None if problem else value, problem)
     except UnicodeError as error:
         raise DataError(f"{table}: not UTF-16, as its first bytes say: {error}") from error
     except OSError as error:
         raise DataError(f"{table}: cannot be read: {error.strerror or error}") from error
-
-
-def _captions(table: Path, handle: BinaryIO) -> Iterator[Row]:
-    for number, data in enumerate(iter(partial(handle.readline, _LONGEST_CAPTION), b""), start=1):
-        try:
-            line = data.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            problem = f"not UTF-8 ({error}), or too long; save the file as UTF-8"
-            yield Row(f"{table}:{number}", None, problem)
-            continue
-        name, tab, caption = line.partition("\t")
-        if not line.strip():
-            continue
-        if not tab:
-            problem = "must be the name of an image, a tab, and its caption"
-            yield Row(f"{table}:{number}", None, problem)
-        else:
-            yield Row(f"{table}:{number}", {"file_name": name.strip(), "caption": caption.strip()})

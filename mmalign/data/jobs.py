@@ -10,8 +10,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,15 +23,7 @@ from mmalign.errors import ConfigError, DataError
 from mmalign.safe import replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-
     from rich.progress import Progress
-
-
-# One writer a folder: a lock that the system takes back when its process ends, however it ends.
-#
-# filelock's lock is of the open file, so that the loader workers of a killed run would hold it on,
-# and it does not say who has it.
 
 LOCK = ".mmalign.lock"
 """Name of the file in a folder that is being written to; it says by whom."""
@@ -48,8 +40,8 @@ log = logging.getLogger("mmalign.data")
 def only_writer(folder: Path, what: str, *, wait: bool = False) -> Generator[None]:
     """Nobody else who asks writes into the folder meanwhile.
 
-    The folder is made, and removed again where nothing was put into it. What a process that died
-    has left of its lock is taken over, and said.
+    The folder is made, and removed again where nothing was put into it. The system takes the lock
+    back when its process ends, however it ends; what that has left is taken over, and said.
 
     Args:
         folder: To write into.
@@ -61,6 +53,8 @@ def only_writer(folder: Path, what: str, *, wait: bool = False) -> Generator[Non
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     place = os.path.realpath(folder)
+    # filelock's lock is of the open file, so that loader workers of a killed run would hold it on,
+    # and it does not say who has it.
     descriptor = _locked(folder, place, what, wait=wait)
     _held.add(place)
     try:
@@ -103,22 +97,19 @@ def _locked(folder: Path, place: str, what: str, *, wait: bool) -> int:
         time.sleep(_EVERY)
 
 
-def _opened(folder: Path, what: str) -> int:
-    tries = 0
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except OSError as error:
-            # A run that was refused may just have removed the folder; in /proc none can be made.
-            if isinstance(error, FileNotFoundError) and tries < _TRIES:
-                tries += 1
-                time.sleep(0.01)
-                continue
-            raise ConfigError(
-                f"{what} {folder} cannot be written to: {error.strerror}. Choose another {what}, "
-                "or make it writable"
-            ) from error
+def _opened(folder: Path, what: str, tries: int = _TRIES) -> int:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        # A run that was refused may just have removed the folder; in /proc none can be made.
+        if isinstance(error, FileNotFoundError) and tries:
+            time.sleep(0.01)
+            return _opened(folder, what, tries - 1)
+        raise ConfigError(
+            f"{what} {folder} cannot be written to: {error.strerror}. Choose another {what}, or "
+            "make it writable"
+        ) from error
 
 
 def _lock(descriptor: int, folder: Path) -> bool:
@@ -146,11 +137,8 @@ def _sign(descriptor: int, where: str) -> None:
     """Write down who holds the lock, after saying who held it and never let go."""
     if before := _owner(descriptor):
         log.warning("%s: taken over from %s, which ended without finishing", where, before)
-    mine = {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
     with suppress(OSError):  # a full disk: the lock holds without it
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(mine).encode(), 0)
@@ -167,9 +155,6 @@ def _owner(descriptor: int) -> str:
         return f"process {number}"
     return f"process {number} on {host} (since {since})"
 
-
-# A pass over records whose results become one file: each result goes to a journal beside that file
-# at once, so that a killed pass goes on where it was; the file itself is written at the end.
 
 NAMED = 8
 """How many of the rows that were left out a message names."""
@@ -238,7 +223,9 @@ def require_new(*files: Path) -> None:
 
 @contextmanager
 def resumable(out: Path, asked: Mapping[str, Any]) -> Generator[Journal]:
-    """The journal of a pass that writes `out` at the end of the block, and needs it no longer then.
+    """The journal of a pass over records that writes `out` at the end of the block.
+
+    Each result goes to the journal at once, so that a killed pass goes on where it was.
 
     Args:
         out: The file to write; its folder is made. The journal is OUT.partial.
@@ -367,8 +354,6 @@ def _given(asked: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in asked.items() if value is not None and value is not False}
 
 
-# How far a long job is, on a terminal and nowhere else; short jobs show nothing.
-
 T = TypeVar("T")
 
 DELAY = 1.0  # seconds before a bar appears
@@ -395,7 +380,7 @@ def track(
     shown: Progress | None = None
     began = looked = time.monotonic()
     done = 0
-    try:
+    with ExitStack() as stack:
         for item in items:
             yield item
             done += size
@@ -404,26 +389,19 @@ def track(
                 continue
             looked = now
             if shown is None and now - began > DELAY and not _busy:
-                shown = _start(what, total)
+                shown = stack.enter_context(_bar(what, total))
             if shown is not None:
                 count = f"{done:,} {unit}" if total is None else f"{min(done, total):,}/{total:,}"
                 shown.update(shown.task_ids[0], completed=done, count=count)
-    finally:
-        if shown is not None:
-            _stop(shown)
 
 
 @contextmanager
 def waiting(what: str) -> Generator[None]:
     """Say on the terminal what is being waited for, where nothing can be counted."""
-    if not _is_watched() or _busy:
+    with ExitStack() as stack:
+        if _is_watched() and not _busy:
+            stack.enter_context(_bar(what, None))
         yield
-        return
-    shown = _start(what, None)
-    try:
-        yield
-    finally:
-        _stop(shown)
 
 
 def is_main_process() -> bool:
@@ -436,25 +414,22 @@ def _is_watched() -> bool:
     return sys.stderr.isatty() and is_main_process()
 
 
-def _start(what: str, total: int | None) -> Progress:
+@contextmanager
+def _bar(what: str, total: int | None) -> Generator[Progress]:
     global _busy
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    _busy = True
-    middle = SpinnerColumn() if total is None else BarColumn(bar_width=20)
     columns = (
         TextColumn("{task.description}", markup=False),
-        middle,
+        SpinnerColumn() if total is None else BarColumn(bar_width=20),
         TextColumn("{task.fields[count]}"),
+        TimeElapsedColumn(),
     )
-    shown = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
-    shown.add_task(what, total=total, count="")
-    shown.start()
-    return shown
-
-
-def _stop(shown: Progress) -> None:
-    global _busy
-    shown.stop()
-    _busy = False
+    _busy = True
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+            shown.add_task(what, total=total, count="")
+            yield shown
+    finally:
+        _busy = False

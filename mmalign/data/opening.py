@@ -1,7 +1,4 @@
-"""Data files as they are opened.
-
-Unfolded piece by piece, and never outside the folder that their paths start from.
-"""
+"""Data files as they are opened: unfolded piece by piece, and never outside their folder."""
 
 from __future__ import annotations
 
@@ -12,7 +9,8 @@ import io
 import lzma
 import os
 import zlib
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
@@ -21,32 +19,28 @@ from mmalign.errors import DataError
 from mmalign.safe import open_file, read_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from _typeshed import WriteableBuffer
 
 
-# The folder that the paths in a data file start from, and that none of them may leave.
-#
-# Data files and folders come from strangers: a path in one, or a link, must not reach other files
-# of this machine. What the user names is the user's own choice, and may be a link itself.
-
-
 class Fence:
-    """A folder, and whether files lie in it when all links are followed."""
+    """A folder that paths in a data file start from, and whether files lie in it, links followed.
+
+    Data files and folders come from strangers: a path in one, or a link, must not reach other files
+    of this machine. What the user names is the user's own choice, and may be a link itself.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = os.path.realpath(folder)
-        self._places = [_inside(self.folder)]
+        places = [self.folder]
         parts = Path(self.folder).parts
         # The hub's cache keeps the files themselves in blobs/, beside snapshots/ of links to them.
         if "snapshots" in parts:
-            home = Path(*parts[: parts.index("snapshots")])
-            self._places.append(_inside(str(home / "blobs")))
+            places.append(os.path.join(*parts[: parts.index("snapshots")], "blobs"))
+        self._places = tuple(place.rstrip(os.sep) + os.sep for place in places)
 
     def holds(self, path: str) -> bool:
         """Whether a path without links is that of something inside."""
-        return path.startswith(tuple(self._places))
+        return path.startswith(self._places)
 
     def require(self, file: Path) -> Path:
         """The file, which must lie inside.
@@ -81,14 +75,32 @@ def as_text(data: bytes) -> str:
     return data.decode("utf-16" if is_wide else "utf-8-sig")
 
 
-def _inside(folder: str) -> str:
-    return folder.rstrip(os.sep) + os.sep
+def text_lines(path: Path, handle: IO[bytes], most: int) -> Iterator[tuple[str, str, str]]:
+    """Place, text and problem of every line that is not blank.
 
+    Args:
+        path: For places.
+        handle: Of UTF-8; a line that is not has a problem.
+        most: Bytes of a line.
 
-# Data files as they are opened: regular files, unfolded piece by piece where they are compressed.
-#
-# A few bytes can unfold to more than any memory holds, so what comes out is counted beside what
-# went in.
+    Raises:
+        DataError: A line is longer.
+    """
+    for number, line in enumerate(iter(partial(handle.readline, most), b""), start=1):
+        place = f"{path}:{number}"
+        if len(line) == most:
+            raise DataError(
+                f"{place}: the line is longer than {most // 2**20} MiB; a text file has one prompt "
+                "or caption a line"
+            )
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            yield place, "", f"not UTF-8 ({error}); save the file as UTF-8"
+            continue
+        if text.strip():
+            yield place, text, ""
+
 
 MOST_FOLDED = 250
 """How many times larger than a file its text may be; of rows by people it is less than 20 times."""
@@ -150,7 +162,11 @@ ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 class _Unfolded(io.RawIOBase):
-    """What comes out of a compressed file, of which no more is made than is asked for."""
+    """What comes out of a compressed file, of which no more is made than is asked for.
+
+    A few bytes can unfold to more than any memory holds, so what comes out is counted beside what
+    went in.
+    """
 
     def __init__(self, path: Path, file: BinaryIO, reader: Any) -> None:
         super().__init__()
@@ -193,8 +209,6 @@ def open_data(path: Path) -> IO[bytes]:
     return io.BufferedReader(_Unfolded(path, file, reader(file)), _CHUNK)
 
 
-# Files that stay open for reading in small pieces.
-
 MOST = 128
 """Files kept open, those used last."""
 
@@ -212,10 +226,6 @@ class OpenFiles:
 
     def read(self, path: Path, offset: int, count: int) -> bytes:
         """`count` bytes from `offset` on, fewer where the file ends."""
-        if not hasattr(os, "pread"):  # Windows
-            with path.open("rb") as stream:
-                stream.seek(offset)
-                return stream.read(count)
         file = self._opened(path)  # held: another thread may make the cache forget it
         return os.pread(file.number, count, offset)
 

@@ -1,38 +1,28 @@
-"""From the rows of a source to Examples, with every problem on the way; prompts, and
-converted files.
-"""
+"""From the rows of a source to Examples, with every problem on the way; converted files."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmalign.data.convert import to_record, unread_of
-from mmalign.data.example import Example, Picture, Row, in_order, prefers_rejected
-from mmalign.data.fields import Problem, as_list, as_object
+from mmalign.data.example import Example, Picture, Row, Wanted, in_order, prefers_rejected
+from mmalign.data.fields import LONGEST, Problem, as_list, as_object
 from mmalign.data.files import read_rows
 from mmalign.data.layouts import ASKING, SYSTEM, asked, with_system
 from mmalign.data.media_layouts import ALONE
+from mmalign.data.opening import text_lines
 from mmalign.data.parse import read_record
 from mmalign.data.parse_media import KINDS, MEDIA_KEYS, WHOLE_KEYS
 from mmalign.data.pictures import PictureRoot, picture_bytes
-from mmalign.data.turns import as_tools, read_back
+from mmalign.data.turns import Columns, as_tools, read_back
 from mmalign.errors import DataError
-from mmalign.safe import message, printable, replacing
-
-if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
-
-    from mmalign.data.example import Wanted
-    from mmalign.data.turns import Columns
-
-
-# Files of what a model is to answer: prompts, with what they show and play.
+from mmalign.safe import message, open_file, printable, replacing
 
 _SHOWN = tuple(key for key in MEDIA_KEYS if "_" not in key)
 _BESIDE = (*_SHOWN, *WHOLE_KEYS, "tools", "chat_template_kwargs")
@@ -50,26 +40,18 @@ def read_prompts(path: Path) -> list[Example]:
         DataError: The file is missing, empty, or a record has no usable prompt or media.
     """
     root = PictureRoot(path.parent)
-    rows = [_read(row, root) for row in (_lines(path) if _is_text(path) else read_rows(path))]
+    is_text = path.suffix == ".txt" and path.is_file()
+    rows = [_read(row, root) for row in (_lines(path) if is_text else read_rows(path))]
     if not rows:
         raise DataError(f"{path}: holds no prompts")
     return rows
 
 
-def _is_text(path: Path) -> bool:
-    return path.suffix == ".txt" and path.is_file()
-
-
 def _lines(path: Path) -> Iterator[Row]:
     """The lines of a text, with the spaces at their ends: a prompt may end in one."""
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        place = f"{path}:{number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{place}: not UTF-8 ({error}); save the file as UTF-8") from error
-        if text.strip():
-            yield Row(place, {"prompt": text})
+    with open_file(path) as handle:
+        for place, text, problem in text_lines(path, handle, LONGEST):
+            yield Row(place, None if problem else {"prompt": text}, problem)
 
 
 def _read(row: Row, root: PictureRoot) -> Example:
@@ -94,11 +76,6 @@ def _record(value: Columns) -> Columns:
     return with_system(row, record | {"prompt": asked(row)})
 
 
-# Files of a converted data file: where they lie from it, and copies of those that lie elsewhere.
-#
-# Images that are responses are copied as they are; clips and sounds, which are large, get a
-# second name for the same bytes (a hard link) where the disk allows it, and are copied where not.
-
 _STARTS = {
     b"\xff\xd8": ".jpg",
     b"\x89PNG": ".png",
@@ -112,7 +89,12 @@ _STARTS = {
 
 
 class PictureCopies:
-    """Paths of images as a data file in `target`'s folder names them."""
+    """Paths of images and media as a data file in `target`'s folder names them.
+
+    What lies elsewhere comes along: images that are responses are copied as they are; clips and
+    sounds, which are large, get a second name for the same bytes (a hard link) where the disk
+    allows it, and are copied where not.
+    """
 
     def __init__(self, target: Path, source: PictureRoot) -> None:
         """Copies go to TARGET_pictures/ beside the file, in the order of folders of `source`."""
@@ -208,9 +190,6 @@ def _suffix(data: bytes) -> str:
     if data[4:12] in (b"ftypavif", b"ftypavis"):
         return ".avif"
     return next((suffix for start, suffix in _STARTS.items() if data.startswith(start)), ".bin")
-
-
-# From the rows of a source to Examples, with every problem on the way.
 
 
 @dataclass(frozen=True, slots=True)
