@@ -1,6 +1,4 @@
-"""One preference record as the rest of mmalign sees it, the row it was read from, and its
-labels.
-"""
+"""One preference record as the rest of mmalign sees it, the row it comes from, and its labels."""
 
 from __future__ import annotations
 
@@ -196,11 +194,8 @@ def normalised(text: Prompt | Asked | Path | Picture) -> str:
     return " ".join(unicodedata.normalize("NFKC", as_text(text)).casefold().split())
 
 
-# One row as a reader of files finds it.
-
 HELD_OUT = ("eval", "validation", "test", "valid", "val", "dev")
 """Values of a `split` column, or names of hub splits, that are not trained on."""
-
 
 Wanted = Callable[[str], bool]
 """Whether rows of a split are wanted; "" is that of rows that name none."""
@@ -214,8 +209,6 @@ class Row:
     value: dict[str, Any] | None  # None: could not be read
     problem: str = ""
 
-
-# The labels of a canonical record: probabilities, votes, ties, scores, and desirable or not.
 
 _OF_VOTES = ("votes_chosen", "votes_rejected", "votes_tie")
 _PROBABILITIES = ("p_chosen", "agreement")
@@ -254,21 +247,15 @@ def _pair_labels(fields: Fields) -> tuple[float, float]:
 
 def _p_chosen(fields: Fields) -> float:
     """Probability that chosen is better: a tie, p_chosen, agreement, or votes; else 1."""
-    given: dict[str, float] = {}
-    if fields.flag("tie"):
-        given["tie"] = 0.5
-    for key in _PROBABILITIES:
-        value = fields.number(key, 0.0, 1.0)
-        if value is not None:
-            given[key] = value
-    if any(name in fields for name in _OF_VOTES):
-        counts = [fields.number(name, 0.0) for name in _OF_VOTES]
-        chosen, rejected, tie = (count or 0.0 for count in counts)
-        total = chosen + rejected + tie
-        if total > 0:
-            given["votes"] = (chosen + 0.5 * tie) / total
-        elif any(count is not None for count in counts):
-            fields.fail("votes must not all be 0")
+    given = {"tie": 0.5 if fields.flag("tie") else None}
+    given |= {key: fields.number(key, 0.0, 1.0) for key in _PROBABILITIES}
+    counts = [fields.number(name, 0.0) for name in _OF_VOTES]
+    chosen, rejected, tie = (count or 0.0 for count in counts)
+    if total := chosen + rejected + tie:
+        given["votes"] = (chosen + 0.5 * tie) / total
+    elif any(count is not None for count in counts):
+        fields.fail("votes must not all be 0")
+    given = {key: p for key, p in given.items() if p is not None}
     values = list(given.values())
     if values and max(values) - min(values) > 1e-6 and "tie" not in given:
         fields.fail(f"{' and '.join(given)} contradict each other", f"give {values}")
@@ -281,9 +268,8 @@ def prefers_rejected(record: Mapping[str, Any]) -> str:
     Labels that cannot be read say nothing: reading the record names what is wrong with them.
     """
     given = {key: record[key] for key in PREFERENCE if record.get(key) is not None}
-    if not given or not any(
-        all(record.get(name) is not None for name in names) for names in _SIDES
-    ):
+    is_pair = any(all(record.get(name) is not None for name in names) for names in _SIDES)
+    if not given or not is_pair:
         return ""
     fields = Fields(given)
     chosen, rejected = _pair_labels(fields)
@@ -304,11 +290,8 @@ def in_order(record: Mapping[str, Any]) -> Mapping[str, Any]:
     if not prefers_rejected(record):
         return record
     turned = {_other_side(key, record): value for key, value in record.items()}
-    for key in _PROBABILITIES:
-        p = number(turned.get(key))
-        if p is not None:
-            turned[key] = 1.0 - p
-    return turned
+    given = {key: number(turned.get(key)) for key in _PROBABILITIES}
+    return turned | {key: 1.0 - p for key, p in given.items() if p is not None}
 
 
 def _other_side(key: str, record: Mapping[str, Any]) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmalign.data.example import (
     Candidate,
@@ -30,16 +31,9 @@ from mmalign.data.parse_media import (
     read_pictures,
     read_side,
 )
+from mmalign.data.pictures import PictureRoot
 from mmalign.errors import DataError
 from mmalign.safe import printable
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from mmalign.data.pictures import PictureRoot
-
-
-# Spans written as tags around words: `The <MASK> red </MASK> disc.`
 
 OPEN, CLOSE = "<MASK>", "</MASK>"
 _TAG = re.compile(r" ?</?MASK> ?")
@@ -64,75 +58,39 @@ def untag(tagged: str, plain: str | None = None) -> tuple[str, tuple[tuple[int, 
         merges across a tag cannot lose a span.
     """
     text = ""
-    marks: list[tuple[int, bool]] = []  # place in `text`, whether it opens
+    spans: list[tuple[int, int]] = []
+    start: int | None = None  # of a span that is open
     last = 0
     for match in _TAG.finditer(tagged):
         text += tagged[last : match.start()]
-        tag = match[0]
-        opens = not tag.strip().startswith("</")
-        before, after = tag.startswith(" "), tag.endswith(" ")
-        space = _spaces(text, plain, tagged[match.end() :], before, after)
-        if opens:
+        space = _spaces(text, plain, tagged[match.end() :], match[0].count(" "))
+        if "</" in match[0]:
+            spans += [] if start is None else [(start, len(text))]
+            start = None
             text += space
-            marks.append((len(text), True))
         else:
-            marks.append((len(text), False))
             text += space
+            start = len(text) if start is None else start
         last = match.end()
     text += tagged[last:]
-    spans: list[tuple[int, int]] = []
-    start: int | None = None
-    for place, opens in marks:
-        if opens and start is None:
-            start = place
-        elif not opens and start is not None:
-            spans.append((start, place))
-            start = None
-    if start is not None:
-        spans.append((start, len(text)))
+    spans += [] if start is None else [(start, len(text))]
     return text, tuple((a, b) for a, b in spans if a < b)
 
 
-def _spaces(text: str, plain: str | None, rest: str, before: bool, after: bool) -> str:
+def _spaces(text: str, plain: str | None, rest: str, count: int) -> str:
     """What stays of the spaces around a tag."""
-    most = " " * (before + after)
+    most = " " * count
     if plain is not None and plain.startswith(text):
         behind = plain[len(text) :]
         found = len(behind) - len(behind.lstrip(" "))
-        return " " * min(found, len(most)) if found <= len(most) else most
+        return " " * min(found, count)
     if not most or text.endswith(" "):
         return ""
-    joins = bool(text) and bool(_TAG.sub("", rest).strip())
-    return " " if joins and _TAG.sub("", rest).lstrip()[:1] not in ".,;:!?" else ""
+    after = _TAG.sub("", rest).lstrip()[:1]
+    return " " if text and after and after not in ".,;:!?" else ""
 
 
-# The responses of a canonical record that are texts, with what each is asked, shown and plays.
-
-
-def read_prompt(fields: Fields, key: str) -> Prompt | None:
-    """A prompt, text or messages; None where it is wrong."""
-    return _as_prompt(fields.text(key))
-
-
-def read_texts(
-    fields: Fields, kind: ExampleKind, media: Media, root: PictureRoot | None
-) -> list[Candidate | None]:
-    """The rated candidates; None in the place of each that is wrong.
-
-    Args:
-        fields: The record.
-        kind: What the record is.
-        media: What the row shows and plays.
-        root: Where paths of a side's media start and what they may not leave.
-    """
-    if kind == "pair":
-        return _pair(fields, media, root)
-    if kind == "list":
-        return _list(fields)
-    return [_candidate(fields, fields.text("response"), "spans", "steps", "cut")]
-
-
-def read_extra(
+def _extra(
     fields: Fields,
     kind: ExampleKind,
     rated: list[Candidate | None],
@@ -143,18 +101,16 @@ def read_extra(
     extra: list[Candidate | None] = []
     none = Fields({})
     if "calibration" in fields:
-        extra.append(_candidate(none, fields.text("calibration"), "", "", "", role="calibration"))
+        extra.append(_candidate(none, fields.text("calibration"), role="calibration"))
     if "rationale" in fields:
         # Under the row's own prompt the two responses, which a rationale compares, would be unseen.
-        question = read_prompt(fields, "rationale_prompt")
-        text = fields.text("rationale")
-        extra.append(_candidate(none, text, "", "", "", role="rationale", prompt=question))
+        question = _as_prompt(fields.text("rationale_prompt"))
+        extra.append(_candidate(none, fields.text("rationale"), role="rationale", prompt=question))
     if "online" in fields:
-        texts = fields.texts("online")
-        extra += [_candidate(none, text, "", "", "", role="online") for text in texts]
+        extra += [_candidate(none, text, role="online") for text in fields.texts("online")]
     if "rejected_irrelevant" in fields and kind == "pair":
         text = fields.text("rejected_irrelevant")
-        extra.append(_candidate(none, text, "", "", "", role="rejected_irrelevant"))
+        extra.append(_candidate(none, text, role="rejected_irrelevant"))
     fields.problems.extend(none.problems)
     if has_media(fields, "_corrupted") and kind != "list":
         extra.append(_under_corrupted(fields, rated[0], media, root))
@@ -183,11 +139,11 @@ def _under_corrupted(
 def _pair(fields: Fields, media: Media, root: PictureRoot | None) -> list[Candidate | None]:
     sides: list[Candidate | None] = []
     for side in ("chosen", "rejected"):
-        prompt = read_prompt(fields, f"prompt_{side}") if f"prompt_{side}" in fields else None
+        key = f"prompt_{side}"
+        prompt = _as_prompt(fields.text(key)) if key in fields else None
         names = (f"spans_{side}", f"steps_{side}", f"{side}_cut")
         own = read_side(fields, root, f"_{side}", media)
-        text = fields.text(side)
-        made = _candidate(fields, text, *names, prompt=prompt, media=own)
+        made = _candidate(fields, fields.text(side), *names, prompt=prompt, media=own)
         sides.append(_tagged(fields, made, side))
     chosen, rejected = sides
     if chosen and rejected:
@@ -218,18 +174,18 @@ def _list(fields: Fields) -> list[Candidate | None]:
     texts = fields.texts("responses")
     if len(texts) == 1:
         fields.fail("responses must hold at least two texts", "holds 1")
-    per_response: dict[str, list[Any]] = {}
+    beside: list[dict[str, Any]] = [{} for _ in texts]
     for key in ("spans", "steps", "cut"):
-        raw = fields.get(key)
-        values = as_list(raw) if raw is not None else [None] * len(texts)
-        if values is None or len(values) != len(texts):
+        values = as_list(fields.get(key))
+        if key in fields and (values is None or len(values) != len(texts)):
             fields.fail(f"{key} must have one entry a response")
-            values = [None] * len(texts)
-        per_response[key] = values
+        else:
+            for own, value in zip(beside, values or (), strict=False):
+                own[key] = value
     rated: list[Candidate | None] = []
-    for i, text in enumerate(texts):
-        each = Fields({key: values[i] for key, values in per_response.items()})
-        rated.append(_candidate(each, text, "spans", "steps", "cut"))
+    for text, own in zip(texts, beside, strict=True):
+        each = Fields(own)
+        rated.append(_candidate(each, text))
         fields.problems.extend(each.problems)
     return rated
 
@@ -237,16 +193,18 @@ def _list(fields: Fields) -> list[Candidate | None]:
 def _candidate(
     fields: Fields,
     response: Text | None,
-    spans: str,
-    steps: str,
-    cut: str,
+    spans: str = "spans",
+    steps: str = "steps",
+    cut: str = "cut",
     *,
     role: str = "",
     prompt: Prompt | None = None,
     media: Media | None = None,
 ) -> Candidate | None:
     """A candidate whose spans, steps and cut flag are read from the keys of these names."""
-    response = _bare(response)
+    turn = response[0] if isinstance(response, tuple) and len(response) == 1 else None
+    if turn and turn[0] == "assistant" and not turn[2]:  # its words alone
+        response = turn[1]
     length = len(response) if isinstance(response, str) else None
     span_ranges = fields.ranges(spans, fields.get(spans), length)
     step_ranges = fields.ranges(steps, fields.get(steps), length)
@@ -261,29 +219,14 @@ def _candidate(
     elif not isinstance(response, str) and response[-1][0] in ("user", "system"):
         found = f"it ends with a {response[-1][0]} turn"
         fields.fail("a response must end with an assistant turn, or the result of a tool", found)
-    return Candidate(
-        _as_prompt(response) or "",
-        prompt=prompt,
-        media=media,
-        spans=span_ranges,
-        steps=step_ranges,
-        role=role,
-        complete=complete,
-    )
-
-
-def _bare(response: Text | None) -> Text | None:
-    """The words of a response that is one turn of the assistant with nothing beside them."""
-    turn = response[0] if isinstance(response, tuple) and len(response) == 1 else None
-    return turn[1] if turn and turn[0] == "assistant" and not turn[2] else response
+    text = _as_prompt(response) or ""
+    return Candidate(text, prompt, media, span_ranges, step_ranges, role, complete)
 
 
 def _as_prompt(text: Text | None) -> Prompt | None:
     return text if text is None or isinstance(text, str) else tuple(Message(*turn) for turn in text)
 
 
-# A raw record to an Example, once, at the edge; nothing downstream looks at raw dicts.
-#
 # A record is a JSON object of one of four kinds, told apart by the keys it has:
 #
 #     pair      prompt, chosen, rejected; soft labels through p_chosen, agreement or votes_*; tie
@@ -390,7 +333,7 @@ def read_record(
     if kind is None:
         return None, fields.problems
     have_own = "prompt_chosen" in fields and "prompt_rejected" in fields
-    prompt = read_prompt(fields, "prompt") if "prompt" in fields or not have_own else ""
+    prompt = _as_prompt(fields.text("prompt")) if "prompt" in fields or not have_own else ""
     media = Media() if pictures else read_media(fields, root)
     extra: list[Candidate | None] = []
     rated: list[Candidate | None]
@@ -399,8 +342,11 @@ def read_record(
     elif pictures:
         rated = read_pictures(fields, kind, root)
     else:
-        rated = read_texts(fields, kind, media, root)
-        extra = read_extra(fields, kind, rated, media, root)
+        if kind == "unpaired" or kind == "plain":
+            rated = [_candidate(fields, fields.text("response"))]
+        else:
+            rated = _pair(fields, media, root) if kind == "pair" else _list(fields)
+        extra = _extra(fields, kind, rated, media, root)
     for seen in dict.fromkeys(
         (c.prompt or prompt, c.media or media) for c in (*rated, *extra) if c
     ):

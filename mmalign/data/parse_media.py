@@ -1,31 +1,23 @@
-"""What a record shows and plays.
+"""What a record shows and plays: media of a prompt, and the images that are compared.
 
-Videos, images and audio of a prompt, and the images that are compared.
+A medium of a prompt is a path from the data file's folder, or an object with `path` (or the kind's
+own name), `start` and `end` or `span` in seconds, and for clips `frames`, numbers chosen before, or
+`fps` and `max_pixels` (of a frame). A single clip may have `start`, `end`, `span` and `frames`
+beside it in the record; `start` and `end` then hold for the one sound beside it too. `fps` and
+`max_pixels` in the record hold for all its clips. A kind that a side does not name is that of the
+row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from mmalign.data.example import Candidate, Clip, ExampleKind, Media, Picture, Prompt, Sound
 from mmalign.data.fields import Fields, as_list, as_object, number, show
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from mmalign.data.pictures import PictureRoot
-
-
-# What a record's prompt shows and plays: video, image, audio, for the row or for one side.
-#
-# A medium is a path from the data file's folder, or an object with `path` (or the kind's own name),
-# `start` and `end` or `span` in seconds, and for clips `frames`, numbers chosen before, or `fps`
-# and `max_pixels` (of a frame). A single clip may have `start`, `end`, `span` and `frames` beside
-# it in the record; `start` and `end` then hold for the one sound beside it too. `fps` and
-# `max_pixels` in the record hold for all its clips. A kind that a side does not name is that of the
-# row.
+from mmalign.data.pictures import PictureRoot
 
 Medium = TypeVar("Medium", Clip, Picture, Sound)
 
@@ -40,11 +32,7 @@ _NAMES = {
     side: frozenset(f"{kind}{s}{side}" for kind in KINDS for s in ("", "s")) for side in SIDES
 }
 _OF_ROW = _NAMES[""] | set(_PART_KEYS)
-_PARTS = {
-    "video": WHOLE_KEYS,
-    "image": (),
-    "audio": ("start", "end", "span"),
-}
+_PARTS = {"video": WHOLE_KEYS, "image": (), "audio": ("start", "end", "span")}
 """What an object may say of a medium beside its path."""
 
 _FEATURES = (".npy", ".npz", ".pt", ".pth")
@@ -106,9 +94,10 @@ def _read(fields: Fields, root: PictureRoot | None, side: str) -> Media:
         fields.fail("max_pixels is of clips; how large images are shown is video.image_pixels")
     sounds = _several(fields, "audio", side, root, _sound)
     # A file of sound alone under `video` is a sound: some layouts have one column for both.
-    heard = [Sound(c.path, c.start, c.end) for c in videos if _is_sound(c.path)]
-    shown = [clip for clip in videos if not _is_sound(clip.path)]
-    return Media(tuple(shown), tuple(images), (*sounds, *heard))
+    heard = [clip for clip in videos if clip.path.suffix.lower() in _SOUNDS]
+    shown = (clip for clip in videos if clip not in heard)
+    sounds += [Sound(clip.path, clip.start, clip.end) for clip in heard]
+    return Media(tuple(shown), tuple(images), tuple(sounds))
 
 
 def _several(
@@ -165,34 +154,37 @@ def _file(
         what = f"{name} must have one `path`, as text or in an object"
         fields.fail(what, f"is {show(value)}")
         return None, {}
+    known = ", ".join(("path", *_PARTS[kind]))
     for key in sorted(set(parts) - set(_PARTS[kind])):
-        fields.fail(
-            f"{name} has the key {key!r}, which means nothing there; it may have path"
-            + "".join(f", {known}" for known in _PARTS[kind])
-        )
+        fields.fail(f"{name} has the key {key!r}, which means nothing there; it may have {known}")
     return _path(fields, name, given[0], root), parts
 
 
 def _path(fields: Fields, name: str, value: Any, root: PictureRoot | None) -> Path | None:
     if not isinstance(value, str) or not value.strip():
-        fields.fail(
-            f"{name} must be the path of a file, or an object with `path`", f"is {show(value)}"
-        )
+        what = f"{name} must be the path of a file, or an object with `path`"
+        fields.fail(what, f"is {show(value)}")
         return None
     if value.lower().endswith(_FEATURES):
-        fields.fail(
-            f"{name} must be a media file",
-            f"{show(value, 80)} holds features; give the clip itself",
-        )
+        found = f"{show(value, 80)} holds features; give the clip itself"
+        fields.fail(f"{name} must be a media file", found)
         return None
+    found = _found(fields, name, value, root, what="a media file", absent=True)
+    return found and found.path  # `video.bad_media` is the policy for what is absent
+
+
+def _found(
+    fields: Fields, name: str, path: str, root: PictureRoot | None, **how: Any
+) -> Picture | None:
+    """The file at a path, which must start from a known folder and stay inside it."""
     if root is None:
         fields.fail(f"{name} is a path, and no folder is known that it starts from")
         return None
-    found = root.find(value, what="a media file", absent=True)  # `video.bad_media` is the policy
-    if not isinstance(found, Picture):
-        fields.fail(f"{name} {found.what}", found.found)
-        return None
-    return found.path
+    found = root.find(path, **how)
+    if isinstance(found, Picture):
+        return found
+    fields.fail(f"{name} {found.what}", found.found)
+    return None
 
 
 def _span(fields: Fields, name: str, parts: dict[str, Any]) -> tuple[float, float | None] | None:
@@ -271,12 +263,6 @@ def _with_span(fields: Fields, media: Media) -> Media:
     return replace(media, videos=videos, sounds=sounds)
 
 
-def _is_sound(path: Path) -> bool:
-    return path.suffix.lower() in _SOUNDS
-
-
-# The images of a canonical record: image_chosen and image_rejected, images, or image.
-
 PICTURE_KEYS = ("image_chosen", "image_rejected", "images", "image")
 
 
@@ -306,12 +292,10 @@ def read_pictures(
 def _pair(fields: Fields, root: PictureRoot | None) -> list[Candidate | None]:
     sides: list[Candidate | None] = []
     for side in ("chosen", "rejected"):
-        caption = None
-        if f"prompt_{side}" in fields:
-            caption = fields.text(f"prompt_{side}")
-            if isinstance(caption, tuple):
-                fields.fail("the prompt of an image must be text, not messages")
-                caption = None
+        caption = fields.text(f"prompt_{side}") if f"prompt_{side}" in fields else None
+        if isinstance(caption, tuple):
+            fields.fail("the prompt of an image must be text, not messages")
+            caption = None
         key = f"image_{side}"
         sides.append(_candidate(fields, key, fields.get(key), root, caption))
     chosen, rejected = sides
@@ -329,14 +313,9 @@ def _candidate(
     parts = as_object(value) or {}
     path = parts.get("path", value)
     if isinstance(path, str) and path.strip() and not parts.get("bytes"):
-        if root is None:
-            fields.fail(f"{name} is a path, and no folder is known that it starts from")
+        value = _found(fields, name, path, root)
+        if value is None:
             return None
-        found = root.find(path)
-        if not isinstance(found, Picture):
-            fields.fail(f"{name} {found.what}", found.found)
-            return None
-        value = found
     if not isinstance(value, Picture):
         fields.fail(f"{name} must be the path of an image file", f"is {show(value)}")
         return None
