@@ -1,4 +1,8 @@
-"""The public layouts of text records, each turned into a canonical record (see `example.py`)."""
+"""The public layouts of text records, each turned into a canonical record (see `parse.py`).
+
+A reader takes the columns it understands out of the row it is given and returns the canonical keys
+they amount to; what it leaves in the row is carried along by `convert.to_record`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from mmalign.data.fields import as_list, as_object, number, show
-from mmalign.data.media_layouts import MEDIA_LAYOUTS, PICTURE_LAYOUTS, Layout, order_of
+from mmalign.data.media_layouts import MEDIA_LAYOUTS, PICTURE_LAYOUTS, Layout, order_of, taken
 from mmalign.data.parse_media import KINDS, MEDIA_KEYS, WHOLE_KEYS
 from mmalign.data.turns import (
     Columns,
@@ -15,6 +19,7 @@ from mmalign.data.turns import (
     answer_of,
     are_messages,
     contrast,
+    exchange,
     prompt_of,
     response_of,
     shared_words,
@@ -25,8 +30,6 @@ from mmalign.data.turns import (
 from mmalign.data.words import listed
 from mmalign.errors import DataError
 from mmalign.safe import printable
-
-# Names of columns that say where a row comes from, or what somebody thought of it.
 
 _OPINIONS = frozenset(listed("feedback critique critiques rationale rationales explanation"))
 _BOOKKEEPING = _OPINIONS | frozenset(
@@ -63,8 +66,6 @@ def is_opinion(name: str) -> bool:
     """Whether a column is named like what somebody wrote about the answers."""
     return bool(_OPINIONS & {word.lower() for word in _WORD.findall(name)})
 
-
-# What columns beside the answers mean: which one asks, and the system text before it.
 
 ASKING = (
     *("question", "query", "problem", "input", "user", "user_input", "user_prompt", "user_message"),
@@ -123,35 +124,28 @@ def _after_history(row: Columns, query: Any) -> Any:
     if as_list(history) is None:
         return query
     del row["history"]
-    items = as_list(history) or []
     head: Turns = turns(history, "history") if are_messages(history) else []
-    for item in [] if head else items:
+    for item in [] if head else as_list(history) or ():
         pair = as_list(item) or []
         if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise DataError(
                 f"history must hold [question, answer] of texts, but holds {show(item)}"
             )
-        head += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+        head += exchange(pair[0], pair[1])
     asked = [{"role": "user", "content": query}] if isinstance(query, str) else query
     return [*head, *asked] if head else query
 
 
 def could_ask(row: Columns) -> list[str]:
     """The columns whose text might be the prompt that a row lacks."""
-    return [
-        name
-        for name, value in row.items()
-        if name not in _NO_PROMPTS and _says_something(name, value)
-    ]
+    return [name for name in row if name not in _NO_PROMPTS and _says_words(name, row[name])]
 
 
-def _says_something(name: str, value: Any) -> bool:
+def _says_words(name: str, value: Any) -> bool:
     """Whether a column holds words; those of a column named like bookkeeping only if it is long."""
     if is_bookkeeping(name):
         return isinstance(value, str) and _is_sentence(value) and not is_opinion(name)
-    return (
-        bool(value.strip()) if isinstance(value, str) else bool(as_list(value) or as_object(value))
-    )
+    return bool(value.strip() if isinstance(value, str) else as_list(value) or as_object(value))
 
 
 def _is_sentence(text: str) -> bool:
@@ -164,9 +158,8 @@ def check_is_said(row: Columns) -> None:
     """Refuse a row whose column for the prompt is there and empty."""
     empty = [name for name in ASKING if isinstance(row.get(name), str)]
     if empty:
-        raise DataError(
-            f"there is no prompt: {_listed(empty)} {'are' if empty[1:] else 'is'} empty"
-        )
+        verb = "are" if empty[1:] else "is"
+        raise DataError(f"there is no prompt: {_listed(empty)} {verb} empty")
 
 
 def no_shared_words(names: list[str]) -> DataError:
@@ -186,9 +179,9 @@ def with_system(row: Columns, record: Columns) -> Columns:
     Raises:
         DataError: The column is not text, or a prompt has another system text.
     """
-    named = {name: row.pop(name) for name in SYSTEM if name in row}
     texts: dict[str, str] = {}
-    for name, text in named.items():
+    for name in SYSTEM:
+        text = row.pop(name, "")
         if not isinstance(text, str):
             raise DataError(f"{name} must be text, but is {show(text)}")
         if text.strip():
@@ -222,12 +215,6 @@ def turns_or_text(value: Any, column: str) -> Any:
 
 def _listed(names: list[str]) -> str:
     return " and ".join(f"`{printable(name)}`" for name in names)
-
-
-# The public record layouts, each turned into a canonical record (see `example.py`).
-#
-# A reader takes the columns it understands out of the row it is given and returns the canonical
-# keys they amount to; what it leaves in the row is carried along by `convert.to_record`.
 
 
 def read_pair(row: Columns) -> Columns:
@@ -279,12 +266,9 @@ def _conversations(row: Columns, chosen: Turns, rejected: Turns) -> Columns:
 
 def read_choice(row: Columns) -> Columns:
     """Two responses and which one won; without a winner, a tie."""
-    names = next((pair for pair in CHOICES if set(pair) <= set(row)), None)
-    if names is None:
-        raise DataError("one of the two responses is missing")
-    a, b = (row.pop(name) for name in names)
-    first = order_of(row, names)
-    row["chosen"], row["rejected"] = (b, a) if first else (a, b)
+    names, both = taken(row, CHOICES, "one of the two responses is missing")
+    won = order_of(row, names)
+    row["chosen"], row["rejected"] = both[won], both[1 - won]
     return read_pair(row)
 
 

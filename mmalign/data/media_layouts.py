@@ -8,10 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmalign.data.fields import as_list, as_object, number, show
-from mmalign.data.turns import ASSISTANTS, Columns, Turns, contrast, response_of, split, turns
+from mmalign.data.turns import (
+    ASSISTANTS,
+    Columns,
+    Turns,
+    contrast,
+    exchange,
+    response_of,
+    split,
+    turns,
+)
 from mmalign.errors import DataError
-
-# What a layout is, and what layouts of texts and of images share.
 
 HIGHER = ("score", "overall_score", "rating", "avg_rating", "reward")
 LOWER = ("rank",)
@@ -92,9 +99,8 @@ def _of_both(row: Columns, stem: str, names: tuple[str, str]) -> list[Any]:
     return []
 
 
-# The layouts that papers on video have, each turned into a canonical record.
-#
-# Columns of media (`video`, `audio`, `start`, `end`) stay as they are; `parse_media` reads them.
+# Of layouts that papers on video have. Columns of media (`video`, `audio`, `start`, `end`) stay as
+# they are; `parse_media` reads them.
 
 
 def read_rrpo(row: Columns) -> Columns:
@@ -130,10 +136,7 @@ def _questions(value: Any, column: str) -> Turns:
             raise DataError(f"{column} must hold {{q, a}}, but is {show(value)}")
         lead = str(parts.get("i") or "").strip()
         question = " ".join(part for part in (lead, parts["q"]) if part)
-        found += [
-            {"role": "user", "content": _asked(question)},
-            {"role": "assistant", "content": parts["a"]},
-        ]
+        found += exchange(_asked(question), parts["a"])
     return found
 
 
@@ -178,12 +181,10 @@ def _asked(question: Any) -> Any:
     return re.sub(r"^\s*<(image|video)>\s*\n?", "", question)
 
 
-def _cleaned(prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    cleaned: list[dict[str, Any]] = []
-    for turn in prompt:
-        text = str(turn["content"]).replace("<Q>", "").rstrip().removesuffix("<video>")
-        cleaned.append({**turn, "content": text.strip()})
-    return cleaned
+def _cleaned(prompt: Turns) -> Turns:
+    texts = (str(turn["content"]).replace("<Q>", "").rstrip() for turn in prompt)
+    cleaned = (text.removesuffix("<video>").strip() for text in texts)
+    return [{**turn, "content": text} for turn, text in zip(prompt, cleaned, strict=True)]
 
 
 _SEEN = ("video", "videos", "audio", "audios", "image", "images", "video_id")
@@ -222,10 +223,6 @@ MEDIA_LAYOUTS: dict[str, Layout] = {
 }
 
 
-# The public layouts of image records, each turned into a canonical record.
-#
-# Images are paths, or cells of a table that stay where they are; see `parse_pictures.py`.
-
 ALONE = "prompts"
 """The layout of rows that are a prompt and nothing else; only read where the config names it."""
 
@@ -254,24 +251,29 @@ SCORES = ("scores", "ratings", "human_preference", "ranks", "rank")
 SINGLES = ("image", "image_path", "file_name", "jpg")
 
 
+_ONE_MISSING = "one of the two images is missing"
+
+
 def _prompt(row: Columns) -> Columns:
     """The caption under the name it has here; what a row names it otherwise stays."""
     name = next((name for name in CAPTIONS if name in row), None)
     return {} if name is None else {"prompt": row.pop(name)}
 
 
-def _taken(row: Columns, pairs: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], list[Any]]:
-    """The names and values of the two images."""
+def taken(
+    row: Columns, pairs: tuple[tuple[str, str], ...], missing: str
+) -> tuple[tuple[str, str], list[Any]]:
+    """The first of some pairs of columns that a row has, and their values, out of the row."""
     names = next((pair for pair in pairs if set(pair) <= set(row)), None)
     if names is None:
-        raise DataError("one of the two images is missing")
+        raise DataError(missing)
     return names, [row.pop(name) for name in names]
 
 
 def read_pair(row: Columns) -> Columns:
     """Two images, the better one under its own name."""
     prompt = _prompt(row)
-    _, (chosen, rejected) = _taken(row, PAIRS)
+    _, (chosen, rejected) = taken(row, PAIRS, _ONE_MISSING)
     return prompt | {"image_chosen": chosen, "image_rejected": rejected}
 
 
@@ -281,7 +283,7 @@ def read_choice(row: Columns) -> Columns:
     label_0 = 1 means that the first won, 1/2 a tie; `label` is the number of the better image.
     """
     prompt = _prompt(row)
-    names, pictures = _taken(row, CHOICES)
+    names, pictures = taken(row, CHOICES, _ONE_MISSING)
     if row.pop("has_label", True) is False:
         raise DataError("has_label is false: nobody compared the two images")
     shares = [row.pop(f"label_{i}", None) for i in "01"]
@@ -345,19 +347,20 @@ _OF_TEXTS = (
     *("conversations", "messages", "query", "instruction", "response_a", "response_b"),
     *("response_0", "response_1", "response_2", "conversation_a", "conversation_b"),
 )
-_OF_PAIRS = tuple(name for pair in PAIRS for name in pair)
-_OF_CHOICES = tuple(name for pair in CHOICES for name in pair)
+_BETTER, _WORSE = zip(*PAIRS, strict=True)
+_FIRST, _SECOND = zip(*CHOICES, strict=True)
+_OF_PAIRS, _OF_CHOICES = (*_BETTER, *_WORSE), (*_FIRST, *_SECOND)
 
 PICTURE_LAYOUTS: dict[str, Layout] = {
     "pictures": Layout(
         "prompt or caption, image_chosen and image_rejected, or win and lose",
-        (tuple(chosen for chosen, _ in PAIRS), tuple(rejected for _, rejected in PAIRS)),
+        (_BETTER, _WORSE),
         (*_OF_TEXTS, *_OF_CHOICES),
         read_pair,
     ),
     "picture_choice": Layout(
         "caption, jpg_0 and jpg_1, or image_0 and image_1, and label_0 or winner",
-        (tuple(one for one, _ in CHOICES), tuple(other for _, other in CHOICES)),
+        (_FIRST, _SECOND),
         (*_OF_TEXTS, *_OF_PAIRS, "images"),
         read_choice,
     ),
@@ -383,14 +386,6 @@ PICTURE_LAYOUTS: dict[str, Layout] = {
 }
 
 
-# What chat messages show and play: parts of a message's content become marks in its text.
-#
-#     {"type": "video"}                            its path stands in the column `videos`
-#     {"type": "video", "video": PATH, "start": S} or in the part, with seconds or frames
-#
-# The paths go to the columns `videos`, `images` and `audios`, which `parse_media` reads. Where the
-# rejected conversation shows something else, that goes to `videos_rejected` and so on.
-
 _ASKED = ("prompt", "messages", "conversations")
 _ANSWERED = ("chosen", "rejected")
 _REJECTED = "rejected_messages"  # with its own prompt
@@ -409,9 +404,13 @@ Shown = dict[str, list[Any]]  # kind -> its media in order; None where the path 
 
 
 def shown_in_messages(row: Columns) -> Columns:
-    """The row with content parts as text with marks, and their media in columns.
+    """The row with content parts of messages as text with marks, and their media in columns.
 
-    ms-swift's `rejected_videos` and its like become the media of that side.
+        {"type": "video"}                            its path stands in the column `videos`
+        {"type": "video", "video": PATH, "start": S} or in the part, with seconds or frames
+
+    The columns are `videos`, `images` and `audios`; what the rejected conversation shows else goes
+    to `videos_rejected` and so on, and so do ms-swift's `rejected_videos` and its like.
 
     Raises:
         DataError: A part is of an unknown kind, has no path, or says what is not read.

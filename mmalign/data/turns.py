@@ -1,5 +1,9 @@
-"""Conversations, tools and transcripts, however a file writes or stores them, as {role,
-content} messages.
+"""Conversations, tools and transcripts, however a file writes or stores them, as messages.
+
+Messages are {role, content}, and tools and calls of tools what chat templates take:
+
+    tools        [{"type": "function", "function": {"name": ..., "parameters": {...}}}]
+    tool_calls   [{"type": "function", "function": {"name": ..., "arguments": {...}}}]
 """
 
 from __future__ import annotations
@@ -14,11 +18,6 @@ from typing import Any
 
 from mmalign.data.fields import SPEAKING, TURN_KEYS, as_list, as_object, is_deep, show
 from mmalign.errors import DataError
-
-# Tools and calls of tools, however a file writes them, in the form that chat templates take.
-#
-# tools        [{"type": "function", "function": {"name": ..., "parameters": {...}}}]
-# tool_calls   [{"type": "function", "function": {"name": ..., "arguments": {...}}}]
 
 
 def as_calls(value: Any, column: str) -> list[dict[str, Any]]:
@@ -46,8 +45,7 @@ def calls_of(value: Any) -> list[dict[str, Any]]:
     parsed = _parsed(value)
     items = as_list(parsed)
     calls = [_call(item) for item in ([parsed] if items is None else items)]
-    found = [call for call in calls if call is not None]
-    return found if len(found) == len(calls) else []
+    return [] if None in calls else [call for call in calls if call is not None]
 
 
 def _call(item: Any) -> dict[str, Any] | None:
@@ -83,10 +81,8 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     if inner is None:
         return tool
     parameters = as_object(_parsed(inner.get("parameters")))
-    return {
-        **tool,
-        "function": inner if parameters is None else {**inner, "parameters": parameters},
-    }
+    function = inner if parameters is None else {**inner, "parameters": parameters}
+    return {**tool, "function": function}
 
 
 def _parsed(value: Any) -> Any:
@@ -96,8 +92,6 @@ def _parsed(value: Any) -> Any:
             return json.loads(value)
     return value
 
-
-# Conversations and transcripts, however a layout writes them, as {role, content} messages.
 
 Columns = dict[str, Any]
 Turns = list[dict[str, Any]]
@@ -164,10 +158,15 @@ def _exchange(item: Any) -> Turns:
     names = next((names for names in _EXCHANGES if set(names) <= set(parts)), None)
     if names is None:
         return []
-    texts = [_joined(parts[name]) for name in names]
-    if not all(isinstance(text, str) for text in texts):
+    asked, answered = (_joined(parts[name]) for name in names)
+    if not (isinstance(asked, str) and isinstance(answered, str)):
         return []
-    return [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]}]
+    return exchange(asked, answered)
+
+
+def exchange(asked: str, answered: str) -> Turns:
+    """A question and its answer as turns."""
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
 
 
 def _turn(item: Any, column: str) -> dict[str, Any]:
@@ -270,11 +269,9 @@ def answer_of(conversation: Turns) -> int:
     Raises:
         DataError: No user turn comes before an assistant's.
     """
-    asked = max((i for i, t in enumerate(conversation) if t["role"] == "user"), default=-1)
-    starts = (
-        i for i in range(asked + 1, len(conversation)) if conversation[i]["role"] == "assistant"
-    )
-    start = next(starts, 0)
+    roles = [turn["role"] for turn in conversation]
+    asked = max((i for i, role in enumerate(roles) if role == "user"), default=-1)
+    start = roles.index("assistant", asked + 1) if "assistant" in roles[asked + 1 :] else 0
     if start == 0:
         raise DataError("a conversation must end with an assistant turn that answers another turn")
     return start
@@ -315,9 +312,8 @@ def _repeated(head: Turns, *sides: Turns) -> int:
 
 def _differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two turns say different things; dates and scores of a turn say nothing."""
-    keys = (
-        ("role", "content", *TURN_KEYS) if len(one) > 2 or len(other) > 2 else ("role", "content")
-    )
+    further = TURN_KEYS if len(one) > 2 or len(other) > 2 else ()
+    keys = ("role", "content", *further)
     return any((one.get(key) or None) != (other.get(key) or None) for key in keys)
 
 
@@ -325,20 +321,12 @@ def shared_words(chosen: str, rejected: str) -> Columns:
     """Two texts without a prompt column: the words both begin with are the prompt."""
     longest = min(len(chosen), len(rejected))
     shared = next((i for i in range(longest) if chosen[i] != rejected[i]), longest)
-    cut = (
-        chosen[: shared + 1].rstrip().rfind(" ")
-        if shared < longest
-        else chosen.rfind(" ", 0, shared)
-    )
+    is_whole = shared == longest
+    cut = (chosen[:shared] if is_whole else chosen[: shared + 1].rstrip()).rfind(" ")
     if cut <= 0:
         raise DataError("there is no prompt column, and chosen and rejected share no first words")
     return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
 
-
-# Conversations that a table stores as text, read back: JSON, and what pandas and datasets write.
-#
-# `to_csv` writes a list as Python does, with single quotes and None; lists that went through numpy
-# lose their commas ("[{...}\n {...}]") or get "array(...)" around them.
 
 LONGEST = 2**22
 """Characters of a text that is read as Python writes it; of JSON there may be more."""
@@ -379,7 +367,10 @@ class Unreadable(ValueError):
 
 
 def read_back(row: Columns) -> Columns:
-    """The row with the conversations that its columns hold as text.
+    """The row with the conversations that its columns hold as text: JSON, or what pandas writes.
+
+    `to_csv` writes a list as Python does, with single quotes and None; lists that went through
+    numpy lose their commas ("[{...}\\n {...}]") or get "array(...)" around them.
 
     Raises:
         DataError: A text that looks like a conversation cannot be read.
@@ -423,7 +414,7 @@ def _conversation(text: str, column: str) -> Any:
             return text if isinstance(again, str) else again
     if _OF_CLASSES.match(text):
         raise _not_read(column, "it holds objects of Python and no plain ones")
-    if not _looks_spoken(text):
+    if not (_BEGIN.match(text) and _ROLE.search(text) and _SAID.search(text)):
         return text
     try:
         value = literal(text)
@@ -440,13 +431,6 @@ def _not_read(column: str, why: str) -> DataError:
         f"{column} looks like a conversation written as text, and cannot be read: {why}. "
         "Write it as a list of messages, or as the JSON text of one"
     )
-
-
-def _looks_spoken(text: str) -> bool:
-    """Whether a text begins as a list of objects, or one, and has a role and words of it."""
-    if not _BEGIN.match(text):
-        return False
-    return bool(_ROLE.search(text) and _SAID.search(text))
 
 
 def _is_spoken(value: Any) -> bool:
@@ -469,8 +453,7 @@ def literal(text: str) -> Any:
     Raises:
         Unreadable: It is none of these, or too long or too deep.
     """
-    value = _literal(text)
-    if is_deep(value):
+    if is_deep(value := _literal(text)):
         raise Unreadable("it is nested too deeply")
     return value
 
