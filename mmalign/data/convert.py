@@ -8,11 +8,18 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from difflib import SequenceMatcher, get_close_matches
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
-from mmalign.data.example import Example, Message
+from mmalign.data.example import Example
 from mmalign.data.fields import TURN_KEYS, as_list, as_object, number, show
-from mmalign.data.layouts import LAYOUTS, is_bookkeeping, turns_or_text, with_system
+from mmalign.data.layouts import (
+    LAYOUTS,
+    LISTED,
+    SCORED,
+    is_bookkeeping,
+    turns_or_text,
+    with_system,
+)
 from mmalign.data.media_layouts import Layout, shown_in_messages
 from mmalign.data.parse import KIND_KEYS, OPTIONAL, TEXT_KEYS
 from mmalign.data.parse_media import MEDIA_KEYS, PICTURE_KEYS
@@ -23,13 +30,14 @@ from mmalign.data.turns import (
     Turns,
     are_messages,
     as_tools,
+    exchange,
     read_back,
     turns,
 )
 from mmalign.errors import DataError
 from mmalign.safe import printable
 
-# Public files whose columns have names of their own, brought to names that layouts know.
+# Public files whose columns have names of their own:
 #
 # ultrafeedback-binarized-preferences   instruction, chosen_response, rejected_response
 # HelpSteer3, HelpSteer2-preference     context or prompt, response1, response2, overall_preference
@@ -118,8 +126,7 @@ def _of_arena(row: Columns) -> None:
         for question, answer in zip(asked, said[name], strict=True):
             if question is None or answer is None:
                 raise DataError(f"a turn of {'prompt' if question is None else name} is null")
-            talk.append({"role": "user", "content": question})
-            talk.append({"role": "assistant", "content": answer})
+            talk += exchange(question, answer)
         row[f"conversation_{name[-1]}"] = talk
     for name in names:
         del row[name]
@@ -138,7 +145,7 @@ def _winner(row: Columns) -> None:
     """Which response won, as `winner`."""
     if "winner" in row:
         return
-    found: dict[str, Any] = {}
+    found: dict[str, str | None] = {}  # columns to the winner
     if ("response1" in row or "response_1" in row) and not {"chosen", "rejected"} & set(row):
         found |= {key: _sign(key, row[key]) for key in _SIGNED if key in row}
     if "human_ref_A" in row and "labels" in row:
@@ -150,13 +157,9 @@ def _winner(row: Columns) -> None:
         given = [key for key in _FLAGS if number(row[key]) == 1 or row[key] is True]
         found[", ".join(_FLAGS)] = _FLAGS[given[0]] if len(given) == 1 else None
     for key, winner in found.items():
+        values = [row.pop(name) for name in key.split(", ")]
         if winner is None:
-            names = key.split(", ")
-            raise DataError(
-                f"{key} must say which response won, but is {show([row[n] for n in names])}"
-            )
-        for name in key.split(", "):
-            row.pop(name)
+            raise DataError(f"{key} must say which response won, but is {show(values)}")
         row["winner"] = winner
 
 
@@ -168,8 +171,6 @@ def _sign(key: str, value: Any) -> str | None:
     return "tie" if strength == 0 else "a" if strength < 0 else "b"
 
 
-# Any public layout to a canonical record, recognized by its columns.
-
 MOST_COLUMNS = 10_000
 _LONGEST_NAME = 256
 _COMPARED = 100  # columns in which names of layouts are looked for
@@ -178,7 +179,7 @@ _BOXES = ("<bbox>", "<ref-object>")
 
 
 def to_record(raw: Mapping[str, Any], layout: str | None = None) -> dict[str, Any]:
-    """The canonical record of a row in any layout; see `example.py` for its keys.
+    """The canonical record of a row in any layout; see `parse.py` for its keys.
 
     Args:
         raw: One row. Null columns count as absent, as tables fill every missing cell with null.
@@ -187,7 +188,14 @@ def to_record(raw: Mapping[str, Any], layout: str | None = None) -> dict[str, An
     Raises:
         DataError: when no layout fits, or several do, or the row breaks the one that fits.
     """
-    _require_few(raw)
+    if len(raw) > MOST_COLUMNS:  # each is compared with all that is known
+        raise DataError(f"has {len(raw):,} columns; at most {MOST_COLUMNS:,} are read")
+    longest = max(map(len, raw), default=0)
+    if longest > _LONGEST_NAME:
+        raise DataError(
+            f"has a column whose name is {longest:,} characters long, and at most {_LONGEST_NAME} "
+            "are a name; is the header missing?"
+        )
     row = {key: value for key, value in raw.items() if value is not None}
     row = shown_in_messages(renamed(read_back(row)))
     if "tools" in row:
@@ -202,18 +210,6 @@ def to_record(raw: Mapping[str, Any], layout: str | None = None) -> dict[str, An
     if stray:
         row["meta"] = {**stray, **(as_object(row.get("meta")) or {})}
     return {**row, **record}
-
-
-def _require_few(raw: Mapping[str, Any]) -> None:
-    """Refuse columns that are not names: each is compared with all that is known."""
-    if len(raw) > MOST_COLUMNS:
-        raise DataError(f"has {len(raw):,} columns; at most {MOST_COLUMNS:,} are read")
-    longest = max(map(len, raw), default=0)
-    if longest > _LONGEST_NAME:
-        raise DataError(
-            f"has a column whose name is {longest:,} characters long, and at most {_LONGEST_NAME} "
-            "are a name; is the header missing?"
-        )
 
 
 def _whole(row: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
@@ -285,14 +281,6 @@ def _likeness(layout: Layout, columns: Iterable[str]) -> float:
     return sum(best) / len(best)
 
 
-# What of a row nothing reads: kept in `meta`, and named once for each file.
-
-_LISTED = {
-    "completions": ("response", "text", "completion", "answer", "content", "role"),
-    "answers": ("response", "text", "completion", "answer", "content", "role"),
-    "responses": ("response", "text", "completion", "answer", "content", "role"),
-}
-_OF_LISTED = ("score", "overall_score", "rating", "rank", "pm_score")
 _READ = (
     *(*KIND_KEYS, *OPTIONAL, *MEDIA_KEYS, *SPOKEN, *STRUCTURED, "system", "label", "labels"),
     *("winner", "kto_tag", "ratings", "ranks", "votes_a", "votes_b", "better_response_id"),
@@ -303,7 +291,7 @@ OF_TURNS = " of messages"
 
 
 def unread_of(raw: Mapping[str, Any], record: Mapping[str, Any], row: Example) -> tuple[str, ...]:
-    """The names of what a row has and nothing reads.
+    """The names of what a row has and nothing reads, which is kept in `meta`.
 
     Args:
         raw: The row as its file has it.
@@ -326,14 +314,11 @@ def _is_empty(value: Any) -> bool:
 def _said(row: Example) -> set[str]:
     """Every text that the row's prompts and responses consist of."""
     texts: set[str] = set()
-    parts: list[Any] = [row.prompt]
-    for candidate in row.candidates:
-        parts += [candidate.prompt, candidate.response]
-    for part in parts:
+    for part in (row.prompt, *(text for c in row.candidates for text in (c.prompt, c.response))):
         if isinstance(part, str):
             texts.add(part)
         elif isinstance(part, tuple):
-            texts.update(turn.content for turn in cast("tuple[Message, ...]", part))
+            texts.update(turn.content for turn in part)
     return texts
 
 
@@ -362,11 +347,11 @@ def _keys_of_turns(record: Mapping[str, Any]) -> set[str]:
 
 def _keys_of_listed(raw: Mapping[str, Any]) -> list[str]:
     """Keys of the responses of a list beside their text and score."""
+    known = (*LISTED, *SCORED, "role", "rank")
     found: set[str] = set()
-    for column, known in _LISTED.items():
+    for column in ("completions", "answers", "responses"):
         for item in as_list(raw.get(column)) or ():
-            parts = as_object(item) or {}
-            found |= {f"{k} of {column}" for k in parts if k not in (*known, *_OF_LISTED)}
+            found |= {f"{k} of {column}" for k in as_object(item) or {} if k not in known}
     return sorted(found)
 
 

@@ -1,7 +1,4 @@
-"""Typed reading of raw records.
-
-Fields, JSON as data files hold it, and the lines that a run writes.
-"""
+"""Typed reading of raw records, JSON as data files hold it, and the lines that a run writes."""
 
 from __future__ import annotations
 
@@ -9,19 +6,15 @@ import codecs
 import json
 import math
 import re
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import IO, TYPE_CHECKING, Any, cast
+from itertools import accumulate
+from pathlib import Path
+from typing import IO, Any, cast
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
-
-    Record = dict[str, Any]
-
-
-# Typed reading of one raw record that collects every problem instead of stopping at the first.
+Record = dict[str, Any]
 
 _LONGEST_SHOWN = 1000  # characters of a text, more than any message asks for
 
@@ -96,13 +89,20 @@ def _pieces(value: Any) -> Iterator[str]:
 
 def is_deep(value: Any) -> bool:
     """Whether lists and objects lie in each other more than `DEEPEST` times."""
+    return any(depth > DEEPEST for depth, _ in enumerate(_levels(value)))
+
+
+def _levels(value: Any) -> Iterator[list[Any]]:
+    """The value, the members of it, those of its members, and so on."""
     level: list[Any] = [value]
-    for _ in range(DEEPEST + 1):
-        inner = [list((as_object(v) or {}).values()) or as_list(v) or [] for v in level]
+    while level:
+        yield level
+        inner: list[Any] = [v.values() if isinstance(v, dict) else v for v in level if _holds(v)]
         level = [member for members in inner for member in members]
-        if not level:
-            return False
-    return True
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, list | tuple | dict)
 
 
 def number(value: Any) -> float | None:
@@ -119,7 +119,8 @@ def number(value: Any) -> float | None:
 class Fields:
     """A record read field by field, by type; what is wrong goes to `problems`, and None comes back.
 
-    A key whose value is null counts as absent: table formats fill every missing cell with null.
+    So all problems are found and not the first alone. A key whose value is null counts as absent:
+    table formats fill every missing cell with null.
     """
 
     def __init__(self, record: Mapping[str, Any]) -> None:
@@ -306,10 +307,6 @@ class Fields:
         return True
 
 
-# JSON as data files hold it: checked values, and the members of an array one by one.
-#
-# A file of one array is read like lines: no more of it is in memory than its longest record.
-
 LONGEST = 16 * 2**20
 """Bytes of a line, or characters of a record in an array."""
 
@@ -363,7 +360,8 @@ def _checked(value: Any, text: str) -> Any:
     parts = text.count("[") + text.count("{")
     if parts > DEEPEST and is_deep(value):
         raise NotJsonError("nested too deeply")
-    if parts + text.count(",") > MOST_PARTS and _num_parts(value) > MOST_PARTS:
+    counts = accumulate(map(len, _levels(value)))
+    if parts + text.count(",") > MOST_PARTS and any(count > MOST_PARTS for count in counts):
         raise NotJsonError(f"holds more than {MOST_PARTS:,} values")
     return value
 
@@ -377,23 +375,11 @@ def _require_utf8(text: str) -> None:
         ) from error
 
 
-def _num_parts(value: Any) -> int:
-    """Values in lists and objects, themselves counted."""
-    count = 0
-    level: list[Any] = [value]
-    while level and count <= MOST_PARTS:
-        count += len(level)
-        inner: list[Any] = [v.values() if isinstance(v, dict) else v for v in level if _holds(v)]
-        level = [member for members in inner for member in members]
-    return count
-
-
-def _holds(value: Any) -> bool:
-    return isinstance(value, list | dict)
-
-
 class JsonText:
-    """A JSON text that is read as far as its values are asked for."""
+    """A JSON text that is read as far as its values are asked for.
+
+    A file of one array is read like lines: no more of it is in memory than its longest record.
+    """
 
     def __init__(self, handle: IO[bytes]) -> None:
         self._handle = handle
@@ -406,30 +392,28 @@ class JsonText:
         Raises:
             NotJsonError: The text is damaged, or a member is too large.
         """
-        self.take("[")
-        if self.take("]"):
-            return
-        while True:
+        for _ in self._members("[]", "array"):
             yield self.value()
-            if self.take("]"):
-                return
-            if not self.take(","):
-                raise NotJsonError("not JSON: a comma or the end of the array is missing")
 
     def names(self) -> Iterator[str]:
         """The names in the object that follows; the caller takes the value of each."""
-        self.take("{")
-        if self.take("}"):
-            return
-        while True:
+        for _ in self._members("{}", "object"):
             name = self.value()
             if not isinstance(name, str) or not self.take(":"):
                 raise NotJsonError("not JSON: an object must have names in quotes, and colons")
             yield name
-            if self.take("}"):
+
+    def _members(self, brackets: str, what: str) -> Iterator[None]:
+        """Stop before each member of an array or object, which the caller takes."""
+        self.take(brackets[0])
+        if self.take(brackets[1]):
+            return
+        while True:
+            yield
+            if self.take(brackets[1]):
                 return
             if not self.take(","):
-                raise NotJsonError("not JSON: a comma or the end of the object is missing")
+                raise NotJsonError(f"not JSON: a comma or the end of the {what} is missing")
 
     def peek(self) -> str:
         """The next character that is not a space; "" at the end."""
@@ -477,29 +461,20 @@ class JsonText:
         self._at = 0
 
 
-# What a run notes step by step: one JSON object with its `step` a line.
-
 _LARGEST = 2**53  # a step beyond it is not a count
 
 
 def read_lines(path: Path) -> tuple[list[Record], int]:
-    """The records of a file, and how many lines hold none.
+    """The records of a file that a run has written step by step, and how many lines hold none.
 
-    A line ends at a line feed alone. A run that was killed while it wrote leaves a torn last line.
+    A record is an object with its `step`. A line ends at a line feed alone. A run that was killed
+    while it wrote leaves a torn last line.
     """
     if not path.is_file():
         return [], 0
-    records: list[Record] = []
-    odd = 0
-    for line in path.read_bytes().split(b"\n"):
-        if not line.strip():
-            continue
-        record = _record(line)
-        if record is None:
-            odd += 1
-        else:
-            records.append(record)
-    return records, odd
+    found = [_record(line) for line in path.read_bytes().split(b"\n") if line.strip()]
+    records = [record for record in found if record is not None]
+    return records, len(found) - len(records)
 
 
 def left_out(path: Path, odd: int) -> str:

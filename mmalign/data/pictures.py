@@ -1,4 +1,4 @@
-"""Pictures: where a record may point, what is read of them, and how they are decoded, safely."""
+"""Images: where a record may point, what is read of them, and how they are decoded, safely."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import stat
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,16 +26,10 @@ from mmalign.errors import DataError
 from mmalign.safe import open_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-
     from PIL.Image import Image
-
-
-# The bytes of single images inside parquet and arrow files, read when they are asked for.
 
 MOST_KEPT = 256 * 2**20
 """Bytes of decoded column pieces kept for the next cells; the newest piece is always kept."""
-
 
 LIMITS = {"thrift_string_size_limit": 2**26, "thrift_container_size_limit": 2**20}
 """Of what describes a parquet file, which a damaged one says is endless."""
@@ -69,23 +64,21 @@ class _Pieces:
         """The value of a cell; one thread reads at a time, so that none reads a piece twice."""
         key = (str(picture.path), os.stat(picture.path).st_mtime_ns, picture.column)
         with self._lock:
-            piece = next((p for p in self._kept.get(key, ()) if _holds(p, picture.row)), None)
+            kept = self._kept.get(key, ())
+            piece = next((p for p in kept if p.start <= picture.row < p.stop), None)
             if piece is None:
                 piece = _read(picture)
                 self._kept.setdefault(key, []).append(piece)
                 self._size += piece.size
             self._kept.move_to_end(key)
-            self._forget(piece)
+            while self._size > MOST_KEPT:
+                key, pieces = next(iter(self._kept.items()))
+                if pieces[0] is piece:
+                    break
+                self._size -= pieces.pop(0).size
+                if not pieces:
+                    del self._kept[key]
         return piece.cells[picture.row - piece.start].as_py()
-
-    def _forget(self, newest: _Piece) -> None:
-        while self._size > MOST_KEPT:
-            key, pieces = next(iter(self._kept.items()))
-            if pieces[0] is newest:
-                break
-            self._size -= pieces.pop(0).size
-            if not pieces:
-                del self._kept[key]
 
 
 def damage() -> tuple[type[Exception], ...]:
@@ -95,19 +88,9 @@ def damage() -> tuple[type[Exception], ...]:
     return (arrow.ArrowException, OSError, MemoryError, NotImplementedError, *values)
 
 
-def _holds(piece: _Piece, row: int) -> bool:
-    return piece.start <= row < piece.stop
-
-
 def _read(picture: Picture) -> _Piece:
-    try:
-        read = _from_parquet if picture.path.suffix == ".parquet" else _from_arrow
-        return read(picture)
-    except damage() as error:
-        raise DataError(f"{picture}: cannot be read: {error}") from error
-
-
-def _from_parquet(picture: Picture) -> _Piece:
+    if picture.path.suffix != ".parquet":
+        return _from_arrow(picture)
     parquet: Any = import_module("pyarrow.parquet")
     with parquet.ParquetFile(picture.path, **LIMITS) as file:
         groups = range(file.metadata.num_row_groups)
@@ -202,10 +185,9 @@ def row_places(paths: Sequence[Path], num_rows: int) -> Iterator[tuple[Path, int
         yield from ((path, row) for row in range(size))
 
 
-# Memory that images take while they are decoded, of all threads of a process together.
-
 MOST = 480 * 2**20
-"""Bytes. One image that would take more is refused; several wait for each other."""
+"""Bytes that images take while they are decoded, of all threads of a process together. One that
+would take more is refused; several wait for each other."""
 
 _WORKING = {"WEBP": 8, "AVIF": 8}  # bytes a pixel that decoders take besides
 _PROGRESSIVE = 6  # of a JPEG: the coefficients of all its passes
@@ -254,8 +236,6 @@ class Room:
                 change.notify_all()
 
 
-# Images: where a record may point, what is read of them, and how they are decoded, safely.
-
 Result = TypeVar("Result")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
@@ -279,10 +259,7 @@ _STRIP = 2**20  # pixels that are converted at a time
 
 
 class PictureRoot:
-    """The folder that image paths of a data file start from, and that none may leave.
-
-    Data files come from strangers: a path in one must not reach other files of this machine.
-    """
+    """The folder that image paths of a data file start from, and that none may leave."""
 
     def __init__(self, folder: Path | None) -> None:
         """Paths start from `folder`; None where there is none, as for a hub dataset."""
@@ -305,18 +282,18 @@ class PictureRoot:
         found = f"the path is {show(text, 200)}"
         if text.startswith(_ADDRESSES):
             return Problem("must be a file here: download the images first", found)
-        if self.folder is None:
+        if self._fence is None:
             return Problem("must start from a folder: set `pictures` of the source", found)
-        path = os.path.join(self.folder, text)
+        path = os.path.join(self._fence.folder, text)
         parent, name = os.path.split(path)
         try:
             if parent not in self._real_parents:
                 self._real_parents[parent] = os.path.realpath(parent)
             path = os.path.join(self._real_parents[parent], name)
-            if name in ("", ".", "..") or (self._holds(path) and os.path.islink(path)):
+            if name in ("", ".", "..") or (self._fence.holds(path) and os.path.islink(path)):
                 path = os.path.realpath(path)
             # A path that leaves the folder is refused as such, whether or not it leads somewhere.
-            if not self._holds(path):
+            if not self._fence.holds(path):
                 return Problem(f"must stay inside {self.folder}", found)
             if stat.S_ISREG(os.stat(path).st_mode):
                 return Picture(Path(path))
@@ -326,9 +303,6 @@ class PictureRoot:
         except (OSError, ValueError) as error:
             return Problem("must be a path that can be looked at", f"{found} ({error})")
         return Problem(f"must name {what} that is there", found)
-
-    def _holds(self, path: str) -> bool:
-        return self._fence is not None and self._fence.holds(path)
 
 
 def picture_bytes(picture: Picture) -> bytes:
@@ -486,8 +460,15 @@ def decode_all(
         use: Called with the decoded image, which is then let go.
     """
 
+    def attempt(picture: Picture) -> Result | DataError:
+        try:
+            with decoded(picture) as image:
+                return use(image)
+        except DataError as error:
+            return error
+
     def decode(part: Sequence[Picture]) -> list[Result | DataError]:
-        return [_attempt(picture, use) for picture in part]
+        return list(map(attempt, part))
 
     # In file order, so that cells of one piece of a table are read together.
     order = sorted(set(pictures), key=lambda p: (p.path, p.row, p.column))
@@ -497,24 +478,13 @@ def decode_all(
     return dict(zip(order, results, strict=True))
 
 
-def _attempt(picture: Picture, use: Callable[[Image], Result]) -> Result | DataError:
-    try:
-        with decoded(picture) as image:
-            return use(image)
-    except DataError as error:
-        return error
-
-
 def same_bytes(one: Picture, other: Picture) -> bool:
     """Whether two references lead to the same bytes; those in tables are not compared."""
-    if one == other:
-        return True
-    if one.row >= 0 or other.row >= 0:
-        return False
+    if one == other or max(one.row, other.row) >= 0:
+        return one == other
     try:
-        if one.path.stat().st_size != other.path.stat().st_size:
-            return False
-        return picture_bytes(one) == picture_bytes(other)
+        sizes = {picture.path.stat().st_size for picture in (one, other)}
+        return len(sizes) == 1 and picture_bytes(one) == picture_bytes(other)
     except (OSError, DataError):  # told where it is decoded
         return False
 
