@@ -31,7 +31,7 @@ from mmalign.errors import ConfigError
 
 EXIT_STATUS = (
     "Exit status: 0 done, 1 wrong input, 2 wrong usage, 3 loss became non-finite, "
-    "130 stopped by Ctrl-C."
+    "130 stopped by Ctrl-C or train.max_time."
 )
 
 app = group("Preference alignment for text, image and video models, with one set of losses.")

@@ -137,8 +137,8 @@ Checkpoint = Annotated[
     Path | None,
     option(
         "--checkpoint DIR",
-        "trained weights: a checkpoint-N or final folder, or its name in `output`; by default "
-        "the newest of `output`",
+        "trained weights: a checkpoint-N, best or final folder, or its name in `output`; by "
+        "default the newest of `output`",
     ),
 ]
 Base = Annotated[bool, option("--base", "the model as it was before training")]

@@ -157,6 +157,9 @@ def deciding(config: RunConfig) -> dict[str, Any]:
             "train": {
                 *reporting,
                 "keep_checkpoints",
+                "best_metric",
+                "patience",
+                "max_time",
                 "trackers",
                 "num_threads",
                 "check_reference",

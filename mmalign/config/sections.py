@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -24,6 +26,10 @@ Below1 = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(gt=0, le=LARGEST_RATE)]
 Decay = Annotated[float, Field(ge=0, le=1000)]
 Factor = Annotated[float, Field(ge=-1000, le=1000)]
+HeldOutMetric = Literal[
+    "loss", "ranking_accuracy", "ranking_accuracy_per_token", "reward_accuracy", "log_ratio_margin",
+    "separation",
+]  # fmt: skip
 Positive = Annotated[float, Field(ge=1e-6, le=1e6)]
 
 
@@ -279,10 +285,29 @@ class TrainConfig(Section):
     backward: Literal["joint", "per_candidate"] = "joint"
     seed: Seed = 0
     log_every: Count = 1
-    eval_every: Count | None = Field(default=None, description="steps; the end is always evaluated")
-    save_every: Count | None = Field(default=None, description="steps; the end is always saved")
+    eval_every: Count | Literal["auto"] | None = Field(
+        default="auto",
+        description="steps; auto: a tenth of the run, at least 50; null: at start and end alone",
+    )
+    save_every: Count | Literal["auto"] | None = Field(
+        default="auto",
+        description="steps; auto: a tenth of the run, at least 50, at most 500; null: at the end",
+    )
     sample_every: Count | None = None
     keep_checkpoints: Count = 2
+    best_metric: HeldOutMetric | None = Field(
+        default=None, description="held-out metric; the weights that were best by it lie in best/"
+    )
+    patience: Count | None = Field(
+        default=None,
+        description="end the run after so many evaluations without a better best_metric",
+    )
+    max_time: str | None = Field(
+        default=None,
+        min_length=2,
+        pattern=r"^(\d{1,4}h)?(\d{1,4}m)?(\d{1,6}s)?$",
+        description="e.g. 7h30m: then save and stop, as on Ctrl-C; --resume goes on",
+    )
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     num_threads: Number | None = Field(
         default=None, description="CPU threads; 1 is best for tiny models"
@@ -293,6 +318,31 @@ class TrainConfig(Section):
     check_settings: bool = Field(
         default=True, description="warn of rates, betas and warm-ups far from any published"
     )
+
+    @model_validator(mode="after")
+    def _patience_has_a_metric(self) -> Self:
+        if self.patience is not None and self.best_metric is None:
+            raise ValueError(
+                "train.patience is set, but best_metric is not. Set it, e.g. best_metric: "
+                "reward_accuracy"
+            )
+        return self
+
+    def evaluates_every(self, num_steps: int) -> int | None:
+        """Steps between two evaluations of a run of `num_steps`; None: at start and end alone."""
+        return max(50, num_steps // 10) if self.eval_every == "auto" else self.eval_every
+
+    def saves_every(self, num_steps: int) -> int | None:
+        """Steps between two checkpoints of a run of `num_steps`; None: at the end alone."""
+        return min(max(50, num_steps // 10), 500) if self.save_every == "auto" else self.save_every
+
+    @property
+    def max_seconds(self) -> float:
+        """`max_time` in seconds; infinite without."""
+        if self.max_time is None:
+            return math.inf
+        parts = re.findall(r"(\d+)([hms])", self.max_time)
+        return float(sum(int(count) * {"h": 3600, "m": 60, "s": 1}[unit] for count, unit in parts))
 
 
 class SampleConfig(Section):

@@ -383,6 +383,8 @@ class DiffusionTools(Tools):
 
     unit = "images"
     samples_images = True
+    pipeline_tag = "text-to-image"
+    library = "diffusers"
 
     def problems(self, config: RunConfig) -> list[str]:
         """What the method, the estimator and the model's options ask of each other."""

@@ -326,7 +326,7 @@ _PACKAGES = ("torch", "transformers", "diffusers", "peft", "accelerate", "datase
 
 _BEGINNING = ("env.json", TABLE)  # written before config.yaml, which makes a folder a run
 _LEFT = re.compile(
-    r"\.(checkpoint-\d+|final)\.(tmp|old)|\.(env\.json|inputs\.json|config\.yaml|report\.html|"
+    r"\.(checkpoint-\d+|final|best)\.(tmp|old)|\.(env\.json|inputs\.json|config\.yaml|report\.html|"
     r"(metrics|eval|samples)\.jsonl)\.tmp"
 )
 

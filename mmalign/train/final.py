@@ -9,14 +9,17 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import gather_object
+import yaml
+from accelerate.utils import broadcast_object_list, gather_object
+from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from mmalign.config import dump
 from mmalign.core import Needs
 from mmalign.core.terms import Preference
-from mmalign.errors import CheckpointError
+from mmalign.errors import CheckpointError, ConfigError
 from mmalign.evaluate import TIED, Evaluation, Tally, is_tied, score, summarise
-from mmalign.models.adapter import Adapter, Saved, build_adapter
+from mmalign.models.adapter import Adapter, Saved, build_adapter, tools_of
 from mmalign.train.checkpoint import publish
 from mmalign.train.metrics import append_json, read_json
 from mmalign.train.order import eval_batches, own_random_stream
@@ -98,6 +101,45 @@ class HeldOut:
     def can_sample(self) -> bool:
         """Whether the adapter generates, and one process alone holds the weights to do it with."""
         return type(self._run.adapter).sample is not Adapter.sample and not self._run.is_sharded
+
+
+class Best:
+    """The best held-out value so far by `train.best_metric`, of the evaluations after step 0."""
+
+    def __init__(self, run: Run) -> None:
+        """Of the evaluations that the run folder knows already."""
+        self.metric, self.patience = run.config.train.best_metric, run.config.train.patience
+        known = read_json(run.config.output / "eval.jsonl") if self.metric else []
+        self._values: list[float] = []
+        for record in broadcast_object_list([known])[0]:
+            self.add(record["step"], {f"eval_{self.metric}": record.get(self.metric)})
+
+    def add(self, step: int, values: Mapping[str, float | None]) -> bool:
+        """Note what an evaluation gave; whether it is the best so far.
+
+        Raises:
+            ConfigError: The run has no such metric.
+        """
+        if self.metric is None:
+            return False
+        value = values.get(f"eval_{self.metric}")
+        if value is None:
+            names = [name.removeprefix("eval_") for name in values]
+            had = f"its evaluations give {', '.join(names)}" if names else "it has no held-out rows"
+            raise ConfigError(
+                f"train.best_metric is {self.metric}, which this run does not have: {had}"
+            )
+        if step == 0:
+            return False
+        self._values.append(-value if self.metric == "loss" else value)
+        return self._values[-1] > max(self._values[:-1], default=-math.inf)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the run is to end: `train.patience` evaluations since the best one."""
+        if self.patience is None or not self._values:
+            return False
+        return len(self._values) - 1 - self._values.index(max(self._values)) >= self.patience
 
 
 def reward_beta(objective: Objective) -> float | None:
@@ -203,10 +245,44 @@ def model_card(
 
 
 def _front_matter(config: RunConfig) -> str:
-    lines = ["tags: [mmalign, preference-alignment]"]
-    if not _is_local(config):
-        lines.insert(0, f"base_model: {config.model.path}")
-    return "\n".join(lines)
+    """What a hub reads of a card: the base, its license, what loads the weights, the data."""
+    tools = tools_of(config.modality)
+    lora = config.model.lora is not None or config.model.adapter is not None
+    base = _hub_name(config.model.path)
+    about = {
+        "base_model": base,
+        "base_model_relation": base and ("adapter" if lora else "finetune"),
+        "library_name": "peft" if lora and tools.library == "transformers" else tools.library,
+        "pipeline_tag": tools.pipeline_tag,
+        "license": _license(config),
+        "datasets": list(filter(None, (_hub_name(s.path) for s in config.data.train))),
+        "tags": ["mmalign", "preference-alignment"],
+    }
+    return yaml.safe_dump({k: v for k, v in about.items() if v}, sort_keys=False).strip()
+
+
+def _hub_name(path: str) -> str | None:
+    """A path that is a name on a hub, and no file or folder of this machine."""
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return None
+    return None if Path(path).exists() else path
+
+
+def _license(config: RunConfig) -> str | None:
+    """What the card of the base says, where that lies on this machine."""
+    path = config.model.path
+    found = Path(path) / "README.md" if _is_local(config) else None
+    if _hub_name(path):
+        found = try_to_load_from_cache(path, "README.md", revision=config.model.revision)
+    if not isinstance(found, str | Path) or not Path(found).is_file():
+        return None
+    try:
+        said = ModelCard.load(found).data.license
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return said if isinstance(said, str) else None
 
 
 def _is_local(config: RunConfig) -> bool:
@@ -257,10 +333,10 @@ def _number(record: Mapping[str, Any], key: str) -> str:
 # The end of a run: the trained weights in their library's own layout, with a model card.
 
 
-def save_final(run: Run, environment: Mapping[str, Any]) -> Path:
-    """Write `final/`; it appears complete or not at all. Called by every process."""
+def save_final(run: Run, environment: Mapping[str, Any], name: str = "final") -> Path:
+    """Write `final/`, or `best/`; it appears complete or not at all. Called by every process."""
     output = run.config.output
-    target, temporary = output / "final", output / ".final.tmp"
+    target, temporary = output / name, output / f".{name}.tmp"
     adapter = run.adapter
     if run.is_sharded:
         whole = run.accelerator.get_state_dict(run.model)  # every process gives its part

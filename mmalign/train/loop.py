@@ -31,7 +31,7 @@ from mmalign.train.check import (
     require_sound,
 )
 from mmalign.train.display import Display, describe_dry_run, explained
-from mmalign.train.final import HeldOut, save_final
+from mmalign.train.final import Best, HeldOut, save_final
 from mmalign.train.metrics import append_json, last_values, means, merge
 from mmalign.train.run import Run, build_run, lr_scale, require_launcher, set_lr, trackers
 
@@ -139,7 +139,7 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> 
         files.require_output(config.output, resume=resume)
         run = build_run(config, objective)
         with explained(run):
-            final_dir = _train(run, resume=resume)
+            final_dir = _train(run, began, resume=resume)
     return RunResult(
         steps=run.position.step,
         seconds=time.perf_counter() - began,
@@ -159,10 +159,15 @@ def _try_out(run: Run) -> None:
     accelerator.print(describe_dry_run(run, batch, loss, logps))
 
 
-def _train(run: Run, *, resume: bool) -> Path | None:
-    """All steps that are left; the folder of the trained weights, None where it was stopped."""
+def _train(run: Run, began: float, *, resume: bool) -> Path | None:
+    """All steps that are left; the folder of the trained weights, None where it was stopped.
+
+    `began` is the call's start, from which `train.max_time` counts.
+    """
     config, position = run.config, run.position
     settings, backward = config.train, _backward(config)
+    eval_every = settings.evaluates_every(run.num_steps)
+    save_every = settings.saves_every(run.num_steps)
     environment = files.describe_environment(run)
     made_of = files.look_once(run)
     identity = {
@@ -173,7 +178,8 @@ def _train(run: Run, *, resume: bool) -> Path | None:
     saved = checkpoint.resume(run, identity, made_of) if resume else None
     start_note = check_start(run) if saved is None else f"resuming after step {position.step}"
     files.begin(run, environment, made_of)  # written first: all that can be refused has been
-    held, movement = HeldOut(run), Movement(run)
+    held, best, movement = HeldOut(run), Best(run), Movement(run)
+    over = best.is_stale
 
     with trackers(run), Display(run) as display, StopRequest() as stop:
         display.say(start_note if saved is None else f"{start_note}, from {saved}")
@@ -182,17 +188,20 @@ def _train(run: Run, *, resume: bool) -> Path | None:
                 f"{config.output} holds no checkpoint, so the run starts from the beginning"
             )
         if position.step == 0:
-            _hold_out(run, held, display)
+            best.add(0, _hold_out(run, held, display))
             held.sample(0)
 
         loader = run.batches()
-        while position.step < run.num_steps:
+        while position.step < run.num_steps and not over:
             clock = time.perf_counter()
             lr = set_lr(run.optimizer, lr_scale(position.step, run.num_steps, settings))
             window = _accumulate(run, backward, loader)
             grad_norm = _clip(run)
             finite = torch.stack([scored.value for scored in window]).isfinite().all()
-            broken, wanted = _agree(run, not bool(finite & grad_norm.isfinite()), stop.wanted)
+            late = clock - began > settings.max_seconds
+            broken, wanted = _agree(
+                run, not bool(finite & grad_norm.isfinite()), stop.wanted or late
+            )
             if broken:
                 reports = gather_object([describe_non_finite(window)])
                 raise non_finite_error(position.step + 1, reports, saved)
@@ -209,7 +218,7 @@ def _train(run: Run, *, resume: bool) -> Path | None:
             at_end = position.step == run.num_steps
             evaluate, sample, save = (
                 at_end or _due(position.step, every)
-                for every in (settings.eval_every, settings.sample_every, settings.save_every)
+                for every in (eval_every, settings.sample_every, save_every)
             )
             values: dict[str, float] = {}
             if at_end or position.step % settings.log_every == 0:
@@ -219,19 +228,28 @@ def _train(run: Run, *, resume: bool) -> Path | None:
             if evaluate or sample or save or wanted:
                 require_sound(run, saved)
             if evaluate:
-                _hold_out(run, held, display)
+                if best.add(position.step, _hold_out(run, held, display)):
+                    save_final(run, environment, "best")
+                over = best.is_stale
             if sample:
                 held.sample(position.step)
-            if save or wanted:
+            if save or wanted or over:
                 saved = checkpoint.save(run, identity)
-            if wanted and not at_end:
+            if over and not at_end:
                 display.say(
-                    f"stopped after step {position.step} of {run.num_steps}, saved in {saved}. "
-                    f"Go on with: mmalign train {config.output / 'config.yaml'} --resume"
+                    f"ended after step {position.step} of {run.num_steps}: {best.metric} has not "
+                    f"become better for {best.patience} evaluations; the best weights are in best/"
+                )
+            elif wanted and not at_end:
+                display.say(
+                    f"{'train.max_time is over: ' * late}stopped after step {position.step} of "
+                    f"{run.num_steps}, saved in {saved}. Go on with: mmalign train "
+                    f"{config.output / 'config.yaml'} --resume"
                 )
                 break
 
-    return save_final(run, environment) if position.step == run.num_steps else None
+    ended = over or position.step == run.num_steps
+    return save_final(run, environment) if ended else None
 
 
 def _backward(config: RunConfig) -> Backward:
@@ -295,11 +313,12 @@ def _training_values(run: Run, lr: float) -> dict[str, float]:
     }
 
 
-def _hold_out(run: Run, held: HeldOut, display: Display) -> None:
+def _hold_out(run: Run, held: HeldOut, display: Display) -> dict[str, float]:
     values = held.evaluate(run.position.step)
     if values:
         _log(run, values)
         display.held_out(run.position.step, values)
+    return values
 
 
 def _log(run: Run, values: dict[str, float]) -> None:

@@ -325,6 +325,8 @@ def _duration(seconds: float) -> str:
 class VideoTools(TokenTools):
     """The tools of video."""
 
+    pipeline_tag = "video-text-to-text"
+
     def problems(self, config: RunConfig) -> list[str]:
         """Settings that exclude each other."""
         video, reference = config.video, config.reference
