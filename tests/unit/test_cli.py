@@ -7,7 +7,6 @@ import json
 import logging
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -72,21 +71,16 @@ def config(tmp_path: Path, tiny_llama_dir: Path) -> Path:
     return write_config(tmp_path, tiny_llama_dir)
 
 
-def test_help_is_instant_and_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'numpy', 'transformers', 'pydantic', 'rich', 'matplotlib', 'datasets'}"
     code = (
         "import sys; from mmalign.cli import main; sys.argv = ['mmalign', '--help']\n"
         "try: main()\n"
         f"finally: assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)"
     )
-    seconds: list[float] = []
-    for _ in range(3):  # the best of three: the machine may be busy
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - began)
-        assert done.returncode == 0, done.stderr
-        assert "quickstart" in done.stdout
-    assert min(seconds) < 1.0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "quickstart" in done.stdout
 
 
 def test_the_module_runs_as_the_command() -> None:
