@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mmalign.config import RunConfig
 from mmalign.data.example import (
     Asked,
     Candidate,
@@ -27,12 +28,8 @@ from mmalign.data.records import ProblemList, Record
 from mmalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from mmalign.config import RunConfig
     from mmalign.video.adapter import VideoAdapter
     from mmalign.video.generate import Question
-
-
-# The records that pairs are made from: a clip, a question and the answer, where there is one.
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +168,6 @@ def _columns(media: Media, place: str, out: Path) -> dict[str, Any]:
 def text_of(row: Row) -> str:
     """The whole prompt as one text, for messages and files of answers."""
     return as_text(row.prompt)
-
-
-# A model's answers to the questions of records: sampled now, or read from a file.
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,9 +349,6 @@ def answers_record(row: Row, answers: Sequence[Answer]) -> dict[str, Any]:
     true = {"truth": row.truth} if row.truth else {}
     said = [answer.record() for answer in answers]
     return {"id": row.id, "prompt": text_of(row), **true, "answers": said}
-
-
-# Questions to a model one batch after another, where some of the clips may be broken.
 
 
 def ask(

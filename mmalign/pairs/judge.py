@@ -25,8 +25,6 @@ from mmalign.data.words import (
 )
 from mmalign.errors import DataError
 
-# Whether an answer is wrong, by rule and without an outside model.
-#
 # A rule that cannot tell says so: the answer is undecided, and no pair is made from it. The rules:
 #
 #     option    the question has options: the letters are compared
@@ -145,8 +143,6 @@ def _one_number(text: str) -> str:
     return stem(numbers.pop()) if len(numbers) == 1 else ""
 
 
-# How vague an answer is, by rule: hedges, words for anything, nothing that the clip's clues name.
-#
 # Each rule that holds adds to a score of 0 to 1:
 #
 #     refusal      0.6  says that it cannot tell
@@ -259,9 +255,6 @@ def most_agreed(answers: Sequence[str], vague: Iterable[Vague]) -> int:
 
     values = [value(i, found) for i, found in enumerate(vague)]
     return values.index(max(values))
-
-
-# How vague answers are, as an outside judge says in a file.
 
 
 class Scores:

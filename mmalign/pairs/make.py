@@ -14,8 +14,6 @@ from mmalign.errors import DataError
 from mmalign.pairs.answers import Answer, Answers, Row, Sampled, answers_record, rows_of
 from mmalign.pairs.judge import Scores, Vague, Verdict, consistency, judge, most_agreed, vagueness
 
-# From a record and a model's answers to pairs: wrong against right, vague against specific.
-
 Pair = dict[str, Any]
 
 
@@ -193,9 +191,6 @@ def _numbered(row: Row, pairs: Sequence[Pair]) -> list[Pair]:
     """Pairs with ids: that of the record, and a number where there are several."""
     ids = [row.id] if len(pairs) == 1 else [f"{row.id}-{i}" for i in range(1, len(pairs) + 1)]
     return [{"id": name, **pair} for name, pair in zip(ids, pairs, strict=True)]
-
-
-# A file of records to a file of pairs; `mmalign data make`.
 
 
 @dataclass(slots=True)

@@ -9,12 +9,12 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from mmalign.bench.base import Question, write_predictions
+from mmalign.config import RunConfig
 from mmalign.data.example import Clip, Media
 from mmalign.data.jobs import Journal, OnProgress, first_few, no_progress, require_new, resumable
 from mmalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from mmalign.config import RunConfig
     from mmalign.video.adapter import VideoAdapter
 
 _SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".gif")

@@ -12,19 +12,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
 
 from mmalign.errors import ConfigError, DataError, NeedsError
-from mmalign.video.sizes import Frames, Wave
+from mmalign.video.sizes import Array, Frames, Wave
 
-if TYPE_CHECKING:
-    from mmalign.video.sizes import Array
-
-# Changes of time: which of a clip's frames is shown at each of its T places.
-#
 # Each function takes the number of frames T > 1 and a generator, and returns the source of every
 # place, [T] int64 in [0, T), with what was drawn. None returns the clip as it was.
 
@@ -332,8 +327,6 @@ def fitted(samples: Array, count: int) -> Array:  # [count]
 SOUNDS = {change.__name__: change for change in (silence, time_shift, noise)}
 
 
-# Clips that no longer show (or sound like) what an answer says: one operation on a clip.
-#
 # A changed clip has as many frames of the same size, the same times and as much sound as the
 # original, so a model reads as many tokens and rows stack. `times` and `indices` stay those of the
 # original: a model is told an even, rising clock whatever it sees. The note says what was moved.
@@ -344,9 +337,7 @@ SOUNDS = {change.__name__: change for change in (silence, time_shift, noise)}
 # Source: PaMi-VDPO (arXiv:2504.05810) and RRPO (arXiv:2504.12083) name cropping, shuffling,
 # reversing and masking 25 to 50 % of frames; the other operations and ranges are ours.
 
-if TYPE_CHECKING:
-    Donor = tuple[Frames, Wave | None]
-
+Donor = tuple[Frames, Wave | None]
 NEEDS_DONOR = frozenset({"replace_frames", "swap_video", "swap_audio"})
 NEEDS_SOUND = frozenset({*SOUNDS, "swap_audio"})
 NEEDS_TIME = frozenset({*MOVES, "replace_frames", "mask_frames"})  # more than one frame

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
-from mmalign.data.example import Candidate, Change, as_text
+import numpy as np
+from torch import Tensor
+
+from mmalign.config import VideoConfig
+from mmalign.data.example import Candidate, Change, Clip, Example, Media, as_text
 from mmalign.errors import ConfigError, DataError
+from mmalign.models.batch import Batch
 from mmalign.video.augment import NEEDS_DONOR, NEEDS_SOUND, NEEDS_TIME, OPERATIONS, rng_for
+from mmalign.video.checks import Seen, Use
 from mmalign.video.media import choose
+from mmalign.video.pami import Chosen
 from mmalign.video.sound import has_sound
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    import numpy as np
-    from torch import Tensor
-
-    from mmalign.config import VideoConfig
-    from mmalign.data.example import Clip, Example, Media
-    from mmalign.models.batch import Batch
-    from mmalign.video.checks import Seen, Use
-    from mmalign.video.pami import Chosen
-
-
-# Which operations a clip may get, given what is asked about it, and the draw among them.
 
 _SIDES = re.compile(
     r"\b(left|right(?!\s+(?:answer|option|choice|now|away))|leftmost|rightmost|(left|right)wards?"
@@ -124,8 +115,6 @@ def draw(operations: Sequence[str], k: int, rng: np.random.Generator) -> list[st
     return drawn[:k]
 
 
-# The candidates that a row does not bring: its answers under corrupted or augmented clips.
-#
 #     corrupted           the chosen answer under a corrupted clip
 #     rejected_corrupted  the rejected answer under the same one
 #     augmented           the chosen answer under each of several augmented clips (PaMi-VDPO)
@@ -263,8 +252,6 @@ class Perturbation:
             donor = others[int(rng.integers(len(others)))]
         return replace(own, change=Change(operation, int(rng.integers(2**62)), donor))
 
-
-# Which alterations the clips of a run get: numbers in a batch, names in its metrics.
 
 _NAMES = ("", *sorted(OPERATIONS))
 

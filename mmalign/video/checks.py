@@ -5,32 +5,24 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
+from PIL.Image import Image
 from pydantic import TypeAdapter
 
-from mmalign.data.example import Clip, Picture, Sound
+from mmalign.config import VideoConfig
+from mmalign.data.example import Clip, Example, Picture, Sound
 from mmalign.data.jobs import is_main_process, track
 from mmalign.data.pictures import open_picture
 from mmalign.errors import DataError
 from mmalign.video.media import Glimpse, read_frames
 from mmalign.video.sizes import SOUND_RATE, Frames, Wave
 from mmalign.video.sound import has_sound, read_sound, sound_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
-
-    from PIL.Image import Image
-
-    from mmalign.config import VideoConfig
-    from mmalign.data.example import Example
-
-
-# What is known of media that were decoded once: sizes, times, lengths, without the content.
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +88,6 @@ class Seen:
         return Wave(np.zeros(max(round(self.seconds * SOUND_RATE), 1), np.float32))
 
 
-# What earlier runs found, in a JSONL file of the cache folder.
-#
 # A file that was found whole is not decoded again until it, or how it is read, changes. What was
 # found broken is looked at again by the next run: a disk may have been away for a moment.
 
@@ -213,8 +203,6 @@ class CheckJournal:
         }
         return json.dumps(about, sort_keys=True)
 
-
-# Whether the media of rows can be used: each file is decoded before a run depends on it.
 
 log = logging.getLogger(__name__)
 

@@ -5,24 +5,21 @@ What it is asked, what it looks at, and where its clues go.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mmalign.config import ClueSpec
 from mmalign.errors import ConfigError, DataError
 from mmalign.video.clues import ClueAggregator, frozen_copy
+from mmalign.video.model import Encoded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
-
-    from torch import Tensor
     from transformers import PreTrainedModel
-
-    from mmalign.config import ClueSpec
-    from mmalign.video.model import Encoded
 
 
 # Clues in the place of a token: any model whose input embeddings can be had takes them.

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmalign.config import ClueSpec
 from mmalign.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from mmalign.config import ClueSpec
-
 
 SETTINGS = "clues.json"
 WEIGHTS = "clues.safetensors"

@@ -3,45 +3,37 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from mmalign.core import Needs
-from mmalign.data.example import Asked
+from mmalign.data.example import Asked, Example
 from mmalign.errors import ConfigError
+from mmalign.text.logps import Heads
 from mmalign.text.model import in_mode, refusing
-from mmalign.text.packing import CannotPackError, Fed
+from mmalign.text.packing import CannotPackError, Fed, Layout, Piece, Rows
 from mmalign.text.passes import own_logps, score_rows
-from mmalign.video.encode import place
+from mmalign.video.encode import VideoEncoder, VideoInputs, place
 from mmalign.video.model import (
     Encoded,
+    TokenKinds,
     encode,
     in_precision,
     language_model,
     tower_dtype,
 )
+from mmalign.video.reader import FeatureStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
-
-    from torch import Tensor
     from transformers import PreTrainedModel
 
-    from mmalign.data.example import Example
-    from mmalign.text.logps import Heads
-    from mmalign.text.packing import Layout, Piece, Rows
     from mmalign.text.passes import Arrange
-    from mmalign.video.encode import VideoEncoder, VideoInputs
-    from mmalign.video.model import TokenKinds
-    from mmalign.video.reader import FeatureStore
 
-
-# What a pass over prompts with media is fed: embeddings with features in their places.
-
-if TYPE_CHECKING:
     Clues = Callable[[PreTrainedModel, Encoded, Tensor], Tensor]
 
 
@@ -229,8 +221,6 @@ def _kinds(model: PreTrainedModel, rows: Rows, kinds: TokenKinds) -> dict[str, T
     return kinds.of(rows, inspect.signature(type(model.base_model).forward).parameters)
 
 
-# Whether what rows show is scored as their model does: tried once, before the first step.
-#
 # The truth is the model's own forward pass on its processor's own output for the whole prompt: ids,
 # pixels, grids, times and kinds of tokens. None of what is done here for speed takes part in it:
 # media expanded by themselves, features made once, positions made beforehand, rows packed.

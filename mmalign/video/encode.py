@@ -6,45 +6,37 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
-from mmalign.data.example import Asked, Media, Message, Template
+from mmalign.config import RunConfig
+from mmalign.core import Needs
+from mmalign.data.example import Asked, Example, Media, Message, Prompt, Template
 from mmalign.errors import ConfigError, DataError
 from mmalign.models.batch import WHOLE, Batch, ModelInputs
 from mmalign.text.encode import Encoder, collate
+from mmalign.text.masks import EncodedCandidate
 from mmalign.text.messages import PlainText
 from mmalign.text.packing import TextInputs
 from mmalign.text.render import ChatTemplate
+from mmalign.text.tokenizer import Offsets
 from mmalign.video import candidates
 from mmalign.video.clue_part import CLUE_TOKEN, insert_clues
 from mmalign.video.clues import clue_count
 from mmalign.video.model import Encoded, TokenKinds
+from mmalign.video.processing import Processed, Processor
+from mmalign.video.reader import MediaReader, Prepared
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from torch import Tensor
-
-    from mmalign.config import RunConfig
-    from mmalign.core import Needs
-    from mmalign.data.example import Example, Prompt
-    from mmalign.text.masks import EncodedCandidate
-    from mmalign.text.tokenizer import Offsets
-    from mmalign.video.processing import Processed, Processor
-    from mmalign.video.reader import MediaReader, Prepared
-
-    Positions = Callable[[Tensor, Prepared], Tensor | None]
-    _Named = tuple[str, tuple[int, ...]]  # a context: the key of its media, the ids of its prompt
-
-
-# Prompts that show and play: where their media stand, and how they become text.
+Positions = Callable[[Tensor, Prepared], Tensor | None]
+_Named = tuple[str, tuple[int, ...]]  # a context: the key of its media, the ids of its prompt
 
 MARK = re.compile(r"<(video|image|audio)>")
 """What stands in a prompt's text for a clip, an image or a sound."""
@@ -131,9 +123,6 @@ class MarkedText(PlainText):
                 f"takes {', '.join(self.tokens) or 'text only'}"
             )
         return self.tokens[kind]
-
-
-# Examples to token ids, every medium expanded.
 
 
 @dataclass(frozen=True, slots=True)

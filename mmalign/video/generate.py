@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
-from mmalign.data.example import Media
+from mmalign.data.example import Asked, Example, Media, Prompt
 from mmalign.errors import DataError
 from mmalign.models.adapter import answer_seeds
 from mmalign.text.generate import complete, left_padded, written
 from mmalign.text.model import causal_model
+from mmalign.video.clue_part import CluePart
+from mmalign.video.encode import VideoEncoder
 from mmalign.video.model import encode, in_precision
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from torch import Tensor, nn
     from transformers import PreTrainedModel
-
-    from mmalign.data.example import Asked, Example, Prompt
-    from mmalign.video.clue_part import CluePart
-    from mmalign.video.encode import VideoEncoder
 
 
 @dataclass(frozen=True, slots=True, repr=False)

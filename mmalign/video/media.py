@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
+from collections.abc import Hashable, Iterable, Sequence
+from fractions import Fraction
 from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
 from cachetools import LRUCache
 
+from mmalign.config import VideoConfig
+from mmalign.data.example import Clip
 from mmalign.errors import DataError
-from mmalign.video.sizes import Frames, shown_size, turn_of
+from mmalign.video.sizes import Array, Frames, Sizes, shown_size, turn_of
 from mmalign.video.timeline import (
     Deadline,
     Timeline,
@@ -26,14 +30,7 @@ from mmalign.video.timeline import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Sequence
-    from fractions import Fraction
-
     from av.video.frame import VideoFrame
-
-    from mmalign.config import VideoConfig
-    from mmalign.data.example import Clip
-    from mmalign.video.sizes import Array, Sizes
 
 
 MOST_HELD = 2 * 2**30
@@ -56,8 +53,7 @@ class Glimpse:
         return image[:1, :1]
 
 
-if TYPE_CHECKING:
-    Scale = Sizes | Glimpse  # what frames are brought to as they are decoded
+Scale = Sizes | Glimpse  # what frames are brought to as they are decoded
 
 
 def choose(clip: Clip, settings: VideoConfig) -> tuple[int, ...]:
@@ -322,9 +318,6 @@ def _take(
     for target in wanted:
         if held is not None and target - held[0] <= _NEAR:
             stack.put(target, held[1], ratio)
-
-
-# Decoded clips in memory: those used last, up to a budget.
 
 
 class FrameCache:

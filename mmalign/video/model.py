@@ -7,31 +7,27 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
+from mmalign.config import ModelConfig
 from mmalign.errors import ConfigError, MmalignError
 from mmalign.models.batch import WHOLE, ModelInputs
 from mmalign.text import packing
 from mmalign.text.model import FAULTS, describe, in_mode, quantization, refusing
+from mmalign.text.packing import Rows
 from mmalign.text.tokenizer import num_embedded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from mmalign.config import ModelConfig
-    from mmalign.text.packing import Rows
 
-
-# What an outer model hands its language model: every keyword noted, and carried on or refused.
-#
 # Rows are fed to the language model itself, media already among their embeddings. That is right
 # only where the outer model would hand it nothing else. What is known here is carried on: features
 # for deeper layers, and masks that follow from the kinds of tokens. All else is refused by its
@@ -232,8 +228,6 @@ def _recorded(module: nn.Module) -> Iterator[dict[str, Any]]:
         del vars(module)["forward"]
 
 
-# Loading a model, and its parts.
-#
 # Every class prepares its context in its own way (newline tokens, sound between frames, features
 # for deeper layers). None of that is repeated here: the model runs with its language model replaced
 # by a recorder, and what would have gone in is read off.

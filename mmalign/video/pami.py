@@ -5,23 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from mmalign.config import SelectionSpec
+from mmalign.core import CandidateLogps
 from mmalign.core.numerics import full_precision
+from mmalign.models.batch import Batch
 from mmalign.text.logps import BLOCK_SIZE, Head, block_rows, compute_dtype
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mmalign.config import SelectionSpec
-    from mmalign.core import CandidateLogps
-    from mmalign.models.batch import Batch
-    from mmalign.text.packing import Rows
-    from mmalign.text.passes import Scored
-
+from mmalign.text.packing import Rows
+from mmalign.text.passes import Scored
 
 # Close first: a clip must still show what the row's own shows (cosine of mean features). Then far:
 # of those the one under which the policy answers most differently (divergence of its distributions

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
+from torch import Tensor
 
+from mmalign.config import RunConfig
 from mmalign.errors import ConfigError, DataError
 from mmalign.text.model import FAULTS
 from mmalign.text.tokenizer import leading, pad_id
-from mmalign.video.sizes import SOUND_RATE, Sizes
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from PIL.Image import Image
-    from torch import Tensor
-
-    from mmalign.config import RunConfig
-    from mmalign.video.sizes import Array, Frames, Wave
-
-
-# What a processor is given of decoded media, and what it gives back.
+from mmalign.video.sizes import SOUND_RATE, Array, Frames, Sizes, Wave
 
 _NAMES = {"pixel_values_images": "pixel_values"}  # Video-LLaVA's processor, and its model
 
@@ -85,8 +77,6 @@ def joined_tensors(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return joined
 
 
-# Decoded media through the model's own processor: tensors, and what a placeholder becomes.
-#
 # A processor is called once for the media of a prompt, with the placeholders alone as text. What
 # each placeholder was replaced by (a run of ids, timestamps between them) then serves every prompt
 # that shows the same media, through the processor's own replacement.

@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
 import torch
 from cachetools import LRUCache
+from PIL.Image import Image
+from torch import Tensor
 
+from mmalign.config import RunConfig
 from mmalign.data.cache import TensorCache, plain
+from mmalign.data.example import Change, Clip, Media, Picture, Sound
 from mmalign.data.pictures import open_picture
 from mmalign.errors import DataError
 from mmalign.models.files import fingerprint
 from mmalign.text.cache import cache_folder
 from mmalign.video.augment import augment
+from mmalign.video.checks import Seen, Use
 from mmalign.video.media import FrameCache
 from mmalign.video.model import Encoded
 from mmalign.video.processing import DecodedMedia, Processed, Processor
-from mmalign.video.sizes import Frames
+from mmalign.video.sizes import Frames, Wave
 from mmalign.video.sound import has_sound, read_sound, sound_of
-
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping
-
-    from PIL.Image import Image
-    from torch import Tensor
-
-    from mmalign.config import RunConfig
-    from mmalign.data.example import Change, Clip, Media, Picture, Sound
-    from mmalign.video.checks import Seen, Use
-    from mmalign.video.sizes import Wave
-
 
 _VERSION = 2  # raise it when the same media are shown otherwise
 _DECIDING = {"num_frames", "fps", "max_frames", "min_frames", "frame_pixels", "image_pixels",
@@ -165,9 +158,6 @@ def _without_pixels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in tensors.items() if v.numel() <= 4096 or not v.is_floating_point()}
 
 
-# Encoded media kept for the next time they are shown, in memory and on disk.
-
-
 class FeatureStore:
     """Features by key of their media, the least recently used let go first.
 
@@ -240,8 +230,6 @@ def _bits(tensor: Tensor) -> Tensor:
 def _tensor(stored: Tensor) -> Tensor:
     return stored.view(torch.bfloat16) if stored.dtype == torch.int16 else stored
 
-
-# What media take of a prompt, known without their pixels: a reader for looking at all rows.
 
 _KEPT = 64  # kinds of media, which rows share
 

@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 
-from mmalign.data.example import as_text
+from mmalign.config import RunConfig, SampleConfig
+from mmalign.core import Needs
+from mmalign.data.example import Asked, Candidate, Example, Media, Picture, Prompt, as_text
 from mmalign.data.sheet import arranged, fitted
+from mmalign.models.batch import Batch
 from mmalign.safe import replacing
-from mmalign.video.encode import MARK, token_counts
-from mmalign.video.processing import KINDS
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import nn
-
-    from mmalign.config import RunConfig, SampleConfig
-    from mmalign.core import Needs
-    from mmalign.data.example import Asked, Candidate, Example, Media, Picture, Prompt
-    from mmalign.models.batch import Batch
-    from mmalign.text.masks import EncodedCandidate
-    from mmalign.video.encode import VideoEncoder
-    from mmalign.video.generate import Question
-    from mmalign.video.pami import Chosen
-    from mmalign.video.processing import DecodedMedia
-    from mmalign.video.sizes import Wave
-
-
-# The media of a prompt as one image: frames over their times, sound as a curve.
-
-if TYPE_CHECKING:
-    Block = Image.Image
+from mmalign.text.masks import EncodedCandidate
+from mmalign.video.encode import MARK, VideoEncoder, token_counts
+from mmalign.video.generate import Question
+from mmalign.video.pami import Chosen
+from mmalign.video.processing import KINDS, DecodedMedia
+from mmalign.video.sizes import Wave
 
 _WIDTH = 1000  # of a sheet
 _COLUMNS = 8
@@ -50,7 +37,7 @@ _TRIES = ((82, 1.0), (60, 1.0), (40, 0.7), (25, 0.5))  # quality, share of the s
 
 def sheet(shown: DecodedMedia) -> Image.Image | None:
     """All media of a prompt, below each other; None where there are none."""
-    blocks: list[Block] = []
+    blocks: list[Image.Image] = []
     several = len(shown.clips) + len(shown.sounds) > 1
     for number, ((frames, wave), start) in enumerate(
         zip(shown.clips, shown.starts, strict=True), 1
@@ -77,7 +64,7 @@ def sheet(shown: DecodedMedia) -> Image.Image | None:
 
 def compared(own: DecodedMedia, perturbed: DecodedMedia) -> Image.Image:
     """What is perturbed of a prompt's media, as it is and below it as it was made."""
-    blocks: list[Block] = []
+    blocks: list[Image.Image] = []
     before, after = _first_sound(own), _first_sound(perturbed)
     moved = (
         before is not None
@@ -115,14 +102,14 @@ def _places(count: int, most: int) -> list[int]:
     return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
-def _grid(images: Sequence[Image.Image], labels: Sequence[str]) -> Block:
+def _grid(images: Sequence[Image.Image], labels: Sequence[str]) -> Image.Image:
     """Images in rows of eight, or of as many as fit, each over its label."""
     side = min(_LARGE, (_WIDTH + _GAP) // min(len(images), _COLUMNS) - _GAP)
     pictures = [fitted(image, _SMALL, side) for image in images]
     width, height = max(p.width for p in pictures), max(p.height for p in pictures)
     columns = max(1, (_WIDTH + _GAP) // (width + _GAP))
     line = _LINE if any(labels) else 0
-    cells: list[Block] = []
+    cells: list[Image.Image] = []
     for picture, label in zip(pictures, labels, strict=True):
         cell = Image.new("RGB", (width, height + line), _PAPER)
         cell.paste(picture, (0, 0))
@@ -135,7 +122,7 @@ def _first_sound(shown: DecodedMedia) -> Wave | None:
     return shown.clips[0][1] if shown.clips else next(iter(shown.sounds), None)
 
 
-def _curve(wave: Wave, name: str, width: int = _WIDTH) -> Block:
+def _curve(wave: Wave, name: str, width: int = _WIDTH) -> Image.Image:
     """The loudest of each column of pixels, around a middle line."""
     block = Image.new("RGB", (max(width, _LARGE), _CURVE + _LINE), _PAPER)
     draw = ImageDraw.Draw(block)
@@ -149,13 +136,13 @@ def _curve(wave: Wave, name: str, width: int = _WIDTH) -> Block:
     return block
 
 
-def _words(text: str) -> Block:
+def _words(text: str) -> Image.Image:
     block = Image.new("RGB", (round(_font().getlength(text)) + 2, _LINE), _PAPER)
     ImageDraw.Draw(block).text((0, 1), text, font=_font(), fill=_INK)
     return block
 
 
-def _stacked(blocks: Sequence[Block]) -> Image.Image:
+def _stacked(blocks: Sequence[Image.Image]) -> Image.Image:
     return arranged(blocks, 1, gap=_GAP, margin=_GAP, paper=_PAPER)
 
 

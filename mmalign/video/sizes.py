@@ -11,19 +11,14 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mmalign.config import VideoConfig
 from mmalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
 
-    from mmalign.config import VideoConfig
 
-
-# Decoded media: frames with their times, and sound in step with them.
-
-if TYPE_CHECKING:
-    Array = np.ndarray[Any, np.dtype[Any]]
-
+Array = np.ndarray[Any, np.dtype[Any]]
 SOUND_RATE = 16_000  # Hz
 
 
@@ -76,8 +71,6 @@ class Wave:
         """Length."""
         return len(self.samples) / SOUND_RATE
 
-
-# How a player shows a decoded frame: turned and mirrored by its matrix, in its proportions.
 
 _SQUARE = Fraction(1)
 
@@ -134,15 +127,11 @@ def shown_size(
     return max(1, round(height * share)), max(1, round(wide * share))
 
 
-# How large frames and images become, whatever a processor means by its sizes.
-#
 # Some processors count the area of one frame, some that of all frames of a clip together, some
 # allow a budget of tokens besides. None of that is repeated here: the processor is run on pixels
 # without memory (torch's meta device), and the size to which it brings them is noted.
 
-if TYPE_CHECKING:
-    Size = tuple[int, int]  # height, width
-
+Size = tuple[int, int]  # height, width
 _EDGES: tuple[str, str] = (
     "shortest_edge",
     "longest_edge",

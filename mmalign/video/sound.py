@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import inf
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmalign.data.example import Sound
+from mmalign.config import VideoConfig
+from mmalign.data.example import Clip, Sound
 from mmalign.errors import DataError
 from mmalign.video.media import span_numbers
-from mmalign.video.sizes import SOUND_RATE, Wave
+from mmalign.video.sizes import SOUND_RATE, Array, Wave
 from mmalign.video.timeline import (
     Deadline,
     decoded,
@@ -22,15 +25,9 @@ from mmalign.video.timeline import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
     from av.audio.stream import AudioStream
     from av.container import InputContainer
 
-    from mmalign.config import VideoConfig
-    from mmalign.data.example import Clip
-    from mmalign.video.sizes import Array
 
 _LEAD = 1.0  # seconds decoded before a span, which a decoder needs to come to the right values
 _JUMP = 0.05  # seconds between two blocks from which on they are not heard as following each other

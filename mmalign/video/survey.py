@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
 
-from mmalign.data.example import Clip
+from mmalign.config import RunConfig
+from mmalign.core import Needs
+from mmalign.data.example import Clip, Example, Media
 from mmalign.data.opening import in_mib
 from mmalign.errors import ConfigError, DataError
 from mmalign.models.adapter import Surveyed
@@ -15,6 +17,7 @@ from mmalign.text.cache import cache_folder
 from mmalign.text.masks import with_spans
 from mmalign.text.model import Limits, model_limits
 from mmalign.text.survey import (
+    Found,
     findings,
     lines,
     problems,
@@ -23,22 +26,10 @@ from mmalign.text.survey import (
 )
 from mmalign.video.augment import seed_for
 from mmalign.video.candidates import Perturbation
-from mmalign.video.checks import FILE, check_media, keep_usable, leave_out, uses_of
+from mmalign.video.checks import FILE, MediaReport, check_media, keep_usable, leave_out, uses_of
 from mmalign.video.encode import VideoEncoder, token_counts
 from mmalign.video.processing import Processor, load_processor
 from mmalign.video.reader import PlannedReader
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from mmalign.config import RunConfig
-    from mmalign.core import Needs
-    from mmalign.data.example import Example, Media
-    from mmalign.text.survey import Found
-    from mmalign.video.checks import MediaReport
-
-
-# The rows of a run that can be learned from.
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +63,6 @@ def taken(parts: Sequence[Sequence[Example]], processor: Processor) -> list[list
     log.warning("%s; they are left out", said)
     return kept
 
-
-# The rows of a run with media, all looked at before a model is loaded: files, sizes, tokens.
 
 _MUCH = 200 * 2**20  # bytes of the frames of one clip
 

@@ -7,19 +7,19 @@ import stat
 import time
 from array import array
 from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
+from mmalign.config import VideoConfig
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-    from pathlib import Path
-
     from av.audio.frame import AudioFrame
     from av.audio.stream import AudioStream
     from av.container import InputContainer
@@ -28,11 +28,7 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-    from mmalign.config import VideoConfig
 
-
-# Opening a media file: what may be read of it, for how long, and what went wrong.
-#
 # Data files come from strangers. A playlist or an edit list may name other files and addresses;
 # only formats that hold their own streams are opened, the library gets an open file and no name,
 # and whatever it asks to open besides is refused.
@@ -159,9 +155,6 @@ def _reason(error: Exception) -> str:
     )
 
 
-# Packets to frames, with the packets that are not needed left out.
-
-
 def packets_of(container: InputContainer, deadline: Deadline, *streams: Stream) -> Iterator[Packet]:
     """The packets that hold anything, in the file's order, up to where the file is broken.
 
@@ -240,8 +233,6 @@ def _between(numbered: Iterator[tuple[int, Packet]], first: int, last: int) -> I
             return
 
 
-# When each frame of a file is shown, found from its packets, without decoding where that can be.
-#
 # A header's count of frames and their rate are claims; the packets are what is there. Frames are
 # numbered in the order in which they are shown, so a number means the same image in every run.
 
