@@ -35,6 +35,7 @@ MOVED = {
     "text.head": "text.logps",
     "train.holdout": "train.final",
     "video.check_journal": "video.checks",
+    "video.clue_part": "video.clues",
     "video.frames": "video.sizes",
 }
 """Earlier name of a module to its new one, within the package."""

@@ -105,6 +105,10 @@ class Media:
         """Whether there is anything to see or hear."""
         return bool(self.videos or self.images or self.sounds)
 
+    def by_kind(self) -> dict[str, tuple[Clip, ...] | tuple[Picture, ...] | tuple[Sound, ...]]:
+        """Its members by the name of their mark."""
+        return {"video": self.videos, "image": self.images, "audio": self.sounds}
+
     def unchanged(self) -> Media:
         """The same media as they lie in their files."""
         return self if self.change is None else replace(self, change=None)

@@ -18,7 +18,7 @@ from mmalign.text.token_adapter import TokenAdapter
 from mmalign.video import candidates, pami
 from mmalign.video.augment import seed_for
 from mmalign.video.candidates import Perturbation
-from mmalign.video.clue_part import CluePart
+from mmalign.video.clues import CluePart
 from mmalign.video.contexts import (
     Contexts,
     feed,
@@ -97,7 +97,7 @@ class VideoAdapter(TokenAdapter):
             types = processor.token_types(ids).get("mm_token_type_ids")
             return rope_positions(model, ids, prepared.processed.tensors, types)
 
-        count = clues.count if clues else None
+        count = clues.aggregator.num_clue_tokens if clues else None
         encoder = VideoEncoder(processor, config, reader, positions, count, media_ids(model))
         encoder.kinds.read_by(model)  # refuses a model of prefixes before anything is encoded
         super().__init__(config, needs, model, encoder, clues=clues)

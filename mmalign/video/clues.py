@@ -1,18 +1,23 @@
-"""CAT's clue aggregator: embeddings made from question, video and audio."""
+"""CAT's clue aggregator: embeddings from question, video and audio, placed before the media."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mmalign.config import ClueSpec
-from mmalign.errors import CheckpointError, ConfigError
+from mmalign.errors import CheckpointError, ConfigError, DataError
+from mmalign.video.model import Encoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SETTINGS = "clues.json"
 WEIGHTS = "clues.safetensors"
@@ -40,10 +45,9 @@ class ClueAggregator(nn.Module):
 
     Source: CAT, Ye et al. 2024, arXiv:2403.04640; sizes and the absent residual connections as in
         the released code.
-    Departs: rows in batches, with masks; a row may lack a modality. Dropout is 0, not 0.1, since
-        policy and reference must not differ by chance. Weights start from Xavier's distribution
-        (0.02 at the released sizes); the release starts its query transformer from BLIP-2
-        FlanT5-XXL, which is not shipped here.
+    Departs: a row may lack a modality. Dropout is 0, not 0.1, since policy and reference must not
+        differ by chance. Weights start from Xavier's distribution (0.02 at the released sizes); the
+        release starts its query transformer from BLIP-2 FlanT5-XXL, which is not shipped here.
     """
 
     def __init__(
@@ -101,40 +105,30 @@ class ClueAggregator(nn.Module):
         self.audio = None if feature_dim_a is None else _Branch(feature_dim_a, self.settings)
 
     def forward(
-        self,
-        question: Tensor,
-        video: Tensor | None = None,
-        audio: Tensor | None = None,
-        question_mask: Tensor | None = None,
-        video_mask: Tensor | None = None,
-        audio_mask: Tensor | None = None,
+        self, question: Tensor, video: Tensor | None = None, audio: Tensor | None = None
     ) -> Tensor:  # [B, K, Dt]
         """Clues of the video, then of the audio, then the global ones in that order.
 
         Args:
             question: [B, Lq, Dt], embeddings of its tokens.
-            video: [B, Nv, Dv]; None when no row is seen.
-            audio: [B, Na, Da]; None when no row is heard.
-            question_mask: [B, Lq], True where a token is; None for everywhere.
-            video_mask: [B, Nv]; a row without any gets zeros for its clues, see `clue_mask`.
-            audio_mask: [B, Na], likewise.
+            video: [B, Nv, Dv]; None when nothing is seen.
+            audio: [B, Na, Da]; None when nothing is heard.
 
         Raises:
             ConfigError: Sound for an aggregator without, or neither video nor audio.
         """
         dtype = self.norm_text.weight.dtype
-        question = question.to(dtype)
         clues: list[Tensor] = []
         means: list[Tensor] = []
-        branches = (self.video, video, video_mask), (self.audio, audio, audio_mask)
-        for branch, features, mask in branches:
+        for branch, features in ((self.video, video), (self.audio, audio)):
             if features is None:
                 continue
             if branch is None:
                 raise ConfigError("sound for clues, but the aggregator was made without a sound's")
-            seen, mean = branch(self, features.to(dtype), mask, question, question_mask)
-            clues.append(seen)
-            means += [] if mean is None else [mean]
+            features = features.to(dtype)
+            clues.append(branch(self, features, question.to(dtype)))
+            if branch.project is not None:
+                means.append(branch.project(features.mean(1, keepdim=True)))
         if not clues:
             raise ConfigError("clues need the features of an image or of a sound")
         return torch.cat([*clues, *means], 1)
@@ -144,20 +138,6 @@ class ClueAggregator(nn.Module):
         if has_audio and self.audio is None:
             raise ConfigError("clues of sound, but the aggregator was made without a sound's")
         return (has_video + has_audio) * (self.num_queries + self.use_global)
-
-    def clue_mask(self, video_mask: Tensor | None, audio_mask: Tensor | None) -> Tensor:
-        """Which clues of a batch its rows have; `clues[mask]` is what a `ClueHook` takes.
-
-        Args:
-            video_mask: [B, Nv], as for the clues; None when no row is seen.
-            audio_mask: [B, Na]; None when no row is heard.
-
-        Returns:
-            [B, K] bool.
-        """
-        masks = [m.any(1, keepdim=True) for m in (video_mask, audio_mask) if m is not None]
-        means = masks if self.use_global else []
-        return torch.cat([*(m.expand(-1, self.num_queries) for m in masks), *means], 1)
 
     def save(self, folder: str | Path) -> None:
         """Write weights and sizes into a folder."""
@@ -228,38 +208,21 @@ class _Branch(nn.Module):
         self.out = _linear(width, text_dim)
         self.project = _linear(feature_dim, text_dim) if settings["use_global"] else None
 
-    def forward(
-        self,
-        shared: ClueAggregator,
-        features: Tensor,  # [B, N, D]
-        mask: Tensor | None,  # [B, N]
-        question: Tensor,  # [B, Lq, Dt]
-        question_mask: Tensor | None,  # [B, Lq]
-    ) -> tuple[Tensor, Tensor | None]:  # [B, Q, Dt], [B, 1, Dt]
-        frames, words = _attended(mask), _attended(question_mask)
-
-        def attend(layer: nn.Module, query: Tensor, keys: Tensor, known: Tensor | None) -> Tensor:
-            hidden = None if known is None else ~known
+    def forward(  # [B, N, D], [B, Lq, Dt] -> [B, Q, Dt]
+        self, shared: ClueAggregator, features: Tensor, question: Tensor
+    ) -> Tensor:
+        def attend(layer: nn.Module, query: Tensor, keys: Tensor) -> Tensor:
             keys = keys.view_as(keys)  # equal to the query, it takes other kernels when frozen
-            found, _ = layer(query, keys, keys, key_padding_mask=hidden, need_weights=False)
+            found, _ = layer(query, keys, keys, need_weights=False)
             return query + found if shared.residual else found
 
-        x = shared.norm_text(self.dropout(self.up(attend(self.mix, features, features, frames))))
-        g = torch.tanh(attend(self.ask, question, x, frames))  # [B, Lq, Dt]
-        y = torch.tanh(attend(self.answer, x, g, words))  # [B, N, Dt]
+        x = shared.norm_text(self.dropout(self.up(attend(self.mix, features, features))))
+        g = torch.tanh(attend(self.ask, question, x))  # [B, Lq, Dt]
+        y = torch.tanh(attend(self.answer, x, g))  # [B, N, Dt]
         y = shared.norm_feature(self.dropout(self.down(y)))  # [B, N, Dv]
-        found = self.qformer(
-            query_embeds=self.queries.expand(len(y), -1, -1),
-            encoder_hidden_states=self.widen(y),
-            encoder_attention_mask=None if frames is None else frames.long(),
-        ).last_hidden_state
-        clues = self.out(found)
-        mean = None if self.project is None else self.project(_mean(features, frames))
-        if mask is None:
-            return clues, mean
-        there = mask.any(1)[:, None, None]
-        none = clues.new_zeros(())
-        return torch.where(there, clues, none), None if mean is None else mean.where(there, none)
+        queries = self.queries.expand(len(y), -1, -1)
+        found = self.qformer(query_embeds=queries, encoder_hidden_states=self.widen(y))
+        return self.out(found.last_hidden_state)
 
 
 def frozen_copy(aggregator: ClueAggregator) -> ClueAggregator:
@@ -276,24 +239,215 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
     return layer
 
 
-def _attended(mask: Tensor | None) -> Tensor | None:
-    """The mask, all True in rows without anything: a softmax over nothing is nan."""
-    return None if mask is None else mask | ~mask.any(1, keepdim=True)
-
-
-def _mean(features: Tensor, mask: Tensor | None) -> Tensor:  # [B, 1, D]
-    if mask is None:
-        return features.mean(1, keepdim=True)
-    weight = mask[..., None].to(features.dtype)
-    return (features * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)
-
-
 def clue_count(spec: ClueSpec) -> Callable[[bool, bool], int]:
-    """Clue tokens of a prompt; widths do not matter to their number."""
+    """Clue tokens of a prompt that is seen, and heard, where no aggregator is made."""
     if spec.path is not None:
         return ClueAggregator.load(spec.path).num_clue_tokens
-    made = ClueAggregator(
-        8, 8, 8, num_queries=spec.num_queries, width=8, num_layers=1, cross_every=1, num_heads=1,
-        use_global=spec.use_global,
-    )  # fmt: skip
-    return made.num_clue_tokens
+    each = spec.num_queries + spec.use_global
+    return lambda seen, heard: (seen + heard) * each
+
+
+CLUE_TOKEN = "<|clue|>"
+"""Stands for one embedding of the aggregator."""
+
+_OPENERS = (
+    "<|vision_start|>",
+    "<|vision_bos|>",
+    "<|audio_start|>",
+    "<|audio_bos|>",
+    "<|begin_of_image|>",
+    "<|begin_of_video|>",
+    "<img>",
+)
+"""What families write before a medium's token."""
+
+
+def add_clue_token(model: PreTrainedModel, tokenizer: Any) -> int:
+    """Make `CLUE_TOKEN` a token of its own; call it before an adapter is attached.
+
+    The model's tables grow only where they have no spare row. A new row is the mean of the others:
+    as an input it is never seen, as an output it is one more token with the mean logit, the same
+    for policy and reference.
+
+    Returns:
+        Its id.
+    """
+    from transformers import AddedToken
+
+    token = AddedToken(CLUE_TOKEN, special=True, normalized=False)
+    tokenizer.add_tokens([token], special_tokens=True)
+    clue_id: int = tokenizer.convert_tokens_to_ids(CLUE_TOKEN)
+    table: Any = model.get_input_embeddings()
+    rows = len(table.weight)
+    if clue_id < rows:
+        return clue_id
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if table is not None:
+                table.weight[rows:] = table.weight[:rows].mean(0)
+    return clue_id
+
+
+def insert_clues(text: str, count: int, tokens: Iterable[str]) -> str:
+    """Put clue tokens before the first medium of a prompt's text.
+
+    They stand before the marker that opens the medium: Omni finds its clips by the token right
+    after that marker, and counts positions wrongly otherwise.
+
+    Args:
+        text: As the processor takes it, media not yet expanded.
+        count: Clues of this prompt.
+        tokens: The processor's own tokens for media.
+
+    Raises:
+        DataError: The text has none of them.
+    """
+    tokens = tuple(tokens)
+    places = [text.index(token) for token in tokens if token in text]
+    if not places:
+        raise DataError(
+            f"a prompt without {' or '.join(tokens)} cannot get clues: {text[:80]!r}; rows of text "
+            "alone are scored without"
+        )
+    first = min(places)
+    first -= next((len(mark) for mark in _OPENERS if text.endswith(mark, 0, first)), 0)
+    return text[:first] + CLUE_TOKEN * count + text[first:]
+
+
+@contextmanager
+def placed(embedding: nn.Module, clue_id: int, clues: Tensor) -> Iterator[None]:
+    """Passes inside the block see these clues where they have clue tokens, in order.
+
+    The ids stay as they are, so positions in time and space, masks and generation work unchanged. A
+    pass without such a token, as every step of generation after the first, is left alone. The hook
+    sits outside of every block that is computed again in the backward pass, and so runs once a
+    pass; gradients go on to the clues.
+
+    Args:
+        embedding: `model.get_input_embeddings()`, of a model with or without an adapter.
+        clue_id: From `add_clue_token`.
+        clues: [n, D], of all rows of a pass one after another.
+
+    Raises:
+        ConfigError: A pass has clue tokens, but not n of them; or no pass had any.
+    """
+    met = False
+
+    def fill(_: Any, args: Any, keywords: dict[str, Any], embeddings: Tensor) -> Tensor | None:
+        nonlocal met
+        places = (args[0] if args else keywords["input"]) == clue_id
+        count = int(places.sum())
+        if not count:
+            return None
+        if clues.shape != (count, embeddings.shape[-1]):
+            raise ConfigError(
+                f"a pass has {count} {CLUE_TOKEN} tokens of width {embeddings.shape[-1]}, but the "
+                f"clues are of shape {list(clues.shape)}; every row needs as many tokens as "
+                "num_clue_tokens says for what it shows"
+            )
+        met = True
+        return embeddings.masked_scatter(places[..., None], clues.to(embeddings))
+
+    handle = embedding.register_forward_hook(fill, with_kwargs=True)
+    try:
+        yield
+        if len(clues) and not met:
+            raise ConfigError(
+                f"{len(clues)} clues were given, but no pass had a {CLUE_TOKEN} token; put them "
+                "into the prompts with insert_clues"
+            )
+    finally:
+        handle.remove()
+
+
+FOLDER = "clues"  # of a saved aggregator, inside `final/`
+
+
+class CluePart(nn.Module):
+    """The trained aggregator, registered with the adapter; its frozen copy, which is not.
+
+    It looks at the model's own projected features, which get no gradient from it, and is asked by
+    the embeddings of the prompt's words behind the media.
+    """
+
+    def __init__(
+        self, spec: ClueSpec, model: PreTrainedModel, tokenizer: Any, kinds: Mapping[str, int]
+    ):
+        """Make or load the aggregator, and give its token to model and tokenizer.
+
+        Args:
+            spec: The config's `video.clues`.
+            model: The base, before an adapter is attached.
+            tokenizer: Gets the clue token.
+            kinds: Kind of media to the id of its token.
+
+        Raises:
+            ConfigError: Loaded weights of other sizes than the model has.
+        """
+        super().__init__()
+        self.clue_id = add_clue_token(model, tokenizer)
+        self._kinds = dict(kinds)
+        embeddings: Any = model.get_input_embeddings()
+        width = embeddings.weight.shape[1]
+        audio_width = width if "audio" in kinds else None
+        if spec.path is None:
+            options = spec.model_dump(exclude={"path", "lr"})
+            made = ClueAggregator(width, audio_width, width, **options)
+        else:
+            made = ClueAggregator.load(spec.path)
+            sizes = [made.settings[f"feature_dim_{m}"] for m in "va"], made.settings["text_dim"]
+            if sizes != ([width, audio_width], width):
+                raise ConfigError(
+                    f"video.clues.path {spec.path}: an aggregator for features of {sizes[0]} and "
+                    f"a language model of {sizes[1]}, but this model's are "
+                    f"{[width, audio_width]} and {width}"
+                )
+        wide = torch.promote_types(model.dtype, torch.float32)
+        self.aggregator = made.to(wide)
+        self._start = [frozen_copy(self.aggregator)]  # in a list: no submodule, never trained
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = torch.tensor(sorted({*kinds.values(), self.clue_id, *special}))
+        self._as_reference = False
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside, clues come from the copy made at the start."""
+        self._as_reference = True
+        try:
+            yield
+        finally:
+            self._as_reference = False
+
+    def forward(
+        self, model: PreTrainedModel, encoded: Encoded, prompt: Tensor
+    ) -> Tensor:  # [K, Dt]
+        """The clues of one prompt.
+
+        Args:
+            model: Whose embeddings the words get.
+            encoded: The features of its media.
+            prompt: [P] its tokens.
+        """
+        heard = prompt == self._kinds.get("audio", -1)
+        shown = torch.isin(prompt, torch.tensor(sorted(self._kinds.values()), device=prompt.device))
+        words = ~torch.isin(prompt, self._special.to(prompt.device))
+        behind = int(shown.nonzero().max()) if bool(shown.any()) else -1
+        asked = words & (torch.arange(len(prompt), device=prompt.device) > behind)
+        asked = asked if bool(asked.any()) else words
+        with torch.no_grad():
+            question = model.get_input_embeddings()(prompt[asked])
+        sound = heard[shown]
+        features = (encoded.tokens.detach()[part][None] for part in (~sound, sound))
+        given = [part if part.shape[1] else None for part in features]
+        aggregator = self._start[0].to(prompt.device) if self._as_reference else self.aggregator
+        return aggregator(question[None], *given)[0]
+
+    def save(self, directory: Path) -> None:
+        """Write the trained aggregator beside the policy's weights."""
+        self.aggregator.save(directory / FOLDER)
+
+    def restore(self, directory: Path) -> None:
+        """Read what `save` wrote."""
+        loaded = ClueAggregator.load(directory / FOLDER)
+        self.aggregator.load_state_dict(loaded.state_dict())

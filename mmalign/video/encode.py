@@ -29,8 +29,7 @@ from mmalign.text.packing import TextInputs
 from mmalign.text.render import ChatTemplate
 from mmalign.text.tokenizer import Offsets
 from mmalign.video import candidates
-from mmalign.video.clue_part import CLUE_TOKEN, insert_clues
-from mmalign.video.clues import clue_count
+from mmalign.video.clues import CLUE_TOKEN, clue_count, insert_clues
 from mmalign.video.model import Encoded, TokenKinds
 from mmalign.video.processing import Processed, Processor
 from mmalign.video.reader import MediaReader, Prepared
@@ -51,10 +50,9 @@ def place(prompt: Prompt, media: Media, where: str) -> tuple[Message, ...]:
         DataError: The prompt names more or fewer than there are.
     """
     turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    counts = {"video": media.videos, "image": media.images, "audio": media.sounds}
     named = Counter(mark for turn in turns for mark in MARK.findall(turn.content))
     front = ""
-    for kind, items in counts.items():
+    for kind, items in media.by_kind().items():
         if named[kind] not in (0, len(items)):
             raise DataError(
                 f"{where}: the prompt names <{kind}> {named[kind]} times, but the row has "
@@ -277,14 +275,14 @@ class VideoEncoder(Encoder):
         self, prompt: Prompt | Asked, media: Media, where: str
     ) -> tuple[list[int], Prepared | None]:
         """The context to generate an answer from, and what it shows, pixels and all."""
-        words, row = (
-            (prompt.prompt, prompt.template) if isinstance(prompt, Asked) else (prompt, Template())
-        )
+        row = Template()
+        if isinstance(prompt, Asked):
+            prompt, row = prompt.prompt, prompt.template
         known: dict[str, Prepared] = {}
         if media:
             key = self.reader.key(media)
             known[key] = self.reader.prepare(media, where, key=key, pixels=True)
-        placed, expand, context = self._placed(words, media, where, known)
+        placed, expand, context = self._placed(prompt, media, where, known)
         text = self.renderer(media).context(Asked(placed, row), where)
         ids, _ = self._ids(expand(text))
         ids = self._known(self._cut_prompt(self._started(ids, where), where), where)
@@ -324,20 +322,22 @@ class VideoEncoder(Encoder):
         if key not in known:
             known[key] = self.reader.prepare(media, where, key=key)
         prepared = known[key]
-        counts = {"video": media.videos, "image": media.images, "audio": media.sounds}
+        counts = {kind: len(items) for kind, items in media.by_kind().items()}
 
         def expand(text: str) -> str:
             if CLUE_TOKEN in text and self.num_clues is not None:
                 raise DataError(f"{where}: the prompt's text writes the model's own {CLUE_TOKEN}")
             for kind, token in self.processor.tokens.items():
-                if text.count(token) != len(counts[kind]):
+                if text.count(token) != counts[kind]:
                     raise DataError(
                         f"{where}: the prompt's text has {token} {text.count(token)} times, but "
-                        f"{len(counts[kind])} of kind {kind} are shown; the chat template leaves "
+                        f"{counts[kind]} of kind {kind} are shown; the chat template leaves "
                         "media out, or the text itself writes the token"
                     )
             if self.num_clues is not None:
-                text = self._with_clues(text, media)
+                heard = bool(media.sounds) or self.reader.uses_clip_audio(media)
+                count = self.num_clues(bool(media.videos or media.images), heard)
+                text = insert_clues(text, count, self.processor.tokens.values())
             return self.processor.expand(text, prepared.processed)
 
         context = Context(prepared, candidates.number(media.change))
@@ -373,13 +373,6 @@ class VideoEncoder(Encoder):
                     "shown; give the media, or change the text"
                 )
         return text
-
-    def _with_clues(self, text: str, media: Media) -> str:
-        """Clue tokens before the first medium."""
-        assert self.num_clues is not None
-        heard = bool(media.sounds) or self.reader.uses_clip_audio(media)
-        count = self.num_clues(bool(media.videos or media.images), heard)
-        return insert_clues(text, count, self.processor.tokens.values())
 
     def _media_inputs(self, contexts: Mapping[_Named, Context]) -> dict[str, Any]:
         """Fields of `VideoInputs` that belong to the contexts of a batch."""

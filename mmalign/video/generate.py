@@ -16,7 +16,7 @@ from mmalign.errors import DataError
 from mmalign.models.adapter import answer_seeds
 from mmalign.text.generate import complete, left_padded, written
 from mmalign.text.model import causal_model
-from mmalign.video.clue_part import CluePart
+from mmalign.video.clues import CluePart, placed
 from mmalign.video.encode import VideoEncoder
 from mmalign.video.model import encode, in_precision
 
@@ -76,7 +76,7 @@ def generate(
     Returns:
         The answers as `written` gives them.
     """
-    answers: list[str] = [""] * len(questions)
+    answers = [""] * len(questions)
     inner = causal_model(model)
     encoded = [_context(encoder, question, i) for i, question in enumerate(questions)]
     seeds = answer_seeds(0, questions) if seeds is None else seeds
@@ -103,12 +103,13 @@ def _inputs(
 ) -> dict[str, Any]:
     """What the model takes for contexts that share a batch."""
     ids, mask = left_padded([ids for ids, _ in rows], encoder.pad_id)
-    media = _together([tensors for _, tensors in rows])
+    parts = [tensors for _, tensors in rows]
+    media = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     uses_audio = media.pop("audio_in_video", None) is not None
     types = encoder.processor.token_types(ids) if media else {}
-    inputs = {"input_ids": ids, "attention_mask": mask, **types, **media}
-    cast: dict[str, Any] = {k: in_precision(v, dtype) for k, v in inputs.items()}
-    return {**cast, "use_audio_in_video": True} if uses_audio else cast
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, **types}
+    inputs |= {name: in_precision(tensor, dtype) for name, tensor in media.items()}
+    return {**inputs, "use_audio_in_video": True} if uses_audio else inputs
 
 
 def _context(
@@ -121,8 +122,8 @@ def _context(
     if prepared is None:
         return ids, {}
     tensors = prepared.processed.tensors
-    given = {k: v for k, v in tensors.items() if not k.endswith("token_type_ids")}
-    return ids, {k: v for k, v in given.items() if k not in ("input_ids", "attention_mask")}
+    of_text = {k for k in tensors if k.endswith("token_type_ids")} | {"input_ids", "attention_mask"}
+    return ids, {k: v for k, v in tensors.items() if k not in of_text}
 
 
 @contextmanager
@@ -144,7 +145,7 @@ def _clued(
         given = {**moved, "input_ids": shown[None]}
         encoded = encode(model, given, encoder.shown_ids, encoder.kinds)
         made.append(clues(model, encoded, prompt))
-    with clues.generating(model, torch.cat(made)):
+    with placed(model.get_input_embeddings(), clues.clue_id, torch.cat(made)):
         yield
 
 
@@ -155,7 +156,3 @@ def _groups(encoded: Sequence[tuple[list[int], dict[str, Tensor]]]) -> list[list
         shape = tuple(sorted((name, *tensor.shape[1:]) for name, tensor in tensors.items()))
         groups.setdefault(shape, []).append(i)
     return list(groups.values())
-
-
-def _together(media: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([tensors[name] for tensors in media]) for name in media[0]}

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from clue_rows import question_embeddings
 from tiny_video import KINDS
 
 from mmalign.errors import ConfigError, DataError
-from mmalign.video.clue_part import CLUE_TOKEN, ClueHook, add_clue_token, insert_clues
-from mmalign.video.clues import ClueAggregator
+from mmalign.video.clues import (
+    CLUE_TOKEN,
+    ClueAggregator,
+    add_clue_token,
+    insert_clues,
+    placed,
+)
 from mmalign.video.model import language_model, media_ids
 
 if TYPE_CHECKING:
@@ -95,13 +100,13 @@ def test_every_class_sees_clues_in_their_places_and_all_else_as_before(
     kind: str, video_models: Models
 ) -> None:
     tiny = load(kind, video_models)
-    hook = ClueHook(tiny.model.get_input_embeddings(), tiny.clue_id)
+    using = partial(placed, tiny.model.get_input_embeddings(), tiny.clue_id)
     without, row = tiny.row(0), tiny.row(5)
     places = row["input_ids"][0] == tiny.clue_id
     first = int(places.nonzero()[0])
     assert places.nonzero().flatten().tolist() == list(range(first, first + 5))
     assert row["input_ids"][0, ~places].equal(without["input_ids"][0])
-    with hook.using(drawn(5)):
+    with using(drawn(5)):
         fed = tiny.fed(row)
     before = tiny.fed(without)
     torch.testing.assert_close(fed["inputs_embeds"][0, places], drawn(5), rtol=0, atol=0)
@@ -132,16 +137,16 @@ def test_gradients_of_a_model_with_lora_reach_the_whole_aggregator(
     aggregator = ClueAggregator(
         WIDTH, None, WIDTH, num_queries=3, width=16, num_layers=2, encoder_dim=16, residual=True
     )
-    hook = ClueHook(model.get_input_embeddings(), tiny.clue_id)
+    using = partial(placed, model.get_input_embeddings(), tiny.clue_id)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     model.train()
     asked = tiny.processor.tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
-    question, mask = question_embeddings(model.get_input_embeddings(), [asked])
-    clues = aggregator(question.detach(), features, question_mask=mask)
+    question = model.get_input_embeddings()(torch.tensor([asked])).detach()
+    clues = aggregator(question, features)
     assert clues.shape == (1, 4, WIDTH)
-    with hook.using(clues[0]):
+    with using(clues[0]):
         logits = model(**row).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(logits[0], row["input_ids"][0, 1:], reduction="none")
     losses[-5:].sum().backward()
@@ -157,20 +162,20 @@ def test_generation_sees_clues_in_its_first_pass(video_models: Models) -> None:
     """Greedy answers are those of whole passes, one a token, under the same clues."""
     tiny = load("llava_onevision", video_models)
     embedding = tiny.model.get_input_embeddings()
-    hook = ClueHook(embedding, tiny.clue_id)
+    using = partial(placed, embedding, tiny.clue_id)
     row = tiny.row(4)
     lengths: list[int] = []
     embedding.register_forward_hook(lambda _, args, __: lengths.append(args[0].numel()))
     answers = []
     for seed in range(4):
         clues = 5.0 * drawn(4, seed)
-        with hook.using(clues):
+        with using(clues):
             made = tiny.model.generate(**row, max_new_tokens=4, do_sample=False, eos_token_id=None)
         assert [n for n in lengths if n > 0][-3:] == [1, 1, 1]
         ids = row["input_ids"]
         for _ in range(4):
             whole = {**row, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            with hook.using(clues), torch.no_grad():
+            with using(clues), torch.no_grad():
                 best = tiny.model(**whole).logits[:, -1].argmax(-1, keepdim=True)
             ids = torch.cat([ids, best], 1)
         assert made.equal(ids)
@@ -186,10 +191,10 @@ def embedding_of(rows: int = 8) -> nn.Embedding:
 def test_clues_are_placed_in_order_of_the_rows_with_their_gradients() -> None:
     table = embedding_of()
     plain = table.weight.detach().clone()
-    hook = ClueHook(table, clue_id=7)
+    using = partial(placed, table, 7)
     ids = torch.tensor([[1, 7, 7, 2], [7, 3, 4, 5]])
     clues = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    with hook.using(clues):
+    with using(clues):
         out = table(ids)
     assert out.dtype == torch.float32
     assert out[ids == 7].equal(clues.float())
@@ -205,31 +210,31 @@ def test_clues_are_placed_in_order_of_the_rows_with_their_gradients() -> None:
 
 def test_it_is_still_unless_armed_and_met() -> None:
     table = embedding_of()
-    hook = ClueHook(table, clue_id=7)
+    using = partial(placed, table, 7)
     ids = torch.tensor([[1, 7, 7]])
     assert table(ids).equal(table.weight[ids])  # not armed
-    with hook.using(torch.zeros(2, 4)):
+    with using(torch.zeros(2, 4)):
         assert not table(input=ids)[0, 1:].any()
         step = torch.tensor([[3]])
         assert table(step).equal(table.weight[step])  # a step of generation
-        with hook.using(torch.ones(2, 4)):  # another pass inside
+        with using(torch.ones(2, 4)):  # another pass inside
             assert (table(ids)[0, 1:] == 1).all()
         assert not table(ids)[0, 1:].any()
     assert table(ids).equal(table.weight[ids])
-    with hook.using(torch.zeros(0, 4)):  # rows of text alone
+    with using(torch.zeros(0, 4)):  # rows of text alone
         words = torch.tensor([[1, 2]])
         assert table(words).equal(table.weight[words])
-    hook.remove()
-    with pytest.raises(ConfigError, match="no pass had a"), hook.using(torch.zeros(2, 4)):
-        assert table(ids).equal(table.weight[ids])
+    with pytest.raises(ConfigError, match="no pass had a"), using(torch.zeros(2, 4)):
+        assert table(words).equal(table.weight[words])
+    assert table(ids).equal(table.weight[ids])
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (3, 4), (2, 5), (1, 2, 4)], ids=str)
 def test_another_number_or_width_of_clues_is_refused(shape: tuple[int, ...]) -> None:
     table = embedding_of()
-    hook = ClueHook(table, clue_id=7)
+    using = partial(placed, table, 7)
     message = r"has 2 <\|clue\|> tokens of width 4, but the clues are of shape \["
-    with pytest.raises(ConfigError, match=message), hook.using(torch.zeros(shape)):
+    with pytest.raises(ConfigError, match=message), using(torch.zeros(shape)):
         table(torch.tensor([[1, 7, 7]]))
     ids = torch.tensor([[7]])
     assert table(ids).equal(table.weight[ids])  # disarmed after the error
@@ -241,11 +246,11 @@ def test_clues_follow_the_model_s_precision_under_autocast(
 ) -> None:
     tiny = load("llava_onevision", video_models)
     tiny.model.to(dtype)
-    hook = ClueHook(tiny.model.get_input_embeddings(), tiny.clue_id)
+    using = partial(placed, tiny.model.get_input_embeddings(), tiny.clue_id)
     row = tiny.row(5)
     row["pixel_values_videos"] = row["pixel_values_videos"].to(dtype)
     clues = drawn(5).requires_grad_()
-    with hook.using(clues), torch.autocast("cpu", torch.bfloat16):
+    with using(clues), torch.autocast("cpu", torch.bfloat16):
         logits = tiny.model(**row).logits
     logits[:, -1].float().pow(2).sum().backward()
     assert clues.grad is not None

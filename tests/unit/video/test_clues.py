@@ -1,4 +1,4 @@
-"""The clue aggregator: its values against a plain version, batches, files; its start."""
+"""The clue aggregator: its values against a plain version, its files, its start."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from clue_rows import question_embeddings, stack
 
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.video.clues import SETTINGS, WEIGHTS, ClueAggregator, frozen_copy
@@ -111,39 +110,6 @@ def test_a_global_clue_is_the_projected_mean() -> None:
     for place, side, features in ((-2, "video", video), (-1, "audio", audio)):
         weight, bias = state[f"{side}.project.weight"], state[f"{side}.project.bias"]
         torch.testing.assert_close(clues[place], features.mean(0) @ weight.T + bias)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-12)], ids=str
-)
-def test_rows_of_a_batch_are_as_alone(dtype: torch.dtype, tolerance: float) -> None:
-    made = make().to(dtype)
-    questions = rows(3, 7, 2, 5, dim=DT)
-    pictures, sounds = rows(4, 9, 0, 6, dim=DV), rows(5, 0, 3, 8, dim=DA)
-    (q, q_mask), (v, v_mask), (a, a_mask) = (
-        stack([row.to(dtype) for row in part]) for part in (questions, pictures, sounds)
-    )
-    for part, mask in ((q, q_mask), (v, v_mask), (a, a_mask)):
-        part[~mask] = 50.0  # whatever stands behind a row's own
-    v.requires_grad_()
-    clues = made(q, v, a, q_mask, v_mask, a_mask)
-    kept = made.clue_mask(v_mask, a_mask)
-    assert clues.shape == (4, 2 * QUERIES + 2, DT)
-    for b in range(4):
-        seen, heard = bool(len(pictures[b])), bool(len(sounds[b]))
-        alone = made(
-            questions[b][None].to(dtype),
-            pictures[b][None] if seen else None,
-            sounds[b][None] if heard else None,
-        )[0]
-        assert len(alone) == made.num_clue_tokens(seen, heard)
-        scale = alone.abs().max().item()
-        torch.testing.assert_close(clues[b][kept[b]], alone, rtol=0, atol=tolerance * scale)
-        assert not clues[b][~kept[b]].any()
-    clues.pow(2).sum().backward()
-    assert v.grad is not None
-    assert (v.grad.abs().sum(-1) > 0).equal(v_mask)
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters())
 
 
 def test_gradients_reach_every_parameter() -> None:
@@ -253,18 +219,3 @@ def test_what_it_cannot_do_is_said() -> None:
         ClueAggregator(24, 30, 32)
     with pytest.raises(ConfigError, match=r"width is 200; .* multiple of 64"):
         ClueAggregator(24, None, 32, width=200)
-
-
-def test_questions_are_embedded_without_a_graph_unless_asked_for() -> None:
-    table = torch.nn.Embedding(9, DT)
-    padded, mask = question_embeddings(table, [[1, 2, 3], [], [4]])
-    assert mask.tolist() == [[True] * 3, [False] * 3, [True, False, False]]
-    assert padded[mask].equal(table.weight[1:5])
-    assert not padded[~mask].any()
-    assert not padded.requires_grad
-    padded, mask = question_embeddings(table, [[1], [4]], detach=False)
-    padded[mask].sum().backward()
-    assert table.weight.grad is not None
-    assert table.weight.grad.sum(1).nonzero().flatten().tolist() == [1, 4]
-    with torch.no_grad():
-        assert not question_embeddings(table, [[1]], detach=False)[0].requires_grad

@@ -11,7 +11,7 @@ from video_rows import ALL, make_adapter, pair
 
 from mmalign.core import Needs, presets
 from mmalign.data.example import Clip, Media, Picture, Sound
-from mmalign.video.clue_part import CLUE_TOKEN
+from mmalign.video.clues import CLUE_TOKEN
 from mmalign.video.tools import VideoTools
 
 if TYPE_CHECKING:
