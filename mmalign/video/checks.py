@@ -7,17 +7,18 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from PIL.Image import Image
+from PIL import Image
 from pydantic import TypeAdapter
 
 from mmalign.config import VideoConfig
 from mmalign.data.example import Clip, Example, Picture, Sound
-from mmalign.data.jobs import is_main_process, track
+from mmalign.data.jobs import first_few, is_main_process, track
 from mmalign.data.pictures import open_picture
 from mmalign.errors import DataError
 from mmalign.video.media import Glimpse, read_frames
@@ -62,9 +63,8 @@ class Seen:
 
     def frames(self, clip: Clip) -> Frames:
         """Frames of the right shape and times that show nothing, and take no memory."""
-        black = np.broadcast_to(np.zeros((), np.uint8), (len(self.indices), *self.size, 3))
         return Frames(
-            pixels=black,
+            pixels=np.broadcast_to(np.uint8(0), (len(self.indices), *self.size, 3)),
             indices=self.indices,
             times=self.times,
             source_fps=self.fps,
@@ -75,11 +75,9 @@ class Seen:
             rate=self.rate,
         )
 
-    def image(self) -> Image:
+    def image(self) -> Image.Image:
         """A black image of the size."""
-        from PIL import Image
-
-        return Image.new("RGB", (self.size[1], self.size[0]))
+        return Image.new("RGB", self.size[::-1])
 
     def wave(self) -> Wave | None:
         """Silence of the length; None where there is no sound."""
@@ -131,7 +129,7 @@ class CheckJournal:
         """
         import av
 
-        self.path = path
+        self._path, self._torn = path, False
         self._settings = {
             **settings.model_dump(mode="json", include=_DECIDING),
             "no_sound": settings.earlier_no_sound,  # as journals have it
@@ -142,23 +140,14 @@ class CheckJournal:
         self._follows = not is_main_process()
         self._known: dict[str, Verdict] = {}
         if path is not None and path.is_file():
-            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-                self._take(line)
-
-    def __enter__(self) -> Self:
-        self._handle = None
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._handle = self.path.open("a+b")
-            if self._handle.tell():
-                self._handle.seek(-1, os.SEEK_END)
-                if self._handle.read(1) != b"\n":  # a process was killed within a line
-                    self._handle.write(b"\n")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._handle is not None:
-            self._handle.close()
+            text = path.read_text(encoding="utf-8", errors="replace")
+            self._torn = text[-1:] not in ("", "\n")  # a process was killed within a line
+            for line in text.split("\n"):
+                # One that is cut off or damaged tells nothing: its file is decoded again.
+                with suppress(ValueError, KeyError, TypeError):
+                    entry = json.loads(line)
+                    key = json.dumps(entry["of"], sort_keys=True)
+                    self._known[key] = _VERDICT.validate_python(entry)
 
     def find(self, reference: Clip | Picture | Sound, heard: bool) -> Verdict | None:
         """What is known; None where the reference is to be decoded."""
@@ -168,22 +157,16 @@ class CheckJournal:
     def add(self, reference: Clip | Picture | Sound, heard: bool, verdict: Verdict) -> None:
         """Write a verdict down; the last one about a reference counts."""
         key = self._key(reference, heard)
-        if self._handle is None or not key:
+        if self._path is None or not key:
             return
         said: dict[str, Any] = {"fault": verdict.fault, "silent": verdict.silent}
         if verdict.seen is not None:
             said = {"seen": asdict(verdict.seen)}
         line = json.dumps({"of": json.loads(key), **said}, ensure_ascii=False)
-        self._handle.write(line.encode() + b"\n")
-        self._handle.flush()
-
-    def _take(self, line: str) -> None:
-        try:
-            entry = json.loads(line)
-            key = json.dumps(entry["of"], sort_keys=True)
-            self._known[key] = _VERDICT.validate_python(entry)
-        except (ValueError, KeyError, TypeError):
-            return  # cut off or damaged: its file is decoded again
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write("\n" * self._torn + f"{line}\n")
+        self._torn = False
 
     def _key(self, reference: Clip | Picture | Sound, heard: bool) -> str:
         """Of the file as it is now; "" where it cannot be looked at."""
@@ -191,9 +174,8 @@ class CheckJournal:
             info = reference.path.stat()
         except OSError:
             return ""
-        part: dict[str, Any] = asdict(reference)
-        about = {
-            **part,
+        about: dict[str, Any] = {
+            **asdict(reference),
             "path": str(reference.path),
             "kind": type(reference).__name__,
             "size": info.st_size,
@@ -258,7 +240,9 @@ def keep_usable(
     Raises:
         DataError: A file cannot be used and the policy for it is `stop`, or no row is left.
     """
-    stops = _stopping(report, settings)
+    broken = report.broken if settings.bad_media == "stop" else {}
+    silent = report.silent if (settings.missing_audio or settings.bad_media) == "stop" else {}
+    stops = [*broken.values(), *silent.values()]
     if stops:
         raise DataError(
             f"{len(stops)} of {report.num_files} media files cannot be used:\n{_named(stops)}\n"
@@ -313,20 +297,14 @@ def _without(
         raise DataError(
             f"no row is left to train on: {lost} cannot be shown or played:\n{_named(faults)}{hint}"
         )
-    for text in faults[:_NAMED]:
+    for text in first_few(faults, _NAMED):
         log.warning("%s", text)
-    if len(faults) > _NAMED:
-        log.warning("and %d more of the kind", len(faults) - _NAMED)
     log.warning("%s are left out for the %s named above", lost, what)
     return kept
 
 
 def _named(faults: Sequence[str]) -> str:
-    """The first of them, a line each, and how many more there are."""
-    lines = [f"  {text}" for text in faults[:_NAMED]]
-    if len(faults) > _NAMED:
-        lines.append(f"  and {len(faults) - _NAMED} more")
-    return "\n".join(lines)
+    return "\n".join(f"  {text}" for text in first_few(faults, _NAMED))
 
 
 def check_media(
@@ -351,12 +329,12 @@ def check_media(
     if not uses:
         return MediaReport(num_files=0)
     order = sorted(uses, key=str)  # the parts of a file follow each other
-    with CheckJournal(journal, settings, longest) as book:
-        verdicts = {use: book.find(*use) for use in order}
-        todo = [use for use in order if verdicts[use] is None]
-        for use, verdict in _decoded(todo, settings, longest):
-            book.add(*use, verdict)
-            verdicts[use] = verdict
+    book = CheckJournal(journal, settings, longest)
+    verdicts = {use: book.find(*use) for use in order}
+    todo = [use for use in order if verdicts[use] is None]
+    for use, verdict in _decoded(todo, settings, longest):
+        book.add(*use, verdict)
+        verdicts[use] = verdict
     bad = {use: verdict for use, verdict in verdicts.items() if verdict and verdict.fault}
     report = MediaReport(
         num_files=len({reference.path for reference, _ in uses}),
@@ -366,7 +344,8 @@ def check_media(
     )
     for (reference, _), verdict in bad.items():
         named = report.silent if verdict.silent else report.broken
-        named.setdefault(str(_name(reference)), verdict.fault)
+        of_table = isinstance(reference, Picture)  # where a cell is named
+        named.setdefault(str(reference if of_table else reference.path), verdict.fault)
     for name in report.broken:
         report.silent.pop(name, None)  # named once
     return report
@@ -383,13 +362,6 @@ def _decoded(
         yield from zip(uses, shown, strict=True)
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C waits for no more than is being decoded
-
-
-def _stopping(report: MediaReport, settings: VideoConfig) -> list[str]:
-    """What is wrong with the files for which the policy is to stop."""
-    broken = report.broken if settings.bad_media == "stop" else {}
-    silent = report.silent if (settings.missing_audio or settings.bad_media) == "stop" else {}
-    return [*broken.values(), *silent.values()]
 
 
 def _verdict(
@@ -413,11 +385,6 @@ def _verdict(
         return Verdict(seen=Seen.of_clip(frames, sound_of(reference, settings, longest)))
     except DataError as error:
         return Verdict(str(error))
-
-
-def _name(reference: Reference) -> object:
-    """What a fault is named by: a file; of a table, the cell."""
-    return reference if isinstance(reference, Picture) else reference.path
 
 
 def uses_of(row: Example, *, uses_audio: bool) -> Iterator[Use]:

@@ -6,6 +6,7 @@ import threading
 from bisect import bisect_left
 from collections.abc import Hashable, Iterable, Sequence
 from fractions import Fraction
+from itertools import chain
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -96,7 +97,7 @@ def read_frames(clip: Clip, settings: VideoConfig, scale: Scale | None = None) -
     if clip.start or clip.end is not None:
         first, last = span_numbers(line, clip, settings)
         first, last = min(first, *numbers), max(last, *numbers)
-    stack = Stack(clip, numbers, settings.max_side, scale, begin=first, rate=line.told_fps)
+    stack = _Stack(clip, numbers, settings.max_side, scale, begin=first, rate=line.told_fps)
     _fill(stack, line, deadline)
     assert stack.pixels is not None
     return Frames(
@@ -189,7 +190,7 @@ def _nearest(
         yield before if closer else after
 
 
-def _fill(stack: Stack, line: Timeline, deadline: Deadline) -> None:
+def _fill(stack: _Stack, line: Timeline, deadline: Deadline) -> None:
     """Put all its frames into a stack; from the file's start where its stretches give not each."""
     if not line.packets:
         _decode(stack, line, deadline, [])
@@ -206,7 +207,7 @@ def _fill(stack: Stack, line: Timeline, deadline: Deadline) -> None:
         )
 
 
-class Stack:
+class _Stack:
     """Pixels of chosen frames, filled in any order.
 
     Attributes:
@@ -216,15 +217,9 @@ class Stack:
     """
 
     def __init__(
-        self,
-        clip: Clip,
-        numbers: Sequence[int],
-        max_side: int,
-        scale: Scale | None = None,
-        *,
-        begin: int = 0,
-        rate: float = 1.0,
-    ) -> None:
+        self, clip: Clip, numbers: Sequence[int], max_side: int, scale: Scale | None,
+        *, begin: int, rate: float,
+    ) -> None:  # fmt: skip
         """Empty; `begin` is the frame from which processors count, at `rate` a second."""
         self.path, self.max_side = clip.path, max_side
         self._begin_at, self._rate = begin, rate
@@ -276,48 +271,32 @@ class Stack:
 
 
 def _decode(
-    stack: Stack, line: Timeline, deadline: Deadline, ranges: Sequence[tuple[int, int]]
+    stack: _Stack, line: Timeline, deadline: Deadline, ranges: Sequence[tuple[int, int]]
 ) -> None:
-    """Put the missing frames into a stack, as far as some ranges of packets, or all, give them."""
+    """Put the missing frames into a stack, or those shown shortly before them.
+
+    As far as some ranges of packets give them; without any, the whole file, whose frames are
+    counted and not told by their times.
+    """
     with open_media(stack.path, deadline) as container:
         stream = pictures_of(container, stack.path, stack.max_side)
         packets = packets_of(container, deadline, stream)
-        ratio = stream.sample_aspect_ratio
-        if ranges:
-            _take(decoded_stretches(stream, packets, ranges), stack, line, ratio)
-        else:
-            _take(decoded(stream, packets), stack, None, ratio)
-
-
-def _take(
-    frames: Iterable[VideoFrame], stack: Stack, line: Timeline | None, ratio: Fraction | None
-) -> None:
-    """Put the missing ones of decoded frames into a stack, or those shown shortly before them.
-
-    Args:
-        frames: In the order in which they are shown.
-        stack: What is missing.
-        line: When each frame is shown; None: they are all there are, and are counted.
-        ratio: Width of a stored pixel to its height.
-    """
-    wanted = sorted(stack.rows, reverse=True)
-    held: tuple[int, VideoFrame] | None = None  # the last one before those wanted
-    for count, frame in enumerate(frames):
-        number = count if line is None else line.number(frame.pts)
-        if number is None:
-            continue
-        while wanted and wanted[-1] <= number:
-            target = wanted.pop()
-            if target == number:
-                stack.put(target, frame, ratio)
-            elif held is not None and target - held[0] <= _NEAR:
-                stack.put(target, held[1], ratio)
-        if not wanted:
-            return
-        held = number, frame
-    for target in wanted:
-        if held is not None and target - held[0] <= _NEAR:
-            stack.put(target, held[1], ratio)
+        frames = decoded_stretches(stream, packets, ranges) if ranges else decoded(stream, packets)
+        wanted = sorted(stack.rows, reverse=True)
+        held: tuple[float, VideoFrame] | None = None  # the last one before those wanted
+        for count, frame in chain(enumerate(frames), [(inf, None)]):  # in the order they are shown
+            number = line.number(frame.pts) if ranges and frame else count
+            if number is None:
+                continue
+            while wanted and wanted[-1] <= number:
+                target = wanted.pop()
+                if frame is not None and target == number:
+                    stack.put(target, frame, stream.sample_aspect_ratio)
+                elif held is not None and target - held[0] <= _NEAR:
+                    stack.put(target, held[1], stream.sample_aspect_ratio)
+            if not wanted or frame is None:
+                return
+            held = number, frame
 
 
 class FrameCache:
@@ -360,8 +339,7 @@ class FrameCache:
             DataError: The file cannot be decoded.
         """
         scale = None if bare and self.scale is not None and self.scale.draws else self.scale
-        key = *file_state(clip.path), clip.start, clip.end, clip.frames, clip.fps, clip.max_pixels
-        key = *key, scale is None
+        key = (*file_state(clip.path), clip, scale is None)
         with self._lock:
             found = self._kept.get(key)
             self.hits, self.misses = self.hits + (found is not None), self.misses + (found is None)
