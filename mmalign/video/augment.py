@@ -319,11 +319,6 @@ def noise(samples: Array, rng: np.random.Generator) -> tuple[Array, Drawn]:
     return np.clip(out, -1.0, 1.0, out=out), {"sigma": sigma}
 
 
-def fitted(samples: Array, count: int) -> Array:  # [count]
-    """A sound cut to `count` samples, or played again and again until it has so many."""
-    return np.resize(samples, count)
-
-
 SOUNDS = {change.__name__: change for change in (silence, time_shift, noise)}
 
 
@@ -376,11 +371,6 @@ def seed_for(seed: int, row: str, visit: int, candidate: int) -> int:
     """
     key = json.dumps([int(seed), row, int(visit), int(candidate)]).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
-
-
-def rng_for(seed: int, row: str, visit: int, candidate: int) -> np.random.Generator:
-    """The random numbers of one changed clip, started by `seed_for`."""
-    return np.random.default_rng(seed_for(seed, row, visit, candidate))
 
 
 def augment(
@@ -479,4 +469,5 @@ def _heard(
         return SOUNDS[operation](samples, rng)
     other = donor[1] if donor is not None else None
     assert other is not None, "checked"
-    return fitted(other.samples, len(samples)), {"donor_seconds": other.seconds}
+    # Cut, or played again and again until it is long enough.
+    return np.resize(other.samples, len(samples)), {"donor_seconds": other.seconds}

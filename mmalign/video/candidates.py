@@ -13,7 +13,7 @@ from mmalign.config import VideoConfig
 from mmalign.data.example import Candidate, Change, Clip, Example, Media, as_text
 from mmalign.errors import ConfigError, DataError
 from mmalign.models.batch import Batch
-from mmalign.video.augment import NEEDS_DONOR, NEEDS_SOUND, NEEDS_TIME, OPERATIONS, rng_for
+from mmalign.video.augment import NEEDS_DONOR, NEEDS_SOUND, NEEDS_TIME, OPERATIONS, seed_for
 from mmalign.video.checks import Seen, Use
 from mmalign.video.media import choose
 from mmalign.video.pami import Chosen
@@ -204,7 +204,8 @@ class Perturbation:
                 "shows none; give video, image or audio"
             )
         # Both answers meet the same corrupted clip.
-        rng = rng_for(seed, "corrupted" if role == "rejected_corrupted" else role, 0, 0)
+        name = "corrupted" if role == "rejected_corrupted" else role
+        rng = np.random.default_rng(seed_for(seed, name, 0, 0))
         count = self.video.selection.num_candidates if role == "augmented" else 1
         operations = self._operations(example, own, role)
         return [self._perturbed(own, name, rng) for name in draw(operations, count, rng)]
@@ -215,20 +216,15 @@ class Perturbation:
         heard = bool(own.sounds) or (self.uses_audio and any(map(self._has_audio, own.videos[:1])))
         if not own.videos and not own.images:
             return list(_SOUNDS)
-        donor = any(clip not in own.videos for clip in self.donors)
-        if role in _LEVELS:
-            kept = allowed(
-                _LEVELS[role], "", hints=False, uses_audio=heard, num_frames=frames, donor=donor
-            )
-            return kept[:1]
-        return allowed(
-            spec.operations,
+        found = allowed(
+            _LEVELS.get(role, spec.operations),
             as_text(example.prompt),
-            hints=spec.hints,
+            hints=spec.hints and role not in _LEVELS,
             uses_audio=heard,
             num_frames=frames,
-            donor=donor,
+            donor=any(clip not in own.videos for clip in self.donors),
         )
+        return found[:1] if role in _LEVELS else found
 
     def _has_audio(self, clip: Clip) -> bool:
         """Whether a clip has audio; one without is only left under `missing_audio: ignore`."""

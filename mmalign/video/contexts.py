@@ -169,7 +169,7 @@ def feed(
         prompt = ids[piece.start : piece.start + piece.length]
         seen = torch.isin(prompt, wanted).nonzero().squeeze(-1) + piece.start
         if number not in made:
-            made[number] = contexts.media(model, number).like(flat)
+            made[number] = contexts.media(model, number).map(lambda tensor: tensor.to(flat))
         encoded = made[number]
         if len(seen) != len(encoded.tokens):
             raise ConfigError(
@@ -184,13 +184,18 @@ def feed(
             values.append(clues(model, encoded, prompt).to(flat.dtype))
     inputs: dict[str, Any] = {"inputs_embeds": embeddings}
     if places:
-        flat = flat.index_copy(0, torch.cat(places), torch.cat(values))
-        inputs["inputs_embeds"] = flat.view_as(embeddings)
+        filled = flat.index_copy(0, torch.cat(places), torch.cat(values))
+        inputs["inputs_embeds"] = filled.view_as(embeddings)
         inputs |= _deep(body, deep, torch.isin(rows.input_ids, wanted))
     if not contexts.kinds.read_by(model):
         return Fed(body, inputs)
+    if rows.segments is not None:
+        raise CannotPackError(
+            f"{type(model).__name__} reads tokens by their kind, with masks or experts of its own"
+        )
     outer: Any = model.base_model
-    return Fed(outer, {**inputs, **_kinds(model, rows, contexts.kinds)})
+    names = inspect.signature(type(outer).forward).parameters
+    return Fed(outer, {**inputs, **contexts.kinds.of(rows, names)})
 
 
 def _deep(body: PreTrainedModel, shown: list[Encoded], places: Tensor) -> dict[str, Any]:
@@ -211,14 +216,6 @@ def _deep(body: PreTrainedModel, shown: list[Encoded], places: Tensor) -> dict[s
     if "deepstack_features" in inspect.signature(type(body).forward).parameters:
         return {"deepstack_features": joined, "vision_mask": places[..., None]}
     return {"deepstack_visual_embeds": list(joined.values()), "visual_pos_masks": places}
-
-
-def _kinds(model: PreTrainedModel, rows: Rows, kinds: TokenKinds) -> dict[str, Tensor]:
-    if rows.segments is not None:
-        raise CannotPackError(
-            f"{type(model).__name__} reads tokens by their kind, with masks or experts of its own"
-        )
-    return kinds.of(rows, inspect.signature(type(model.base_model).forward).parameters)
 
 
 # The truth is the model's own forward pass on its processor's own output for the whole prompt: ids,
@@ -302,8 +299,8 @@ def _own_inputs(
     tensors = processor.whole(text, encoder.reader.decode(row.media), where)
     own = tensors["input_ids"][0].tolist()
     _require_same(encoder, own, prompt.tolist(), where)
-    whole = len(own) == len(prompt)  # else what was cut is text
-    tensors |= {} if whole else processor.token_types(prompt.cpu()[None])
+    if len(own) != len(prompt):  # what was cut is text
+        tensors |= processor.token_types(prompt.cpu()[None])
     heads = [inspect.signature(type(part).forward).parameters for part in (model, model.base_model)]
     given: dict[str, Any] = {}
     for key, value in tensors.items():

@@ -97,14 +97,13 @@ def deep_features(seen: Mapping[str, Any], places: Tensor) -> dict[int, Tensor]:
         mask = mask[..., 0] if mask.dim() == 3 else mask
         among = mask[places].nonzero().squeeze(-1)  # a sound has no features of this kind
         count = int(places.sum())
-        return {int(layer): _spread(x, among, count) for layer, x in layers.items()}
+        return {
+            int(layer): x
+            if len(x) == count
+            else x.new_zeros(count, x.shape[-1]).index_copy(0, among, x)
+            for layer, x in layers.items()
+        }
     return {}
-
-
-def _spread(features: Tensor, among: Tensor, count: int) -> Tensor:  # [n, D] -> [count, D]
-    if len(features) == count:
-        return features
-    return features.new_zeros(count, features.shape[-1]).index_copy(0, among, features)
 
 
 class TokenKinds:
@@ -201,11 +200,8 @@ def _says(name: str, value: Any) -> bool:
     """Whether a keyword changes what a language model computes."""
     if value is None or isinstance(value, bool | str) or name.startswith("output_"):
         return False
-    return not (isinstance(value, dict | list | tuple) and all(v is None for v in _items(value)))
-
-
-def _items(value: Any) -> Any:
-    return value.values() if isinstance(value, dict) else value
+    items = value.values() if isinstance(value, dict) else value
+    return not (isinstance(value, dict | list | tuple) and all(v is None for v in items))
 
 
 @contextmanager
@@ -252,13 +248,13 @@ class Encoded(ModelInputs):
     tokens: Tensor = field(metadata=WHOLE)
     deep: dict[int, Tensor] = field(default_factory=dict["int", "Tensor"], metadata=WHOLE)
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Encoded:
+        """With each tensor changed."""
+        return Encoded(change(self.tokens), {layer: change(t) for layer, t in self.deep.items()})
+
     def detached(self) -> Encoded:
         """Without a graph, on the CPU, in memory of its own."""
-        return self._moved(lambda tensor: tensor.detach().to("cpu", copy=True))
-
-    def like(self, other: Tensor) -> Encoded:
-        """On the device and in the dtype of another tensor."""
-        return self._moved(lambda tensor: tensor.to(other.device, other.dtype))
+        return self.map(lambda tensor: tensor.detach().to("cpu", copy=True))
 
     @property
     def nbytes(self) -> int:
@@ -266,17 +262,14 @@ class Encoded(ModelInputs):
         return sum(t.numel() * t.element_size() for t in (self.tokens, *self.deep.values()))
 
     def named(self) -> dict[str, Tensor]:
-        """All its tensors: `tokens`, and `deep/LAYER`."""
-        return {"tokens": self.tokens, **{f"deep/{i}": t for i, t in self.deep.items()}}
+        """All its tensors: `tokens`, and `deep_LAYER`."""
+        return {"tokens": self.tokens, **{f"deep_{i}": t for i, t in self.deep.items()}}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Encoded:
         """The reverse of `named`."""
-        deep = {int(k.removeprefix("deep/")): t for k, t in tensors.items() if k != "tokens"}
+        deep = {int(k.removeprefix("deep_")): t for k, t in tensors.items() if k != "tokens"}
         return cls(tensors["tokens"], deep)
-
-    def _moved(self, move: Callable[[Tensor], Tensor]) -> Encoded:
-        return Encoded(move(self.tokens), {layer: move(t) for layer, t in self.deep.items()})
 
 
 def load_model(path: str, config: ModelConfig, revision: str | None = None) -> PreTrainedModel:
@@ -380,24 +373,16 @@ def lora_targets(model: PreTrainedModel, trained: Sequence[str], wanted: Sequenc
         ConfigError: It fits nothing.
     """
     head, parts = model.get_output_embeddings(), parts_of(model)
-    there = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and module is not head
-        and _part(name, parts) in trained
-    ]
-    names = [
-        name
-        for name in there
-        if not wanted or any(name == w or name.endswith(f".{w}") for w in wanted)
-    ]
+    linear = (n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head)
+    there = [name for name in linear if _part(name, parts) in trained]
+    ends = tuple(f".{name}" for name in wanted)
+    names = [name for name in there if not wanted or f".{name}".endswith(ends)]
     if not names:
-        ends = ", ".join(sorted({name.rpartition(".")[2] for name in there})) or "none"
+        last = ", ".join(sorted({name.rpartition(".")[2] for name in there})) or "none"
         raise ConfigError(
             f"model.lora.targets: {', '.join(wanted) or 'all-linear'} fits no linear layer of "
             f"{', '.join(trained) or 'no part'} (video.train) in {type(model).__name__}; it has "
-            f"{ends}"
+            f"{last}"
         )
     # Layer numbers are left open: `model.language_model.layers.7.mlp.up_proj` stands for all.
     shapes = sorted({re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name)) for name in names})
@@ -429,14 +414,13 @@ def encode(
             is handed beside them is not carried on.
     """
     input_ids = tensors["input_ids"]
-    known = inspect.signature(type(model.base_model).forward).parameters
-    given = {k: v for k, v in tensors.items() if k in known and k != "attention_mask"}
-    # Positions are made elsewhere, for whole prompts; given here, so that none are made twice.
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    known = inspect.signature(type(model.base_model).forward).parameters.keys() - {"attention_mask"}
     dtype = tower_dtype(model)
-    floats = {k: in_precision(v, dtype) for k, v in given.items()}
+    given = {k: in_precision(v, dtype) for k, v in tensors.items() if k in known}
+    # Positions are made elsewhere, for whole prompts; given here, so that none are made twice.
+    given["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     try:
-        seen = handed(model, floats | {"position_ids": positions})
+        seen = handed(model, given)
     except (MmalignError, torch.OutOfMemoryError):
         raise
     except FAULTS as error:

@@ -36,11 +36,6 @@ def writable(pixels: Array) -> Array:
     return pixels if pixels.flags.writeable else pixels.copy()
 
 
-def without_pixels(pixels: Array) -> Tensor:
-    """Frames of which only the shape is known."""
-    return torch.empty(pixels.shape, dtype=torch.uint8, device="meta")
-
-
 def metadata(frames: Frames) -> dict[str, Any]:
     """Times as a processor counts them: numbers of frames in the clip's part, and a rate."""
     first, count = (0, frames.num_source) if frames.span is None else frames.span
@@ -71,8 +66,7 @@ def joined_tensors(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         else:
             if tensors[0].dim() > 1:
                 most = max(tensor.shape[-1] for tensor in tensors)
-                gaps = [most - tensor.shape[-1] for tensor in tensors]
-                tensors = [F.pad(t, (0, n)) if n else t for t, n in zip(tensors, gaps, strict=True)]
+                tensors = [F.pad(tensor, (0, most - tensor.shape[-1])) for tensor in tensors]
             joined[name] = torch.cat(tensors)
     return joined
 
@@ -100,6 +94,10 @@ class DecodedMedia:
     images: Sequence[Image] = ()
     sounds: Sequence[Wave] = ()
     note: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def counts(self) -> dict[str, int]:
+        """How many there are of each kind."""
+        return dict(zip(KINDS, map(len, (self.clips, self.images, self.sounds)), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,25 +226,19 @@ class Processor:
             raise
 
     def _processed(self, shown: DecodedMedia, where: str, *, planned: bool) -> Processed:
-        parts = self._apart(shown, where)
-        done = [self._part(part, where, planned=planned) for part in parts]
-        tensors = (
-            done[0].tensors if len(done) == 1 else joined_tensors([part.tensors for part in done])
-        )
+        done = [self._part(part, where, planned=planned) for part in self._apart(shown, where)]
+        tensors = [part.tensors for part in done]
         texts = {
             kind: tuple(text for part in done for text in part.replacements[kind])
             for kind in self.tokens
         }
-        return Processed(tensors, texts)
+        return Processed(tensors[0] if len(done) == 1 else joined_tensors(tensors), texts)
 
     def _apart(self, shown: DecodedMedia, where: str) -> list[DecodedMedia]:
         """What is given to the processor at once: it takes one size and one rate for all clips."""
+        fps = self.can_use_clip_audio
         asked = [
-            (
-                frames.fps if self.can_use_clip_audio else 0.0,
-                frames.drawn,
-                self._size_of(frames, where),
-            )
+            (frames.fps if fps else 0.0, frames.drawn, self._size_of(frames, where))
             for frames, _ in shown.clips
         ]
         if all(options == asked[0] for options in asked):
@@ -260,10 +252,14 @@ class Processor:
         text = self._placeholders(shown, where)
         options = self._options(text, shown, where)
         if shown.clips:
-            make = without_pixels if planned else writable
             if planned and self.sizes.draws:  # which takes pixels, and changes no size
                 options["videos_kwargs"]["draw_on_frames"] = False
-            options["videos"] = [make(frames.pixels) for frames, _ in shown.clips]
+            options["videos"] = [
+                torch.empty(frames.pixels.shape, dtype=torch.uint8, device="meta")
+                if planned
+                else writable(frames.pixels)
+                for frames, _ in shown.clips
+            ]
         output = self._call(options, where)
         found: dict[str, list[str]] = {kind: [] for kind in self.tokens}
         if "text_replacement_offsets" not in output:
@@ -273,12 +269,11 @@ class Processor:
             )
         for item in output.pop("text_replacement_offsets")[0]:
             found[item["type"]].append(item["replacement"])
-        counts = {"video": shown.clips, "image": shown.images, "audio": shown.sounds}
-        for kind, items in counts.items():
-            if len(found.get(kind, [])) != len(items):
+        for kind, count in shown.counts().items():
+            if len(found.get(kind, [])) != count:
                 raise DataError(
-                    f"{where}: {len(items)} of kind {kind} were given to the processor, which "
-                    f"placed {len(found.get(kind, []))}"
+                    f"{where}: {count} of kind {kind} were given to the processor, which placed "
+                    f"{len(found.get(kind, []))}"
                 )
         tensors = tensors_of(output, shown)
         self._check_grids(shown, tensors, where)
@@ -307,7 +302,8 @@ class Processor:
 
     def _check_grids(self, shown: DecodedMedia, tensors: Mapping[str, Tensor], where: str) -> None:
         """Refuse frames of another size than was asked for, or larger than they may be."""
-        grids, patch = tensors.get("video_grid_thw"), self._video_part("patch_size")
+        grids = tensors.get("video_grid_thw")
+        patch = getattr(getattr(self.inner, "video_processor", None), "patch_size", None)
         if grids is None or not isinstance(patch, int) or len(grids) != len(shown.clips):
             return  # Kimi cuts a clip into pieces, each with a grid of its own
         for (frames, _), (_, rows, columns) in zip(shown.clips, grids.tolist(), strict=True):
@@ -324,9 +320,6 @@ class Processor:
                     f"{where}: {type(self.inner).__name__} made frames of {size[1]} x {size[0]}, "
                     f"not {asked}{most}; set video.frame_pixels to null"
                 )
-
-    def _video_part(self, name: str) -> Any:
-        return getattr(getattr(self.inner, "video_processor", None), name, None)
 
     def whole(self, text: str, shown: DecodedMedia, where: str) -> dict[str, Tensor]:
         """What the processor itself makes of a whole prompt: ids, pixels, grids, times, kinds.
@@ -357,13 +350,8 @@ class Processor:
 
     def expand(self, text: str, processed: Processed) -> str:
         """A prompt's text with every placeholder replaced, as the processor itself does it."""
-        by_kind = processed.replacements
-        texts, _ = self.inner.get_text_with_replacements(
-            [text],
-            list(by_kind.get("image", ())),
-            list(by_kind.get("video", ())),
-            list(by_kind.get("audio", ())),
-        )
+        written = (list(processed.replacements.get(k, ())) for k in ("image", "video", "audio"))
+        texts, _ = self.inner.get_text_with_replacements([text], *written)
         return texts[0]
 
     def leading(self) -> list[int] | None:
@@ -395,7 +383,7 @@ class Processor:
         }
 
     def _placeholders(self, shown: DecodedMedia, where: str) -> str:
-        counts = {"video": len(shown.clips), "image": len(shown.images), "audio": len(shown.sounds)}
+        counts = shown.counts()
         missing = [kind for kind, count in counts.items() if count and kind not in self.tokens]
         if missing:
             raise DataError(
@@ -418,9 +406,8 @@ class Processor:
         sounds = [wave.samples for wave in shown.sounds]
         if shown.clips:
             options["videos_kwargs"] = self._video_options(shown, where)
-            tracks = [wave for _, wave in shown.clips]
-            if any(track is not None for track in tracks):
-                played = [(i, t.samples) for i, t in enumerate(tracks) if t is not None]
+            played = [(i, t.samples) for i, (_, t) in enumerate(shown.clips) if t is not None]
+            if played:
                 options["load_audio_from_video"] = True
                 options["audio_from_video_indices"] = [i for i, _ in played] + [None] * len(sounds)
                 sounds = [samples for _, samples in played] + sounds

@@ -12,7 +12,6 @@ import PIL.Image
 import torch
 from cachetools import LRUCache
 from PIL.Image import Image
-from torch import Tensor
 
 from mmalign.config import RunConfig
 from mmalign.data.cache import TensorCache, plain
@@ -29,6 +28,7 @@ from mmalign.video.processing import DecodedMedia, Processed, Processor
 from mmalign.video.sizes import Frames, Wave
 from mmalign.video.sound import has_sound, read_sound, sound_of
 
+_BITS = torch.int16  # of bfloat16, which numpy lacks
 _VERSION = 2  # raise it when the same media are shown otherwise
 _DECIDING = {"num_frames", "fps", "max_frames", "min_frames", "frame_pixels", "image_pixels",
              "cap_pixels_per_frame", "sound"}  # fmt: skip
@@ -94,16 +94,21 @@ class MediaReader:
             DataError: A file cannot be decoded, or the model cannot take what it holds.
         """
         key = key or self.key(media)
-        small = self._small.get(key)
-        if small is not None and not pixels:
+        if key in self._small and not pixels:
             encoded = self.features.get(key)
             if encoded is not None:
-                return Prepared(key, small, encoded)
+                return Prepared(key, self._small[key], encoded)
         processed = self.processor(self.decode(media), where)
         if media.change is not None:
             return Prepared(key, processed, recurs=False)
         if self.features.active:
-            self._small[key] = Processed(_without_pixels(processed.tensors), processed.replacements)
+            # Grids, masks and times, which positions depend on, and no pixels.
+            small = {
+                k: v
+                for k, v in processed.tensors.items()
+                if v.numel() <= 4096 or not v.is_floating_point()
+            }
+            self._small[key] = Processed(small, processed.replacements)
         return Prepared(key, processed, None if pixels else self.features.get(key))
 
     def decode(self, media: Media) -> DecodedMedia:
@@ -151,11 +156,6 @@ def _still(images: list[Image]) -> Frames:
     """An image as a clip of one frame; a black one where only sound is perturbed."""
     pixels = np.asarray(images[0]) if images else np.zeros((8, 8, 3), dtype=np.uint8)
     return Frames(pixels[None], (0,), (0.0,), 1.0, 1, 1.0)
-
-
-def _without_pixels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Grids, masks and times: what positions depend on."""
-    return {k: v for k, v in tensors.items() if v.numel() <= 4096 or not v.is_floating_point()}
 
 
 class FeatureStore:
@@ -206,29 +206,17 @@ class FeatureStore:
     def write(self, key: str, encoded: Encoded) -> None:
         """Put features on the disk."""
         assert self.disk is not None
-        kept = encoded.detached()
-        tensors = {name.replace("/", "_"): tensor for name, tensor in kept.named().items()}
-        self.disk.put(self.disk.key(key), {name: _bits(t).numpy() for name, t in tensors.items()})
+        kept = encoded.detached().map(lambda t: t.view(_BITS) if t.dtype == torch.bfloat16 else t)
+        self.disk.put(self.disk.key(key), {k: t.numpy() for k, t in kept.named().items()})
 
     def _read(self, key: str) -> Encoded | None:
         assert self.disk is not None
         name = self.disk.key(key)
-        if self.disk.missing([name]):
-            return None
-        arrays = self.disk.get(name)
+        arrays = None if self.disk.missing([name]) else self.disk.get(name)
         if arrays is None:
             return None
-        tensors = {k: _tensor(torch.from_numpy(array.copy())) for k, array in arrays.items()}
-        return Encoded.of({name.replace("_", "/"): tensor for name, tensor in tensors.items()})
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """bfloat16, which numpy lacks, as its bits."""
-    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-
-
-def _tensor(stored: Tensor) -> Tensor:
-    return stored.view(torch.bfloat16) if stored.dtype == torch.int16 else stored
+        found = Encoded.of({k: torch.from_numpy(array.copy()) for k, array in arrays.items()})
+        return found.map(lambda t: t.view(torch.bfloat16) if t.dtype == _BITS else t)
 
 
 _KEPT = 64  # kinds of media, which rows share
@@ -295,8 +283,9 @@ class PlannedReader(MediaReader):
 
     def _known(self, media: Media) -> DecodedMedia:
         heard = self.uses_clip_audio(media)
+        clips = [(clip, self.seen[clip, heard]) for clip in media.videos]
         return DecodedMedia(
-            clips=[self._seen_clip(clip, heard=heard) for clip in media.videos],
+            clips=[(seen.frames(clip), seen.wave()) for clip, seen in clips],
             starts=[clip.start for clip in media.videos],
             images=[self._of(picture).image() for picture in media.images],
             sounds=[wave for s in media.sounds if (wave := self._of(s).wave()) is not None],
@@ -304,10 +293,6 @@ class PlannedReader(MediaReader):
 
     def _of(self, reference: Picture | Sound) -> Seen:
         return self.seen[reference, False]
-
-    def _seen_clip(self, clip: Clip, *, heard: bool) -> tuple[Frames, Wave | None]:
-        seen = self.seen[clip, heard]
-        return seen.frames(clip), seen.wave()
 
 
 def open_features(config: RunConfig) -> TensorCache:

@@ -39,9 +39,8 @@ def sheet(shown: DecodedMedia) -> Image.Image | None:
     """All media of a prompt, below each other; None where there are none."""
     blocks: list[Image.Image] = []
     several = len(shown.clips) + len(shown.sounds) > 1
-    for number, ((frames, wave), start) in enumerate(
-        zip(shown.clips, shown.starts, strict=True), 1
-    ):
+    clips = zip(shown.clips, shown.starts, strict=True)
+    for number, ((frames, wave), start) in enumerate(clips, 1):
         places = _places(len(frames.pixels), _MOST)
         name = f"video {number}" if several else ""
         if len(places) < len(frames.pixels):
@@ -49,10 +48,9 @@ def sheet(shown: DecodedMedia) -> Image.Image | None:
         if name:
             blocks.append(_words(name))
         pictures = [Image.fromarray(frames.pixels[i]) for i in places]
-        grid = _grid(pictures, [f"{frames.times[i] - start:.2f} s" for i in places])
-        blocks.append(grid)
+        blocks.append(_grid(pictures, [f"{frames.times[i] - start:.2f} s" for i in places]))
         if wave is not None:
-            blocks.append(_curve(wave, "its sound", grid.width))
+            blocks.append(_curve(wave, "its sound", blocks[-1].width))
     if shown.images:
         names = [f"image {i}" if len(shown.images) > 1 else "" for i in range(1, _MOST + 1)]
         pictures = list(shown.images)[:_MOST]
@@ -66,11 +64,7 @@ def compared(own: DecodedMedia, perturbed: DecodedMedia) -> Image.Image:
     """What is perturbed of a prompt's media, as it is and below it as it was made."""
     blocks: list[Image.Image] = []
     before, after = _first_sound(own), _first_sound(perturbed)
-    moved = (
-        before is not None
-        and after is not None
-        and not np.array_equal(before.samples, after.samples)
-    )
+    moved = before and after and not np.array_equal(before.samples, after.samples)
     for name, shown, wave in (("as it is", own, before), ("altered", perturbed, after)):
         blocks.append(_words(name))
         if shown.clips:
@@ -127,12 +121,10 @@ def _curve(wave: Wave, name: str, width: int = _WIDTH) -> Image.Image:
     block = Image.new("RGB", (max(width, _LARGE), _CURVE + _LINE), _PAPER)
     draw = ImageDraw.Draw(block)
     middle = _CURVE // 2
-    parts: list[Any] = np.array_split(np.abs(wave.samples), block.width)
-    for column, part in enumerate(parts):
+    for column, part in enumerate(np.array_split(np.abs(wave.samples), block.width)):
         reach = round(float(part.max(initial=0.0)) * (middle - 1))
         draw.line([(column, middle - reach), (column, middle + reach)], fill=_SOUND)
-    text = f"{name}, {wave.seconds:.1f} s"
-    draw.text((0, _CURVE + 1), text, font=_font(), fill=_INK)
+    draw.text((0, _CURVE + 1), f"{name}, {wave.seconds:.1f} s", font=_font(), fill=_INK)
     return block
 
 
@@ -155,33 +147,22 @@ FRAMES = "samples/frames"
 """Folder of the sheets, inside the run folder; they are the same at every step."""
 
 
-class Answering(Protocol):
-    """What samples ask of a video adapter."""
+class _Answering(Protocol):
+    """What samples ask of a video adapter, which knows this module."""
 
     config: RunConfig
     needs: Needs
     encoder: VideoEncoder
     policy: nn.Module
 
-    def sample(self, prompts: Sequence[Any], **options: Any) -> list[str]:
-        """One answer a question."""
-        ...
-
-    def collate(self, examples: Sequence[Example]) -> Batch:
-        """Rows to a batch."""
-        ...
-
-    def perturbed(self, example: Example) -> Example:
-        """The row with its answers under perturbed clips, always the same ones."""
-        ...
-
-    def choose(self, batch: Batch) -> Chosen:
-        """Compare the augmented clips of a batch with the rows' own."""
-        ...
+    def sample(self, prompts: Sequence[Any], **options: Any) -> list[str]: ...
+    def collate(self, examples: Sequence[Example]) -> Batch: ...
+    def perturbed(self, example: Example) -> Example: ...
+    def choose(self, batch: Batch) -> Chosen: ...
 
 
 def write_samples(
-    adapter: Answering,
+    adapter: _Answering,
     prompts: Mapping[str, Question],
     folder: Path,
     step: int,
@@ -284,7 +265,7 @@ def _name(picture: Picture) -> str:
     return str(replace(picture, path=Path(picture.path.name)))
 
 
-def _answers(adapter: Answering, row: Example) -> list[dict[str, Any]]:
+def _answers(adapter: _Answering, row: Example) -> list[dict[str, Any]]:
     """The rated answers of a row: `name`, `text`, and the `spans` that the loss reads, if any."""
     rated = row.candidates[: row.num_rated]
     masks = adapter.config.text.masks
@@ -309,17 +290,13 @@ def _names(row: Example) -> list[str]:
     return [f"Label {label:g}" for label in labels]
 
 
-def _differing(adapter: Answering, row: Example) -> list[list[tuple[int, int]]]:
+def _differing(adapter: _Answering, row: Example) -> list[list[tuple[int, int]]]:
     """Character ranges of the tokens in which the answers differ."""
     encoder = adapter.encoder
     encoded = encoder.encode_example(row)
-    masks = encoder.span_masks(encoded)
-    return [
-        _ranges(encoder.tokenizer, item, mask, candidate)
-        for item, mask, candidate in list(zip(encoded, masks, row.candidates, strict=True))[
-            : row.num_rated
-        ]
-    ]
+    rated = row.candidates[: row.num_rated]
+    parts = zip(encoded, encoder.span_masks(encoded), rated, strict=False)
+    return [_ranges(encoder.tokenizer, *part) for part in parts]
 
 
 def _ranges(
@@ -341,7 +318,7 @@ def _ranges(
 
 
 def _perturbations(
-    adapter: Answering, row: Example, folder: Path, number: int
+    adapter: _Answering, row: Example, folder: Path, number: int
 ) -> list[dict[str, Any]]:
     """The row's perturbed clips, the same ones at every step.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -132,10 +133,7 @@ def shown_size(
 # without memory (torch's meta device), and the size to which it brings them is noted.
 
 Size = tuple[int, int]  # height, width
-_EDGES: tuple[str, str] = (
-    "shortest_edge",
-    "longest_edge",
-)  # areas, in the processors that resize freely
+_EDGES = "shortest_edge", "longest_edge"  # areas, in the processors that resize freely
 _SIDE = "longest_edge"  # alone: a side, not an area
 _FLOOR = 1.05  # a capped processor lets a frame have so much more than its least area
 _TRIED = ((96, 128), (240, 320), (720, 1280), (900, 1600), (1440, 2560), (2160, 3840))
@@ -210,7 +208,8 @@ class Sizes:
 
     def size(self, count: int, height: int, width: int, area: int | None = None) -> Size | None:
         """Height and width to which the processor brings frames; None: it cannot be asked."""
-        return self._last(count, height, width, self.options(count, height, width, area))
+        found = self._found(count, height, width, self.options(count, height, width, area))
+        return None if found is None else [(height, width), *found][-1]
 
     def of(self, frames: Frames) -> Size | None:
         """The same of decoded frames."""
@@ -356,8 +355,8 @@ class Sizes:
             if self._cap.get("cap_pixels_per_frame"):
                 least = min(least, int(area / _FLOOR))
             for edge in dict.fromkeys((least, least // 4, 1)):  # a frame is made larger, too
-                edges: dict[str, int] = dict(zip(_EDGES, (max(edge, 1), most), strict=True))
-                seen = self._told(count, height, width, {"size": edges, **self._cap})
+                edges = dict(zip(_EDGES, (max(edge, 1), most), strict=True))
+                seen = self._steps(count, height, width, {"size": edges, **self._cap})[-1]
                 least_seen = min(least_seen, seen, key=lambda size: size[0] * size[1])
                 if seen[0] * seen[1] <= area:
                     if seen[0] * seen[1] > best:
@@ -371,9 +370,7 @@ class Sizes:
         """The longest side, of at most the processor's own, that keeps a frame within the area."""
 
         def seen(side: int) -> Size:
-            options = {"size": {_SIDE: side}}
-            self._told(count, height, width, options)
-            sizes = self._found(count, height, width, options) or ((height, width),)
+            sizes = self._steps(count, height, width, {"size": {_SIDE: side}})
             # The first of several is a step on the way; of an image, the second is cut into tiles.
             return max(sizes[1:] or sizes, key=lambda size: size[0] * size[1])
 
@@ -386,14 +383,17 @@ class Sizes:
                 raise self._too_large(count, height, width, area, size)
         return side
 
-    def _told(self, count: int, height: int, width: int, options: dict[str, Any]) -> Size:
-        seen = self._last(count, height, width, options)
-        if seen is None:
+    def _steps(
+        self, count: int, height: int, width: int, options: dict[str, Any]
+    ) -> tuple[Size, ...]:
+        """As `_found`, at least one: a frame that is not resized is brought to its own size."""
+        found = self._found(count, height, width, options)
+        if found is None:
             raise DataError(
                 f"{type(self._own).__name__} does not say to which size it brings "
                 f"{self._described(count, height, width)}; leave the area to it"
             )
-        return seen
+        return found or ((height, width),)
 
     def _too_large(self, count: int, height: int, width: int, area: int, least: Size) -> DataError:
         return DataError(
@@ -406,34 +406,24 @@ class Sizes:
             return f"an image of {width} x {height}"
         return f"a clip of {count} frame{'s' * (count != 1)} of {width} x {height}"
 
-    def _last(self, count: int, height: int, width: int, options: dict[str, Any]) -> Size | None:
-        found = self._found(count, height, width, options)
-        if found is None:
-            return None
-        return found[-1] if found else (height, width)
-
     def _found(
         self, count: int, height: int, width: int, options: dict[str, Any]
     ) -> tuple[Size, ...] | None:
-        flat = tuple(
-            (k, tuple(v.items()) if isinstance(v, dict) else v) for k, v in options.items()
-        )
-        found = self._asked(count, height, width, flat)
+        found = self._asked(count, height, width, json.dumps(options))
         if isinstance(found, str):
             raise DataError(found)
         return found
 
     def _ask(
-        self, count: int, height: int, width: int, options: tuple[tuple[str, Any], ...]
+        self, count: int, height: int, width: int, options: str
     ) -> tuple[Size, ...] | str | None:
         """The sizes to which frames are brought one after another; a text: why they are refused.
 
         None where that cannot be seen without pixels.
         """
-        given = {k: dict(v) if isinstance(v, tuple) else v for k, v in options}
         with _Resizing() as seen:
             try:
-                self._own(**self._pixels(count, height, width), **given)
+                self._own(**self._pixels(count, height, width), **json.loads(options))
             except ValueError as error:
                 described = self._described(count, height, width)
                 return f"{type(self._own).__name__} does not take {described} ({error})"

@@ -43,10 +43,8 @@ def taken(parts: Sequence[Sequence[Example]], processor: Processor) -> list[list
     """
 
     def foreign(row: Example) -> set[str]:
-        shown = [row.media, *(c.media for c in row.candidates if c.media is not None)]
-        kinds = {"video" for media in shown if media.videos}
-        kinds |= {"image" for media in shown if media.images}
-        kinds |= {"audio" for media in shown if media.sounds}
+        shown = (media.by_kind() for media in shown_by(row))
+        kinds = {kind for media in shown for kind, items in media.items() if items}
         return kinds - set(processor.tokens)
 
     found = [(row, kinds) for part in parts for row in part if (kinds := foreign(row))]
@@ -174,10 +172,8 @@ def _large_clips(
 ) -> list[str]:
     """A sentence where clips take much memory, since the processor wants frames so large."""
     found: list[tuple[int, str]] = []
-    uses_audio = processor.uses_clip_audio
-    for use in {
-        use for part in parts for row in part for use in uses_of(row, uses_audio=uses_audio)
-    }:
+    heard = processor.uses_clip_audio
+    for use in {use for part in parts for row in part for use in uses_of(row, uses_audio=heard)}:
         clip, seen = use[0], report.seen.get(use)
         if seen is None or not isinstance(clip, Clip):
             continue

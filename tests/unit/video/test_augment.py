@@ -22,7 +22,6 @@ from mmalign.video.augment import (
     Augmented,
     augment,
     normal_quantiles,
-    rng_for,
     seed_for,
 )
 from mmalign.video.candidates import allowed, draw
@@ -32,6 +31,10 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
 
 ALL = get_args(Operation)
+
+
+def rng_for(*key: Any) -> np.random.Generator:
+    return np.random.default_rng(seed_for(*key))
 
 
 def clip(frames: int = 8, height: int = 24, width: int = 32, seed: int = 0) -> Frames:
