@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from torch import Tensor, nn
 
+from mmalign.config import RunConfig, TrainConfig
+from mmalign.core import CandidateLogps, Needs
+from mmalign.data.example import Example
 from mmalign.models import lora
 from mmalign.models.adapter import answer_seeds
+from mmalign.models.batch import Batch
 from mmalign.text.model import causal_model
-from mmalign.text.packing import arrange
-from mmalign.text.passes import run_model, scoring_models
+from mmalign.text.packing import Layout, Rows, arrange
+from mmalign.text.passes import Scored, run_model, scoring_models
 from mmalign.text.token_adapter import TokenAdapter
 from mmalign.video import candidates, pami
 from mmalign.video.augment import seed_for
@@ -38,22 +45,10 @@ from mmalign.video.model import (
 )
 from mmalign.video.pami import tau_at
 from mmalign.video.processing import Processor, load_processor
-from mmalign.video.reader import FeatureStore, MediaReader
+from mmalign.video.reader import FeatureStore, MediaReader, Prepared
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
-    from torch import Tensor, nn
     from transformers import PreTrainedModel
-
-    from mmalign.config import RunConfig, TrainConfig
-    from mmalign.core import CandidateLogps, Needs
-    from mmalign.data.example import Example
-    from mmalign.models.batch import Batch
-    from mmalign.text.packing import Layout, Rows
-    from mmalign.text.passes import Scored
-    from mmalign.video.reader import Prepared
 
 
 # A token model fed more than tokens: everything about scoring is the text adapter's. What is added

@@ -6,22 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
 
-from mmalign.config import RunConfig, SampleConfig
-from mmalign.core import Needs
+from mmalign.config import SampleConfig
 from mmalign.data.example import Asked, Candidate, Example, Media, Picture, Prompt, as_text
 from mmalign.data.sheet import arranged, fitted
-from mmalign.models.batch import Batch
 from mmalign.safe import replacing
 from mmalign.text.masks import EncodedCandidate
+from mmalign.video.adapter import VideoAdapter
 from mmalign.video.encode import MARK, VideoEncoder, token_counts
 from mmalign.video.generate import Question
-from mmalign.video.pami import Chosen
 from mmalign.video.processing import KINDS, DecodedMedia
 from mmalign.video.sizes import Wave
 
@@ -147,22 +144,8 @@ FRAMES = "samples/frames"
 """Folder of the sheets, inside the run folder; they are the same at every step."""
 
 
-class _Answering(Protocol):
-    """What samples ask of a video adapter, which knows this module."""
-
-    config: RunConfig
-    needs: Needs
-    encoder: VideoEncoder
-    policy: nn.Module
-
-    def sample(self, prompts: Sequence[Any], **options: Any) -> list[str]: ...
-    def collate(self, examples: Sequence[Example]) -> Batch: ...
-    def perturbed(self, example: Example) -> Example: ...
-    def choose(self, batch: Batch) -> Chosen: ...
-
-
 def write_samples(
-    adapter: _Answering,
+    adapter: VideoAdapter,
     prompts: Mapping[str, Question],
     folder: Path,
     step: int,
@@ -265,7 +248,7 @@ def _name(picture: Picture) -> str:
     return str(replace(picture, path=Path(picture.path.name)))
 
 
-def _answers(adapter: _Answering, row: Example) -> list[dict[str, Any]]:
+def _answers(adapter: VideoAdapter, row: Example) -> list[dict[str, Any]]:
     """The rated answers of a row: `name`, `text`, and the `spans` that the loss reads, if any."""
     rated = row.candidates[: row.num_rated]
     masks = adapter.config.text.masks
@@ -290,7 +273,7 @@ def _names(row: Example) -> list[str]:
     return [f"Label {label:g}" for label in labels]
 
 
-def _differing(adapter: _Answering, row: Example) -> list[list[tuple[int, int]]]:
+def _differing(adapter: VideoAdapter, row: Example) -> list[list[tuple[int, int]]]:
     """Character ranges of the tokens in which the answers differ."""
     encoder = adapter.encoder
     encoded = encoder.encode_example(row)
@@ -318,7 +301,7 @@ def _ranges(
 
 
 def _perturbations(
-    adapter: _Answering, row: Example, folder: Path, number: int
+    adapter: VideoAdapter, row: Example, folder: Path, number: int
 ) -> list[dict[str, Any]]:
     """The row's perturbed clips, the same ones at every step.
 

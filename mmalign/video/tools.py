@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Group
 from rich.text import Text
 
-from mmalign.config import ReferenceConfig
+from mmalign.config import ReferenceConfig, RunConfig, SampleConfig
 from mmalign.core import Needs, presets
-from mmalign.data.example import Asked
+from mmalign.data.cache import TensorCache
+from mmalign.data.example import Asked, Example, Media
 from mmalign.data.jobs import only_writer, track
 from mmalign.data.select import MADE
 from mmalign.errors import ConfigError
@@ -27,42 +30,14 @@ from mmalign.video.augment import seed_for
 from mmalign.video.candidates import Perturbation
 from mmalign.video.encode import VideoEncoder
 from mmalign.video.generate import Question
-from mmalign.video.model import encode
+from mmalign.video.model import Encoded, encode
 from mmalign.video.processing import Processor, load_processor
-from mmalign.video.reader import FeatureStore, MediaReader, PlannedReader, open_features
+from mmalign.video.reader import FeatureStore, MediaReader, PlannedReader, Prepared, open_features
 from mmalign.video.samples import described, write_samples
 from mmalign.video.survey import counting_encoder, look_at, shown_by, survey_parts
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
-
-    from mmalign.config import RunConfig, SampleConfig
-    from mmalign.data.example import Example, Media
-    from mmalign.video.model import Encoded
-    from mmalign.video.reader import Prepared
-
-# What a model will see of rows, for a terminal: media with their times, context, scored tokens.
-
 _MEDIA, _CUT = "cyan", "yellow"
 _MOST_TIMES = 12
-
-
-def show(config: RunConfig, examples: Sequence[Example]) -> Group:
-    """Rows as training will encode them, with their answers under perturbed clips; no weights.
-
-    Clips that an alteration takes from are those of the rows shown.
-    """
-    processor = Processor(load_processor(config), config)
-    reader = MediaReader(processor, config, FeatureStore(0))
-    encoder = VideoEncoder.without_model(processor, config, reader)
-    roles = presets.from_config(config.objective).needs.roles
-    clips = dict.fromkeys(clip for row in examples for clip in row.media.videos)
-    alter = Perturbation(config.video, processor.uses_clip_audio, tuple(clips))
-    blocks = [legend()]
-    for row in examples:
-        blocks += _row(encoder, alter(row, roles, seed_for(0, row.id, 0, 0)))
-    return Group(*blocks, *counted(encoder))
 
 
 def _row(encoder: VideoEncoder, row: Example) -> Iterator[Text]:
@@ -139,9 +114,6 @@ def _context(encoder: VideoEncoder, ids: Sequence[int]) -> Text:
     return Text("".join(parts), CONTEXT)
 
 
-# Encoding the media of all rows beforehand, and the reference's scores where a run reads them.
-
-
 def _require_cacheable(config: RunConfig) -> None:
     if not config.video.freezes_media and config.reference.kind != "cached":
         raise ConfigError(
@@ -152,24 +124,36 @@ def _require_cacheable(config: RunConfig) -> None:
 
 @torch.no_grad()
 def _write_features(config: RunConfig, needs: Needs) -> str:
-    rows = [row for part in load_usable(config, needs) for row in part]
-    shown = dict.fromkeys(media for row in rows for media in shown_by(row))
-    adapter = _live(config)
-    reader, store = adapter.encoder.reader, open_features(config)
+    rows = _usable(config, needs)
+    adapter, store = _live(config), open_features(config)
     adapter.features.disk = store
     store.sweep()
-    keys = {reader.key(media): media for media in shown}
-    absent = set(store.missing(map(store.key, keys), read=True))
+    reader = adapter.encoder.reader
+    total, todo = _lacking(store, reader, rows, read=True)
     store.repair()
-    todo = [(key, media) for key, media in keys.items() if store.key(key) in absent]
     with store:
-        for key, media in track(todo, "encoding media", total=len(todo), unit="media"):
+        for key, media in track(todo.items(), "encoding media", total=len(todo), unit="media"):
             prepared = reader.prepare(media, str(media.videos or media.images or media.sounds))
             adapter.features.write(key, _encoded(adapter, prepared))
     return (
-        f"{store.folder}: features of {len(todo)} media written, {len(keys) - len(todo)} were "
-        "there; runs with this config find them"
+        f"{store.folder}: features of {len(todo)} media written, {total - len(todo)} were there; "
+        "runs with this config find them"
     )
+
+
+def _usable(config: RunConfig, needs: Needs) -> list[Example]:
+    """The rows of the run, each once."""
+    return list({id(row): row for part in load_usable(config, needs) for row in part}.values())
+
+
+def _lacking(
+    store: TensorCache, reader: MediaReader, rows: Sequence[Example], *, read: bool = False
+) -> tuple[int, dict[str, Media]]:
+    """How many media rows show, and by key those without features; `read` looks into shards."""
+    shown = dict.fromkeys(media for row in rows for media in shown_by(row))
+    keys = {reader.key(media): media for media in shown}
+    absent = set(store.missing(map(store.key, keys), read=read))
+    return len(keys), {key: media for key, media in keys.items() if store.key(key) in absent}
 
 
 def _live(config: RunConfig) -> VideoAdapter:
@@ -186,58 +170,8 @@ def _encoded(adapter: VideoAdapter, prepared: Prepared) -> Encoded:
     return encode(inner, tensors, encoder.shown_ids, encoder.kinds)
 
 
-# What the cache of a run on media would hold and lacks: tokens counted, nothing encoded.
-
 _HEADER_BYTES = 220  # of a tensor in a shard: its name, shape, place and checksum
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One of the caches: entries that the run needs, those that are missing, and their bytes."""
-
-    name: str
-    total: int
-    missing: int
-    num_bytes: int
-
-    def text(self) -> str:
-        """A line."""
-        return f"{self.name}: {self.missing:,} of {self.total:,} to write, {size(self.num_bytes)}"
-
-
-def plan(config: RunConfig, needs: Needs) -> str:
-    """What `write_cache` would write, how large it is and how long it takes, in words.
-
-    Raises:
-        ConfigError: Nothing of it can be stored.
-    """
-    _require_cacheable(config)
-    rows = [row for part in load_usable(config, needs) for row in part]
-    processor = Processor(load_processor(config), config)
-    seen = look_at(config, processor, [rows]).seen
-    encoder = counting_encoder(config, PlannedReader(processor, config, seen))
-    parts: list[Part] = []
-    said: list[str] = []
-    if config.video.freezes_media:
-        part, todo = _features(config, encoder, rows)
-        parts.append(part)
-        if todo is not None:
-            seconds = part.missing * _seconds_each(config, todo)
-            said.append(f"about {_duration(seconds)} for the features, by timing one of them")
-    if config.reference.kind == "cached":
-        parts.append(_reference(config, needs, encoder, rows))
-    folder = cache_folder(config).absolute()
-    total = sum(part.num_bytes for part in parts)
-    there = folder
-    while not there.is_dir():
-        there = there.parent
-    room = shutil.disk_usage(there).free
-    short = "" if room > total else ", which is not enough"
-    lines = [part.text() for part in parts]
-    return "\n".join(
-        [*lines, *said, f"{size(total)} in {folder}, with room for {size(room)}{short}"]
-    )
 
 
 def size(num_bytes: float) -> str:
@@ -247,21 +181,6 @@ def size(num_bytes: float) -> str:
             break
         num_bytes /= 1024
     return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
-
-
-def _features(
-    config: RunConfig, encoder: VideoEncoder, rows: Sequence[Example]
-) -> tuple[Part, Media | None]:
-    """The features of all media, and one of those that are missing."""
-    store = open_features(config)
-    shown = dict.fromkeys(media for row in rows for media in shown_by(row))
-    keys = {encoder.reader.key(media): media for media in shown}
-    absent = set(store.missing(map(store.key, keys)))
-    todo = [media for key, media in keys.items() if store.key(key) in absent]
-    each, tensors = _width(config)
-    tokens = sum(_places(encoder, media) for media in todo)
-    num_bytes = tokens * each * tensors + len(todo) * tensors * _HEADER_BYTES
-    return Part("features of media", len(keys), len(todo), num_bytes), next(iter(todo), None)
 
 
 def _places(encoder: VideoEncoder, media: Media) -> int:
@@ -287,10 +206,9 @@ def _width(config: RunConfig) -> tuple[int, int]:
 
 def _reference(
     config: RunConfig, needs: Needs, encoder: VideoEncoder, rows: Sequence[Example]
-) -> Part:
+) -> tuple[str, int, int, int]:
     """A log-probability a response token, or its last hidden state where a KL needs it."""
     cache = ReferenceCache(config, encoder, needs)
-    rows = list({id(row): row for row in rows}.values())
     absent = set(cache.store.missing(map(cache.key, rows)))
     todo = [row for row in rows if cache.key(row) in absent]
     tokens = 0
@@ -299,7 +217,7 @@ def _reference(
         tokens += len(encoded) * max(len(item.response) for item in encoded)
     each = _width(config)[0] if cache.name == "ref_hidden" else 4
     num_bytes = tokens * each + len(todo) * _HEADER_BYTES
-    return Part("rows of the reference", len(rows), len(todo), num_bytes)
+    return "rows of the reference", len(rows), len(todo), num_bytes
 
 
 @torch.no_grad()
@@ -415,9 +333,48 @@ class VideoTools(TokenTools):
         return "\n".join(said)
 
     def plan_cache(self, config: RunConfig, needs: Needs) -> str:
-        """What `write_cache` would write, its bytes and its time."""
-        return plan(config, needs)
+        """What `write_cache` would write, how large it is and how long it takes, in words."""
+        _require_cacheable(config)
+        rows = _usable(config, needs)
+        processor = Processor(load_processor(config), config)
+        seen = look_at(config, processor, [rows]).seen
+        encoder = counting_encoder(config, PlannedReader(processor, config, seen))
+        parts: list[tuple[str, int, int, int]] = []  # name, entries, those missing, their bytes
+        said: list[str] = []
+        if config.video.freezes_media:
+            total, todo = _lacking(open_features(config), encoder.reader, rows)
+            each, tensors = _width(config)
+            tokens = sum(_places(encoder, media) for media in todo.values())
+            num_bytes = tokens * each * tensors + len(todo) * tensors * _HEADER_BYTES
+            parts.append(("features of media", total, len(todo), num_bytes))
+            if todo:
+                seconds = len(todo) * _seconds_each(config, next(iter(todo.values())))
+                said.append(f"about {_duration(seconds)} for the features, by timing one of them")
+        if config.reference.kind == "cached":
+            parts.append(_reference(config, needs, encoder, rows))
+        lines = [
+            f"{name}: {missing:,} of {total:,} to write, {size(num_bytes)}"
+            for name, total, missing, num_bytes in parts
+        ]
+        all_bytes, folder = sum(part[-1] for part in parts), cache_folder(config).absolute()
+        there = next(path for path in (folder, *folder.parents) if path.is_dir())
+        room = shutil.disk_usage(there).free
+        short = "" if room > all_bytes else ", which is not enough"
+        last = f"{size(all_bytes)} in {folder}, with room for {size(room)}{short}"
+        return "\n".join([*lines, *said, last])
 
     def show_rows(self, config: RunConfig, examples: Sequence[Example]) -> Group:
-        """Media with their times, context, scored tokens."""
-        return show(config, examples)
+        """Rows as training will encode them, with their responses under perturbed clips.
+
+        Clips that a perturbation takes from are those of the rows shown.
+        """
+        processor = Processor(load_processor(config), config)
+        reader = MediaReader(processor, config, FeatureStore(0))
+        encoder = VideoEncoder.without_model(processor, config, reader)
+        roles = presets.from_config(config.objective).needs.roles
+        clips = dict.fromkeys(clip for row in examples for clip in row.media.videos)
+        alter = Perturbation(config.video, processor.uses_clip_audio, tuple(clips))
+        blocks = [legend()]
+        for row in examples:
+            blocks += _row(encoder, alter(row, roles, seed_for(0, row.id, 0, 0)))
+        return Group(*blocks, *counted(encoder))
