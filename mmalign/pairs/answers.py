@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from mmalign.config import RunConfig
 from mmalign.data.example import (
@@ -79,7 +80,7 @@ def rows_of(source: Source, out: Path) -> tuple[list[Row], int]:
 
 
 def _row(record: Record, example: Example, out: Path) -> Row:
-    best = _best(example)
+    best = example.candidates[max(range(example.num_rated), key=example.labels.__getitem__)]
     media = best.media or example.media
     prompt = example.prompt if best.prompt is None else best.prompt
     asked = prompt if isinstance(prompt, str) else prompt[-1].content if prompt else ""
@@ -96,10 +97,6 @@ def _row(record: Record, example: Example, out: Path) -> Row:
         columns={**_columns(media, record.place, out), **given, **split},
         clues=_clues(record, example),
     )
-
-
-def _best(example: Example) -> Candidate:
-    return example.candidates[max(range(example.num_rated), key=lambda k: example.labels[k])]
 
 
 def _truth(record: Record, example: Example, best: Candidate) -> str:
@@ -155,19 +152,13 @@ def _columns(media: Media, place: str, out: Path) -> dict[str, Any]:
         part = {key: value for key, value in part.items() if value is not None}
         return {"path": path, **part} if part else path
 
-    kinds = {"video": media.videos, "image": media.images, "audio": media.sounds}
     columns: dict[str, Any] = {}
-    for kind, items in kinds.items():
+    for kind, items in media.by_kind().items():
         if len(items) == 1:
             columns[kind] = named(items[0])
         elif items:
             columns[f"{kind}s"] = [named(medium) for medium in items]
     return columns
-
-
-def text_of(row: Row) -> str:
-    """The whole prompt as one text, for messages and files of answers."""
-    return as_text(row.prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,12 +183,8 @@ class Answer:
         return {"text": self.text, **{key: value for key, value in rest.items() if value}}
 
 
-class Answers(Protocol):
-    """Where answers come from."""
-
-    def __call__(self, row: Row) -> list[Answer] | DataError:
-        """The answers to a row's question, or why it cannot be asked."""
-        ...
+Answers = Callable[[Row], list[Answer] | DataError]
+"""Where answers come from: those to a row's question, or why it cannot be asked."""
 
 
 @dataclass
@@ -217,7 +204,6 @@ class Sampled:
     num: int
     seed: int
     changes: Sequence[str] = ()
-    _adapter: VideoAdapter | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """Refuse what no answers, or always the same, would come from."""
@@ -258,23 +244,13 @@ class Sampled:
 
         if self.changes and not row.media:
             return DataError("records without a clip: nothing is shown that could be altered")
-        adapter = self._loaded()
         changes: list[Change | None] = [None] * self.num
         for k in range(self.num if self.changes else 0):
             operation = self.changes[k % len(self.changes)]
             changes[k] = Change(operation, seed_for(self.seed, row.id, 0, k))
         asked = [Question(row.prompt, replace(row.media, change=change)) for change in changes]
         seeds = [seed_for(self.seed, row.id, 1, k) for k in range(self.num)]
-        sample, train = self.config.sample, self.config.train
-        options = sample.model_dump(exclude={"num_prompts", "prompts"})
-        size = train.eval_batch_size or train.batch_size
-        said = [
-            text
-            for start in range(0, self.num, size)
-            for text in ask(
-                adapter, asked[start : start + size], seeds[start : start + size], **options
-            )
-        ]
+        said = list(ask_all(self._adapter, self.config, asked, seeds))
         broken = next((text for text in said if isinstance(text, DataError)), None)
         if broken is not None:
             return broken
@@ -284,19 +260,16 @@ class Sampled:
             for text, note in zip(said, notes, strict=True)
         ]
 
-    def _loaded(self) -> VideoAdapter:
-        if self._adapter is None:
-            from mmalign.inference import trained_adapter
+    @cached_property
+    def _adapter(self) -> VideoAdapter:
+        from mmalign.inference import trained_adapter
 
-            base = self.checkpoint is None
-            adapter: Any = trained_adapter(self.config, self.checkpoint, base=base)
-            self._adapter = adapter
-        assert self._adapter is not None
-        return self._adapter
+        adapter: Any = trained_adapter(self.config, self.checkpoint, base=self.checkpoint is None)
+        return adapter
 
     def _is_cut(self, text: str) -> bool:
         """Whether an answer is as long as it could be: its end was not the model's."""
-        ids = self._loaded().encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self._adapter.encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
         return len(ids) >= self.config.sample.max_new_tokens
 
 
@@ -348,30 +321,44 @@ def answers_record(row: Row, answers: Sequence[Answer]) -> dict[str, Any]:
     """A line of a file of answers; question and true answer are for who judges them."""
     true = {"truth": row.truth} if row.truth else {}
     said = [answer.record() for answer in answers]
-    return {"id": row.id, "prompt": text_of(row), **true, "answers": said}
+    return {"id": row.id, "prompt": as_text(row.prompt), **true, "answers": said}
+
+
+def ask_all(
+    adapter: VideoAdapter,
+    config: RunConfig,
+    questions: Sequence[Question],
+    seeds: Sequence[int],
+    size: int | None = None,
+) -> Iterator[str | DataError]:
+    """An answer to each question as the config's `sample` says, or why there is none.
+
+    Args:
+        adapter: In evaluation mode.
+        config: The run's.
+        questions: All of them, asked batch after batch.
+        seeds: One an answer, of what is drawn for it.
+        size: Questions of a batch; None for the config's evaluation batch.
+    """
+    options = config.sample.model_dump(exclude={"num_prompts", "prompts"})
+    size = size or config.train.eval_batch_size or config.train.batch_size
+    for start in range(0, len(questions), size):
+        part = slice(start, start + size)
+        yield from ask(adapter, questions[part], seeds[part], **options)
 
 
 def ask(
     adapter: VideoAdapter, questions: Sequence[Question], seeds: Sequence[int], **options: Any
 ) -> list[str | DataError]:
-    """An answer to each question, or why there is none.
+    """The answers to one batch; `options` are those of `generate`.
 
-    Where a batch cannot be answered, its questions are asked one by one, so that a broken clip
-    costs no answer but its own.
-
-    Args:
-        adapter: In evaluation mode.
-        questions: One batch.
-        seeds: One an answer, of what is drawn for it.
-        options: Of `generate`.
+    Where it cannot be answered, its questions are asked one by one, so that a broken clip costs no
+    answer but its own.
     """
     try:
         return list(adapter.sample(questions, seeds=seeds, **options))
     except DataError as error:
         if len(questions) == 1:
             return [error]
-    return [
-        answer
-        for question, seed in zip(questions, seeds, strict=True)
-        for answer in ask(adapter, [question], [seed], **options)
-    ]
+    alone = zip(questions, seeds, strict=True)
+    return [ask(adapter, [question], [seed], **options)[0] for question, seed in alone]

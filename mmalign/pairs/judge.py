@@ -225,16 +225,11 @@ def vagueness(
     if 2 * len(content(answer)) < len(content(truth)):
         note([""], "says little", 0.3)
     for kind, clue in (clues or ({"true answer": truth} if truth else {})).items():
-        named = _new(clue, question)
+        asked = set(content(question))
+        named = [word for word in content(clue) if word not in asked]
         if named and not any(map(alike_to(named), content(answer))):
             note([""], f"names nothing that the {kind} does", 0.3)
     return Vague(round(min(score, 1.0), 3), tuple(reasons))
-
-
-def _new(clue: str, question: str) -> list[str]:
-    """What a clue names and the question does not."""
-    asked = set(content(question))
-    return [word for word in content(clue) if word not in asked]
 
 
 def consistency(answers: Sequence[str]) -> float:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mmalign.data import jobs
 from mmalign.data.words import differing_phrases, words
@@ -15,18 +15,6 @@ from mmalign.pairs.answers import Answer, Answers, Row, Sampled, answers_record,
 from mmalign.pairs.judge import Scores, Vague, Verdict, consistency, judge, most_agreed, vagueness
 
 Pair = dict[str, Any]
-
-
-class Recipe(Protocol):
-    """How pairs are made of the answers to one question."""
-
-    def check(self, rows: Sequence[Row]) -> None:
-        """Refuse records that nothing can be made of, before any model is asked."""
-        ...
-
-    def __call__(self, row: Row, answers: Sequence[Answer], counts: Counter[str]) -> list[Pair]:
-        """Records in mmalign's own layout; what became of the answers is counted."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,14 +165,17 @@ class Ambiguous:
         }
 
 
+Recipe = Hallucinate | Ambiguous
+"""How pairs are made of the answers to one question; what became of these is counted."""
+
+
 def same_words(text: str) -> tuple[str, ...]:
     """Equal for texts that differ in case, marks and spaces alone."""
     return tuple(word.text for word in words(text))
 
 
-def _rejected(answer: Answer) -> Mapping[str, Any]:
-    cut = {"rejected_cut": True} if answer.cut else {}
-    return {"rejected": answer.text, **cut}
+def _rejected(answer: Answer) -> Pair:
+    return {"rejected": answer.text} | ({"rejected_cut": True} if answer.cut else {})
 
 
 def _numbered(row: Row, pairs: Sequence[Pair]) -> list[Pair]:
@@ -298,9 +289,7 @@ def _write(
     if not asked:
         first = next(iter(result.broken))
         raise DataError(f"none of {len(rows)} records can be asked about; the first: {first}")
-    pairs: list[dict[str, Any]] = []
-    for row, answers in asked:
-        pairs += recipe(row, answers, result.counts)
+    pairs = [pair for row, answers in asked for pair in recipe(row, answers, result.counts)]
     result.num_pairs = len(pairs)
     jobs.write_lines(result.out, pairs)
     if result.answers is not None:

@@ -158,24 +158,18 @@ def _answer(
     if not waiting:
         return
     from mmalign.inference import trained_adapter
-    from mmalign.pairs.answers import ask
+    from mmalign.pairs.answers import ask_all
     from mmalign.video.augment import seed_for
 
     adapter: VideoAdapter | Any = trained_adapter(config, weights.checkpoint, base=weights.base)
-    options = config.sample.model_dump(exclude={"num_prompts", "prompts"})
-    size = batch or config.train.eval_batch_size or config.train.batch_size
-    for start in range(0, len(waiting), size):
-        part = waiting[start : start + size]
-        seeds = [seed_for(config.train.seed, question.id, 0, 0) for question, _ in part]
-        said = ask(adapter, [asked for _, asked in part], seeds, **options)
-        lines = {
-            question.id: {"broken": str(text)}
-            if isinstance(text, DataError)
-            else {"prediction": text.strip()}
-            for (question, _), text in zip(part, said, strict=True)
-        }
-        journal.add(lines)
-        progress(len(part), len(questions))
+    seeds = [seed_for(config.train.seed, question.id, 0, 0) for question, _ in waiting]
+    said = ask_all(adapter, config, [asked for _, asked in waiting], seeds, batch)
+    for (question, _), text in zip(waiting, said, strict=True):
+        if isinstance(text, DataError):
+            journal.add_broken(question.id, text)
+        else:
+            journal.add({question.id: {"prediction": text.strip()}})
+        progress(1, len(questions))
 
 
 def find_clip(media: Path, name: str) -> Path:
