@@ -69,39 +69,28 @@ def js_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:  # [..., V], [.
 
 @torch.no_grad()
 def js_from_states(
-    states_p: Tensor,
-    head_p: Head,
-    states_q: Tensor,
-    head_q: Head,
-    block_size: int = BLOCK_SIZE,
-) -> Tensor:
+    states: Tensor, head: Head, block_size: int = BLOCK_SIZE
+) -> Tensor:  # [1 + K, M, D] -> [K, M], float32 or wider
     """The same from hidden states; logits exist for a block of positions at a time.
 
     Args:
-        states_p: [M, D] states that predict the M response tokens under the row's own clip.
-        head_p: The head they go through.
-        states_q: [M, D] under another clip, or [K, M, D] under K of them: the first is then put
-            through its head once.
-        head_q: The head they go through.
+        states: That predict the M response tokens, under the row's own clip and under K others.
+        head: That they go through, those of the own clip once.
         block_size: Most positions at a time.
-
-    Returns:
-        [M] or [K, M], float32 or wider.
     """
-    dtype = compute_dtype(states_p)
-    head_p, head_q = _cast(head_p, dtype), _cast(head_q, dtype)
-    clips = states_q.unsqueeze(0) if states_q.dim() == 2 else states_q  # [K, M, D]
-    rows = block_rows(block_size, head_p.weight)
+    dtype = compute_dtype(states)
+    head = _cast(head, dtype)
+    rows = block_rows(block_size, head.weight)
     wide = torch.promote_types(dtype, torch.float32)
-    out = torch.empty(clips.shape[:2], dtype=wide, device=states_p.device)  # [K, M]
-    with torch.autocast(states_p.device.type, enabled=False):
-        for start in range(0, len(states_p), rows):
+    out = torch.empty(len(states) - 1, states.shape[1], dtype=wide, device=states.device)
+    with torch.autocast(states.device.type, enabled=False):
+        for start in range(0, states.shape[1], rows):
             block = slice(start, start + rows)
-            log_p = head_p.logits(states_p[block].to(dtype)).log_softmax(-1)
-            for k, states in enumerate(clips):
-                log_q = head_q.logits(states[block].to(dtype)).log_softmax(-1)
+            log_p = head.logits(states[0, block].to(dtype)).log_softmax(-1)
+            for k, other in enumerate(states[1:]):
+                log_q = head.logits(other[block].to(dtype)).log_softmax(-1)
                 out[k, block] = _js(log_p, log_q)
-    return out.squeeze(0) if states_q.dim() == 2 else out
+    return out
 
 
 def far_scores(divergence: Tensor, lengths: Sequence[int]) -> Tensor:  # [K, M] -> [B, K]
@@ -232,7 +221,7 @@ def choose(
     mask = rows.mask[:, 0]  # [B, L]  alike for all: the response is the same
     states = rows.responses(scored.states)  # [B, 1 + K, L, D]
     picked = torch.stack([states[:, k][mask] for k in range(states.shape[1])])  # [1 + K, M, D]
-    divergence = js_from_states(picked[0], scored.head, picked[1:], scored.head, block_size)
+    divergence = js_from_states(picked, scored.head, block_size)
     far = far_scores(divergence.view(len(picked) - 1, -1), mask.sum(1).tolist())
     close = close_scores(means[:, 0], means[:, 1:])
     selection = aggregate(

@@ -92,11 +92,14 @@ def read_sound(sound: Sound, settings: VideoConfig, longest: float | None = None
 
 
 def _read(sound: Sound, settings: VideoConfig, longest: float | None) -> Array:
-    """[S] float32, up to where the sound ends."""
+    """[S] float32 in [-1, 1], up to where the sound ends."""
     path, end = sound.path, inf if sound.end is None else sound.end
     deadline = Deadline(path, settings.decode_timeout)
     most = min(settings.max_seconds, inf if longest is None else longest + _SLACK)
-    span = _Span(min(end - sound.start, most))
+    wanted = min(end - sound.start, most)
+    limit = inf if wanted == inf else round(wanted * SOUND_RATE)
+    blocks: list[tuple[int, Array]] = []  # may leave gaps, which stay silent, and overlap
+    length = 0
     with open_media(path, deadline) as container:
         stream = sound_stream(container)
         if stream is None:
@@ -105,24 +108,37 @@ def _read(sound: Sound, settings: VideoConfig, longest: float | None) -> Array:
         claimed = _claimed(container, stream)
         if claimed:
             _check_length(path, min(end, claimed) - sound.start, settings, longest)
-        zero = _zero(container)
-        blocks = _blocks(container, stream, deadline, -inf if zero is None else zero + sound.start)
+        picture = video_stream(container)  # second 0 is where it starts
+        zero, start = None, -inf
+        if picture is not None:
+            zero = float((picture.start_time or 0) * (picture.time_base or 0))
+            start = zero + sound.start
         heard = False
-        for time, samples in blocks:
+        for time, samples in _blocks(container, stream, deadline, start):
             heard, zero = True, time if zero is None else zero
-            if not span.put(time - zero - sound.start, samples):
+            at = round((time - zero - sound.start) * SOUND_RATE)
+            at, samples = max(at, 0), samples[max(-at, 0) :]
+            if len(samples):
+                stop = int(min(at + len(samples), limit))
+                length = max(length, stop)
+                blocks.append((at, samples[: max(stop - at, 0)]))
+            if length >= limit:
                 break
         if not heard and not sound.start:
             raise DataError(f"{path}: no sound of it can be decoded")
-        there = sound.start + len(span) / SOUND_RATE
-        if not span.full and there < 0.95 * min(claimed, end) - 0.5:
+        there = sound.start + length / SOUND_RATE
+        if length < limit and there < 0.95 * min(claimed, end) - 0.5:
             raise DataError(
                 f"{path}: is cut off: its header claims {claimed:.2f} seconds of sound, "
                 f"{there:.2f} are there"
             )
-    if span.full and end - sound.start > most:
+    if length >= limit and end - sound.start > most:
         _check_length(path, inf, settings, longest)
-    return span.samples()
+    joined = np.zeros(length, np.float32)
+    for at, samples in blocks:
+        joined[at : at + len(samples)] = samples
+    np.nan_to_num(joined, copy=False)
+    return np.clip(joined, -1.0, 1.0, out=joined)
 
 
 def _check_length(path: Path, seconds: float, settings: VideoConfig, longest: float | None) -> None:
@@ -146,14 +162,6 @@ def _check_rate(path: Path, rate: int) -> None:
             f"{path}: its sound has {rate:,} samples a second by its header; between "
             f"{_RATES[0]:,} and {_RATES[-1]:,} are read"
         )
-
-
-def _zero(container: InputContainer) -> float | None:
-    """The container's time at which the video starts; None without video."""
-    stream = video_stream(container)
-    if stream is None:
-        return None
-    return float((stream.start_time or 0) * (stream.time_base or 0))
 
 
 def _claimed(container: InputContainer, stream: AudioStream) -> float:
@@ -203,41 +211,3 @@ def _timed(blocks: list[Any], position: float) -> Iterator[tuple[float, Array]]:
         samples = block.to_ndarray()[0].astype(np.float32, copy=False)
         yield position, samples
         position += len(samples) / SOUND_RATE
-
-
-class _Span:
-    """Samples of a span, gathered from blocks that may leave gaps, overlap or stand outside."""
-
-    def __init__(self, seconds: float) -> None:
-        self._most = inf if seconds == inf else round(seconds * SOUND_RATE)
-        self._blocks: list[tuple[int, Array]] = []
-        self._length = 0
-
-    def __len__(self) -> int:
-        return self._length
-
-    @property
-    def full(self) -> bool:
-        """Whether it reaches its end."""
-        return self._length >= self._most
-
-    def put(self, seconds: float, samples: Array) -> bool:
-        """Take what lies inside of a block that starts `seconds` after the span; whether more fits.
-
-        A gap before it stays silent.
-        """
-        at = round(seconds * SOUND_RATE)
-        at, samples = max(at, 0), samples[max(-at, 0) :]
-        if len(samples):
-            end = int(min(at + len(samples), self._most))
-            self._length = max(self._length, end)
-            self._blocks.append((at, samples[: max(end - at, 0)]))
-        return not self.full
-
-    def samples(self) -> Array:
-        """[S] float32 in [-1, 1]."""
-        joined = np.zeros(self._length, np.float32)
-        for at, samples in self._blocks:
-            joined[at : at + len(samples)] = samples
-        np.nan_to_num(joined, copy=False)
-        return np.clip(joined, -1.0, 1.0, out=joined)

@@ -44,14 +44,13 @@ def taken(parts: Sequence[Sequence[Example]], processor: Processor) -> list[list
 
     def foreign(row: Example) -> set[str]:
         shown = (media.by_kind() for media in shown_by(row))
-        kinds = {kind for media in shown for kind, items in media.items() if items}
-        return kinds - set(processor.tokens)
+        return {kind for media in shown for kind in media if media[kind]} - set(processor.tokens)
 
-    found = [(row, kinds) for part in parts for row in part if (kinds := foreign(row))]
+    found = {id(row): (row, kinds) for part in parts for row in part if (kinds := foreign(row))}
+    kept = [[row for row in part if id(row) not in found] for part in parts]
     if not found:
-        return [list(part) for part in parts]
-    kept = [[row for row in part if not foreign(row)] for part in parts]
-    row, kinds = found[0]
+        return kept
+    row, kinds = next(iter(found.values()))
     said = (
         f"{len(found)} of {sum(map(len, parts))} rows have {' and '.join(sorted(kinds))} "
         f"(the first is {row.id!r}), which {type(processor.inner).__name__} does not take"

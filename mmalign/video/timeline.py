@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import stat
 import time
 from array import array
@@ -14,13 +15,12 @@ from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, overload
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmalign.config import VideoConfig
 from mmalign.errors import DataError
 
 if TYPE_CHECKING:
-    from av.audio.frame import AudioFrame
     from av.audio.stream import AudioStream
     from av.container import InputContainer
     from av.packet import Packet
@@ -131,16 +131,20 @@ def sound_stream(container: InputContainer) -> AudioStream | None:
 
 
 def _check_file(path: Path) -> None:
-    try:
-        info = path.stat()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    info = _stat(path)
     if not stat.S_ISREG(info.st_mode):
         raise DataError(f"{path}: is not a file")
     if not info.st_size:
         raise DataError(f"{path}: the file is empty")
     if info.st_size > MOST_BYTES:
         raise DataError(f"{path}: has more than {MOST_BYTES // 2**30} GiB")
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _refuse(path: Path, name: str, flags: int, options: dict[str, str]) -> NoReturn:
@@ -176,10 +180,6 @@ def packets_of(container: InputContainer, deadline: Deadline, *streams: Stream) 
         return
 
 
-@overload
-def decoded(stream: VideoStream, packets: Iterable[Packet]) -> Iterator[VideoFrame]: ...
-@overload
-def decoded(stream: AudioStream, packets: Iterable[Packet]) -> Iterator[AudioFrame]: ...
 def decoded(stream: Any, packets: Iterable[Packet]) -> Iterator[Any]:
     """The frames of packets, in the order in which they are shown, the decoder emptied at the end.
 
@@ -329,10 +329,7 @@ def file_state(path: Path) -> tuple[Path, int, int]:
     Raises:
         DataError: It is not there.
     """
-    try:
-        info = path.stat()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    info = _stat(path)
     return path, info.st_size, info.st_mtime_ns
 
 

@@ -103,7 +103,7 @@ def test_equal_clips_diverge_by_exactly_nothing() -> None:
     logits = 5 * torch.randn(9, 50)
     assert not js_divergence(logits, logits.clone()).any()
     states, head = torch.randn(9, 16), Head(torch.randn(50, 16), torch.randn(50))
-    assert not js_from_states(states, head, states.clone(), head).any()
+    assert not js_from_states(states.expand(2, -1, -1), head).any()
 
 
 def test_divergence_is_symmetric_bounded_and_blind_to_a_constant() -> None:
@@ -141,13 +141,11 @@ def test_excluded_tokens_have_no_part() -> None:
 @pytest.mark.parametrize("block_size", [1, 3, 64])
 def test_from_states_in_blocks(block_size: int) -> None:
     own, clips = torch.randn(10, 8), torch.randn(3, 10, 8)
-    head = Head(torch.randn(21, 8), torch.randn(21), scale=0.5, softcap=3.0)
-    other = Head(torch.randn(21, 8))
-    for q in (head, other):
-        whole = torch.stack([js_divergence(head.logits(own), q.logits(one)) for one in clips])
-        got = js_from_states(own, head, clips, q, block_size)
+    capped = Head(torch.randn(21, 8), torch.randn(21), scale=0.5, softcap=3.0)
+    for head in (capped, Head(torch.randn(21, 8))):
+        whole = torch.stack([js_divergence(head.logits(own), head.logits(one)) for one in clips])
+        got = js_from_states(torch.cat([own[None], clips]), head, block_size)
         torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(js_from_states(own, head, clips[1], q, block_size), whole[1])
 
 
 def test_from_states_makes_no_logits_of_all_positions_and_no_gradient(
@@ -162,19 +160,18 @@ def test_from_states_makes_no_logits_of_all_positions_and_no_gradient(
 
     monkeypatch.setattr(Head, "logits", counted)
     head = Head(torch.randn(30, 8, requires_grad=True))
-    own, clips = torch.randn(10, 8, requires_grad=True), torch.randn(2, 10, 8, requires_grad=True)
-    value = js_from_states(own, head, clips, head, block_size=4)
+    value = js_from_states(torch.randn(3, 10, 8, requires_grad=True), head, block_size=4)
     assert not value.requires_grad
     assert sizes == [4, 4, 4, 4, 4, 4, 2, 2, 2]  # a block of the own clip, then of either other
 
 
 def test_from_states_in_half_types_is_float32() -> None:
-    own, clip = torch.randn(2, 6, 8).bfloat16()
+    states = torch.randn(2, 6, 8).bfloat16()
     head = Head(torch.randn(30, 8).bfloat16())
-    got = js_from_states(own, head, clip, head)
+    (got,) = js_from_states(states, head)
     assert got.dtype == torch.float32
     wide = Head(head.weight.float())
-    expected = js_divergence(wide.logits(own.float()), wide.logits(clip.float()))
+    expected = js_divergence(*wide.logits(states.float()))
     torch.testing.assert_close(got, expected, rtol=0.1, atol=2e-2)
 
 
