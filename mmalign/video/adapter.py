@@ -36,13 +36,7 @@ from mmalign.video.contexts import (
 )
 from mmalign.video.encode import VideoEncoder
 from mmalign.video.generate import generate
-from mmalign.video.model import (
-    language_model,
-    load_model,
-    lora_targets,
-    media_ids,
-    select_parts,
-)
+from mmalign.video.model import language_model, load_model, lora_targets, media_ids, select_parts
 from mmalign.video.pami import tau_at
 from mmalign.video.processing import Processor, load_processor
 from mmalign.video.reader import FeatureStore, MediaReader, Prepared

@@ -105,12 +105,8 @@ def speed(count: int, rng: np.random.Generator) -> tuple[Array, Drawn]:
     return source, {"factor": factor}
 
 
-def some_places(count: int, rng: np.random.Generator) -> Array:
-    """25 to 50 % of the places, at least one and never all of them, in order."""
-    return np.sort(rng.permutation(count)[: _share(count, rng)])
-
-
 def _share(count: int, rng: np.random.Generator) -> int:
+    """25 to 50 % of the places, at least one and never all of them."""
     return min(max(round(between(rng, 0.25, 0.5) * count), 1), count - 1)
 
 
@@ -154,10 +150,7 @@ def crop(pixels: Array, rng: np.random.Generator) -> tuple[Array, Drawn]:
     h, w = max(round(side * height), 1), max(round(side * width), 1)
     top, left = one_of(rng, 0, height - h), one_of(rng, 0, width - w)
     box = (left, top, left + w, top + h)
-    return resized(pixels, height, width, box), {
-        "area": h * w / (height * width),
-        "box": list(box),
-    }
+    return resized(pixels, height, width, box), {"area": h * w / (height * width), "box": list(box)}
 
 
 def mask_boxes(pixels: Array, rng: np.random.Generator) -> tuple[Array, Drawn]:
@@ -450,7 +443,9 @@ def _seen(
         return pixels[source], {"source": source.tolist(), **drawn}
     if operation in PICTURES:
         return PICTURES[operation](pixels, rng)
-    places = np.arange(count) if operation == "swap_video" else some_places(count, rng)
+    places = np.arange(count)
+    if operation != "swap_video":  # 25 to 50 % of them, in order
+        places = np.sort(rng.permutation(count)[: _share(count, rng)])
     note = {"places": places.tolist()}
     out = pixels.copy()
     if operation == "mask_frames":

@@ -75,10 +75,6 @@ def allowed(
     return hit or possible
 
 
-def _is_of_sides(text: str) -> bool:
-    return _SIDES.search(text) is not None
-
-
 def _is_of_course(text: str) -> bool:
     return _COURSE.search(text) is not None or _asks_what_is_done(text)
 
@@ -94,7 +90,7 @@ def _asks_what_is_done(text: str) -> bool:
     return False
 
 
-_ASKED = {"hflip": _is_of_sides, "reverse": _is_of_course, "shuffle": _is_of_course}
+_ASKED = {"hflip": _SIDES.search, "reverse": _is_of_course, "shuffle": _is_of_course}
 
 
 def draw(operations: Sequence[str], k: int, rng: np.random.Generator) -> list[str]:

@@ -199,13 +199,7 @@ def feed(
 
 
 def _deep(body: PreTrainedModel, shown: list[Encoded], places: Tensor) -> dict[str, Any]:
-    """Features for deeper layers as a language model takes them.
-
-    Args:
-        body: The language model.
-        shown: The media of all prompts, in the order of the rows.
-        places: [R, T], the tokens that they belong to.
-    """
+    """Features for deeper layers of tokens at `places` [R, T], as a language model takes them."""
     layers = {layer for encoded in shown for layer in encoded.deep}
     if not layers:
         return {}

@@ -52,26 +52,30 @@ class Selection:
 
 
 @torch.no_grad()
-def js_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:  # [..., V], [..., V] -> [...]
-    """Jensen-Shannon divergence of two softmax distributions, in nats, in [0, ln 2].
+def js_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:  # [..., V], [..., V] -> [...]
+    """Jensen-Shannon divergence of two distributions in log space, in nats, in [0, ln 2].
 
     With m = (p + q) / 2 it is [KL(p, m) + KL(q, m)] / 2 = sum_v (p + q) g(|log p - log q|) / 4,
     g(x) = x tanh(x / 2) + log(1 - tanh(x / 2)^2): a sum of terms that are 0 where p = q and never
-    negative, so equal logits give exactly 0. Logits of -inf are probabilities of 0.
-
-    Returns:
-        float32, or float64 for float64 logits.
+    negative, so equal inputs give exactly 0. -inf is a probability of 0.
     """
-    log_p = full_precision(logits_p).log_softmax(-1)
-    log_q = full_precision(logits_q).log_softmax(-1)
-    return _js(log_p, log_q)
+    x = (log_p - log_q).abs_()
+    # Where both are 0 the gap is nan and weighs nothing; beyond 200, g is 2 ln 2 in any type.
+    x.nan_to_num_(nan=0.0).clamp_(max=200.0)
+    t = torch.tanh(0.5 * x)
+    near = x * t + torch.log1p(-t.square())
+    e = torch.exp(-x)
+    far = 2.0 * (math.log(2.0) - x * e / (1.0 + e) - torch.log1p(e))
+    g = torch.where(x < 1.0, near, far)
+    total = 0.25 * ((log_p.exp() + log_q.exp()) * g).sum(-1)
+    return total.clamp_(max=math.log(2.0))
 
 
 @torch.no_grad()
 def js_from_states(
     states: Tensor, head: Head, block_size: int = BLOCK_SIZE
 ) -> Tensor:  # [1 + K, M, D] -> [K, M], float32 or wider
-    """The same from hidden states; logits exist for a block of positions at a time.
+    """The divergence from hidden states; logits exist for a block of positions at a time.
 
     Args:
         states: That predict the M response tokens, under the row's own clip and under K others.
@@ -79,7 +83,8 @@ def js_from_states(
         block_size: Most positions at a time.
     """
     dtype = compute_dtype(states)
-    head = _cast(head, dtype)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    head = Head(head.weight.to(dtype), bias, head.scale, head.softcap)
     rows = block_rows(block_size, head.weight)
     wide = torch.promote_types(dtype, torch.float32)
     out = torch.empty(len(states) - 1, states.shape[1], dtype=wide, device=states.device)
@@ -89,7 +94,7 @@ def js_from_states(
             log_p = head.logits(states[0, block].to(dtype)).log_softmax(-1)
             for k, other in enumerate(states[1:]):
                 log_q = head.logits(other[block].to(dtype)).log_softmax(-1)
-                out[k, block] = _js(log_p, log_q)
+                out[k, block] = js_divergence(log_p, log_q)
     return out
 
 
@@ -158,24 +163,6 @@ def tau_at(spec: SelectionSpec, step: int, num_steps: int) -> float:
         return spec.tau_close
     share = min(step / max(num_steps - 1, 1), 1.0)
     return spec.tau_start + share * (spec.tau_close - spec.tau_start)
-
-
-def _js(log_p: Tensor, log_q: Tensor) -> Tensor:  # [..., V], [..., V] -> [...]
-    x = (log_p - log_q).abs_()
-    # Where both are 0 the gap is nan and weighs nothing; beyond 200, g is 2 ln 2 in any type.
-    x.nan_to_num_(nan=0.0).clamp_(max=200.0)
-    t = torch.tanh(0.5 * x)
-    near = x * t + torch.log1p(-t.square())
-    e = torch.exp(-x)
-    far = 2.0 * (math.log(2.0) - x * e / (1.0 + e) - torch.log1p(e))
-    g = torch.where(x < 1.0, near, far)
-    total = 0.25 * ((log_p.exp() + log_q.exp()) * g).sum(-1)
-    return total.clamp_(max=math.log(2.0))
-
-
-def _cast(head: Head, dtype: torch.dtype) -> Head:
-    bias = None if head.bias is None else head.bias.to(dtype)
-    return Head(head.weight.to(dtype), bias, head.scale, head.softcap)
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,10 +165,8 @@ class Processor:
     @property
     def longest_sound(self) -> float | None:
         """Seconds of a sound that the model's feature extractor keeps; None: all of it."""
-        if (
-            not self.uses_audio
-            or getattr(self.inner, "audio_kwargs", {}).get("truncation") is False
-        ):
+        options = getattr(self.inner, "audio_kwargs", {})
+        if not self.uses_audio or options.get("truncation") is False:
             return None
         return float(getattr(self.inner.feature_extractor, "chunk_length", _SECONDS_KEPT))
 
@@ -194,10 +192,9 @@ class Processor:
 
     def identity(self) -> str:
         """Hash of all settings of the processor that decide its tensors."""
-        settings = self.inner.to_json_string() if hasattr(self.inner, "to_json_string") else ""
-        parts = [getattr(self.inner, name, None) for name in _PARTS]
-        texts = [part.to_json_string() for part in parts if part is not None]
-        return hashlib.sha256("".join([settings, *texts]).encode()).hexdigest()
+        parts = [self.inner, *(getattr(self.inner, name, None) for name in _PARTS)]
+        texts = [part.to_json_string() for part in parts if hasattr(part, "to_json_string")]
+        return hashlib.sha256("".join(texts).encode()).hexdigest()
 
     def __call__(self, shown: DecodedMedia, where: str) -> Processed:
         """The tensors and replacements of a prompt's media.

@@ -260,7 +260,7 @@ class Sizes:
             noise = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
             whole = self._made(noise)
             for way in _WAYS:
-                parts = [self._resized(image, size, way, i) for i, image in enumerate(noise)]
+                parts = [self.shrink(image, size, i, way) for i, image in enumerate(noise)]
                 scaled = self._made(np.stack(parts), drawn=self.draws)
                 if all(torch.equal(whole[name], scaled[name]) for name in whole):
                     return way
@@ -278,7 +278,7 @@ class Sizes:
         return {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
 
     def shrink(
-        self, image: Array, size: Size, second: float = 0.0
+        self, image: Array, size: Size, second: float = 0.0, way: _Way | None = None
     ) -> Array:  # [H, W, 3] uint8 -> [h, w, 3] uint8
         """A frame as the processor itself resizes it; brought there once, it leaves it as it is.
 
@@ -286,13 +286,12 @@ class Sizes:
             image: As large as in the file.
             size: From `decoded`.
             second: Its time, which is drawn on it first where the processor draws times.
+            way: How; None: the one that was found, or else the library's.
         """
-        return self._resized(image, size, self._way or _WAYS[0], second)
-
-    def _resized(self, image: Array, size: Size, way: _Way, second: float) -> Array:
         from transformers.image_processing_backends import TorchvisionBackend
         from transformers.image_utils import SizeDict
 
+        way = way or self._way or _WAYS[0]
         frame = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
         if self.draws:
             time = self._own._convert_timestamp(second)

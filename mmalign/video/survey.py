@@ -16,14 +16,7 @@ from mmalign.models.adapter import Surveyed
 from mmalign.text.cache import cache_folder
 from mmalign.text.masks import with_spans
 from mmalign.text.model import Limits, model_limits
-from mmalign.text.survey import (
-    Found,
-    findings,
-    lines,
-    problems,
-    require_lesson,
-    too_long,
-)
+from mmalign.text.survey import Found, findings, lines, problems, require_lesson, too_long
 from mmalign.video.augment import seed_for
 from mmalign.video.candidates import Perturbation
 from mmalign.video.checks import FILE, MediaReport, check_media, keep_usable, leave_out, uses_of
@@ -208,7 +201,10 @@ def _within(
         if what != too_long(limits.positions):
             continue
         row = rows[number]
-        counts = {media: media_tokens(encoder, media, row.id) for media in shown_by(row)}
+        counts: dict[Media, int] = {}  # with the tokens around and between media
+        for media in shown_by(row):
+            processed = encoder.reader.prepare(media, row.id).processed
+            counts[media] = sum(map(sum, token_counts(encoder, processed).values()))
         if not counts:
             continue
         media, count = max(counts.items(), key=lambda pair: pair[1])
@@ -221,12 +217,6 @@ def _within(
             "frame_pixels"
         )
     return leave_out(parts, faults, encoder.reader.video)
-
-
-def media_tokens(encoder: VideoEncoder, media: Media, where: str) -> int:
-    """Tokens that the media take of a prompt, with those around and between them."""
-    processed = encoder.reader.prepare(media, where).processed
-    return sum(map(sum, token_counts(encoder, processed).values()))
 
 
 def _files(media: Media) -> str:

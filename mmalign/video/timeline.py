@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache, partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -219,18 +219,11 @@ def decoded_stretches(
         packets: All packets of the stream.
         ranges: From `stretches`.
     """
-    numbered = enumerate(packets)
+    packets, place = iter(packets), 0
     for first, last in ranges:
-        yield from decoded(stream, _between(numbered, first, last))
+        yield from decoded(stream, islice(packets, first - place, last + 1 - place))
         stream.codec_context.flush_buffers()
-
-
-def _between(numbered: Iterator[tuple[int, Packet]], first: int, last: int) -> Iterator[Packet]:
-    for place, packet in numbered:
-        if place >= first:
-            yield packet
-        if place >= last:
-            return
+        place = last + 1
 
 
 # A header's count of frames and their rate are claims; the packets are what is there. Frames are
