@@ -374,15 +374,13 @@ def _verdict(
         if isinstance(reference, Sound):
             wave = read_sound(reference, settings, longest)
             return Verdict(seen=Seen(seconds=wave.seconds))
-        frames = read_frames(reference, settings, Glimpse())
-        if not heard:
-            return Verdict(seen=Seen.of_clip(frames, None))
-        if not has_sound(reference.path):
-            if settings.missing_audio == "ignore":
-                return Verdict(seen=Seen.of_clip(frames, None))
+        frames, wave = read_frames(reference, settings, Glimpse()), None
+        if heard and has_sound(reference.path):
+            wave = sound_of(reference, settings, longest)
+        elif heard and settings.missing_audio != "ignore":
             what = f"{reference.path}: has no audio track, and the model takes audio"
             return Verdict(what, silent=True)
-        return Verdict(seen=Seen.of_clip(frames, sound_of(reference, settings, longest)))
+        return Verdict(seen=Seen.of_clip(frames, wave))
     except DataError as error:
         return Verdict(str(error))
 

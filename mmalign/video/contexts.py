@@ -16,7 +16,7 @@ from mmalign.data.example import Asked, Example
 from mmalign.errors import ConfigError
 from mmalign.text.logps import Heads
 from mmalign.text.model import in_mode, refusing
-from mmalign.text.packing import CannotPackError, Fed, Layout, Piece, Rows
+from mmalign.text.packing import CannotPackError, Fed, Layout, Rows
 from mmalign.text.passes import own_logps, score_rows
 from mmalign.video.encode import VideoEncoder, VideoInputs, place
 from mmalign.video.model import (
@@ -73,10 +73,6 @@ class Contexts:
                 self.store.put(given.key, made)
         self._made[number] = made
         return made
-
-    def shown(self, piece: Piece) -> int:
-        """The number of the media that a prompt shows; 0 for none."""
-        return int(self.inputs.context_media[piece.context])
 
 
 def rope_positions(
@@ -163,7 +159,7 @@ def feed(
     deep: list[Encoded] = []
     made: dict[int, Encoded] = {}  # with a trained tower, by this model in this pass
     for piece in rows.pieces:
-        number = contexts.shown(piece)
+        number = int(contexts.inputs.context_media[piece.context])
         if not number:
             continue
         prompt = ids[piece.start : piece.start + piece.length]

@@ -68,24 +68,19 @@ def place(prompt: Prompt, media: Media, where: str) -> tuple[Message, ...]:
     return (*turns[:first], shown, *turns[first + 1 :])
 
 
-def parts(content: str) -> list[dict[str, str]]:
-    """A turn's text as the parts that chat templates of processors read."""
-    found: list[dict[str, str]] = []
-    for index, piece in enumerate(MARK.split(content)):
-        if index % 2:
-            found.append({"type": piece})
-        elif piece.strip():
-            # A line break between a mark and the words belongs to the template, not to the words.
-            found.append({"type": "text", "text": piece.lstrip("\n") if index else piece})
-    return found
-
-
 class MediaTemplate(ChatTemplate):
     """The processor's chat template; turns are lists of parts."""
 
     def content(self, text: str) -> Any:
-        """A turn's text as parts."""
-        return parts(text)
+        """A turn's text as the parts that chat templates of processors read."""
+        found: list[dict[str, str]] = []
+        for index, piece in enumerate(MARK.split(text)):
+            if index % 2:
+                found.append({"type": piece})
+            elif piece.strip():
+                # A line break between a mark and the words belongs to the template, not to them.
+                found.append({"type": "text", "text": piece.lstrip("\n") if index else piece})
+        return found
 
     def said(self, answer: str) -> Any:
         """An answer as a part, whatever marks it holds."""

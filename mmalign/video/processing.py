@@ -66,7 +66,10 @@ def joined_tensors(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         else:
             if tensors[0].dim() > 1:
                 most = max(tensor.shape[-1] for tensor in tensors)
-                tensors = [F.pad(tensor, (0, most - tensor.shape[-1])) for tensor in tensors]
+                gaps = [(0, most - tensor.shape[-1]) for tensor in tensors]
+                tensors = [
+                    F.pad(t, gap) if any(gap) else t for t, gap in zip(tensors, gaps, strict=True)
+                ]
             joined[name] = torch.cat(tensors)
     return joined
 
@@ -233,9 +236,9 @@ class Processor:
 
     def _apart(self, shown: DecodedMedia, where: str) -> list[DecodedMedia]:
         """What is given to the processor at once: it takes one size and one rate for all clips."""
-        fps = self.can_use_clip_audio
+        paced = self.can_use_clip_audio  # sound is laid between the frames by their rate
         asked = [
-            (frames.fps if fps else 0.0, frames.drawn, self._size_of(frames, where))
+            (frames.fps if paced else 0.0, frames.drawn, self._size_of(frames, where))
             for frames, _ in shown.clips
         ]
         if all(options == asked[0] for options in asked):

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mmalign.config import SampleConfig
-from mmalign.data.example import Asked, Candidate, Example, Media, Picture, Prompt, as_text
+from mmalign.data.example import Asked, Candidate, Example, Media, Prompt, as_text
 from mmalign.data.sheet import arranged, fitted
 from mmalign.safe import replacing
 from mmalign.text.masks import EncodedCandidate
@@ -208,7 +208,8 @@ def describe(media: Media, shown: DecodedMedia) -> list[dict[str, Any]]:
         found.append({"kind": "video", "file": clip.path.name, **about})
     for picture, image in zip(media.images, shown.images, strict=True):
         about = {"width": image.width, "height": image.height}
-        found.append({"kind": "image", "file": _name(picture), **about})
+        name = str(replace(picture, path=Path(picture.path.name)))
+        found.append({"kind": "image", "file": name, **about})
     for sound, wave in zip(media.sounds, shown.sounds, strict=True):
         seconds = round(wave.seconds, 3)
         found.append({"kind": "audio", "file": sound.path.name, "seconds": seconds})
@@ -242,10 +243,6 @@ def described(
         about | {"tokens": count} | ({"shown": [*size[::-1]]} if size else {})
         for about, count, size in zip(describe(media, shown), tokens, sizes, strict=True)
     ]
-
-
-def _name(picture: Picture) -> str:
-    return str(replace(picture, path=Path(picture.path.name)))
 
 
 def _answers(adapter: VideoAdapter, row: Example) -> list[dict[str, Any]]:
