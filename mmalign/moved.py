@@ -26,6 +26,7 @@ MOVED = {
     "diffusion.models": "diffusion.components",
     "making": "pairs",
     "offline": "inference",
+    "quickstart.chat_model": "quickstart.chat",
     "quickstart.clip_model": "quickstart.clips",
     "quickstart.clip_questions": "quickstart.clips",
     "quickstart.digits_base": "quickstart.digits",

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -299,12 +299,27 @@ Seed = Annotated[int, setting("--seed N", "of all that is drawn at random")]
 Fast = Annotated[bool, option("--fast", "a smoke run of seconds, whose numbers mean nothing")]
 
 
-@quickstart_app.command("text", short_help="A chat model that answers in one sentence.")
-def quickstart_text(output: Output = None, seed: Seed = 0, fast: Fast = False) -> None:
-    """Teach a 135-million-parameter chat model to answer in one sentence, and report on it."""
-    from mmalign.quickstart import text
+@quickstart_app.command("text", short_help="A story model whose endings become happier.")
+def quickstart_text(
+    output: Output = None,
+    seed: Seed = 0,
+    fast: Fast = False,
+    model: Annotated[
+        Literal["stories", "smollm2"],
+        setting(
+            "--model",
+            "stories: of 260 thousand parameters, in the package; smollm2: a chat model of 135 "
+            "million, downloaded once, that learns to answer in one sentence",
+        ),
+    ] = "stories",
+) -> None:
+    """Train a small language model on preferences and on the chosen answers alone, and compare."""
+    if model == "smollm2":
+        from mmalign.quickstart import chat as demonstration
+    else:
+        from mmalign.quickstart import text as demonstration
 
-    text.run(output, seed, fast)
+    demonstration.run(output, seed, fast)
 
 
 @quickstart_app.command("diffusion", short_help="Handwritten digits with bolder strokes.")

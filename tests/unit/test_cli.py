@@ -459,10 +459,16 @@ def test_report_compares_runs(trained: tuple[Path, Result], tmp_path: Path) -> N
     assert "2 runs compared" in out.read_text()
 
 
-def test_quickstart_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from mmalign.quickstart import text
+@pytest.mark.parametrize("model", ["stories", "smollm2"])
+def test_quickstart_passes_its_options_on(
+    model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from mmalign.quickstart import chat, text
 
     given: list[object] = []
-    monkeypatch.setattr(text, "run", lambda *arguments: given.extend(arguments))
-    assert Result("quickstart", "text", "--output", tmp_path, "--seed", 3, "--fast").code == 0
-    assert given == [tmp_path, 3, True]
+    for name, module in (("stories", text), ("smollm2", chat)):
+        monkeypatch.setattr(module, "run", lambda *rest, name=name: given.extend([name, *rest]))
+    options = ["--output", tmp_path, "--seed", 3, "--fast", "--model", model]
+    assert Result("quickstart", "text", *options).code == 0
+    assert given == [model, tmp_path, 3, True]
+    assert Result("quickstart", "text", "--model", "gpt").code == 2

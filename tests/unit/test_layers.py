@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "inference": RUNS,
     "report": BASE | {"evaluate", "stats"},
     "pairs": RUNS | {"bench", "inference", "video"},
-    "quickstart": RUNS | MODALITIES | {"inference", "report"},
+    "quickstart": RUNS | MODALITIES | {"inference", "report", "stats"},
     "cli": RUNS | MODALITIES | {"inference", "report", "bench", "pairs", "quickstart"},
     "__main__": {"cli"},
 }

