@@ -1,31 +1,30 @@
-"""Pages of parquet columns, looked at before they are read: how much each unfolds to."""
+"""Pages of parquet columns, looked at before they are read: how much each unfolds to.
+
+A dictionary of one long text and a run of codes, or a list of equal numbers, make gigabytes of a
+few bytes. Headers of pages say how many values each holds; what codes stand for is summed up from
+the dictionary's lengths, without the texts.
+
+Source: parquet.thrift and Encodings.md of the format; Thrift's compact protocol.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from struct import error as StructError
 from struct import unpack_from
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmalign.data.opening import FREE, MOST_FOLDED, in_mib
 from mmalign.errors import DataError
 from mmalign.safe import open_file
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-    from pathlib import Path
-
-    from numpy.typing import NDArray
-
-    Runs = Iterator[tuple[NDArray[np.int64], int]]
-
-
-# Pages of a parquet file as they are written: their headers, levels and codes.
-#
-# Source: parquet.thrift and Encodings.md of the format; Thrift's compact protocol.
+Runs = Iterator[tuple[NDArray[np.int64], int]]
 
 DICTIONARY, DATA, DATA_2 = 2, 0, 3
 """Kinds of pages."""
@@ -235,12 +234,6 @@ def runs(data: bytes, at: int, width: int, count: int) -> Runs:
         count -= times
 
 
-# What the pages of a parquet file unfold to, known before they are unfolded.
-#
-# A dictionary of one long text and a run of codes, or a list of equal numbers, make gigabytes of a
-# few bytes. Headers of pages say how many values each holds; what codes stand for is summed up from
-# the dictionary's lengths, without the texts.
-
 MOST_HELD = 2**30
 """Bytes that the lists of one column in one row may unfold to, where they are not written out
 nearly as they are, and so may what its dictionary stands for where it is read at once."""
@@ -342,7 +335,7 @@ class Pages:
         try:
             count = _most_in_a_row(levels(stream, column))
         except DAMAGE as error:
-            self._refuse_damaged(group, column, error)
+            self._refuse(group, column, f"has a page that is damaged ({error})")
         held = min(column.held, count * max(_VALUE, column.most_value))
         if held > most:
             found = f"unfolds to {in_mib(held)} in one row; at most {in_mib(most)} are read at once"
@@ -351,9 +344,6 @@ class Pages:
 
     def _refuse(self, group: int, column: Column, what: str) -> NoReturn:
         raise DataError(f"{self._path}: row group {group + 1}, column {column.path!r} {what}")
-
-    def _refuse_damaged(self, group: int, column: Column, error: Exception) -> NoReturn:
-        self._refuse(group, column, f"has a page that is damaged ({error})")
 
     def _columns(
         self, stream: BinaryIO, group: int, names: Iterable[str], *, whole: bool = False
@@ -368,7 +358,7 @@ class Pages:
             try:
                 self._look(stream, group, column, whole=whole)
             except DAMAGE as error:
-                self._refuse_damaged(group, column, error)
+                self._refuse(group, column, f"has a page that is damaged ({error})")
             yield column
 
     def _look(self, stream: BinaryIO, group: int, column: Column, *, whole: bool) -> None:
@@ -425,22 +415,16 @@ class _Lengths:
 
     def __init__(self, stream: BinaryIO, page: Page, column: Column, free: int) -> None:
         """Look at the texts only where all values together might take more than `free` bytes."""
-        self._stream, self._page, self._column = stream, page, column
-        self._found: NDArray[np.int64] | None = None
+        self._stream, self._column = stream, column
         few = page.unfolded * column.chunk.num_values <= free
         self.is_rough = few or is_opaque(page, column)
-        self.longest = page.unfolded if self.is_rough else int(self._all().max(initial=0))
-
-    def _all(self) -> NDArray[np.int64]:
-        if self._found is None:
-            data, at = body(self._stream, self._page, self._column), 0
-            found: list[int] = []
-            while at + 4 <= len(data) and len(found) < self._page.num_values:
-                (length,) = unpack_from("<I", data, at)
-                found.append(length)
-                at += 4 + length
-            self._found = np.array(found, np.int64)
-        return self._found
+        found: list[int] = []
+        data, at = b"" if self.is_rough else body(stream, page, column), 0
+        while at + 4 <= len(data) and len(found) < page.num_values:
+            found += unpack_from("<I", data, at)
+            at += 4 + found[-1]
+        self._all = np.array(found, np.int64)
+        self.longest = page.unfolded if self.is_rough else int(self._all.max(initial=0))
 
     def of(self, page: Page) -> int:
         """Bytes that the values of a page take together."""
@@ -451,11 +435,10 @@ class _Lengths:
             for level in most_levels(self._column):
                 if level:
                     data = data[4 + unpack_from("<I", data)[0] :]
-        lengths = self._all()
-        if not data or not len(lengths):  # there are none but missing values
+        if not data or not len(self._all):  # there are none but missing values
             return 0
         found = runs(data, 1, data[0], page.num_values)
-        return sum(times * int(lengths.take(c, mode="clip").sum()) for c, times in found)
+        return sum(times * int(self._all.take(c, mode="clip").sum()) for c, times in found)
 
 
 def _most_in_a_row(repetition: Runs) -> int:

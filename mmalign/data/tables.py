@@ -1,19 +1,21 @@
-"""Rows of parquet files and of Hugging Face datasets; images in their cells stay where
-they are.
+"""Rows of parquet files and of Hugging Face datasets.
+
+A cell that holds an image becomes a `Picture`, a reference: a table of images can be listed without
+reading one.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from itertools import repeat
 from pathlib import Path
 from struct import error as StructError
 from struct import unpack_from
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmalign.data.example import HELD_OUT, Picture, Row, Wanted
 from mmalign.data.fields import LONGEST, as_list, as_object
@@ -23,12 +25,6 @@ from mmalign.data.pages import Pages
 from mmalign.data.pictures import LIMITS, damage, picture_columns, row_places
 from mmalign.errors import DataError
 from mmalign.safe import open_file
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-
-# Rows of Arrow tables as JSON would have them: JSON texts read, null members left out.
 
 
 def batch_records(batch: Any) -> list[dict[str, Any] | str]:
@@ -75,9 +71,14 @@ def _has_json(kind: Any) -> bool:
     types: Any = import_module("pyarrow").types
     if types.is_struct(kind):
         return any(_has_json(kind.field(i).type) for i in range(kind.num_fields))
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+    if _is_list(kind):
         return _has_json(kind.value_type)
     return str(getattr(kind, "extension_name", "")) == "arrow.json"
+
+
+def _is_list(kind: Any) -> bool:
+    types: Any = import_module("pyarrow").types
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
 
 def plain(value: Any) -> Any:
@@ -97,8 +98,6 @@ def _filled(value: Any) -> Any:
         return {name: _filled(member) for name, member in parts.items() if member is not None}
     return value if items is None else [_filled(member) for member in items]
 
-
-# What the rows of Arrow files take in memory, known before they are read as plain values.
 
 MOST_UNPACKED = 2**30
 """Bytes that the compressed parts of one file may have: they are unpacked all at once."""
@@ -147,7 +146,7 @@ def _size(array: Any) -> tuple[int, int]:
         begin, end = array.offsets[0].as_py(), array.offsets[-1].as_py()
         parts = (part.slice(begin, end - begin) for part in (array.keys, array.items))
         return _sum([own, *map(_size, parts)])  # which a slice has of all rows
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+    if _is_list(kind):
         return _sum([own, _size(array.flatten())])
     if types.is_dictionary(kind):
         return own[0], _size_of_codes(array)
@@ -229,55 +228,43 @@ def _unpacked(about: memoryview, body: Any) -> int:
         ValueError: Nothing of the kind stands where it must.
     """
     try:
-        return _sizes(about, body)
+        message = unpack_from("<I", about)[0]
+        kind = unpack_from("<B", about, _field(about, message, 1))[0]
+        batch = _follow(about, message, 2)
+        if kind == _DICTIONARY:
+            batch = _follow(about, batch, 1)
+        if kind not in (_BATCH, _DICTIONARY) or not _offset(about, batch, 3):
+            return 0
+        buffers = _follow(about, batch, 2)
+        (count,) = unpack_from("<I", about, buffers)
+        places = [unpack_from("<qq", about, buffers + 4 + 16 * i) for i in range(count)]
+        starts = [start for start, length in places if length > 8]
+        return sum(max(0, unpack_from("<q", memoryview(body), start)[0]) for start in starts)
     except StructError as error:
         raise ValueError(f"{error}") from error
 
 
-def _sizes(about: memoryview, body: Any) -> int:
-    message = unpack_from("<I", about)[0]
-    kind = unpack_from("<B", about, _field(about, message, 1))[0]
-    batch = _follow(about, _field(about, message, 2))
-    if kind == _DICTIONARY:
-        batch = _follow(about, _field(about, batch, 1))
-    elif kind != _BATCH:
-        return 0
-    if not _has(about, batch, 3):
-        return 0
-    buffers = _follow(about, _field(about, batch, 2))
-    (count,) = unpack_from("<I", about, buffers)
-    total = 0
-    for i in range(count):
-        start, length = unpack_from("<qq", about, buffers + 4 + 16 * i)
-        if length > 8:
-            total += max(0, unpack_from("<q", memoryview(body), start)[0])
-    return total
-
-
-def _has(data: memoryview, table: int, number: int) -> bool:
-    return _offset(data, table, number) > 0
-
-
-def _field(data: memoryview, table: int, number: int) -> int:
-    """Where a field of a flatbuffers table stands."""
-    offset = _offset(data, table, number)
-    if not offset:
-        raise ValueError(f"field {number} is missing")
-    return table + offset
-
-
 def _offset(data: memoryview, table: int, number: int) -> int:
+    """Where a field of a flatbuffers table stands from its begin on; 0 where it has none."""
     fields = table - unpack_from("<i", data, table)[0]
     slot = 4 + 2 * number
     (size,) = unpack_from("<H", data, fields)
     return unpack_from("<H", data, fields + slot)[0] if slot + 2 <= size else 0
 
 
-def _follow(data: memoryview, at: int) -> int:
+def _field(data: memoryview, table: int, number: int) -> int:
+    """Where a field stands that must be there."""
+    offset = _offset(data, table, number)
+    if not offset:
+        raise ValueError(f"field {number} is missing")
+    return table + offset
+
+
+def _follow(data: memoryview, table: int, number: int) -> int:
+    """Where what a field points at begins."""
+    at = _field(data, table, number)
     return at + unpack_from("<I", data, at)[0]
 
-
-# Folders of `datasets.save_to_disk`: whether the files that they name lie in them.
 
 _LONGEST = 64 * 2**20  # bytes; a state names every arrow file
 
@@ -318,11 +305,6 @@ def _described(fence: Fence, file: Path) -> dict[str, Any]:
     return value
 
 
-# Rows of parquet files and of Hugging Face datasets; images in their cells stay where they are.
-#
-# A cell that holds an image becomes a `Picture`, a reference: a table of images can be listed
-# without reading one.
-
 _BATCH_BYTES = 32 * 2**20
 _SHARD = re.compile(r"(\w+)-\d+-of-\d+")
 
@@ -354,12 +336,11 @@ def _table_rows(file: Path) -> Iterator[Row]:
             pages.require_total(table.metadata.num_row_groups - 1, 8 * table.metadata.num_rows)
             records = repeat(dict[str, Any](), table.metadata.num_rows)
         for i, record in enumerate(records):
-            place = f"{file}:{i + 1}"
             if isinstance(record, str):
-                yield Row(place, None, record)
-                continue
-            cells = {name: Picture(file, i, name) for name in pictures}
-            yield Row(place, {**record, **cells})
+                yield Row(f"{file}:{i + 1}", None, record)
+            else:
+                cells = {name: Picture(file, i, name) for name in pictures}
+                yield Row(f"{file}:{i + 1}", {**record, **cells})
 
 
 def _records_of(
@@ -433,13 +414,11 @@ def _is_empty(metadata: Any, column: str) -> bool:
 
 
 def _refuse_lists(path: str, columns: list[str]) -> None:
-    for column in columns:
-        if column in LISTS:
-            raise DataError(
-                f"{path}: the cells of column {column!r} hold lists of images, and only cells of "
-                "one image can be read. Write the images to files, and their paths into the "
-                "column"
-            )
+    if named := [column for column in columns if column in LISTS]:
+        raise DataError(
+            f"{path}: the cells of column {named[0]!r} hold lists of images, and only cells of one "
+            "image can be read. Write the images to files, and their paths into the column"
+        )
 
 
 def saved_rows(folder: Path, split: str | None, wanted: Wanted | None = None) -> Iterator[Row]:
@@ -473,10 +452,8 @@ def hub_rows(
 def _dataset_rows(path: str, data: Any, split: str | None, wanted: Wanted | None) -> Iterator[Row]:
     """Rows of a Dataset, or of the train and held-out splits of a DatasetDict."""
     splits: dict[str, Any] = dict(data) if hasattr(data, "keys") else {}
-    if splits:
-        chosen = _splits(path, splits, split)
-    else:
-        chosen, splits = ("",), {"": data}
+    chosen = _splits(path, splits, split) if splits else ("",)
+    splits = splits or {"": data}
     for part in chosen:
         mark = {"split": part} if part else {}
         where = f"{path}/{part}" if part else path
