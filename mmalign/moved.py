@@ -17,6 +17,7 @@ MOVED = {
     "bench.vidhalluc": "bench.hallucination",
     "bench.videohallucer": "bench.hallucination",
     "configfile": "config.yaml",
+    "data.folders": "data.files",
     "data.kept": "data.cache",
     "data.phrases": "data.words",
     "data.prompts": "data.records",

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.data.example import Picture
-from mmalign.data.files import read_rows
-from mmalign.data.folders import SUFFIXES
+from mmalign.data.files import IMAGE_SUFFIXES, read_rows
 from mmalign.data.jobs import NAMED, OnProgress, first_few, no_progress, write_lines
 from mmalign.diffusion.scorers.files import Item, score_items
 from mmalign.errors import DataError
@@ -92,10 +91,10 @@ def settings_of(folder: Path) -> dict[str, Any]:
 def _names(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder")
-    files = (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    files = (p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     names = sorted(p.name for p in files if p.name not in SHEETS)
     if not names:
-        raise DataError(f"{folder}: holds no images ({', '.join(SUFFIXES)})")
+        raise DataError(f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
     return names
 
 
