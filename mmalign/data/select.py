@@ -1,32 +1,23 @@
-"""What of the rows is trained on.
+"""What of the rows is trained on: pairs made by rewards, and the shape an objective asks for.
 
-Pairs made by rewards, and the shape that an objective is defined on.
+Letters: K responses of a prompt, M objectives, N rows or samples, U users, G groups.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
+from mmalign.data.example import Candidate, Example
 from mmalign.errors import DataError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from numpy.typing import ArrayLike, NDArray
-
-    from mmalign.data.example import Candidate, Example
-
-    Floats = NDArray[np.float64]
-
-
-# Rewards that methods compute from judgements, before `select.py` makes pairs of them.
-#
-# Letters: K responses of a prompt, M objectives, N rows or samples, U users, G groups.
+Floats = NDArray[np.float64]
 
 
 def _floats(values: ArrayLike) -> Floats:
@@ -131,12 +122,9 @@ def recall_hits(quality: ArrayLike, threshold: float = 0.5) -> Floats:
     return hits.astype(np.float64)
 
 
-# From K rewards of one prompt's responses to the pairs that are trained on.
-#
-# A pair is (chosen, rejected), two indices into the K responses: equal texts stay apart. Responses
-# with equal rewards never form a pair.
-
 Pair = tuple[int, int]
+"""(chosen, rejected), two indices into the K responses of a prompt: equal texts stay apart.
+Responses with equal rewards never form a pair."""
 
 
 def best_worst(rewards: Sequence[float]) -> Pair:
@@ -161,8 +149,7 @@ def wider_than(pairs: Sequence[Pair], rewards: Sequence[float], margin: float) -
 def first_round(rewards: Sequence[float], order: Sequence[int] | None = None) -> list[Pair]:
     """Neighbours in `order` as disjoint pairs: at most K // 2 of them."""
     order = range(len(rewards)) if order is None else order
-    matches = [_decide(rewards, i, j) for i, j in zip(order[::2], order[1::2], strict=False)]
-    return wider_than(matches, rewards, 0.0)
+    return wider_than(_matches(rewards, order), rewards, 0.0)
 
 
 def tournament(rewards: Sequence[float], order: Sequence[int] | None = None) -> list[Pair]:
@@ -177,16 +164,16 @@ def tournament(rewards: Sequence[float], order: Sequence[int] | None = None) -> 
     standing = list(range(len(rewards)) if order is None else order)
     pairs: list[Pair] = []
     while len(standing) > 1:
-        matches = [
-            _decide(rewards, i, j) for i, j in zip(standing[::2], standing[1::2], strict=False)
-        ]
+        matches = _matches(rewards, standing)
         pairs += matches
         standing = [winner for winner, _ in matches] + standing[2 * len(matches) :]
     return wider_than(pairs, rewards, 0.0)
 
 
-def _decide(rewards: Sequence[float], i: int, j: int) -> Pair:
-    return (i, j) if rewards[i] >= rewards[j] else (j, i)
+def _matches(rewards: Sequence[float], order: Sequence[int]) -> list[Pair]:
+    """Neighbours in `order`, the better one first."""
+    neighbours = zip(order[::2], order[1::2], strict=False)
+    return [(i, j) if rewards[i] >= rewards[j] else (j, i) for i, j in neighbours]
 
 
 def rejection_rounds(
@@ -234,8 +221,6 @@ def rejection_sample(
     rounds = rejection_rounds(r, rng.random((len(r), len(r))), beta=beta)
     return [index for accepted in rounds for index in accepted][:size]
 
-
-# Examples in the shape an objective is defined on: kinds of rows, ties, roles, and one K.
 
 log = logging.getLogger("mmalign.data")
 
@@ -289,9 +274,8 @@ def fit(
     }
     fitted = [_with_roles(new, needs.roles) for row in rows for new in reshape[target](row)]
     if target != "pair" and ties == "soft" and any(row.is_tie for row in rows):
-        raise DataError(
-            f"data.ties: soft gives labels (1/2, 1/2), which {target} rows cannot carry"
-        )
+        what = "data.ties: soft gives labels (1/2, 1/2)"
+        raise DataError(f"{what}, which {target} rows cannot carry")
     dropped = len(rows) - len(fitted)
     if target == "plain" and dropped:
         log.warning("%d undesirable responses are left out: nothing here learns from them", dropped)
@@ -368,9 +352,8 @@ def _swapped(row: Example) -> Example:
         ]
         return replace(row, candidates=(second, first, *extra))
     if row.kind == "plain":
-        raise DataError(
-            f"row {row.id!r} has one unrated response, so data.swap has nothing to swap"
-        )
+        what = "has one unrated response, so data.swap has nothing to swap"
+        raise DataError(f"row {row.id!r} {what}")
     shift = 1.0 if row.kind == "unpaired" else 0.0
     n = row.num_rated
     return replace(row, labels=(*(shift - label for label in row.labels[:n]), *row.labels[n:]))
@@ -392,23 +375,17 @@ def _to_pairs(row: Example, list_pairs: ListPairs) -> list[Example]:
     if row.kind == "pair":
         return [row]
     if row.kind != "list":
-        reason = "this one has a single response; give chosen and rejected, or use a loss for "
-        loss = (
-            "single responses, such as kto (diffusion_kto for images)"
-            if row.kind == "unpaired"
-            else "plain text, such as sft"
-        )
-        raise _refuse(row, "pair", reason + loss)
+        loss = "plain text, such as sft"
+        if row.kind == "unpaired":
+            loss = "single responses, such as kto (diffusion_kto for images)"
+        reason = "this one has a single response; give chosen and rejected, or use a loss for"
+        raise _refuse(row, "pair", f"{reason} {loss}")
     scores = row.labels[: row.num_rated]
     chosen_rejected = [best_worst(scores)] if list_pairs == "best_worst" else all_pairs(scores)
     extra, extra_labels = row.candidates[len(scores) :], row.labels[len(scores) :]
+    shape: dict[str, Any] = {"labels": (1.0, 0.0, *extra_labels), "kind": "pair"}
     pairs = [
-        replace(
-            row,
-            candidates=(row.candidates[i], row.candidates[j], *extra),
-            labels=(1.0, 0.0, *extra_labels),
-            kind="pair",
-        )
+        replace(row, candidates=(row.candidates[i], row.candidates[j], *extra), **shape)
         for i, j in chosen_rejected
     ]
     return pairs if len(pairs) == 1 else [_named(pair, i) for i, pair in enumerate(pairs)]
@@ -463,19 +440,17 @@ MADE = frozenset(
 def _with_roles(row: Example, roles: tuple[str, ...]) -> Example:
     """Only the rated candidates and those of `roles`, in order; adapters make those of `MADE`."""
     keep = list(range(row.num_rated))
-    left = [(i, c.role) for i, c in enumerate(row.candidates) if c.role]
+    places = {role: [i for i, c in enumerate(row.candidates) if c.role == role] for role in roles}
+    left = {role: iter(there) for role, there in places.items()}
     for role in roles:
-        found = next((i for i, name in left if name == role), None)
-        if found is None and role in MADE:
-            continue
-        if found is None:
-            have, want = sum(c.role == role for c in row.candidates), roles.count(role)
+        found = next(left[role], None)
+        if found is not None:
+            keep.append(found)
+        elif role not in MADE:
             raise DataError(
-                f"row {row.id!r}: the objective needs {want} {role} response(s) a row, in the "
-                f"field {role!r}, and this row has {have}"
+                f"row {row.id!r}: the objective needs {roles.count(role)} {role} response(s) a "
+                f"row, in the field {role!r}, and this row has {len(places[role])}"
             )
-        left.remove((found, role))
-        keep.append(found)
     if keep == list(range(len(row.candidates))):
         return row
     candidates = tuple(row.candidates[i] for i in keep)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmalign.safe import replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from PIL import ImageFont
     from PIL.Image import Image
 
@@ -21,7 +21,7 @@ _PAGE = 1100  # width of a sheet
 
 
 def grid(images: Sequence[Image], columns: int, labels: Sequence[str] | None = None) -> Image:
-    """Pictures row by row, each over its label.
+    """Images row by row, each over its label.
 
     Args:
         images: Of any sizes; small ones are enlarged by a whole factor without smoothing, large
@@ -100,7 +100,7 @@ def _captioned(images: Sequence[Image], caption: str, names: Sequence[str] = ())
     from PIL import ImageDraw
 
     pictures = [fitted(image) for image in images]
-    width = sum(p.width for p in pictures) + _GAP * (len(pictures) - 1)
+    width = sum(p.width + _GAP for p in pictures) - _GAP
     width = max(width, 2 * _SMALL if names else 0)
     small, normal = _font(11), _font(12)
     lines = _wrapped(caption, normal, width)
@@ -172,19 +172,12 @@ def arranged(
     from PIL import Image as pil
 
     columns = min(columns, len(cells))
-    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-    widths = [max(row[j].width for row in rows if j < len(row)) for j in range(columns)]
-    heights = [max(cell.height for cell in row) for row in rows]
-    size = (
-        sum(widths) + gap * (columns - 1) + 2 * margin,
-        sum(heights) + gap * (len(rows) - 1) + 2 * margin,
-    )
-    page = pil.new("RGB", size, paper)
-    top = margin
-    for row, height in zip(rows, heights, strict=True):
-        left = margin
-        for cell, width in zip(row, widths, strict=False):
-            page.paste(cell, (left, top))
-            left += width + gap
-        top += height + gap
+    widths = [max(cell.width for cell in cells[j::columns]) for j in range(columns)]
+    starts = range(0, len(cells), columns)
+    heights = [max(cell.height for cell in cells[i : i + columns]) for i in starts]
+    lefts = list(accumulate((width + gap for width in widths), initial=margin))
+    tops = list(accumulate((height + gap for height in heights), initial=margin))
+    page = pil.new("RGB", (lefts[-1] - gap + margin, tops[-1] - gap + margin), paper)
+    for i, cell in enumerate(cells):
+        page.paste(cell, (lefts[i % columns], tops[i // columns]))
     return page

@@ -1,31 +1,19 @@
-"""Words of two texts.
-
-What they have in common, the phrases in which they differ, and their kinds.
-"""
+"""Words of two texts: what they have in common, where they differ, and kinds of words."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Sequence
-
-    from numpy.typing import NDArray
-
-    Ints = NDArray[np.int64]
-
-
-# The stretches that two sequences have in common, found in about n log n steps.
-
+Ints = NDArray[np.int64]
 Block = tuple[int, int, int]
 """a[i : i + size] equals b[j : j + size]: (i, j, size)."""
 
@@ -146,8 +134,6 @@ class _Stretches:
         return found
 
 
-# English words of an answer as rules compare them: place, form without endings, kind.
-#
 # What belongs to a closed kind (numbers, colours, sides and other opposites) can contradict; of all
 # other words it is not known whether two of them mean the same, but for the few of `ALIKE`.
 
@@ -266,7 +252,6 @@ BORDER = frozenset(
 """Words that a phrase neither begins nor ends with."""
 
 NEGATIONS = frozenset(listed("not no never without none nothing nobody neither nor cannot"))
-
 
 _KINDS: dict[str, list[tuple[str, str]]] = {}  # word to (kind, its side)
 for _number, _text in enumerate(_OPPOSITES.strip().splitlines()):
@@ -387,18 +372,16 @@ def kinds(word: str) -> list[tuple[str, str]]:
     return found
 
 
-# The phrases in which two answers differ, as character ranges: spans without an outside model.
-
 Range = tuple[int, int]
 Replaced = tuple[int, int, int, int]  # words [a, b) of the one text stand for [c, d) of the other
-Side = tuple[str, "Sequence[Word]"]
+Side = tuple[str, Sequence[Word]]
 
 _LINKS = frozenset(listed("a an the of to in on at by for with his her their its"))
 _MOST_LINKS = 2
 
 
 def differing_phrases(chosen: str, rejected: str) -> tuple[tuple[Range, ...], tuple[Range, ...]]:
-    """What stands in each other's place in two answers, in whole words.
+    """What stands in each other's place in two answers, in whole words: spans without a model.
 
     1. Where one begins with yes and the other with no, these words alone are the spans.
     2. Words are compared without case, punctuation and forms of numbers ("two" is "2"). Words that
@@ -431,20 +414,18 @@ def _replaced(left: Sequence[Word], right: Sequence[Word]) -> list[Replaced]:
     """Stretches of words in each other's place, in order, which do not overlap."""
     found: list[Replaced] = []
     for what, a, b, c, d in opcodes([w.text for w in left], [w.text for w in right]):
-        if what in ("insert", "delete") and any(w.is_negation for w in (*left[a:b], *right[c:d])):
-            after = b < len(left) and d < len(right)
-            before = a > 0 and c > 0
-            if not after and not before:
-                continue
-            block = (a, b + 1, c, d + 1) if after else (a - 1, b, c - 1, d)
-        elif what == "replace":
+        denies = any(word.is_negation for word in (*left[a:b], *right[c:d]))
+        if what == "replace":
             block = (a, b, c, d)
+        elif what != "equal" and denies and b < len(left) and d < len(right):
+            block = (a, b + 1, c, d + 1)
+        elif what != "equal" and denies and a > 0 and c > 0:
+            block = (a - 1, b, c - 1, d)
         else:
             continue
         if found and (block[0] < found[-1][1] or block[2] < found[-1][3]):  # "not X" beside "Y"
-            last = found.pop()
-            block = (min(last[0], block[0]), max(last[1], block[1]),
-                     min(last[2], block[2]), max(last[3], block[3]))  # fmt: skip
+            (a, b, c, d), last = block, found.pop()
+            block = (min(last[0], a), max(last[1], b), min(last[2], c), max(last[3], d))
         found.append(block)
     return found
 

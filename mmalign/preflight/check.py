@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from mmalign.config import RunConfig
 from mmalign.config.run import OF_TOKENS as _TOKENS
 from mmalign.data.jobs import waiting
-from mmalign.data.validate import check_files
+from mmalign.data.validate import Decode, check_files
 from mmalign.errors import ConfigError, MmalignError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from mmalign.core import Needs, Objective
-    from mmalign.data.validate import Decode
-
-
-# `mmalign data check --config`: what training with a config would find in its rows.
 
 
 def check_rows(
-    config: RunConfig,
-    *,
-    show: int = 20,
-    decode: Decode | None = None,
+    config: RunConfig, *, show: int = 20, decode: Decode | None = None
 ) -> tuple[str, int]:
     """Every problem of a config's files, then what its tokenizer, template and limits do to them.
 
@@ -55,10 +47,8 @@ def check_rows(
     lines += [line for line in logged_lines if line not in summary and _LEFT_OUT not in line]
     lines += found.notes
     if problems:
-        lines += [
-            f"rows that cannot be used, {found.problems.num_records:,}:",
-            *_indented(problems),
-        ]
+        lines.append(f"rows that cannot be used, {found.problems.num_records:,}:")
+        lines += _indented(problems)
     stops = config.data.bad_rows == "stop" and bool(problems or report.exit_code)
     text = "\n".join([summary, f"with {config.model.path} and this config:", *_indented(lines)])
     return text, int(stops)
@@ -145,10 +135,9 @@ def check_needs(config: RunConfig, needs: Needs, provides: Needs) -> list[str]:
 
 def _missing_extras(config: RunConfig) -> list[str]:
     wanted = {
-        tracker: ("train.trackers", f"'mmalign[{tracker}]'") for tracker in config.train.trackers
+        tracker: ("train.trackers", "trackio" if tracker == "trackio" else f"'mmalign[{tracker}]'")
+        for tracker in config.train.trackers
     }
-    if "trackio" in wanted:
-        wanted["trackio"] = ("train.trackers", "trackio")
     if config.model.quantization:
         wanted["bitsandbytes"] = ("model.quantization", "'mmalign[gpu]'")
     if config.train.optimizer == "adamw8bit":

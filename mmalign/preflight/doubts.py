@@ -1,29 +1,26 @@
-"""Settings that are far from all that was published, or that undo themselves.
+"""Settings far from all that was published, or that undo themselves: one function for each doubt.
 
-One function for each doubt.
+None of them stops a run. Each is one sentence that says what was found, what was published and by
+whom, and what to do; settings close to a paper's give none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.core.presets import ALIASES, PRESETS
+from mmalign.data.example import Example
 from mmalign.errors import MmalignError
 from mmalign.models.adapter import tools_of
 from mmalign.models.files import ADAPTER_CONFIG, read_json, weight_files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
     from mmalign.config import ModelConfig, RunConfig
     from mmalign.core import Needs
-    from mmalign.data.example import Example
-
-
-# Whether an adapter that is continued was trained on the model that it is put on.
 
 _HEAD = 1 << 20  # bytes of a file that are compared, beside its size
 
@@ -52,6 +49,7 @@ def other_base(model: ModelConfig) -> str:
 
 
 def _heads(folder: Path) -> list[tuple[int, bytes]]:
+    """Size and beginning of each file of weights."""
     heads: list[tuple[int, bytes]] = []
     for path in weight_files(folder):
         with path.open("rb") as stream:
@@ -59,11 +57,6 @@ def _heads(folder: Path) -> list[tuple[int, bytes]]:
     return heads
 
 
-# Values that papers and released code trained with, each with its source.
-#
-# A range is what was published. A setting is in doubt beyond `slack` times its ends: models, data
-# and batches differ, and a careful choice may well lie a little outside of what others chose.
-#
 # Where the names were read: alignment-handbook (Zephyr, SmolLM2, Zephyr-ORPO), open-instruct (Tulu
 # 3, OLMo 3), NeMo-Aligner's guide, TRL's examples and paper index (DPO, ORPO, RSO, EXO, AlphaPO,
 # rDPO), HALOs (KTO, cDPO), abacusai/smaug issue 2, and the training scripts of SimPO, QLoRA,
@@ -73,7 +66,11 @@ def _heads(folder: Path) -> list[tuple[int, bytes]]:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """From the lowest to the highest published value."""
+    """From the lowest to the highest published value.
+
+    A setting is in doubt beyond `slack` times its ends: models, data and batches differ, and a
+    careful choice may well lie a little outside of what others chose.
+    """
 
     low: float
     high: float
@@ -181,11 +178,6 @@ DESIRABLE: dict[str, Range] = {
 }
 """Weights of desirable over those of undesirable rows."""
 
-
-# Settings far from all that was published, or that undo themselves: one function for each doubt.
-#
-# None of them stops a run. Each is one sentence that says what was found, what was published and
-# by whom, and what to do; settings close to a paper's give none.
 
 FEW_STEPS = 100
 """Up to this many steps a run is a trial, and repeated rows are not reported."""
@@ -355,8 +347,7 @@ def _passes(plan: Plan) -> Iterator[str]:
     if known is None or not plan.rows:
         return
     epochs = plan.num_steps * plan.rows_per_step / len(plan.rows)
-    many = plan.num_steps > FEW_STEPS and known.side(epochs) == "above"
-    if many:
+    if plan.num_steps > FEW_STEPS and known.side(epochs) == "above":
         yield (
             f"{plan.num_steps:,} steps of {plan.rows_per_step:,} rows see each of the "
             f"{len(plan.rows):,} rows {epochs:,.0f} times; published are {known}. "
@@ -382,13 +373,12 @@ def _ratings(plan: Plan) -> Iterator[str]:
         bad = sum(row.weight for row in plan.rows if row.labels[0] <= 0.5)
         good *= given.get("desirable_weight", 1.0)
         bad *= given.get("undesirable_weight", 1.0)
-        if not good or not bad or not known.side(good / bad):
-            continue
-        yield (
-            f"desirable rows weigh {good / bad:.3g} times as much as undesirable ones; published "
-            f"for {name} are {known}. Balance them by {where}.desirable_weight and "
-            f"undesirable_weight; {_QUIET}"
-        )
+        if good and bad and known.side(good / bad):
+            yield (
+                f"desirable rows weigh {good / bad:.3g} times as much as undesirable ones; "
+                f"published for {name} are {known}. Balance them by {where}.desirable_weight and "
+                f"undesirable_weight; {_QUIET}"
+            )
 
 
 _DOUBTS: tuple[Callable[[Plan], Iterator[str]], ...] = (
