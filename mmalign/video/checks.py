@@ -77,7 +77,7 @@ class Seen:
 
     def image(self) -> Image.Image:
         """A black image of the size."""
-        return Image.new("RGB", self.size[::-1])
+        return Image.new("RGB", (self.size[1], self.size[0]))
 
     def wave(self) -> Wave | None:
         """Silence of the length; None where there is no sound."""

@@ -133,8 +133,9 @@ def shown_size(
 # without memory (torch's meta device), and the size to which it brings them is noted.
 
 Size = tuple[int, int]  # height, width
-_EDGES = "shortest_edge", "longest_edge"  # areas, in the processors that resize freely
-_SIDE = "longest_edge"  # alone: a side, not an area
+# Areas, in the processors that resize freely; the second alone is a side.
+_EDGES: tuple[str, str] = "shortest_edge", "longest_edge"
+_SIDE = "longest_edge"
 _FLOOR = 1.05  # a capped processor lets a frame have so much more than its least area
 _TRIED = ((96, 128), (240, 320), (720, 1280), (900, 1600), (1440, 2560), (2160, 3840))
 _TYPICAL = (720, 1280)  # to see beforehand whether a setting can be kept to
