@@ -248,24 +248,23 @@ def _find(row: Mapping[str, Any], layout: str | None) -> Layout:
 @cache
 def _recognise(columns: frozenset[str]) -> tuple[str, str]:
     """The layout's name, or why there is none; cached, since all rows of a file have the same."""
-    own = [name for name, layout in LAYOUTS.items() if not layout.named]
-    fits = [name for name in own if _fits(LAYOUTS[name], columns)]
+    own = {name: layout for name, layout in LAYOUTS.items() if not layout.named}
+    fits = [
+        name
+        for name, layout in own.items()
+        if all(columns & set(group) for group in layout.needs) and not columns & set(layout.unless)
+    ]
     if len(fits) == 1:
         return fits[0], ""
     if fits:
         choices = ", ".join(fits)
         return "", f"the columns {_names(columns)} fit several layouts; set `layout`: {choices}"
     some = sorted(columns)[:_COMPARED]
-    near = sorted(own, key=lambda name: -_likeness(LAYOUTS[name], some))[:3]
-    choices = "; ".join(f"{name} ({LAYOUTS[name].columns})" for name in near)
+    near = sorted(own, key=lambda name: -_likeness(own[name], some))[:3]
+    choices = "; ".join(f"{name} ({own[name].columns})" for name in near)
     slips = {printable(name): meant(name) for name in some if meant(name)}
     hint = "".join(f" Did you mean {key} by {name}?" for name, key in slips.items())
     return "", f"no layout has the columns {_names(columns)}.{hint} The nearest are: {choices}"
-
-
-def _fits(layout: Layout, columns: frozenset[str]) -> bool:
-    needs = all(columns & set(group) for group in layout.needs)
-    return needs and not columns & set(layout.unless)
 
 
 def _names(columns: Iterable[str]) -> str:

@@ -220,43 +220,30 @@ def _prompts(file: Path, handle: IO[bytes]) -> Iterator[Row]:
         yield Row(place, None if problem else {"prompt": text.strip()}, problem)
 
 
-class _Lines:
-    """The lines of a table as text, of which no record may have too many."""
+def _csv(file: Path, handle: IO[bytes], wanted: Wanted | None = None) -> Iterator[Row]:
+    csv.field_size_limit(LONGEST_LINE)
+    text = io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    length = 0  # characters of a record, which none may have too many of
 
-    def __init__(self, file: Path, handle: IO[bytes]) -> None:
-        self._file = file
-        self._text = io.TextIOWrapper(
-            handle, encoding="utf-8-sig", errors="surrogateescape", newline=""
-        )
-        self._number = self._length = 0
-
-    def __iter__(self) -> Iterator[str]:
-        while line := self._text.readline(LONGEST_LINE):
-            self._number += 1
-            self._length += len(line)
-            if self._length >= LONGEST_LINE:
+    def lines() -> Iterator[str]:
+        nonlocal length
+        for number, line in enumerate(iter(partial(text.readline, LONGEST_LINE), ""), start=1):
+            length += len(line)
+            if length >= LONGEST_LINE:
+                most = f"{LONGEST_LINE // 2**20} MiB"
                 raise DataError(
-                    f"{self._file}:{self._number}: a record is longer than "
-                    f"{LONGEST_LINE // 2**20} MiB; is a quote missing?"
+                    f"{file}:{number}: a record is longer than {most}; is a quote missing?"
                 )
             yield line
 
-    def end_record(self) -> None:
-        """Count from 0 again."""
-        self._length = 0
-
-
-def _csv(file: Path, handle: IO[bytes], wanted: Wanted | None = None) -> Iterator[Row]:
-    csv.field_size_limit(LONGEST_LINE)
     delimiter = "\t" if ".tsv" in file.suffixes else ","
-    lines = _Lines(file, handle)
-    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    reader = csv.DictReader(lines(), delimiter=delimiter, strict=True)
     try:
         if len(reader.fieldnames or ()) > MOST_COLUMNS:
             raise DataError(f"{file}:1: names more than {MOST_COLUMNS:,} columns")
         for cells in reader:
             yield _csv_row(f"{file}:{reader.line_num}", cells)
-            lines.end_record()
+            length = 0
     except csv.Error as error:
         raise DataError(f"{file}:{reader.line_num}: {error}") from error
 
@@ -369,21 +356,21 @@ def _rows(folder: Path, files: dict[str, Names], captions: _Captions) -> Iterato
     names = sorted({name for found in files.values() for name in found})
     for name in names:
         place = f"{folder}:{name}"
-        unread = _unread(files, name)
-        counts = {side: len(files[side].get(name, ())) for side in files}
-        missing = next((side for side in files if counts[side] == 0), None)
-        several = next((side for side in files if counts[side] > 1), None)
-        if unread:
+        if unread := _unread(files, name):
             yield Row(place, None, f"{unread} is of a format that is not read: convert it to png")
-        elif missing is not None:
-            yield Row(place, None, f"has no image of the same name in {missing}/")
-        elif several is not None:
-            where = f" in {several}/" if several else ""
+            continue
+        found = {side: files[side].get(name, []) for side in files}
+        missing = [side for side in found if not found[side]]
+        several = [side for side in found if len(found[side]) > 1]
+        if missing:
+            yield Row(place, None, f"has no image of the same name in {missing[0]}/")
+        elif several:
+            where = f" in {several[0]}/" if several[0] else ""
             yield Row(place, None, f"has more than one image of the same name{where}")
         else:
-            paths = {side: os.path.join(side, files[side][name][0]) for side in files}
+            paths = {side: os.path.join(side, *found[side]) for side in found}
             yield captions.row(place, name, paths)
-    for name in captions.left(names):
+    for name in sorted(set(captions.said) - set(names)):
         yield Row(f"{folder}:{name}", None, "has a caption, but no image")
 
 
@@ -461,10 +448,6 @@ class _Captions:
         if len(set(texts.values())) > 1:
             raise DataError(f"{' and '.join(texts)} differ; keep one of them")
         return next(iter(texts.values()), "")
-
-    def left(self, names: list[str]) -> list[str]:
-        """Names with a caption and without an image."""
-        return sorted(set(self.said) - set(names))
 
 
 def _caption_lines(table: Path) -> Iterator[Row]:

@@ -56,7 +56,7 @@ def _lines(path: Path) -> Iterator[Row]:
 
 def _read(row: Row, root: PictureRoot) -> Example:
     try:
-        record = _record(dict(row.value or {}))
+        record = _record(row.value or {})
     except DataError as error:
         raise DataError(f"{row.place}: {error}") from error
     if not record["prompt"]:
@@ -140,7 +140,7 @@ class PictureCopies:
     def _linked(self, file: Path) -> str:
         if file.is_relative_to(self.parent):
             return file.relative_to(self.parent).as_posix()
-        copy = self.folder / self._inside(file)
+        copy = self._copy_of(file)
         if file not in self._linked_files and _make_room(copy, file):
             try:
                 os.link(file, copy)
@@ -154,19 +154,17 @@ class PictureCopies:
         if picture.row < 0 and file.is_relative_to(self.parent):
             return file.relative_to(self.parent).as_posix()
         data = picture_bytes(picture)
-        inside = self._inside(Path(os.path.realpath(file)))
+        copy = self._copy_of(Path(os.path.realpath(file)))
         if picture.row >= 0:
-            name = f"{picture.row:06d}-{picture.column}{_suffix(data)}"
-            inside = inside.with_suffix("") / name
-        copy = self.folder / inside
+            copy = copy.with_suffix("") / f"{picture.row:06d}-{picture.column}{_suffix(data)}"
         if _make_room(copy, file):
             copy.write_bytes(data)
         return copy.relative_to(self.parent).as_posix()
 
-    def _inside(self, file: Path) -> Path:
+    def _copy_of(self, file: Path) -> Path:
         root = self._source.folder
         is_below = root is not None and file.is_relative_to(root)
-        return file.relative_to(root) if root and is_below else Path(file.name)
+        return self.folder / (file.relative_to(root) if root and is_below else file.name)
 
     def remove(self) -> None:
         """Take back what was copied, unless the folder had been there before."""
