@@ -319,7 +319,7 @@ def read_record(
     """Like `parse_record`, but hands the problems back; the Example is None when there are any.
 
     With `alone` a record is a prompt and nothing else: a plain one whose response is empty. A pair
-    whose labels prefer `rejected` is turned round; see `labels.in_order`.
+    whose labels prefer `rejected` is turned round; see `in_order`.
     """
     ordered = in_order(record)
     if ordered is not record:
@@ -342,7 +342,7 @@ def read_record(
     elif pictures:
         rated = read_pictures(fields, kind, root)
     else:
-        if kind == "unpaired" or kind == "plain":
+        if kind in ("unpaired", "plain"):
             rated = [_candidate(fields, fields.text("response"))]
         else:
             rated = _pair(fields, media, root) if kind == "pair" else _list(fields)

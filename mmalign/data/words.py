@@ -434,12 +434,12 @@ def _split(blocks: Sequence[Replaced], left: Side, right: Side) -> list[Replaced
     """Stretches of as many words on either side end where both sides have a mark."""
     parts: list[Replaced] = []
     for a, b, c, d in blocks:
-        inner = range(1, b - a if b - a == d - c else 0)
-        cuts = [i for i in inner if _ends(*left, a + i - 1) and _ends(*right, c + i - 1)]
-        for start, end in pairwise([0, *cuts]):
-            parts.append((a + start, a + end, c + start, c + end))
-        last = cuts[-1] if cuts else 0
-        parts.append((a + last, b, c + last, d))
+        size = b - a
+        if size != d - c:
+            parts.append((a, b, c, d))
+            continue
+        marks = (i for i in range(1, size) if _ends(*left, a + i - 1) and _ends(*right, c + i - 1))
+        parts += [(a + i, a + k, c + i, c + k) for i, k in pairwise((0, *marks, size))]
     return parts
 
 
