@@ -220,7 +220,7 @@ def _prompts(file: Path, handle: IO[bytes]) -> Iterator[Row]:
         yield Row(place, None if problem else {"prompt": text.strip()}, problem)
 
 
-def _csv(file: Path, handle: IO[bytes], wanted: Wanted | None = None) -> Iterator[Row]:
+def _csv(file: Path, handle: IO[bytes]) -> Iterator[Row]:
     csv.field_size_limit(LONGEST_LINE)
     text = io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape", newline="")
     length = 0  # characters of a record, which none may have too many of

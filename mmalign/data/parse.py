@@ -90,6 +90,15 @@ def _spaces(text: str, plain: str | None, rest: str, count: int) -> str:
     return " " if text and after and after not in ".,;:!?" else ""
 
 
+def _rated(
+    fields: Fields, kind: ExampleKind, media: Media, root: PictureRoot | None
+) -> list[Candidate | None]:
+    """The rated responses that are texts; None in the place of each that is wrong."""
+    if kind == "pair":
+        return _pair(fields, media, root)
+    return _list(fields) if kind == "list" else [_candidate(fields, fields.text("response"))]
+
+
 def _extra(
     fields: Fields,
     kind: ExampleKind,
@@ -342,10 +351,7 @@ def read_record(
     elif pictures:
         rated = read_pictures(fields, kind, root)
     else:
-        if kind in ("unpaired", "plain"):
-            rated = [_candidate(fields, fields.text("response"))]
-        else:
-            rated = _pair(fields, media, root) if kind == "pair" else _list(fields)
+        rated = _rated(fields, kind, media, root)
         extra = _extra(fields, kind, rated, media, root)
     for seen in dict.fromkeys(
         (c.prompt or prompt, c.media or media) for c in (*rated, *extra) if c
