@@ -238,12 +238,16 @@ class PlainText:
     ) -> tuple[str, list[Response]]:
         """The context and each response's text; after a transcript's colon comes a space."""
         context = self.context(prompt, where)
-        conversation = prompt.prompt if isinstance(prompt, Asked) else prompt
-        opened = context.endswith(":") and not isinstance(conversation, str)
+        opened = self._opens(prompt, context)
         return context, [
             _response(answer_turns(candidate, where), opened, where, last=last)
             for candidate in candidates
         ]
+
+    def _opens(self, prompt: Prompt | Asked, context: str) -> bool:
+        """Whether the context ends in the colon of a transcript; video has none."""
+        conversation = prompt.prompt if isinstance(prompt, Asked) else prompt
+        return context.endswith(":") and not isinstance(conversation, str)
 
 
 def _response(turns: Sequence[Message], opened: bool, where: str, *, last: bool) -> Response:

@@ -15,8 +15,9 @@ from rich.console import Console
 from video_rows import make_adapter, pair, run_config
 
 from mmalign.core import Needs, presets
-from mmalign.data.example import Clip, Media, Message, Picture, Sound
+from mmalign.data.example import Candidate, Clip, Media, Message, Picture, Sound
 from mmalign.video import samples
+from mmalign.video.encode import MarkedText
 from mmalign.video.processing import DecodedMedia
 from mmalign.video.samples import describe, in_words
 from mmalign.video.sizes import SOUND_RATE, Frames, Wave
@@ -257,3 +258,10 @@ def test_shown_tokens_are_those_of_training_with_clues(
     length = int(adapter.collate([row]).inputs.prompt_mask[0, 0].sum())
     assert f"{length} + " in text
     assert "<|clue|> x 4 " in text
+
+
+def test_without_a_template_a_response_follows_its_prompt_as_the_record_has_it() -> None:
+    prompt = (Message("user", "<video>The colour:"),)
+    text = MarkedText({"video": "<V>"})
+    context, (response,) = text.responses(prompt, [Candidate("Blue.")], "row", last=False)
+    assert context + response.body == "<V>The colour:Blue."
