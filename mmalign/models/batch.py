@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    Change = Callable[[torch.Tensor], torch.Tensor]
+Change = Callable[[torch.Tensor], torch.Tensor]
 
 # What a field of inputs says in its metadata where its tensors do not lead with the axes [B, K].
 ROWS = {"leading": "rows"}  # [B]
@@ -34,14 +32,12 @@ class ModelInputs:
         def move(value: torch.Tensor) -> torch.Tensor:
             return value.to(device, non_blocking=True)
 
-        return self._each(
-            lambda told: None if told.get("host") else move, lambda part: part.to(device)
-        )
+        return self._each("to", device, lambda told: None if told.get("host") else move)
 
     def select(self, candidate: int) -> Self:
         """The same rows with one candidate only, K = 1."""
         pick = slice(candidate, candidate + 1)
-        return self._each(_of(candidates=lambda v: v[:, pick]), lambda part: part.select(candidate))
+        return self._each("select", candidate, _of(candidates=lambda v: v[:, pick]))
 
     def columns(self, wanted: torch.Tensor) -> Self:
         """The same rows with some candidates of each, other ones in each; `wanted` [B, n]."""
@@ -50,7 +46,7 @@ class ModelInputs:
         def pick(value: torch.Tensor) -> torch.Tensor:
             return value[rows.to(value.device), wanted.to(value.device)]
 
-        return self._each(_of(candidates=pick), lambda part: part.columns(wanted))
+        return self._each("columns", wanted, _of(candidates=pick))
 
     def take(self, rows: torch.Tensor) -> Self:
         """Some of the rows, by number."""
@@ -58,7 +54,7 @@ class ModelInputs:
         def pick(value: torch.Tensor) -> torch.Tensor:
             return value[rows.to(value.device)]
 
-        return self._each(_of(candidates=pick, rows=pick), lambda part: part.take(rows))
+        return self._each("take", rows, _of(candidates=pick, rows=pick))
 
     def flat(self) -> dict[str, torch.Tensor]:
         """All tensors by name, those of parts behind the part's: media.0.pixel_values."""
@@ -79,13 +75,13 @@ class ModelInputs:
         return found
 
     def _each(
-        self, change_of: Callable[[Mapping[str, Any]], Change | None], part: Callable[[Any], Any]
+        self, method: str, given: Any, change_of: Callable[[Mapping[str, Any]], Change | None]
     ) -> Self:
-        """A copy: tensors changed as their field wants (None: left alone), inputs by `part`."""
+        """A copy: tensors changed as their field wants (None: left alone), inputs by the method."""
 
         def walk(value: Any, change: Change | None) -> Any:
             if isinstance(value, ModelInputs):
-                return part(value)
+                return getattr(value, method)(given)
             if isinstance(value, torch.Tensor):
                 return value if change is None else change(value)
             if isinstance(value, dict):

@@ -6,16 +6,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+import math
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 # Float32 matrix products on a CPU through oneDNN.
 #
@@ -35,16 +32,18 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def use_onednn(model: nn.Module) -> int:
-    """Route every plain float32 `nn.Linear` of `model` that lies on a CPU; returns how many.
+    """Route every plain float32 `nn.Linear` of `model` that lies on a CPU; returns how many."""
+    return _exchange(model, nn.Linear, CpuLinear, lambda module: suits(module.weight))
 
-    Only the class of those modules changes: parameters, names and state dicts stay as they are.
-    """
-    count = 0
-    for module in model.modules():
-        if type(module) is nn.Linear and suits(module.weight):
-            module.__class__ = CpuLinear
-            count += 1
-    return count
+
+def _exchange(
+    model: nn.Module, plain: type[nn.Module], fast: type[nn.Module], fits: Callable[[Any], bool]
+) -> int:
+    """Only the class of modules changes: parameters, names and state dicts stay as they are."""
+    found = [module for module in model.modules() if type(module) is plain and fits(module)]
+    for module in found:
+        module.__class__ = fast
+    return len(found)
 
 
 class CpuLinear(nn.Linear):
@@ -105,16 +104,8 @@ SMALLEST_WEIGHT = 2**20  # below, a weight stays in the processor's cache and is
 
 
 def use_products(model: nn.Module) -> int:
-    """Route every plain float32 `nn.Conv2d` of many channels that lies on a CPU; returns how many.
-
-    Only the class of those modules changes: parameters, names and state dicts stay as they are.
-    """
-    count = 0
-    for module in model.modules():
-        if type(module) is nn.Conv2d and _is_plain(module):
-            module.__class__ = CpuConv2d
-            count += 1
-    return count
+    """Route plain float32 `nn.Conv2d`s of many channels that lie on a CPU; returns how many."""
+    return _exchange(model, nn.Conv2d, CpuConv2d, _is_plain)
 
 
 def _is_plain(module: nn.Conv2d) -> bool:
@@ -128,59 +119,37 @@ class CpuConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """The same as `nn.Conv2d.forward`."""
-        windows = _Windows(self.kernel_size, cast("tuple[int, int]", self.padding), self.stride)
-        few = input.dim() == 4 and windows.count(input) <= MOST_PIXELS
+        few = input.dim() == 4 and len(input) * math.prod(self._sides(input)) <= MOST_PIXELS
         if not few or not suits(input) or torch.is_autocast_enabled("cpu"):
             return super().forward(input)
         if torch.is_grad_enabled():
-            return cast("Tensor", _Conv.apply(input, self.weight, self.bias, windows))
-        return _convolve(input, self.weight, self.bias, windows)
+            return cast("Tensor", _Conv.apply(input, self.weight, self.bias, self))
+        return self.product(input)
 
+    def product(self, x: Tensor) -> Tensor:
+        """The convolution as one product, without a gradient."""
+        rows = nn.functional.unfold(x, **self.windows).transpose(1, 2)  # [N, H * W, C * kernel]
+        found = product(rows, self.weight.flatten(1), self.bias)
+        return found.transpose(1, 2).unflatten(2, self._sides(x)).contiguous()
 
-@dataclass(frozen=True, slots=True)
-class _Windows:
-    """Where a convolution looks."""
+    @property
+    def windows(self) -> dict[str, Any]:
+        """Where it looks, as `unfold` and its adjoint `fold` take it."""
+        return dict(kernel_size=self.kernel_size, padding=self.padding, stride=self.stride)
 
-    kernel: tuple[int, ...]
-    padding: tuple[int, int]
-    stride: tuple[int, ...]
-
-    def sides(self, x: Tensor) -> list[int]:
-        """Height and width of what comes out."""
-        given = zip(x.shape[-2:], self.kernel, self.padding, self.stride, strict=True)
-        return [(side + 2 * pad - kernel) // stride + 1 for side, kernel, pad, stride in given]
-
-    def count(self, x: Tensor) -> int:
-        """Pixels that come out, of all images."""
-        height, width = self.sides(x)
-        return len(x) * height * width
-
-    def of(self, x: Tensor) -> Tensor:
-        """[N, H * W, C * kernel], a window a row."""
-        return nn.functional.unfold(
-            x, self.kernel, padding=self.padding, stride=self.stride
-        ).transpose(1, 2)
-
-    def back(self, rows: Tensor, shape: torch.Size) -> Tensor:
-        """The sum [N, C, h, w] of windows that overlap; the adjoint of `of`."""
-        return nn.functional.fold(
-            rows.transpose(1, 2), shape[-2:], self.kernel, padding=self.padding, stride=self.stride
-        )
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, windows: _Windows) -> Tensor:
-    found = product(windows.of(x), weight.flatten(1), bias)
-    return found.transpose(1, 2).unflatten(2, windows.sides(x)).contiguous()
+    def _sides(self, x: Tensor) -> list[int]:
+        given = zip(x.shape[-2:], self.kernel_size, self.padding, self.stride, strict=True)
+        return [(side + 2 * int(pad) - kernel) // step + 1 for side, kernel, pad, step in given]
 
 
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, windows: _Windows
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: CpuConv2d
     ) -> Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        ctx.windows, ctx.shape = windows, x.shape
-        return _convolve(x, weight, bias, windows)
+        ctx.windows, ctx.size = layer.windows, x.shape[-2:]
+        return layer.product(x)
 
     @staticmethod
     @once_differentiable
@@ -191,10 +160,11 @@ class _Conv(torch.autograd.Function):
         rows = gradient.flatten(2).transpose(1, 2)  # [N, H * W, C_out]
         d_x = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
-            d_x = ctx.windows.back(product(rows, weight.flatten(1).t()), ctx.shape)
+            columns = product(rows, weight.flatten(1).t()).transpose(1, 2)
+            d_x = nn.functional.fold(columns, ctx.size, **ctx.windows)
         if ctx.needs_input_grad[1]:
-            columns = ctx.windows.of(x).flatten(0, 1).t()
-            d_weight = product(rows.flatten(0, 1).t(), columns).view_as(weight)
+            columns = nn.functional.unfold(x, **ctx.windows).transpose(1, 2).flatten(0, 1)
+            d_weight = product(rows.flatten(0, 1).t(), columns.t()).view_as(weight)
         if ctx.needs_input_grad[2]:
             d_bias = rows.flatten(0, 1).sum(0)
         return d_x, d_weight, d_bias, None

@@ -16,10 +16,10 @@ from mmalign.models import lora_settings
 from mmalign.models.files import local_folder
 from mmalign.models.lora_load import TRAINED, load_adapter
 from mmalign.models.lora_settings import (
-    adapter_in_place_of_model,
     needs_model,
     read_settings,
     refuse_adapter_path,
+    refuse_loaded_adapter,
 )
 
 if TYPE_CHECKING:
@@ -133,24 +133,18 @@ def check(config: ModelConfig) -> None:
             )
 
 
-def apply(
-    model: nn.Module,
-    config: ModelConfig,
-    *,
-    task: str | None = "CAUSAL_LM",
-    auto: Sequence[str] | None = None,
-    unfit: Callable[[], Mapping[str, str]] = dict,
-) -> nn.Module:
-    """The model ready to train: with a fresh LoRA, with the adapter to continue, or as it is."""
+def apply(model: nn.Module, config: ModelConfig, **options: Any) -> nn.Module:
+    """The model ready to train: with a fresh LoRA, with the adapter to continue, or as it is.
+
+    `options` are those of `attach`.
+    """
     check(config)
-    if getattr(model, "_hf_peft_config_loaded", False):  # one that transformers found on the hub
-        base = getattr(model, "name_or_path", "") or "BASE"
-        raise ConfigError(adapter_in_place_of_model("model.path", config.path, base))
+    refuse_loaded_adapter("model.path", config.path, model)
     if config.adapter is not None:
         return load(model, config.adapter)
     if config.lora is None:
         return model
-    return attach(model, config.lora, task=task, auto=auto, unfit=unfit)
+    return attach(model, config.lora, **options)
 
 
 def attach(
@@ -181,14 +175,9 @@ def attach(
 
     layers = lora_settings.linear_layers(model, _head(model))
     reasons: dict[str, str] = {}
-    if pattern is None:
-        spec = _resolved(model, spec, auto)
-        _check_targets(model, spec)
-        targets = spec.targets if spec.targets == "all-linear" else _names(spec)
-        if targets == "all-linear":
-            reasons = lora_settings.left_out(model, _head(model), unfit())
-    else:
-        targets = pattern
+    targets = _targets(model, spec, auto) if pattern is None else pattern
+    if targets == "all-linear":
+        reasons = lora_settings.left_out(model, _head(model), unfit())
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,  # pyright: ignore[reportArgumentType]  peft takes any number
@@ -206,12 +195,12 @@ def attach(
     if spec.dora:
         exact_start(policy)
     if pattern is None:
-        _say_left_out(policy, spec, layers, reasons)
+        _say_left_out(policy, targets, layers, reasons)
     return policy
 
 
 def _say_left_out(
-    policy: Any, spec: LoraSpec, layers: Mapping[str, nn.Module], reasons: Mapping[str, str]
+    policy: Any, targets: str | list[str], layers: Iterable[str], reasons: Mapping[str, str]
 ) -> None:
     """One line about linear layers and experts that have no adapter though the targets name them.
 
@@ -220,24 +209,23 @@ def _say_left_out(
     """
     found = dict(reasons)
     base = policy.get_base_model()
-    if spec.targets == "all-linear":
+    if targets == "all-linear":
         found |= lora_settings.spare_routers(policy, TRAINED)
-        named = layers.keys() - found.keys()
+        named = set(layers) - found.keys()
     else:
-        names = _names(spec)
-        named = {name for target in names for name in _matched(layers, target)}
+        named = {name for target in targets for name in _matched(layers, target)}
         adapted = policy.peft_config[TRAINED].target_parameters
-        missing = [target for target in names if not _matched(layers, target)]
+        missing = [target for target in targets if not _matched(layers, target)]
         if missing and not adapted and set(missing) <= set(lora_settings.OF_EXPERTS):
             raise ConfigError(_fits_nothing(base, missing[0]))
     found |= lora_settings.passed_over(policy, named)
-    experts = lora_settings.whole_experts(base) if spec.targets == "all-linear" else []
+    experts = lora_settings.whole_experts(base) if targets == "all-linear" else []
     said = lora_settings.describe(found, experts)
     if said:
         log.warning("model.lora.targets: %s", said)
 
 
-def load(model: nn.Module, folder: str | Path, *, trainable: bool = True) -> PeftModel:
+def load(model: nn.Module, folder: str | Path) -> PeftModel:
     """The model with an adapter that was trained before.
 
     Raises:
@@ -247,7 +235,7 @@ def load(model: nn.Module, folder: str | Path, *, trainable: bool = True) -> Pef
     try:
         place = local_folder(folder)
         read_settings(place)
-        policy = load_adapter(model, place, trainable=trainable)
+        policy = load_adapter(model, place, trainable=True)
     except CheckpointError as error:
         raise ConfigError(f"model.adapter {error}") from error
     head = _head(policy)
@@ -297,29 +285,20 @@ def merge(policy: PeftModel) -> nn.Module:
     return policy.merge_and_unload(adapter_names=[TRAINED])  # pyright: ignore
 
 
-def _resolved(model: nn.Module, spec: LoraSpec, auto: Sequence[str] | None) -> LoraSpec:
-    """The spec with `auto` replaced by what it stands for on this model."""
-    if spec.targets != "auto":
-        return spec
-    ends = {name.rpartition(".")[2] for name in _adaptable(model)}
-    ends |= {"to_out.0"} if any(n.endswith("to_out.0") for n, _ in model.named_modules()) else set()
-    known = [target for target in auto or () if target in ends]
-    return spec.model_copy(update={"targets": known or "all-linear"})
-
-
-def _names(spec: LoraSpec) -> list[str]:
-    return [spec.targets] if isinstance(spec.targets, str) else list(spec.targets)
-
-
-def _check_targets(model: nn.Module, spec: LoraSpec) -> None:
+def _targets(model: nn.Module, spec: LoraSpec, auto: Sequence[str] | None) -> str | list[str]:
+    """What is adapted: all-linear, or names that all fit; `auto` is what it stands for here."""
     modules = _adaptable(model)
-    if spec.targets == "all-linear":
+    named = spec.targets
+    if named == "auto":
+        named = [target for target in auto or () if _matched(modules, target)] or "all-linear"
+    if named == "all-linear":
         if not modules:
             raise ConfigError("model.lora: the model has no linear layer to adapt")
-        return
+        return named
+    named = [named] if isinstance(named, str) else list(named)
     head = _head(model)
     experts = lora_settings.OF_EXPERTS if lora_settings.whole_experts(model) else ()
-    for target in _names(spec):
+    for target in named:
         matched = _matched(modules, target)
         if not matched and target not in experts:
             raise ConfigError(_fits_nothing(model, target))
@@ -328,6 +307,7 @@ def _check_targets(model: nn.Module, spec: LoraSpec) -> None:
                 f"model.lora.targets: {target!r} is the output head, which is scored directly in "
                 "blocks; leave it out"
             )
+    return named
 
 
 def _adaptable(model: nn.Module) -> list[str]:

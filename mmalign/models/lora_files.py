@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from torch import Tensor
 
 from mmalign.errors import CheckpointError
 from mmalign.models.files import (
@@ -19,13 +24,6 @@ from mmalign.models.files import (
 )
 from mmalign.models.lora_settings import check_settings, needs_model, read_settings
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-    from pathlib import Path
-
-    from torch import Tensor
-
-
 _PAIRS = (("A", "B"), ("embedding_A", "embedding_B"))  # B [out, r, ...] after A [r, in, ...]
 
 
@@ -36,22 +34,24 @@ def check_factors(weights: LoraWeights) -> None:
         CheckpointError: Names the module.
     """
     for module, parts in weights.parts.items():
-        for down, up in _PAIRS:
-            if down in parts and up in parts:
-                _check_pair(weights, module, parts[down], parts[up])
+        for down, up in ((parts.get(a), parts.get(b)) for a, b in _PAIRS):
+            if down is None or up is None:
+                continue
+            if (
+                down.dim() < 2
+                or up.dim() != down.dim()
+                or not len(down)
+                or up.shape[1] != len(down)
+            ):
+                raise CheckpointError(
+                    f"{weights.path}: the factors of {module} are {list(down.shape)} and "
+                    f"{list(up.shape)}, which have no product"
+                )
         odd = [part for part, tensor in parts.items() if not tensor.is_floating_point()]
         if odd and "full" not in odd:
             raise CheckpointError(
                 f"{weights.path}: {odd[0]} of {module} holds {parts[odd[0]].dtype}, not weights"
             )
-
-
-def _check_pair(weights: LoraWeights, module: str, down: Tensor, up: Tensor) -> None:
-    if down.dim() < 2 or up.dim() != down.dim() or not len(down) or up.shape[1] != len(down):
-        raise CheckpointError(
-            f"{weights.path}: the factors of {module} are {list(down.shape)} and "
-            f"{list(up.shape)}, which have no product"
-        )
 
 
 def left_out(weights: LoraWeights, adapted: Collection[str], modules: Iterable[str]) -> list[str]:
@@ -64,13 +64,12 @@ def left_out(weights: LoraWeights, adapted: Collection[str], modules: Iterable[s
     """
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    settings = weights.settings
-    names = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform")
-    asked = SimpleNamespace(
-        **{name: settings.get(name) for name in names},
-        layers_pattern=settings.get("layers_pattern"),
-        target_parameters=None,
-    )
+    names = (
+        "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform",
+        "layers_pattern",
+    )  # fmt: skip
+    told = {name: weights.settings.get(name) for name in names}
+    asked = SimpleNamespace(**told, target_parameters=None)
     if not asked.target_modules:
         return []
     return [n for n in modules if n not in adapted and check_target_module_exists(asked, n) is True]
@@ -170,7 +169,7 @@ def sdxl_name(module: str, layers_per_block: int = 2) -> str:
         module: e.g. down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.
         layers_per_block: Residual blocks of a down block; up blocks have one more.
     """
-    return PREFIX + _stability_name(module, layers_per_block).replace(".", "_")
+    return sd_name(_stability_name(module, layers_per_block))
 
 
 def sd3_place(module: str, num_layers: int) -> Place:
@@ -183,16 +182,16 @@ def sd3_place(module: str, num_layers: int) -> Place:
     """
     match = _SD3_BLOCK.fullmatch(module)
     if match is None:
-        name = _SD3_OUTSIDE.get(module, module)
-        return Place(_flat(name), (module,), swapped=module == "norm_out.linear")
+        name = sd_name(_SD3_OUTSIDE.get(module, module))
+        return Place(name, (module,), swapped=module == "norm_out.linear")
     start, rest = f"transformer_blocks.{match[1]}.", match[2]
     for name, layers in _FUSED.items():
         if rest in layers:
             whole = tuple(start + layer for layer in layers)
-            return Place(_flat(f"joint_blocks.{match[1]}.{name}"), whole)
+            return Place(sd_name(f"joint_blocks.{match[1]}.{name}"), whole)
     swapped = rest == "norm1_context.linear" and int(match[1]) == num_layers - 1
     name = f"joint_blocks.{match[1]}.{_IN_SD3_BLOCK.get(rest, rest)}"
-    return Place(_flat(name), (module,), swapped)
+    return Place(sd_name(name), (module,), swapped)
 
 
 def in_unet_block(module: str) -> bool:
@@ -229,16 +228,9 @@ def places_by_name(modules: Iterable[str]) -> dict[str, Place]:
         places = (sd3_place(module, max(blocks)) for module in modules)
         return {place.name: place for place in places}
     layers = layers_of(modules)
-    kinds: tuple[Callable[[str], str], ...] = (sd_name, lambda name: sdxl_name(name, layers))
-    return {
-        kind(module): Place(kind(module), (module,))
-        for kind in reversed(kinds)
-        for module in modules
-    }
-
-
-def _flat(name: str) -> str:
-    return PREFIX + name.replace(".", "_")
+    names = [(sdxl_name(module, layers), module) for module in modules]
+    names += [(sd_name(module), module) for module in modules]
+    return {name: Place(name, (module,)) for name, module in names}
 
 
 def _stability_name(module: str, layers: int) -> str:
@@ -291,15 +283,6 @@ def layers_by_name(part: str, modules: Iterable[str]) -> dict[str, Place]:
                 key = prefix + name.replace(".", "_")
                 found.setdefault(key, Place(key, (module,)))
     return found
-
-
-def left_out_of(names: Sequence[str]) -> str:
-    """What of a file is not used, with its count: the changes of text encoders."""
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[part_of(name)] = counts.get(part_of(name), 0) + 1
-    told = ", ".join(f"{count} of {part}" for part, count in sorted(counts.items()))
-    return f"{len(names)} tensors that change text encoders are left out ({told})"
 
 
 Encoders = Literal["stop", "ignore", "apply"]
@@ -410,7 +393,11 @@ def _look_at_encoders(path: Path, names: list[str], encoders: Encoders) -> None:
     if not names or encoders == "apply":
         return
     if encoders == "ignore":
-        log.warning("%s: %s", path, left_out_of(names))
+        counts = sorted(Counter(map(part_of, names)).items())
+        told = ", ".join(f"{count} of {part}" for part, count in counts)
+        log.warning(
+            "%s: %d tensors that change text encoders are left out (%s)", path, len(names), told
+        )
         return
     raise CheckpointError(
         f"{path}: {names[0]} changes a text encoder ({len(names)} tensors do), and only the "

@@ -121,19 +121,20 @@ def _convert(policy: PeftModel, tensors: Mapping[str, Tensor], where: Path) -> N
     missing = sorted(own.intersection(result.missing_keys))
     unknown = sorted(result.unexpected_keys)
     if missing or unknown:
-        raise CheckpointError(_misfit(where, missing, unknown, len(own)))
+        raise _misfit(where, missing, unknown, len(own))
 
 
-def _misfit(where: Path, missing: Sequence[str], unknown: Sequence[str], total: int) -> str:
-    parts: list[str] = []
-    if missing:
-        first = missing[0].replace(f".{TRAINED}", "")
-        parts.append(f"{len(missing)} of {total} tensors are missing, the first is {first}")
-    if unknown:
-        first = unknown[0].replace(f".{TRAINED}", "")
-        parts.append(f"{len(unknown)} fit no module of the model, the first is {first}")
+def _misfit(
+    where: Path, missing: Sequence[str], unknown: Sequence[str], total: int
+) -> CheckpointError:
+    faults = {f"of {total} tensors are missing": missing, "fit no module of the model": unknown}
+    told = "; ".join(
+        f"{len(names)} {what}, the first is {names[0].replace(f'.{TRAINED}', '')}"
+        for what, names in faults.items()
+        if names
+    )
     hint = "it belongs to another model" if unknown else "copy it again"
-    return f"{where}: the adapter does not fit the model: {'; '.join(parts)}; {hint}"
+    return CheckpointError(f"{where}: the adapter does not fit the model: {told}; {hint}")
 
 
 def _own_names(policy: PeftModel) -> set[str]:
@@ -159,7 +160,7 @@ def _check_wrapped(policy: PeftModel, tensors: Mapping[str, Tensor], where: Path
             wanted = [f"{name}.{key}" for key in module.adapter_state_dict_load_map(TRAINED)]
             missing = [key for key in wanted if key not in tensors]
             if missing:
-                raise CheckpointError(_misfit(where, missing, [], len(tensors) + len(missing)))
+                raise _misfit(where, missing, [], len(tensors) + len(missing))
 
 
 def one_line(error: BaseException) -> str:
@@ -207,7 +208,13 @@ def as_files_of(base: Path, added: Path, into: Path) -> Path:
     if (added / ADAPTER_CONFIG).is_file():
         model = _with_adapter(model, added, tied=tied)
     else:
-        _take_over(model, _load(added), added)
+        try:
+            model.load_state_dict(_load(added).state_dict())
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{added} and the base hold different tensors: {one_line(error)}. Merge "
+                "checkpoints of one model"
+            ) from error
     if tied:
         _refuse_untied(model, added)
     try:
@@ -219,20 +226,28 @@ def as_files_of(base: Path, added: Path, into: Path) -> Path:
     return into
 
 
-def _load(folder: Path) -> Any:
-    import transformers
+def from_folder(kind: Any, folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A model of a class of transformers, and what of its weights was not as it should be.
 
-    settings = read_json(folder / "config.json")
-    name = str(settings["architectures"][0])
-    loader: Any = getattr(transformers, name, None) or transformers.AutoModelForCausalLM
+    Raises:
+        CheckpointError: The folder cannot be read as this class.
+    """
     for file in weight_files(folder):
         opened(file)  # a damaged one is named before a library meets it
     try:
-        model, found = loader.from_pretrained(
-            folder, dtype=_widest(folder), output_loading_info=True
-        )
+        return kind.from_pretrained(folder, output_loading_info=True, **options)
     except LIBRARY_ERRORS as error:
-        raise CheckpointError(f"{folder}: cannot be loaded as {name}: {one_line(error)}") from error
+        raise CheckpointError(
+            f"{folder}: cannot be loaded as {kind.__name__}: {one_line(error)}"
+        ) from error
+
+
+def _load(folder: Path) -> Any:
+    import transformers
+
+    name = str(read_json(folder / "config.json")["architectures"][0])
+    kind = getattr(transformers, name, transformers.AutoModelForCausalLM)
+    model, found = from_folder(kind, folder, dtype=_widest(folder))
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise CheckpointError(
@@ -244,8 +259,6 @@ def _load(folder: Path) -> Any:
 
 def _widest(folder: Path) -> Any:
     """float64 where the files hold it, else float32: a sum in bfloat16 would be rounded twice."""
-    import torch
-
     for file in weight_files(folder):
         with opened(file) as handle:
             for name in handle.keys():  # noqa: SIM118  not a dict
@@ -296,24 +309,8 @@ def _refuse_shared(policy: nn.Module, folder: Path) -> None:
         )
 
 
-def _take_over(model: Any, other: Any, added: Path) -> None:
-    """Put all values of another model of the same kind into `model`."""
-    state, own = other.state_dict(), model.state_dict()
-    odd = sorted(state.keys() ^ own.keys()) or [
-        name for name, tensor in state.items() if tensor.shape != own[name].shape
-    ]
-    if odd:
-        raise CheckpointError(
-            f"{added} and the base hold different tensors: {len(odd)} are only in one of them or "
-            f"of other shapes, e.g. {odd[0]!r}. Merge checkpoints of one model"
-        )
-    model.load_state_dict(state)
-
-
 def _refuse_untied(model: Any, added: Path) -> None:
     """Refuse an embedding that was changed without the output head that shares its weight."""
-    import torch
-
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or head is None or torch.equal(embedding.weight, head.weight):
         return

@@ -1,22 +1,16 @@
-"""What the settings of a LoRA ask for.
-
-Saved ones (peft's adapter_config.json), and the layers it takes.
-"""
+"""What saved settings of a LoRA ask for (peft's adapter_config.json), and the layers it takes."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models.files import ADAPTER_CONFIG, UnfitError, read_json
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
-
 
 RECOMPUTED = ("pissa", "olora")
 """Starts that take a part out of the base which can be computed from the base again."""
@@ -48,15 +42,15 @@ _ACTS = (  # what decides how an adapter's tensors act
     "modules_to_save",
     "trainable_token_indices",
 )
-_PLACES = (  # where they are; their names say so too
+_SAY_NO_MORE = (
+    # Where the tensors are; their names say so too.
     "target_modules",
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
     "target_parameters",
     "ensure_weight_tying",
-)
-_TRAINING = (  # how they were trained; starts are looked at apart
+    # How they were trained; starts are looked at apart.
     "lora_dropout",
     "init_lora_weights",
     "loftq_config",
@@ -65,8 +59,7 @@ _TRAINING = (  # how they were trained; starts are looked at apart
     "lora_ga_config",
     "velora_config",
     "qalora_group_size",
-)
-_NOTES = (  # notes for programs
+    # Notes for programs.
     "task_type",
     "peft_type",
     "auto_mapping",
@@ -77,7 +70,7 @@ _NOTES = (  # notes for programs
     "megatron_core",
     "runtime_config",
 )
-_READ = frozenset({*_ACTS, *_PLACES, *_TRAINING, *_NOTES, *_REFUSED})
+_READ = frozenset({*_ACTS, *_SAY_NO_MORE, *_REFUSED})
 _BY_MODEL = ("target_parameters", "trainable_token_indices", "lora_bias")
 
 
@@ -107,15 +100,21 @@ def check_settings(where: Path, settings: Mapping[str, Any]) -> None:
     for name, reason in _REFUSED.items():
         if settings.get(name):
             raise CheckpointError(f"{where}: the adapter has {name}, and {reason}; not possible")
-    unknown = [
-        name for name, value in settings.items() if value and name not in _READ | {*_REFUSED}
-    ]
+    unknown = [name for name, value in settings.items() if value and name not in _READ]
     if unknown:
         raise CheckpointError(
             f"{where}: the adapter has the setting {unknown[0]} = {settings[unknown[0]]!r}, which "
             "is not known here and may change what its weights mean"
         )
-    _check_start(where, settings)
+    start = settings.get("init_lora_weights", True)
+    plain = isinstance(start, bool) or start is None
+    if not plain and str(start).lower() not in _STARTS:
+        raise CheckpointError(
+            f"{where}: the adapter has init_lora_weights = {start!r}, a start that changes the "
+            "base by what cannot be computed again, so its tensors alone do not say what was "
+            "trained. Save it with peft's save_pretrained(DIR, "
+            "path_initial_model_for_weight_conversion=START), which makes it a plain LoRA"
+        )
     _check_numbers(where, settings)
 
 
@@ -164,53 +163,44 @@ def refuse_adapter_path(key: str, path: str | Path) -> None:
         named = read_json(file).get("base_model_name_or_path")
     except CheckpointError as error:
         raise ConfigError(f"{key}: {error}") from error
-    raise ConfigError(adapter_in_place_of_model(key, path, str(named or "BASE")))
+    raise ConfigError(_in_place_of_model(key, path, str(named or "BASE")))
 
 
-def adapter_in_place_of_model(key: str, path: str | Path, base: str) -> str:
-    """The sentence for an adapter where a whole model is asked for."""
+def refuse_loaded_adapter(key: str, path: str, model: nn.Module) -> None:
+    """Refuse the same where transformers found the adapter on the hub, and loaded its base.
+
+    Raises:
+        ConfigError: It did.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        base = str(getattr(model, "name_or_path", ""))
+        raise ConfigError(_in_place_of_model(key, path, base or "BASE"))
+
+
+def _in_place_of_model(key: str, path: str | Path, base: str) -> str:
     ways = f"mmalign merge {base} --add {path}=1 --out DIR, then {key}: DIR"
     if key == "model.path":
         ways = f"model.path: {base} and model.adapter: {path} goes on training it; or {ways}"
     return f"{key} {path} is an adapter, and a whole model must stand there: {ways}"
 
 
-def _check_start(where: Path, settings: Mapping[str, Any]) -> None:
-    start = settings.get("init_lora_weights", True)
-    if isinstance(start, bool) or start is None or str(start).lower() in _STARTS:
-        return
-    raise CheckpointError(
-        f"{where}: the adapter has init_lora_weights = {start!r}, a start that changes the base by "
-        "what cannot be computed again, so its tensors alone do not say what was trained. Save it "
-        "with peft's save_pretrained(DIR, path_initial_model_for_weight_conversion=START), which "
-        "makes it a plain LoRA"
-    )
-
-
 def _check_numbers(where: Path, settings: Mapping[str, Any]) -> None:
-    for name in ("r", "lora_alpha"):
-        value = settings.get(name, 1)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise CheckpointError(f"{where}: {name} must be a number above 0, found {value!r}")
+    numbers = {name: settings.get(name, 1) for name in ("r", "lora_alpha")}
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = settings.get(name) or {}
         if not isinstance(patterns, dict):
             raise CheckpointError(f"{where}: {name} must be a mapping, found {patterns!r}")
         for pattern, value in patterns.items():
-            _check_pattern(where, name, pattern, value)
-
-
-def _check_pattern(where: Path, name: str, pattern: str, value: Any) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise CheckpointError(
-            f"{where}: {name} has {pattern!r}, which is not a regular expression: {error}"
-        ) from error
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise CheckpointError(
-            f"{where}: {name} of {pattern!r} must be a number above 0, found {value!r}"
-        )
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise CheckpointError(
+                    f"{where}: {name} has {pattern!r}, which is not a regular expression: {error}"
+                ) from error
+            numbers[f"{name} of {pattern!r}"] = value
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise CheckpointError(f"{where}: {name} must be a number above 0, found {value!r}")
 
 
 def _plain(value: Any) -> Any:

@@ -6,13 +6,15 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
+from torch import Tensor
 
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models.files import (
@@ -25,17 +27,16 @@ from mmalign.models.files import (
     usual_mode,
     weight_files,
 )
-from mmalign.models.lora_files import Encoders, encoders_in, is_lora, left_out, read_lora
+from mmalign.models.lora_files import (
+    Encoders,
+    LoraWeights,
+    encoders_in,
+    is_lora,
+    left_out,
+    read_lora,
+)
 from mmalign.models.lora_load import as_files_of, can_load
 from mmalign.models.lora_settings import start_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from torch import Tensor
-
-    from mmalign.models.lora_files import LoraWeights
-
 
 # Starts of a LoRA that take their product out of the base: PiSSA and OLoRA.
 #
@@ -201,9 +202,8 @@ class LoraDelta:
         """Refuse a file that was cut between layers: all that it has is whole."""
         if not (self.weights.path / ADAPTER_CONFIG).is_file():
             return
-        modules = [n.removesuffix(".weight") for n in base_names if n.endswith(".weight")]
         adapted = {name.removesuffix(".weight") for name in self.modules}
-        missing = left_out(self.weights, adapted, modules)
+        missing = left_out(self.weights, adapted, _modules(base_names))
         if missing:
             raise UnfitError(
                 f"{self.weights.path}: {len(missing)} modules that its target_modules name have no "
@@ -258,12 +258,8 @@ def _dora(weight: Tensor, magnitude: Tensor, *, turned: bool) -> Tensor:
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 
 
-class Delta(Protocol):
-    """What one checkpoint changes."""
-
-    def __call__(self, name: str, base: Tensor) -> Change | None:
-        """The change of a float64 base tensor; None where there is none."""
-        ...
+Delta = Callable[[str, Tensor], Change | None]
+"""What one checkpoint changes: from name and float64 tensor of the base; None: it is left alone."""
 
 
 def merge_checkpoints(
@@ -309,7 +305,7 @@ def merge_checkpoints(
     partial.mkdir(parents=True)
     try:
         with ExitStack() as files:
-            names = [n for handle in _open(weights, files) for n in handle.keys()]  # noqa: SIM118
+            names = list(_handles(weights, files))
             scratch = Path(files.enter_context(TemporaryDirectory(dir=partial, prefix=".scratch")))
             deltas = [
                 (_delta(path, names, files, weights, scratch / str(i), encoders), coef)
@@ -320,8 +316,11 @@ def merge_checkpoints(
             for file in weight_files(weights):
                 _merge_file(file, into / file.name, deltas)
         _copy_settings(weights, into)
-        if weights != source:
-            _copy_pipeline(source, partial, without=weights.name)
+        if weights != source:  # a pipeline: its own settings, and all other components
+            _copy_settings(source, partial)
+            for folder in source.iterdir():
+                if folder.is_dir() and folder != weights and not folder.name.startswith("."):
+                    shutil.copytree(folder, partial / folder.name)
         if encoders == "apply":
             _merge_encoders(source, partial, add)
         record = {"base": str(base), "add": [[str(path), coef] for path, coef in add]}
@@ -375,7 +374,7 @@ class _FullDelta:
     ) -> None:
         """Open it; `partial` where its class does not write all that the base's files hold."""
         self.folder = folder
-        self.where = {name: handle for handle in _open(folder, files) for name in handle.keys()}  # noqa: SIM118
+        self.where = _handles(folder, files)
         base, own = set(base_names), self.where.keys()
         odd = sorted(own - base if partial else own ^ base)
         if odd:
@@ -418,8 +417,8 @@ def open_delta(
     path = _local(added)
     if not is_lora(path):
         return _FullDelta(denoiser_folder(path), base_names, files)
-    modules = [n.removesuffix(".weight") for n in base_names if n.endswith(".weight")]
-    return LoraDelta(read_lora(path, modules, encoders=encoders), base_names, base)
+    weights = read_lora(path, _modules(base_names), encoders=encoders)
+    return LoraDelta(weights, base_names, base)
 
 
 def _merge_encoders(source: Path, target: Path, add: Sequence[tuple[str | Path, float]]) -> None:
@@ -436,8 +435,8 @@ def _merge_encoders(source: Path, target: Path, add: Sequence[tuple[str | Path, 
                 "model, or name the whole pipeline as the base"
             )
         with ExitStack() as files:
-            names = [n for handle in _open(source / part, files) for n in handle.keys()]  # noqa: SIM118
-        modules = [n.removesuffix(".weight") for n in names if n.endswith(".weight")]
+            names = list(_handles(source / part, files))
+        modules = _modules(names)
         deltas = [
             (LoraDelta(read_lora(path, modules, part=part), names), coef) for path, coef in loras
         ]
@@ -450,8 +449,15 @@ def _local(added: str | Path) -> Path:
     return Path(added) if Path(added).is_file() else local_folder(added)
 
 
-def _open(folder: Path, files: ExitStack) -> list[Any]:
-    return [files.enter_context(opened(file)) for file in weight_files(folder)]
+def _handles(folder: Path, files: ExitStack) -> dict[str, Any]:
+    """The open file of each tensor of a checkpoint."""
+    handles = [files.enter_context(opened(file)) for file in weight_files(folder)]
+    return {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
+
+
+def _modules(names: Iterable[str]) -> list[str]:
+    """Names of the modules that have a weight."""
+    return [n.removesuffix(".weight") for n in names if n.endswith(".weight")]
 
 
 def _merge_file(source: Path, target: Path, deltas: Sequence[tuple[Delta, float]]) -> None:
@@ -484,11 +490,3 @@ def _copy_settings(source: Path, target: Path) -> None:
     for file in source.iterdir():
         if file.is_file() and file.suffix not in _WEIGHTS:
             shutil.copyfile(file, target / file.name)
-
-
-def _copy_pipeline(source: Path, target: Path, *, without: str) -> None:
-    """The other parts of a pipeline: settings at the top, and every component's folder."""
-    _copy_settings(source, target)
-    for folder in source.iterdir():
-        if folder.is_dir() and folder.name != without and not folder.name.startswith("."):
-            shutil.copytree(folder, target / folder.name)

@@ -15,7 +15,7 @@ import torch
 from mmalign.errors import ConfigError, NeedsError
 from mmalign.models import lora
 from mmalign.models.lora_load import TRAINED
-from mmalign.models.lora_settings import adapter_in_place_of_model, refuse_adapter_path
+from mmalign.models.lora_settings import refuse_adapter_path, refuse_loaded_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -174,7 +174,10 @@ class Ema(Reference):
         self.copy = start
         self.decay = decay
         self.every = every
-        self._average = {name: _wide(copied) for name, _, copied in start.pairs()}
+        self._average = {
+            name: copied.detach().to(torch.promote_types(copied.dtype, torch.float32))
+            for name, _, copied in start.pairs()
+        }
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
@@ -227,12 +230,6 @@ class Mixture(Reference):
     def members(self) -> Sequence[tuple[float, Reference]]:
         """The parts."""
         return self.parts
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """The tensor itself when it is float32 or wider, else a float32 copy."""
-    wide = tensor.dtype if tensor.dtype in (torch.float32, torch.float64) else torch.float32
-    return tensor.detach().to(wide)
 
 
 @contextmanager
@@ -346,9 +343,7 @@ def _loaded(path: str, load: Callable[[str], nn.Module] | None) -> nn.Module:
     if load is None:
         raise ConfigError(f"reference {path}: this modality cannot load a second model")
     model = load(path)
-    if getattr(model, "_hf_peft_config_loaded", False):  # one that transformers found on the hub
-        base = str(getattr(model, "name_or_path", "")) or "BASE"
-        raise ConfigError(adapter_in_place_of_model("reference.path", path, base))
+    refuse_loaded_adapter("reference.path", path, model)
     return model
 
 
