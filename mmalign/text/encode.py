@@ -15,19 +15,13 @@ import torch
 from mmalign.data.example import Asked
 from mmalign.errors import ConfigError, DataError, NeedsError
 from mmalign.models.batch import Batch
-from mmalign.text.frame import Ends
+from mmalign.text.frame import Ends, alike
 from mmalign.text.masks import EncodedCandidate, mark_ranges, mark_spans, mark_steps, span_masks
 from mmalign.text.messages import Notes, PlainText
 from mmalign.text.model import stop_ids
 from mmalign.text.packing import TextInputs
 from mmalign.text.render import ChatTemplate
-from mmalign.text.tokenizer import (
-    JinjaTemplate,
-    TextTokenizer,
-    _named,
-    require_ids,
-    template_file,
-)
+from mmalign.text.tokenizer import JinjaTemplate, TextTokenizer, named, require_ids, template_file
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -137,29 +131,6 @@ def _pad(rows: Sequence[Sequence[Sequence[int]]], value: int) -> Tensor:  # -> [
     return torch.tensor(padded, dtype=torch.long)
 
 
-def require_frame(encoder: Encoder, embedded: int, key: str) -> None:
-    """Refuse a model without a token that stands in every row.
-
-    A tokenizer may have more tokens than the model embeds: some families share one among models of
-    several kinds. What rows use is checked where they are encoded.
-
-    Args:
-        encoder: Of the rows.
-        embedded: How many tokens the model embeds.
-        key: Of the config, that names the model.
-
-    Raises:
-        ConfigError: naming the token.
-    """
-    largest = max(encoder.frame_ids, default=0)
-    if largest >= embedded:
-        raise ConfigError(
-            f"{key}: every row is written with {_named(encoder.tokenizer, largest)}, but the model "
-            f"embeds {embedded} tokens, 0 to {embedded - 1}: the two do not belong together, or "
-            "the tokenizer got tokens that the model did not"
-        )
-
-
 VERSION = 4  # raise it when the same settings give other tokens: caches depend on it
 
 
@@ -192,10 +163,19 @@ class Encoder:
     def use_ids_below(self, embedded: int, key: str = "model.path") -> None:
         """From now on, refuse rows with a token that a model, which embeds so many, lacks.
 
+        A tokenizer may have more tokens than the model embeds: some families share one among models
+        of several kinds.
+
         Raises:
             ConfigError: naming the config's `key`, where every row has such a token.
         """
-        require_frame(self, embedded, key)
+        largest = max(self.frame_ids, default=0)
+        if largest >= embedded:
+            raise ConfigError(
+                f"{key}: every row is written with {named(self.tokenizer, largest)}, but the model "
+                f"embeds {embedded} tokens, 0 to {embedded - 1}: the two do not belong together, "
+                "or the tokenizer got tokens that the model did not"
+            )
         self._embedded = min(embedded, self._embedded or embedded)
         if self._tokenize.pad_id >= embedded:
             self._tokenize.pad_id = 0  # masked: any token that the model has will do
@@ -323,7 +303,7 @@ class Encoder:
             members = [example.candidates[index] for index in indices]
             asked = Asked(prompt, example.template) if example.template else prompt
             if not self.render.is_chat and not isinstance(prompt, str):
-                self.count("without_template", example.id)
+                self.notes.count("without_template", example.id)
             items = self._group(asked, members, example.id, self.render)
             encoded.update(zip(indices, items, strict=True))
         return tuple(encoded[index] for index in range(len(encoded)))
@@ -378,9 +358,10 @@ class Encoder:
             self._joined(context, response, candidate.complete, row)
             for response, candidate in zip(responses, candidates, strict=True)
         ]
-        shared = min(_common_prefix(alone, ids) for ids, _ in joined)
+        shared = min(alike(alone, ids) for ids, _ in joined)
         if shared < len(alone):
-            self.count("boundary_moved", row, "prompt and response merge; responses start early")
+            why = "prompt and response merge; responses start early"
+            self.notes.count("boundary_moved", row, why)
         prompt_ids = self._known(self._cut_prompt(self._started(alone[:shared], row), row), row)
         encoded: list[EncodedCandidate] = []
         for (ids, offsets), response, candidate in zip(joined, responses, candidates, strict=True):
@@ -389,7 +370,7 @@ class Encoder:
             if len(ids) == shared or (scored and not any(scored)):
                 raise DataError(f"{row}: a response has no token to score; remove the row")
             if len(ids) > stop:
-                self.count("responses_cut", row)
+                self.notes.count("responses_cut", row)
             start = len(context) + (response.offset or 0)
             local = [(first - start, last - start) for first, last in offsets[shared:stop]]
             marks = self._marks(local, response, candidate, row)
@@ -427,8 +408,8 @@ class Encoder:
         self, offsets: Offsets, response: Response, candidate: Candidate, row: str
     ) -> tuple[list[bool], list[int]]:
         """Spans and steps, from token ranges counted from the first character of the response."""
-        wants_spans = self.uses_spans and bool(candidate.spans)
-        wants_spans &= self.masks is not None and self.masks.kind == "spans"
+        of_record = self.masks is not None and self.masks.kind == "spans"
+        wants_spans = of_record and bool(candidate.spans)
         if response.offset is None and (wants_spans or self.uses_steps):
             raise DataError(
                 f"{row}: the response has several turns, or the chat template rewrites it, so its "
@@ -447,7 +428,7 @@ class Encoder:
         """At least one token, since the first response token is predicted from the one before."""
         if ids:
             return ids
-        self.count("prompts_empty", row)
+        self.notes.count("prompts_empty", row)
         for start in (self._tokenize.bos_id, self._tokenize.eos_id):
             if start is not None:
                 return [start]
@@ -460,7 +441,7 @@ class Encoder:
         limit = self.data.max_prompt_length
         if len(ids) <= limit:
             return ids
-        self.count("prompts_cut", row)
+        self.notes.count("prompts_cut", row)
         if self.data.truncate_prompt == "keep_start":
             return ids[:limit]
         keeps_bos = ids[0] == self._tokenize.bos_id and limit > 1  # models lean on their bos
@@ -471,14 +452,3 @@ class Encoder:
         if self._embedded is not None:
             require_ids(ids, self._embedded, self.tokenizer, row)
         return ids
-
-    def count(self, name: str, row: str, warning: str = "") -> None:
-        """Note that something was done to a row; a warning is logged the first time."""
-        self.notes.count(name, row, warning)
-
-
-def _common_prefix(first: list[int], second: list[int]) -> int:
-    for index, (left, right) in enumerate(zip(first, second, strict=False)):
-        if left != right:
-            return index
-    return min(len(first), len(second))

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mmalign.data.example import Template
 from mmalign.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
-
-    from mmalign.data.example import Template
-    from mmalign.text.tokenizer import JinjaTemplate
-
+from mmalign.text.tokenizer import JinjaTemplate
 
 PAIRS = {
     "<think>": "</think>",
@@ -283,14 +279,15 @@ def find(template: JinjaTemplate, row: Template, ends: Ends, said: Callable[[str
 
 def shared(first: str, second: str) -> int:
     """The length of what two texts start with alike, where no tag is cut in two."""
-    length = _alike(first, second)
+    length = alike(first, second)
     if length == len(first) or length == len(second):
         return length
     begun = _TAG_BEGUN.search(first[:length])
     return length if begun is None else begun.start()
 
 
-def _alike(first: str, second: str) -> int:
+def alike(first: Sequence[object], second: Sequence[object]) -> int:
+    """The length of what two sequences start with alike."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
@@ -318,11 +315,8 @@ def _followed(
 def _end(tail: str, followed: str, start: str, ends: Ends) -> tuple[str, bool, str]:
     """What is scored after the last response, whether the eos follows, and the end of earlier ones.
 
-    Args:
-        tail: What the template writes after the last response.
-        followed: What it writes between a response and the words of the next user turn.
-        start: What it writes before the words of the first.
-        ends: Of the tokenizer.
+    `followed` stands between a response and the words of the user turn after it, `start` before
+    the words of the first one.
     """
     if (end := ends.cut(tail[: shared(tail, followed)])) is not None:
         return end, False, end
@@ -337,7 +331,7 @@ def _end(tail: str, followed: str, start: str, ends: Ends) -> tuple[str, bool, s
 
 def _before_opening(followed: str, start: str) -> str:
     """What precedes the opening of a user turn, which is what both texts end in, in whole tags."""
-    place = len(followed) - _alike(followed[::-1], start[::-1])
+    place = len(followed) - alike(followed[::-1], start[::-1])
     begun = _TAG_BEGUN.search(followed[:place])
     if begun is not None:
         rest = re.compile(r"[^>\]]*[>\]]").match(followed, place)

@@ -6,19 +6,14 @@ import json
 import logging
 import re
 from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-from mmalign.data.example import Asked, Message, Template
+from mmalign.data.example import Asked, Candidate, Message, Prompt, Template
 from mmalign.errors import ConfigError, DataError
 from mmalign.text import frame
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-
-    from mmalign.data.example import Candidate, Prompt
-    from mmalign.text.tokenizer import JinjaTemplate
-
+from mmalign.text.tokenizer import JinjaTemplate
 
 _WORD = re.compile(r"\w+")
 _SWITCH = re.compile(r"/(?:no_?)?think\b")  # in a text, for the template alone
@@ -38,45 +33,49 @@ def as_message(
     message["content"] = content(turn.content)
     if not turn.extra:
         return message
-    thought = thought_of(turn)
-    for key in _SAYING:
-        if not message.get(key):
-            continue
-        names = frame.REASONING if key in frame.REASONING else (key,)
+    for key in filter(message.get, _SAYING):
+        is_thought = key in frame.REASONING
         # What the response's own thought becomes where no template reads it is told by its context.
-        if turn.role == "assistant" and key in frame.REASONING:
-            continue
-        if not template.words.intersection(names):
+        told = is_thought and turn.role == "assistant"
+        if not told and not template.words.intersection(frame.REASONING if is_thought else (key,)):
             raise unread(key, where)
-    if thought:
+    if thought := thought_of(turn):
         message = {**message, "reasoning_content": thought, "thinking": thought}
     if isinstance(message.get("tool_calls"), list):
         message["tool_calls"] = [_call(call) for call in cast("list[Any]", message["tool_calls"])]
     return message
 
 
-def thought_of(turn: Message) -> str | None:
-    """The thought that a record gives beside the words of a turn."""
-    found = (turn.as_dict().get(key) for key in frame.REASONING) if turn.extra else ()
-    return next((str(value) for value in found if value), None)
-
-
 def thought_key(turn: Message) -> str:
-    """The name that the record gives it."""
-    return next((key for key in frame.REASONING if turn.as_dict().get(key)), "")
+    """The key under which a record gives a thought beside the words of a turn; "" for none."""
+    given = turn.as_dict() if turn.extra else {}
+    return next(filter(given.get, frame.REASONING), "")
+
+
+def thought_of(turn: Message) -> str | None:
+    """The thought itself; None where the record gives none."""
+    key = thought_key(turn)
+    return str(turn.as_dict()[key]) if key else None
 
 
 def call_names(turn: Message) -> list[str]:
     """The names of the functions that a turn calls."""
-    if not turn.extra:
-        return []
-    calls: Any = turn.as_dict().get("tool_calls") or ()
-    found: list[str] = []
-    for call in calls:
-        inner = call.get("function", call) if isinstance(call, dict) else {}
-        if isinstance(inner, dict) and inner.get("name"):
-            found.append(str(cast("Any", inner["name"])))
-    return found
+    return _names(turn.as_dict().get("tool_calls") or ()) if turn.extra else []
+
+
+def tool_names(row: Template) -> list[str]:
+    """The names of the tools that a row hands its template."""
+    return _names(json.loads(row.tools) if row.tools else ())
+
+
+def _names(functions: Any) -> list[str]:
+    return [str(name) for item in functions if (name := _inner(item).get("name"))]
+
+
+def _inner(item: Any) -> dict[str, Any]:
+    """The function of a call or a tool, which may stand by itself."""
+    inner = item.get("function", item) if isinstance(item, dict) else None
+    return inner if isinstance(inner, dict) else {}
 
 
 def said_at(body: str, words: str, turn: Message) -> int:
@@ -153,19 +152,11 @@ def require_told(turns: Iterable[Message], rendered: str, where: str) -> None:
                 raise unread("tool_calls", where)
 
 
-def tool_names(row: Template) -> list[str]:
-    """The names of the tools that a row hands its template."""
-    tools: Any = json.loads(row.tools) if row.tools else ()
-    found = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)]
-    return [str(tool["name"]) for tool in found if isinstance(tool, dict) and tool.get("name")]
-
-
 def writes_repr(given: Iterable[Mapping[str, Any]], rendered: str) -> bool:
     """Whether a template wrote arguments of calls as Python does, in single quotes."""
     for message in given:
         for call in message.get("tool_calls") or ():
-            inner = call.get("function", call) if isinstance(call, dict) else {}
-            arguments = inner.get("arguments") if isinstance(inner, dict) else None
+            arguments = _inner(call).get("arguments")
             if isinstance(arguments, dict) and arguments and str(arguments) in rendered:
                 return str(arguments) != json.dumps(arguments, ensure_ascii=False)
     return False
@@ -308,12 +299,12 @@ class Notes:
         quiet: Whether a survey has said all this, so that nothing is logged.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self) -> None:
         """Nothing was done yet."""
         self.rows: dict[str, set[Hashable]] = {}
         self.sentences: dict[str, str] = {}
         self.said: list[str] = []
-        self.quiet = quiet
+        self.quiet = False
 
     def count(self, name: str, row: str, warning: str = "", *, surveyed: bool = True) -> None:
         """Note that something was done to a row; a warning is logged the first time.

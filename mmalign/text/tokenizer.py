@@ -1,6 +1,4 @@
-"""A tokenizer held still, its chat template as transformers renders it, and whether both
-fit a model.
-"""
+"""A tokenizer, its chat template as transformers renders it, and whether both fit a model."""
 
 from __future__ import annotations
 
@@ -181,11 +179,9 @@ class JinjaTemplate:
         """
         self.owner, self.options, self.date = owner, dict(options), date
         self._kept: LRUCache[tuple[Any, ...], str] = LRUCache(_KEPT_CONVERSATIONS, len)
-        unread = [name for name in options if name in _NO_KEYWORDS or name not in self.reads]
-        if unread:
+        if unread := self._unread(options):
             raise ConfigError(
-                f"text.template_kwargs: the chat template does not read {', '.join(unread)} (it "
-                f"reads {self._readable()}); remove it"
+                f"text.template_kwargs: the chat template does not read {unread}; remove it"
             )
 
     @property
@@ -267,11 +263,9 @@ class JinjaTemplate:
             DataError: The row has one that the template does not read.
         """
         own: dict[str, Any] = json.loads(row.options) if row.options else {}
-        unread = [name for name in own if name in _NO_KEYWORDS or name not in self.reads]
-        if unread:
+        if unread := self._unread(own):
             raise DataError(
-                f"{where}: chat_template_kwargs has {', '.join(unread)}, which the chat template "
-                f"does not read (it reads {self._readable()}); remove it"
+                f"{where}: the chat template does not read chat_template_kwargs {unread}; remove it"
             )
         return {**self.options, **own}
 
@@ -309,9 +303,12 @@ class JinjaTemplate:
                 f"{where}: the chat template refuses the conversation with roles {roles}: {reason}"
             ) from error
 
-    def _readable(self) -> str:
+    def _unread(self, options: Iterable[str]) -> str:
+        """The keywords that the template does not read, and those that it does; "" for none."""
+        unread = [name for name in options if name in _NO_KEYWORDS or name not in self.reads]
         special = getattr(self.owner, "tokenizer", self.owner).special_tokens_map
-        return ", ".join(sorted(self.reads - _OURS - set(special) - {"raise_exception"})) or "none"
+        known = sorted(self.reads - _OURS - set(special) - {"raise_exception"})
+        return f"{', '.join(unread)} (it reads {', '.join(known) or 'none'})" if unread else ""
 
 
 def template_file(path: Path) -> str:
@@ -387,7 +384,9 @@ def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     names is not a special token here, or where the sizes differ too.
     """
     end: Any = tokenizer.eos_token_id
-    stops, embedded = _stops(model), num_embedded(model)
+    settings = (model.config.get_text_config(), model.generation_config)
+    stops = token_ids(*(getattr(each, "eos_token_id", None) for each in settings))
+    embedded = num_embedded(model)
     added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
     special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
     taught = str(tokenizer.eos_token) in str(getattr(tokenizer, "chat_template", None))
@@ -396,8 +395,8 @@ def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         log.warning(
             "the tokenizer ends a text in %s, but the model's config in %s; if the tokenizer is "
             "not this model's own, its tokens mean something else to the model",
-            _named(tokenizer, int(end)),
-            ", ".join(_named(tokenizer, stop) for stop in sorted(stops)),
+            named(tokenizer, int(end)),
+            ", ".join(named(tokenizer, stop) for stop in sorted(stops)),
         )
     if embedded > 2 * len(tokenizer):
         log.warning(
@@ -408,13 +407,10 @@ def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _stops(model: PreTrainedModel) -> set[int]:
-    """Where the model's own files say that a text ends."""
-    found: list[Any] = [getattr(model.config.get_text_config(), "eos_token_id", None)]
-    if model.generation_config is not None:
-        found.append(model.generation_config.eos_token_id)
-    lists = [ids if isinstance(ids, list) else [ids] for ids in found if ids is not None]
-    return {token for ids in lists for token in ids if type(token) is int and token >= 0}
+def token_ids(*given: Any) -> frozenset[int]:
+    """The ids in settings that hold one, several or none; -1 is none."""
+    lists = (ids if isinstance(ids, list) else [ids] for ids in given)
+    return frozenset(token for ids in lists for token in ids if type(token) is int and token >= 0)
 
 
 def num_embedded(model: PreTrainedModel) -> int:
@@ -434,11 +430,12 @@ def require_ids(
     largest = max(ids, default=0)
     if largest >= embedded:
         raise DataError(
-            f"{where}: has the token {_named(tokenizer, largest)}, but the model embeds "
+            f"{where}: has the token {named(tokenizer, largest)}, but the model embeds "
             f"{embedded} tokens, 0 to {embedded - 1}; take it out of the text, or use a model "
             "that has it"
         )
 
 
-def _named(tokenizer: Any, token: int) -> str:
+def named(tokenizer: Any, token: int) -> str:
+    """A token as messages name it."""
     return f"{tokenizer.convert_ids_to_tokens(token)!r} (id {token})"

@@ -255,7 +255,7 @@ class VideoEncoder(Encoder):
             placed, expand, context = self._placed(prompt, media, example.id, prepared)
             asked = Asked(placed, example.template) if example.template else placed
             if not self.render.is_chat and not isinstance(prompt, str):
-                self.count("without_template", example.id)
+                self.notes.count("without_template", example.id)
             items = self._group(asked, members, example.id, self.renderer(media), expand)
             for index, item in zip(indices, items, strict=True):
                 if self.media_ids & set(item.response):
@@ -408,7 +408,7 @@ class VideoEncoder(Encoder):
                 f"{excess} more than data.max_prompt_length, and only {len(ids) - start} of them "
                 "follow the media, where they can be cut; raise it, or shorten the prompt"
             )
-        self.count("prompts_cut", row)
+        self.notes.count("prompts_cut", row)
         if self.data.truncate_prompt == "keep_start":
             return ids[: len(ids) - excess]
         return ids[:start] + ids[start + excess :]
