@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
 from functools import cache
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -18,10 +17,9 @@ from mmalign.text.frame import opener
 from mmalign.text.model import causal_model
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Sequence
 
     from torch import Tensor
-    from transformers import PreTrainedModel
 
     from mmalign.data.example import Asked, Prompt
     from mmalign.text.encode import Encoder
@@ -52,19 +50,15 @@ def complete(
         temperature: 0 takes the most likely token each time.
         top_p: Draw from the smallest set of tokens with this probability.
     """
-    from transformers import GenerationConfig
-
-    inner: Any = causal_model(model)
-    settings = GenerationConfig(
+    draws = [Draw(seeds, temperature, top_p, causal_model(model).device)] if temperature > 0 else []
+    output = _generated(
+        model,
+        inputs,
+        draws,
         max_new_tokens=max_new_tokens,
-        do_sample=False,  # `Draw` draws
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad,
     )
-    moved = {k: v.to(inner.device) if hasattr(v, "to") else v for k, v in inputs.items()}
-    draws = [Draw(seeds, temperature, top_p, inner.device)] if temperature > 0 else []
-    with _without_own_settings(inner):
-        output = inner.generate(**moved, generation_config=settings, logits_processor=draws)
     new = output[:, inputs["input_ids"].shape[1] :].tolist()
     return [list(takewhile(lambda token: token not in ends, row)) for row in new]
 
@@ -72,19 +66,35 @@ def complete(
 @torch.no_grad()
 def next_logits(model: nn.Module, ids: Tensor, mask: Tensor, pad: int, steps: int) -> Tensor:
     """Logits of the first new tokens, each the most likely one; [steps, B, V], float32."""
-    from transformers import GenerationConfig
-
-    inner: Any = causal_model(model)
-    settings = GenerationConfig(
+    output = _generated(
+        model,
+        {"input_ids": ids, "attention_mask": mask},
         max_new_tokens=steps,
-        do_sample=False,
         pad_token_id=pad,
         output_logits=True,
         return_dict_in_generate=True,
     )
-    inputs = {"input_ids": ids.to(inner.device), "attention_mask": mask.to(inner.device)}
-    with _without_own_settings(inner):
-        return torch.stack(inner.generate(**inputs, generation_config=settings).logits)
+    return torch.stack(output.logits)
+
+
+def _generated(
+    model: nn.Module, inputs: dict[str, Any], draws: Sequence[Draw] = (), **settings: Any
+) -> Any:
+    """What transformers generates under these settings and no others.
+
+    It fills whatever a given config leaves unset from the model's own: penalties, banned and forced
+    tokens, further cuts of the distribution.
+    """
+    from transformers import GenerationConfig
+
+    inner: Any = causal_model(model)
+    moved = {k: v.to(inner.device) if hasattr(v, "to") else v for k, v in inputs.items()}
+    wanted = GenerationConfig(do_sample=False, **settings)  # `Draw` draws
+    own, inner.generation_config = inner.generation_config, GenerationConfig()
+    try:
+        return inner.generate(**moved, generation_config=wanted, logits_processor=list(draws))
+    finally:
+        inner.generation_config = own
 
 
 class Draw:
@@ -120,23 +130,6 @@ def _nucleus(scores: Tensor, top_p: float) -> Tensor:
     shares = ordered.softmax(-1)
     outside = shares.cumsum(-1) - shares >= top_p  # those before a token are enough without it
     return scores.masked_fill(outside.scatter(-1, places, outside), -torch.inf)
-
-
-@contextmanager
-def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model has no generation settings.
-
-    transformers fills whatever a given config leaves unset from the model's own: penalties, banned
-    and forced tokens, further cuts of the distribution.
-    """
-    from transformers import GenerationConfig
-
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 log = logging.getLogger(__name__)

@@ -1,11 +1,10 @@
-"""Per-token statistics of response tokens, straight from hidden states and the model's
-output layer.
-"""
+"""Per-token statistics of response tokens, from hidden states and the model's output layer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -50,10 +49,10 @@ class Head:
         bias = None if self.bias is None else self.bias.detach().clone()
         return Head(self.weight.detach().clone(), bias, self.scale, self.softcap)
 
-    def to(self, device: torch.device) -> Head:
-        """The head on a device."""
-        bias = None if self.bias is None else self.bias.to(device)
-        return Head(self.weight.to(device), bias, self.scale, self.softcap)
+    def to(self, target: torch.device | torch.dtype) -> Head:
+        """The head on a device, or in a dtype."""
+        bias = None if self.bias is None else self.bias.to(target)
+        return Head(self.weight.to(target), bias, self.scale, self.softcap)
 
     def slope(self, logits: Tensor) -> Tensor | None:
         """d logits / d (h W^T + b), elementwise; None where it is 1."""
@@ -62,22 +61,18 @@ class Head:
         return (1.0 - (logits / self.softcap) ** 2) * self.scale
 
 
-class Heads:
-    """Output layers of models, with what a model does to its logits afterwards."""
+_shapes: WeakKeyDictionary[PreTrainedModel, tuple[float, float | None]] = WeakKeyDictionary()
 
-    def __init__(self) -> None:
-        """Nothing is known yet."""
-        self._shapes: dict[int, tuple[float, float | None]] = {}
 
-    def of(self, model: PreTrainedModel) -> Head:
-        """The head that gives exactly the model's own logits.
+def head_of(model: PreTrainedModel) -> Head:
+    """The head that gives exactly the model's own logits; found out once for a model.
 
-        Raises:
-            ConfigError: when none does.
-        """
-        if id(model) not in self._shapes:
-            self._shapes[id(model)] = _head_shape(model)
-        return _head(model, *self._shapes[id(model)])
+    Raises:
+        ConfigError: when none does.
+    """
+    if model not in _shapes:
+        _shapes[model] = _head_shape(model)
+    return _head(model, *_shapes[model])
 
 
 def _head(model: PreTrainedModel, scale: float, softcap: float | None) -> Head:
@@ -122,8 +117,6 @@ def _head_shape(model: PreTrainedModel) -> tuple[float, float | None]:
     )
 
 
-# Per-token statistics of response tokens, straight from hidden states.
-#
 # Logits exist for at most `block_size` positions at a time; those beyond are recomputed in the
 # backward pass, so no [rows, length, vocabulary] tensor is ever made. One pass over a block gives
 # the policy's and the reference's log-probability, their full-vocabulary KL, and the policy's log
@@ -146,17 +139,13 @@ class TokenStats:
 
 def response_logps(
     hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Head,
     targets: Tensor,
     *,
     ref_hidden: Tensor | None = None,
-    ref_weight: Tensor | None = None,
-    ref_bias: Tensor | None = None,
+    ref_head: Head | None = None,
     kl: bool = False,
     log_sum_p2: bool = False,
-    scale: float = 1.0,
-    softcap: float | None = None,
     block_size: int = BLOCK_SIZE,
 ) -> TokenStats:
     """Score M target tokens from the hidden states that predict them.
@@ -167,16 +156,12 @@ def response_logps(
 
     Args:
         hidden: Policy states at the positions before the targets, [M, D].
-        weight: Policy head, [V, D].
-        bias: Policy head's bias, [V], or None.
+        head: Policy head.
         targets: Token ids, [M].
         ref_hidden: Reference states at the same positions, [M, D]; asks for `reference`.
-        ref_weight: Reference head, [V, D]; the policy's where None.
-        ref_bias: Reference head's bias, [V]; used with `ref_weight`.
+        ref_head: Reference head; the policy's where None.
         kl: Whether to compute KL(reference, policy), in nats; needs `ref_hidden`.
         log_sum_p2: Whether to compute log sum_v p(v)^2.
-        scale: Factor that the model applies to its logits.
-        softcap: Bound c of logits c * tanh(logits / c), after `scale`; None for models without.
         block_size: Largest number of positions whose logits exist at one time.
 
     Returns:
@@ -185,16 +170,12 @@ def response_logps(
     Departs: TDPO's released code takes log(softmax), which is nan where p_ref underflows.
     """
     dtype = compute_dtype(hidden)
-    policy_head = Head(weight.to(dtype), None if bias is None else bias.to(dtype), scale, softcap)
-    ref_head = policy_head
-    if ref_weight is not None:
-        ref_head = Head(
-            ref_weight.to(dtype), None if ref_bias is None else ref_bias.to(dtype), scale, softcap
-        )
+    head = head.to(dtype)
+    ref_head = head if ref_head is None else ref_head.to(dtype)
     options = _Options(
-        scale=scale,
-        softcap=softcap,
-        rows=block_rows(block_size, weight),
+        scale=head.scale,
+        softcap=head.softcap,
+        rows=block_rows(block_size, head.weight),
         kept=0 if not torch.is_grad_enabled() else block_size // 2 if kl else block_size,
         kl=kl,
         log_sum_p2=log_sum_p2,
@@ -202,12 +183,11 @@ def response_logps(
     with torch.autocast(hidden.device.type, enabled=False):
         policy, reference, divergence, squares = _ResponseLogps.apply(
             hidden.to(dtype),
-            policy_head.weight,
-            policy_head.bias,
+            head.weight,
+            head.bias,
             targets,
             None if ref_hidden is None else ref_hidden.detach().to(dtype),
-            ref_head.weight.detach(),
-            None if ref_head.bias is None else ref_head.bias.detach(),
+            ref_head,
             options,
         )
     return TokenStats(policy, reference, divergence, squares)
@@ -258,12 +238,10 @@ class _ResponseLogps(torch.autograd.Function):
         bias: Tensor | None,  # [V]
         targets: Tensor,  # [M]
         ref_hidden: Tensor | None,  # [M, D]
-        ref_weight: Tensor,  # [V, D]
-        ref_bias: Tensor | None,  # [V]
+        ref_head: Head,
         options: _Options,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         head = Head(weight, bias, options.scale, options.softcap)
-        ref_head = Head(ref_weight, ref_bias, options.scale, options.softcap)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         count = len(hidden)
 
@@ -309,13 +287,11 @@ class _ResponseLogps(torch.autograd.Function):
                 d_logits = p.neg_().scatter_add_(-1, target, torch.ones_like(lse[block, None]))
                 d_policy[block] = product(_times(d_logits, slope).to(weight.dtype), weight.t())
 
-        ctx.options, ctx.ahead, ctx.kept = options, ahead, kept
+        ctx.options, ctx.ahead, ctx.kept, ctx.ref_head = options, ahead, kept, ref_head
         if ahead:
             ctx.save_for_backward(d_policy, d_kl)
         else:
-            ctx.save_for_backward(
-                hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, lse, ref_lse
-            )
+            ctx.save_for_backward(hidden, weight, bias, targets, ref_hidden, lse, ref_lse)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in (reference, squares) if t is not None))
         return policy, reference, kl, squares
@@ -325,7 +301,7 @@ class _ResponseLogps(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, g_policy: Tensor | None, _: Any, g_kl: Tensor | None, __: Any
     ) -> tuple[Tensor | None, ...]:
-        none = (None,) * 5
+        none = (None,) * 4
         if g_policy is None and g_kl is None:
             return None, None, None, *none
         if ctx.ahead:
@@ -336,12 +312,9 @@ class _ResponseLogps(torch.autograd.Function):
             )
             return d_hidden, None, None, *none  # pyright: ignore[reportReturnType]
 
-        hidden, weight, bias, targets, ref_hidden, ref_weight, ref_bias, lse, ref_lse = (
-            ctx.saved_tensors
-        )
+        hidden, weight, bias, targets, ref_hidden, lse, ref_lse = ctx.saved_tensors
         options: _Options = ctx.options
         head = Head(weight, bias, options.scale, options.softcap)
-        ref_head = Head(ref_weight, ref_bias, options.scale, options.softcap)
         g1 = torch.zeros_like(lse) if g_policy is None else g_policy
         live = g1 != 0 if g_kl is None else (g1 != 0) | (g_kl != 0)
         d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
@@ -367,7 +340,7 @@ class _ResponseLogps(torch.autograd.Function):
             else:
                 d_logits.mul_(g_kl[rows, None] - upstream)
                 if p_ref is None:
-                    p_ref = ref_head.logits(ref_hidden[rows]).sub_(ref_lse[rows, None]).exp_()
+                    p_ref = ctx.ref_head.logits(ref_hidden[rows]).sub_(ref_lse[rows, None]).exp_()
                 d_logits.addcmul_(p_ref, g_kl[rows, None], value=-1.0)
             del logits, p_ref
             d_logits.scatter_add_(-1, targets[rows, None], upstream)

@@ -5,26 +5,21 @@ from __future__ import annotations
 import logging
 import re
 from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from mmalign.config import MaskConfig
+from mmalign.data.example import Example
 from mmalign.data.words import matching_blocks
 from mmalign.errors import DataError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    from torch import Tensor
-
-    from mmalign.config import MaskConfig
-    from mmalign.data.example import Example
-
-    Range = tuple[int, int]
+Range = tuple[int, int]
 
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn")
@@ -185,9 +180,7 @@ def span_weights(span_mask: Tensor, mask: Tensor) -> Tensor:
     return (span_mask & mask).float()
 
 
-def step_weights(
-    hidden: Tensor, step_index: Tensor, labels: Tensor, *, contrast: bool = False
-) -> Tensor:
+def step_weights(hidden: Tensor, step_index: Tensor, labels: Tensor) -> Tensor:
     """TPO's step weights, spread over tokens so that a sum is the weighted mean over steps.
 
     w_s = 1 + cos(mean hidden state of step s, the same of step s in the best response)
@@ -200,29 +193,25 @@ def step_weights(
         hidden: Hidden states at the response positions, [B, K, L, D].
         step_index: Step of each position from 1, 0 for none, [B, K, L].
         labels: Grades; the best response has the largest, [B, K].
-        contrast: Use 2 - w_s, to stress steps that differ from the best response's.
 
     Returns:
         Weights [B, K, L], no gradient.
 
     Source: TPO, Liao et al. 2024, arXiv:2410.12854, adaptive step reward; the released loss.py.
-    Departs: `contrast` is ours. Steps common to all responses, which tell nothing apart, have the
-        largest weight in the paper.
+    Departs: nothing. Steps common to all responses, which tell nothing apart, have the largest
+        weight, as in the paper.
     """
-    w, count = raw_step_weights(hidden, step_index, labels, contrast=contrast)  # [B, K, S + 1]
+    w, count = raw_step_weights(hidden, step_index, labels)  # [B, K, S + 1]
     exists = count > 0
     exists[..., 0] = False
     w = torch.where(exists, w, 0.0)
-    total = w.sum(-1, keepdim=True)
-    w = torch.where(total > 0, w, exists.to(w.dtype))
+    w = torch.where(w.sum(-1, keepdim=True) > 0, w, exists.to(w.dtype))
     share = w / (w.sum(-1, keepdim=True) * count).clamp(min=torch.finfo(w.dtype).tiny)
     share = torch.where(exists, share, 0.0)
     return share.gather(-1, step_index).detach()
 
 
-def raw_step_weights(
-    hidden: Tensor, step_index: Tensor, labels: Tensor, *, contrast: bool = False
-) -> tuple[Tensor, Tensor]:
+def raw_step_weights(hidden: Tensor, step_index: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """w_s of `step_weights` and the tokens in each step, both [B, K, S + 1]; index 0 is no step."""
     wide = hidden.detach() if hidden.dtype == torch.float64 else hidden.detach().float()
     steps = int(step_index.max()) + 1
@@ -231,8 +220,7 @@ def raw_step_weights(
     mean = torch.einsum("bkls,bkld->bksd", member, wide) / count.clamp(min=1.0)[..., None]
     best = labels.argmax(1)  # [B]
     target = mean[torch.arange(len(best), device=best.device), best][:, None]  # [B, 1, S + 1, D]
-    w = 1.0 + F.cosine_similarity(mean, target, dim=-1)
-    return (2.0 - w if contrast else w).clamp(min=0.0), count
+    return (1.0 + F.cosine_similarity(mean, target, dim=-1)).clamp(min=0.0), count
 
 
 def diff_spans(

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mmalign.errors import ConfigError, MmalignError
 from mmalign.models.files import ADAPTER_CONFIG
 from mmalign.text import packing
+from mmalign.text.tokenizer import token_ids
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +35,7 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto import modeling_auto
 
     try:
         loader: Any = AutoModelForCausalLM
@@ -53,22 +55,19 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
             "copy the model again"
         ) from error
     except (OSError, ValueError, ImportError, RuntimeError, MemoryError) as error:
-        kind = _kind_with_media(path, config, revision)
-        if kind:
+        settings = _settings(path, config.trust_remote_code, revision)
+        kind = getattr(settings, "model_type", None)
+        if kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
             raise ConfigError(
                 f"model.path {path!r}: is a model of text and media ({kind}); set modality: video"
             ) from error
-        packing.require_supported(config, _class_of(path, config, revision))
+        classes: Any = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+        packing.require_supported(config, classes.get(type(settings), None))
         raise ConfigError(
             f"model.path {path!r}: cannot be loaded with model.attention {config.attention} and "
             f"dtype {config.dtype}: {error}"
         ) from error
-    _require_whole(path, model, found)
-    return model
-
-
-def _require_whole(path: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
-    """transformers fills with noise what the files lack or hold in another shape, and goes on."""
+    # transformers fills with noise what the files lack or hold in another shape, and goes on.
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     lacking = sorted(own.intersection(found["missing_keys"]))
     if lacking:
@@ -82,36 +81,17 @@ def _require_whole(path: str, model: PreTrainedModel, found: dict[str, Any]) -> 
             f"model.path {path!r}: {len(found['mismatched_keys'])} weights have another shape than "
             f"its config.json says, e.g. {name}: {list(there)}, not {list(wanted)}"
         )
+    return model
 
 
-def _class_of(path: str, config: ModelConfig, revision: str | None) -> type[PreTrainedModel] | None:
-    """The class that a checkpoint's settings name; None where that cannot be found out."""
+def _settings(path: str, trusts_code: bool, revision: str | None) -> Any:
+    """A checkpoint's settings; None where they cannot be read: loading it says why."""
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
-        settings = AutoConfig.from_pretrained(
-            path, revision=revision, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError):
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trusts_code)
+    except (OSError, ValueError, ImportError):
         return None
-    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)  # pyright: ignore
-
-
-def _kind_with_media(path: str, config: ModelConfig, revision: str | None) -> str:
-    """The type of a model that takes images or clips and has no class for text alone; else ""."""
-    from transformers import AutoConfig
-    from transformers.models.auto import modeling_auto
-
-    try:
-        settings = AutoConfig.from_pretrained(
-            path, revision=revision, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError):
-        return ""
-    kind = str(settings.model_type)
-    takes_media = kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return kind if takes_media else ""
 
 
 _NOISE = {"jitter_noise", "input_jitter_noise", "moe_jitter_eps"}  # of routers, in training mode
@@ -316,11 +296,12 @@ def describe(error: Exception) -> str:
 
 
 @contextmanager
-def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """One mode for all modules; each module's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+def in_mode(*models: nn.Module, training: bool) -> Iterator[None]:
+    """One mode for all modules of some models; each module's own mode afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
     try:
-        model.train(training)
+        for model in models:
+            model.train(training)
         yield
     finally:
         for module, mode in modes:
@@ -347,8 +328,7 @@ def stop_ids(model: ModelConfig) -> frozenset[int]:
             return frozenset()
         inner: Any = settings.get("text_config") or {}
         found = settings.get("eos_token_id", inner.get("eos_token_id"))
-    ids = cast("list[Any]", found if isinstance(found, list) else [found])
-    return frozenset(token for token in ids if type(token) is int and token >= 0)  # -1: none
+    return token_ids(found)
 
 
 def base_path(path: str) -> str:
@@ -375,10 +355,15 @@ def model_limits(config: RunConfig) -> Limits:
 
     A model whose settings cannot be read has none here: loading it says why.
     """
-    others = [config.reference.path, *(part.path for part in config.reference.mixture or ())]
-    found = [_settings(config, config.model.path, config.model.revision)]
-    found += [_settings(config, path) for path in others if path is not None]
-    known = [settings for settings in found if settings is not None]
+    model = config.model
+    others = [config.reference.path, *(part.path for part in config.reference.mixture)]
+    known: list[Any] = []
+    for path, revision in [(model.path, model.revision), *((path, None) for path in others)]:
+        if path is not None:
+            base = base_path(path)
+            own = revision if base == path else None
+            settings = _settings(base, model.trust_remote_code, own)
+            known += [] if settings is None else [settings.get_text_config()]
     positions = [limit for settings in known if (limit := position_limit(settings)) is not None]
     embedded = [size for settings in known if (size := getattr(settings, "vocab_size", None))]
     return Limits(min(positions, default=None), min(embedded, default=None))
@@ -388,18 +373,3 @@ def position_limit(settings: Any) -> int | None:
     """The positions of a model by its text settings; None where it has no limit."""
     limit = getattr(settings, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def _settings(config: RunConfig, path: str, revision: str | None = None) -> Any:
-    from transformers import AutoConfig
-
-    base = base_path(path)
-    try:
-        settings = AutoConfig.from_pretrained(
-            base,
-            revision=revision if base == path else None,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-    except (OSError, ValueError, ImportError):
-        return None
-    return settings.get_text_config()

@@ -1,6 +1,4 @@
-"""A batch of candidates as rows of tokens, nothing twice, and the attention within their
-segments.
-"""
+"""A batch of candidates as rows of tokens, nothing twice, and attention within their segments."""
 
 from __future__ import annotations
 
@@ -22,9 +20,8 @@ if TYPE_CHECKING:
     from mmalign.config import ModelConfig
 
 
-# Attention within segments of one packed row: each prompt, and each response after its prompt.
-#
-# Registered with transformers as one more attention implementation. Called without segments, as in
+# Attention within segments of one packed row (each prompt, and each response after its prompt) is
+# registered with transformers as one more attention implementation. Called without segments, as in
 # generation, it is the model's usual scaled dot product attention.
 
 NAME = "mmalign_segments"
@@ -183,8 +180,6 @@ def _mask(
     return made[key]
 
 
-# A batch of candidates as rows of tokens: which state predicts which token, nothing twice.
-#
 # Two layouts with the same scores. `packed`: one row for the whole batch, each distinct prompt
 # once, then each of its distinct responses, positions restarting at the prompt's end; no padding.
 # `plain`: a right-padded row for each distinct (prompt, response), for any causal model.
@@ -302,52 +297,45 @@ def arrange(inputs: TextInputs, layout: Layout, *, prompts: bool = False) -> Row
         layout: packed or plain.
         prompts: Whether prompt tokens are scored too.
     """
-    device = inputs.prompt_ids.device
+    device, packed = inputs.prompt_ids.device, layout == "packed"
     responses_of = _tokens(inputs.response_ids, inputs.response_mask)
     pairs = list(zip(_prompts(inputs), responses_of, strict=True))
     groups: dict[Prompt, dict[Tokens, None]] = {}
     for prompt, response in pairs:
         groups.setdefault(prompt, {})[response] = None
-    width = max(len(prompt[1]) + max(len(response) - 1, 0) for prompt, response in pairs)
+    width = max(len(prompt[1]) + len(response[:-1]) for prompt, response in pairs)
+    together = [(prompt, list(responses)) for prompt, responses in groups.items()]
+    apart = [(prompt, [response]) for prompt, responses in together for response in responses]
 
     ids: list[int] = []
     positions: list[int] = []
-    segments: list[tuple[int, tuple[int, ...]]] = []
     states: list[int] = []
     targets: list[int] = []
     pieces: list[Piece] = []
     places: dict[tuple[Prompt, Tokens], int] = {}
     prompt_places: dict[Prompt, int] = {}
-    for key, responses in groups.items():
+    for key, responses in together if packed else apart:
         context, prompt = key
-        length, start = len(prompt), len(ids)
-        follow: list[tuple[int, int]] = []
-        if layout == "packed":
-            ids += prompt
-            positions += range(length)
-            segments.append((length, tuple(len(r) - 1 for r in responses if len(r) > 1)))
-        if prompts:
+        start, length = len(ids), len(prompt)
+        ids += prompt
+        positions += range(length)
+        if prompts and key not in prompt_places:
             prompt_places[key] = len(targets)
             states += range(start, start + length - 1)
             targets += prompt[1:]
+        follow: list[tuple[int, int]] = []
         for response in responses:
-            if layout == "plain":
-                start = len(ids)
-                ids += prompt
-            after = len(ids)
-            follow.append((after, max(len(response) - 1, 0)))
-            ids += response[:-1]
-            positions += range(length, length + len(response[:-1]))
-            if layout == "plain":
-                ids += prompt[-1:] * (start + width - len(ids))  # no earlier token sees them
-                pieces.append(Piece(context, start, length, (follow.pop(),)))
+            after, fed = len(ids), response[:-1]
+            follow.append((after, len(fed)))
+            ids += fed
+            positions += range(length, length + len(fed))
             places[key, response] = len(targets)
-            states += [start + length - 1, *range(after, after + len(response) - 1)][
-                : len(response)
-            ]
+            states += [start + length - 1, *range(after, after + len(fed))][: len(response)]
             targets += response
-        if layout == "packed":
-            pieces.append(Piece(context, start, length, tuple(follow)))
+        pieces.append(Piece(context, start, length, tuple(follow)))
+        if not packed:
+            ids += prompt[-1:] * (start + width - len(ids))  # no earlier token sees them
+    segments = [(piece.length, tuple(n for _, n in piece.responses if n)) for piece in pieces]
 
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
@@ -356,7 +344,6 @@ def arrange(inputs: TextInputs, layout: Layout, *, prompts: bool = False) -> Row
         steps = torch.arange(mask.shape[-1], device=device) - skipped
         return torch.where(mask, tensor(starts).view(*mask.shape[:2], 1) + steps, 0)
 
-    packed = layout == "packed"
     prompt_mask = inputs.scored_prompts() if prompts else None
     return Rows(
         input_ids=tensor(ids).view(1 if packed else -1, len(ids) if packed else width),

@@ -1,11 +1,9 @@
-"""One pass of a model over laid-out rows, how rows are laid out, and the trial that both
-are right.
-"""
+"""One pass of a model over laid-out rows, their layout, and the trial that both are right."""
 
 from __future__ import annotations
 
 import inspect
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +13,7 @@ from torch import nn
 from mmalign.errors import ConfigError, MmalignError
 from mmalign.models.reference import Cached, NoReference
 from mmalign.text import masks, packing
-from mmalign.text.logps import TokenStats, compute_dtype, response_logps
+from mmalign.text.logps import TokenStats, compute_dtype, head_of, response_logps
 from mmalign.text.masks import record_activations
 from mmalign.text.model import (
     FAULTS,
@@ -33,6 +31,7 @@ from mmalign.text.model import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from mmalign.core import Needs
     from mmalign.models.batch import Batch
     from mmalign.models.reference import Reference
-    from mmalign.text.logps import Head, Heads
+    from mmalign.text.logps import Head
     from mmalign.text.packing import Layout, Rows, TextInputs
 
     Arrange = Callable[[Batch[TextInputs], Layout], Rows]
@@ -60,13 +59,12 @@ class Scored:
     activations: Mapping[str, Sequence[Tensor]] | None = None  # [R, T] each, for MaPO's mask
 
 
-def run_model(model: nn.Module, rows: Rows, heads: Heads, keep: Keep | None = None) -> Scored:
+def run_model(model: nn.Module, rows: Rows, keep: Keep | None = None) -> Scored:
     """Run a model's body once over the rows.
 
     Args:
         model: In a peft wrapper or not.
         rows: The laid-out batch.
-        heads: Knows the model's head.
         keep: What a mask reads beside the last states.
     """
     inner = causal_model(model)
@@ -85,26 +83,21 @@ def run_model(model: nn.Module, rows: Rows, heads: Heads, keep: Keep | None = No
     if keep == "layers":
         layers = torch.stack([scored_states(h, rows) for h in output.hidden_states[1:]])
     states = scored_states(output.last_hidden_state, rows)
-    return Scored(states, heads.of(inner), layers, activations)
+    return Scored(states, head_of(inner), layers, activations)
 
 
 def score(
     policy: Scored, rows: Rows, needs: Needs, block_size: int, reference: Scored | None = None
 ) -> TokenStats:
     """Statistics of every scored token, [M]: one pass over the head, or over both, in blocks."""
-    head = policy.head
     return response_logps(
         policy.states,
-        head.weight,
-        head.bias,
+        policy.head,
         rows.targets,
         ref_hidden=None if reference is None else reference.states,
-        ref_weight=None if reference is None else reference.head.weight,
-        ref_bias=None if reference is None else reference.head.bias,
+        ref_head=None if reference is None else reference.head,
         kl=needs.kl,
         log_sum_p2=needs.log_sum_p2,
-        scale=head.scale,
-        softcap=head.softcap,
         block_size=block_size,
     )
 
@@ -112,13 +105,14 @@ def score(
 def scoring_models(policy: nn.Module, reference: Reference) -> Iterator[nn.Module]:
     """Every model that scores: the policy, and references that are models of their own."""
     yield policy
-    seen = {id(causal_model(policy))}
+    seen = {causal_model(policy)}
     if isinstance(reference, Cached | NoReference):
         return
     for _, member in reference.members():
         with member.active() as model:
-            if id(causal_model(model)) not in seen:
-                seen.add(id(causal_model(model)))
+            inner = causal_model(model)
+            if inner not in seen:
+                seen.add(inner)
                 yield model
 
 
@@ -182,25 +176,6 @@ class PositionWeights(nn.Module):
         return (weight if self.config.on_reward else ones, weight if self.config.on_kl else ones)
 
 
-def require_single(reference: Reference) -> None:
-    """Refuse a mixture, which has no layers of its own.
-
-    Raises:
-        ConfigError: Several references at once.
-    """
-    if len(reference.members()) > 1:
-        raise ConfigError(
-            "text.masks.kind learned and activations read the layers of one reference model, but "
-            "reference.kind is mixture; use another kind of reference"
-        )
-
-
-# Whether a model's tokens are scored right here: tried once on a few rows, before the first step.
-#
-# The truth is the model's own forward pass over each sequence alone. Against it stand rows beside
-# longer ones, with padding, in evaluation and in training mode.
-
-
 def few_rows(batch: Batch[TextInputs]) -> Batch[TextInputs]:
     """The two shortest rows, all of their tokens scored, one response cut so that it is padded."""
     few = batch.take(batch.inputs.lengths().sum(1).argsort()[:2])
@@ -210,13 +185,15 @@ def few_rows(batch: Batch[TextInputs]) -> Batch[TextInputs]:
 
 
 def require_right(
-    model: PreTrainedModel, heads: Heads, few: Batch[TextInputs], arrange: Arrange, *, trains: bool
+    model: PreTrainedModel, few: Batch[TextInputs], arrange: Arrange, *, trains: bool
 ) -> None:
     """Refuse a model whose rows in a batch are not scored as it scores each of them alone.
 
+    The truth is the model's own forward pass over each sequence alone. Against it stand rows beside
+    longer ones, with padding, in evaluation and in training mode.
+
     Args:
         model: Without a wrapper.
-        heads: Know its output layer.
         few: Rows of `few_rows`.
         arrange: Lays out a batch.
         trains: Whether the model is to be trained: it is tried in the mode that it is in, too, and
@@ -229,11 +206,11 @@ def require_right(
     if len(few.labels) > 1:  # one response a row tells as much as all; one row alone has no padding
         few = few.select(0)
     with refusing(model, "a pass over a few rows"), torch.no_grad(), in_mode(model, training=False):
-        alone = {at: _alone(model, heads, few, arrange, at) for at in _tried(few)}
-        found = score_rows(model, heads, arrange(few, "plain"))
-    gap = _gap(alone, *found)
+        alone = {at: _alone(model, few, arrange, at) for at in _tried(few)}
+        rows = arrange(few, "plain")
+        gap = _gap(alone, *score_rows(model, rows))
     if gap:
-        later = _seen_ahead(model, few) if _takes_ids(few, arrange) else None
+        later = _seen_ahead(model, few) if rows.feed is None else None
         if later:
             raise ConfigError(
                 f"model.path: {name} cannot be trained here: it is not causal, the "
@@ -247,7 +224,7 @@ def require_right(
     if not trains:
         return
     with refusing(model, "a pass in training mode"), torch.no_grad(), _undropped(model):
-        gap = _gap(alone, *score_rows(model, heads, arrange(few, "plain")))
+        gap = _gap(alone, *score_rows(model, arrange(few, "plain")))
     if gap:
         raise ConfigError(
             f"model.path: {name} cannot be trained here: its log-probabilities in training mode "
@@ -256,46 +233,31 @@ def require_right(
         )
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return  # a backward pass inside of a wrapper's forward pass would confuse it
+    attention = getattr(model.config, "_attn_implementation", "its own")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with refusing(model, f"its backward pass (attention {attention_of(model)})"):
+    with refusing(model, f"its backward pass (attention {attention})"):
         with torch.enable_grad(), _undropped(model):
             one = few.take(torch.tensor([0])).select(0)
-            total = score_rows(model, heads, arrange(one, "plain"))[0].sum()
+            total = score_rows(model, arrange(one, "plain"))[0].sum()
         if total.requires_grad and trained:  # no gradient is left behind
             torch.autograd.grad(total, trained[:1], allow_unused=True)
 
 
-@contextmanager
-def _undropped(model: PreTrainedModel) -> Iterator[None]:
+def _undropped(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Without the dropout of a LoRA, which changes scores and draws numbers that a run needs.
 
     A resumed run is tried when its factors are no longer 0.
     """
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.training]
-    for layer in layers:
-        layer.training = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = True
+    return in_mode(*(m for m in model.modules() if isinstance(m, nn.Dropout)), training=False)
 
 
 def score_rows(
-    model: PreTrainedModel, heads: Heads, rows: Rows
+    model: PreTrainedModel, rows: Rows
 ) -> tuple[Tensor, torch.dtype]:  # [B, K, L], and what it was computed in
     """Log-probabilities of the responses, and the precision that they were computed in."""
     states = scored_states(run_body(model, rows).last_hidden_state, rows)
-    head = heads.of(model)
-    stats = response_logps(
-        states, head.weight, head.bias, rows.targets, scale=head.scale, softcap=head.softcap
-    )
+    stats = response_logps(states, head_of(model), rows.targets)
     return rows.responses(stats.policy), compute_dtype(states)
-
-
-def attention_of(model: PreTrainedModel) -> str:
-    """The name of a model's attention implementation."""
-    return str(getattr(model.config, "_attn_implementation", "its own"))
 
 
 def _tried(few: Batch[TextInputs]) -> list[tuple[int, int]]:
@@ -304,23 +266,13 @@ def _tried(few: Batch[TextInputs]) -> list[tuple[int, int]]:
     return [(row, k) for row in range(rows) for k in range(candidates)][:2]
 
 
-def _takes_ids(few: Batch[TextInputs], arrange: Arrange) -> bool:
-    return arrange(few, "plain").feed is None
-
-
 def _alone(
-    model: PreTrainedModel,
-    heads: Heads,
-    few: Batch[TextInputs],
-    arrange: Arrange,
-    at: tuple[int, int],
+    model: PreTrainedModel, few: Batch[TextInputs], arrange: Arrange, at: tuple[int, int]
 ) -> Tensor:  # [n]
     """Log-probabilities of one response, in a pass of its own."""
-    if not _takes_ids(few, arrange):  # the model's own forward would need the media themselves
-        row, k = at
-        one = few.take(torch.tensor([row])).select(k)
-        rows = arrange(one, "plain")
-        return score_rows(model, heads, rows)[0][0, 0][rows.mask[0, 0]]
+    rows = arrange(few.take(torch.tensor([at[0]])).select(at[1]), "plain")
+    if rows.feed is not None:  # the model's own forward would need the media themselves
+        return score_rows(model, rows)[0][0, 0][rows.mask[0, 0]]
     prompt, response = _ids(few, at)
     logps = own_logps(model, torch.cat([prompt, response]), len(response))
     return logps.gather(-1, response[:, None]).squeeze(-1)
@@ -398,7 +350,6 @@ def check_length(model: PreTrainedModel, inputs: TextInputs, remedy: str) -> Non
 
 def why_plain(
     models: Iterable[nn.Module],
-    heads: Heads,
     few: Batch[TextInputs],
     arrange: Arrange,
     body: Callable[[PreTrainedModel], PreTrainedModel],
@@ -409,33 +360,31 @@ def why_plain(
 
     Args:
         models: Those that score.
-        heads: Know their output layers.
         few: Some rows.
         arrange: Lays out a batch.
         body: The part of a model that has the attention layers.
     """
     for model in models:
         inner = causal_model(model)
-        reason = packing.why_not(body(inner)) or _compare(inner, heads, few, arrange)
+        reason = packing.why_not(body(inner)) or _compare(inner, few, arrange)
         if reason is not None:
             return reason
     return None
 
 
 @torch.no_grad()
-def _compare(
-    model: PreTrainedModel, heads: Heads, few: Batch[TextInputs], arrange: Arrange
-) -> str | None:
+def _compare(model: PreTrainedModel, few: Batch[TextInputs], arrange: Arrange) -> str | None:
     limits = rope_limits(model)
     each = [few, *(few.take(torch.tensor([i])) for i in range(len(few.labels)))]
-    few = next((part for part in each if turns_alike(limits, part.inputs)), few)
-    if not turns_alike(limits, few.inputs):
+    alike = [part for part in each if turns_alike(limits, part.inputs)]
+    if not alike:
         return f"candidates lie on both sides of {limits[0]} tokens, where its angles change"
+    few = alike[0]
     rows = arrange(few, "packed")
     try:
         with in_mode(model, training=False):
-            plain = score_rows(model, heads, arrange(few, "plain"))
-            packed = score_rows(model, heads, rows)
+            plain = score_rows(model, arrange(few, "plain"))
+            packed = score_rows(model, rows)
         if rows.segments is not None:
             packing.check_windows(model, rows.segments)
     except packing.CannotPackError as error:

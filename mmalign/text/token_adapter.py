@@ -15,14 +15,14 @@ from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models import lora
 from mmalign.models.adapter import Adapter
 from mmalign.models.cpu import use_onednn
-from mmalign.models.files import ADAPTER_CONFIG, opened, weight_files
+from mmalign.models.files import ADAPTER_CONFIG
 from mmalign.models.lora import always_as_in_training
-from mmalign.models.lora_load import LIBRARY_ERRORS, TRAINED, adapter_tensors, one_line, put_tensors
+from mmalign.models.lora_load import TRAINED, adapter_tensors, from_folder, put_tensors
 from mmalign.models.lora_settings import differences, read_settings, routers
 from mmalign.models.reference import Cached, build_reference, resolve
 from mmalign.text.cache import ReferenceCache, check_cacheable
 from mmalign.text.encode import Encoder
-from mmalign.text.logps import Heads
+from mmalign.text.logps import head_of
 from mmalign.text.model import causal_model, no_dropout, recompute_layers, rope_limits, turns_alike
 from mmalign.text.packing import Layout, Rows, TextInputs, arrange
 from mmalign.text.passes import (
@@ -31,7 +31,6 @@ from mmalign.text.passes import (
     check_length,
     few_rows,
     require_right,
-    require_single,
     run_model,
     score,
     scoring_models,
@@ -58,21 +57,13 @@ def load_trained(policy: nn.Module, folder: Path) -> nn.Module:
     Raises:
         CheckpointError: The folder holds other weights than the policy has, or not all of them.
     """
-    from peft import PeftModel
-
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     if isinstance(policy, PeftModel) != is_adapter:
         has, lacks = ("a LoRA", "has none") if is_adapter else ("whole weights", "has a LoRA")
         raise CheckpointError(f"{folder}: holds {has}, but the config's model {lacks}")
-    if isinstance(policy, PeftModel):
-        _load_adapter(policy, folder)
-    else:
+    if not isinstance(policy, PeftModel):
         _load_whole(policy, folder)  # pyright: ignore[reportArgumentType]
-    return policy
-
-
-def _load_adapter(policy: PeftModel, folder: Path) -> None:
-    """The tensors of an adapter whose settings are those of the policy's own."""
+        return policy
     odd = differences(policy.peft_config[TRAINED].to_dict(), read_settings(folder))
     if odd:
         raise CheckpointError(
@@ -80,6 +71,7 @@ def _load_adapter(policy: PeftModel, folder: Path) -> None:
             "config that it was trained with"
         )
     put_tensors(policy, adapter_tensors(folder), folder)
+    return policy
 
 
 def _load_whole(policy: PreTrainedModel, folder: Path) -> None:
@@ -88,54 +80,33 @@ def _load_whole(policy: PreTrainedModel, folder: Path) -> None:
     Names in a file are those that the model had when it was published, and differ from those of
     its modules for many classes; experts are stored one by one and computed as one tensor.
     """
-    weights = _read_as(policy, folder)
+    model, found = from_folder(
+        type(policy),
+        folder,
+        config=policy.config,
+        dtype=policy.dtype,
+        ignore_mismatched_sizes=True,  # they are refused below, in words
+    )
+    own, weights = policy.state_dict(), model.state_dict()
+    shapes = [
+        f"{name} is {list(theirs)} there and {list(ours)} in the config's model"
+        for name, theirs, ours in found["mismatched_keys"]
+    ]
+    faults = {
+        "tensors are missing from its files": found["missing_keys"],
+        "tensors are not in the config's model": found["unexpected_keys"],
+        "tensors have another shape": shapes,
+        "tensors are in one of them only": own.keys() ^ weights.keys(),
+    }
+    for what, names in faults.items():
+        if names:
+            raise CheckpointError(
+                f"{folder}: holds another model than the config's, or a part of one: "
+                f"{len(names)} {what}, e.g. {min(names)}"
+            )
     with torch.no_grad():
-        own = policy.state_dict()
-        odd = sorted(own.keys() ^ weights.keys())
-        if odd:
-            raise _differs(folder, "tensors are in one of them only", odd)
         for name, tensor in own.items():
             tensor.copy_(weights[name])
-
-
-def _read_as(policy: PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder by the names of the policy's."""
-    for file in weight_files(folder):
-        opened(file)  # a damaged one is named before a library meets it
-    model, found = _load_like(policy, folder)
-    if found["missing_keys"]:
-        raise _differs(folder, "tensors are missing from its files", sorted(found["missing_keys"]))
-    if found["unexpected_keys"]:
-        unknown = sorted(found["unexpected_keys"])
-        raise _differs(folder, "tensors are not in the config's model", unknown)
-    if found["mismatched_keys"]:
-        name, theirs, ours = sorted(found["mismatched_keys"])[0]
-        shapes = f"{name} is {list(theirs)} there and {list(ours)} in the config's model"
-        raise CheckpointError(f"{folder}: holds another model than the config's: {shapes}")
-    return model.state_dict()
-
-
-def _load_like(policy: PreTrainedModel, folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
-    cls: Any = type(policy)
-    try:
-        return cls.from_pretrained(
-            folder,
-            config=policy.config,
-            dtype=policy.dtype,
-            ignore_mismatched_sizes=True,  # they are refused above, in words
-            output_loading_info=True,
-        )
-    except LIBRARY_ERRORS as error:
-        raise CheckpointError(
-            f"{folder}: cannot be read as {cls.__name__}: {one_line(error)}"
-        ) from error
-
-
-def _differs(folder: Path, what: str, names: Sequence[str]) -> CheckpointError:
-    return CheckpointError(
-        f"{folder}: holds another model than the config's, or a part of one: {len(names)} {what}, "
-        f"e.g. {names[0]}"
-    )
 
 
 log = logging.getLogger(__name__)
@@ -176,7 +147,6 @@ class TokenAdapter(Adapter):
         always_as_in_training(model)
         if config.model.gradient_checkpointing:
             recompute_layers(model)
-        self.heads = Heads()
         masks = config.text.masks
         self.weights = PositionWeights(masks, model) if masks and needs.weight else None
         self.policy = self._make_trainable(model)
@@ -189,10 +159,14 @@ class TokenAdapter(Adapter):
         if isinstance(self.reference, Cached):
             self._cache = ReferenceCache(config, encoder, needs)
             if needs.kl:  # states come from the cache, the head that reads them is the start's
-                self._start_head = self.heads.of(model).detached()
+                self._start_head = head_of(model).detached()
         self._layout: Layout | None = None
-        if self.weights is not None and self.weights.reads is not None:
-            require_single(self.reference)
+        reads_layers = self.weights is not None and self.weights.reads is not None
+        if reads_layers and len(self.reference.members()) > 1:
+            raise ConfigError(
+                "text.masks.kind learned and activations read the layers of one reference model, "
+                "but reference.kind is mixture; use another kind of reference"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -271,7 +245,7 @@ class TokenAdapter(Adapter):
 
         weighs = needs.weight and self.weights is not None
         reference, ref_logps = self._run_reference(batch, rows, needs, layers=weighs)
-        policy = run_model(self.policy, rows, self.heads)
+        policy = run_model(self.policy, rows)
         size = self.config.text.block_size
         stats = score(policy, rows, needs, size, reference if needs.kl else None)
 
@@ -327,7 +301,7 @@ class TokenAdapter(Adapter):
             parts: list[tuple[float, Scored]] = []
             for share, member in self.reference.members():
                 with member.active() as model:
-                    parts.append((share, run_model(model, rows, self.heads, keep)))
+                    parts.append((share, run_model(model, rows, keep)))
         if needs.kl or not needs.reference:
             return parts[0][1], None
         size = self.config.text.block_size
@@ -348,12 +322,12 @@ class TokenAdapter(Adapter):
         few = few_rows(batch)
         for model in scoring_models(self.policy, self.reference):
             trains = self.training and model is self.policy
-            require_right(causal_model(model), self.heads, few, self._rows, trains=trains)
+            require_right(causal_model(model), few, self._rows, trains=trains)
         wanted = self.config.text.shared_prefix
         if wanted == "off":
             return "plain"
         models = scoring_models(self.policy, self.reference)
-        reason = why_plain(models, self.heads, few, self._rows, self._body)
+        reason = why_plain(models, few, self._rows, self._body)
         if reason is None:
             return "packed"
         if wanted == "on":
@@ -364,7 +338,7 @@ class TokenAdapter(Adapter):
     def _load_reference(self, path: str) -> PreTrainedModel:
         model = self._load_model(path, self.config.model)
         self.encoder.use_ids_below(num_embedded(model), "reference.path")
-        outputs = [self.heads.of(m).weight.shape[0] for m in (model, self._inner)]
+        outputs = [head_of(m).weight.shape[0] for m in (model, self._inner)]
         if self.needs.kl and outputs[0] != outputs[1]:
             raise ConfigError(
                 f"reference.path {path}: has {outputs[0]} outputs, the policy has {outputs[1]}; a "

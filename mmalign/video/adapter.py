@@ -138,7 +138,7 @@ class VideoAdapter(TokenAdapter):
     def choose(self, batch: Batch) -> pami.Chosen:
         """Compare the augmented clips of a batch with the rows' own, by the policy as it is."""
         rows = self._arrange(batch)
-        scored = run_model(self.policy, rows, self.heads)
+        scored = run_model(self.policy, rows)
         contexts = self._contexts(batch)
         shown = batch.inputs.of_candidates(batch.inputs.context_media)  # [B, 1 + K]
         inner = causal_model(self.policy)
@@ -269,7 +269,7 @@ class VideoAdapter(TokenAdapter):
             if kind not in tried:  # a frozen copy is the same model
                 tried.add(kind)
                 for row in self._shown:
-                    require_true(model, self.heads, self.encoder, row, bare, layout)
+                    require_true(model, self.encoder, row, bare, layout)
         return layout
 
     def _run_reference(

@@ -14,7 +14,6 @@ from torch import Tensor
 from mmalign.core import Needs
 from mmalign.data.example import Asked, Example
 from mmalign.errors import ConfigError
-from mmalign.text.logps import Heads
 from mmalign.text.model import in_mode, refusing
 from mmalign.text.packing import CannotPackError, Fed, Layout, Rows
 from mmalign.text.passes import own_logps, score_rows
@@ -228,9 +227,8 @@ def first_shown(examples: Iterable[Example]) -> tuple[Example, ...]:
 
 @torch.no_grad()
 def require_true(
-    model: PreTrainedModel, heads: Heads, encoder: VideoEncoder, row: Example, arrange: Arrange,
-    layout: Layout,
-) -> None:  # fmt: skip
+    model: PreTrainedModel, encoder: VideoEncoder, row: Example, arrange: Arrange, layout: Layout
+) -> None:
     """Refuse a model whose answer to a row with media is not scored as its own forward does it.
 
     In float32 and wider every token must be within 0.001 nats. Half precision rounds each pass by
@@ -238,7 +236,6 @@ def require_true(
 
     Args:
         model: Without a wrapper.
-        heads: Know its output layer.
         encoder: Of the rows.
         row: From `first_shown`.
         arrange: Lays out a batch, without clues.
@@ -261,7 +258,7 @@ def require_true(
         with refusing(model, what):
             logps = own_logps(model, torch.cat([prompt, response]), len(response), **inputs)
         rows = arrange(batch, layout)
-        ours, dtype = score_rows(model, heads, rows)
+        ours, dtype = score_rows(model, rows)
     truth = logps.gather(-1, response[:, None]).squeeze(-1)
     gaps = (ours[0, 0] - truth)[rows.mask[0, 0]].abs()
     wide = dtype in (torch.float32, torch.float64)

@@ -83,8 +83,7 @@ def js_from_states(
         block_size: Most positions at a time.
     """
     dtype = compute_dtype(states)
-    bias = None if head.bias is None else head.bias.to(dtype)
-    head = Head(head.weight.to(dtype), bias, head.scale, head.softcap)
+    head = head.to(dtype)
     rows = block_rows(block_size, head.weight)
     wide = torch.promote_types(dtype, torch.float32)
     out = torch.empty(len(states) - 1, states.shape[1], dtype=wide, device=states.device)

@@ -11,7 +11,7 @@ from devices import HALF, NEEDS_CUDA, changed, exact, first_step, near, on, text
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmalign.preflight.check import check_config
-from mmalign.text.logps import response_logps
+from mmalign.text.logps import Head, response_logps
 from mmalign.train.backward import backward_joint
 from mmalign.train.run import build_run
 
@@ -103,7 +103,7 @@ def test_logits_never_exist_whole(kl: bool, head_trains: bool, dtype: torch.dtyp
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    stats = response_logps(hidden, weight, None, targets, ref_hidden=other if kl else None, kl=kl)
+    stats = response_logps(hidden, Head(weight), targets, ref_hidden=other if kl else None, kl=kl)
     total = stats.policy.sum() if stats.kl is None else (stats.policy + stats.kl).sum()
     total.backward()
     torch.cuda.synchronize()

@@ -17,7 +17,7 @@ from mmalign.core import CandidateLogps, Needs, presets
 from mmalign.data.example import Candidate, Example
 from mmalign.errors import ConfigError
 from mmalign.text.adapter import TextAdapter
-from mmalign.text.logps import Heads, response_logps
+from mmalign.text.logps import head_of, response_logps
 from mmalign.text.model import causal_model, no_dropout
 
 if TYPE_CHECKING:
@@ -341,12 +341,9 @@ def test_what_a_model_does_to_its_logits_is_found(kind: str, extra: dict[str, fl
     attention = "eager" if kind == "gemma2" else "sdpa"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).double()
     no_dropout(model)
-    head = Heads().of(model)
     ids = torch.randint(300, (1, 12))
     states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-    stats = response_logps(
-        states, head.weight, head.bias, ids[0], scale=head.scale, softcap=head.softcap
-    )
+    stats = response_logps(states, head_of(model), ids[0])
     expected = model(input_ids=ids).logits[0].log_softmax(-1).gather(-1, ids.T).squeeze(-1)
     torch.testing.assert_close(stats.policy, expected, **EXACT)
 
@@ -362,7 +359,7 @@ def test_an_unknown_change_to_the_logits_is_refused() -> None:
 
     model.forward = shifted
     with pytest.raises(ConfigError, match="not a linear head"):
-        Heads().of(model)
+        head_of(model)
 
 
 class _LeakyModel:

@@ -16,7 +16,7 @@ from mmalign.data.example import Candidate, Example
 from mmalign.errors import ConfigError
 from mmalign.models import lora
 from mmalign.text.adapter import TextAdapter, unfit_layers
-from mmalign.text.logps import Heads
+from mmalign.text.logps import head_of
 from mmalign.text.model import body_of, load_model, no_dropout
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def test_the_body_is_found_where_a_class_misnames_it() -> None:
         model = make(kind, RIGHT[kind])
         assert model.base_model is model
         assert body_of(model) is model.model
-        assert Heads().of(model).weight is model.lm_head.weight
+        assert head_of(model).weight is model.lm_head.weight
 
 
 def test_attention_is_what_the_class_has_unless_it_is_named(tmp_path: Path) -> None:

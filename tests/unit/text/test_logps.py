@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmalign.text import logps
-from mmalign.text.logps import response_logps
+from mmalign.text.logps import Head, response_logps
 
 M, D, V = 7, 5, 11
 VARIANTS = [(1.0, None), (1.7, None), (0.5, 3.0)]
@@ -45,9 +45,9 @@ def block_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 def test_values_and_gradients_equal_whole_logits(scale, softcap, frozen, block_size) -> None:
     (hidden, weight, bias), (ref_hidden, ref_weight, ref_bias), targets = inputs(frozen)
     stats = response_logps(
-        hidden, weight, bias, targets,
-        ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias,
-        kl=True, log_sum_p2=True, scale=scale, softcap=softcap, block_size=block_size,
+        hidden, Head(weight, bias, scale, softcap), targets,
+        ref_hidden=ref_hidden, ref_head=Head(ref_weight, ref_bias, scale, softcap),
+        kl=True, log_sum_p2=True, block_size=block_size,
     )  # fmt: skip
     log_p, policy = naive(hidden, weight, bias, targets, scale, softcap)
     log_ref, reference = naive(ref_hidden, ref_weight, ref_bias, targets, scale, softcap)
@@ -77,10 +77,10 @@ def test_values_and_gradients_equal_whole_logits(scale, softcap, frozen, block_s
 def test_gradcheck(kl: bool, block_size: int) -> None:
     policy, (ref_hidden, ref_weight, ref_bias), targets = inputs()
 
-    def score(*tensors):
+    def score(hidden, weight, bias):
         stats = response_logps(
-            *tensors, targets, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias,
-            kl=kl, block_size=block_size,
+            hidden, Head(weight, bias), targets, ref_hidden=ref_hidden,
+            ref_head=Head(ref_weight, ref_bias), kl=kl, block_size=block_size,
         )  # fmt: skip
         return (stats.policy, stats.kl) if kl else stats.policy
 
@@ -89,7 +89,7 @@ def test_gradcheck(kl: bool, block_size: int) -> None:
 
 def test_equal_policies_have_exactly_zero_kl_and_gradient() -> None:
     (hidden, weight, bias), _, targets = inputs()
-    stats = response_logps(hidden, weight, bias, targets, ref_hidden=hidden, kl=True)
+    stats = response_logps(hidden, Head(weight, bias), targets, ref_hidden=hidden, kl=True)
     assert stats.kl.abs().max() == 0
     (gradient,) = torch.autograd.grad(stats.kl.sum(), hidden)
     assert gradient.abs().max() < 1e-15
@@ -104,8 +104,8 @@ def test_a_token_the_reference_excludes_adds_nothing_to_the_kl() -> None:
     both[3] = -torch.inf
     for policy_bias in (bias, both):
         stats = response_logps(
-            hidden, weight, policy_bias, targets,
-            ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=excluded, kl=True,
+            hidden, Head(weight, policy_bias), targets,
+            ref_hidden=ref_hidden, ref_head=Head(ref_weight, excluded), kl=True,
         )  # fmt: skip
         keep = torch.arange(V) != 3
         log_ref = naive(ref_hidden, ref_weight[keep], ref_bias[keep], targets.clamp(max=0))[0]
@@ -120,7 +120,7 @@ def test_bfloat16_states_are_reduced_in_float32() -> None:
     hidden = (4 * torch.randn(64, 16)).bfloat16().requires_grad_()
     weight = torch.randn(1000, 16).bfloat16().requires_grad_()
     targets = torch.randint(1000, (64,))
-    policy = response_logps(hidden, weight, None, targets, block_size=10).policy
+    policy = response_logps(hidden, Head(weight), targets, block_size=10).policy
     assert policy.dtype == torch.float32
     exact = (hidden @ weight.T).detach().double().log_softmax(-1).gather(-1, targets[:, None])
     torch.testing.assert_close(policy.double(), exact.squeeze(-1), rtol=1e-6, atol=1e-5)
@@ -148,7 +148,7 @@ def test_logits_exist_for_one_block_only(frozen: bool) -> None:
     weight = torch.randn(vocabulary, 4, requires_grad=not frozen)
     with _Largest() as largest:
         stats = response_logps(
-            hidden, weight, None, torch.randint(vocabulary, (rows,)), ref_hidden=hidden,
+            hidden, Head(weight), torch.randint(vocabulary, (rows,)), ref_hidden=hidden,
             kl=True, log_sum_p2=True, block_size=block,
         )  # fmt: skip
         (stats.policy + stats.kl).sum().backward()
@@ -157,7 +157,7 @@ def test_logits_exist_for_one_block_only(frozen: bool) -> None:
 
 def test_no_scored_token_is_no_problem() -> None:
     hidden, weight = torch.zeros(0, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
-    policy = response_logps(hidden, weight, None, torch.zeros(0, dtype=torch.long)).policy
+    policy = response_logps(hidden, Head(weight), torch.zeros(0, dtype=torch.long)).policy
     policy.sum().backward()
     assert policy.shape == (0,)
     assert weight.grad.abs().sum() == 0

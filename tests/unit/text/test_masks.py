@@ -225,9 +225,10 @@ def test_step_weights_by_hand() -> None:
     weight = step_weights(hidden, index, labels)
     expected = [[[0.25, 0.25, 0.5, 0.0], [1.0, 0.0, 0.0, 0.0]]]  # w = (2, 2) and (2, 0)
     torch.testing.assert_close(weight, torch.tensor(expected))
-    weight = step_weights(hidden, index, labels, contrast=True)
-    third = 1 / 3
-    expected = [[[0.25, 0.25, 0.5, 0.0], [0.0, third, third, third]]]  # w = (0, 0): alike; (0, 2)
+    hidden[0, 1] = torch.tensor([[-2.0, 0], [0, -3], [0, -3], [0, -3]])
+    weight = step_weights(hidden, index, labels)
+    sixth = 1 / 6
+    expected = [[[0.25, 0.25, 0.5, 0.0], [0.5, sixth, sixth, sixth]]]  # w = (2, 2); (0, 0): alike
     torch.testing.assert_close(weight, torch.tensor(expected))
 
 

@@ -8,7 +8,7 @@ from tiny import make_model
 from torch import Tensor
 
 from mmalign.text import packing
-from mmalign.text.logps import Heads
+from mmalign.text.logps import head_of
 from mmalign.text.model import run_body, scored_states
 from mmalign.text.packing import CannotPackError, Segments, TextInputs, arrange
 
@@ -154,6 +154,5 @@ def test_a_model_with_other_attention_is_refused_by_name() -> None:
 
 
 def test_heads_are_known_per_model() -> None:
-    heads = Heads()
     model = make_model("gpt2")
-    assert heads.of(model).weight is model.get_output_embeddings().weight
+    assert head_of(model).weight is model.get_output_embeddings().weight
