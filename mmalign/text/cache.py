@@ -5,29 +5,23 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from mmalign.config import yaml
+from mmalign.config import RunConfig, yaml
+from mmalign.core import Needs
 from mmalign.data.cache import TensorCache, content_of
+from mmalign.data.example import Example
 from mmalign.errors import ConfigError
 from mmalign.models.files import fingerprint
 from mmalign.safe import write_text
+from mmalign.text.encode import Encoder
 from mmalign.text.model import base_path
 from mmalign.text.tokenizer import CLOCK, template_file
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from mmalign.config import RunConfig
-    from mmalign.core import Needs
-    from mmalign.data.example import Example
-    from mmalign.text.encode import Encoder
 
 
 def check_cacheable(config: RunConfig, needs: Needs) -> None:
@@ -127,17 +121,13 @@ class ReferenceCache:
                     f"{self.store.folder}: {self.name} of {example.id!r} is missing or damaged. "
                     "Write it with `mmalign cache CONFIG`, which leaves what is whole as it is"
                 )
-            rows.append(_tensor(entry[self.name]))
+            row = torch.from_numpy(entry[self.name].copy())
+            rows.append(row.view(torch.bfloat16) if row.dtype == torch.int16 else row)
         trail = rows[0].shape[2:]
         padded = rows[0].new_zeros(len(rows), rows[0].shape[0], length, *trail)
         for place, row in zip(padded, rows, strict=True):
             place[:, : row.shape[1]] = row
         return padded
-
-
-def _tensor(array: np.ndarray[Any, np.dtype[Any]]) -> Tensor:
-    tensor = torch.from_numpy(array.copy())
-    return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
 
 
 log = logging.getLogger(__name__)
@@ -190,7 +180,8 @@ def writes_date(config: RunConfig) -> bool:
         return False
     if isinstance(given, Path):
         return CLOCK in template_file(given)
-    path = model.path if _has_any(Path(model.path)) else base_path(model.path)
+    has_own = any((Path(model.path) / name).is_file() for name in _SOURCES)
+    path = model.path if has_own else base_path(model.path)
     options: dict[str, Any] = {"revision": model.revision} if path == model.path else {}
     for name in _SOURCES:
         try:
@@ -201,10 +192,6 @@ def writes_date(config: RunConfig) -> bool:
             return True
     more = Path(path) / "additional_chat_templates"
     return any(CLOCK in file.read_text(encoding="utf-8") for file in more.glob("*.jinja"))
-
-
-def _has_any(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _SOURCES)
 
 
 def _of_run(folder: Path) -> datetime.date | None:

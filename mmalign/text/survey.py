@@ -8,12 +8,19 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+import torch
+from pydantic import TypeAdapter
+from torch.utils.data import DataLoader
+
+from mmalign.config import DataConfig, RunConfig
+from mmalign.core import Needs
 from mmalign.data.doubts import special_mark, special_mark_of
-from mmalign.data.example import as_text
+from mmalign.data.example import Candidate, Example, Message, Prompt, as_text
 from mmalign.data.fields import Problem
 from mmalign.data.jobs import track
 from mmalign.data.records import ProblemList, Record
@@ -25,16 +32,6 @@ from mmalign.text.encode import Encoder
 from mmalign.text.masks import with_spans
 from mmalign.text.model import Limits, model_limits
 from mmalign.text.tokenizer import load_tokenizer
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-    from pathlib import Path
-
-    from mmalign.config import DataConfig, RunConfig
-    from mmalign.core import Needs
-    from mmalign.data.example import Candidate, Example, Prompt
-    from mmalign.text.masks import EncodedCandidate
-
 
 NAMED = 3  # first rows that are kept by number, of everything that is only counted
 
@@ -72,28 +69,12 @@ class Found:
     longest: tuple[int, int] = (0, 0)
     refused: str = ""
 
-    def count(self, name: str, row: int, sentence: str = "", times: int = 1) -> None:
-        """Note that something was done to a row, or to several of its responses."""
-        self.counts[name] += times
-        first = self.first.setdefault(name, [])
-        if len(first) < NAMED:
-            first.append(row)
+    def count(self, name: str, rows: Sequence[int], sentence: str = "", times: int = 1) -> None:
+        """Note that something was done to rows, or to several responses of each."""
+        self.counts[name] += times * len(rows)
+        self.first[name] = sorted([*self.first.get(name, []), *rows])[:NAMED]
         if sentence:
             self.sentences.setdefault(name, sentence)
-
-    def among(self, rows: Sequence[int]) -> Found:
-        """What was found in one row, as what is found in rows like it, whose numbers are given."""
-        times = len(rows)
-        return replace(
-            self,
-            rows=self.rows * times,
-            responses=self.responses * times,
-            pairs=self.pairs * times,
-            counts=Counter({name: count * times for name, count in self.counts.items()}),
-            first={name: list(rows[:NAMED]) for name in self.first},
-            equal=list(rows) if self.equal else [],
-            problems=[(row, *problem[1:]) for problem in self.problems for row in rows],
-        )
 
     def add(self, other: Found) -> None:
         """Take in what was found among other rows."""
@@ -106,18 +87,16 @@ class Found:
         self.said += [sentence for sentence in other.said if sentence not in self.said]
         self.equal += other.equal
         self.problems += other.problems
-        self.longest = (
-            max(self.longest[0], other.longest[0]),
-            max(self.longest[1], other.longest[1]),
-        )
+        self.stretch(*other.longest)
         self.refused = self.refused or other.refused
+
+    def stretch(self, prompt: int, response: int) -> None:
+        """Note tokens of a prompt and of a response."""
+        self.longest = (max(self.longest[0], prompt), max(self.longest[1], response))
 
 
 def survey(
-    encoder: Encoder,
-    rows: Sequence[Example],
-    limits: Limits | None = None,
-    keys: Sequence[Hashable] | None = None,
+    encoder: Encoder, rows: Sequence[Example], limits: Limits, keys: Sequence[Hashable]
 ) -> Found:
     """Encode every row, on all processors where there are many; a bar shows how far it is.
 
@@ -130,12 +109,11 @@ def survey(
     Raises:
         ConfigError: Something is wrong that no row can help.
     """
-    limits = limits or Limits()
     if limits.embedded is not None:
         encoder.use_ids_below(limits.embedded)
     alike: dict[Hashable, list[int]] = {}
-    for number in range(len(rows)):
-        alike.setdefault(number if keys is None else keys[number], []).append(number)
+    for number, key in enumerate(keys):
+        alike.setdefault(key, []).append(number)
     chunks = _Chunks(encoder, rows, list(alike.values()), limits)
     found = Found()
     for part in track(
@@ -165,75 +143,63 @@ class _Chunks:
     def __getitem__(self, index: int) -> Found:
         found = Found()
         for numbers in self.alike[index * _CHUNK : (index + 1) * _CHUNK]:
-            one = Found()
             try:
-                self._look(one, numbers[0], self.rows[numbers[0]])
-                found.add(one.among(numbers))
+                self._look(found, numbers, self.rows[numbers[0]])
             except ConfigError as error:
                 found.refused = str(error)
                 break
         found.said = list(self.encoder.notes.said)
         return found
 
-    def _look(self, found: Found, number: int, row: Example) -> None:
+    def _look(self, found: Found, numbers: Sequence[int], row: Example) -> None:
+        """Encode a row, for all that have its tokens."""
         notes = self.encoder.notes
         notes.rows.clear()
         try:
             encoded = self.encoder.encode_example(row)
         except DataError as error:
-            found.problems.append((number, str(error).removeprefix(f"{row.id}: "), ""))
+            what = str(error).removeprefix(f"{row.id}: ")
+            found.problems += [(number, what, "") for number in numbers]
             return
         longest = max(len(item.prompt) + len(item.response) - 1 for item in encoded)
         limit = self.limits.positions
         if limit is not None and longest > limit:
-            found.problems.append((number, too_long(limit), f"this one has {longest:,}"))
+            what, value = too_long(limit), f"this one has {longest:,}"
+            found.problems += [(number, what, value) for number in numbers]
             return
-        found.rows += 1
-        found.longest = (
-            max(found.longest[0], *(len(item.prompt) for item in encoded)),
-            max(found.longest[1], *(len(item.response) for item in encoded)),
-        )
+        found.rows += len(numbers)
+        found.responses += len(encoded) * len(numbers)
+        for item in encoded:
+            found.stretch(len(item.prompt), len(item.response))
         for name in notes.rows:
             if name != "responses_cut":
-                found.count(name, number, notes.sentences.get(name, ""))
-        self._look_at_responses(found, number, row, encoded)
-
-    def _look_at_responses(
-        self, found: Found, number: int, row: Example, encoded: Sequence[EncodedCandidate]
-    ) -> None:
-        found.responses += len(encoded)
+                found.count(name, numbers, notes.sentences.get(name, ""))
         cut = [c for c, item in zip(row.candidates, encoded, strict=True) if item.cut]
-        if cut:
-            found.count("responses_cut", number, times=len(cut))
-            lost = sum(candidate.complete for candidate in cut)
-            if lost:
-                found.count("ends_lost", number, times=lost)
-        special = sum(map(self._writes_special, row.candidates))
-        if special:
-            found.count("special_tokens", number, times=special)
-        if self.encoder.render.is_chat and any(map(self._is_rendered, _asked(row.prompt))):
-            found.count("prompts_rendered", number)
+        marked = {
+            "responses_cut": len(cut),
+            "ends_lost": sum(candidate.complete for candidate in cut),
+            "special_tokens": sum(map(self._writes_special, row.candidates)),
+            "prompts_rendered": self.encoder.render.is_chat and self._is_rendered(row.prompt),
+        }
+        for name, times in marked.items():
+            if times:
+                found.count(name, numbers, times=times)
         if row.kind == "pair":
-            found.pairs += 1
+            found.pairs += len(numbers)
             first, second = encoded[:2]
             if first.response == second.response and first.prompt == second.prompt:
-                found.equal.append(number)
+                found.equal += numbers
 
     def _writes_special(self, candidate: Candidate) -> bool:
         """Whether the response itself holds a special token; well-known ones are named before."""
         text = as_text(candidate.response)
         return self.encoder.writes_special(text) and not special_mark(candidate)
 
-    def _is_rendered(self, text: str) -> bool:
-        """Whether a prompt's own words hold the marks of a template."""
-        return self.encoder.writes_special(text) or bool(special_mark_of(text))
-
-
-def _asked(prompt: Prompt) -> list[str]:
-    """What the user says in a prompt."""
-    if isinstance(prompt, str):
-        return [prompt]
-    return [turn.content for turn in prompt if turn.role == "user"]
+    def _is_rendered(self, prompt: Prompt) -> bool:
+        """Whether what the user says in a prompt holds the marks of a template."""
+        turns = [Message("user", prompt)] if isinstance(prompt, str) else prompt
+        said = (turn.content for turn in turns if turn.role == "user")
+        return any(self.encoder.writes_special(t) or special_mark_of(t) for t in said)
 
 
 def too_long(limit: int) -> str:
@@ -249,13 +215,9 @@ def _looked_at(chunks: _Chunks) -> Iterator[Found]:
     if len(chunks.alike) < _FEW or workers < 2:
         yield from (chunks[index] for index in range(len(chunks)))
         return
-    import torch
-    from torch.utils.data import DataLoader
-
     options: dict[str, Any] = {
         "batch_size": None,
         "num_workers": workers,
-        "collate_fn": _same,
         "multiprocessing_context": "fork",  # the rows need not travel
         "generator": torch.Generator().manual_seed(0),  # the run's own stream stays where it is
     }
@@ -270,53 +232,8 @@ def _looked_at(chunks: _Chunks) -> Iterator[Found]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _same(part: Found) -> Found:
-    return part
-
-
+FOLDER = "surveys"  # in the cache folder; a second start reads what surveys found
 VERSION = 2  # raise it when the same rows and settings give other findings
-
-
-class SurveyCache:
-    """A folder with one small file for each set of rows under each set of settings."""
-
-    def __init__(self, folder: Path, encoder: Encoder, limits: Limits) -> None:
-        """`folder` is made when it is first written to."""
-        self.folder = folder
-        masks = encoder.masks and encoder.masks.model_dump(mode="json")  # spans can be at fault too
-        self._settings = [VERSION, encoder.fingerprint(), asdict(limits), masks]
-
-    def file(self, keys: Iterable[bytes]) -> Path:
-        """Where what is found in rows with these keys lies."""
-        digest = hashlib.sha256(json.dumps(self._settings).encode())
-        for key in keys:
-            digest.update(key)
-        return self.folder / f"{digest.hexdigest()[:40]}.json"
-
-    @staticmethod
-    def get(file: Path) -> Found | None:
-        """What was found; None where nobody looked yet, or the file is damaged."""
-        try:
-            value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            if value.keys() != {item.name for item in fields(Found)}:
-                return None
-            value["counts"] = Counter(value["counts"])
-            value["problems"] = [
-                (int(n), str(what), str(found)) for n, what, found in value["problems"]
-            ]
-            value["longest"] = tuple(value["longest"])
-            return Found(**value)
-        except (OSError, ValueError, TypeError, AttributeError):
-            return None
-
-    @staticmethod
-    def put(file: Path, found: Found) -> None:
-        """Keep it; where that cannot be written, the next start looks again."""
-        value = {item.name: getattr(found, item.name) for item in fields(found)}
-        with suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(file, several=True) as partial:
-                partial.write_text(json.dumps(value), encoding="utf-8")
 
 
 def findings(
@@ -336,22 +253,29 @@ def findings(
         about: What besides its words decides a row's tokens; its `repr` tells them apart.
     """
     keys = [repr((_content(row), about and about(row))).encode() for row in rows]
-    cache = SurveyCache(cache_folder(config) / FOLDER, encoder, limits)
-    file = cache.file(keys)
-    known = cache.get(file)
-    if known is None:
-        known = survey(encoder, rows, limits, keys)
-        cache.put(file, known)
-    return known
+    masks = encoder.masks and encoder.masks.model_dump(mode="json")  # spans can be at fault too
+    settings = [VERSION, encoder.fingerprint(), asdict(limits), masks]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for key in keys:
+        digest.update(key)
+    file = cache_folder(config) / FOLDER / f"{digest.hexdigest()[:40]}.json"
+    as_json = TypeAdapter(Found)
+    with suppress(OSError, ValueError):  # nobody looked yet, or the file is damaged
+        known = as_json.validate_json(file.read_bytes())
+        if known.rows or known.problems:  # as any survey has
+            return known
+    found = survey(encoder, rows, limits, keys)
+    with suppress(OSError):  # the next start looks again
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file, several=True) as partial:
+            partial.write_bytes(as_json.dump_json(found))
+    return found
 
 
 def _content(row: Example) -> tuple[Any, ...]:
     """All words that decide the row's tokens."""
     answers = [(c.response, c.prompt, c.spans, c.steps, c.complete, c.role) for c in row.candidates]
     return row.prompt, row.template.tools, row.template.options, row.kind, answers
-
-
-_OWN_WORDS = frozenset({"prompts_cut", "responses_cut", "ends_lost", "special_tokens"})
 
 
 def lines(found: Found, rows: Sequence[Example], data: DataConfig) -> list[str]:
@@ -364,38 +288,41 @@ def lines(found: Found, rows: Sequence[Example], data: DataConfig) -> list[str]:
     """
     told: list[str] = []
 
-    def tell(name: str, sentence: str) -> None:
-        told.append(f"{sentence}; {_first(found.first[name], found.counts[name], rows)}")
+    def tell(name: str, total: int, what: str) -> None:
+        count = found.counts[name]
+        told.append(f"{_of(count, total)} {what}; {_first(found.first[name], count, rows)}")
 
-    if count := found.counts["prompts_cut"]:
-        kept = "start" if data.truncate_prompt == "keep_start" else "end"
-        tell(
-            "prompts_cut",
-            f"{_of(count, found.rows)} prompts cut at {data.max_prompt_length:,} tokens "
-            f"(data.max_prompt_length), of which the {kept} is kept",
-        )
-    if count := found.counts["responses_cut"]:
-        lost = found.counts["ends_lost"]
-        tell(
-            "responses_cut",
-            f"{_of(count, found.responses)} responses cut at {data.max_response_length:,} tokens "
-            "(data.max_response_length)" + (f"; {lost:,} lost their end" if lost else ""),
-        )
-    if count := found.counts["special_tokens"]:
-        tell(
-            "special_tokens",
-            f"{_of(count, found.responses)} responses have a special token of this tokenizer "
-            "written in their text, and learn it as such",
-        )
+    kept, lost = data.truncate_prompt.removeprefix("keep_"), found.counts["ends_lost"]
+    own = {
+        "prompts_cut": (
+            found.rows,
+            f"prompts cut at {data.max_prompt_length:,} tokens (data.max_prompt_length), of which "
+            f"the {kept} is kept",
+        ),
+        "responses_cut": (
+            found.responses,
+            f"responses cut at {data.max_response_length:,} tokens (data.max_response_length)"
+            + (f"; {lost:,} lost their end" if lost else ""),
+        ),
+        "special_tokens": (
+            found.responses,
+            "responses have a special token of this tokenizer written in their text, and learn it "
+            "as such",
+        ),
+    }
+    for name, (total, what) in own.items():
+        if found.counts[name]:
+            tell(name, total, what)
     if found.equal:
         told.append(
             f"{_of(len(found.equal), found.pairs)} pairs have the same tokens on both sides, of "
             f"which nothing is learned; {_first(found.equal, len(found.equal), rows)}"
         )
     for name in found.counts:
-        if name not in _OWN_WORDS:
-            sentence = found.sentences.get(name) or _SENTENCES.get(name, name.replace("_", " "))
-            tell(name, f"{_of(found.counts[name], found.rows)} rows: {sentence}")
+        if name in own or name == "ends_lost":
+            continue
+        sentence = found.sentences.get(name) or _SENTENCES.get(name, name.replace("_", " "))
+        tell(name, found.rows, f"rows: {sentence}")
     return [*told, *found.said]
 
 
@@ -467,9 +394,6 @@ def _first(numbers: Sequence[int], count: int, rows: Sequence[Example]) -> str:
 def _name(row: Example) -> str:
     """Its id, or where it stands where it has none."""
     return row.id if row.id == row.place else repr(row.id)
-
-
-FOLDER = "surveys"
 
 
 def survey_parts(config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]) -> Surveyed:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Group
 from rich.text import Text
 
-from mmalign.core import presets
+from mmalign.config import ReferenceConfig, RunConfig
+from mmalign.core import Needs, presets
+from mmalign.data.example import Example
 from mmalign.data.jobs import only_writer, track
 from mmalign.errors import ConfigError
 from mmalign.models.adapter import Surveyed, Tools, load_usable
@@ -17,17 +20,10 @@ from mmalign.text import cache as dates
 from mmalign.text.adapter import TextAdapter
 from mmalign.text.cache import ReferenceCache, cache_folder, check_cacheable
 from mmalign.text.encode import Encoder
+from mmalign.text.masks import EncodedCandidate
 from mmalign.text.survey import survey_parts
+from mmalign.text.token_adapter import TokenAdapter
 from mmalign.text.tokenizer import load_tokenizer
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-
-    from mmalign.config import RunConfig
-    from mmalign.core import Needs
-    from mmalign.data.example import Example
-    from mmalign.text.masks import EncodedCandidate
-    from mmalign.text.token_adapter import TokenAdapter
 
 CONTEXT, SCORED, END, SPAN = "dim", "green", "bold magenta", "bold black on yellow"
 STEPS = ("green", "cyan")  # in turns
@@ -104,6 +100,8 @@ def write_reference(
     Raises:
         ConfigError: A reference that no cache can hold.
     """
+    from accelerate import Accelerator
+
     reference = config.reference
     if not needs.reference:
         raise ConfigError("cache: the objective reads no reference, so there is nothing to store")
@@ -114,40 +112,30 @@ def write_reference(
         )
     check_cacheable(config, needs)
     with only_writer(cache_folder(config), "cache", wait=True):
-        return _write(config, needs, build)
-
-
-def _write(
-    config: RunConfig, needs: Needs, build: Callable[[RunConfig, Needs], TokenAdapter]
-) -> str:
-    from accelerate import Accelerator
-
-    from mmalign.config import ReferenceConfig
-
-    config = dates.settle(config, for_cache=True)
-    dates.keep(config)
-    rows = [row for part in load_usable(config, needs) for row in part]
-    device = Accelerator().device
-    live = config.model_copy(update={"reference": ReferenceConfig()})
-    adapter = build(live, needs).to(device).eval()
-    cache = ReferenceCache(config, adapter.encoder, needs)
-    cache.store.sweep()
-    absent = set(cache.store.missing(map(cache.key, rows), read=True))
-    cache.store.repair()
-    todo = [row for row in rows if cache.key(row) in absent]
-    size = config.train.eval_batch_size or config.train.batch_size
-    half = config.train.mixed_precision == "bf16"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
-    with cache.store:
-        starts = range(0, len(todo), size)
-        for start in track(starts, "scoring the reference", total=len(todo), size=size):
-            part = todo[start : start + size]
-            batch = adapter.collate(part).to(device)
-            with autocast:  # as a run scores its policy
-                values = adapter.reference_values(batch, needs)[cache.name]  # [B, K, L, ...]
-            lengths = batch.inputs.response_mask.sum(-1).amax(1).tolist()  # [B]
-            for row, value, length in zip(part, values, lengths, strict=True):
-                cache.put(row, value[:, :length])
+        config = dates.settle(config, for_cache=True)
+        dates.keep(config)
+        rows = [row for part in load_usable(config, needs) for row in part]
+        device = Accelerator().device
+        live = config.model_copy(update={"reference": ReferenceConfig()})
+        adapter = build(live, needs).to(device).eval()
+        cache = ReferenceCache(config, adapter.encoder, needs)
+        cache.store.sweep()
+        absent = set(cache.store.missing(map(cache.key, rows), read=True))
+        cache.store.repair()
+        todo = [row for row in rows if cache.key(row) in absent]
+        size = config.train.eval_batch_size or config.train.batch_size
+        half = config.train.mixed_precision == "bf16"
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
+        with cache.store:
+            starts = range(0, len(todo), size)
+            for start in track(starts, "scoring the reference", total=len(todo), size=size):
+                part = todo[start : start + size]
+                batch = adapter.collate(part).to(device)
+                with autocast:  # as a run scores its policy
+                    values = adapter.reference_values(batch, needs)[cache.name]  # [B, K, L, ...]
+                lengths = batch.inputs.response_mask.sum(-1).amax(1).tolist()  # [B]
+                for row, value, length in zip(part, values, lengths, strict=True):
+                    cache.put(row, value[:, :length])
     return (
         f"{cache.store.folder}: {len(todo)} rows written, {len(rows) - len(todo)} were there. "
         "Train with reference.kind=cached"
