@@ -35,6 +35,7 @@ MOVED = {
     "quickstart.video_base": "quickstart.video_pairs",
     "quickstart.video_exam": "quickstart.video_pairs",
     "text.head": "text.logps",
+    "text.token_adapter": "text.adapter",
     "train.holdout": "train.final",
     "video.check_journal": "video.checks",
     "video.clue_part": "video.clues",

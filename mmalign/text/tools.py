@@ -17,12 +17,11 @@ from mmalign.data.jobs import only_writer, track
 from mmalign.errors import ConfigError
 from mmalign.models.adapter import Surveyed, Tools, load_usable
 from mmalign.text import cache as dates
-from mmalign.text.adapter import TextAdapter
+from mmalign.text.adapter import TextAdapter, TokenAdapter
 from mmalign.text.cache import ReferenceCache, cache_folder, check_cacheable
 from mmalign.text.encode import Encoder
 from mmalign.text.masks import EncodedCandidate
 from mmalign.text.survey import survey_parts
-from mmalign.text.token_adapter import TokenAdapter
 from mmalign.text.tokenizer import load_tokenizer
 
 CONTEXT, SCORED, END, SPAN = "dim", "green", "bold magenta", "bold black on yellow"

@@ -18,10 +18,10 @@ from mmalign.data.example import Example
 from mmalign.models import lora
 from mmalign.models.adapter import answer_seeds
 from mmalign.models.batch import Batch
+from mmalign.text.adapter import TokenAdapter
 from mmalign.text.model import causal_model
 from mmalign.text.packing import Layout, Rows, arrange
 from mmalign.text.passes import Scored, run_model, scoring_models
-from mmalign.text.token_adapter import TokenAdapter
 from mmalign.video import candidates, pami
 from mmalign.video.augment import seed_for
 from mmalign.video.candidates import Perturbation

@@ -15,9 +15,9 @@ from mmalign.core import Needs
 from mmalign.data.example import Candidate, Example
 from mmalign.errors import ConfigError
 from mmalign.models import lora
-from mmalign.text.adapter import TextAdapter, unfit_layers
+from mmalign.text.adapter import TextAdapter
 from mmalign.text.logps import head_of
-from mmalign.text.model import body_of, load_model, no_dropout
+from mmalign.text.model import body_of, load_model, no_dropout, unfit_layers
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,7 +16,7 @@ from mmalign.config import LoraSpec
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models import lora
 from mmalign.models.merge import merge_checkpoints
-from mmalign.text.token_adapter import load_trained
+from mmalign.text.adapter import load_trained
 
 if TYPE_CHECKING:
     from pathlib import Path
