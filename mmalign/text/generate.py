@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from mmalign.errors import DataError
 from mmalign.models.adapter import answer_seeds
@@ -141,13 +142,12 @@ _pads_freely: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """Ids and attention mask, [B, P] long, of prompts that all end in the last column."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for place, row in enumerate(rows):
-        ids[place, width - len(row) :] = torch.tensor(row)
-        mask[place, width - len(row) :] = 1
-    return ids, mask
+    ids = [torch.tensor(row) for row in rows]
+    ones = [torch.ones_like(row) for row in ids]
+    return (
+        pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left"),
+        pad_sequence(ones, batch_first=True, padding_side="left"),
+    )
 
 
 def batches(
