@@ -264,7 +264,7 @@ def test_the_first_rows_of_a_run_that_show_something_are_tried(
     require = contexts.require_true
 
     def noted(*arguments: Any) -> None:
-        tried.append(arguments[3].id)
+        tried.append(arguments[2].id)
         require(*arguments)
 
     monkeypatch.setattr("mmalign.video.adapter.require_true", noted)
