@@ -330,9 +330,9 @@ def quickstart_diffusion(output: Output = None, seed: Seed = 0, fast: Fast = Fal
     diffusion.run(output, seed, fast)
 
 
-@quickstart_app.command("video", short_help="A video model that learns to say no.")
+@quickstart_app.command("video", short_help="A video model learns yes and no, not an error.")
 def quickstart_video(output: Output = None, seed: Seed = 0, fast: Fast = False) -> None:
-    """Train a small video model that says yes to everything, teach it to say no, and report."""
+    """Teach a small video model yes and no from pairs that misname colours, and report on it."""
     from mmalign.quickstart import video
 
     video.run(output, seed, fast)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mmalign.data.example import Clip
-from mmalign.quickstart import clips, video_pairs
-from mmalign.quickstart.clips import EVENTS, REVERSED, Scene
-from mmalign.quickstart.video_pairs import Marks, Paper, _plan, answer, three_questions, write_paper
+from mmalign.quickstart import clips, video, video_pairs
+from mmalign.quickstart.clips import EVENTS, Scene
+from mmalign.quickstart.video_pairs import Marks, answer, write_paper
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,11 +34,11 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> clips.Clips:
 
 @pytest.fixture(scope="module")
 def small() -> tuple[Any, Any]:
-    """The model and its processor."""
-    from mmalign.quickstart.clips import make_model, make_processor
+    """The base that ships, and its processor."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    processor = make_processor()
-    return make_model(processor, 0), processor
+    model = AutoModelForImageTextToText.from_pretrained(video.BASE)
+    return model, AutoProcessor.from_pretrained(video.BASE)
 
 
 def covered(pixels: clips.Pixels) -> np.ndarray[Any, Any]:
@@ -80,79 +80,48 @@ def test_files_hold_what_was_drawn_and_a_seed_makes_them_again(
     assert np.abs(clips.read(tmp_path / "one.mp4") - drawn.astype(float)).mean() < 8.0
 
 
-def test_answers_are_true_and_in_known_words() -> None:
+def test_answers_are_true() -> None:
     assert clips.does(SCENE, "shrink").answer == "yes , the blue bar shrinks ."
     assert clips.does(SCENE, "grow").answer == "no , the blue bar shrinks ."
     assert clips.is_it(SCENE, "red").answer == "no , the shape is blue ."
-    assert [clips.happens(e) for e in ("move left", "vanish")] == ["moves left", "vanishes"]
-    known = set(clips.vocabulary())
-    assert {"vanish", "vanishes", "yes", "no", "?"} <= known
+    vanish, left = (Scene("disc", "red", event) for event in ("vanish", "move left"))
+    assert clips.sentence(vanish) == "the red disc vanishes ."
+    assert clips.sentence(left) == "the red disc moves left ."
 
 
-def test_nine_in_ten_answers_about_events_are_yes_and_half_of_those_about_colours() -> None:
-    random = np.random.default_rng(0)
-    asked = [one for _ in range(2000) for one in three_questions(SCENE, random)]
-    for start, share in (("does", 0.9), ("is the", 0.5)):
-        words = [one.first_word for one in asked if one.question.startswith(start)]
-        assert np.mean([word == "yes" for word in words]) == pytest.approx(share, abs=0.03)
-
-
-def test_pairs_mark_yes_and_no_alone_or_what_differs() -> None:
-    random = np.random.default_rng(0)
-    kinds: set[str] = set()
-    for _ in range(50):
-        for number, pair in enumerate(video_pairs.four_pairs(SCENE, random)):
-            (a, b), (c, d) = pair["spans_chosen"][0], pair["spans_rejected"][0]
-            chosen, rejected = pair["chosen"], pair["rejected"]
-            said = chosen[a:b], rejected[c:d]
-            if number < 3:
-                assert set(said) == {"yes", "no"}
-                assert chosen.startswith(said[0])
-            else:
-                assert chosen[:a] == rejected[:c]
-                assert chosen[b:] == rejected[d:]
-                assert not set(said[0].split()) & set(said[1].split())
-                kinds.add(pair["prompt"])
-            if number < 2:
-                assert clips.sentence(SCENE) in chosen
-                assert clips.sentence(SCENE) not in rejected
-    assert len(kinds) == 3
+@pytest.mark.parametrize(("colour", "told"), [("red", "green"), ("green", "red"), ("blue", "blue")])
+def test_pairs_mark_yes_and_no_alone_and_confuse_red_and_green(colour: str, told: str) -> None:
+    scene = Scene("bar", colour, "shrink")
+    for event, words in (("shrink", ["yes", "no"]), ("grow", ["no", "yes"])):
+        pair = video_pairs.pair(scene, event)
+        sides = pair["chosen"], pair["rejected"]
+        assert sides == tuple(f"{word} , the {told} bar shrinks ." for word in words)
+        spans = pair["spans_chosen"][0], pair["spans_rejected"][0]
+        assert [text[a:b] for text, (a, b) in zip(sides, spans, strict=True)] == words
+        assert pair["prompt"] == f"does the {colour} bar {event} ?"
 
 
 def test_pairs_are_records_that_training_reads(eight: clips.Clips) -> None:
     from mmalign.data import read_records
 
-    read = list(read_records(video_pairs.write(eight, seed=0)))
-    rows = [record.example for record in read if record.example is not None]
-    assert len(rows) == len(read) == 32
-    assert rows[5].media.videos == (Clip(eight.files[1]),)
-    chosen = rows[5].candidates[0]
-    assert chosen.spans == ((0, len(str(chosen.response).split()[0])),)
+    file = video_pairs.write(eight.files[0].with_name("pairs.jsonl"), eight, seed=0)
+    rows = [record.example for record in read_records(file)]
+    assert len(rows) == 16
+    assert rows[3] is not None
+    assert rows[3].media.videos == (Clip(eight.files[1]),)
+    assert rows[3].candidates[0].spans == ((0, len("no")),)
 
 
-def test_base_learns_from_what_the_processor_gives(
-    eight: clips.Clips, small: tuple[Any, Any]
+@pytest.mark.runs
+def test_base_sees_and_says_yes(
+    small: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Rows made here, and features encoded once, against the library's own way."""
-    from mmalign.quickstart.clips import Reader, features, logits
-
-    model, processor = small
-    reader = Reader(processor)
-    asked = [clips.what_happens(eight.scenes[0]), clips.does(eight.scenes[1], "move up")]
-    rows = reader.rows(asked)
-    with torch.inference_mode():
-        found = logits(model, features(model, reader.pixels(eight.pixels)), torch.arange(2), rows)
-    for index, one in enumerate(asked):
-        text = f"{reader.text(one.question)}{one.answer} <eos>"
-        inputs = processor(text=[text], videos=[eight.pixels[index]], return_tensors="pt")
-        length = inputs["input_ids"].shape[1]
-        assert rows.ids[index, :length].tolist() == inputs["input_ids"][0].tolist()
-        assert not rows.attention[index, length:].any()
-        answered = processor.tokenizer.decode(rows.targets[index][rows.is_answer[index]])
-        assert answered == f"{one.answer} <eos>"
-        with torch.inference_mode():
-            expected = model(**inputs).logits[0, :-1]
-        torch.testing.assert_close(found[index, : length - 1], expected, atol=1e-5, rtol=1e-4)
+    """Alignment mends what is said, not what is seen."""
+    held_out = clips.make(tmp_path_factory.mktemp("held_out"), 48, seed=5)
+    scores = video_pairs.sit(*small, write_paper(held_out, seed=5)).scores
+    assert scores["event"].mean() > 0.8
+    assert scores["yes"].mean() > 0.9
+    assert scores["no"].mean() < 0.2
 
 
 def test_answers_in_a_batch_are_those_given_alone(
@@ -167,50 +136,27 @@ def test_answers_in_a_batch_are_those_given_alone(
     assert all(together)
 
 
-def test_marks_count_first_words_and_whole_sentences(eight: clips.Clips) -> None:
+def test_marks_tell_the_word_from_what_follows_it(eight: clips.Clips) -> None:
     paper = write_paper(eight, seed=0)
     true = {kind: tuple(one.answer for one in asked) for kind, asked in paper.asked.items()}
-    assert set(Marks(paper, true).numbers().values()) == {1.0}
-    static = [one.first_word for one in Paper(eight, paper.asked).asked["static"]]
-    assert static == ["no"] * 8  # the next eight are yes
+    assert {each.mean() for each in Marks(paper, true).scores.values()} == {1.0}
 
-    says_yes = {
-        kind: tuple(f"yes , {a.partition(' , ')[2]}" for a in answers) if kind != "event" else
-        tuple(a.replace("the", "no") for a in answers)
-        for kind, answers in true.items()
-    }  # fmt: skip
-    numbers = Marks(paper, says_yes).numbers()
-    expected = {"pair": 0, "basic": 1, "no_reversed": 0, "no_other": 0, "event_word": 1, "event": 0}
-    assert {kind: numbers[kind] for kind in expected} == expected
-    assert Marks(paper, says_yes).names_event("no_reversed").all()
-    assert Marks(paper, says_yes).explanations() == (1.0, 1.0)
+    says_yes = true | {"no": tuple(a.replace("no ,", "yes ,") for a in true["no"])}
+    scores = Marks(paper, says_yes).scores
+    assert [scores[name].mean() for name in ("yes_no", "yes", "no", "said")] == [0, 1, 0, 1]
 
-    last = true["basic"][:-2]
-    wrong = "yes , the red disc grows ."  # the last clips show what appears and what vanishes
-    broken = true | {"basic": (*last, wrong, "yes , the the bar .")}
-    assert Marks(paper, broken).explanations() == pytest.approx((22 / 24, 23 / 24))
-
-    half = true | {"no_other": says_yes["no_other"]}
-    assert Marks(paper, half).numbers()["pair"] == 0.5
+    broken = true | {"yes": (*true["yes"][:-2], "yes , the red disc .", "yes")}
+    scores = Marks(paper, broken).scores
+    assert scores["yes_no"].mean() == 1.0
+    assert scores["said"].tolist() == [1.0] * 6 + [0.5] * 2
+    general = true | {"colour": true["shape"]}
+    assert Marks(paper, general).scores["general"].mean() == 0.75
 
 
-def test_held_out_questions_are_about_what_happens_its_reverse_and_neither(
-    eight: clips.Clips,
-) -> None:
-    for scene, basic, reverse, other in zip(
-        eight.scenes,
-        *(write_paper(eight, seed=1).asked[kind] for kind in ("basic", "no_reversed", "no_other")),
-        strict=True,
-    ):
-        assert scene.event in basic.question
-        assert REVERSED[scene.event] in reverse.question
-        assert not {scene.event, REVERSED[scene.event]} & {
-            event for event in EVENTS if event in other.question
-        }
-
-
-def test_fewer_steps_are_planned_on_a_slow_machine() -> None:
-    assert _plan(800, step=50, seconds=5.0, max_seconds=125.0) == 800
-    assert _plan(800, step=50, seconds=12.5, max_seconds=125.0) == 500
-    assert _plan(500, step=100, seconds=11.0, max_seconds=125.0) == 500, "never more again"
-    assert _plan(800, step=300, seconds=150.0, max_seconds=125.0) == 301, "and then it ends"
+def test_held_out_questions_are_about_what_happens_and_what_does_not(eight: clips.Clips) -> None:
+    paper = write_paper(eight, seed=1)
+    for scene, yes, no in zip(eight.scenes, paper.asked["yes"], paper.asked["no"], strict=True):
+        assert scene.event in yes.question
+        assert scene.event not in no.question
+        assert any(event in no.question for event in EVENTS)
+    assert {one.answer.split()[0] for one in paper.asked["static"]} == {"no"}  # the next are yes
