@@ -135,8 +135,8 @@ class Tally:
     def __add__(self, other: Tally) -> Tally:
         sums = dict(self.sums)
         for name, (total, count) in other.sums.items():
-            before = sums.get(name, (0.0, 0.0))
-            sums[name] = (before[0] + total, before[1] + count)
+            sum_before, count_before = sums.get(name, (0.0, 0.0))
+            sums[name] = (sum_before + total, count_before + count)
         return Tally(self.rows + other.rows, sums)
 
 
@@ -326,10 +326,7 @@ def _over_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Metrics that compare rows with each other: how well single rated responses are told apart."""
     if not rows or len(rows[0]["labels"]) != 1:
         return {}
-    columns: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        columns["score"].append(row["logps"][0] - row.get("ref_logps", [0.0])[0])
-        columns["label"].append(row["labels"][0])
-    desirable = np.asarray(columns["label"]) > 0.5
-    value = separation(np.asarray(columns["score"]), desirable)
+    scores = [row["logps"][0] - row.get("ref_logps", [0.0])[0] for row in rows]
+    desirable = [row["labels"][0] > 0.5 for row in rows]
+    value = separation(np.asarray(scores), np.asarray(desirable))
     return {} if np.isnan(value) else {"separation": value}

@@ -142,11 +142,7 @@ def sample_checkpoint(
         part = slice(start, start + size)
         texts += map(str, adapter.sample(asked[part], seeds=seeds[part], **options))
     if out is not None:
-        records = [
-            {"prompt": _plain(row.prompt), **_template(row), **_media(row), "response": text}
-            for row, text in zip(rows, texts, strict=True)
-        ]
-        write_lines(out, records)
+        write_lines(out, ({**_asked(r), "response": t} for r, t in zip(rows, texts, strict=True)))
     return texts
 
 
@@ -278,21 +274,13 @@ def _device(config: RunConfig) -> torch.device:
     return Accelerator().device
 
 
-def _plain(prompt: Prompt) -> Any:
-    if isinstance(prompt, str):
-        return prompt
-    return [message.as_dict() for message in prompt]
-
-
-def _template(row: Example) -> dict[str, Any]:
-    """What the row hands its chat template, by the names of its columns."""
+def _asked(row: Example) -> dict[str, Any]:
+    """A row's prompt and what goes with it, by the names of its columns."""
+    prompt = row.prompt if isinstance(row.prompt, str) else [turn.as_dict() for turn in row.prompt]
     texts = {"tools": row.template.tools, "chat_template_kwargs": row.template.options}
-    return {name: json.loads(text) for name, text in texts.items() if text}
-
-
-def _media(row: Example) -> dict[str, list[str]]:
-    files = row.media.files()
-    return {"media": [str(file) for file in files]} if files else {}
+    template = {name: json.loads(text) for name, text in texts.items() if text}
+    media = list(map(str, row.media.files()))
+    return {"prompt": prompt, **template, **({"media": media} if media else {})}
 
 
 def write_cache(config: RunConfig) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from mmalign.bench.base import Benchmark, Entry, Prediction, Question, Source, Verdict
 from mmalign.bench.options import mentioned, plain
 from mmalign.bench.parsers import concluded, yes_no
-from mmalign.bench.spoken import final
+from mmalign.bench.spoken import final, glossary
 from mmalign.errors import DataError
 
 NUMBERS = (
@@ -27,27 +27,23 @@ INSTRUMENTS = (
 VOCABULARY = ("yes", "no", *NUMBERS, *PLACES, *SETTINGS, *INSTRUMENTS)
 """All answers of the data set."""
 
-_SAME = {
-    "more than 10": "more than ten",
-    "over ten": "more than ten",
-    "single": "one",
-    "center": "middle",
-    "centre": "middle",
-    "central": "middle",
-    "leftmost": "left",
-    "rightmost": "right",
-    "at the same time": "simultaneously",
-    "at once": "simultaneously",
-    "together": "simultaneously",
-    "indoors": "indoor",
-    "inside": "indoor",
-    "outdoors": "outdoor",
-    "outside": "outdoor",
-    "sax": "saxophone",
-    "conga": "congas",
-    "bagpipes": "bagpipe",
-    "ukelele": "ukulele",
-}
+_SAME = glossary(
+    """
+more than ten: more than 10, over ten
+one: single
+middle: center, centre, central
+left: leftmost
+right: rightmost
+simultaneously: at the same time, at once, together
+indoor: indoors, inside
+outdoor: outdoors, outside
+saxophone: sax
+congas: conga
+bagpipe: bagpipes
+ukulele: ukelele
+""",
+    ", ",
+)
 _SAME_WORDS = re.compile(rf"\b(?:{'|'.join(_SAME)})\b", re.IGNORECASE)
 _NONE = re.compile(r"(?:none|no [a-z]+(?: [a-z]+)?)\.?", re.IGNORECASE)
 _ABOVE_TEN = re.compile(

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -341,6 +341,18 @@ def share(part: Floats, whole: Floats) -> Floats:
     return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole != 0)
 
 
+class Metric(NamedTuple):
+    """A number in each resample, and how many questions, or pairs, it is over; [R] each."""
+
+    value: Floats
+    size: Floats
+
+
+def ratio(part: Floats, whole: Floats) -> Metric:
+    """The share of a part."""
+    return Metric(share(part, whole), whole)
+
+
 def mean(values: list[Floats]) -> Floats:
     """Unweighted mean of metrics, over those that have a value in a resample."""
     stacked = np.stack(values)  # [groups, R]
@@ -448,25 +460,19 @@ class Benchmark(ABC):
                     sheet.add(unit, {f"right{place}": verdict.right, f"seen{place}": 1})
         return sheet, verdicts
 
-    def metrics(self, sums: Sums) -> dict[str, Floats]:
-        """Every number from sums, [R] each: micro and macro accuracy, then that of each group."""
+    def metrics(self, sums: Sums) -> dict[str, Metric]:
+        """Every number from sums: micro and macro accuracy, then that of each group."""
         if not sums:
             return {}
-        tables: dict[str, dict[str, Floats]] = defaultdict(dict)
+        tables: dict[str, dict[str, Metric]] = defaultdict(dict)
         for name in (name.removeprefix("seen/") for name in sums if name.startswith("seen/")):
-            right, seen = sums[f"right/{name}"], sums[f"seen/{name}"]
-            tables[name.partition("/")[0]][name] = share(right, seen)
-        found = {"accuracy": share(sums["right"], sums["seen"])}
+            table = tables[name.partition("/")[0]]
+            table[name] = ratio(sums[f"right/{name}"], sums[f"seen/{name}"])
+        found = {"accuracy": ratio(sums["right"], sums["seen"])}
         if tables:
-            found["macro"] = mean(list(next(iter(tables.values())).values()))
+            first = next(iter(tables.values()))
+            found["macro"] = Metric(mean([group.value for group in first.values()]), sums["seen"])
         return {key: value for part in (found, *tables.values()) for key, value in part.items()}
-
-    def sizes(self, sums: Sums) -> dict[str, int]:
-        """How many questions, or pairs, a metric is over."""
-        counts = {name: int(value[0]) for name, value in sums.items() if name.startswith("seen")}
-        total = counts.get("seen", 0)
-        found = {name.removeprefix("seen/"): count for name, count in counts.items()}
-        return found | {"accuracy": total, "macro": total}
 
     def notes(self) -> list[str]:
         """What a reader of the numbers has to know."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from mmalign.bench.base import (
     Benchmark,
-    Floats,
+    Metric,
     Prediction,
     Question,
     Sheet,
@@ -21,6 +21,7 @@ from mmalign.bench.base import (
     Verdict,
     entry,
     mean,
+    ratio,
     share,
 )
 from mmalign.bench.orders import order, published_order
@@ -41,7 +42,6 @@ CATEGORIES = {
 SIDES = ("basic", "hallucination")
 Halves = dict[str, tuple[Prediction, Verdict]]
 _YES_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
-_BIAS = ("yes_diff", "no_diff", "fp_ratio")
 
 
 def says(word: str, text: str) -> bool:
@@ -67,7 +67,7 @@ class VideoHallucer(Benchmark):
     legacy = "the right word anywhere, so that an answer with both words is right on either side"
     source = "Wang et al. 2024, arXiv:2406.16338; pritamqu/RRPO, eval/videohallucer"
     unit = "pair"
-    plain = frozenset(_BIAS[:2])
+    plain = frozenset(("yes_diff", "no_diff"))
 
     def items(self, source: Source) -> Iterator[Question]:
         """Two questions an entry; pairs are numbered from 0 in their category."""
@@ -116,30 +116,24 @@ class VideoHallucer(Benchmark):
             sheet.add(pair, _published_bias(halves) if legacy else _bias(halves))
         return sheet, verdicts
 
-    def metrics(self, sums: Sums) -> dict[str, Floats]:
-        """Means over categories first, [R] each."""
-        categories = [n.removeprefix("pairs/") for n in sums if n.startswith("pairs/")]
-        names = ("accuracy", *SIDES)
+    def metrics(self, sums: Sums) -> dict[str, Metric]:
+        """Means over categories first."""
+        pairs = {n.removeprefix("pairs/"): v for n, v in sums.items() if n.startswith("pairs/")}
         by_category = {
-            f"{name}/{category}": share(sums[f"{name}/{category}"], sums[f"pairs/{category}"])
-            for name in names
-            for category in categories
+            f"{name}/{category}": ratio(sums[f"{name}/{category}"], of_category)
+            for name in ("accuracy", *SIDES)
+            for category, of_category in pairs.items()
         }
-        found = {name: mean([by_category[f"{name}/{c}"] for c in categories]) for name in names}
-        bias = {
-            "yes_diff": share(sums["said_yes"] - sums["is_yes"], 2 * sums["is_yes"]),
-            "no_diff": share(sums["said_no"] - sums["is_no"], 2 * sums["is_no"]),
-            "fp_ratio": share(sums["false_yes"], sums["wrong"]),
+        found = {
+            name: mean([by_category[f"{name}/{category}"].value for category in pairs])
+            for name in ("accuracy", *SIDES)
         }
-        return found | bias | by_category
-
-    def sizes(self, sums: Sums) -> dict[str, int]:
-        """Pairs, in all and of a category; for the false positive ratio, wrong answers."""
-        pairs = {n.removeprefix("pairs/"): int(v[0]) for n, v in sums.items() if "pairs/" in n}
-        names = ("accuracy", *SIDES)
-        total: dict[str, int] = dict.fromkeys((*names, *_BIAS[:2]), sum(pairs.values()))
-        total["fp_ratio"] = int(sums["wrong"][0])
-        return total | {f"{name}/{c}": pairs[c] for name in names for c in pairs}
+        for word in ("yes", "no"):
+            said, right = sums[f"said_{word}"], sums[f"is_{word}"]
+            found[f"{word}_diff"] = share(said - right, 2 * right)
+        total = np.sum(list(pairs.values()), axis=0)
+        over_pairs = {name: Metric(value, total) for name, value in found.items()}
+        return over_pairs | {"fp_ratio": ratio(sums["false_yes"], sums["wrong"])} | by_category
 
 
 def _side(row: Prediction) -> str:
@@ -459,28 +453,23 @@ class VidHallucSTH(Benchmark):
             scaled(self.similarity(x.strip(), y.strip()), low) for x, y in zip(a, b, strict=True)
         )
 
-    def metrics(self, sums: Sums) -> dict[str, Floats]:
-        """The score and its parts, [R] each; a correlation that is not defined counts 0."""
+    def metrics(self, sums: Sums) -> dict[str, Metric]:
+        """The score and its parts; a correlation that is not defined counts 0."""
         tp, fn, fp, tn = (sums[name] for name in _CELLS)
         norm = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
         mcc = np.nan_to_num(share(tp * tn - fp * fn, norm))
         classification = ((mcc + 1) / 2) ** 2
         description = np.nan_to_num(share(sums["alike"], 2 * tp))
+        seen = tp + fn + fp + tn
         return {
-            "score": 0.6 * classification + 0.4 * description,
-            "mcc": mcc,
-            "classification": classification,
-            "description": description,
-            "accuracy": share(tp + tn, tp + fn + fp + tn),
-            "recall": share(tp, tp + fn),
-            "specificity": share(tn, tn + fp),
+            "score": Metric(0.6 * classification + 0.4 * description, seen),
+            "mcc": Metric(mcc, seen),
+            "classification": Metric(classification, seen),
+            "description": Metric(description, tp),
+            "accuracy": ratio(tp + tn, seen),
+            "recall": ratio(tp, tp + fn),
+            "specificity": ratio(tn, tn + fp),
         }
-
-    def sizes(self, sums: Sums) -> dict[str, int]:
-        """Videos; with a change seen rightly, with a change, and without one."""
-        tp, fn, fp, tn = (int(sums[name][0]) for name in _CELLS)
-        seen = dict.fromkeys(("score", "mcc", "classification", "accuracy"), tp + fn + fp + tn)
-        return seen | {"description": tp, "recall": tp + fn, "specificity": tn + fp}
 
     def notes(self) -> list[str]:
         """What the similarity is."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from mmalign.bench.spoken import Token, tokens, word_set
+from mmalign.bench.spoken import Token, glossary, tokens, word_set
 from mmalign.data.words import stem
 
 ARTICLES = word_set("a an the")
@@ -168,54 +168,27 @@ class Given:
     starts: bool
 
 
-CHINESE = {
-    "最终答案": " final answer ",
-    "最终选择": " final answer ",
-    "答案": " answer ",
-    "选项": " option ",
-    "选择": " choose ",
-    "选": " choose ",
-    "应该": " should ",
-    "应": " should ",
-    "正确": " correct ",
-    "最佳": " best ",
-    "对的": " correct ",
-    "的": " the ",
-    "不正确": " wrong ",
-    "不对": " wrong ",
-    "错误": " wrong ",
-    "错": " wrong ",
-    "不选": " not ",
-    "不是": " not ",
-    "并非": " not ",
-    "而非": " not ",
-    "不可能": " not ",
-    "不会": " not ",
-    "排除": " not ",
-    "不": " not ",
-    "而是": " but ",
-    "但是": " but ",
-    "是否": " whether ",
-    "是": " is ",
-    "为": " is ",
-    "我": " i ",
-    "认为": " think ",
-    "觉得": " think ",
-    "因为": " because ",
-    "由于": " because ",
-    "解释": " because ",
-    "理由": " because ",
-    "原因": " because ",
-    "所以": " so ",
-    "因此": " so ",
-    "故": " so ",
-    "以及": " and ",
-    "和": " and ",
-    "与": " and ",
-    "或者": " or ",
-    "还是": " or ",
-    "或": " or ",
-}
+CHINESE = glossary("""
+final answer: 最终答案 最终选择
+answer: 答案
+option: 选项
+choose: 选择 选
+should: 应该 应
+correct: 正确 对的
+best: 最佳
+the: 的
+wrong: 不正确 不对 错误 错
+not: 不选 不是 并非 而非 不可能 不会 排除 不
+but: 而是 但是
+whether: 是否
+is: 是 为
+i: 我
+think: 认为 觉得
+because: 因为 由于 解释 理由 原因
+so: 所以 因此 故
+and: 以及 和 与
+or: 或者 还是 或
+""")
 """What steers the reading of letters in Chinese."""
 
 ANSWER = word_set("answer answers response choose select pick chose selected picked opt vote")
@@ -247,6 +220,9 @@ _JOINING = word_set("and or then maybe perhaps possibly also option")
 _HYPOTHETICAL = word_set("whether if unless between")
 _BEFORE = "([{<\"'"
 _BEHIND = ")]}>\"'"
+_OPENS, _CLOSES = frozenset("(["), frozenset(")]")
+_LABELS = frozenset(".):]")
+_NOTHING = Token("", "", -1, -1)
 
 
 def given(found: Sequence[Token]) -> list[Given]:
@@ -286,22 +262,22 @@ def listed(found: Sequence[Token], one: Given, other: Given) -> bool:
 
 def _is_letter(found: Sequence[Token], i: int) -> bool:
     """Whether a token is a letter: no article, pronoun, unit or part of an abbreviation."""
-    token = found[i]
-    if len(token.text) != 1 or not ("a" <= token.text.lower() <= "z"):
+    token, (before, after, third) = found[i], _around(found, i)
+    if len(token.text) != 1 or not ("a" <= token.text.lower() <= "z") or before.word.isdigit():
         return False
-    before, after = (found[k] if 0 <= k < len(found) else None for k in (i - 1, i + 1))
-    if before and before.word.isdigit():
-        return False
-    if after and after.text == "." and after.start == token.end and i + 2 < len(found):
-        third = found[i + 2]
-        if third.start == after.end and len(third.text) == 1 and third.word.isalpha():
-            return False  # "a.m.", "U.S."
-    if token.text.islower():
-        closed = bool(before and before.text in "([" and after and after.text in ")]")
-        return closed or after is None or not after.word
-    if token.text == "I":
-        return after is None or not after.word
-    return token.text != "A" or after is None or not after.word or after.word in _CLOSED
+    joined = (after.start, third.start) == (token.end, after.end)
+    if after.text == "." and joined and len(third.text) == 1 and third.word.isalpha():
+        return False  # "a.m.", "U.S."
+    if not after.word:
+        return True
+    return (
+        token.text.isupper() and token.text != "I" and (token.text != "A" or after.word in _CLOSED)
+    )
+
+
+def _around(found: Sequence[Token], i: int) -> list[Token]:
+    """The token before one, and the two behind it; an empty one where there is none."""
+    return [found[k] if 0 <= k < len(found) else _NOTHING for k in (i - 1, i + 1, i + 2)]
 
 
 def _asked(found: Sequence[Token], i: int) -> bool:
@@ -310,15 +286,13 @@ def _asked(found: Sequence[Token], i: int) -> bool:
 
 
 def _given(found: Sequence[Token], i: int, cue: Rank, line: bool, clause: bool) -> Given:
-    token = found[i]
+    token, (before, after, _) = found[i], _around(found, i)
     upper = token.text.isupper()
-    before, after = (found[k] if 0 <= k < len(found) else None for k in (i - 1, i + 1))
-    ends = after is None or not after.word
-    closed = ends or (after is not None and after.word in _CLOSED)
-    bracketed = bool(before and before.text in "([" and after and after.text in ")]")
-    label = bracketed or bool(after and after.text in ".):]")
+    closed = not after.word or after.word in _CLOSED
+    bracketed = before.text in _OPENS and after.text in _CLOSES
+    label = bracketed or after.text in _LABELS
     front = not any(t.word for t in found[max(0, i - 6) : i]) and i <= 6
-    if cue >= Rank.CUED and (upper or ends):
+    if cue >= Rank.CUED and (upper or not after.word):
         rank = cue
     elif upper and _is_praised(found, i):
         rank = Rank.CUED
@@ -328,7 +302,7 @@ def _given(found: Sequence[Token], i: int, cue: Rank, line: bool, clause: bool) 
         rank = Rank.FRONT
     elif cue == Rank.HINT and closed and (upper or bracketed):
         rank = cue
-    elif clause and upper and (after is None or after.word in ("", "and", "or")):
+    elif clause and upper and after.word in ("", "and", "or"):
         rank = Rank.ALONE
     else:
         rank = Rank.BRACKET if bracketed and upper else Rank.LOOSE

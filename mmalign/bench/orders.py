@@ -8,63 +8,37 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mmalign.bench.options import denied_after, denied_before
-from mmalign.bench.spoken import Token, agreed, tokens, word_set
+from mmalign.bench.spoken import Token, agreed, glossary, tokens, word_set
 
 _RIGHT, _LEFT = re.compile(r"(?<![-=<])[-=]++>"), re.compile(r"<[-=]++(?!>)")
 _HYPHEN = re.compile(r"\b([AB])-(?=[AB]\b)")
-_PHRASES = {
-    "followed by": "precedes",
-    "preceded by": "follows",
-    "prior to": "before",
-    "ahead of": "before",
-    "earlier than": "before",
-    "sooner than": "before",
-    "later than": "after",
-    "subsequent to": "after",
-    "subsequently to": "after",
-    "as soon as": "after",
-    "antes de": "before",
-    "antes que": "before",
-    "después de": "after",
-    "después": "then",
-    "avant": "before",
-    "après": "after",
-    "bevor": "before",
-    "nachdem": "after",
-    "after that": "then",
-    "after this": "then",
-    "after which": "then",
-    "after it": "then",
-    "before that": "sooner",
-    "before this": "sooner",
-    "at the same time": "simultaneously",
-    "starts with": "first",
-    "begins with": "first",
-    "ends with": "last",
-}
+_PHRASES = glossary(
+    """
+precedes: followed by
+follows: preceded by
+before: prior to, ahead of, earlier than, sooner than, antes de, antes que, avant, bevor
+after: later than, subsequent to, subsequently to, as soon as, después de, après, nachdem
+then: después, after that, after this, after which, after it
+sooner: before that, before this
+simultaneously: at the same time
+first: starts with, begins with
+last: ends with
+""",
+    ", ",
+)
 _PHRASE = re.compile(rf"\b(?:{'|'.join(_PHRASES)})\b", re.IGNORECASE)
-CHINESE = {
-    "先于": " before ",
-    "早于": " before ",
-    "晚于": " after ",
-    "之前": " wasbefore ",
-    "以前": " wasbefore ",
-    "之后": " wasafter ",
-    "以后": " wasafter ",
-    "动作": " action ",
-    "首先": " first ",
-    "先": " first ",
-    "然后": " then ",
-    "接着": " then ",
-    "随后": " then ",
-    "再": " then ",
-    "后": " then ",
-    "同时": " simultaneously ",
-    "不是": " not ",
-    "没有": " not ",
-    "只有": " only ",
-    "不": " not ",
-}
+CHINESE = glossary("""
+before: 先于 早于
+after: 晚于
+wasbefore: 之前 以前
+wasafter: 之后 以后
+action: 动作
+first: 首先 先
+then: 然后 接着 随后 再 后
+simultaneously: 同时
+not: 不是 没有 不
+only: 只有
+""")
 """What tells an order in Chinese; what stands behind both actions has a word of its own."""
 
 _RELATIONS = {

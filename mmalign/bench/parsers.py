@@ -27,7 +27,7 @@ from mmalign.bench.options import (
     mentioned,
     plain,
 )
-from mmalign.bench.spoken import Token, agreed, tokens, word_set
+from mmalign.bench.spoken import Token, agreed, glossary, tokens, word_set
 from mmalign.errors import ConfigError
 
 
@@ -47,33 +47,29 @@ class _Clause:
     end: str = "."  # the mark behind it
 
 
-YES_NO_CHINESE = {
-    **dict.fromkeys(("是的", "对的", "没错", "有的", "是的呢"), " yes "),
-    **dict.fromkeys(("是", "对", "有", "正确", "确实", "当然", "肯定", "会", "能"), " correct "),
-    **dict.fromkeys(
-        ("不是", "不对", "没有", "没", "否", "不", "无", "并非", "不会", "不能"), " nope "
-    ),
-    **dict.fromkeys(("不正确", "错误", "错"), " false "),
-    **dict.fromkeys(("不确定", "不知道", "不清楚", "无法", "难以", "看不出", "不明"), " unsure "),
-    **dict.fromkeys(("是否", "是不是", "有没有", "如果"), " whether "),
-    **dict.fromkeys(("答案是", "答案为", "答案"), " answer is "),
-    **dict.fromkeys(("最终答案是", "最终答案为", "最终答案"), " final answer is "),
-    **dict.fromkeys(("所以", "因此", "故"), " so "),
-    **dict.fromkeys(("或者", "还是", "或", "和"), " or "),
-}
+YES_NO_CHINESE = glossary("""
+yes: 是的 对的 没错 有的 是的呢
+correct: 是 对 有 正确 确实 当然 肯定 会 能
+nope: 不是 不对 没有 没 否 不 无 并非 不会 不能
+false: 不正确 错误 错
+unsure: 不确定 不知道 不清楚 无法 难以 看不出 不明
+whether: 是否 是不是 有没有 如果
+answer is: 答案是 答案为 答案
+final answer is: 最终答案是 最终答案为 最终答案
+so: 所以 因此 故
+or: 或者 还是 或 和
+""")
 """What steers the reading of a yes or no in Chinese."""
 
-_PHRASES = {
-    "claro que sí": "yes",
-    "claro que no": "no",
-    "por supuesto": "of course",
-    "bien sûr que non": "no",
-    "bien sûr": "of course",
-    "pas du tout": "not at all",
-    "para nada": "not at all",
-    "auf keinen fall": "not at all",
-    "without a doubt": "of course",
-}
+_PHRASES = glossary(
+    """
+yes: claro que sí
+no: claro que no, bien sûr que non
+of course: por supuesto, bien sûr, without a doubt
+not at all: pas du tout, para nada, auf keinen fall
+""",
+    ", ",
+)
 _PHRASE = re.compile(rf"\b(?:{'|'.join(_PHRASES)})\b", re.IGNORECASE)
 
 YES = word_set("yes yeah yep yup yea aye")
@@ -345,13 +341,18 @@ def _surest(said: Sequence[Given], found: Sequence[Token]) -> Given | None:
 
 def _is_echo(one: Given, said: Sequence[Given], found: Sequence[Token]) -> bool:
     """Whether other options are listed with marks too, before any explanation."""
-    stop = next((i for i, token in enumerate(found) if token.word in EXPLAINED), len(found))
+    stop = _explained_at(found)
     line = next((i for i, token in enumerate(found) if token.text == "\n"), len(found))
     return any(
         item.letter != one.letter and item.label and item.at < stop
         for item in said
         if item.starts or item.at < line
     )
+
+
+def _explained_at(found: Sequence[Token]) -> int:
+    """Where an explanation begins, or the end."""
+    return next((i for i, token in enumerate(found) if token.word in EXPLAINED), len(found))
 
 
 def _fits(one: Given, found: Sequence[Token], options: Sequence[str]) -> bool:
@@ -426,7 +427,7 @@ def _all_meant(said: Sequence[Given], found: Sequence[Token]) -> list[Given]:
     rank = max((item.rank for item in said), default=Rank.LOOSE)
     if rank == Rank.LOOSE:
         return []
-    stop = next((i for i, token in enumerate(found) if token.word in EXPLAINED), len(found))
+    stop = _explained_at(found)
     chosen: list[Given] = []
     for place, item in enumerate(said):
         before = said[place - 1]

@@ -121,8 +121,7 @@ def score(
         seed: Of its draws.
     """
     sheet, verdicts = benchmark.tally(rows, legacy)
-    total = sheet.total()
-    values = benchmark.metrics(total)
+    found = benchmark.metrics(sheet.total())
     resampled = benchmark.metrics(sheet.resampled(num_resamples=num_resamples, seed=seed))
     judged = [
         {
@@ -139,9 +138,9 @@ def score(
     missing = sum(row.prediction is None for row in rows)
     return Score(
         *_reading(benchmark, legacy),
-        metrics={name: float(value[0]) for name, value in values.items()},
-        intervals={name: percentile_interval(resampled[name]) for name in values},
-        sizes=benchmark.sizes(total),
+        metrics={name: float(metric.value[0]) for name, metric in found.items()},
+        intervals={name: percentile_interval(resampled[name].value) for name in found},
+        sizes={name: int(metric.size[0]) for name, metric in found.items()},
         counts={
             "questions": len(rows),
             "units": len(sheet.units),
@@ -239,9 +238,9 @@ def compare(
     ]
     differences: dict[str, Difference] = {}
     for name in (name for name in totals[0] if name in totals[1]):
-        change = drawn[1][name] - drawn[0][name]  # [R]
+        change = drawn[1][name].value - drawn[0][name].value  # [R]
         present = change[~np.isnan(change)]
-        first, second = (float(total[name][0]) for total in totals)
+        first, second = (float(total[name].value[0]) for total in totals)
         differences[name] = Difference(
             first,
             second,

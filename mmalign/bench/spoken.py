@@ -157,6 +157,26 @@ def _boxes(text: str) -> list[str]:
     return [part for part in found if part.strip()]
 
 
+def word_set(text: str) -> frozenset[str]:
+    """The words of a line."""
+    return frozenset(text.split())
+
+
+def glossary(text: str, separator: str | None = None) -> dict[str, str]:
+    """Words to what they mean.
+
+    Args:
+        text: A line for each meaning, `meaning: word word`.
+        separator: What stands between the words, which may have blanks then.
+    """
+    return {
+        word: meaning
+        for line in text.strip().splitlines()
+        for meaning, _, words in [line.partition(": ")]
+        for word in words.split(separator)
+    }
+
+
 _WORD_OR_MARK = re.compile(r"\n|[^\W_]+(?:['-][^\W_]+)*|[^\s\w]|_")
 _HAN = re.compile(r"([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+)")
 _ELISION = ("l'", "d'", "qu'", "j'", "s'")
@@ -196,17 +216,7 @@ first: primero d'abord zuerst
 before: antes avant vor vorher
 after: après nach
 """
-ENGLISH = {
-    word: english
-    for line in _FOREIGN.strip().splitlines()
-    for english, _, words in [line.partition(": ")]
-    for word in words.split()
-}
-
-
-def word_set(text: str) -> frozenset[str]:
-    """The words of a line."""
-    return frozenset(text.split())
+ENGLISH = glossary(_FOREIGN)
 
 
 class Token(NamedTuple):

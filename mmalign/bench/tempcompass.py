@@ -14,7 +14,7 @@ from typing import ClassVar
 from mmalign.bench.base import (
     Benchmark,
     Entry,
-    Floats,
+    Metric,
     Prediction,
     Question,
     Sheet,
@@ -22,7 +22,7 @@ from mmalign.bench.base import (
     Sums,
     Verdict,
     entry,
-    share,
+    ratio,
 )
 from mmalign.bench.parsers import LETTERS, letter, yes_no
 from mmalign.bench.spoken import final
@@ -92,13 +92,9 @@ class TempCompass(Benchmark):
             sheet.add(self.unit_of(row), matched=verdict.read is not None)
         return sheet, verdicts
 
-    def metrics(self, sums: Sums) -> dict[str, Floats]:
+    def metrics(self, sums: Sums) -> dict[str, Metric]:
         """Accuracies and the match rate."""
-        return super().metrics(sums) | {"match_rate": share(sums["matched"], sums["seen"])}
-
-    def sizes(self, sums: Sums) -> dict[str, int]:
-        """Questions."""
-        return super().sizes(sums) | {"match_rate": int(sums["seen"][0])}
+        return super().metrics(sums) | {"match_rate": ratio(sums["matched"], sums["seen"])}
 
 
 class MultiChoice(TempCompass):

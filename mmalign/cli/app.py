@@ -227,7 +227,7 @@ def objectives(
     say(objectives_page.listing() if name is None else objectives_page.page(name))
 
 
-pictures.register(app)
+app.command(short_help="Win rate of two folders of same-seed images.")(pictures.compare)
 
 
 @app.command(short_help="Merge checkpoints by weight arithmetic.")

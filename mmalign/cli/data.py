@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from mmalign.pairs.make import Recipe
 
 
-# `mmalign data make`: preference pairs from a model's own answers.
-
 make_app = group("Make preference pairs from a model's own answers about videos.")
 
 AnswerConfig = Annotated[
@@ -220,8 +218,6 @@ def _make(source: Source, out: Path, answers: Answers, recipe: Recipe) -> None:
         result = make(source, out, answers, recipe, progress=progress)
     say(result.text())
 
-
-# `mmalign data`: look at preference data before training on it.
 
 app = group("Look at preference data before training on it, or make some.")
 app.add_typer(make_app, name="make")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import textwrap
 from collections.abc import Callable, Iterator
@@ -66,10 +67,10 @@ def page(name: str) -> str:
     for remark in about.remarks:
         lines += _entry("", [remark])
     lines += _keywords(function, about)
-    if objective is None:
-        lines += _entry("needs", ["depend on its keywords"])
-    else:
-        lines += _entry("needs", [objective.needs.describe()])
+    lines += _entry(
+        "needs", [objective.needs.describe() if objective else "depend on its keywords"]
+    )
+    if objective is not None:
         lines += _entry("also", _modifiers(known, objective))
         lines += _entry("works on", [_modalities(function, objective)])
     others = [alias for alias, target in presets.ALIASES.items() if target == known]
@@ -134,14 +135,12 @@ def _keywords(function: Callable[..., Objective], about: Description) -> list[st
     rows: list[tuple[str, str]] = []
     parameters = inspect.signature(function).parameters
     for key, parameter in parameters.items():
-        label = (
-            key if parameter.default is parameter.empty else f"{key} = {_plain(parameter.default)}"
-        )
+        label = key
         if parameter.kind is parameter.VAR_KEYWORD:  # by their own names, where they have some
-            label = (
-                ", ".join(k for k in presets.annotations_of(function)[0] if k not in parameters)
-                or key
-            )
+            own = [name for name in presets.annotations_of(function)[0] if name not in parameters]
+            label = ", ".join(own) or key
+        elif parameter.default is not parameter.empty:
+            label = f"{key} = {_plain(parameter.default)}"
         rows.append((label, about.keywords.get(key, "")))
     if not rows:
         return _entry("keywords", ["none"])
@@ -149,8 +148,7 @@ def _keywords(function: Callable[..., Objective], about: Description) -> list[st
     lines: list[str] = []
     for left, meaning in rows:
         wrapped = textwrap.wrap(meaning, WIDTH - width - 16) or [""]
-        lines.append(f"{left:<{width}}  {wrapped[0]}")
-        lines += [" " * (width + 2) + line for line in wrapped[1:]]
+        lines += [f"{'' if i else left:<{width}}  {line}" for i, line in enumerate(wrapped)]
     return _entry("keywords", lines, wrap=False)
 
 
@@ -169,9 +167,7 @@ def _modifiers(name: str, objective: Objective) -> list[str]:
 
 
 def _plain(default: Any) -> str:
-    if default is None or isinstance(default, bool):
-        return {None: "null", True: "true", False: "false"}[default]
-    return str(default)
+    return json.dumps(default) if default is None or isinstance(default, bool) else str(default)
 
 
 def _modalities(function: Callable[..., Objective], objective: Objective) -> str:

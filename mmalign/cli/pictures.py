@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from mmalign.cli.parts import argument, option, say, setting, shown
 from mmalign.errors import ConfigError
 
@@ -20,8 +18,6 @@ if TYPE_CHECKING:
     from mmalign.diffusion.scorers import Scorer
 
 
-# `mmalign compare`, and what it shares with `mmalign data score`: scorers and how far they are.
-
 Scorers = Annotated[
     list[str],
     option(
@@ -34,11 +30,6 @@ BatchSize = Annotated[int, setting("--batch-size N", "rows or prompts at one tim
 Device = Annotated[str | None, option("--device NAME", "by default the GPU where there is one")]
 DTYPES = ("float32", "bfloat16", "float16")
 Dtype = Annotated[str, setting("--dtype NAME", "of the networks: " + ", ".join(DTYPES))]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the one that has commands."""
-    app.command("compare", short_help="Win rate of two folders of same-seed images.")(compare)
 
 
 def compare(
@@ -115,8 +106,6 @@ def load_scorers(asked: list[str], device: str | None, dtype: str) -> dict[str, 
     kind = getattr(torch, dtype)
     return {name: load_scorer(name, path, device, kind) for name, path in parsed.items()}
 
-
-# `mmalign sample` for image models.
 
 SAMPLES, GRID = "samples.jsonl", "grid.png"
 _COLUMNS = 4

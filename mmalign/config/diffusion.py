@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -20,6 +18,7 @@ from mmalign.config.sections import (
     Share,
     default_of,
     only_read_by,
+    say_once,
 )
 
 MOST_SIDE = 8192  # pixels
@@ -29,13 +28,6 @@ NUM_STEPS = {"ddim_inversion": 10, "renoise": 5, "truncated": 25}
 
 
 _INVERSIONS = {"landing": "exact", "legacy": "diffusers_0_20", "modern": "diffusers"}
-
-log = logging.getLogger("mmalign.config")
-
-
-@cache
-def _say_once(text: str) -> None:
-    log.warning("%s", text)
 
 
 def as_before(section: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +133,7 @@ class EstimatorSpec(Section):
         given = found.pop("semantics") if old_name else found["inversion"]
         found["inversion"] = _INVERSIONS.get(given, given)
         if old_name or given in _INVERSIONS:
-            _say_once(
+            say_once(
                 f"diffusion.estimator.{'semantics' if old_name else 'inversion'}: {given} is "
                 f"inversion: {found['inversion']} now; the old spelling is read as well"
             )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import math
 import re
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
@@ -13,6 +15,8 @@ from pydantic.fields import FieldInfo
 
 COUNT = 2**31 - 1
 """The largest number of steps, rows or seeds: what every library below takes."""
+log = logging.getLogger("mmalign.config")
+
 LARGEST_RATE = 1e38
 """Of learning; what is merely far from published values is warned of elsewhere."""
 
@@ -37,6 +41,12 @@ class Section(BaseModel):
     """Frozen; an unknown key is an error. Every number has bounds: what libraries can take."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@cache
+def say_once(text: str) -> None:
+    """Log a warning, once a process."""
+    log.warning("%s", text)
 
 
 def default_of(section: BaseModel, name: str) -> object:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import Field, model_validator
@@ -16,9 +14,8 @@ from mmalign.config.sections import (
     Size,
     default_of,
     only_read_by,
+    say_once,
 )
-
-log = logging.getLogger(__name__)
 
 Pixels = Annotated[int, Field(ge=256, le=2**26)]
 MiB = Annotated[int, Field(ge=0, le=2**24)]
@@ -87,15 +84,6 @@ class ClueSpec(Section):
     residual: bool = Field(default=False, description="False: no residual connection, as released")
     lr: Rate | None = Field(default=None, description="its own learning rate")
     path: str | None = Field(default=None, description="a trained aggregator to start from")
-
-
-@cache
-def _say_renamed() -> None:
-    """Once a process."""
-    log.warning(
-        "video.no_sound is called video.missing_audio now, and its value mute is ignore; the "
-        "earlier names are still read"
-    )
 
 
 class VideoConfig(Section):
@@ -175,7 +163,10 @@ class VideoConfig(Section):
             return section
         if "missing_audio" in section:
             raise ValueError("video.no_sound is the earlier name of video.missing_audio; remove it")
-        _say_renamed()
+        say_once(
+            "video.no_sound is called video.missing_audio now, and its value mute is ignore; the "
+            "earlier names are still read"
+        )
         return {**section, "missing_audio": "ignore" if value == "mute" else value}
 
     @property
@@ -190,10 +181,6 @@ class VideoConfig(Section):
                 "give exactly one of video.num_frames and video.fps (video: {num_frames: null, "
                 "fps: 1})"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _least_and_most_frames(self) -> Self:
         if self.fps is None and self.min_frames != default_of(self, "min_frames"):
             raise ValueError("video.min_frames is only read where video.fps is set; remove it")
         if self.min_frames > self.max_frames:

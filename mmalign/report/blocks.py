@@ -97,7 +97,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], caption: str 
 
 def side_by_side(rows: Sequence[Answers], *, count_words: bool = True) -> Markup:
     """Responses to the same prompts next to each other, below each other on a narrow screen."""
-    return Markup().join(_answers(row, count_words) for row in rows)
+    return Markup().join(
+        article(prompt(row.prompt), columns(row.responses, row.marks, count_words=count_words))
+        for row in rows
+    )
 
 
 def columns(
@@ -150,11 +153,6 @@ def preformatted(text: str) -> Markup:
 
 def _inline(text: str | Markup) -> Markup:
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
-
-
-def _answers(row: Answers, count_words: bool) -> Markup:
-    shown = columns(row.responses, row.marks, count_words=count_words)
-    return article(prompt(row.prompt), shown)
 
 
 def _is_text(value: object) -> bool:

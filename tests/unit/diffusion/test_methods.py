@@ -9,8 +9,8 @@ from nets import table
 from pydantic import ValidationError
 
 from mmalign.config import EstimatorSpec, RunConfig
-from mmalign.config.diffusion import _say_once  # pyright: ignore[reportPrivateUsage]
 from mmalign.config.run import deciding
+from mmalign.config.sections import say_once
 from mmalign.core import presets
 from mmalign.diffusion.methods import check_method, check_process
 from mmalign.diffusion.process import RectifiedFlow, VPSchedule, zero_terminal
@@ -150,7 +150,7 @@ def test_the_methods_on_errors_say_so() -> None:
 def test_the_old_spelling_of_an_inversion_is_read_and_named_once(
     key: str, old: str, new: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _say_once.cache_clear()
+    say_once.cache_clear()
     given = {"kind": "ddim_inversion", key: old}
     for _ in range(2):
         assert EstimatorSpec.model_validate(given).inversion == new

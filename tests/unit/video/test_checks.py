@@ -12,7 +12,8 @@ import pytest
 from media_files import cut, write_numbered
 from PIL import Image
 
-from mmalign.config import VideoConfig, video
+from mmalign.config import VideoConfig
+from mmalign.config.sections import say_once
 from mmalign.data.example import Candidate, Clip, Example, Media, Picture, Sound
 from mmalign.errors import DataError
 from mmalign.video.checks import MediaReport, check_media, keep_usable
@@ -102,7 +103,7 @@ def test_stop_names_them_and_how_many(rows: list[Example]) -> None:
 def test_the_earlier_name_of_the_policy_is_read_and_named_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    video._say_renamed.cache_clear()
+    say_once.cache_clear()
     for _ in range(2):
         config = VideoConfig.model_validate({"no_sound": "mute"})
         assert config == VideoConfig(missing_audio="ignore")
