@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from mmalign.bench.base import Benchmark, Entry, Prediction, Question, Source, Verdict
 from mmalign.bench.base import entry as as_entry
 from mmalign.bench.parsers import LETTERS, letter
+from mmalign.bench.spoken import glossary
 from mmalign.errors import DataError
 
 _ANY_LETTER = re.compile(r"[A-Za-z]")
@@ -72,7 +73,11 @@ class Choice(Benchmark):
     def judge(self, row: Prediction, legacy: bool) -> Verdict:
         """Whether the letter that is read is the right one."""
         text = row.prediction or ""
-        read = first_letter(text) if legacy else letter(text, row.options)
+        if legacy and self.code == "original":
+            letters = (row.answer, *LETTERS[: len(row.options)])
+            read = next((letter for letter in letters if first_word_fits(text, letter)), None)
+        else:
+            read = first_letter(text) if legacy else letter(text, row.options)
         return Verdict(read, read == row.answer)
 
 
@@ -84,15 +89,6 @@ class BothCodes(Choice):
         "rrpo: the first alphabetic character; original: the first word is part of `(a)` or holds "
         "it; questions without an answer are left out"
     )
-
-    def judge(self, row: Prediction, legacy: bool) -> Verdict:
-        """Whether the letter that is read is the right one."""
-        if not legacy or self.code != "original":
-            return super().judge(row, legacy)
-        text = row.prediction or ""
-        letters = (row.answer, *LETTERS[: len(row.options)])
-        read = next((letter for letter in letters if first_word_fits(text, letter)), None)
-        return Verdict(read, read == row.answer)
 
 
 class TaskFiles(Choice):
@@ -169,28 +165,20 @@ class OneFile(Choice):
         )
 
 
-FOLDERS = {
-    "action_sequence": "star/Charades_v1_480",
-    "action_prediction": "star/Charades_v1_480",
-    "action_antonym": "ssv2_video",
-    "fine_grained_action": "Moments_in_Time_Raw/videos",
-    "unexpected_action": "FunQA_test/test",
-    "object_existence": "clevrer/video_validation",
-    "object_interaction": "star/Charades_v1_480",
-    "object_shuffle": "perception/videos",
-    "moving_direction": "clevrer/video_validation",
-    "action_localization": "sta/sta_video",
-    "scene_transition": "scene_qa/video",
-    "action_count": "perception/videos",
-    "moving_count": "clevrer/video_validation",
-    "moving_attribute": "clevrer/video_validation",
-    "state_change": "perception/videos",
-    "fine_grained_pose": "nturgbd",
-    "character_order": "perception/videos",
-    "egocentric_navigation": "vlnqa",
-    "episodic_reasoning": "tvqa/frames_fps3_hq",
-    "counterfactual_inference": "clevrer/video_validation",
-}
+FOLDERS = glossary("""
+star/Charades_v1_480: action_sequence action_prediction object_interaction
+ssv2_video: action_antonym
+Moments_in_Time_Raw/videos: fine_grained_action
+FunQA_test/test: unexpected_action
+clevrer/video_validation: object_existence moving_direction moving_count moving_attribute
+clevrer/video_validation: counterfactual_inference
+perception/videos: object_shuffle action_count state_change character_order
+sta/sta_video: action_localization
+scene_qa/video: scene_transition
+nturgbd: fine_grained_pose
+vlnqa: egocentric_navigation
+tvqa/frames_fps3_hq: episodic_reasoning
+""")
 """Where the clips of a task lie; those of episodic_reasoning are folders of frames, 3 a second."""
 
 
