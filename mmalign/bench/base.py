@@ -362,57 +362,32 @@ def mean(values: list[Floats]) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of one answer.
+    """What became of one answer."""
 
-    Attributes:
-        read: What it was understood as; None: nothing was understood, or it is missing.
-        right: Whether that is the answer.
-        counted: False where the published code leaves the question out.
-    """
-
-    read: str | None
+    read: str | None  # what it was understood as; None: nothing was understood, or it is missing
     right: bool
-    counted: bool = True
+    counted: bool = True  # False where the published code leaves the question out
 
 
 class Benchmark(ABC):
-    """A benchmark; the class attributes are what `mmalign bench list` and the docs say.
+    """A benchmark; the class attributes are what `mmalign bench list` and the docs say."""
 
-    Attributes:
-        name: For `--benchmark`.
-        title: In full.
-        layout: Its file, in one line.
-        metric: The number to report.
-        suffix: How the prompt ends; " (ours)" behind it where nothing is published.
-        strict: How answers are read.
-        legacy: What the published code does differently.
-        source: Paper and code.
-        unit: What is drawn as one piece: "pair" or "video".
-        headline: The metric that is compared first.
-        codes: Whose code the legacy reading can follow, the default first; () where there is one.
-        skips_missing: Whether the published code leaves out questions without an answer.
-        plain: Metrics that are no shares.
-        tables: Keys of `meta` that questions are grouped by, the first one is averaged; () for the
-            task.
-    """
+    name: ClassVar[str]  # for `--benchmark`
+    title: ClassVar[str]  # in full
+    layout: ClassVar[str]  # its file, in one line
+    metric: ClassVar[str]  # the number to report
+    suffix: ClassVar[str]  # how the prompt ends; " (ours)" behind it where nothing is published
+    strict: ClassVar[str]  # how answers are read
+    legacy: ClassVar[str]  # what the published code does differently
+    source: ClassVar[str]  # paper and code
+    unit: ClassVar[str] = "video"  # what is drawn as one piece: "pair" or "video"
+    headline: ClassVar[str] = "accuracy"  # the metric that is compared first
+    codes: ClassVar[tuple[str, ...]] = ()  # whose the legacy reading can follow, the default first
+    skips_missing: ClassVar[bool] = False  # the published code leaves out what has no answer
+    plain: ClassVar[frozenset[str]] = frozenset()  # metrics that are no shares
+    tables: ClassVar[tuple[str, ...]] = ()  # `meta` keys to group by, the first averaged; (): task
 
-    name: ClassVar[str]
-    title: ClassVar[str]
-    layout: ClassVar[str]
-    metric: ClassVar[str]
-    suffix: ClassVar[str]
-    strict: ClassVar[str]
-    legacy: ClassVar[str]
-    source: ClassVar[str]
-    unit: ClassVar[str] = "video"
-    headline: ClassVar[str] = "accuracy"
-    codes: ClassVar[tuple[str, ...]] = ()
-    skips_missing: ClassVar[bool] = False
-    plain: ClassVar[frozenset[str]] = frozenset()
-    tables: ClassVar[tuple[str, ...]] = ()
-
-    code = ""
-    """One of `codes`, where the legacy reading is not to follow the first."""
+    code = ""  # one of `codes`, where the legacy reading is not to follow the first
 
     @property
     def ending(self) -> str:

@@ -92,16 +92,12 @@ class BothCodes(Choice):
 
 
 class TaskFiles(Choice):
-    """One file a task: a list of `{video, question, candidates, answer}`; so MVBench has them.
-
-    Attributes:
-        task_key: Under which a question names its task; "": the file's name does.
-    """
+    """One file a task: a list of `{video, question, candidates, answer}`; so MVBench has them."""
 
     layout = "task.json: [{video, question, candidates, answer, start?, end?, prediction?}, ...]"
     metric = "accuracy over all questions; macro and each task besides"
     suffix = "\nOnly give the best option."
-    task_key: ClassVar[str] = ""
+    task_key: ClassVar[str] = ""  # under which a question names its task; "": the file's name does
 
     def items(self, source: Source) -> Iterator[Question]:
         """Questions are numbered from 0 in their file."""
@@ -128,21 +124,13 @@ class TaskFiles(Choice):
 
 
 class OneFile(Choice):
-    """A list of questions in one file, which name the right option by its place.
+    """A list of questions in one file, which name the right option by its place."""
 
-    Attributes:
-        keys: Of the question, its options, the place of the right one, and the video.
-        by: Table of `tables` to the key in the file.
-        task_table: Of these the one that is the task.
-        mark: How an option is written.
-        video_ending: What the file's name lacks.
-    """
-
-    keys: ClassVar[tuple[str, str, str, str]]
-    by: ClassVar[Mapping[str, str]]
-    task_table: ClassVar[str]
-    mark: ClassVar[str] = "({}) {}"
-    video_ending: ClassVar[str] = ""
+    keys: ClassVar[tuple[str, str, str, str]]  # of question, options, right option's place, video
+    by: ClassVar[Mapping[str, str]]  # table of `tables` to the key in the file
+    task_table: ClassVar[str]  # of these the one that is the task
+    mark: ClassVar[str] = "({}) {}"  # how an option is written
+    video_ending: ClassVar[str] = ""  # what the file's name lacks
 
     def items(self, source: Source) -> Iterator[Question]:
         """One an entry."""

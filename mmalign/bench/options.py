@@ -151,21 +151,13 @@ class Rank(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A letter of an answer that is not denied.
+    """A letter of an answer that is not denied."""
 
-    Attributes:
-        letter: In upper case.
-        at: Number of its token.
-        rank: How it stands.
-        label: Whether it stands as the mark of an option: `B.`, `B:`, `(B)`.
-        starts: Whether it begins a line or a sentence.
-    """
-
-    letter: str
-    at: int
-    rank: Rank
-    label: bool
-    starts: bool
+    letter: str  # in upper case
+    at: int  # number of its token
+    rank: Rank  # how it stands
+    label: bool  # whether it stands as the mark of an option: `B.`, `B:`, `(B)`
+    starts: bool  # whether it begins a line or a sentence
 
 
 CHINESE = glossary("""

@@ -220,18 +220,12 @@ ENGLISH = glossary(_FOREIGN)
 
 
 class Token(NamedTuple):
-    """A word, a mark or a line's end.
+    """A word, a mark or a line's end."""
 
-    Attributes:
-        text: As it is written.
-        word: In lower case and English; empty for a mark.
-        start: Its place in the text, and `end`: that of what follows.
-    """
-
-    text: str
-    word: str
-    start: int
-    end: int
+    text: str  # as it is written
+    word: str  # in lower case and English; empty for a mark
+    start: int  # its place in the text
+    end: int  # that of what follows
 
 
 def tokens(text: str, phrases: Mapping[str, str] | None = None) -> list[Token]:

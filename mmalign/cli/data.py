@@ -119,10 +119,9 @@ def make_hallucinate(
 
     if answers is not None and change:
         raise ConfigError("--change corrupts videos before the model sees them; not with --answers")
-    source = _answers(
-        config, overrides, checkpoint, answers, num, seed, tuple(change or ["mask_frames"])
-    )
-    _make(Source(data, layout=layout, drop_bad=drop_bad), out, source, Hallucinate(keep, likeness))
+    changes = tuple(change or ["mask_frames"])
+    asked = _answers(config, overrides, checkpoint, answers, num, seed, changes)
+    _make(Source(data, layout=layout, drop_bad=drop_bad), out, asked, Hallucinate(keep, likeness))
 
 
 @make_app.command("ambiguous", short_help="Vague answers against specific ones.")

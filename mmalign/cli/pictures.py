@@ -123,27 +123,14 @@ def sample_pictures(
 ) -> list[dict[str, Any]]:
     """Generate images with the config's `diffusion.sampling`, and write them as files.
 
-    `out` gets ID.png for each image, samples.jsonl with a record each, and grid.png with all.
-
-    Args:
-        config: The run's configuration.
-        prompts: One image each, or one for each seed.
-        checkpoint: A `checkpoint-N` or `final` folder; None for the newest of `config.output`.
-        out: Folder to write to.
-        base: Use the model as it was before training.
-        seeds: Numbers with commas between, for several images a prompt. None: one image a
-            prompt, the first with `diffusion.sampling.seed`, each next one with the next number.
-        columns: Images in a row of the grid; by default one prompt's, or four.
-
-    Returns:
-        The records: id, prompt, seed, image (file name in `out`), weights and settings.
+    `out` gets ID.png for each image, samples.jsonl with a record each (id, prompt, seed, image,
+    weights and settings; they are returned too), and grid.png with all. With `seeds`, numbers with
+    commas between, each prompt has an image for each; else its number is added to
+    `diffusion.sampling.seed`. A row of the grid has `columns`, by default one prompt's or four.
 
     Raises:
         ConfigError: No folder, seeds that are no numbers, or settings that exclude each other.
     """
-    from rich.console import Console
-    from rich.progress import track
-
     from mmalign.data.example import as_text
     from mmalign.data.jobs import write_lines
     from mmalign.data.sheet import fitted, grid, write_image
@@ -166,25 +153,20 @@ def sample_pictures(
     weights = "base" if base else str(checkpoint or config.output)
     settings = spec.model_dump(mode="json", exclude={"seed"})
     size = config.train.eval_batch_size or config.train.batch_size
-    console = Console(stderr=True)
     records: list[dict[str, Any]] = []
     small: list[Image] = []
-    for start in track(
-        range(0, len(asked), size), "images", console=console, disable=not console.is_terminal
-    ):
-        part = asked[start : start + size]
-        images = adapter.sample(
-            [prompt for prompt, _ in part],
-            seeds=[seed for _, seed in part],
-            negative_model=negative,
-            batch_size=size,
-        )
-        for (prompt, seed), image in zip(part, images, strict=True):
-            name = _name(len(records), len(chosen), seed)
-            write_image(image, out / f"{name}.png")
-            small.append(fitted(image))
-            record = {"id": name, "prompt": prompt, "seed": seed, "image": f"{name}.png"}
-            records.append({**record, "weights": weights, "settings": settings})
+    with shown("images") as progress:
+        for start in range(0, len(asked), size):
+            part = asked[start : start + size]
+            texts, numbers = map(list, zip(*part, strict=True))
+            images = adapter.sample(texts, seeds=numbers, negative_model=negative, batch_size=size)
+            for (prompt, seed), image in zip(part, images, strict=True):
+                name = _name(len(records), len(chosen), seed)
+                write_image(image, out / f"{name}.png")
+                small.append(fitted(image))
+                record = {"id": name, "prompt": prompt, "seed": seed, "image": f"{name}.png"}
+                records.append({**record, "weights": weights, "settings": settings})
+            progress(len(part), len(asked))
     write_image(
         grid(small, columns or len(chosen) or _COLUMNS, [prompt for prompt, _ in asked]),
         out / GRID,

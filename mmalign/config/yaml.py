@@ -118,41 +118,27 @@ class _Loader(yaml.SafeLoader):
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self._depth = self._count = 0
+        self._depth = 0
         self._sizes: dict[int, tuple[int, int]] = {}  # values and depth of each finished node
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()  # pyright: ignore[reportUnknownMemberType]
-        count, self._depth = self._count, self._depth + 1
-        self._require(self._depth <= DEEPEST, event)
+        too_deep = f"nested more than {DEEPEST} deep"
+        self._depth += 1
+        _require(self._depth <= DEEPEST, too_deep, event)
         node: Any = super().compose_node(parent, index)
-        if isinstance(event, yaml.AliasEvent):
-            if id(node) not in self._sizes:
-                raise self._refused("an alias stands for what it lies in", event)
-            size, depth = self._sizes[id(node)]
-            self._require(self._depth + depth - 1 <= DEEPEST, event)
-            self._count += size
-        else:
-            self._count += 1
-            self._sizes[id(node)] = self._count - count, self._height(node)
+        if not isinstance(event, yaml.AliasEvent):
+            members = node.value if isinstance(node, yaml.CollectionNode) else ()
+            parts = [part for item in members for part in (item if type(item) is tuple else [item])]
+            inner = [self._sizes[id(part)] for part in parts]
+            depth = 1 + max((depth for _, depth in inner), default=0)
+            self._sizes[id(node)] = 1 + sum(count for count, _ in inner), depth
+        _require(id(node) in self._sizes, "an alias stands for what it lies in", event)
+        count, depth = self._sizes[id(node)]
         self._depth -= 1
-        if self._count > MOST_VALUES:
-            raise self._refused(f"more than {MOST_VALUES:,} values, aliases unfolded", event)
+        _require(self._depth + depth <= DEEPEST, too_deep, event)
+        _require(count <= MOST_VALUES, f"more than {MOST_VALUES:,} values, aliases unfolded", event)
         return node
-
-    def _height(self, node: Any) -> int:
-        """Nesting depth of lists and sections, the node itself included."""
-        if isinstance(node, yaml.ScalarNode):
-            return 1
-        inner: list[Any] = [part for item in node.value for part in _as_tuple(item)]
-        return 1 + max((self._sizes[id(part)][1] for part in inner), default=0)
-
-    def _require(self, is_flat: bool, event: Any) -> None:
-        if not is_flat:
-            raise self._refused(f"nested more than {DEEPEST} deep", event)
-
-    def _refused(self, problem: str, event: Any) -> yaml.MarkedYAMLError:
-        return yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -166,9 +152,9 @@ class _Loader(yaml.SafeLoader):
         return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
 
-def _as_tuple(item: Any) -> tuple[Any, ...]:
-    """The nodes of a member: itself, or key and value."""
-    return item if isinstance(item, tuple) else (item,)
+def _require(holds: bool, problem: str, event: Any) -> None:
+    if not holds:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
 class _Dumper(yaml.SafeDumper):
