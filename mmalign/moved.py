@@ -14,6 +14,7 @@ from typing import Any
 MOVED = {
     "benchmark": "bench",
     "benchmark.show": "bench.score",
+    "bench.registry": "bench",
     "bench.vidhalluc": "bench.hallucination",
     "bench.videohallucer": "bench.hallucination",
     "configfile": "config.yaml",

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 from mmalign.bench.base import Benchmark, Prediction, distinct, named
-from mmalign.bench.registry import BENCHMARKS
 from mmalign.data.jobs import write_lines
 from mmalign.errors import DataError
 from mmalign.safe import write_text
@@ -29,31 +28,34 @@ class Reading:
     """How answers were read.
 
     Attributes:
-        benchmark: Its name.
+        kind: The benchmark.
         legacy: Whether answers were read as the published code does.
-        headline: The metric to report.
         code: Whose published code was followed, where there are several.
     """
 
-    benchmark: str
+    kind: type[Benchmark]
     legacy: bool
-    headline: str
     code: str
+
+    @property
+    def headline(self) -> str:
+        """The metric to report."""
+        return self.kind.headline
 
     def summary(self) -> dict[str, Any]:
         """As JSON."""
         return {
-            "benchmark": self.benchmark,
+            "benchmark": self.kind.name,
             "reading": "legacy" if self.legacy else "strict",
             **({"code": self.code} if self.code else {}),
             "headline": self.headline,
         }
 
 
-def _reading(benchmark: Benchmark, legacy: bool) -> tuple[str, bool, str, str]:
+def _reading(benchmark: Benchmark, legacy: bool) -> tuple[type[Benchmark], bool, str]:
     """The fields of `Reading`; a legacy one follows the first of several codes by default."""
     code = (benchmark.code or next(iter(benchmark.codes), "")) if legacy else ""
-    return benchmark.name, legacy, benchmark.headline, code
+    return type(benchmark), legacy, code
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +283,7 @@ WIDTH = 80
 
 def score_text(found: Score) -> str:
     """A table with a row a metric, and what was not understood below it."""
-    kind = BENCHMARKS[found.benchmark]
+    kind = found.kind
     table = _table({"value": "right", "95 %": "left", "n": "right"})
     for name, label in _rows(found.metrics, table):
         between = " to ".join(_number(kind, name, bound) for bound in found.intervals[name])
@@ -289,7 +291,7 @@ def score_text(found: Score) -> str:
         table.add_row(label, value, between, str(size))
     counts = found.counts
     lines = [
-        _head(kind, found),
+        _head(found),
         _printed(table),
         f"{counts['questions']} questions; 95 % by resampling {counts['units']} {kind.unit}s",
     ]
@@ -309,7 +311,7 @@ def score_text(found: Score) -> str:
 
 def comparison_text(found: Comparison, names: tuple[str, str]) -> str:
     """A table with both runs and their difference."""
-    kind = BENCHMARKS[found.benchmark]
+    kind = found.kind
     table = _table({"A": "right", "B": "right", "B - A": "right", "95 %": "left", "> 0": "right"})
     for name, label in _rows(found.differences, table):
         part = found.differences[name]
@@ -320,7 +322,7 @@ def comparison_text(found: Comparison, names: tuple[str, str]) -> str:
         table.add_row(label, *values, change, " to ".join(ends), f"{part.above:.1%}")
     gained, lost = found.changed
     lines = [
-        _head(kind, found),
+        _head(found),
         f"A  {names[0]}",
         f"B  {names[1]}",
         _printed(table),
@@ -331,10 +333,10 @@ def comparison_text(found: Comparison, names: tuple[str, str]) -> str:
     return "\n".join(lines)
 
 
-def listing() -> str:
-    """All benchmarks, with their file, metric and readings."""
+def listing(kinds: Iterable[type[Benchmark]]) -> str:
+    """Benchmarks with their file, metric and readings."""
     blocks: list[str] = []
-    for name, kind in BENCHMARKS.items():
+    for kind in kinds:
         parts = {
             "file": kind.layout,
             "metric": kind.metric,
@@ -346,14 +348,14 @@ def listing() -> str:
             textwrap.fill(text, WIDTH, initial_indent=f"  {label:<8}", subsequent_indent=" " * 10)
             for label, text in parts.items()
         ]
-        blocks.append("\n".join([f"{name}    {kind.title}", *lines]))
+        blocks.append("\n".join([f"{kind.name}    {kind.title}", *lines]))
     return "\n\n".join(blocks)
 
 
-def _head(kind: type[Benchmark], found: Reading) -> str:
+def _head(found: Reading) -> str:
     whose = f"{found.code}'s" if found.code else "the published"
     reading = f"legacy: read as {whose} code does" if found.legacy else "strict"
-    return f"{kind.title} ({reading}); to report: {found.headline}"
+    return f"{found.kind.title} ({reading}); to report: {found.headline}"
 
 
 def _table(columns: dict[str, Literal["left", "right"]]) -> Table:

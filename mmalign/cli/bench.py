@@ -57,9 +57,10 @@ Seed = Annotated[int, setting("--seed N", "of the resampling")]
 @app.command("list", short_help="List the benchmarks, their files and metrics.")
 def bench_list() -> None:
     """List the benchmarks with their files, metrics and ways to read an answer."""
+    from mmalign.bench import BENCHMARKS
     from mmalign.bench.score import listing
 
-    say(listing())
+    say(listing(BENCHMARKS.values()))
 
 
 @app.command("score", short_help="Score a file of answers.")

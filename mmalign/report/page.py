@@ -387,21 +387,10 @@ def _curves(runs: Sequence[Run], plots: Sequence[Plot]) -> Section | None:
 
 def _completions(runs: Sequence[Run]) -> Section | None:
     """The first and the last completion of every prompt; of several runs the last of each."""
-    rows: dict[str, dict[str, str]] = {}
-    for run in runs:
-        by_prompt: dict[str, list[Any]] = defaultdict(list)
-        for sample in run.samples:
-            by_prompt[_prompt(sample.get("prompt", ""))].append(sample)
-        for prompt, samples in by_prompt.items():
-            columns = rows.setdefault(prompt, {})
-            first, last = samples[0], samples[-1]
-            if first.get("step") == 0 and last is not first:
-                columns.setdefault("Before", str(first.get("response", "")))
-            label = run.name if len(runs) > 1 else "After"
-            columns[f"{label}, step {last.get('step', '?')}"] = str(last.get("response", ""))
+    rows = pictures.answered(runs, lambda record: _prompt(record.get("prompt", "")))
     if not rows:
         return None
-    answers = [Answers(prompt, columns) for prompt, columns in rows.items()]
+    answers = [Answers(prompt, row.said) for prompt, row in rows.items()]
     return Section("Completions before and after", blocks.side_by_side(answers))
 
 

@@ -10,7 +10,7 @@ import io
 import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -208,26 +208,36 @@ class _Budget:
 
 
 @dataclass(slots=True)
-class _Row:
-    """One question, its first record and the answers of all runs."""
+class Row:
+    """One question, its first record and the answers of all runs by their labels."""
 
     run: Run
     record: Record
     said: dict[str, str] = field(default_factory=dict[str, str])
 
 
-def questions(runs: Sequence[Run]) -> Section | None:
-    """Each question with what it shows, the answers of the data, and those of the model."""
-    rows: dict[tuple[str, str], _Row] = {}
+def answered(
+    runs: Sequence[Run], key: Callable[[Record], Hashable], alone: str = "After"
+) -> dict[Any, Row]:
+    """Questions by their `key`, with the untrained model's answer and the last of every run.
+
+    A single run without an untrained answer has its last one under the label `alone`.
+    """
+    rows: dict[Any, Row] = {}
     for run in runs:
-        for samples in _by_row(run):
+        for name, samples in _samples(run, key).items():
             first, last = samples[0], samples[-1]
-            key = str(first.get("id")), str(first.get("prompt"))
-            row = rows.setdefault(key, _Row(run, first))
+            row = rows.setdefault(name, Row(run, first))
             if first.get("step") == 0 and last is not first:
                 row.said.setdefault("Before", str(first.get("response", "")))
-            label = run.name if len(runs) > 1 else "After" if row.said else "Answer"
+            label = run.name if len(runs) > 1 else "After" if row.said else alone
             row.said[f"{label}, step {last.get('step', '?')}"] = str(last.get("response", ""))
+    return rows
+
+
+def questions(runs: Sequence[Run]) -> Section | None:
+    """Each question with what it shows, the answers of the data, and those of the model."""
+    rows = answered(runs, lambda r: (str(r.get("id")), str(r.get("prompt"))), "Answer")
     if not rows:
         return None
     budget = _Budget()
@@ -245,7 +255,7 @@ def _explained(runs: Sequence[Run], rows: Any) -> Markup:
     return blocks.paragraph(" ".join(lines))
 
 
-def _question(row: _Row, budget: _Budget) -> Markup:
+def _question(row: Row, budget: _Budget) -> Markup:
     record = row.record
     parts = [blocks.prompt(record.get("prompt", ""))]
     media = [_medium(about) for about in record.get("media") or ()]
@@ -294,7 +304,8 @@ def alterations(runs: Sequence[Run]) -> Section | None:
         if table is None:
             continue
         parts += [_heading(run, runs), table]
-        rows = [samples for samples in _by_row(run) if samples[-1].get("altered")]
+        of_questions = _samples(run, lambda record: str(record.get("id"))).values()
+        rows = [samples for samples in of_questions if samples[-1].get("altered")]
         parts += [_altered(run, samples, budget) for samples in rows[:_MAX_ALTERED]]
     return Section("Altered clips", Markup().join(parts)) if parts else None
 
@@ -367,9 +378,9 @@ def _scores(clips: Sequence[Record], before: Sequence[Record]) -> Markup:
     return blocks.table(header, rows)
 
 
-def _by_row(run: Run) -> list[list[Record]]:
+def _samples(run: Run, key: Callable[[Record], Hashable]) -> dict[Hashable, list[Record]]:
     """The records of each question, in order of the step."""
-    found: dict[str, list[Record]] = defaultdict(list)
+    found: dict[Hashable, list[Record]] = defaultdict(list)
     for sample in run.samples:
-        found[str(sample.get("id"))].append(sample)
-    return list(found.values())
+        found[key(sample)].append(sample)
+    return found
