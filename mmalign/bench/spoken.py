@@ -120,12 +120,8 @@ def _without_thoughts(text: str) -> str:
 
 def _first_turn(text: str) -> str:
     """The first piece between tokens of a template that says anything."""
-    start = 0
-    for token in _TOKEN.finditer(text):
-        if text[start : token.start()].strip():
-            return text[start : token.start()]
-        start = token.end()
-    return text[start:]
+    pieces = _TOKEN.split(text)
+    return next(filter(str.strip, pieces), pieces[-1])
 
 
 def _between_tags(text: str) -> list[str]:

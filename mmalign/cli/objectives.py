@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 
 WIDTH = 100
-_SECTIONS = ("Args", "Source", "Departs", "Raises")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +41,11 @@ def listing() -> str:
     lines: list[str] = []
     for name, function in presets.PRESETS.items():
         about = describe(function)
-        lines += ["", f"{name}    {about.title}"] if lines else [f"{name}    {about.title}"]
+        lines.append(f"{name}    {about.title}")
         lines += _entry("loss", about.formula)
         lines += _entry("needs", [presets.build(name).needs.describe()])
-        lines += _entry("paper", [_paper(about.source)])
-    lines += ["", "`mmalign objectives NAME` shows the keywords of one, and where we differ."]
+        lines += [*_entry("paper", [_paper(about.source)]), ""]
+    lines.append("`mmalign objectives NAME` shows the keywords of one, and where we differ.")
     return "\n".join(lines)
 
 
@@ -83,21 +82,13 @@ def page(name: str) -> str:
 
 def describe(function: Callable[..., Any]) -> Description:
     """Take a preset's docstring apart; a user's function may have none."""
-    paragraphs = (inspect.getdoc(function) or function.__name__).split("\n\n")
-    title, body = " ".join(paragraphs[0].split()), paragraphs[1:]
-    plain = [p for p in body if not p.startswith(tuple(f"{s}:" for s in _SECTIONS))]
-    formula = plain.pop(0).splitlines() if plain and "=" in plain[0] else []
-    if formula:
-        formula[0] = formula[0].removeprefix("loss = ")
-    sections: dict[str, str] = {}
-    for line in "\n".join(p for p in body if p not in plain).splitlines():
-        start = re.match(rf"({'|'.join(_SECTIONS)}):(.*)", line)
-        if start:
-            sections[start[1]] = start[2]
-        elif sections:
-            sections[list(sections)[-1]] += f"\n{line}"
+    text = inspect.getdoc(function) or function.__name__
+    above, *named = re.split(r"^(Args|Source|Departs|Raises):", text, flags=re.MULTILINE)
+    sections = dict(zip(named[::2], named[1::2], strict=True))
+    title, *plain = above.strip().split("\n\n")
+    formula = plain.pop(0).removeprefix("loss = ").splitlines() if plain and "=" in plain[0] else []
     return Description(
-        title=title.rstrip("."),
+        title=" ".join(title.split()).rstrip("."),
         formula=formula,
         remarks=[" ".join(p.split()) for p in plain],
         keywords=dict(_arguments(sections.get("Args", ""))),

@@ -106,43 +106,29 @@ def eval_section(runs: Sequence[Run]) -> Section | None:
     if not runs:
         return None
     metrics = _OF_IMAGES if _scores(runs) == "errors" else _OF_ANSWERS
-    table = _before_and_after(runs[0], metrics) if len(runs) == 1 else _compared(runs, metrics)
-    return Section("Held-out numbers", table)
-
-
-def _before_and_after(run: Run, metrics: Sequence[_Metric]) -> Markup:
-    from mmalign.evaluate import TIED, is_tied
-
-    first, last = run.evals[0], run.evals[-1]
-    if first is last:
-        header = ["", f"at step {last.get('step')}"]
-        rows = [[_name(m), _cell(last, m)] for m in metrics if _has(last, m)]
-        return blocks.table(header, rows, _caption(run))
-
-    changes = _changes(first, last, metrics)
-    if is_tied(first):  # by construction, and no result that a gain could be counted from
-        changes.pop(TIED, None)
-    before = "before" if first.get("step") == 0 else f"at step {first.get('step')}"
-    header = ["", before, f"after {last.get('step'):,} steps", "change"]
+    first, lasts = runs[0].evals[0], [run.evals[-1] for run in runs]
+    is_start = first.get("step") == 0
+    columns = list(zip([run.name for run in runs], lasts, strict=True))
+    changes: dict[str, Markup] | None = None
+    if len(runs) > 1:
+        columns[:0] = [("before", first)] if is_start else []
+    elif first is lasts[0]:
+        columns = [(f"at step {first.get('step')}", first)]
+    else:
+        before = "before" if is_start else f"at step {first.get('step')}"
+        columns = [(before, first), (f"after {lasts[0].get('step'):,} steps", lasts[0])]
+        changes = _changes(first, lasts[0], metrics)
     rows = [
-        [_name(m), _cell(first, m), _cell(last, m), changes.get(m.key, blocks.MISSING)]
-        for m in metrics
-        if _has(last, m)
-    ]
-    return blocks.table(header, rows, _caption(run))
-
-
-def _compared(runs: Sequence[Run], metrics: Sequence[_Metric]) -> Markup:
-    start = runs[0].evals[0]
-    has_start = start.get("step") == 0
-    header = ["", *(["before"] if has_start else []), *(run.name for run in runs)]
-    shown = [*([start] if has_start else []), *(run.evals[-1] for run in runs)]
-    rows = [
-        [_name(metric), *(_cell(record, metric) for record in shown)]
+        [
+            Markup("{} <small>{}</small>").format(metric.label, metric.meaning),
+            *(_cell(record, metric) for _, record in columns),
+            *([] if changes is None else [changes.get(metric.key, blocks.MISSING)]),
+        ]
         for metric in metrics
-        if any(_has(run.evals[-1], metric) for run in runs)
+        if any(_has(record, metric) for record in lasts)
     ]
-    return blocks.table(header, rows, _caption(runs[0]))
+    header = ["", *(title for title, _ in columns), *([] if changes is None else ["change"])]
+    return Section("Held-out numbers", blocks.table(header, rows, _caption(runs[0])))
 
 
 def _caption(run: Run) -> str:
@@ -163,7 +149,7 @@ def _caption(run: Run) -> str:
 
 def _changes(first: Record, last: Record, metrics: Sequence[_Metric]) -> dict[str, Markup]:
     """Change of each metric, with its interval over the same rows where there are such."""
-    from mmalign.evaluate import row_values
+    from mmalign.evaluate import TIED, is_tied, row_values
     from mmalign.stats import bootstrap_interval
 
     old, new = first.get("rows") or [], last.get("rows") or []
@@ -179,15 +165,13 @@ def _changes(first: Record, last: Record, metrics: Sequence[_Metric]) -> dict[st
             gap = gap[gap == gap]  # rows that have the metric both times
             interval = bootstrap_interval(gap) if len(gap) > 1 else None
         changes[metric.key] = _shown(last[metric.key] - first[metric.key], interval, metric, "+")
+    if is_tied(first):  # by construction, and no result that a gain could be counted from
+        changes.pop(TIED, None)
     return changes
 
 
 def _has(record: Record, metric: _Metric) -> bool:
     return is_number(record.get(metric.key))
-
-
-def _name(metric: _Metric) -> Markup:
-    return Markup("{} <small>{}</small>").format(metric.label, metric.meaning)
 
 
 def _cell(record: Record, metric: _Metric) -> Markup | str:

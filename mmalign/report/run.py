@@ -48,12 +48,13 @@ def _are_rows(value: Any) -> bool:
     """Held-out rows, of which a table is made: all have the same columns of the same lengths."""
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         return False
-    first = value[0] if value else {}
+    if not value:
+        return True
     columns = ("labels", "logps", "lengths", "ref_logps", "kl")
+    first = value[0]
     names = [name for name in columns if name in first]
-    if value and not {"labels", "logps", "lengths"} <= set(names):
-        return False
-    size = len(first["labels"]) if value and isinstance(first["labels"], list) else 0
+    labels = first.get("labels")
+    size = len(labels) if isinstance(labels, list) else 0
 
     def fits(row: Record) -> bool:
         lists = [row.get(name) for name in names]
@@ -64,7 +65,7 @@ def _are_rows(value: Any) -> bool:
             and isinstance(row.get("id"), _SCALAR)
         )
 
-    return not value or (size > 0 and all(map(fits, value)))
+    return size > 0 and {"logps", "lengths"} <= set(names) and all(map(fits, value))
 
 
 def _is_real(value: Any) -> bool:
