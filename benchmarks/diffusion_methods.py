@@ -1,9 +1,9 @@
 """What each diffusion method does to a small model of handwritten digits.
 
-One base, made once and kept in the folder. For every seed new pairs, and new noise for training and
-measuring; every method learns from the same pairs and is measured from the same start noise. What
-is finished stays in the folder, so an interrupted table goes on, and two processes with different
-seeds can share a folder once the base is there.
+The base is that of `mmalign quickstart diffusion`. For every seed new pairs, of much ink against
+little, and new noise for training and measuring; every method learns from the same pairs and is
+measured from the same start noise. What is finished stays in the folder, so an interrupted table
+goes on, and processes with different seeds can share a folder.
 
     python benchmarks/diffusion_methods.py --output DIR --seeds 0 1 2 [--methods smpo mapo]
 """
@@ -19,26 +19,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from quickstart_digits_base import STYLES, styles_of
 
 from mmalign.config import RunConfig
 from mmalign.diffusion.components import load_denoiser
 from mmalign.diffusion.sample import load_negative
 from mmalign.inference import evaluate_checkpoint
-from mmalign.quickstart import diffusion as demo
 from mmalign.quickstart import digits
-from mmalign.quickstart.digits import PAIRS, Painter, each_digit, write_pairs
+from mmalign.quickstart.digits import BASE, PAIRS, SAMPLING, Painter, Shown, each_digit, write_pairs
 from mmalign.quickstart.driver import one_thread
 from mmalign.train.loop import train
 
-BETA = 20000.0  # of the demonstration; published ones are for latents a hundred times as large
-COUNT = 200  # images a measurement
-RESOLUTION = {"ink": 0.002, "legibility": 0.014}  # standard errors of so many images
+BETA = 20000.0  # published ones are for latents a hundred times as large
+RESOLUTION = {"ink": 0.002, "legibility": 0.014}  # standard errors of 200 images
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a method differs from the demonstration's run, and how it is judged."""
+    """How a method differs from the plain run of Diffusion-DPO, and how it is judged."""
 
     purpose: str
     changes: dict[str, Any] = field(default_factory=dict)
@@ -111,39 +109,77 @@ GUIDANCE = (1.5, 2.0, 2.5)  # of the base, and with negative models of it
 GUIDANCE_ALIGNED = GUIDANCE[:2]  # 2.5 is too much for it; other models alone are measured at 2
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything."""
+
+    per_digit: int = 48  # images, of which
+    kept: int = 16  # of each end become training pairs
+    held_out_per_digit: int = 18
+    held_out_kept: int = 6
+    measured: int = 200  # images
+    steps: int = 100
+    batch_size: int = 32  # pairs
+    denoising_steps: int = 20
+
+
+QUICK = Sizes(2, 1, 2, 1, 20, 2, 4, 2)
+
+
 class Bench:
     """The folder of one seed."""
 
     def __init__(self, work: Path, seed: int, quick: bool) -> None:
-        self.work, self.seed = work, seed
-        self.sizes = demo.FAST if quick else demo.FULL
-        self.count = 20 if quick else COUNT
-        self.base = work / "base"
+        self.seed = seed
+        self.sizes = QUICK if quick else Sizes()
         self.folder = work / f"seed-{seed}"
         self.oracle = digits.Oracle(digits.load())
         self.noise = seed * 1_000_000 + 200_000
         self._painters: dict[float, Painter] = {}
-        if not (self.base / "model_index.json").is_file():
-            print("base ...", flush=True)
-            digits.make(self.base, 0, self.sizes.base_steps)
         if not (self.folder / "pairs" / "done").is_file():
             self._write_data()
 
+    def plain(self, output: Path) -> dict[str, Any]:
+        """Settings of Diffusion-DPO on the pairs of this seed."""
+        pairs, sizes = self.folder / "pairs", self.sizes
+        return {
+            "modality": "diffusion",
+            "model": {"path": str(BASE)},
+            "data": {
+                "train": {"path": str(pairs / "train" / PAIRS)},
+                "eval": {"path": str(pairs / "eval" / PAIRS)},
+            },
+            "objective": {"name": "diffusion_dpo", "beta": BETA},
+            "train": {
+                "batch_size": sizes.batch_size,
+                "eval_batch_size": 60,
+                "num_steps": sizes.steps,
+                "lr": 2e-5,
+                "check_settings": False,  # of a model far smaller than any that was published
+                "warmup": min(10, sizes.steps - 1),
+                "num_threads": 1,
+                "seed": self.seed,
+            },
+            "sample": {"num_prompts": 0},
+            "diffusion": {
+                "resolution": digits.SIDE,
+                "eval_draws": 6,
+                "cache": "off",
+                "sampling": {**SAMPLING, "num_steps": sizes.denoising_steps},
+            },
+            "output": str(output),
+        }
+
     def config(self, name: str, **sampling: Any) -> RunConfig:
-        """The run of a method: the demonstration's, changed."""
-        output = self.folder / name
-        plain = demo.config(self.base, demo.ALIGNED, output, self.seed, self.sizes)
-        settings = json.loads(plain.model_dump_json(exclude_defaults=True))
-        method = METHODS[name]
-        merge(settings, {"train": dict.fromkeys(("eval_every", "save_every", "keep_checkpoints"))})
+        """The run of a method: the plain one, changed."""
+        settings, method = self.plain(self.folder / name), METHODS[name]
         merge(settings, method.changes)
         if method.changes.get("objective"):
             settings["objective"] = method.changes["objective"]
-        if self.sizes is demo.FAST:
+        if self.sizes is QUICK:
             settings["train"] |= {"num_steps": 2, "warmup": 0, "batch_size": 4}
         settings["data"]["train"] = {"path": str(self.folder / "pairs" / "train" / method.data)}
         settings["data"].pop("eval")  # all are held to the same pairs, below
-        settings["sample"] = {"num_prompts": 0}
         merge(settings, {"diffusion": {"sampling": sampling}})
         return RunConfig.model_validate(settings)
 
@@ -155,7 +191,7 @@ class Bench:
             shutil.rmtree(config.output, ignore_errors=True)
             seconds = train(config).seconds
             (config.output / "seconds").write_text(f"{seconds:.1f}")
-        judged = demo.config(self.base, demo.ALIGNED, config.output, self.seed, self.sizes)
+        judged = RunConfig.model_validate(self.plain(config.output))
         metrics = evaluate_checkpoint(judged, final).metrics
         common = {
             "method": name,
@@ -190,7 +226,7 @@ class Bench:
             for g in GUIDANCE if positive == "base" else GUIDANCE_ALIGNED:
                 spec = {"negative": str(final), "negative_keeps": keeps, "guidance": g}
                 config = self.config("diffusion_dpo", **spec)
-                source = str(self.base if positive == "base" else aligned)
+                source = str(BASE if positive == "base" else aligned)
                 model = load_denoiser(source, config.model)
                 negative = load_negative(config.diffusion.sampling, config.model, model)
                 kept = f", a = {keeps:g}, b = 1" if positive == "aligned" else ""
@@ -203,8 +239,9 @@ class Bench:
     def measure(self, model: Any, guidance: float, negative: Any = None) -> dict[str, float]:
         """Ink and legibility of neutral prompts, always from the same start noise."""
         painter = self.painter(guidance)
-        shown = painter.paint(model, each_digit(self.count), self.noise, negative_model=negative)
-        return shown.numbers()
+        asked = each_digit(self.sizes.measured)
+        shown = painter.paint(model, asked, self.noise, negative_model=negative)
+        return {"ink": float(shown.ink.mean()), "legibility": float(shown.legible.mean())}
 
     def painter(self, guidance: float) -> Painter:
         """Draws with this guidance."""
@@ -214,20 +251,18 @@ class Bench:
         return self._painters[guidance]
 
     def _write_data(self) -> None:
-        """Pairs as the demonstration makes them, and the same images in other layouts."""
+        """Pairs of much ink against little, and the same images in other layouts."""
         pairs, sizes, first = self.folder / "pairs", self.sizes, self.seed * 1_000_000
         shutil.rmtree(pairs, ignore_errors=True)
         painter = self.painter(2.0)
-        write_pairs(pairs / "train", painter, first, sizes.per_digit, sizes.kept)
-        write_pairs(
-            pairs / "eval",
-            painter,
-            first + 100_000,
-            sizes.held_out_per_digit,
-            sizes.held_out_kept,
-        )
+        for split, seed, per_digit, kept in (
+            ("train", first, sizes.per_digit, sizes.kept),
+            ("eval", first + 100_000, sizes.held_out_per_digit, sizes.held_out_kept),
+        ):
+            shown = painter.paint(painter.base, each_digit(10 * per_digit), seed)
+            write_pairs(pairs / split, shown, extremes(shown, kept, seed))
         rows = [json.loads(line) for line in (pairs / "train" / PAIRS).read_text().splitlines()]
-        mean = statistics.fmean(row["ink_chosen"] - row["ink_rejected"] for row in rows)
+        mean = statistics.fmean(map(gap, rows))
         graded = [row | {"p_chosen": preference(row, mean)} for row in rows]
         rated = [
             {
@@ -240,9 +275,7 @@ class Bench:
             for side in ("chosen", "rejected")
         ]
         captions = [
-            row
-            | {f"prompt_{s}": described(pairs / "train", row, s) for s in ("chosen", "rejected")}
-            for row in rows
+            row | {f"prompt_{s}": described(row, s) for s in ("chosen", "rejected")} for row in rows
         ]
         for name, many in (("graded", graded), ("rated", rated), ("captions", captions)):
             text = "".join(json.dumps(row) + "\n" for row in many)
@@ -250,21 +283,37 @@ class Bench:
         (pairs / "done").touch()
 
 
+def extremes(shown: Shown, kept: int, seed: int) -> list[tuple[int, int, str]]:
+    """Of each digit the inkiest images, each against one of the least inky, by chance."""
+    random, amount, digit = np.random.default_rng(seed), shown.ink, np.asarray(shown.digits)
+    pairs: list[tuple[int, int, str]] = []
+    for number in range(len(digits.NAMES)):
+        own = np.flatnonzero(digit == number)
+        ranked = own[amount[own].argsort(kind="stable")]
+        few = random.permutation(ranked[:kept]).tolist()
+        pairs += [(more, less, "") for more, less in zip(ranked[-kept:].tolist(), few, strict=True)]
+    return pairs
+
+
+def gap(row: dict[str, Any]) -> float:
+    """Difference of ink within a pair."""
+    return row["meta"]["ink_chosen"] - row["meta"]["ink_rejected"]
+
+
 def preference(row: dict[str, Any], scale: float) -> float:
     """A soft label from the difference of ink, as SmPO takes one from a score: sigmoid(gap / s)."""
-    return float(1 / (1 + np.exp(-(row["ink_chosen"] - row["ink_rejected"]) / scale)))
+    return float(1 / (1 + np.exp(-gap(row) / scale)))
 
 
-def described(folder: Path, row: dict[str, Any], side: str) -> str:
+def described(row: dict[str, Any], side: str) -> str:
     """The caption that a describer who looks at the strokes would give this image."""
     digit = digits.NAMES.index(row["prompt"].split()[-1])
     real = digits.load()
     own = real.digits == digit
-    means = [digits.ink(real.pixels[own & (real.styles == s)]).mean() for s in range(3)]
-    with Image.open(folder / row[f"image_{side}"]) as image:
-        amount = digits.ink(digits.to_pixels([image]))[0]
-    nearest = int(np.abs(np.asarray(means) - amount).argmin())
-    return digits.prompt(digit, digits.STYLES[nearest])
+    styles = styles_of(real)
+    means = [digits.ink(real.pixels[own & (styles == s)]).mean() for s in range(len(STYLES))]
+    nearest = int(np.abs(np.asarray(means) - row["meta"][f"ink_{side}"]).argmin())
+    return digits.prompt(digit, STYLES[nearest])
 
 
 def merge(settings: dict[str, Any], changes: dict[str, Any]) -> None:

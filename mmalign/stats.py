@@ -47,6 +47,14 @@ def bootstrap_interval(
     return percentile_interval(resampled, level)
 
 
+def share_interval(hits: int, count: int) -> tuple[float, float]:
+    """95 % interval of a share by Wilson's score, which has a width at 0 and 1 too."""
+    z = 1.96
+    middle = (hits + z**2 / 2) / (count + z**2)
+    half = z / (count + z**2) * (hits * (count - hits) / count + z**2 / 4) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def resample_counts(size: int, num_resamples: int, seed: int) -> Iterator[Floats]:
     """How often each of `size` rows is drawn, [chunk, size] at a time.
 

@@ -322,9 +322,9 @@ def quickstart_text(
     demonstration.run(output, seed, fast)
 
 
-@quickstart_app.command("diffusion", short_help="Handwritten digits with bolder strokes.")
+@quickstart_app.command("diffusion", short_help="Inkier digits, with nothing to imitate.")
 def quickstart_diffusion(output: Output = None, seed: Seed = 0, fast: Fast = False) -> None:
-    """Train a small diffusion model on real digits, teach it bold strokes, and report on it."""
+    """Teach a small diffusion model more ink, from pairs of thin digits, and report on it."""
     from mmalign.quickstart import diffusion
 
     diffusion.run(output, seed, fast)
