@@ -210,7 +210,8 @@ def _interval(values: Scores) -> list[float]:
 
 def _points(change: Scores) -> str:
     mean, low, high = (
-        f"{100 * value:+.0f}".replace("-", "−") for value in (change.mean(), *_interval(change))
+        f"{round(100 * value):+d}".replace("-", "−")
+        for value in (change.mean(), *_interval(change))
     )
     return f"{mean} points [{low}, {high}]"
 
