@@ -26,6 +26,7 @@ MOVED = {
     "data.unread": "data.convert",
     "diffusion.draws": "diffusion.estimators",
     "diffusion.models": "diffusion.components",
+    "diffusion.samples": "diffusion.sample",
     "making": "pairs",
     "offline": "inference",
     "quickstart.chat_model": "quickstart.chat",

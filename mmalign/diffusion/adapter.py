@@ -6,50 +6,36 @@ Denoisers scored by their error at a drawn timestep, and the rows they learn fro
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
+from PIL.Image import Image
+from torch import Tensor, nn
 
+from mmalign.config import RunConfig
 from mmalign.core import CandidateLogps, Needs
-from mmalign.data.example import as_text
+from mmalign.data.example import Example, as_text
+from mmalign.data.jobs import first_few
 from mmalign.diffusion import export, methods, pictures
-from mmalign.diffusion.components import load_components, load_denoiser
+from mmalign.diffusion.components import Components, load_components, load_denoiser
 from mmalign.diffusion.conditioning import load_tokenizers
 from mmalign.diffusion.inputs import ImageInputs, Inputs
 from mmalign.diffusion.methods import names_of
-from mmalign.diffusion.pictures import cache_folder, caption_of, look
-from mmalign.diffusion.samples import (
-    batch_metrics,
-    check_sampling,
-    paint,
-)
-from mmalign.diffusion.scores import Scoring
+from mmalign.diffusion.pictures import cache_folder, captions_of, look
+from mmalign.diffusion.sample import Generated, check_sampling, paint
+from mmalign.diffusion.scores import Scoring, batch_metrics
 from mmalign.errors import ConfigError, DataError
 from mmalign.models import lora
-from mmalign.models.adapter import Adapter
+from mmalign.models.adapter import Adapter, Saved
+from mmalign.models.batch import Batch
 from mmalign.models.reference import Ema, build_reference, copy_of
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from PIL.Image import Image
-    from torch import Tensor, nn
-
-    from mmalign.config import RunConfig
-    from mmalign.data.example import Example
-    from mmalign.diffusion.components import Components
-    from mmalign.models.adapter import Saved
-    from mmalign.models.batch import Batch
-
-
-# The rows a run learns from, and how they are shown.
-
 log = logging.getLogger("mmalign.data")
-
-_NAMED = 8
 
 
 def filter_examples(config: RunConfig, examples: Sequence[Example]) -> list[Example]:
@@ -70,15 +56,19 @@ def filter_examples(config: RunConfig, examples: Sequence[Example]) -> list[Exam
     return _readable(config, kept)
 
 
+def _named(rows: Sequence[Example]) -> str:
+    return ", ".join(first_few([repr(row.id) for row in rows]))
+
+
 def _prompts_alone(examples: list[Example]) -> list[Example]:
     """The rows without their images, which are generated in training."""
-    with_pictures = sum(any(c.response for c in row.candidates) for row in examples)
-    if not with_pictures:
+    unused = sum(any(c.response for c in row.candidates) for row in examples)
+    if not unused:
         return examples
     log.warning(
         "the images of %d of %d rows are not used: estimator.generated makes others from the "
         "prompts",
-        with_pictures,
+        unused,
         len(examples),
     )
     return [
@@ -90,50 +80,40 @@ def _prompts_alone(examples: list[Example]) -> list[Example]:
 def _check_captions(config: RunConfig, examples: list[Example]) -> None:
     """DCPO is its captions alone: without them it would silently be diffusion_dpo."""
     without = [row for row in examples if all(c.prompt is None for c in row.candidates)]
+    num, total = len(without), len(examples)
     if "dcpo" not in names_of(config):
-        if len(without) < len(examples):
+        if num < total:
             log.warning(
                 "%d of %d rows have a caption for each image, under which each is scored, as "
                 "objective dcpo does",
-                len(examples) - len(without),
-                len(examples),
+                total - num,
+                total,
             )
         return
-    if not without:
-        return
-    names = ", ".join(repr(row.id) for row in without[:_NAMED])
-    found = (
-        f"{len(without)} of {len(examples)} rows have one caption for both images "
-        f"({names}{', ...' if len(without) > _NAMED else ''})"
-    )
-    if len(without) == len(examples):
+    found = f"{num} of {total} rows have one caption for both images ({_named(without)})"
+    if without and num == total:
         raise DataError(
             f"objective 'dcpo' scores each image under its own caption, but {found}. Give "
             "prompt_chosen and prompt_rejected, or use diffusion_dpo"
         )
-    log.warning("%s: objective 'dcpo' scores those as diffusion_dpo does", found)
+    if without:
+        log.warning("%s: objective 'dcpo' scores those as diffusion_dpo does", found)
 
 
 def _readable(config: RunConfig, examples: list[Example]) -> list[Example]:
     """Rows with a longer caption than the model reads are left out, cut, or refused."""
-    captions = {caption_of(row, k) for row in examples for k in range(len(row.candidates) or 1)}
+    captions = {caption for row in examples for caption in captions_of(row)}
     # A caption has no more tokens than bytes, so that short ones need no tokenizer.
     tokenizers = load_tokenizers(config.model.path, config.model.revision)
-    doubtful = [text for text in captions if len(text.encode()) + 2 > tokenizers.limit]
-    long = {text for text in doubtful if tokenizers.num_tokens(text) > tokenizers.limit}
+    limit, choice = tokenizers.limit, config.diffusion.long_captions
+    doubtful = [text for text in captions if len(text.encode()) + 2 > limit]
+    long = {text for text in doubtful if tokenizers.num_tokens(text) > limit}
     if not long:
         return examples
-    hit = [
-        row
-        for row in examples
-        if any(caption_of(row, k) in long for k in range(len(row.candidates)))
-    ]
-    names = ", ".join(repr(row.id) for row in hit[:_NAMED]) + (", ..." if len(hit) > _NAMED else "")
-    found = (
-        f"{len(hit)} of {len(examples)} rows have a caption of more than {tokenizers.limit} tokens "
-        f"({names})"
-    )
-    choice = config.diffusion.long_captions
+    hit = [row for row in examples if not long.isdisjoint(captions_of(row))]
+    kept = [row for row in examples if long.isdisjoint(captions_of(row))]
+    share = f"{len(hit)} of {len(examples)} rows"
+    found = f"{share} have a caption of more than {limit} tokens ({_named(hit)})"
     if choice == "stop":
         raise DataError(
             f"{found}, and diffusion.long_captions is stop. Shorten them, or use drop or truncate"
@@ -141,24 +121,20 @@ def _readable(config: RunConfig, examples: list[Example]) -> list[Example]:
     if choice == "truncate":
         log.warning("%s: the rest of it is not read", found)
         return examples
-    if len(hit) == len(examples):
+    if not kept:
         raise DataError(
             f"{found}: no row is left. Shorten the captions, or set diffusion.long_captions: "
             "truncate"
         )
     log.warning("%s: left out; diffusion.long_captions: truncate keeps them", found)
-    out = {row.id for row in hit}
-    return [row for row in examples if row.id not in out]
-
-
-# The diffusion adapter: denoisers scored by their error at a drawn timestep.
+    return kept
 
 
 class DiffusionAdapter(Adapter):
     """A U-Net or flow transformer as policy, and its reference.
 
     A candidate's log-probability is -logp_scale * e, e its denoising error at a drawn timestep.
-    Inputs of a batch are those of `Collator`.
+    Inputs of a batch are `ImageInputs`.
     """
 
     def __init__(
@@ -219,34 +195,35 @@ class DiffusionAdapter(Adapter):
 
     def setup(self, examples: Sequence[Example], num_steps: int | None = None) -> None:
         """Find out what caches hold of the rows; load what is needed for the rest."""
-        self.inputs.open(examples, self.policy)
+        self.inputs.open(examples)
+        if self.config.diffusion.estimator.generated:
+            generated = Generated(self.inputs, self.policy)
+            generated.write(examples)
+            self.inputs.clean = generated
+        self.inputs.release()
 
     def collate(
         self, examples: Sequence[Example], draws: Sequence[int] | None = None
     ) -> Batch[ImageInputs]:
         """Images or their latents, captions, timesteps and seeds."""
-        return self.inputs.collator(examples, draws)
+        return self.inputs.collate(examples, draws)
 
     def forward(self, batch: Batch[ImageInputs], needs: Needs) -> CandidateLogps:
         """Score every candidate at its row's timestep; only what `needs` names is computed."""
         num_rows, num = batch.labels.shape
+        device = batch.labels.device
         condition = self.inputs.condition(batch)
-        columns: dict[str, list[Tensor]] = {"policy": [], "reference": [], "kl": []}
+        columns: dict[str, list[Tensor]] = defaultdict(list)
         order: list[Tensor] = []
         for part in batch.inputs.parts:
             flat = (part.rows[:, None] * num + torch.arange(num, device=part.rows.device)).flatten()
-            cond = condition.rows(flat.to(batch.labels.device, non_blocking=True))
-            scores = self._scoring(self.policy, batch, part, flat, cond, needs)
+            cond = condition.rows(flat.to(device, non_blocking=True))
             order.append(flat)
-            for name, values in columns.items():
-                value = getattr(scores, name)
-                if value is not None:
-                    values.append(value)
-        back = torch.cat(order).argsort().to(batch.labels.device, non_blocking=True)
+            for name, value in self._scoring(self.policy, batch, part, flat, cond, needs).items():
+                columns[name].append(value)
+        back = torch.cat(order).argsort().to(device, non_blocking=True)
         found = {
-            name: torch.cat(values)[back].view(num_rows, num, 1)
-            for name, values in columns.items()
-            if values
+            name: torch.cat(values)[back].view(num_rows, num, 1) for name, values in columns.items()
         }
         stored = batch.inputs.ref_errors
         if needs.reference and stored is not None:
@@ -261,8 +238,6 @@ class DiffusionAdapter(Adapter):
     def _load_reference(self, path: str) -> nn.Module:
         methods.check_other(path, self.config, self.components)
         return load_denoiser(path, self.config.model)
-
-    # -- around training ---------------------------------------------------------------------
 
     def metrics(self, batch: Batch, logps: CandidateLogps) -> dict[str, Tensor]:
         """Denoising errors of policy and reference, and their difference."""
@@ -304,17 +279,6 @@ class DiffusionAdapter(Adapter):
         """Load what `save` wrote."""
         return export.load_trained(self.policy, directory)
 
-    @classmethod
-    def with_stored_draws(cls, config: RunConfig, needs: Needs) -> Self:
-        """An adapter with a live reference that uses the stored draws."""
-        from mmalign.config import ReferenceConfig
-
-        live = config.model_copy(update={"reference": ReferenceConfig()})
-        components = load_components(config.model, config.diffusion)
-        return cls(live, needs, components, stored_draws=True)
-
-    # -- images ----------------------------------------------------------------------------
-
     def sample(self, prompts: Sequence[Any], **options: Any) -> list[Image]:
         """One image a prompt, from seed `diffusion.sampling.seed` on."""
         return paint(self.inputs, self.policy, [as_text(prompt) for prompt in prompts], **options)
@@ -331,5 +295,5 @@ def _trainable(components: Components, config: RunConfig) -> nn.Module:
             "and targets. Remove model.lora to go on training it, or merge it into the base first "
             f"(mmalign merge {config.model.path} --add {config.model.adapter}=1 --out DIR)"
         )
-    encoders = config.model.adapter_text_encoders
-    return export.continue_lora(denoiser, Path(config.model.adapter), encoders=encoders)
+    path, encoders = Path(config.model.adapter), config.model.adapter_text_encoders
+    return export.continue_lora(denoiser, path, encoders)

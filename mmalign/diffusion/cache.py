@@ -1,28 +1,38 @@
-"""Latents, caption embeddings and reference errors, computed once and kept on disk."""
+"""Latents, caption embeddings and reference errors, computed once and kept on disk.
+
+Each cache is a folder of shards (`mmalign.data.cache`) below `diffusion.cache_folder`. An entry's
+key holds everything that decides its values, so a changed image, model or setting is a miss and
+never a wrong number. `mmalign cache CONFIG` writes them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from mmalign.config import RunConfig
 from mmalign.config.diffusion import as_before
-from mmalign.data.example import as_text
-from mmalign.diffusion.conditioning import encoders_of
+from mmalign.core import Needs
+from mmalign.data.cache import TensorCache
+from mmalign.data.example import Example, Picture, as_text
+from mmalign.diffusion.conditioning import Condition, encoders_of
 from mmalign.diffusion.families import family_of
 from mmalign.diffusion.pictures import (
     FileStat,
     Frame,
     ImageSizeCache,
+    Size,
     cache_folder,
     fingerprint_of,
-    lost,
     open_store,
-    require,
     row_pictures,
     row_size,
 )
@@ -35,22 +45,8 @@ from mmalign.diffusion.pipeline import (
 from mmalign.errors import ConfigError
 from mmalign.models.files import fingerprint
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
-    from torch import Tensor
-
-    from mmalign.config import RunConfig
-    from mmalign.core import Needs
-    from mmalign.data.example import Example, Picture
-    from mmalign.diffusion.conditioning import Condition
-    from mmalign.diffusion.pictures import Size
-
-
-# Images as latents, encoded once.
-
-if TYPE_CHECKING:
-    Array = np.ndarray[Any, np.dtype[Any]]
+Item = TypeVar("Item", Example, str)
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def has_latents(config: RunConfig) -> bool:
@@ -64,7 +60,53 @@ def has_latents(config: RunConfig) -> bool:
     )
 
 
-class LatentCache:
+class _Cache(ABC, Generic[Item]):
+    """A store with entries of rows or of captions.
+
+    Attributes:
+        holds: What an entry is, for messages.
+        of: What it is of.
+        store: The files.
+    """
+
+    holds: ClassVar[str]
+    of: ClassVar[str] = "rows"
+    store: TensorCache
+
+    @abstractmethod
+    def missing(self, items: Iterable[Item]) -> list[Item]:
+        """Those that lack an entry."""
+
+    def require(self, items: Sequence[Item]) -> None:
+        """Refuse a cache that lacks some.
+
+        Raises:
+            ConfigError: With the command that writes them.
+        """
+        if lacking := len(self.missing(items)):
+            raise ConfigError(
+                f"{self.store.folder} lacks the {self.holds} of {lacking} of {len(items)} "
+                f"{self.of} under this model and these settings. Write them with `mmalign cache "
+                "CONFIG`, or train without (diffusion.cache: off, reference.kind: auto)"
+            )
+
+    def _entry(self, key: str | None, of: str) -> dict[str, Array]:
+        """What is stored under a key; None: no key is known."""
+        entry = None if key is None else self.store.get(key)
+        if entry is not None:
+            return entry
+        if self.store.bad_shards:
+            raise ConfigError(
+                f"{self.store.bad_shards[-1]} is damaged and held the {self.holds} of {of}. Remove "
+                "this file, and write what it held again with `mmalign cache CONFIG`"
+            )
+        raise ConfigError(
+            f"{self.store.folder}: the {self.holds} of {of} are missing. Write them with `mmalign "
+            "cache CONFIG`"
+        )
+
+
+class LatentCache(_Cache[Example]):
     """Per image, shape and flip: the VAE's posterior, scaled, and the frame for time ids.
 
     Mean and standard deviation are kept, in float16, so that training can draw from the posterior
@@ -75,6 +117,8 @@ class LatentCache:
     Args:
         config: The run; reads the files of its VAE, but no weights into memory.
     """
+
+    holds = "latents"
 
     def __init__(self, config: RunConfig) -> None:
         self.settings = config.diffusion
@@ -103,27 +147,32 @@ class LatentCache:
         known = [size for size in sizes if isinstance(size, tuple)]
         return row_size(known, self.settings) if sizes and len(known) == len(sizes) else None
 
-    def key(self, picture: Picture, shape: Size, flip: bool) -> str:
+    def picture_key(self, picture: Picture, shape: Size, flip: bool) -> str:
         """The entry of an image brought to a shape."""
         return self.store.key([*self._contents(picture), *shape, bool(flip)])
 
-    def missing(self, examples: Iterable[Example]) -> list[Example]:
+    def entries(self, example: Example) -> list[tuple[int, bool, str]]:
+        """Candidate, whether mirrored, and key of every entry of a row; none: sizes not known."""
+        shape = self.shape(example)
+        if shape is None:
+            return []
+        own, flips = enumerate(row_pictures(example)), self.flips
+        return [(k, flip, self.picture_key(p, shape, flip)) for k, p in own for flip in flips]
+
+    def missing(self, items: Iterable[Example]) -> list[Example]:
         """The rows that lack the latents of an image."""
-        return [example for example in examples if not self._has(example)]
 
-    def require(self, examples: Sequence[Example]) -> None:
-        """Refuse a cache that lacks rows.
+        def lacks(example: Example) -> bool:
+            keys = [key for _, _, key in self.entries(example)]
+            return not keys or bool(self.store.missing(keys))
 
-        Raises:
-            ConfigError: With the command that writes them.
-        """
-        require(self.store, "the latents", len(self.missing(examples)), len(examples))
+        return [example for example in items if lacks(example)]
 
     def put(self, key: str, mean: Tensor, std: Tensor | None, frame: Frame) -> None:
         """Store an image.
 
         Args:
-            key: From `key`.
+            key: From `picture_key`.
             mean: [C, h, w] of the posterior, scaled.
             std: [C, h, w]; None where the VAE has no spread.
             frame: Where the image comes from.
@@ -141,27 +190,16 @@ class LatentCache:
         shape = self.shape(example)
         entries: list[dict[str, Array]] = []
         for picture in row_pictures(example):
-            entry = None if shape is None else self.store.get(self.key(picture, shape, flip))
-            if entry is None:
-                raise lost(self.store, f"the latents of {picture}")
-            entries.append(entry)
-        mean = torch.from_numpy(np.stack([entry["mean"] for entry in entries]))
-        std = None
-        if "std" in entries[0]:
-            std = torch.from_numpy(np.stack([entry["std"] for entry in entries]))
-        frames: list[Frame] = []
-        for entry in entries:
-            a, b, c, d, e, f = entry["frame"].tolist()
-            frames.append(Frame((a, b), (c, d), (e, f)))
-        return mean, std, frames
-
-    def _has(self, example: Example) -> bool:
-        pictures = row_pictures(example)
-        shape = self.shape(example)
-        if shape is None or not pictures:
-            return False
-        keys = [self.key(picture, shape, flip) for picture in pictures for flip in self.flips]
-        return not self.store.missing(keys)
+            key = None if shape is None else self.picture_key(picture, shape, flip)
+            entries.append(self._entry(key, str(picture)))
+        stacked = {
+            name: torch.from_numpy(np.stack([entry[name] for entry in entries]))
+            for name in ("mean", "std")
+            if name in entries[0]
+        }
+        places = [entry["frame"].tolist() for entry in entries]
+        frames = [Frame((a, b), (c, d), (e, f)) for a, b, c, d, e, f in places]
+        return stacked["mean"], stacked.get("std"), frames
 
 
 def _half(tensor: Tensor) -> Array:
@@ -174,10 +212,7 @@ def _half(tensor: Tensor) -> Array:
     return half.numpy()
 
 
-# Captions as embeddings, computed once.
-
-
-class PromptCache:
+class PromptCache(_Cache[str]):
     """Per caption the embeddings, and for SDXL and SD3 the pooled ones, as the encoders gave them.
 
     They keep the dtype they were computed in (`model.dtype`), so that training from the cache and
@@ -187,6 +222,8 @@ class PromptCache:
     Args:
         config: The run; reads the files of its text encoders, but no weights into memory.
     """
+
+    holds, of = "embeddings", "captions"
 
     def __init__(self, config: RunConfig) -> None:
         self.store = open_store(
@@ -202,21 +239,10 @@ class PromptCache:
         """The entry of a caption."""
         return self.store.key(caption)
 
-    def missing(self, captions: Iterable[str]) -> list[str]:
+    def missing(self, items: Iterable[str]) -> list[str]:
         """The captions without an entry, each once."""
-        keys = {self.key(caption): caption for caption in captions}
+        keys = {self.key(caption): caption for caption in items}
         return [keys[key] for key in self.store.missing(keys)]
-
-    def require(self, captions: Sequence[str]) -> None:
-        """Refuse a cache that lacks captions.
-
-        Raises:
-            ConfigError: With the command that writes them.
-        """
-        captions = list(dict.fromkeys(captions))
-        require(
-            self.store, "the embeddings", len(self.missing(captions)), len(captions), "captions"
-        )
 
     def put(self, captions: Sequence[str], cond: Condition) -> None:
         """Store the embeddings of some captions."""
@@ -237,10 +263,7 @@ class PromptCache:
         """
         found: dict[str, dict[str, Tensor]] = {}
         for caption in dict.fromkeys(captions):
-            entry = self.store.get(self.key(caption))
-            if entry is None:
-                raise lost(self.store, f"the embeddings of {caption!r}")
-            found[caption] = self._tensors(entry)
+            found[caption] = self._tensors(self._entry(self.key(caption), repr(caption)))
         names = found[captions[0]]
         return {name: torch.stack([found[c][name] for c in captions]) for name in names}
 
@@ -282,20 +305,11 @@ def _unbits(array: Array) -> Tensor:
     return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
 
 
-# What the reference says of every row, at draws of timestep and noise that are used again.
-
-# Settings of the diffusion section that no reference error depends on.
-_NOT_IN_ERRORS = {
-    "sampling",
-    "eval_draws",
-    "cache",
-    "cache_folder",
-    "long_captions",
-    "logp_scale",
-}
+_NOT_IN_ERRORS = {"sampling", "eval_draws", "cache", "cache_folder", "long_captions", "logp_scale"}
+"""Settings of the diffusion section that no reference error depends on."""
 
 
-class ErrorCache:
+class ErrorCache(_Cache[Example]):
     """Per row the reference's errors at each of `num_draws` stored draws of timestep and noise.
 
     A key holds captions, images, every setting that decides x_t, t and the target, the files of
@@ -304,6 +318,8 @@ class ErrorCache:
     Args:
         config: The run; reads the files of its model, but no weights into memory.
     """
+
+    holds = "reference errors"
 
     def __init__(self, config: RunConfig) -> None:
         self.num_draws = config.diffusion.num_draws
@@ -318,23 +334,16 @@ class ErrorCache:
         own = [None if c.prompt is None else as_text(c.prompt) for c in example.candidates]
         return self.store.key([as_text(example.prompt), own, pictures])
 
-    def missing(self, examples: Iterable[Example]) -> list[Example]:
+    def missing(self, items: Iterable[Example]) -> list[Example]:
         """The rows without an entry, each content once."""
-        keys: dict[str, Example] = {}
-        for example in examples:
-            keys.setdefault(self.key(example), example)
+        keys = {self.key(example): example for example in items}
         return [keys[key] for key in self.store.missing(keys)]
 
-    def require(self, examples: Sequence[Example]) -> None:
-        """Refuse a cache that lacks rows, or whose errors are of latents that are not there.
-
-        Raises:
-            ConfigError: With the command that writes them.
-        """
-        keys = {self.key(example) for example in examples}
-        require(self.store, "the reference errors", len(self.store.missing(keys)), len(keys))
+    def require(self, items: Sequence[Example]) -> None:
+        """Refuse also errors of latents that are not there."""
+        super().require(items)
         if has_latents(self._config):
-            LatentCache(self._config).require(examples)
+            LatentCache(self._config).require(items)
 
     def put(self, example: Example, errors: Tensor) -> None:  # [num_draws, K]
         """Store a row."""
@@ -346,9 +355,7 @@ class ErrorCache:
         Raises:
             ConfigError: The entry is missing or damaged.
         """
-        entry = self.store.get(self.key(example))
-        if entry is None:
-            raise lost(self.store, f"the reference errors of row {example.id!r}")
+        entry = self._entry(self.key(example), f"row {example.id!r}")
         return torch.from_numpy(entry["errors"][draw].copy())
 
 

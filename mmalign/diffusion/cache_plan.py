@@ -1,6 +1,4 @@
-"""What `mmalign cache` will write, counted before a weight is loaded, and its share for
-each process.
-"""
+"""What `mmalign cache` will write, counted beforehand, and its share for each process."""
 
 from __future__ import annotations
 
@@ -8,15 +6,21 @@ import shutil
 import sys
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from pathlib import Path
+from typing import Any, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from mmalign.config import RunConfig
+from mmalign.core import Needs
+from mmalign.data.example import Example, Picture
+from mmalign.data.sources import load_examples
 from mmalign.diffusion.cache import (
     ErrorCache,
     LatentCache,
@@ -27,24 +31,9 @@ from mmalign.diffusion.cache import (
 )
 from mmalign.diffusion.components import Vae
 from mmalign.diffusion.conditioning import load_tokenizers
-from mmalign.diffusion.pictures import cache_folder, caption_of, row_pictures
+from mmalign.diffusion.pictures import Size, cache_folder, captions_of, row_pictures
 from mmalign.diffusion.pipeline import component, denoiser_config, read_json
 from mmalign.errors import ConfigError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-    from concurrent.futures import Future
-    from pathlib import Path
-
-    import torch
-
-    from mmalign.config import RunConfig
-    from mmalign.core import Needs
-    from mmalign.data.example import Example, Picture
-    from mmalign.diffusion.pictures import Size
-
-
-# What `mmalign cache` will write, counted and measured before a weight is loaded.
 
 HEADER_BYTES = 220
 """What a tensor costs beside its values: its name, shape, place and checksum in a shard."""
@@ -117,21 +106,21 @@ class Plan:
         return free
 
 
-def plan(config: RunConfig, needs: Needs) -> Plan:
+def plan(config: RunConfig, needs: Needs, rows: Sequence[Example] | None = None) -> Plan:
     """What the cache of a run would hold and lacks; reads records and settings, no images.
+
+    Args:
+        config: The run.
+        needs: Of its objective.
+        rows: Where they are loaded already.
 
     Raises:
         ConfigError: There is nothing that can be cached.
     """
-    from mmalign.data.sources import load_examples
-
-    rows = load_examples(config.data, needs, seed=config.train.seed)
-    return plan_rows(config, needs, [row for part in rows for row in part])
-
-
-def plan_rows(config: RunConfig, needs: Needs, rows: Sequence[Example]) -> Plan:
-    """As `plan`, for rows that are loaded already."""
     check_cacheable(config, needs)
+    if rows is None:
+        loaded = load_examples(config.data, needs, seed=config.train.seed)
+        rows = [row for part in loaded for row in part]
     parts: list[Part] = []
     left_out: list[str] = []
     settings = config.diffusion
@@ -162,10 +151,8 @@ def plan_rows(config: RunConfig, needs: Needs, rows: Sequence[Example]) -> Plan:
 
 def captions_to_store(config: RunConfig, rows: Sequence[Example]) -> list[str]:
     """Every caption of the rows' candidates, the empty one, and the prompts shown in training."""
-    captions = {"": None}
-    for row in rows:
-        captions |= {caption_of(row, k): None for k in range(len(row.candidates))}
-    return list(captions | dict.fromkeys(config.sample.prompts))
+    own = (caption for row in rows for caption in captions_of(row))
+    return list(dict.fromkeys(["", *own, *config.sample.prompts]))
 
 
 def pictures_of(rows: Sequence[Example]) -> list[Picture]:
@@ -175,12 +162,10 @@ def pictures_of(rows: Sequence[Example]) -> list[Picture]:
 
 def size(num_bytes: int) -> str:
     """Bytes for people: 1.5 MB."""
-    value = float(num_bytes)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
+    if num_bytes < 1000:
+        return f"{num_bytes} bytes"
+    power = min(4, (len(str(num_bytes)) - 1) // 3)
+    return f"{num_bytes / 1000**power:.3g} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
 def _latents(config: RunConfig, rows: Sequence[Example]) -> Part:
@@ -189,18 +174,17 @@ def _latents(config: RunConfig, rows: Sequence[Example]) -> Part:
     unknown = 0  # buckets: images whose shape is known once they were decoded
     for row in rows:
         shape = cache.shape(row)
-        for picture in row_pictures(row):
-            if shape is None:
-                unknown += len(cache.flips)
-            else:
-                keys |= {cache.key(picture, shape, flip): shape for flip in cache.flips}
+        if shape is None:
+            unknown += len(row_pictures(row)) * len(cache.flips)
+        else:
+            keys |= {key: shape for _, _, key in cache.entries(row)}
     missing = cache.store.missing(keys)
     areas = [keys[key][0] * keys[key][1] for key in missing]
     # A bucket's area is the square's, or somewhat less.
     areas += [config.diffusion.resolution**2] * unknown
     model = config.model
     folder = component(model.path, "vae", model.revision)
-    vae = Vae(torch.nn.Identity(), read_json(folder / "config.json"), model.path, model.revision)
+    vae = Vae(torch.nn.Identity(), read_json(folder / "config.json"), model.path)
     tensors = 2 if vae.is_random else 1
     pixels = sum(areas) // len(areas) if areas else config.diffusion.resolution**2
     each = tensors * 2 * vae.channels * pixels // vae.factor**2 + 24 + (tensors + 1) * HEADER_BYTES
@@ -235,18 +219,11 @@ def _errors(config: RunConfig, rows: Sequence[Example]) -> Part:
     return Part("reference errors", unit, folder, len(keys), len(missing), each)
 
 
-# Long work in stages: its share for each process, and its console output.
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 FIRST_LINE, NEXT_LINE = 5.0, 30.0
 """Seconds of work before the first line of progress, and between two, where there is no bar."""
-
-
-def is_mine(key: str, process: int, num_processes: int) -> bool:
-    """Whether an entry falls to a process: by its key alone, so that all agree on it."""
-    return int(key[:12], 16) % num_processes == process
 
 
 class Processes:
@@ -281,8 +258,8 @@ class Processes:
         return self.number == 0
 
     def is_mine(self, key: str) -> bool:
-        """Whether an entry falls to this process."""
-        return is_mine(key, self.number, self.total)
+        """Whether an entry falls to this process: by its key alone, so that all agree on it."""
+        return int(key[:12], 16) % self.total == self.number
 
     def wait(self) -> None:
         """Until all are here."""
@@ -338,27 +315,20 @@ def progress(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[
             task = bars.add_task(what, total=total)
             yield lambda number: bars.advance(task, number)
     else:
-        yield _Lines(what, total)
+        began, done = time.monotonic(), 0
+        due = began + FIRST_LINE
 
+        def line(number: int) -> None:
+            nonlocal done, due
+            done, now = done + number, time.monotonic()
+            if now < due or not done:
+                return
+            due, speed = now + NEXT_LINE, done / (now - began)
+            left = duration((total - done) / speed)
+            text = f"{what}: {done} of {total}, {speed:.3g} a second, {left} left"
+            print(text, file=sys.stderr, flush=True)
 
-class _Lines:
-    """Writes a line to stderr after some seconds of work, and then at times."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done = what, total, 0
-        self.began = time.monotonic()
-        self.due = self.began + FIRST_LINE
-
-    def __call__(self, number: int) -> None:
-        self.done += number
-        now = time.monotonic()
-        if now < self.due or not self.done:
-            return
-        self.due = now + NEXT_LINE
-        speed = self.done / (now - self.began)
-        left = duration((self.total - self.done) / speed)
-        line = f"{self.what}: {self.done} of {self.total}, {speed:.3g} a second, {left} left"
-        print(line, file=sys.stderr, flush=True)
+        yield line
 
 
 def duration(seconds: float) -> str:

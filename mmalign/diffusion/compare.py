@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmalign.data.example import Picture
 from mmalign.data.files import IMAGE_SUFFIXES, read_rows
-from mmalign.data.jobs import NAMED, OnProgress, first_few, no_progress, write_lines
+from mmalign.data.jobs import OnProgress, first_few, no_progress, write_lines
+from mmalign.diffusion.scorers import Scorer
 from mmalign.diffusion.scorers.files import Item, score_items
 from mmalign.errors import DataError
 from mmalign.safe import write_text
 from mmalign.stats import WinRate, win_rate
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from mmalign.diffusion.scorers import Scorer
-
-
-# Folders of sampled images: which there are, and whether two belong to the same prompts.
 
 SAMPLES = "samples.jsonl"
 """What `mmalign sample` writes beside the images: id, prompt, seed and image of each."""
@@ -105,18 +99,7 @@ def _same_names(first: Path, a: set[str], second: Path, b: set[str]) -> None:
 
 
 def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
-
-
-# Two models by their images of the same prompts and seeds: who wins, by how much, how surely.
-#
-# An image wins where its score is strictly the greater one; ties count for nobody, so that the two
-# win rates may add to less than 1. Prompts are drawn with replacement for the intervals, with both
-# of their images at once: what makes a prompt easy for both models does not widen them.
-#
-# Source: G-U-N/Diffusion-NPO, compare_rate.py.
-# Departs: all images are compared, not at most 500 drawn at random; intervals.
+    return ", ".join(first_few(names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +124,10 @@ class Comparison:
         """A table for a terminal."""
         first, second = self.folders
         lines = [f"A  {first}", f"B  {second}", f"{len(self.rows)} prompts, same seeds"]
-        lines += _sampled(*self.settings) + _left_out(self.dropped)
+        lines += _sampled(*self.settings)
+        if self.dropped:
+            left_out = "; ".join(first_few(self.dropped))
+            lines.append(f"{len(self.dropped)} prompts left out: {left_out}")
         width = max(map(len, self.rates))
         head = f"{'':<{width}}  {'A wins':>7}  {'95 %':<15}  {'B wins':>7}  {'ties':>6}"
         lines += ["", f"{head}  {'mean A':>9}  {'mean B':>9}  A - B, 95 %"]
@@ -182,12 +168,6 @@ def _sampled(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return lines + [f"differs: {k} is {a.get(k)} in A, {b.get(k)} in B" for k in other]
 
 
-def _left_out(dropped: Sequence[str]) -> list[str]:
-    if not dropped:
-        return []
-    return [f"{len(dropped)} prompts left out: {'; '.join(first_few(dropped))}"]
-
-
 def compare(
     folder_a: str | Path,
     folder_b: str | Path,
@@ -199,6 +179,10 @@ def compare(
 ) -> Comparison:
     """Score two folders of images that belong to the same prompts and seeds.
 
+    An image wins where its score is strictly the greater one; ties count for nobody, so that the
+    two win rates may add to less than 1. Prompts are drawn with replacement for the intervals, with
+    both of their images at once: what makes a prompt easy for both models does not widen them.
+
     Args:
         folder_a: Images and their samples.jsonl, as `mmalign sample` writes them.
         folder_b: The same names.
@@ -209,6 +193,9 @@ def compare(
 
     Raises:
         DataError: The folders hold other names, prompts or seeds, or nothing to compare.
+
+    Source: G-U-N/Diffusion-NPO, compare_rate.py.
+    Departs: all images are compared, not at most 500 drawn at random; intervals.
     """
     if not scorers:
         raise DataError("compare: name at least one scorer")

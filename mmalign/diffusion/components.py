@@ -3,44 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mmalign.diffusion.families import Family, family_of
-from mmalign.diffusion.pipeline import (
-    component,
-    component_fingerprint,
-    denoiser_config,
-    has_component,
-    load_part,
-    pipeline_folder,
-    read_json,
-    scheduler_config,
-)
+from mmalign.config import DiffusionConfig, ModelConfig
+from mmalign.diffusion import pipeline
+from mmalign.diffusion.families import family_of
+from mmalign.diffusion.process import NoiseProcess
 from mmalign.errors import ConfigError
-from mmalign.models.files import denoiser_folder, weight_files
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mmalign.config import DiffusionConfig, ModelConfig
-    from mmalign.diffusion.process import NoiseProcess
-
-
-# Tiny autoencoders whose middle blocks pool over the whole image, which diffusers lacks.
-#
-# Three halvings, blocks of three convolutions in between. In the encoder's last stage and the
-# decoder's first a block adds a term before its convolutions:
-# x + conv1x1(relu(groupnorm(conv1x1(x, 4 width))), width), normed in 4 groups.
-#
-# Source: madebyollin/taesd (taesd.py), the autoencoder of FLUX.2's latents.
-
-_STAGES = 3
+from mmalign.models.files import denoiser_folder, read_tensors, weight_files
 
 
 def is_tiny(config: Mapping[str, Any]) -> bool:
@@ -51,26 +26,36 @@ def is_tiny(config: Mapping[str, Any]) -> bool:
 class TinyAutoencoder(nn.Module):
     """Pixels in [-1, 1] to latents and back; encoding has no spread.
 
+    Three halvings, blocks of three convolutions in between. In the encoder's last stage and the
+    decoder's first a block pools over the whole image before its convolutions, which diffusers'
+    AutoencoderTiny lacks: x + conv1x1(relu(groupnorm(conv1x1(x, 4 width))), width), in 4 groups.
+
     Args:
         width: Channels of every block.
         latent_channels: C of the latents.
         blocks: Blocks a stage; the stage next to the pixels has one.
         magnitude: Latents are bent into [-magnitude, magnitude] before decoding.
+
+    Source: madebyollin/taesd (taesd.py), the autoencoder of FLUX.2's latents.
     """
+
+    STAGES = 3
 
     def __init__(self, width: int, latent_channels: int, blocks: int, magnitude: float) -> None:
         super().__init__()
         encoder: list[nn.Module] = [_conv(3, width), _Block(width)]
-        for stage in range(_STAGES):
+        for stage in range(self.STAGES):
             encoder.append(_conv(width, width, stride=2, bias=False))
-            encoder += [_Block(width, pools=stage == _STAGES - 1) for _ in range(blocks)]
+            encoder += [_Block(width, pools=stage == self.STAGES - 1) for _ in range(blocks)]
         encoder.append(_conv(width, latent_channels))
-        decoder: list[nn.Module] = [_Bend(magnitude), _conv(latent_channels, width), nn.ReLU()]
-        for stage in range(_STAGES):
+        # In the released files the decoder's first layer has no weights: it bends.
+        decoder: list[nn.Module] = [nn.Identity(), _conv(latent_channels, width), nn.ReLU()]
+        for stage in range(self.STAGES):
             decoder += [_Block(width, pools=stage == 0) for _ in range(blocks)]
             decoder += [nn.Upsample(scale_factor=2), _conv(width, width, bias=False)]
         decoder += [_Block(width), _conv(width, 3)]
         self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
+        self.magnitude = magnitude
 
     def encode(self, pixels: Tensor) -> Tensor:  # [N, 3, H, W] -> [N, C, H/8, W/8]
         """Latents; the network itself reads pixels in [0, 1]."""
@@ -78,7 +63,8 @@ class TinyAutoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:  # [N, C, h, w] -> [N, 3, 8h, 8w]
         """Pixels around [-1, 1]."""
-        return self.decoder(latents) * 2 - 1
+        bent = torch.tanh(latents / self.magnitude) * self.magnitude
+        return self.decoder(bent) * 2 - 1
 
 
 def load(folder: Path, dtype: torch.dtype) -> TinyAutoencoder:
@@ -87,16 +73,12 @@ def load(folder: Path, dtype: torch.dtype) -> TinyAutoencoder:
     Raises:
         ConfigError: The weights do not fit the config.
     """
-    import json
-
-    from safetensors.torch import load_file
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = pipeline.read_json(folder / "config.json")
     magnitude = max(config.get("latent_range", [3]))
     model = TinyAutoencoder(
         config["width"], config["latent_channels"], config["blocks_per_stage"], magnitude
     )
-    state = {k: v for file in weight_files(folder) for k, v in load_file(str(file)).items()}
+    state = {k: v for file in weight_files(folder) for k, v in read_tensors(file)[0].items()}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -126,20 +108,9 @@ class _Block(nn.Module):
         return torch.relu(self.conv(x) + x)
 
 
-class _Bend(nn.Module):
-    def __init__(self, magnitude: float) -> None:
-        super().__init__()
-        self.magnitude = magnitude
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x / self.magnitude) * self.magnitude
-
-
 def _conv(ins: int, outs: int, *, stride: int = 1, bias: bool = True) -> nn.Conv2d:
     return nn.Conv2d(ins, outs, 3, stride=stride, padding=1, bias=bias)
 
-
-# Images to latents and back: the VAE of a pipeline, or pixels where it has none.
 
 PIXELS_AT_ONCE = 1 << 20  # four images of 512 x 512, which take 3 GiB to encode, 4 to decode
 _LAYOUT = torch.channels_last  # a sixth less time on a CPU; nothing of a VAE is saved again
@@ -156,11 +127,9 @@ class Vae:
         is_random: Whether encoding has a spread (a variational autoencoder).
     """
 
-    def __init__(
-        self, model: nn.Module, config: dict[str, Any], path: str | Path, revision: str | None
-    ) -> None:
-        self.model, self._config = model.to(memory_format=_LAYOUT), config  # pyright: ignore
-        self._path, self._revision = path, revision
+    def __init__(self, model: nn.Module, config: dict[str, Any], path: str | Path) -> None:
+        self.model = model.to(memory_format=_LAYOUT)  # pyright: ignore[reportCallIssue]
+        self._path = path
         self.channels = int(config["latent_channels"])
         self.factor = _factor(config)
         self.is_random = config.get("_class_name") == "AutoencoderKL"
@@ -188,11 +157,11 @@ class Vae:
         Raises:
             ConfigError: It is missing or of a kind that is not supported.
         """
-        folder = component(path, "vae", revision)
-        config = read_json(folder / "config.json")
+        folder = pipeline.component(path, "vae", revision)
+        config = pipeline.read_json(folder / "config.json")
         kind = config.get("_class_name")
         if is_tiny(config):
-            return cls(load(folder, dtype), config, path, revision)
+            return cls(load(folder, dtype), config, path)
         if kind not in ("AutoencoderKL", "AutoencoderTiny"):
             raise ConfigError(
                 f"pipeline {path}: vae/ is a {kind}; supported are AutoencoderKL, "
@@ -200,13 +169,8 @@ class Vae:
             )
         import diffusers
 
-        model = load_part(getattr(diffusers, kind), folder, dtype)
-        return cls(model.requires_grad_(False), dict(model.config), path, revision)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of its files and of the dtype it computes in."""
-        return f"{component_fingerprint(self._path, 'vae', self._revision)} {self._dtype}"
+        model = pipeline.load_part(getattr(diffusers, kind), folder, dtype)
+        return cls(model.requires_grad_(False), dict(model.config), path)
 
     def to(self, device: torch.device | str) -> Self:
         """Move it."""
@@ -287,13 +251,7 @@ class PixelSpace:
     is_random = False
 
     def __init__(self, channels: int) -> None:
-        if channels not in (1, 3):
-            raise ConfigError(
-                f"a denoiser of {channels} channels does not work on pixels, which have 1 or 3; "
-                "the pipeline lacks its vae/"
-            )
         self.channels = channels
-        self.fingerprint = f"pixels {channels}"
 
     def to(self, device: torch.device | str) -> Self:
         """Itself."""
@@ -319,8 +277,9 @@ def load_vae(
     Raises:
         ConfigError: It cannot be loaded, or its latents are not those of the denoiser.
     """
-    channels = family_of(path, revision).latent_channels(denoiser_config(path, revision))
-    if not has_component(path, "vae", revision):
+    channels = family_of(path, revision).latent_channels(pipeline.denoiser_config(path, revision))
+    if not pipeline.has_component(path, "vae", revision):
+        _check_pixels(path, channels)
         return PixelSpace(channels)
     vae = Vae.load(path, getattr(torch, diffusion.vae_dtype), revision=revision)
     if vae.channels != channels:
@@ -333,9 +292,10 @@ def load_vae(
 
 def factor_of(path: str | Path, revision: str | None = None) -> int:
     """Pixels a side of one latent, by the VAE's settings alone; 1 without a VAE."""
-    if not has_component(path, "vae", revision):
+    if not pipeline.has_component(path, "vae", revision):
         return 1
-    return _factor(read_json(component(path, "vae", revision, weights=False) / "config.json"))
+    folder = pipeline.component(path, "vae", revision, weights=False)
+    return _factor(pipeline.read_json(folder / "config.json"))
 
 
 def check_size(size: tuple[int, ...] | torch.Size, factor: int) -> None:
@@ -361,17 +321,12 @@ def _factor(config: dict[str, Any]) -> int:
     return 2 ** (len(blocks) - 1)
 
 
-# Denoisers of pipelines: loading them, and what their files say of them.
-
-
-@dataclass
 class Components:
     """A pipeline's denoiser, and what its files say.
 
     Attributes:
         model: The config it was loaded by.
         family: Whose it is.
-        folder: The pipeline's local folder (of a hub name: the copy's).
         scheduler_config: Of the noise process it was trained with.
         denoiser_config: The denoiser's config.json.
         latent_channels: C of the latents, which are the pixels where there is no VAE.
@@ -379,14 +334,16 @@ class Components:
         factor: Pixels a side of one latent; 1 without a VAE.
     """
 
-    model: ModelConfig
-    family: Family
-    folder: Path
-    scheduler_config: dict[str, Any] = field(repr=False)
-    denoiser_config: dict[str, Any] = field(repr=False)
-    latent_channels: int
-    has_vae: bool
-    factor: int
+    def __init__(self, model: ModelConfig) -> None:
+        path, revision = model.path, model.revision
+        self.model, self.family = model, family_of(path, revision)
+        self.denoiser_config = pipeline.denoiser_config(path, revision)
+        self.latent_channels = self.family.latent_channels(self.denoiser_config)
+        self.has_vae = pipeline.has_component(path, "vae", revision)
+        if not self.has_vae:
+            _check_pixels(path, self.latent_channels)
+        self.factor = factor_of(path, revision)
+        self.scheduler_config = pipeline.scheduler_config(path, revision)
 
     @cached_property
     def denoiser(self) -> nn.Module:
@@ -409,43 +366,21 @@ class Components:
         )
 
 
-def load_components(
-    model: ModelConfig, diffusion: DiffusionConfig, *, denoiser: bool = True
-) -> Components:
-    """Read a pipeline; VAE and text encoders stay where they are.
+def load_components(model: ModelConfig, diffusion: DiffusionConfig) -> Components:
+    """Read a pipeline and load its denoiser; VAE and text encoders stay where they are.
 
     Args:
         model: `path`, `revision`, `dtype` and `gradient_checkpointing` are read.
         diffusion: `resolution` and `bucket_multiple` are checked against the size of a latent.
-        denoiser: Load it now and not on first use.
 
     Raises:
         ConfigError: A pipeline or an option that cannot be used, with the reason.
     """
-    family = family_of(model.path, model.revision)
-    config = denoiser_config(model.path, model.revision)
-    channels = family.latent_channels(config)
-    has_vae = has_component(model.path, "vae", model.revision)
-    if not has_vae and channels not in (1, 3):
-        raise ConfigError(
-            f"pipeline {model.path}: has no vae/, and its denoiser reads {channels} channels. "
-            "Without a VAE a denoiser must read pixels (1 or 3 channels)"
-        )
-    factor = factor_of(model.path, model.revision)
+    components = Components(model)
     # A flow transformer joins latents to patches, which must come out even too.
-    _check_sizes(model.path, diffusion, factor * family.patch_size(config))
-    components = Components(
-        model=model,
-        family=family,
-        folder=pipeline_folder(model.path, model.revision),
-        scheduler_config=scheduler_config(model.path, model.revision),
-        denoiser_config=config,
-        latent_channels=channels,
-        has_vae=has_vae,
-        factor=factor,
-    )
-    if denoiser:
-        _ = components.denoiser
+    patch = components.family.patch_size(components.denoiser_config)
+    _check_sizes(model.path, diffusion, components.factor * patch)
+    _ = components.denoiser
     return components
 
 
@@ -466,16 +401,25 @@ def load_denoiser(path: str, model: ModelConfig) -> nn.Module:
     _check_options(model)
     revision = model.revision if path == model.path else None
     family_of(path, revision)
-    kind = denoiser_config(path, revision)["_class_name"]
-    folder = denoiser_folder(pipeline_folder(path, revision))
+    kind = pipeline.denoiser_config(path, revision)["_class_name"]
+    folder = denoiser_folder(pipeline.pipeline_folder(path, revision))
     if not Path(path).is_dir():
-        folder = component(path, folder.name, revision)
+        folder = pipeline.component(path, folder.name, revision)
     import diffusers
 
-    denoiser = load_part(getattr(diffusers, kind), folder, getattr(torch, model.dtype))
+    denoiser = pipeline.load_part(getattr(diffusers, kind), folder, getattr(torch, model.dtype))
     if model.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     return denoiser
+
+
+def _check_pixels(path: str | Path, channels: int) -> None:
+    """Refuse a denoiser of latents in a pipeline without a VAE."""
+    if channels not in (1, 3):
+        raise ConfigError(
+            f"pipeline {path}: has no vae/, and its denoiser reads {channels} channels. Without a "
+            "VAE a denoiser must read pixels (1 or 3 channels)"
+        )
 
 
 def _check_sizes(path: str, diffusion: DiffusionConfig, unit: int) -> None:

@@ -11,20 +11,13 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from torch import Tensor
 
+from mmalign.diffusion import pipeline
 from mmalign.diffusion.families import Condition, Family, family_of
-from mmalign.diffusion.pipeline import (
-    component,
-    denoiser_config,
-    has_component,
-    load_part,
-    model_index,
-    read_json,
-)
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
 ENCODER_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
@@ -84,7 +77,7 @@ def load_tokenizers(path: str | Path, revision: str | None = None) -> Tokenizers
     limits: dict[str, int] = {}
     for encoder in encoders_of(path, family, revision):
         name = _tokenizer_of(encoder)
-        folder = component(path, name, revision)
+        folder = pipeline.component(path, name, revision)
         try:
             found[encoder] = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, ImportError) as error:
@@ -102,7 +95,7 @@ def encoders_of(path: str | Path, family: Family, revision: str | None = None) -
     Raises:
         ConfigError: One that the family cannot be without is missing.
     """
-    found = [name for name in family.encoders if has_component(path, name, revision)]
+    found = [name for name in family.encoders if pipeline.has_component(path, name, revision)]
     lacking = [n for n in family.encoders if n not in found and n not in family.optional]
     if lacking:
         raise ConfigError(
@@ -134,7 +127,7 @@ class PromptEncoder:
         self.tokenizers, self.family = tokenizers, tokenizers.family
         self._models = dict(models)
         self._path, self._revision = path, revision
-        self._zero_empty = self.family.zeroes_empty(model_index(path, revision))
+        self._zero_empty = self.family.zeroes_empty(pipeline.model_index(path, revision))
         self._given = {name: _GivenIds(tokenizers.limits[name]) for name in models}
         self._pipe = self._pipeline()
 
@@ -142,7 +135,6 @@ class PromptEncoder:
     def load(
         cls,
         path: str | Path,
-        family: Family | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         *,
@@ -152,7 +144,6 @@ class PromptEncoder:
 
         Args:
             path: Pipeline folder or hub name.
-            family: As its files say; None to look.
             dtype: Of the encoders and of what they return.
             device: Where they go.
             revision: Of a hub repository.
@@ -161,11 +152,8 @@ class PromptEncoder:
             ConfigError: A part is missing or of a class that is not supported.
         """
         tokenizers = load_tokenizers(path, revision)
-        if family is not None and family.name != tokenizers.family.name:
-            raise ConfigError(f"pipeline {path}: its family is {tokenizers.family}, not {family}")
-        models = {
-            name: _load_encoder(path, name, dtype, revision) for name in tokenizers.by_encoder
-        }
+        names = tokenizers.by_encoder
+        models = {name: _load_encoder(path, name, dtype, revision) for name in names}
         return cls(tokenizers, models, path=path, revision=revision).to(device)
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -193,7 +181,16 @@ class PromptEncoder:
             given.ids = ids[name].to(device)
         prompts = [""] * len(next(iter(ids.values())))  # their ids are given
         with torch.autocast(device.type, enabled=False):
-            return self._zeroed(self.family.encode(self._pipe, prompts, device), ids)
+            cond = self.family.encode(self._pipe, prompts, device)
+        if not self._zero_empty or cond.pooled is None:
+            return cond
+        (name, value), *_ = ids.items()
+        keep = (value != self._empty_ids[name].to(value.device)).any(-1).to(cond.embeds)
+        return Condition(cond.embeds * keep[:, None, None], cond.pooled * keep[:, None])
+
+    @cached_property
+    def _empty_ids(self) -> dict[str, Tensor]:
+        return self.tokenize([""])
 
     def _pipeline(self) -> Any:
         """The pipeline with its text encoders and nothing else."""
@@ -211,22 +208,9 @@ class PromptEncoder:
             parts |= {name: model, _tokenizer_of(name): self._given[name]}
         pipe = kind(**parts)
         # Where an encoder is left out, the denoiser's settings say how many zeros stand for it.
-        settings = SimpleNamespace(**denoiser_config(self._path, self._revision))
+        settings = SimpleNamespace(**pipeline.denoiser_config(self._path, self._revision))
         object.__setattr__(pipe, self.family.part, SimpleNamespace(config=settings))
         return pipe
-
-    def _zeroed(self, cond: Condition, ids: Mapping[str, Tensor]) -> Condition:
-        """Zeros where the prompt is empty, if the pipeline says so."""
-        if not self._zero_empty or cond.pooled is None:
-            return cond
-        (name, value), *_ = ids.items()
-        keep = (value != self._empty_ids[name].to(value.device)).any(-1)
-        keep = keep.to(cond.embeds)
-        return Condition(cond.embeds * keep[:, None, None], cond.pooled * keep[:, None])
-
-    @cached_property
-    def _empty_ids(self) -> dict[str, Tensor]:
-        return self.tokenize([""])
 
 
 class _GivenIds:
@@ -250,18 +234,19 @@ def _load_encoder(
 ) -> PreTrainedModel:
     import transformers
 
-    folder = component(path, name, revision)
+    folder = pipeline.component(path, name, revision)
     kind = (_encoder_config(path, name, revision).get("architectures") or ["none"])[0]
     if kind not in ENCODER_CLASSES:
         raise ConfigError(
             f"pipeline {path}: {name}/ is a {kind}; supported are {', '.join(ENCODER_CLASSES)}"
         )
-    model = load_part(getattr(transformers, kind), folder, dtype)
+    model = pipeline.load_part(getattr(transformers, kind), folder, dtype)
     return model.requires_grad_(False)
 
 
 def _encoder_config(path: str | Path, name: str, revision: str | None) -> dict[str, Any]:
-    return read_json(component(path, name, revision, weights=False) / "config.json")
+    folder = pipeline.component(path, name, revision, weights=False)
+    return pipeline.read_json(folder / "config.json")
 
 
 def _tokenizer_of(encoder: str) -> str:

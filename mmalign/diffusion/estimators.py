@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, Protocol, Self
+from typing import ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -15,8 +15,6 @@ from mmalign.config import DiffusionConfig, EstimatorSpec
 from mmalign.core.numerics import full_precision
 from mmalign.diffusion.process import NoiseProcess, ddim_std, ddim_step, renoise
 from mmalign.errors import ConfigError
-
-# Where networks are called, and what they are compared with.
 
 
 @dataclass(frozen=True)
@@ -67,9 +65,6 @@ class Networks:
     teacher_empty: Predict | None = None
 
 
-# Random numbers that belong to rows: the same on every device, in every batch, after a resume.
-
-
 def noise_seed(*parts: int | str) -> int:
     """A stable 63-bit number from numbers and names.
 
@@ -98,15 +93,6 @@ class RowRNG:
     def __init__(self, seeds: Tensor | Sequence[int]) -> None:
         self._seeds: list[int] = [int(seed) for seed in torch.as_tensor(seeds).tolist()]
 
-    def __len__(self) -> int:
-        """Number of rows."""
-        return len(self._seeds)
-
-    @property
-    def seeds(self) -> Tensor:
-        """[B] int64 on the CPU."""
-        return torch.tensor(self._seeds, dtype=torch.int64)
-
     def normal(
         self,
         name: str,
@@ -126,35 +112,29 @@ class RowRNG:
 
     def uniform(self, name: str) -> Tensor:  # [B]
         """One number in [0, 1) per row, float64, on the CPU."""
-        numbers = [
-            torch.rand((), generator=self._generator(seed, name), dtype=torch.float64)
-            for seed in self._seeds
-        ]
-        return torch.stack(numbers) if numbers else torch.empty(0, dtype=torch.float64)
-
-    def repeat(self, k: int) -> Self:
-        """Each row k times in a run: the candidates of a row share its stream."""
-        return type(self)([seed for seed in self._seeds for _ in range(k)])
+        numbers = torch.empty(len(self._seeds), dtype=torch.float64)
+        for i, seed in enumerate(self._seeds):
+            numbers[i].uniform_(generator=self._generator(seed, name))
+        return numbers
 
     def rows(self, index: Tensor | Sequence[int]) -> Self:
         """The rows at these positions."""
-        return type(self)([self._seeds[int(i)] for i in torch.as_tensor(index).tolist()])
+        return type(self)(torch.tensor(self._seeds)[torch.as_tensor(index)])
 
     @staticmethod
     def _generator(seed: int, name: str) -> torch.Generator:
         return torch.Generator().manual_seed(noise_seed(seed, name))
 
 
-# Where a candidate is scored: the noisy image, its timestep, and what should be predicted.
-#
-# Forward noise takes any noisy image of x0. The inversions look for the one from which the model
-# itself would arrive at x0: they run its sampler backwards, without gradient.
-
 Inversion = Literal["exact", "diffusers_0_20", "diffusers"]
 
 
 class Estimator(ABC):
-    """Turns clean images into the points at which they are scored."""
+    """Turns clean images into the points at which they are scored.
+
+    Forward noise takes any noisy image of x0. The inversions look for the one from which the model
+    itself would arrive at x0: they run its sampler backwards, without gradient.
+    """
 
     @abstractmethod
     def __call__(
@@ -258,6 +238,7 @@ class DDIMInversion(Estimator):
     inversion: Inversion = "exact"
     eta: float = 0.0
     network: Literal["policy", "reference"] = "policy"
+    refines: ClassVar[bool] = False
 
     @torch.no_grad()
     def __call__(
@@ -294,33 +275,27 @@ class DDIMInversion(Estimator):
         process: NoiseProcess,
         rows: Tensor | None,
     ) -> Tensor:
-        found = self._seen(x, step, predict, process, rows)
-        return ddim_step(x, self._noise(found, x, step, process), step.source, step.goal, process)
+        released = self.inversion == "diffusers"
 
-    def _seen(
-        self,
-        x: Tensor,
-        step: DDIMStep,
-        predict: Predict,
-        process: NoiseProcess,
-        rows: Tensor | None,
-    ) -> Tensor:
-        """The noise that the network sees; diffusers: its prediction, whatever that is of."""
-        noise = full_precision(predict(x, step.call, rows)).to(x.dtype)
-        return process.prediction_from(noise, x, step.call) if self._as_diffusers else noise
+        def seen(at: Tensor) -> Tensor:
+            """The noise that the network sees; diffusers: its prediction, whatever that is of."""
+            noise = full_precision(predict(at, step.call, rows)).to(at.dtype)
+            return process.prediction_from(noise, at, step.call) if released else noise
 
-    def _noise(self, found: Tensor, x: Tensor, step: DDIMStep, process: NoiseProcess) -> Tensor:
-        """What `_seen` found as noise; diffusers: at the level that the images are at."""
-        return process.eps_from(found, x, step.source) if self._as_diffusers else found
+        def moved(found: Tensor) -> Tensor:
+            """By what was seen; diffusers: by its noise at the level that the images are at."""
+            noise = process.eps_from(found, x, step.source) if released else found
+            return ddim_step(x, noise, step.source, step.goal, process)
 
-    @property
-    def _as_diffusers(self) -> bool:
-        return self.inversion == "diffusers"
+        found = seen(x)
+        if self.refines:
+            found = 0.5 * (found + seen(moved(found)))
+        return moved(found)
 
     def _steps(self, t: Tensor, process: NoiseProcess) -> Iterator[tuple[DDIMStep, Tensor]]:
         """Steps of all images, and [N] on the CPU which of them have not arrived."""
         grid = process.grid(self.num_steps)
-        exact, released = self.inversion == "exact", self._as_diffusers
+        exact, released = self.inversion == "exact", self.inversion == "diffusers"
         if process.prediction == "flow" and not exact:
             raise ConfigError(
                 f"estimator.inversion is {self.inversion!r}, which reproduces released code for "
@@ -361,43 +336,16 @@ class ReNoise(DDIMInversion):
     """
 
     num_steps: int = 5
-
-    def _stepped(
-        self,
-        x: Tensor,
-        step: DDIMStep,
-        predict: Predict,
-        process: NoiseProcess,
-        rows: Tensor | None,
-    ) -> Tensor:
-        first = self._seen(x, step, predict, process, rows)
-        noise = self._noise(first, x, step, process)
-        ahead = ddim_step(x, noise, step.source, step.goal, process)
-        second = self._seen(ahead, step, predict, process, rows)
-        noise = self._noise(0.5 * (first + second), x, step, process)
-        return ddim_step(x, noise, step.source, step.goal, process)
-
-
-# Self-NPO's evaluation point: where a slow copy of the model, without its prompt, would arrive.
-#
-# The student learns towards the clean image that its teacher estimates a few steps later, under
-# guidance away from the prompt. What it becomes is a negative model. The teacher's weights are an
-# average of the student's: `mmalign.models.reference.Ema`.
+    refines: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
 class Walk:
-    """What the teacher's steps leave.
+    """What the teacher's steps leave of N images."""
 
-    Attributes:
-        x: [N, ...] images after the moves.
-        t: [N] their level.
-        x0: [N, ...] the clean images that the last evaluation implies.
-    """
-
-    x: Tensor
-    t: Tensor
-    x0: Tensor
+    x: Tensor  # [N, ...] images after the moves
+    t: Tensor  # [N] their level
+    x0: Tensor  # [N, ...] the clean images that the last evaluation implies
 
 
 @dataclass(frozen=True)
@@ -408,6 +356,10 @@ class Truncated(Estimator):
     makes `num_moves` moves of k and one last estimate of the clean image, the target. The state
     after the moves is noised on to a level s uniform above it; there the student, with the prompt,
     is compared with the target.
+
+    So the student learns towards the clean image that its teacher, an average of it
+    (`mmalign.models.reference.Ema`), estimates a few steps later under guidance away from the
+    prompt. What it becomes is a negative model.
 
     Source: Wang et al. 2025, Self-NPO in Diffusion-NPO's released code.
     Departs: estimates are always made to the end. The release stops where all images of the
@@ -420,17 +372,10 @@ class Truncated(Estimator):
     def __call__(
         self, x0: Tensor, t: Tensor, rng: RowRNG, process: NoiseProcess, networks: Networks
     ) -> Point:
-        """The point of every image, with the teacher's clean image as the target.
-
-        Args:
-            x0: [N, ...] clean images, from data or generated.
-            t: Not read: the walk has timesteps of its own.
-            rng: N streams of random numbers.
-            process: A noise table that does not end in pure noise.
-            networks: Of them the teacher, with the prompts and with the empty one.
+        """The point of every image; `t` is not read, since the walk has timesteps of its own.
 
         Raises:
-            ConfigError: Another noise process.
+            ConfigError: A flow, or a noise table that ends in pure noise.
         """
         teacher, empty = networks.teacher, networks.teacher_empty
         assert teacher is not None, "the walk is the teacher's"

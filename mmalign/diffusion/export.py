@@ -3,41 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from torch import Tensor, nn
 
 from mmalign import __version__
+from mmalign.config import RunConfig
+from mmalign.data.jobs import first_few
+from mmalign.diffusion.components import Components
+from mmalign.diffusion.families.base import KohyaNames
 from mmalign.errors import CheckpointError
 from mmalign.models.adapter import Saved
 from mmalign.models.files import denoiser_folder, read_tensors, save_tensors, weight_files
 from mmalign.models.lora import comfyui_scale, wide_norms
 from mmalign.models.lora_files import (
     DIFFUSERS_LORA,
+    Encoders,
     LoraWeights,
+    Place,
     is_lora,
     read_lora,
 )
 from mmalign.models.lora_load import TRAINED
 from mmalign.models.lora_settings import start_of
 from mmalign.models.merge import without_start
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from torch import Tensor, nn
-
-    from mmalign.config import RunConfig
-    from mmalign.diffusion.components import Components
-    from mmalign.diffusion.families.base import KohyaNames
-    from mmalign.models.lora_files import Encoders, Place
-
-
-# A trained LoRA or DoRA in the layout of kohya's trainer, which ComfyUI and others read.
 
 
 def kohya_tensors(
@@ -95,13 +91,7 @@ def _dora_scale(
 
 
 def kohya_metadata(
-    config: RunConfig,
-    components: Components,
-    names: KohyaNames,
-    *,
-    rank: int,
-    alpha: float,
-    for_kohya: bool = True,
+    config: RunConfig, components: Components, names: KohyaNames, spec: LoraConfig, for_kohya: bool
 ) -> dict[str, str]:
     """The header that programs show to who picks a file: all values are text.
 
@@ -109,24 +99,23 @@ def kohya_metadata(
         config: The run.
         components: What the pipeline's files say.
         names: Of the family.
-        rank: The LoRA's.
-        alpha: Its numerator: the scale is alpha / rank.
+        spec: The LoRA's rank and alpha.
         for_kohya: Whether kohya's trainer reads all of it, and so is told with what.
     """
     prediction = components.process(config.diffusion).prediction
     version, architecture = components.family.kohya_version(
         names, components.denoiser_config, prediction
     )
-    spec, resolution = config.objective, config.diffusion.resolution
-    objective = spec.name or " + ".join(spec.mix or {})
+    asked, resolution = config.objective, config.diffusion.resolution
+    objective = asked.name or " + ".join(asked.mix or {})
     predicts = {"modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon"}
     return {
         "format": "pt",
         "ss_base_model_version": version,
         "ss_v2": str(version.startswith("sd_v2")),
         **({"ss_network_module": names.network} if for_kohya else {}),
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": f"{alpha:g}",
+        "ss_network_dim": str(spec.r),
+        "ss_network_alpha": f"{spec.lora_alpha:g}",
         "ss_sd_model_name": config.model.path,
         "ss_output_name": config.output.name,
         "ss_resolution": f"({resolution}, {resolution})",
@@ -161,8 +150,6 @@ def diffusers_reads(
     return own == {f"{m}.lora_{f}.weight" for m in modules for f in ("A", "B")}
 
 
-# A trained LoRA as files, and who reads each.
-
 KOHYA_LORA = "mmalign_kohya.safetensors"
 """The same LoRA as `pytorch_lora_weights.safetensors`, with the names of kohya and ComfyUI."""
 
@@ -170,17 +157,9 @@ COMFYUI_LORA = "mmalign_comfyui.safetensors"
 """The same in that layout where kohya's own reader would pass over a part of it."""
 
 _WIDE = (".alpha", ".dora_scale", ".lora_magnitude_vector")  # half of a magnitude's digits are lost
-_NAMED = 3
 
 
-def write_lora(
-    policy: PeftModel, components: Components, folder: Path, config: RunConfig
-) -> tuple[dict[str, str], list[str]]:
-    """Write the files of a LoRA.
-
-    Returns:
-        Each file's name with who reads it; and a sentence for each file that is not written.
-    """
+def _save_lora(policy: PeftModel, components: Components, folder: Path, config: RunConfig) -> Saved:
     lora = lora_of(policy)
     dtype: torch.dtype | None = getattr(torch, config.export.dtype or "", None)
     notes: list[str] = []
@@ -188,26 +167,26 @@ def write_lora(
     readers = {DIFFUSERS_LORA: "diffusers (`pipeline.load_lora_weights`), mmalign"}
     names = components.family.kohya
     if names is None:
-        return readers, notes
+        return Saved(readers, tuple(notes))
     unknown = [module for module in lora.parts if not names.is_known(module)]
     layers = _layers(names, components.denoiser_config)
     if unknown or layers is None:
-        why = f"ComfyUI has no name for {_few(unknown)}" if unknown else "its blocks differ in size"
-        return readers, [f"{KOHYA_LORA} is not written: {why}; use {DIFFUSERS_LORA}", *notes]
+        some = ", ".join(first_few(unknown, 3))
+        why = f"ComfyUI has no name for {some}" if unknown else "its blocks differ in size"
+        notes.insert(0, f"{KOHYA_LORA} is not written: {why}; use {DIFFUSERS_LORA}")
+        return Saved(readers, tuple(notes))
     lacks = _what_kohya_lacks(lora, names)
     file = COMFYUI_LORA if lacks else KOHYA_LORA
     if lacks:
         notes.append(f"{KOHYA_LORA} is not written: {lacks}; ComfyUI reads {COMFYUI_LORA}")
-    tensors = kohya_tensors(lora, names, layers, lambda module: _weight_of(policy, module))
+    tensors = kohya_tensors(lora, names, layers, partial(_weight_of, policy.get_base_model()))
     spec: Any = policy.peft_config[TRAINED]
-    metadata = kohya_metadata(
-        config, components, names, rank=spec.r, alpha=spec.lora_alpha, for_kohya=not lacks
-    )
+    metadata = kohya_metadata(config, components, names, spec, not lacks)
     write((tensors, metadata), folder / file, dtype, notes)
     readers[file] = "ComfyUI" if lacks else "ComfyUI, kohya's sd-scripts"
     if diffusers_reads(tensors, list(lora.parts), names, layers):
         readers[file] += ", diffusers"
-    return readers, notes
+    return Saved(readers, tuple(notes))
 
 
 def lora_of(policy: PeftModel) -> LoraWeights:
@@ -269,7 +248,8 @@ def _what_kohya_lacks(lora: LoraWeights, names: KohyaNames) -> str | None:
     lost = [module for module in lora.parts if not names.kohya_reads(module)]
     if not lost:
         return None
-    return f"kohya's reader passes over {len(lost)} of {len(lora.parts)} layers ({_few(lost)})"
+    some = ", ".join(first_few(lost, 3))
+    return f"kohya's reader passes over {len(lost)} of {len(lora.parts)} layers ({some})"
 
 
 def _layers(names: KohyaNames, config: Mapping[str, Any]) -> int | None:
@@ -281,8 +261,9 @@ def _layers(names: KohyaNames, config: Mapping[str, Any]) -> int | None:
     return same.pop() if len(same) == 1 else None
 
 
-def _weight_of(policy: PeftModel, module: str) -> Tensor:
-    layer: Any = policy.get_base_model().get_submodule(module)
+def _weight_of(denoiser: nn.Module, name: str) -> Tensor:
+    """A layer's own weight, adapted or not."""
+    layer: Any = denoiser.get_submodule(name)
     return getattr(layer, "base_layer", layer).weight.detach()
 
 
@@ -292,13 +273,6 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     cast = tensor.to(dtype)
     loses = name.endswith(_WIDE) and not torch.equal(cast.to(tensor.dtype), tensor)
     return tensor if loses else cast
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
-
-
-# Trained weights as files that other programs load, and back.
 
 
 def save_trained(
@@ -316,8 +290,7 @@ def save_trained(
     """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(policy, PeftModel):
-        readers, notes = write_lora(policy, components, folder, config)
-        return Saved(readers, tuple(notes))
+        return _save_lora(policy, components, folder, config)
     part = components.family.part
     policy.save_pretrained(str(folder / part))  # pyright: ignore[reportCallIssue]
     notes: list[str] = []
@@ -360,21 +333,18 @@ def load_trained(policy: nn.Module, folder: Path) -> nn.Module:
     return policy
 
 
-def continue_lora(
-    denoiser: nn.Module, path: Path, *, dropout: float = 0.0, encoders: Encoders = "stop"
-) -> PeftModel:
+def continue_lora(denoiser: nn.Module, path: Path, encoders: Encoders = "stop") -> PeftModel:
     """The denoiser with a LoRA from a file, to go on training it.
 
     Args:
         denoiser: The base; its own parameters are frozen.
         path: File or folder in the layout of diffusers, kohya or peft.
-        dropout: Of the LoRA's input.
         encoders: What happens to changes of text encoders in the file.
 
     Raises:
         CheckpointError: The file is of another model, or of a kind that is not known here.
     """
-    lora = without_start(_read_for(denoiser, path, encoders), lambda name: _weight(denoiser, name))
+    lora = without_start(_read_for(denoiser, path, encoders), partial(_weight_of, denoiser))
     ranks = {module: len(parts["A"]) for module, parts in lora.parts.items()}
     rank = max(ranks.values(), key=list(ranks.values()).count)
     alphas = {module: lora.scale(module) * ranks[module] for module in ranks}
@@ -382,7 +352,6 @@ def continue_lora(
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]  peft takes any number
-        lora_dropout=dropout,
         target_modules=sorted(ranks),
         rank_pattern={f"^{m}": r for m, r in ranks.items() if r != rank},
         alpha_pattern={f"^{m}": a for m, a in alphas.items() if a != alpha},
@@ -392,11 +361,6 @@ def continue_lora(
     wide_norms(policy)
     _load_factors(policy, lora)
     return policy
-
-
-def _weight(denoiser: nn.Module, name: str) -> Tensor:
-    layer: Any = denoiser.get_submodule(name)
-    return layer.weight.detach()
 
 
 def _load_factors(policy: PeftModel, lora: LoraWeights) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from mmalign.config import DiffusionConfig, TimestepSpec
+from mmalign.config import DiffusionConfig, RunConfig, TimestepSpec
+from mmalign.core import presets
+from mmalign.core.presets import ALIASES, PRESETS
+from mmalign.diffusion.components import Components
 from mmalign.diffusion.families import family_of
 from mmalign.diffusion.pipeline import denoiser_config, pipeline_folder, scheduler_config
-from mmalign.diffusion.process import VPSchedule
+from mmalign.diffusion.process import NoiseProcess, VPSchedule
 from mmalign.errors import ConfigError
-
-if TYPE_CHECKING:
-    from mmalign.config import RunConfig
-    from mmalign.diffusion.components import Components
-    from mmalign.diffusion.process import NoiseProcess
 
 
 def check_method(config: RunConfig) -> list[str]:
@@ -130,132 +129,112 @@ def check_process(config: RunConfig, process: NoiseProcess) -> list[str]:
     return problems
 
 
-def _objective(config: RunConfig) -> list[str]:
-    from mmalign.core.presets import PRESETS
-
-    problems: list[str] = []
+def _objective(config: RunConfig) -> Iterator[str]:
     names, settings = names_of(config), config.diffusion
     in_errors = sorted(
         name for name in names if name in PRESETS and PRESETS[name]().unit == "error"
     )
     if in_errors and settings.logp_scale != 0.5:
-        problems.append(
+        yield (
             f"diffusion.logp_scale is {settings.logp_scale}, but objective {in_errors[0]!r} has "
             "its constants per unit of error, which is logp_scale 0.5. Change beta instead"
         )
     if "ld_alpha" in config.objective.keywords:
-        problems.append(
-            "objective.ld_alpha acts on the tokens of a response; an image has none. Remove it"
-        )
+        yield "objective.ld_alpha acts on the tokens of a response; an image has none. Remove it"
     if "diffusion_npo" in names and not config.data.swap:
-        problems.append(
+        yield (
             "objective 'diffusion_npo' learns from exchanged pairs, but data.swap is false. Set "
             "data.swap: true, or use diffusion_dpo"
         )
-    return problems
 
 
-def _estimator(config: RunConfig) -> list[str]:
-    problems: list[str] = []
+def _estimator(config: RunConfig) -> Iterator[str]:
     names, spec = names_of(config), config.diffusion.estimator
     if "inpo" in names and spec.kind != "ddim_inversion":
-        problems.append(
+        yield (
             f"objective 'inpo' scores at inverted images, but diffusion.estimator.kind is "
             f"{spec.kind}. Set it to ddim_inversion, or use diffusion_dpo"
         )
     if spec.kind == "truncated" or "self_npo" in names:
-        problems += _self_npo(config)
+        yield from _self_npo(config)
     if spec.kind != "forward":
         if config.reference.kind == "cached":
-            problems.append(
+            yield (
                 "reference.kind is cached, which needs noised samples that do not change, but "
                 f"diffusion.estimator.kind is {spec.kind}. Use a live reference, or kind: forward"
             )
         if config.diffusion.noise_offset:
-            problems.append(
+            yield (
                 f"diffusion.noise_offset is {config.diffusion.noise_offset}, but only "
                 f"estimator.kind: forward reads it (found {spec.kind}). Remove it"
             )
     draws = config.diffusion.num_draws
     if config.reference.kind != "cached" and draws != DiffusionConfig().num_draws:
-        problems.append(
+        yield (
             f"diffusion.num_draws is {draws}, but only reference.kind: cached stores draws (found "
             f"{config.reference.kind}). Remove it"
         )
     if spec.network == "reference" and not _has_one_reference(config):
-        problems.append(
+        yield (
             "diffusion.estimator.network is reference, but this run has no single frozen "
             f"reference (reference.kind {config.reference.kind}). Use network: policy"
         )
-    return problems
 
 
-def _pictures(config: RunConfig) -> list[str]:
+def _pictures(config: RunConfig) -> Iterator[str]:
     settings = config.diffusion
     if settings.estimator.generated:
         changed = {"flip": settings.flip, "buckets": settings.buckets}
         changed["crop"] = settings.crop != "center"
-        return [
-            f"diffusion.{name} is for images of the data, but estimator.generated makes others. "
-            "Remove it"
-            for name, is_set in changed.items()
-            if is_set
-        ]
-    if not settings.shared_crop and settings.crop == "center":
-        return ["diffusion.shared_crop is only read with crop: random (found center). Remove it"]
-    return []
+        for name in (name for name, is_set in changed.items() if is_set):
+            yield (
+                f"diffusion.{name} is for images of the data, but estimator.generated makes "
+                "others. Remove it"
+            )
+    elif not settings.shared_crop and settings.crop == "center":
+        yield "diffusion.shared_crop is only read with crop: random (found center). Remove it"
 
 
-def _sampling(config: RunConfig) -> list[str]:
+def _sampling(config: RunConfig) -> Iterator[str]:
     spec = config.diffusion.sampling
     if spec.negative is None:
-        return []
-    problems: list[str] = []
+        return
     if spec.guidance <= 1.0:
-        problems.append(
+        yield (
             f"diffusion.sampling.negative is only read with guidance above 1 (found "
             f"{spec.guidance:g})"
         )
     if not spec.negative.exists():
-        problems.append(
-            f"diffusion.sampling.negative is {spec.negative}: there is no such file or folder"
-        )
-    return problems
+        yield f"diffusion.sampling.negative is {spec.negative}: there is no such file or folder"
 
 
-def _self_npo(config: RunConfig) -> list[str]:
-    problems: list[str] = []
+def _self_npo(config: RunConfig) -> Iterator[str]:
     names, settings = names_of(config), config.diffusion
     kind = settings.estimator.kind
     if names != ["self_npo"]:
-        problems.append(
+        yield (
             f"objective {', '.join(names)} and diffusion.estimator.kind {kind} do not go together: "
             "truncated serves the objective self_npo alone, in no mix"
         )
     elif kind != "truncated":
-        problems.append(
+        yield (
             "objective 'self_npo' learns from its teacher's walks, but diffusion.estimator.kind "
             f"is {kind}. Set it to truncated"
         )
     if kind == "truncated" and settings.timesteps != TimestepSpec():
-        problems.append(
+        yield (
             "diffusion.timesteps chooses noise levels and weights of predictions, but "
             "estimator.kind: truncated draws its own and compares clean images. Remove it"
         )
-    return problems
 
 
 def names_of(config: RunConfig) -> list[str]:
     """Presets of the objective, by their own names."""
-    from mmalign.core.presets import ALIASES
-
     asked = config.objective.mix or [config.objective.name or ""]
     return [ALIASES.get(name, name) for name in asked]
 
 
 def _has_one_reference(config: RunConfig) -> bool:
-    from mmalign.core import presets
-
     if config.reference.kind in ("none", "mixture", "cached"):
         return False
     return presets.from_config(config.objective).needs.reference

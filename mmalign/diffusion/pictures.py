@@ -1,6 +1,4 @@
-"""Images of a row to arrays of one shape, and what is known of their files from an
-earlier look.
-"""
+"""Images of a row to arrays of one shape, and what an earlier look at their files has shown."""
 
 from __future__ import annotations
 
@@ -9,17 +7,22 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from PIL.Image import Image as PilImage
 
+from mmalign.config import DiffusionConfig, RunConfig
 from mmalign.data.cache import TensorCache
-from mmalign.data.example import Picture, as_text
+from mmalign.data.example import Example, Picture, as_text
+from mmalign.data.jobs import first_few
 from mmalign.data.pictures import (
     LARGEST_CUT,
     LARGEST_FACTOR,
@@ -32,29 +35,13 @@ from mmalign.data.pictures import (
 from mmalign.diffusion.pipeline import component, component_fingerprint
 from mmalign.errors import ConfigError, DataError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-
-    from numpy.typing import NDArray
-    from PIL.Image import Image as PilImage
-
-    from mmalign.config import DiffusionConfig, RunConfig
-    from mmalign.data.example import Example
-
-
-# Images of a row to arrays of one shape; what each went through goes to SDXL's time ids.
-
 log = logging.getLogger("mmalign.diffusion")
 
 Size = tuple[int, int]  # height, width, in pixels
+Look = Callable[[Iterable[Picture]], Mapping[Picture, "Size | DataError"]]
 
-if TYPE_CHECKING:
-    Look = Callable[[Iterable[Picture]], Mapping[Picture, Size | DataError]]
 
 _MOST_HELD = 2**25  # pixels of a row's images that are decoded at the same time
-
-NAMED = 8
-"""Rows that a warning names; the others are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +90,7 @@ def row_size(sizes: Sequence[Size], diffusion: DiffusionConfig) -> Size:
 
 
 def prepare(
-    pictures: Sequence[Picture | Image.Image], diffusion: DiffusionConfig, draws_seed: int | None
+    pictures: Sequence[Picture | PilImage], diffusion: DiffusionConfig, draws_seed: int | None
 ) -> list[tuple[NDArray[np.float32], Frame]]:
     """Resize, crop and flip the images of a row; a pure function of its arguments.
 
@@ -126,7 +113,7 @@ def prepare(
     Raises:
         DataError: A file cannot be decoded.
     """
-    held: Sequence[Picture | Image.Image] = pictures
+    held: Sequence[Picture | PilImage] = pictures
     target = (diffusion.resolution, diffusion.resolution)
     if diffusion.buckets:
         sizes, held = _sizes(pictures)
@@ -146,27 +133,22 @@ def prepare(
 
 
 def _sizes(
-    pictures: Sequence[Picture | Image.Image],
-) -> tuple[list[Size], list[Picture | Image.Image]]:
+    pictures: Sequence[Picture | PilImage],
+) -> tuple[list[Size], list[Picture | PilImage]]:
     """The size of each, and each once more, decoded where that takes little memory."""
     sizes: list[Size] = []
-    held: list[Picture | Image.Image] = []
+    held: list[Picture | PilImage] = []
     free = _MOST_HELD
     for picture in pictures:
-        size, kept = _seen(picture, free)
-        sizes.append(size)
-        held.append(kept)
-        free -= 0 if isinstance(kept, Picture) else size[0] * size[1]
+        with _opened(picture) as image:
+            pixels = image.height * image.width
+            sizes.append(_size(image))
+            held.append(image if pixels <= free else picture)
+        free -= 0 if isinstance(held[-1], Picture) else pixels
     return sizes, held
 
 
-def _seen(picture: Picture | Image.Image, free: int) -> tuple[Size, Picture | Image.Image]:
-    with _opened(picture) as image:
-        size = _size(image)
-        return size, image if size[0] * size[1] <= free else picture
-
-
-def _opened(picture: Picture | Image.Image) -> AbstractContextManager[Image.Image]:
+def _opened(picture: Picture | PilImage) -> AbstractContextManager[PilImage]:
     return decoded(picture) if isinstance(picture, Picture) else nullcontext(picture)
 
 
@@ -178,7 +160,7 @@ def is_flipped(diffusion: DiffusionConfig, draws_seed: int | None) -> bool:
 
 
 def _prepare(
-    source: Picture | Image.Image, target: Size, place: tuple[float, ...], flip: bool
+    source: Picture | PilImage, target: Size, place: tuple[float, ...], flip: bool
 ) -> tuple[NDArray[np.float32], Frame]:
     with _opened(source) as picture:
         size = _size(picture)
@@ -198,7 +180,7 @@ def _prepare(
     return np.ascontiguousarray(pixels), Frame(size, (top, left), target)
 
 
-def _size(picture: Image.Image) -> Size:
+def _size(picture: PilImage) -> Size:
     return (picture.height, picture.width)
 
 
@@ -233,28 +215,22 @@ def usable(
     pictures = (picture for row in examples for picture in row_pictures(row))
     found = look(pictures) if look else decode_all(pictures, _size)
     kept: list[Example] = []
-    broken: list[str] = []
-    odd: list[str] = []
-    doubts = _Doubts()
+    rows: dict[str, list[str]] = {what: [] for what in _FOUND}
     for row in examples:
         own = row_pictures(row)
         results = [found[picture] for picture in own]
         errors = [result for result in results if isinstance(result, DataError)]
         sizes = [result for result in results if not isinstance(result, DataError)]
         if errors:
-            broken.append(f"{row.id}: {errors[0]}")
+            rows[_BROKEN].append(f"{row.id}: {errors[0]}")
         elif is_odd(sizes):
-            odd.append(f"{row.id} ({' and '.join(f'{w} x {h}' for h, w in sizes)})")
+            rows[_ODD].append(f"{row.id} ({' and '.join(map(_shown, sizes))})")
         else:
             kept.append(row)
             if sizes:
-                doubts.add(row, own, sizes, row_size(sizes, diffusion))
-    notes = [
-        _sentence(broken, "with an image that cannot be decoded are left out", "; "),
-        _sentence(odd, "with aspect ratios more than 2 to 1 apart are left out", ", "),
-        *doubts.notes(),
-    ]
-    notes = [note for note in notes if note]
+                for what, who in _doubts(row, own, sizes, row_size(sizes, diffusion)):
+                    rows[what].append(who)
+    notes = [_sentence(what, who) for what, who in rows.items() if who]
     if examples and not kept:
         raise DataError(f"none of {len(examples)} rows can be used. {' '.join(notes)}")
     if notes:
@@ -262,46 +238,37 @@ def usable(
     return kept, notes
 
 
-@dataclass(slots=True)
-class _Doubts:
-    """Rows that can be trained on, and perhaps should not be."""
+_BROKEN = "with an image that cannot be decoded are left out"
+_ODD = "with aspect ratios more than 2 to 1 apart are left out"
+_SMALL = "have images smaller than they are trained at"
+_BLURRED = f"are enlarged more than {LARGEST_FACTOR:g} times"
+_CUT = "lose more than half of an image to the crop"
+_SAME = "show one same image twice, so prefer nothing"
+_FOUND = (_BROKEN, _ODD, _SMALL, _BLURRED, _CUT, _SAME)
+"""What rows may be, in the order in which it is told."""
 
-    enlarged: int = 0
-    blurred: list[str] = field(default_factory=list[str])
-    cut: list[str] = field(default_factory=list[str])
-    same: list[str] = field(default_factory=list[str])
 
-    def add(
-        self, row: Example, pictures: Sequence[Picture], sizes: Sequence[Size], target: Size
-    ) -> None:
-        """Take in one row.
+def _doubts(
+    row: Example, pictures: Sequence[Picture], sizes: Sequence[Size], target: Size
+) -> Iterator[tuple[str, str]]:
+    """Why a row that can be trained on perhaps should not be, and what to call it."""
+    factor, size = max((_enlarged(size, target), size) for size in sizes)
+    if factor > 1:
+        yield _SMALL, row.id
+    if factor > LARGEST_FACTOR:
+        yield _BLURRED, f"{row.id} ({_shown(size)} to {_shown(target)})"
+    share, size = max((_cut_off(size, target), size) for size in sizes)
+    if share > LARGEST_CUT:
+        yield _CUT, f"{row.id} ({_shown(size)} to {_shown(target)})"
+    own_captions = any(candidate.prompt is not None for candidate in row.candidates)
+    if not own_captions and any(map(same_bytes, pictures, pictures[1:])):
+        yield _SAME, row.id
 
-        Args:
-            row: Its candidates may have captions of their own, and so be told apart.
-            pictures: Of its candidates.
-            sizes: Of the images.
-            target: That they are brought to.
-        """
-        factor, size = max((_enlarged(size, target), size) for size in sizes)
-        self.enlarged += factor > 1
-        if factor > LARGEST_FACTOR:
-            self.blurred.append(f"{row.id} ({_shown(size)} to {_shown(target)})")
-        share, size = max((_cut_off(size, target), size) for size in sizes)
-        if share > LARGEST_CUT:
-            self.cut.append(f"{row.id} ({_shown(size)} to {_shown(target)})")
-        own_captions = any(candidate.prompt is not None for candidate in row.candidates)
-        if not own_captions and any(map(same_bytes, pictures, pictures[1:])):
-            self.same.append(row.id)
 
-    def notes(self) -> list[str]:
-        """A sentence for each doubt; "" where there is none."""
-        enlarged = f"{self.enlarged} rows have images smaller than they are trained at: enlarged."
-        return [
-            enlarged if self.enlarged else "",
-            _sentence(self.blurred, f"are enlarged more than {LARGEST_FACTOR:g} times", ", "),
-            _sentence(self.cut, "lose more than half of an image to the crop", ", "),
-            _sentence(self.same, "show one same image twice, so prefer nothing", ", "),
-        ]
+def _sentence(what: str, who: Sequence[str]) -> str:
+    between = "; " if what == _BROKEN else ", "
+    named = "enlarged" if what == _SMALL else between.join(first_few(who))
+    return f"{len(who)} rows {what}: {named}."
 
 
 def _enlarged(size: Size, target: Size) -> float:
@@ -317,13 +284,6 @@ def _cut_off(size: Size, target: Size) -> float:
 
 def _shown(size: Size) -> str:
     return f"{size[1]} x {size[0]}"
-
-
-def _sentence(rows: Sequence[str], what: str, between: str) -> str:
-    if not rows:
-        return ""
-    more = f"{between}and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
-    return f"{len(rows)} rows {what}: {between.join(rows[:NAMED])}{more}."
 
 
 def row_pictures(row: Example) -> list[Picture]:
@@ -359,8 +319,6 @@ def describe_row(row: Example, diffusion: DiffusionConfig) -> str:
     return "\n".join(lines)
 
 
-# What is known of images and model files from an earlier look, so that none is read twice.
-
 FLUSH_SECONDS = 30.0
 """Longest that finished work waits in memory: what an interruption may lose."""
 
@@ -379,13 +337,13 @@ def open_store(folder: Path, settings: Mapping[str, str]) -> TensorCache:
 
 
 class FileStat:
-    """What identifies a image: its file with size and time of change, and its cell.
+    """What identifies an image: its file with size and time of change, and its cell.
 
     A file is looked at once in the life of the object.
     """
 
     def __init__(self) -> None:
-        self._files: dict[Path, list[Any]] = {}
+        self._files: dict[Path, tuple[str, int, int]] = {}
 
     def __call__(self, picture: Picture) -> list[Any]:
         """Path, size in bytes, time of change, row and column.
@@ -393,18 +351,14 @@ class FileStat:
         Raises:
             DataError: There is no such file.
         """
-        file = self._files.get(picture.path)
-        if file is None:
+        path = picture.path
+        if path not in self._files:
             try:
-                info = picture.path.stat()
+                info = path.stat()
             except OSError as error:
                 raise DataError(f"{picture}: cannot be read: {error}") from error
-            file = self._files[picture.path] = [
-                str(picture.path),
-                info.st_size,
-                info.st_mtime_ns,
-            ]
-        return [*file, picture.row, picture.column]
+            self._files[path] = (str(path), info.st_size, info.st_mtime_ns)
+        return [*self._files[path], picture.row, picture.column]
 
 
 class ImageSizeCache:
@@ -475,7 +429,7 @@ def look(
             found[picture] = size
     unknown.sort(key=lambda p: (p.path, p.row, p.column))
     for start in range(0, len(unknown), _PART):
-        decoded = decode_all(unknown[start : start + _PART], _size_of)
+        decoded = decode_all(unknown[start : start + _PART], _size)
         found |= decoded
         if notes is not None:
             for picture, size in decoded.items():
@@ -483,10 +437,6 @@ def look(
         if seen is not None:
             seen(len(decoded))
     return found
-
-
-def _size_of(image: PilImage) -> Size:
-    return (image.height, image.width)
 
 
 def fingerprint_of(config: RunConfig, name: str) -> str:
@@ -516,33 +466,12 @@ def fingerprint_of(config: RunConfig, name: str) -> str:
 _FINGERPRINTS: dict[str, str] = {}  # by the state of the files: true for as long as they stay
 
 
-def require(store: TensorCache, what: str, lacking: int, total: int, of: str = "rows") -> None:
-    """Refuse a cache that lacks something.
-
-    Raises:
-        ConfigError: With the command that writes it.
-    """
-    if lacking:
-        raise ConfigError(
-            f"{store.folder} lacks {what} of {lacking} of {total} {of} under this model and these "
-            "settings. Write them with `mmalign cache CONFIG`, or train without (diffusion.cache: "
-            "off, reference.kind: auto)"
-        )
-
-
-def lost(store: TensorCache, what: str) -> ConfigError:
-    """The error for an entry that is not there during training."""
-    if store.bad_shards:
-        return ConfigError(
-            f"{store.bad_shards[-1]} is damaged and held {what}. Remove this file, and write what "
-            "it held again with `mmalign cache CONFIG`"
-        )
-    return ConfigError(
-        f"{store.folder}: {what} are missing. Write them with `mmalign cache CONFIG`"
-    )
-
-
 def caption_of(example: Example, candidate: int) -> str:
     """The caption of a candidate: its own, or the row's."""
     own = example.candidates[candidate].prompt
     return as_text(example.prompt if own is None else own)
+
+
+def captions_of(example: Example) -> list[str]:
+    """The captions of a row's candidates."""
+    return [caption_of(example, k) for k in range(len(example.candidates))]

@@ -1,4 +1,8 @@
-"""Pipelines of diffusers as files: where their parts lie, and the weights of those."""
+"""Pipelines of diffusers as files: where their parts lie, and the weights of those.
+
+A pipeline is read by its component folders, so that the VAE and the text encoders are neither
+loaded nor fetched before they are needed. Weights are read from safetensors only, and no code.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,6 @@ from torch import nn
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models.cpu import use_onednn, use_products
 from mmalign.models.files import denoiser_folder, files_hash, fingerprint
-
-# Weights of one part of a pipeline: safetensors only, complete, and never any code.
 
 STEMS = ("diffusion_pytorch_model", "model")
 
@@ -50,15 +52,10 @@ def load_part(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
         )
     use_onednn(model)
     use_products(model)
-    return without_dropout(model).eval()
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    """The model with every dropout set to 0: with it, no two errors can be compared."""
-    for module in model.modules():
+    for module in model.modules():  # with dropout, no two errors can be compared
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return model
+    return model.eval()
 
 
 def variant_of(folder: Path) -> str | None:
@@ -78,11 +75,6 @@ def variant_of(folder: Path) -> str | None:
         return None
     return names[0].split(".")[1].split("-")[0] if names[0].count(".") > 1 else None
 
-
-# Pipelines of diffusers as files, and where their parts lie.
-#
-# A pipeline is read by its component folders, so that the VAE and the text encoders are neither
-# loaded nor fetched before they are needed. Weights are read from safetensors only, and no code.
 
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 SETTINGS = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model")  # of tokenizers too

@@ -16,13 +16,11 @@ from mmalign.config import TimestepSpec
 from mmalign.core.numerics import full_precision
 from mmalign.errors import ConfigError
 
-# Noise tables from a scheduler's settings, in float32 as the models were trained with them.
-
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 def betas(scheduler_config: Mapping[str, Any]) -> Tensor:  # [T] float32
-    """The variances added at each step, as diffusers computes them.
+    """The variances added at each step, as diffusers computes them, in float32 as in training.
 
     Args:
         scheduler_config: Contents of `scheduler_config.json`; what is missing has the value that
@@ -57,20 +55,15 @@ def zero_terminal(table: Tensor) -> Tensor:  # [T] -> [T]
     return ((root - last) * first / (first - last)) ** 2
 
 
-# Noise processes: how a clean image becomes a noisy one, and what the network is to predict.
-#
-# A noisy image is x_t = alpha_t x0 + sigma_t noise. In the variance-preserving process alpha_t^2
-# is an entry of a table and t its index; in the rectified flow alpha = 1 - sigma and t is sigma
-# itself. Numbers are computed in float32, in float64 where an image is float64, never in half
-# precision.
-
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 Weighting = Literal["constant", "epsilon", "sample", "min_snr"]
 Size = tuple[int, int]  # height and width of latents
 
 
 class NoiseProcess(ABC):
-    """A forward process, and one kind of prediction.
+    """A forward process, x_t = alpha_t x0 + sigma_t noise, and one kind of prediction.
+
+    Numbers are computed in float32, in float64 where an image is float64, never in half precision.
 
     Attributes:
         prediction: What the network returns: "epsilon" the noise, "sample" the clean image,
@@ -357,7 +350,17 @@ def process_from(
         or bool(scheduler_config.get("use_flow_sigmas"))
     )
     if is_flow:
-        return _flow(scheduler_config, prediction, zero_terminal_snr, shift_at)
+        if prediction not in ("auto", "flow"):
+            raise ConfigError(
+                f"diffusion.prediction is {prediction!r}, but the model's scheduler is one of flow "
+                "matching; use auto or flow"
+            )
+        if zero_terminal_snr:
+            raise ConfigError(
+                "diffusion.zero_terminal_snr is true, but a flow always ends in pure noise; remove "
+                "it"
+            )
+        return _flow(scheduler_config, shift_at)
     if said not in (None, "epsilon", "v_prediction", "sample"):
         raise ConfigError(
             f"the model's scheduler {name or 'without a name'} has prediction_type {said!r}; known "
@@ -383,11 +386,7 @@ _SHIFTED = "CogVideoX"  # its schedulers divide the ratio of signal to noise, by
 
 
 def _refuse_others(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse levels that the table of betas, or the flow's shift, does not say.
-
-    Raises:
-        ConfigError: Names the class or the setting.
-    """
+    """Refuse levels that the table of betas, or the flow's shift, does not say."""
     who = f"the model's scheduler {name or 'without a name'}"
     known = "known are noise tables (DDPM, DDIM, Euler, ...) and flow matching with a fixed shift"
     if any(part in name for part in _OTHER_LEVELS) or config.get("sigma_data") is not None:
@@ -411,21 +410,7 @@ def _refuse_others(name: str, config: Mapping[str, Any]) -> None:
             )
 
 
-def _flow(
-    config: Mapping[str, Any],
-    prediction: str,
-    zero_terminal_snr: bool,
-    shift_at: Callable[[Size], float] | None,
-) -> RectifiedFlow:
-    if prediction not in ("auto", "flow"):
-        raise ConfigError(
-            f"diffusion.prediction is {prediction!r}, but the model's scheduler is one of flow "
-            "matching; use auto or flow"
-        )
-    if zero_terminal_snr:
-        raise ConfigError(
-            "diffusion.zero_terminal_snr is true, but a flow always ends in pure noise; remove it"
-        )
+def _flow(config: Mapping[str, Any], shift_at: Callable[[Size], float] | None) -> RectifiedFlow:
     num = int(config.get("num_train_timesteps", 1000))
     if not config.get("use_dynamic_shifting"):
         return RectifiedFlow(num, float(config.get("flow_shift", config.get("shift", 1.0))))
@@ -437,15 +422,10 @@ def _flow(
     return RectifiedFlow(num, shift_at=shift_at)
 
 
-# Steps between noise levels: the sampler's, forwards and backwards, and added noise.
-#
-# Levels are timesteps of the noise process, one an image; alpha and sigma are those of a level.
-
-
 def ddim_step(
     x: Tensor, eps: Tensor, source: Tensor, goal: Tensor, process: NoiseProcess
 ) -> Tensor:  # [N, ...]
-    """One deterministic step of the sampler, in either direction.
+    """One deterministic step of the sampler, in either direction, each image at its own level.
 
     x_b = alpha_b x0 + sigma_b eps with x0 = (x_a - sigma_a eps) / alpha_a; in a flow the same as
     x_a + (sigma_b - sigma_a) (eps - x0).
@@ -495,8 +475,6 @@ def _added_variance(source: Tensor, goal: Tensor, like: Tensor, process: NoisePr
     alpha_goal, sigma_goal = process.level(goal, like)
     return (sigma_goal**2 - (alpha_goal * sigma / alpha) ** 2).clamp(min=0.0)
 
-
-# Which timesteps rows are scored at.
 
 REFINER_SHARE = 0.2
 """SDXL's refiner was trained on the 200 cleanest of 1000 levels."""

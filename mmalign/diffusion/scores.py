@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mmalign.config import DiffusionConfig
+from mmalign.core import CandidateLogps, Needs
 from mmalign.core.numerics import full_precision
-from mmalign.diffusion.estimators import Networks, Point, RowRNG, build_estimator
+from mmalign.diffusion.estimators import Networks, Point, Predict, RowRNG, build_estimator
+from mmalign.diffusion.families import Condition, Family
+from mmalign.diffusion.inputs import ImageInputs, Inputs, Part
 from mmalign.diffusion.process import NoiseProcess
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractContextManager
-
-    from torch import nn
-
-    from mmalign.config import DiffusionConfig
-    from mmalign.core import Needs
-    from mmalign.diffusion.estimators import Predict
-    from mmalign.diffusion.families import Condition, Family
-    from mmalign.diffusion.inputs import ImageInputs, Inputs, Part
-    from mmalign.models.batch import Batch
-    from mmalign.models.reference import Ema, Reference
-
-
-# The denoising error of a prediction: a candidate's score is minus a multiple of it.
+from mmalign.models.batch import Batch
+from mmalign.models.reference import Ema, Reference
 
 Distance = Literal["mse", "pseudo_huber"]
 
@@ -70,18 +61,6 @@ def denoising_error(
     return error if weight is None else error * weight.to(error)
 
 
-# Images to log-probabilities: the noised samples, and the networks' errors there.
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """Log-probabilities of N images at one timestep each."""
-
-    policy: Tensor  # [N]
-    reference: Tensor | None = None  # [N]
-    kl: Tensor | None = None  # [N]
-
-
 class Scoring:
     """Scores images under policy and reference at the same point: -logp_scale * error.
 
@@ -116,8 +95,8 @@ class Scoring:
         flat: Tensor,
         condition: Condition,
         needs: Needs,
-    ) -> Scores:
-        """Scores of the images of one shape.
+    ) -> dict[str, Tensor]:
+        """`policy` and, where needed, `reference` and `kl` of the images of one shape, each [N].
 
         Nothing here waits for the device but an inversion, once, for its timesteps.
 
@@ -129,10 +108,9 @@ class Scoring:
             condition: [N] conditioning of the networks.
             needs: What to compute.
         """
-        settings = self.settings
-        num = batch.labels.shape[1]
-        own_rng = RowRNG(batch.inputs.picture_seeds.flatten()[flat])
+        settings, num = self.settings, batch.labels.shape[1]
         rng = RowRNG(batch.inputs.seeds.flatten()[flat])
+        own_rng = RowRNG(batch.inputs.picture_seeds.flatten()[flat])
         x0 = self.inputs.latents(part.images, own_rng)
         rows = part.rows.to(x0.device, non_blocking=True)
         t = batch.inputs.timesteps[rows].repeat_interleave(num)
@@ -140,34 +118,36 @@ class Scoring:
         networks = self._networks(policy, x0.device, condition)
         point = self.estimator(x0, t, rng, process, networks)
 
-        spec = settings.timesteps
-        weight = None
+        spec, weight = settings.timesteps, None
         if spec.weighting != "constant":
             weight = self.process.error_weight(point.t, spec.weighting, spec.gamma)
-        options: dict[str, Any] = {"reduction": settings.reduction, "weight": weight}
-        compare = dict(options)
+        distance: dict[str, Any] = {}
         if self.teacher is not None:
             estimator = settings.estimator
-            compare |= {"distance": estimator.distance, "huber_c": estimator.huber_c}
+            distance = {"distance": estimator.distance, "huber_c": estimator.huber_c}
+
+        def predict(model: nn.Module) -> Tensor:
+            return self._raw(model, point.x_t, point.t, condition)
 
         def score(prediction: Tensor, at: Point, **how: Any) -> Tensor:
-            error = denoising_error(prediction, at, self.process, **how)
-            return -settings.logp_scale * error
+            how |= {"reduction": settings.reduction, "weight": weight}
+            return -settings.logp_scale * denoising_error(prediction, at, self.process, **how)
 
-        reference = kl = ref_prediction = None
-        live = needs.kl or (needs.reference and batch.inputs.ref_errors is None)
-        if live:  # before the policy, whose activations are kept
+        found: dict[str, Tensor] = {}
+        ref_prediction = None
+        if needs.kl or (needs.reference and batch.inputs.ref_errors is None):
+            # Before the policy, whose activations are kept.
             for share, member in self.reference.members():
                 with member.active() as model:
-                    ref_prediction = self._predict(model, point, condition)
-                part_of = share * score(ref_prediction, point, **compare)
-                reference = part_of if reference is None else reference + part_of
-        prediction = self._predict(policy, point, condition)
-        own_score = score(prediction, point, **compare)
+                    ref_prediction = predict(model)
+                own = share * score(ref_prediction, point, **distance)
+                found["reference"] = found["reference"] + own if "reference" in found else own
+        prediction = predict(policy)
+        found["policy"] = score(prediction, point, **distance)
         if needs.kl and ref_prediction is not None:
             gap = replace(point, target=ref_prediction, in_x0=False)
-            kl = -score(prediction, gap, **options)
-        return Scores(own_score, reference, kl)
+            found["kl"] = -score(prediction, gap)
+        return found
 
     def _networks(self, policy: nn.Module, device: torch.device, condition: Condition) -> Networks:
         """What the estimator may call."""
@@ -191,9 +171,84 @@ class Scoring:
         teacher = (seen_by(self.teacher.active, given) for given in (condition, empty))
         return Networks(own, reference, *teacher)
 
-    def _predict(self, model: nn.Module, point: Point, condition: Condition) -> Tensor:
-        return self._raw(model, point.x_t, point.t, condition)
+    def _raw(self, model: nn.Module, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
+        return self.family.predict(model, x, self.process.timestep_input(t), cond)
 
-    def _raw(self, model: nn.Module, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        times = self.process.timestep_input(t)
-        return self.family.predict(model, x, times, condition)
+
+NUM_BUCKETS = 4
+
+
+@torch.no_grad()
+def batch_metrics(logps: CandidateLogps, logp_scale: float, needs: Needs) -> dict[str, Tensor]:
+    """Mean errors of the preferred and the rejected images.
+
+    errors/chosen_diff is the policy's error minus the reference's on the preferred images: above
+    0 the policy explains them worse than before, which implicit accuracy does not show.
+
+    Args:
+        logps: Scores -logp_scale * e, [B, K, 1].
+        logp_scale: Log-probability a unit of error.
+        needs: Of the objective: which candidates are not rated, and whether rows are.
+    """
+    num_rated = logps.labels.shape[1] - len(needs.roles)
+    labels = logps.labels[:, :num_rated]
+    at = torch.arange(len(labels), device=labels.device)
+    best, worst = labels.argmax(1), num_rated - 1 - labels.flip(1).argmin(1)
+    good = (labels[:, 0] > 0.5).to(logps.policy.dtype)
+
+    def means(scores: Tensor) -> dict[str, Tensor]:
+        errors = -scores[:, :num_rated, 0] / logp_scale  # [B, K rated]
+        if num_rated > 1:
+            return {"chosen": errors[at, best].mean(), "rejected": errors[at, worst].mean()}
+        if needs.rows != "unpaired":
+            return {"chosen": errors.mean()}
+        # The mean of none is nan, which does not count; choosing rows would wait for a GPU.
+        shares = {"chosen": good / good.sum(), "rejected": (1 - good) / (1 - good).sum()}
+        return {side: (share * errors[:, 0]).sum() for side, share in shares.items()}
+
+    policy = means(logps.policy)
+    reference = {} if logps.reference is None else means(logps.reference)
+    found: dict[str, Tensor] = {}
+    for side, error in policy.items():
+        found[f"errors/policy_{side}"] = error
+        if side in reference:
+            found[f"errors/ref_{side}"] = reference[side]
+            found[f"errors/{side}_diff"] = error - reference[side]
+    return found
+
+
+def by_timestep(rows: Sequence[Mapping[str, Any]], logp_scale: float) -> dict[str, float]:
+    """Held-out implicit accuracy and error differences, over all rows and by noise level.
+
+    Args:
+        rows: With `labels`, `logps`, `noise_level`, and `ref_logps` where there is a reference.
+        logp_scale: Log-probability a unit of error.
+
+    Returns:
+        errors/policy_chosen, errors/chosen_diff, errors/rejected_diff over all rows; the last two
+        and reward_accuracy also as NAME/tLOW-HIGH, where LOW and HIGH are per mille of the
+        schedule.
+    """
+    columns: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        labels, logps = row["labels"], row["logps"]
+        best, worst = labels.index(max(labels)), len(labels) - 1 - labels[::-1].index(min(labels))
+        side = "chosen" if labels[best] > 0.5 or len(labels) > 1 else "rejected"
+        columns[f"errors/policy_{side}"].append(-logps[best] / logp_scale)
+        if "ref_logps" not in row:
+            continue
+        ratios = [p - r for p, r in zip(logps, row["ref_logps"], strict=True)]
+        values = {f"errors/{side}_diff": -ratios[best] / logp_scale}
+        if len(labels) > 1:
+            values["errors/rejected_diff"] = -ratios[worst] / logp_scale
+            values["reward_accuracy"] = (
+                0.5 if ratios[best] == ratios[worst] else float(ratios[best] > ratios[worst])
+            )
+        bucket = min(int(row["noise_level"] * NUM_BUCKETS), NUM_BUCKETS - 1)
+        width = 1000 // NUM_BUCKETS
+        name = f"t{bucket * width:03d}-{(bucket + 1) * width - 1:03d}"
+        for key, value in values.items():
+            if key != "reward_accuracy":
+                columns[key].append(value)
+            columns[f"{key}/{name}"].append(value)
+    return {key: sum(found) / len(found) for key, found in sorted(columns.items())}

@@ -1,24 +1,32 @@
-"""What commands do with image models beside training.
+"""What commands do with image models beside training: `mmalign cache`, and rows for a terminal.
 
-`mmalign cache`, and how long it will take.
+Only what is missing is computed. What is finished is on disk within half a minute, in shards that
+are renamed into place when complete, so the work may be stopped at any moment, also by SIGKILL,
+and goes on from there. An entry's values do not depend on which others are computed with it:
+batches never mix rows in a way that changes with what is missing, so a cache written in pieces
+equals one written at once.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from mmalign.data.example import as_text
+from mmalign.config import ReferenceConfig, RunConfig, SampleConfig
+from mmalign.core import Needs
+from mmalign.data.example import Example, as_text
 from mmalign.data.jobs import only_writer
+from mmalign.data.sources import load_examples
 from mmalign.diffusion import components, methods, pictures
 from mmalign.diffusion.adapter import DiffusionAdapter, filter_examples
 from mmalign.diffusion.cache import (
@@ -30,49 +38,22 @@ from mmalign.diffusion.cache import (
     has_latents,
 )
 from mmalign.diffusion.cache_plan import (
+    Plan,
     Processes,
     ahead,
     captions_to_store,
     duration,
     pictures_of,
-    plan_rows,
+    plan,
     progress,
 )
-from mmalign.diffusion.cache_plan import plan as plan_needed
 from mmalign.diffusion.conditioning import PromptEncoder
 from mmalign.diffusion.inputs import TIMESTEP_BIN
-from mmalign.diffusion.pictures import (
-    Frame,
-    ImageSizeCache,
-    cache_folder,
-    look,
-    prepare,
-    row_pictures,
-)
-from mmalign.diffusion.samples import by_timestep, write_samples
+from mmalign.diffusion.sample import write_samples
+from mmalign.diffusion.scores import by_timestep
 from mmalign.models.adapter import LogpUnit, Surveyed, Tools, load_usable
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
-
-    from mmalign.config import RunConfig, SampleConfig
-    from mmalign.core import Needs
-    from mmalign.data.example import Example
-    from mmalign.diffusion.cache_plan import Plan
-
-# `mmalign cache` for diffusion: images, captions and reference errors, each computed once.
-#
-# Only what is missing is computed. What is finished is on disk within half a minute, in shards that
-# are renamed into place when complete, so the work may be stopped at any moment, also by SIGKILL,
-# and goes on from there. An entry's values do not depend on which others are computed with it:
-# batches never mix rows in a way that changes with what is missing, so a cache written in pieces
-# equals one written at once.
-
-if TYPE_CHECKING:
-    Pixels = np.ndarray[Any, np.dtype[np.float32]]
-
-log = logging.getLogger("mmalign.diffusion")
+Pixels = np.ndarray[Any, np.dtype[np.float32]]
 
 CAPTIONS_AT_ONCE = 32
 DEPTH = 16  # rows whose images are decoded before the VAE asks for them
@@ -87,41 +68,35 @@ def store(config: RunConfig, needs: Needs) -> str:
     """
     check_cacheable(config, needs)
     place = Processes.launched()
-    folder = cache_folder(config)
+    folder = pictures.cache_folder(config)
     with only_writer(folder, "cache", wait=True) if place.is_main else nullcontext():
         place.wait()  # until the main process has the lock for all of them
-        return _write(config, needs, place)
-
-
-def _write(config: RunConfig, needs: Needs, place: Processes) -> str:
-
-    if place.is_main:
-        sweep(cache_folder(config))
-    if config.diffusion.cache != "off":
-        _look(config, needs, place)
-    place.wait()
-    rows = [row for part in load_usable(config, needs) for row in part]
-    plan = plan_rows(config, needs, rows)
-    if place.is_main:
-        print(plan.text(), file=sys.stderr, flush=True)
-    plan.check_room()
-    place.wait()  # all planned before anyone writes
-    done: dict[str, int] = {}
-    for part in plan.parts:
-        done[part.name] = STAGES[part.name](config, needs, rows, place)
+        if place.is_main:
+            sweep(folder)
+        if config.diffusion.cache != "off":
+            _look(config, needs, place)
         place.wait()
-    everyone = place.gather(done)
+        rows = [row for part in load_usable(config, needs) for row in part]
+        planned = plan(config, needs, rows)
+        if place.is_main:
+            print(planned.text(), file=sys.stderr, flush=True)
+        planned.check_room()
+        place.wait()  # all planned before anyone writes
+        done: dict[str, int] = {}
+        for part in planned.parts:
+            done[part.name] = STAGES[part.name](config, needs, rows, place)
+            place.wait()
+        everyone = place.gather(done)
     written = [
         f"{part.name}: {sum(one[part.name] for one in everyone)} written, "
         f"{part.total - part.missing} were there"
-        for part in plan.parts
+        for part in planned.parts
     ]
-    train = (
-        ["diffusion.cache=on"] if config.diffusion.cache != "off" and has_latents(config) else []
-    )
+    latents = config.diffusion.cache != "off" and has_latents(config)
+    train = ["diffusion.cache=on"] if latents else []
     train += ["reference.kind=cached"] if caches_errors(config, needs) else []
     advice = f" Train with {' '.join(train)}" if train else ""
-    return f"{cache_folder(config)}: {'; '.join(written)}.{advice}"
+    return f"{folder}: {'; '.join(written)}.{advice}"
 
 
 def sweep(folder: Path) -> None:
@@ -136,17 +111,15 @@ def sweep(folder: Path) -> None:
 
 def _look(config: RunConfig, needs: Needs, place: Processes) -> None:
     """Decode the images that no earlier run has decoded, and note their sizes or faults."""
-    from mmalign.data.sources import load_examples
-
     loaded = load_examples(config.data, needs, seed=config.train.seed)
-    notes = ImageSizeCache(config)
+    notes = pictures.ImageSizeCache(config)
     todo = [
         picture
         for picture in pictures_of([row for part in loaded for row in part])
         if notes.get(picture) is None and place.is_mine(notes.key(picture))
     ]
     with progress("images looked at", len(todo), shown=place.is_main) as seen, notes.store:
-        look(config, todo, notes=notes, seen=seen)
+        pictures.look(config, todo, notes=notes, seen=seen)
 
 
 def _write_latents(
@@ -158,22 +131,19 @@ def _write_latents(
     total = sum(len(items) for _, items in work)
     if not total:
         return 0
-    model = config.model
-    vae = components.load_vae(model.path, config.diffusion, revision=model.revision).to(
-        place.device
-    )
-    waiting: dict[tuple[int, ...], list[tuple[str, Pixels, Frame]]] = defaultdict(list)
+    vae = _vae(config, place)
+    waiting: dict[tuple[int, ...], list[tuple[str, Pixels, pictures.Frame]]] = defaultdict(list)
 
-    def load(task: tuple[Example, list[_Item]]) -> list[tuple[str, Pixels, Frame]]:
+    def load(task: tuple[Example, list[_Item]]) -> list[tuple[str, Pixels, pictures.Frame]]:
         example, items = task
-        done = prepare(row_pictures(example), config.diffusion, None)
-        found: list[tuple[str, Pixels, Frame]] = []
+        done = pictures.prepare(pictures.row_pictures(example), config.diffusion, None)
+        found: list[tuple[str, Pixels, pictures.Frame]] = []
         for k, flip, key in items:
             pixels, frame = done[k]
             found.append((key, np.ascontiguousarray(pixels[..., ::-1] if flip else pixels), frame))
         return found
 
-    def encode(items: list[tuple[str, Pixels, Frame]], size: int) -> None:
+    def encode(items: list[tuple[str, Pixels, pictures.Frame]], size: int) -> None:
         arrays = [pixels for _, pixels, _ in items]
         arrays += arrays[-1:] * (size - len(arrays))  # always as many: see the module's docstring
         mean, std = vae.encode(torch.from_numpy(np.stack(arrays)).to(place.device))
@@ -210,16 +180,11 @@ def _pictures_to_encode(
     taken: set[str] = set()
     work: list[tuple[Example, list[_Item]]] = []
     for row in rows:
-        shape = cache.shape(row)
-        if shape is None:
-            continue
         items: list[_Item] = []
-        for k, picture in enumerate(row_pictures(row)):
-            for flip in cache.flips:
-                key = cache.key(picture, shape, flip)
-                if key not in taken:
-                    taken.add(key)
-                    items.append((k, flip, key))
+        for item in cache.entries(row):
+            if item[2] not in taken:
+                taken.add(item[2])
+                items.append(item)
         if not items or not place.is_mine(items[0][2]):
             continue
         missing = set(cache.store.missing(key for _, _, key in items))
@@ -245,10 +210,7 @@ def _write_prompts(
     todo = [caption for caption in cache.missing(captions) if place.is_mine(cache.key(caption))]
     if not todo:
         return 0
-    model = config.model
-    dtype = getattr(torch, model.dtype)
-    encoder = PromptEncoder.load(model.path, None, dtype, place.device, revision=model.revision)
-    size = 1 if place.device.type == "cpu" else CAPTIONS_AT_ONCE
+    encoder, size = _encoder(config, place)
     with progress("prompts", len(todo), shown=place.is_main) as seen, cache.store:
         for start in range(0, len(todo), size):
             part = todo[start : start + size]
@@ -265,14 +227,11 @@ def _write_errors(
 
     The reference is the policy as it starts, so one network and one pass are enough.
     """
-    from mmalign.core import Needs
-
     errors = ErrorCache(config)
     todo = [row for row in errors.missing(rows) if place.is_mine(errors.key(row))]
     if not todo:
         return 0
-    policy = DiffusionAdapter.with_stored_draws(config, Needs()).to(place.device).eval()
-    policy.setup(todo)
+    policy = _policy(config, place, todo)
     size = config.train.eval_batch_size or config.train.batch_size
     half = config.train.mixed_precision == "bf16"
     autocast = torch.autocast(place.device.type, torch.bfloat16, enabled=half)
@@ -299,23 +258,43 @@ STAGES = {
 """A plan's parts and what writes them, in this order: errors are those of stored latents."""
 
 
-# How long `mmalign cache` will take: an entry of each kind is computed and timed, not stored.
+def _vae(config: RunConfig, place: Processes) -> components.Vae | components.PixelSpace:
+    model = config.model
+    vae = components.load_vae(model.path, config.diffusion, revision=model.revision)
+    return vae.to(place.device)
 
 
-def forecast(plan: Plan, config: RunConfig, needs: Needs) -> str:
+def _encoder(config: RunConfig, place: Processes) -> tuple[PromptEncoder, int]:
+    """The text encoders, and how many captions they are given at once."""
+    model = config.model
+    dtype = getattr(torch, model.dtype)
+    encoder = PromptEncoder.load(model.path, dtype, place.device, revision=model.revision)
+    return encoder, 1 if place.device.type == "cpu" else CAPTIONS_AT_ONCE
+
+
+def _policy(config: RunConfig, place: Processes, rows: Sequence[Example]) -> DiffusionAdapter:
+    """The policy as it starts, with a live reference, at the stored draws of these rows."""
+    live = config.model_copy(update={"reference": ReferenceConfig()})
+    loaded = components.load_components(config.model, config.diffusion)
+    policy = DiffusionAdapter(live, Needs(), loaded, stored_draws=True).to(place.device).eval()
+    policy.setup(rows)
+    return policy
+
+
+def forecast(planned: Plan, config: RunConfig, needs: Needs) -> str:
     """A sentence on the time that writing what is missing takes on this machine.
 
-    Loads each part's model in turn, as writing does. Reading images is not in it: threads do that
-    while the VAE works.
+    An entry of each kind is computed and timed, not stored. Each part's model is loaded in turn,
+    as in writing. Reading images is not in it: threads do that while the VAE works.
 
     Args:
-        plan: What is missing.
+        planned: What is missing.
         config: The run.
         needs: Of its objective.
     """
     parts: list[str] = []
     total = 0.0
-    for part in plan.parts:
+    for part in planned.parts:
         if not part.missing:
             continue
         seconds = part.missing * _TIMERS[part.name](config, needs)
@@ -326,34 +305,25 @@ def forecast(plan: Plan, config: RunConfig, needs: Needs) -> str:
     return f"about {duration(total)} on this device ({', '.join(parts)}), by timing one entry each"
 
 
-def _latents(config: RunConfig, needs: Needs) -> float:
-    place, model, side = Processes.launched(), config.model, config.diffusion.resolution
-    vae = components.load_vae(model.path, config.diffusion, revision=model.revision).to(
-        place.device
-    )
-    size = pictures_at_once((3, side, side), place)
+def _time_latents(config: RunConfig, needs: Needs) -> float:
+    place, side = Processes.launched(), config.diffusion.resolution
+    vae, size = _vae(config, place), pictures_at_once((3, side, side), place)
     pixels = torch.zeros(size, 3, side, side, device=place.device)
     return _seconds(lambda: vae.encode(pixels)) / size
 
 
-def _prompts(config: RunConfig, needs: Needs) -> float:
-    place, model = Processes.launched(), config.model
-    dtype = getattr(torch, model.dtype)
-    encoder = PromptEncoder.load(model.path, None, dtype, place.device, revision=model.revision)
-    size = 1 if place.device.type == "cpu" else CAPTIONS_AT_ONCE
+def _time_prompts(config: RunConfig, needs: Needs) -> float:
+    encoder, size = _encoder(config, Processes.launched())
     return _seconds(lambda: encoder.encode(["an image"] * size)) / size
 
 
-def _errors(config: RunConfig, needs: Needs) -> float:
-    from mmalign.core import Needs
-
+def _time_errors(config: RunConfig, needs: Needs) -> float:
     rows = load_usable(config, needs)[0][:1]
     if config.diffusion.cache == "on":  # latents and prompts are not written yet either
         settings = config.diffusion.model_copy(update={"cache": "auto"})
         config = config.model_copy(update={"diffusion": settings})
     place, draws = Processes.launched(), config.diffusion.num_draws
-    policy = DiffusionAdapter.with_stored_draws(config, Needs()).to(place.device).eval()
-    policy.setup(rows)
+    policy = _policy(config, place, rows)
     size = min(draws, config.train.eval_batch_size or config.train.batch_size)
     batch = policy.collate(rows * size, list(range(size))).to(place.device)
     return _seconds(lambda: policy(batch, Needs())) * draws / size
@@ -372,9 +342,9 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 _TIMERS: dict[str, Callable[[RunConfig, Needs], float]] = {
-    "latents": _latents,
-    "prompts": _prompts,
-    "reference errors": _errors,
+    "latents": _time_latents,
+    "prompts": _time_prompts,
+    "reference errors": _time_errors,
 }
 
 
@@ -445,7 +415,7 @@ class DiffusionTools(Tools):
 
     def plan_cache(self, config: RunConfig, needs: Needs) -> str:
         """Sizes of latents, prompt embeddings and errors, and the time they take to compute."""
-        planned = plan_needed(config, needs)
+        planned = plan(config, needs)
         return f"{planned.text()}\n{forecast(planned, config, needs)}"
 
     def show_rows(self, config: RunConfig, examples: Sequence[Example]) -> Any:

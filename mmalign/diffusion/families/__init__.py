@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from mmalign.diffusion.families.base import Condition, Family
 from mmalign.diffusion.families.flux import FLUX
@@ -11,9 +11,6 @@ from mmalign.diffusion.families.sd3 import SD3
 from mmalign.diffusion.families.sdxl import REFINER, SDXL
 from mmalign.diffusion.pipeline import denoiser_config, model_index
 from mmalign.errors import ConfigError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 __all__ = ["FAMILIES", "Condition", "Family", "family_of"]
 

@@ -9,20 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
+from torch import Tensor, nn
 
-from mmalign.diffusion.process import process_from
+from mmalign.diffusion.process import NoiseProcess, process_from
 from mmalign.errors import ConfigError, NeedsError
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch import Tensor, nn
-
-    from mmalign.diffusion.process import NoiseProcess
-    from mmalign.models.lora_files import Place
+from mmalign.models.lora_files import Place
 
 ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0"),
@@ -150,8 +145,6 @@ class Family(ABC):
     def __str__(self) -> str:
         return self.name
 
-    # -- which denoisers it has --------------------------------------------------------------
-
     def fits(self, config: Mapping[str, Any]) -> bool:
         """Whether a denoiser of the class `denoiser` is of this family, by its config.json."""
         return True
@@ -176,8 +169,6 @@ class Family(ABC):
     def is_distilled(self, config: Mapping[str, Any]) -> bool:
         """Whether the denoiser was distilled with guidance, and is given the scale of it."""
         return False
-
-    # -- prompts -----------------------------------------------------------------------------
 
     @abstractmethod
     def encode(self, pipe: Any, prompts: list[str], device: torch.device) -> Condition:
@@ -204,8 +195,6 @@ class Family(ABC):
     def sized(self, cond: Condition, size: tuple[int, int]) -> Condition:
         """The conditioning of whole images to generate, `size` being height and width in pixels."""
         return cond
-
-    # -- the denoiser ------------------------------------------------------------------------
 
     def predict(
         self, model: nn.Module, x_t: Tensor, t_input: Tensor, cond: Condition
@@ -251,8 +240,6 @@ class Family(ABC):
             )
         return value
 
-    # -- noise -------------------------------------------------------------------------------
-
     def process(
         self, scheduler: Mapping[str, Any], prediction: str = "auto", zero_snr: bool = False
     ) -> NoiseProcess:
@@ -272,8 +259,6 @@ class Family(ABC):
             size: Height and width of the latents.
         """
         scheduler.set_timesteps(num_steps)
-
-    # -- export ------------------------------------------------------------------------------
 
     def kohya_version(
         self, names: KohyaNames, config: Mapping[str, Any], prediction: str

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from mmalign.diffusion.families.base import Condition, Family
-from mmalign.diffusion.process import process_from
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor, nn
-
-    from mmalign.diffusion.process import NoiseProcess, Size
+from mmalign.diffusion.process import NoiseProcess, Size, process_from
 
 _PATCH = 2  # latents a side that are packed into the channels of one token
 

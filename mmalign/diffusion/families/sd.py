@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from mmalign.diffusion.families.base import Condition, Family, KohyaNames
 from mmalign.errors import ConfigError
 from mmalign.models.lora_files import Place, in_unet_block, in_unet_file, sd_name
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    import torch
-    from torch import Tensor, nn
 
 _SD2_WIDTH = 1024  # of the text encoder's output; 768 in SD 1
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from mmalign.diffusion.families.base import Condition, Family, KohyaNames
 from mmalign.models.lora_files import in_sd3_file, sd3_place
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import torch
-    from torch import Tensor, nn
 
 
 class SD3(Family):

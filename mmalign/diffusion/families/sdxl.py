@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from mmalign.diffusion.families.base import Condition, Family, KohyaNames
 from mmalign.diffusion.families.sd import SD
 from mmalign.diffusion.pipeline import pipeline_folder, read_json
 from mmalign.errors import ConfigError, NeedsError
 from mmalign.models.lora_files import Place, in_unet_block, in_unet_file, sdxl_name
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from torch import Tensor, nn
 
 NUM_TIME_IDS = 6  # original size, crop, target size; the SDXL refiner has a score in place of one
 

@@ -12,37 +12,26 @@ Importing this loads torch only; `load_scorer` loads what a scorer needs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mmalign.diffusion.scorers import image_reward, towers
 from mmalign.diffusion.scorers.towers import CosineScorer, Scorer
 from mmalign.errors import ConfigError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ["SCORERS", "CosineScorer", "Scorer", "load_scorer", "parse_scorer"]
 
 
-def _in_module(module: str, function: str, *arguments: Any) -> Callable[..., Scorer]:
-    def build(path: Path | None, device: torch.device, dtype: torch.dtype) -> Scorer:
-        found = getattr(import_module(f"mmalign.diffusion.scorers.{module}"), function)
-        return partial(found, *arguments)(path, device, dtype)
-
-    return build
-
-
-SCORERS: dict[str, Callable[..., Scorer]] = {
-    "clip": _in_module("towers", "clip"),
-    "pickscore": _in_module("towers", "pickscore"),
-    "hps-v2": _in_module("towers", "hps", "v2"),
-    "hps-v2.1": _in_module("towers", "hps", "v2.1"),
-    "aesthetic": _in_module("towers", "aesthetic"),
-    "image-reward": _in_module("image_reward", "image_reward"),
+SCORERS: dict[str, Callable[[Path | None, torch.device, torch.dtype], Scorer]] = {
+    "clip": towers.clip,
+    "pickscore": towers.pickscore,
+    "hps-v2": partial(towers.hps, "v2"),
+    "hps-v2.1": partial(towers.hps, "v2.1"),
+    "aesthetic": towers.aesthetic,
+    "image-reward": image_reward.image_reward,
 }
 """Name to a function of (path, device, dtype); add one's own to use it by name."""
 

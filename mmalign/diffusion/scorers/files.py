@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
+
+from torch import Tensor
 
 from mmalign.data import jobs
 from mmalign.data.example import Picture, as_text
 from mmalign.data.pictures import decode_all, num_pixels
 from mmalign.data.records import PictureCopies, ProblemList
+from mmalign.diffusion.cache_plan import ahead
+from mmalign.diffusion.scorers import Scorer
 from mmalign.diffusion.scorers.towers import CosineScorer
 from mmalign.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from torch import Tensor
-
-    from mmalign.data.example import Example
-    from mmalign.diffusion.scorers import Scorer
-
-
-# Images by reference through scorers, in batches, the next batch decoded meanwhile.
 
 MOST_HELD = 40_000_000
 """Pixels of a batch; the next one is decoded meanwhile."""
@@ -59,29 +52,28 @@ def score_items(
     Raises:
         DataError: A scorer gave what is not a finite number.
     """
-    for part, images in _decoded(items, batch_size):
-        broken = {
-            id(item): error
-            for item in part
-            for error in [images[picture] for picture in item.pictures]
-            if isinstance(error, DataError)
-        }
-        whole = [item for item in part if id(item) not in broken]
-        pictures = [images[picture] for item in whole for picture in item.pictures]
-        prompts = [prompt for item in whole for prompt in item.prompts]
-        found: list[Scores] = [{} for _ in whole]
+
+    def decode(part: list[Item[Key]]) -> tuple[list[Item[Key]], Mapping[Picture, Any]]:
+        return part, decode_all((p for item in part for p in item.pictures), lambda image: image)
+
+    for part, images in ahead(_parts(items, batch_size), decode, threads=1, depth=2):
+        results: list[tuple[Item[Key], Scores | DataError]] = []
+        for item in part:
+            errors = [e for p in item.pictures if isinstance(e := images[p], DataError)]
+            results.append((item, errors[0] if errors else {}))
+        whole = [(item, own) for item, own in results if not isinstance(own, DataError)]
+        pictures = [images[picture] for item, _ in whole for picture in item.pictures]
+        prompts = [prompt for item, _ in whole for prompt in item.prompts]
         for name, scorer in scorers.items() if whole else ():
             scores = iter(scorer(pictures, prompts).tolist())
-            for item, own in zip(whole, found, strict=True):
+            for item, own in whole:
                 own[name] = list(islice(scores, len(item.pictures)))
                 if not all(map(math.isfinite, own[name])):
                     raise DataError(
                         f"scorer {name} gave {own[name]} for {item.pictures[0]}; in half precision "
                         "a network can overflow: score in float32"
                     )
-        results: dict[int, Scores | DataError] = {**broken}
-        results |= {id(item): own for item, own in zip(whole, found, strict=True)}
-        yield [(item, results[id(item)]) for item in part]
+        yield results
 
 
 def _parts(items: Iterable[Item[Key]], batch_size: int) -> Iterator[list[Item[Key]]]:
@@ -98,25 +90,6 @@ def _parts(items: Iterable[Item[Key]], batch_size: int) -> Iterator[list[Item[Ke
     if part:
         yield part
 
-
-def _decoded(
-    items: Iterable[Item[Key]], batch_size: int
-) -> Iterator[tuple[Sequence[Item[Key]], Mapping[Picture, Image | DataError]]]:
-    def decode(part: Sequence[Item[Key]]) -> Mapping[Picture, Image | DataError]:
-        return decode_all((p for item in part for p in item.pictures), lambda image: image)
-
-    parts = _parts(items, batch_size)
-    with ThreadPoolExecutor(1) as pool:
-        part = next(parts, [])
-        images = pool.submit(decode, part)
-        while part:
-            following = next(parts, [])
-            ahead = pool.submit(decode, following)
-            yield part, images.result()
-            part, images = following, ahead
-
-
-# From scores to labels: who won, and how surely.
 
 PUBLISHED_RANGE = (0.11543526500463486, 0.28201571106910706)
 """Least and greatest PickScore cosine in Pick-a-Pic v2, of SmPO's released code."""
@@ -269,9 +242,6 @@ def label_list(
     return Labelled({**row, "meta": meta}, False, len(set(first)) == 1)
 
 
-# A file of image pairs or lists to the same with scores; `mmalign data score`.
-
-
 @dataclass(slots=True)
 class Scored:
     """What `score_file` did."""
@@ -338,19 +308,18 @@ def score_file(
         result = Scored(out, resumed=len(journal.done))
         progress(result.resumed, total)
         if result.resumed < total:
-            for part in score_items(_items(source, journal), _raw(load()), batch_size):
-                journal.add({item.key: _line(found) for item, found in part})
+            raw = {n: s.cosine if isinstance(s, CosineScorer) else s for n, s in load().items()}
+            for part in score_items(_items(source, journal), raw, batch_size):
+                lines: dict[str, dict[str, Any]] = {
+                    item.key: {"broken": str(found)}
+                    if isinstance(found, DataError)
+                    else {"scores": found}
+                    for item, found in part
+                }
+                journal.add(lines)
                 progress(len(part), total)
         _write(source, journal, relabel, smooth, result)
     return result
-
-
-def _line(found: dict[str, list[float]] | DataError) -> dict[str, Any]:
-    return {"broken": str(found)} if isinstance(found, DataError) else {"scores": found}
-
-
-def _raw(scorers: Mapping[str, Scorer]) -> dict[str, Callable[..., Any]]:
-    return {n: s.cosine if isinstance(s, CosineScorer) else s for n, s in scorers.items()}
 
 
 def _check(source: jobs.Source, pairs_only: bool) -> int:
@@ -363,7 +332,8 @@ def _check(source: jobs.Source, pairs_only: bool) -> int:
         total += 1
         if row is None:
             continue
-        if row.kind not in ("pair", "list") or not _is_of_pictures(row):
+        are_pictures = all(isinstance(c.response, Picture) for c in row.candidates)
+        if row.kind not in ("pair", "list") or not are_pictures:
             raise DataError(
                 f"{record.place}: is not a pair or list of images; `mmalign data score` compares "
                 "images of one prompt"
@@ -375,10 +345,6 @@ def _check(source: jobs.Source, pairs_only: bool) -> int:
     if not total:
         raise DataError(f"{source.path}: holds no records")
     return total
-
-
-def _is_of_pictures(row: Example) -> bool:
-    return all(isinstance(candidate.response, Picture) for candidate in row.candidates)
 
 
 def _items(source: jobs.Source, journal: jobs.Journal) -> Iterator[Item[str]]:

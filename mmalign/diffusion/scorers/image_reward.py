@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from PIL.Image import Image
+from torch import Tensor, nn
 
 from mmalign.diffusion.scorers.towers import (
     Place,
@@ -20,8 +22,6 @@ from mmalign.diffusion.scorers.towers import (
 )
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-    from torch import Tensor
     from transformers import BlipTextConfig, BlipVisionConfig
 
 REPOSITORY = "THUDM/ImageReward"
@@ -31,20 +31,17 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of the raw rewards of the release's own test images."""
 
 _UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
-_RENAMED = (  # released -> transformers, the first that fits; the rest of a name stays
-    ("blip.visual_encoder.cls_token", "vision.embeddings.class_embedding"),
-    ("blip.visual_encoder.pos_embed", "vision.embeddings.position_embedding"),
-    ("blip.visual_encoder.patch_embed.proj.", "vision.embeddings.patch_embedding."),
-    ("blip.visual_encoder.norm.", "vision.post_layernorm."),
-    ("blip.visual_encoder.blocks.", "vision.encoder.layers."),
-    ("blip.text_encoder.", "text."),
-    ("mlp.", "head."),
-)
-_IN_A_BLOCK = (
-    (".attn.proj.", ".self_attn.projection."),
-    (".attn.", ".self_attn."),
-    (".norm1.", ".layer_norm1."),
-    (".norm2.", ".layer_norm2."),
+_RENAMED = (  # released -> transformers, one after the other; the rest of a name stays
+    (r"^blip\.visual_encoder\.cls_token", "vision.embeddings.class_embedding"),
+    (r"^blip\.visual_encoder\.pos_embed", "vision.embeddings.position_embedding"),
+    (r"^blip\.visual_encoder\.patch_embed\.proj\.", "vision.embeddings.patch_embedding."),
+    (r"^blip\.visual_encoder\.norm\.", "vision.post_layernorm."),
+    (r"^blip\.visual_encoder\.blocks\.(\d+)\.", r"vision.encoder.layers.\1."),
+    (r"^(vision\.encoder\..*)\.attn\.proj\.", r"\1.self_attn.projection."),
+    (r"^(vision\.encoder\..*)\.attn\.", r"\1.self_attn."),
+    (r"^(vision\.encoder\..*)\.norm([12])\.", r"\1.layer_norm\2."),
+    (r"^blip\.text_encoder\.", "text."),
+    (r"^mlp\.", "head."),
 )
 
 
@@ -121,16 +118,8 @@ def from_released(name: str) -> str | None:
     if name.startswith(_UNUSED):
         return None
     for released, ours in _RENAMED:
-        if name.startswith(released):
-            renamed = ours + name.removeprefix(released)
-            break
-    else:
-        return name
-    if renamed.startswith("vision.encoder."):
-        for released, ours in _IN_A_BLOCK:
-            if released in renamed:
-                return renamed.replace(released, ours)
-    return renamed
+        name = re.sub(released, ours, name)
+    return name
 
 
 class ImageReward:

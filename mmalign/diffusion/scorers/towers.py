@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from PIL.Image import Image
+from torch import Tensor, nn
 
 from mmalign.errors import CheckpointError, DataError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from PIL.Image import Image
-    from torch import Tensor
-
-
-# What a scorer is, and the arithmetic that all of them share.
 
 
 class Scorer(Protocol):
@@ -98,8 +91,7 @@ def linear_head(width: int = 768) -> nn.Module:
     so. Where the releases have dropout, which does nothing when scoring, is the identity: it keeps
     their parameter names, `layers.0` to `layers.7`.
     """
-    head = nn.Module()
-    head.layers = nn.Sequential(
+    layers = nn.Sequential(
         nn.Linear(width, 1024),
         nn.Identity(),
         nn.Linear(1024, 128),
@@ -109,10 +101,7 @@ def linear_head(width: int = 768) -> nn.Module:
         nn.Linear(64, 16),
         nn.Linear(16, 1),
     )
-    return head
-
-
-# Where the weights of a scorer are, and how they are read without running what a file holds.
+    return nn.ModuleDict({"layers": layers})
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,21 +146,16 @@ class Place:
     def from_hub(self, repo: str, *names: str) -> Path:
         """The first of `names` that a hub repository has, downloaded once."""
         from huggingface_hub import hf_hub_download, try_to_load_from_cache
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError
 
         for name in names:
             cached = try_to_load_from_cache(repo, name)
             if isinstance(cached, str):
                 return Path(cached)
         for name in names[:-1]:
-            try:
+            # What is wrong is told of the last one.
+            with suppress(OSError, ValueError, EntryNotFoundError):
                 return Path(hf_hub_download(repo, name))
-            except LocalEntryNotFoundError:
-                break  # the hub is out of reach
-            except EntryNotFoundError:
-                continue
-            except (OSError, ValueError):
-                break  # told below
         return Path(self.reading(f"{names[-1]} of {repo}", hf_hub_download, repo, names[-1]))
 
     def reading(self, what: str, read: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -243,8 +227,6 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
         raise CheckpointError(f"{file}: is not a checkpoint of this model: {problems[0]}{more}")
     model.load_state_dict(state, assign=True)
 
-
-# The scorers on CLIP towers: CLIP, HPS v2 and v2.1, PickScore, and the aesthetic predictor.
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 CLIP_L = "timm/vit_large_patch14_clip_224.openai"

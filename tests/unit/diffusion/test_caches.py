@@ -17,7 +17,7 @@ import torch
 from cache_entries import entries
 from tiny_diffusion import make_sd3
 
-from mmalign.config import RunConfig
+from mmalign.config import ReferenceConfig, RunConfig
 from mmalign.core import Needs
 from mmalign.diffusion import cache_plan, components, tools
 from mmalign.diffusion import pictures as notes
@@ -116,7 +116,7 @@ def test_cached_prompts_are_those_of_the_encoders(
     write(config)
     captions = ["", tiny_pictures.caption(0), "a dog, for show", tiny_pictures.caption(0)]
     found = PromptCache(config).get(captions)
-    encoder = PromptEncoder.load(str(pipeline), None, getattr(torch, dtype))
+    encoder = PromptEncoder.load(str(pipeline), getattr(torch, dtype))
     parts = [encoder.encode([caption]) for caption in captions]
     expected = Condition.cat(parts)
     assert found.keys() == ({"embeds"} if family == "sd15" else {"embeds", "pooled"})
@@ -183,7 +183,12 @@ def test_a_cached_reference_gives_log_2(
     held_out = DiffusionTools().eval_examples(config, rows)
     adapter.setup([*rows, *held_out])
     bank, seen = ErrorCache(config), set()
-    live = DiffusionAdapter.with_stored_draws(config, objective.needs)
+    live = DiffusionAdapter(
+        config.model_copy(update={"reference": ReferenceConfig()}),
+        objective.needs,
+        components.load_components(config.model, config.diffusion),
+        stored_draws=True,
+    )
     live.setup(rows)
     with torch.no_grad():
         scores = live(live.collate([rows[1]] * 3, [0, 1, 2]), Needs(reference=True))

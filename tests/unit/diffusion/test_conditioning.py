@@ -14,7 +14,6 @@ from tiny import run_config
 
 from mmalign.diffusion.cache import PromptCache
 from mmalign.diffusion.conditioning import PromptEncoder, load_tokenizers
-from mmalign.diffusion.families import FAMILIES
 from mmalign.errors import ConfigError
 
 PROMPTS = ["a red cat", "A dog, and another DOG!"]
@@ -156,5 +155,3 @@ def test_what_is_missing_or_foreign_is_named(sd15_dir: Path, tmp_path: Path) -> 
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ConfigError, match="has no text_encoder/"):
         PromptEncoder.load(folder)
-    with pytest.raises(ConfigError, match="family is sd, not sdxl"):
-        PromptEncoder.load(sd15_dir, FAMILIES["sdxl"])

@@ -50,7 +50,7 @@ def pictures(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def test_forward_noise_is_the_streams() -> None:
     x0, t = pictures(4), torch.tensor([5, 5, 700, 700])
-    point = ForwardNoise()(x0, t, RowRNG([1, 2]).repeat(2), table())
+    point = ForwardNoise()(x0, t, RowRNG([1, 1, 2, 2]), table())
     assert torch.equal(point.target[0], point.target[1])
     assert not torch.equal(point.target[1], point.target[2])
     assert torch.equal(point.x_t, table().add_noise(x0, point.target, t))
@@ -60,7 +60,7 @@ def test_forward_noise_is_the_streams() -> None:
 
 def test_the_offset_is_one_number_a_channel_and_shared_by_the_row() -> None:
     x0, t = pictures(2), torch.tensor([5, 5])
-    draws = RowRNG([1]).repeat(2)
+    draws = RowRNG([1, 1])
     plain = ForwardNoise()(x0, t, draws, table()).target
     moved = ForwardNoise(0.05)(x0, t, draws, table()).target
     offset = moved - plain

@@ -13,7 +13,7 @@ import torch
 
 from mmalign.config import DiffusionConfig, LoraSpec, ModelConfig
 from mmalign.diffusion import pipeline
-from mmalign.diffusion.components import load_components, load_denoiser, load_vae
+from mmalign.diffusion.components import Components, load_components, load_denoiser, load_vae
 from mmalign.diffusion.conditioning import PromptEncoder
 from mmalign.diffusion.families import FAMILIES, Condition, family_of
 from mmalign.diffusion.pipeline import component_fingerprint, plain_weights
@@ -72,8 +72,8 @@ def test_only_the_denoiser_is_read(sd15_dir: Path, tmp_path: Path) -> None:
     assert components.denoiser.config["cross_attention_dim"] == 32
 
 
-def test_a_denoiser_is_loaded_on_first_use_where_asked(sd15_dir: Path) -> None:
-    components = load_components(model_of(sd15_dir), DiffusionConfig(), denoiser=False)
+def test_a_denoiser_is_loaded_on_first_use(sd15_dir: Path) -> None:
+    components = Components(model_of(sd15_dir))
     assert "denoiser" not in vars(components)
     assert components.denoiser is components.denoiser
 
@@ -93,7 +93,7 @@ def test_denoisers_of_folders_without_a_pipeline(
 def test_sd2_with_velocity_is_family_sd(tmp_path: Path) -> None:
     folder = tiny_diffusion.make_sd15(tmp_path, use_linear_projection=True)
     changed(folder, "scheduler/scheduler_config.json", prediction_type="v_prediction")
-    components = load_components(model_of(folder), DiffusionConfig(), denoiser=False)
+    components = Components(model_of(folder))
     assert components.family.name == "sd"
     assert components.scheduler_config["prediction_type"] == "v_prediction"
 
@@ -297,7 +297,7 @@ def test_a_hub_name_loads_from_the_cache_without_network(sd15_dir: Path, hub: Pa
     model = ModelConfig(path="maker/tiny", revision="v2")
     components = load_components(model, DiffusionConfig())
     assert components.family.name == "sd"
-    assert components.folder == folder
+    assert pipeline.pipeline_folder(model.path, model.revision) == folder
     assert components.denoiser.config["cross_attention_dim"] == 32
 
 

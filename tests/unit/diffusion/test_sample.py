@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -288,10 +287,10 @@ def test_what_cannot_be_sampled_is_refused(digits_dir: Path, sd15_dir: Path, sd3
     guided.empty = None  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ConfigError, match="needs the empty prompt"):
         guided.latents()
-    config = {**studio.components.scheduler_config, "prediction_type": "sample"}
+    studio.components.scheduler_config["prediction_type"] = "sample"
     euler = DiffusionConfig(sampling=PictureSampleSpec(sampler="euler"))
     with pytest.raises(ConfigError, match="predicts the clean image"):
-        scheduler_for(replace(studio.components, scheduler_config=config), euler, (8, 8))
+        scheduler_for(studio.components, euler, (8, 8))
 
 
 def test_a_negative_model_of_another_base_is_refused(
@@ -307,11 +306,10 @@ def test_a_negative_model_of_another_base_is_refused(
 
 def test_zero_terminal_snr_starts_at_pure_noise(sd15_dir: Path) -> None:
     studio = Studio(sd15_dir, size=64)
-    config = {**studio.components.scheduler_config, "prediction_type": "v_prediction"}
+    studio.components.scheduler_config["prediction_type"] = "v_prediction"
     spec = PictureSampleSpec(sampler="ddim", num_steps=4)
-    components = replace(studio.components, scheduler_config=config)
     settings = DiffusionConfig(zero_terminal_snr=True, sampling=spec)
-    scheduler = scheduler_for(components, settings, (8, 8))
+    scheduler = scheduler_for(studio.components, settings, (8, 8))
     assert scheduler.timesteps[0] == 999
     assert scheduler.alphas_cumprod[999] == 0.0
 

@@ -78,9 +78,9 @@ def test_policy_equal_to_reference_gives_log_2(
     name: str, process: NoiseProcess, dtype: torch.dtype
 ) -> None:
     x0 = torch.randn(6, 4, 3, 3, dtype=dtype)
-    t = process.timestep(RowRNG([1, 2, 3]).repeat(2).uniform("t"))
+    t = process.timestep(RowRNG([1, 1, 2, 2, 3, 3]).uniform("t"))
     net = Net([0.3, 0.1], torch.randn(6, 5).to(dtype))
-    at = ForwardNoise()(x0, t, RowRNG([1, 2, 3]).repeat(2), process)
+    at = ForwardNoise()(x0, t, RowRNG([1, 1, 2, 2, 3, 3]), process)
     error = denoising_error(net(at.x_t, process.timestep_input(t)).to(dtype), at, process)
     loss = presets.build(name)(logps(error, error.detach()))
     assert loss.value.item() == pytest.approx(math.log(2.0), abs=1e-7)
@@ -90,7 +90,7 @@ def test_policy_equal_to_reference_gives_log_2(
 @pytest.mark.parametrize("name", ON_PAIRS)
 def test_exchanged_candidates_negate_the_logit_exactly(name: str) -> None:
     x0, cond = torch.randn(6, 4, 3, 3), torch.randn(6, 5)
-    t, draws = torch.tensor([3, 3, 500, 500, 999, 999]), RowRNG([1, 2, 3]).repeat(2)
+    t, draws = torch.tensor([3, 3, 500, 500, 999, 999]), RowRNG([1, 1, 2, 2, 3, 3])
     other = torch.tensor([1, 0, 3, 2, 5, 4])
     process, objective = table(), presets.build(name)
     policy, reference = [0.3, 0.1], [0.25, 0.1]
