@@ -163,14 +163,7 @@ class DiffusionAdapter(Adapter):
         if settings.estimator.kind == "truncated":
             self.teacher = Ema(copy_of(self.policy), settings.estimator.teacher_decay)
         self.inputs = Inputs(config, needs, components, self.process, stored_draws=stored_draws)
-        self._scoring = Scoring(
-            settings,
-            components.family,
-            self.process,
-            self.inputs,
-            reference=self.reference,
-            teacher=self.teacher,
-        )
+        self._scoring = Scoring(self.inputs, self.reference, self.teacher)
 
     @classmethod
     def build(cls, config: RunConfig, needs: Needs) -> Self:

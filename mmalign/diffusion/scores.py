@@ -11,11 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmalign.config import DiffusionConfig
 from mmalign.core import CandidateLogps, Needs
 from mmalign.core.numerics import full_precision
 from mmalign.diffusion.estimators import Networks, Point, Predict, RowRNG, build_estimator
-from mmalign.diffusion.families import Condition, Family
+from mmalign.diffusion.families import Condition
 from mmalign.diffusion.inputs import ImageInputs, Inputs, Part
 from mmalign.diffusion.process import NoiseProcess
 from mmalign.models.batch import Batch
@@ -65,27 +64,15 @@ class Scoring:
     """Scores images under policy and reference at the same point: -logp_scale * error.
 
     Args:
-        settings: Timestep weights, estimator, reduction and logp_scale.
-        family: How the networks are called.
-        process: The noise process.
-        inputs: Gives clean latents and the empty prompt.
+        inputs: Gives clean latents and the empty prompt, and how scores are made.
         reference: What log-ratios are taken against.
         teacher: With estimator.kind truncated: the moving average of the policy.
     """
 
-    def __init__(
-        self,
-        settings: DiffusionConfig,
-        family: Family,
-        process: NoiseProcess,
-        inputs: Inputs,
-        *,
-        reference: Reference,
-        teacher: Ema | None,
-    ) -> None:
-        self.settings, self.family, self.process, self.inputs = settings, family, process, inputs
-        self.reference, self.teacher = reference, teacher
-        self.estimator = build_estimator(settings)
+    def __init__(self, inputs: Inputs, reference: Reference, teacher: Ema | None) -> None:
+        self.inputs, self.reference, self.teacher = inputs, reference, teacher
+        self.process, self.settings = inputs.process, inputs.config.diffusion
+        self.estimator = build_estimator(self.settings)
 
     def __call__(
         self,
@@ -172,7 +159,8 @@ class Scoring:
         return Networks(own, reference, *teacher)
 
     def _raw(self, model: nn.Module, x: Tensor, t: Tensor, cond: Condition) -> Tensor:
-        return self.family.predict(model, x, self.process.timestep_input(t), cond)
+        predict = self.inputs.components.family.predict
+        return predict(model, x, self.process.timestep_input(t), cond)
 
 
 NUM_BUCKETS = 4

@@ -60,45 +60,6 @@ DEPTH = 16  # rows whose images are decoded before the VAE asks for them
 STALE_SECONDS = 3600  # age at which an unfinished shard belongs to a run that was killed
 
 
-def store(config: RunConfig, needs: Needs) -> str:
-    """Store the latents, embeddings and, with reference.kind cached, errors that a run will read.
-
-    Under several processes each computes the share that follows from the keys. What was done is
-    returned as sentences.
-    """
-    check_cacheable(config, needs)
-    place = Processes.launched()
-    folder = pictures.cache_folder(config)
-    with only_writer(folder, "cache", wait=True) if place.is_main else nullcontext():
-        place.wait()  # until the main process has the lock for all of them
-        if place.is_main:
-            sweep(folder)
-        if config.diffusion.cache != "off":
-            _look(config, needs, place)
-        place.wait()
-        rows = [row for part in load_usable(config, needs) for row in part]
-        planned = plan(config, needs, rows)
-        if place.is_main:
-            print(planned.text(), file=sys.stderr, flush=True)
-        planned.check_room()
-        place.wait()  # all planned before anyone writes
-        done: dict[str, int] = {}
-        for part in planned.parts:
-            done[part.name] = STAGES[part.name](config, needs, rows, place)
-            place.wait()
-        everyone = place.gather(done)
-    written = [
-        f"{part.name}: {sum(one[part.name] for one in everyone)} written, "
-        f"{part.total - part.missing} were there"
-        for part in planned.parts
-    ]
-    latents = config.diffusion.cache != "off" and has_latents(config)
-    train = ["diffusion.cache=on"] if latents else []
-    train += ["reference.kind=cached"] if caches_errors(config, needs) else []
-    advice = f" Train with {' '.join(train)}" if train else ""
-    return f"{folder}: {'; '.join(written)}.{advice}"
-
-
 def sweep(folder: Path) -> None:
     """Remove what killed runs left of unfinished shards."""
     for partial in folder.glob("*/.*.part"):
@@ -410,8 +371,41 @@ class DiffusionTools(Tools):
         return write_samples(adapter.inputs, adapter.policy, asked, folder, step)
 
     def write_cache(self, config: RunConfig, needs: Needs) -> str:
-        """Store the latents, embeddings and, with reference.kind cached, errors of a run."""
-        return store(config, needs)
+        """Store the latents, embeddings and, with reference.kind cached, errors of a run.
+
+        Under several processes each computes the share that follows from the keys.
+        """
+        check_cacheable(config, needs)
+        place = Processes.launched()
+        folder = pictures.cache_folder(config)
+        with only_writer(folder, "cache", wait=True) if place.is_main else nullcontext():
+            place.wait()  # until the main process has the lock for all of them
+            if place.is_main:
+                sweep(folder)
+            if config.diffusion.cache != "off":
+                _look(config, needs, place)
+            place.wait()
+            rows = [row for part in load_usable(config, needs) for row in part]
+            planned = plan(config, needs, rows)
+            if place.is_main:
+                print(planned.text(), file=sys.stderr, flush=True)
+            planned.check_room()
+            place.wait()  # all planned before anyone writes
+            done: dict[str, int] = {}
+            for part in planned.parts:
+                done[part.name] = STAGES[part.name](config, needs, rows, place)
+                place.wait()
+            everyone = place.gather(done)
+        written = [
+            f"{part.name}: {sum(one[part.name] for one in everyone)} written, "
+            f"{part.total - part.missing} were there"
+            for part in planned.parts
+        ]
+        latents = config.diffusion.cache != "off" and has_latents(config)
+        train = ["diffusion.cache=on"] if latents else []
+        train += ["reference.kind=cached"] if caches_errors(config, needs) else []
+        advice = f" Train with {' '.join(train)}" if train else ""
+        return f"{folder}: {'; '.join(written)}.{advice}"
 
     def plan_cache(self, config: RunConfig, needs: Needs) -> str:
         """Sizes of latents, prompt embeddings and errors, and the time they take to compute."""

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -91,16 +92,10 @@ def linear_head(width: int = 768) -> nn.Module:
     so. Where the releases have dropout, which does nothing when scoring, is the identity: it keeps
     their parameter names, `layers.0` to `layers.7`.
     """
-    layers = nn.Sequential(
-        nn.Linear(width, 1024),
-        nn.Identity(),
-        nn.Linear(1024, 128),
-        nn.Identity(),
-        nn.Linear(128, 64),
-        nn.Identity(),
-        nn.Linear(64, 16),
-        nn.Linear(16, 1),
-    )
+    linear = (nn.Linear(*sizes) for sizes in pairwise((width, 1024, 128, 64, 16, 1)))
+    first, second, third, *rest = linear
+    none = nn.Identity()
+    layers = nn.Sequential(first, none, second, none, third, none, *rest)
     return nn.ModuleDict({"layers": layers})
 
 
