@@ -22,7 +22,10 @@ from mmalign.errors import CheckpointError, DataError
 class Scorer(Protocol):
     """How good N images are for their N prompts; more is better."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the scorer is called."""
+        ...
 
     def __call__(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
         """Scores [N], float32 on the CPU, as the published model gives them."""
