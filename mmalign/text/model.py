@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,21 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
             f"model.path {path!r}: cannot be loaded with model.attention {config.attention} and "
             f"dtype {config.dtype}: {error}"
         ) from error
-    # transformers fills with noise what the files lack or hold in another shape, and goes on.
+    require_whole(path, model, found)
+    return model
+
+
+def require_whole(path: str, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
+    """Refuse weights that transformers fills with noise, since the files do not hold them so.
+
+    Args:
+        path: Of the model, for messages.
+        model: As it was loaded, with `ignore_mismatched_sizes`.
+        found: The loading info that came with it.
+
+    Raises:
+        ConfigError: Weights are not in the files, or have another shape there.
+    """
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     lacking = sorted(own.intersection(found["missing_keys"]))
     if lacking:
@@ -82,7 +97,6 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
             f"model.path {path!r}: {len(found['mismatched_keys'])} weights have another shape than "
             f"its config.json says, e.g. {name}: {list(there)}, not {list(wanted)}"
         )
-    return model
 
 
 def _settings(path: str, trusts_code: bool, revision: str | None) -> Any:

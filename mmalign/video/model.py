@@ -20,7 +20,7 @@ from mmalign.config import ModelConfig
 from mmalign.errors import ConfigError, MmalignError
 from mmalign.models.batch import WHOLE, ModelInputs
 from mmalign.text import packing
-from mmalign.text.model import FAULTS, describe, in_mode, quantization, refusing
+from mmalign.text.model import FAULTS, describe, in_mode, quantization, refusing, require_whole
 from mmalign.text.packing import Rows
 from mmalign.text.tokenizer import num_embedded
 
@@ -276,14 +276,15 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
     """The model of a folder or hub name; of an Omni model, the thinker.
 
     Raises:
-        ConfigError: when it cannot be loaded as a model of text and media.
+        ConfigError: when it cannot be loaded as a model of text and media, or lacks weights.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     source = {"revision": revision, "trust_remote_code": config.trust_remote_code}
     try:
         settings = AutoConfig.from_pretrained(path, **source)
-        model = AutoModelForImageTextToText.from_pretrained(
+        loader: Any = AutoModelForImageTextToText
+        model, found = loader.from_pretrained(
             path,
             # An Omni model is a thinker, which answers in text, with a talker on top.
             config=getattr(settings, "thinker_config", settings),
@@ -291,12 +292,15 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
             dtype=getattr(torch, config.dtype),
             attn_implementation=packing.wanted(config),
             quantization_config=quantization(config),
+            ignore_mismatched_sizes=True,  # told with names below
+            output_loading_info=True,
         )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
             f"model.path {path!r}: cannot be loaded as a model of text and media with "
             f"model.attention {config.attention} and dtype {config.dtype}: {describe(error)}"
         ) from error
+    require_whole(path, model, found)
     parts_of(model)  # refuses a model without a language model, or with a part that is unknown
     return model
 

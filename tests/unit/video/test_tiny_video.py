@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,11 @@ import numpy as np
 import pytest
 import tiny_video
 import torch
+from safetensors.torch import load_file, save_file
+
+from mmalign.config import ModelConfig
+from mmalign.errors import ConfigError
+from mmalign.video.model import load_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -214,3 +220,32 @@ def video_features(tiny: Loaded, row: dict[str, Tensor]) -> Any:
     known = inspect.signature(inspect.unwrap(method)).parameters
     with torch.no_grad():
         return method(**{name: value for name, value in row.items() if name in known})
+
+
+@pytest.mark.parametrize("kind", tiny_video.KINDS)
+def test_a_whole_model_is_loaded(kind: str, video_models: Callable[[str], Path]) -> None:
+    assert load_model(str(video_models(kind)), ModelConfig(path="unused"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensor: None, r"1 of \d+ weights of .* are not in its files, e\.g\. .*q_proj"),
+        (lambda tensor: tensor[:-1], "1 weights have another shape .*q_proj"),
+    ],
+)
+def test_weights_that_would_be_noise_are_refused(
+    change: Callable[[Tensor], Tensor | None],
+    said: str,
+    tmp_path: Path,
+    video_models: Callable[[str], Path],
+) -> None:
+    folder = shutil.copytree(video_models("qwen2_5_vl"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    changed = change(tensors.pop(name))
+    if changed is not None:
+        tensors[name] = changed.contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=said):
+        load_model(str(folder), ModelConfig(path="unused"))
