@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import typer
 from PIL import Image
 from tiny_scorers import picture, write_pickscore
 from torch import Tensor
 from typer.testing import CliRunner
 
-from mmalign.cli import pictures as cli_compare
-from mmalign.cli.parts import group
+from mmalign.cli import app
 from mmalign.diffusion.compare import compare
 from mmalign.diffusion.scorers import load_scorer
 from mmalign.errors import DataError
@@ -196,15 +194,7 @@ def test_pictures_of_others_with_a_prompts_file(tmp_path: Path) -> None:
         compare(a, tmp_path / "none", {"brightness": Brightness()}, prompts=prompts)
 
 
-@pytest.fixture
-def app() -> typer.Typer:
-    commands = group("test")
-    commands.callback()(lambda: None)
-    cli_compare.register(commands)
-    return commands
-
-
-def test_the_command(tmp_path: Path, app: typer.Typer) -> None:
+def test_the_command(tmp_path: Path) -> None:
     weights = write_pickscore(tmp_path / "pickscore")
     a = write_samples(tmp_path / "a", [10, 200])
     b = write_samples(tmp_path / "b", [10, 100])
@@ -225,7 +215,7 @@ def test_the_command(tmp_path: Path, app: typer.Typer) -> None:
     assert rows[1]["pickscore"][0] == pytest.approx(float(alone[0]), rel=1e-5)
 
 
-def test_the_command_refuses_before_it_loads(tmp_path: Path, app: typer.Typer) -> None:
+def test_the_command_refuses_before_it_loads(tmp_path: Path) -> None:
     a = write_samples(tmp_path / "a", [10])
 
     def message(*arguments: str) -> str:
