@@ -93,13 +93,6 @@ class Demo:
             self.at(index, len(items), unit)
             yield item
 
-    def lap(self, stage: str, upcoming: str = "") -> None:
-        """Note what the stage that ends here took, and say what comes now."""
-        self._stage = stage
-        self._end()
-        if upcoming:
-            print(upcoming, flush=True)
-
     def _end(self) -> None:
         now = time.perf_counter()
         if self._stage:
