@@ -76,9 +76,20 @@ def read_rows(
         return of_files or saved_rows(file, split, wanted)
     if os.path.exists(file):
         return _file_rows(file, wanted)
-    if file.suffix in (*_SUFFIXES, *FOLDED) or str(path).startswith((".", "/", "~")):
-        raise DataError(f"{path}: there is no such file{_nearest_file(file)}")
+    require_there(path)
     return hub_rows(str(path), name, split, wanted)
+
+
+def require_there(path: str | Path) -> None:
+    """Refuse what is named as a file and does not exist; names of hub datasets pass.
+
+    Raises:
+        DataError: naming the file, and one of a name like it.
+    """
+    file = Path(path)
+    named = file.suffix in (*_SUFFIXES, *FOLDED) or str(path).startswith((".", "/", "~"))
+    if named and not os.path.exists(file):
+        raise DataError(f"{path}: there is no such file{_nearest_file(file)}")
 
 
 def _nearest_file(file: Path) -> str:

@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import gather_object
 
 from mmalign import config as configs
+from mmalign.data.files import require_there
 from mmalign.data.jobs import is_main_process, only_writer
 from mmalign.models.adapter import tools_of
 from mmalign.preflight.check import check_config
@@ -129,6 +130,8 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> 
     began = time.perf_counter()
     require_launcher()
     objective = check_config(config)
+    for source in (*config.data.train, *config.data.eval):  # before a hub is asked for anything
+        require_there(source.path)
     config = tools_of(config.modality).resolve_config(config)
     require_sensible(config, objective.needs)
     if dry_run:

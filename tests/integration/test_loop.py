@@ -11,7 +11,8 @@ import torch
 from toy_adapter import ToyAdapter, toy_config
 
 from mmalign import config as configs
-from mmalign.errors import ConfigError
+from mmalign.errors import ConfigError, DataError
+from mmalign.models.adapter import Tools
 from mmalign.train.loop import train
 from mmalign.train.metrics import read_json
 
@@ -214,3 +215,16 @@ def test_a_second_run_in_one_process_may_use_another_precision(tmp_path: Path) -
 def test_mixed_rows_of_one_batch_size_one_kto_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at least 2"):
         train(toy_config(tmp_path, "objective={name: kto}", "train.batch_size=1"))
+
+
+def test_a_missing_file_is_named_before_a_model_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = toy_config(tmp_path, "data.eval=evals.jsonl")
+
+    def asked(*_: Any) -> None:
+        pytest.fail("a hub may be asked for the tokenizer here")
+
+    monkeypatch.setattr(Tools, "resolve_config", asked)
+    with pytest.raises(DataError, match=r"evals\.jsonl: there is no such file"):
+        train(config)
