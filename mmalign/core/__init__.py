@@ -20,10 +20,10 @@ from mmalign.core.divergence import (
 )
 from mmalign.core.links import Link
 from mmalign.core.objective import Objective
-from mmalign.core.reweight import Wpo, reweight
 from mmalign.core.score import Score
 from mmalign.core.terms import KlGap, KlPenalty, LogRatio, Nll, OnlineKl, Preference, Term, WeightL1
 from mmalign.core.types import CandidateLogps, Loss, Needs
+from mmalign.core.weights import Wpo, reweight
 
 __all__ = [
     "DIVERGENCES",

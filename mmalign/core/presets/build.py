@@ -27,7 +27,7 @@ from mmalign.core.divergence import Transform
 from mmalign.core.objective import Objective
 from mmalign.core.presets import diffusion, pairwise, pointwise, reference_free, regularised, video
 from mmalign.core.presets.own import imported, is_own
-from mmalign.core.reweight import Wpo, reweight
+from mmalign.core.weights import Wpo, reweight
 from mmalign.errors import ArgumentError, ConfigError
 
 if TYPE_CHECKING:

@@ -27,9 +27,9 @@ from mmalign.core.links import (
 )
 from mmalign.core.numerics import Reduce, require
 from mmalign.core.objective import Objective
-from mmalign.core.reweight import Wpo, reweight
 from mmalign.core.score import Score
 from mmalign.core.terms import Nll, Preference
+from mmalign.core.weights import Wpo, reweight
 
 __all__ = [  # noqa: RUF022
     "dpo", "f_dpo", "chi_po", "cdpo", "rdpo", "ipo", "hinge", "rso", "sigmoid_norm", "exo",

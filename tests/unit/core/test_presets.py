@@ -16,8 +16,8 @@ import torch
 from mmalign.core import Bco, CandidateLogps, ForwardKL, Objective, Preference, presets
 from mmalign.core.links import Bernoulli, Nca
 from mmalign.core.presets import ALIASES, PRESETS
-from mmalign.core.reweight import reweight
 from mmalign.core.score import Score
+from mmalign.core.weights import reweight
 from mmalign.errors import ConfigError, NeedsError
 
 
