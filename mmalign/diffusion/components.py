@@ -139,39 +139,6 @@ class Vae:
         scale = torch.tensor(config.get("scaling_factor") or 1.0, dtype=torch.float32)
         self._scale = (scale / torch.tensor(spread)).view(1, -1, 1, 1)
 
-    @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        dtype: torch.dtype = torch.float32,
-        *,
-        revision: str | None = None,
-    ) -> Self:
-        """The autoencoder in the vae/ of a pipeline.
-
-        Args:
-            path: Pipeline folder or hub name.
-            dtype: In which it computes; what it returns is float32.
-            revision: Of a hub repository.
-
-        Raises:
-            ConfigError: It is missing or of a kind that is not supported.
-        """
-        folder = pipeline.component(path, "vae", revision)
-        config = pipeline.read_json(folder / "config.json")
-        kind = config.get("_class_name")
-        if is_tiny(config):
-            return cls(load(folder, dtype), config, path)
-        if kind not in ("AutoencoderKL", "AutoencoderTiny"):
-            raise ConfigError(
-                f"pipeline {path}: vae/ is a {kind}; supported are AutoencoderKL, "
-                "AutoencoderTiny and tiny autoencoders with pooled blocks"
-            )
-        import diffusers
-
-        model = pipeline.load_part(getattr(diffusers, kind), folder, dtype)
-        return cls(model.requires_grad_(False), dict(model.config), path)
-
     def to(self, device: torch.device | str) -> Self:
         """Move it."""
         self.model.to(device)
@@ -188,7 +155,13 @@ class Vae:
         Raises:
             ConfigError: A size that the factor does not divide, or values that are not finite.
         """
-        check_size(pixels.shape[-2:], self.factor)
+        height, width = pixels.shape[-2:]
+        if height % self.factor or width % self.factor:
+            raise ConfigError(
+                f"images of {height} x {width} pixels (height x width) cannot be encoded: each "
+                f"side must be a multiple of {self.factor}, the size of one latent. Change "
+                "diffusion.resolution or diffusion.bucket_multiple"
+            )
         parts = [self._encode(part) for part in pixels.split(self._at_once(pixels, 1))]
         mean = (torch.cat([mean for mean, _ in parts]) - self._shift) * self._scale
         std = torch.cat([std for _, std in parts]) * self._scale.abs()
@@ -275,42 +248,33 @@ def load_vae(
     """The pipeline's autoencoder in `diffusion.vae_dtype`, or pixels where it has none.
 
     Raises:
-        ConfigError: It cannot be loaded, or its latents are not those of the denoiser.
+        ConfigError: It is of a kind that is not supported, or its latents are not the denoiser's.
     """
     channels = family_of(path, revision).latent_channels(pipeline.denoiser_config(path, revision))
     if not pipeline.has_component(path, "vae", revision):
         _check_pixels(path, channels)
         return PixelSpace(channels)
-    vae = Vae.load(path, getattr(torch, diffusion.vae_dtype), revision=revision)
+    folder = pipeline.component(path, "vae", revision)
+    config = pipeline.read_json(folder / "config.json")
+    kind, dtype = config.get("_class_name"), getattr(torch, diffusion.vae_dtype)
+    if is_tiny(config):
+        vae = Vae(load(folder, dtype), config, path)
+    elif kind in ("AutoencoderKL", "AutoencoderTiny"):
+        import diffusers
+
+        model = pipeline.load_part(getattr(diffusers, kind), folder, dtype)
+        vae = Vae(model.requires_grad_(False), dict(model.config), path)
+    else:
+        raise ConfigError(
+            f"pipeline {path}: vae/ is a {kind}; supported are AutoencoderKL, "
+            "AutoencoderTiny and tiny autoencoders with pooled blocks"
+        )
     if vae.channels != channels:
         raise ConfigError(
             f"pipeline {path}: the VAE has {vae.channels} latent channels, but the denoiser "
             f"reads {channels}; the folder's parts are of different models"
         )
     return vae
-
-
-def factor_of(path: str | Path, revision: str | None = None) -> int:
-    """Pixels a side of one latent, by the VAE's settings alone; 1 without a VAE."""
-    if not pipeline.has_component(path, "vae", revision):
-        return 1
-    folder = pipeline.component(path, "vae", revision, weights=False)
-    return _factor(pipeline.read_json(folder / "config.json"))
-
-
-def check_size(size: tuple[int, ...] | torch.Size, factor: int) -> None:
-    """Refuse images that are no whole number of latents.
-
-    Raises:
-        ConfigError: Naming the size and the factor.
-    """
-    height, width = size
-    if height % factor or width % factor:
-        raise ConfigError(
-            f"images of {height} x {width} pixels (height x width) cannot be encoded: each side "
-            f"must be a multiple of {factor}, the size of one latent. Change diffusion.resolution "
-            "or diffusion.bucket_multiple"
-        )
 
 
 def _factor(config: dict[str, Any]) -> int:
@@ -340,9 +304,12 @@ class Components:
         self.denoiser_config = pipeline.denoiser_config(path, revision)
         self.latent_channels = self.family.latent_channels(self.denoiser_config)
         self.has_vae = pipeline.has_component(path, "vae", revision)
-        if not self.has_vae:
+        self.factor = 1
+        if self.has_vae:  # by its settings alone
+            folder = pipeline.component(path, "vae", revision, weights=False)
+            self.factor = _factor(pipeline.read_json(folder / "config.json"))
+        else:
             _check_pixels(path, self.latent_channels)
-        self.factor = factor_of(path, revision)
         self.scheduler_config = pipeline.scheduler_config(path, revision)
 
     @cached_property

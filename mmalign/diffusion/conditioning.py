@@ -118,28 +118,12 @@ class PromptEncoder:
 
     def __init__(
         self,
-        tokenizers: Tokenizers,
-        models: Mapping[str, PreTrainedModel],
-        *,
-        path: str | Path,
-        revision: str | None,
-    ) -> None:
-        self.tokenizers, self.family = tokenizers, tokenizers.family
-        self._models = dict(models)
-        self._path, self._revision = path, revision
-        self._zero_empty = self.family.zeroes_empty(pipeline.model_index(path, revision))
-        self._given = {name: _GivenIds(tokenizers.limits[name]) for name in models}
-        self._pipe = self._pipeline()
-
-    @classmethod
-    def load(
-        cls,
         path: str | Path,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         *,
         revision: str | None = None,
-    ) -> Self:
+    ) -> None:
         """The encoders of a pipeline, frozen and without dropout.
 
         Args:
@@ -151,10 +135,13 @@ class PromptEncoder:
         Raises:
             ConfigError: A part is missing or of a class that is not supported.
         """
-        tokenizers = load_tokenizers(path, revision)
-        names = tokenizers.by_encoder
-        models = {name: _load_encoder(path, name, dtype, revision) for name in names}
-        return cls(tokenizers, models, path=path, revision=revision).to(device)
+        self.tokenizers = load_tokenizers(path, revision)
+        self.family, limits = self.tokenizers.family, self.tokenizers.limits
+        self._models = {name: _load_encoder(path, name, dtype, revision) for name in limits}
+        self._zero_empty = self.family.zeroes_empty(pipeline.model_index(path, revision))
+        self._given = {name: _GivenIds(limit) for name, limit in limits.items()}
+        self._pipe = self._pipeline(pipeline.denoiser_config(path, revision))
+        self.to(device)
 
     def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Encoder to token ids [N, S], int64 on the CPU."""
@@ -192,7 +179,7 @@ class PromptEncoder:
     def _empty_ids(self) -> dict[str, Tensor]:
         return self.tokenize([""])
 
-    def _pipeline(self) -> Any:
+    def _pipeline(self, denoiser: dict[str, Any]) -> Any:
         """The pipeline with its text encoders and nothing else."""
         import diffusers
 
@@ -208,8 +195,8 @@ class PromptEncoder:
             parts |= {name: model, _tokenizer_of(name): self._given[name]}
         pipe = kind(**parts)
         # Where an encoder is left out, the denoiser's settings say how many zeros stand for it.
-        settings = SimpleNamespace(**pipeline.denoiser_config(self._path, self._revision))
-        object.__setattr__(pipe, self.family.part, SimpleNamespace(config=settings))
+        settings = SimpleNamespace(config=SimpleNamespace(**denoiser))
+        object.__setattr__(pipe, self.family.part, settings)
         return pipe
 
 

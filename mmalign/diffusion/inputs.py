@@ -307,7 +307,7 @@ class Inputs:
         if self._encoder is None:
             model = self.config.model
             dtype = getattr(torch, model.dtype)
-            self._encoder = PromptEncoder.load(model.path, dtype, revision=model.revision)
+            self._encoder = PromptEncoder(model.path, dtype, revision=model.revision)
         return self._encoder
 
     def condition(self, batch: Batch[ImageInputs]) -> Condition:

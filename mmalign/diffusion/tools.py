@@ -229,7 +229,7 @@ def _encoder(config: RunConfig, place: Processes) -> tuple[PromptEncoder, int]:
     """The text encoders, and how many captions they are given at once."""
     model = config.model
     dtype = getattr(torch, model.dtype)
-    encoder = PromptEncoder.load(model.path, dtype, place.device, revision=model.revision)
+    encoder = PromptEncoder(model.path, dtype, place.device, revision=model.revision)
     return encoder, 1 if place.device.type == "cpu" else CAPTIONS_AT_ONCE
 
 

@@ -116,7 +116,7 @@ def test_cached_prompts_are_those_of_the_encoders(
     write(config)
     captions = ["", tiny_pictures.caption(0), "a dog, for show", tiny_pictures.caption(0)]
     found = PromptCache(config).get(captions)
-    encoder = PromptEncoder.load(str(pipeline), getattr(torch, dtype))
+    encoder = PromptEncoder(str(pipeline), getattr(torch, dtype))
     parts = [encoder.encode([caption]) for caption in captions]
     expected = Condition.cat(parts)
     assert found.keys() == ({"embeds"} if family == "sd15" else {"embeds", "pooled"})

@@ -49,7 +49,7 @@ def key(folder: Path, tmp_path: Path, **model: Any) -> str:
 def test_equal_to_the_pipelines_own(name: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(f"{name}_dir")
     expected = diffusers_pipeline(folder).encode_prompt(PROMPTS, device="cpu", **OPTIONS[name])
-    encoder = PromptEncoder.load(folder)
+    encoder = PromptEncoder(folder)
     found, empty = encoder.encode(PROMPTS), encoder.encode([""] * 2)
     close(found.embeds, expected[0])
     close(empty.embeds, expected[1])  # the branch that guidance uses
@@ -65,7 +65,7 @@ def test_equal_to_the_pipelines_own(name: str, request: pytest.FixtureRequest) -
 @torch.no_grad()
 def test_sd3_without_t5_has_zeros_in_its_place(tmp_path: Path) -> None:
     folder = tiny_diffusion.make_sd3(tmp_path, t5=False)
-    encoder = PromptEncoder.load(folder)
+    encoder = PromptEncoder(folder)
     assert (encoder.tokenizers.limit, set(encoder.tokenize(["a"]))) == (
         77,
         {"text_encoder", "text_encoder_2"},
@@ -81,7 +81,7 @@ def test_sd3_without_t5_has_zeros_in_its_place(tmp_path: Path) -> None:
 def test_sdxl_embeds_the_empty_prompt_where_the_pipeline_says_so(
     sdxl_dir: Path, tmp_path: Path
 ) -> None:
-    zeros = PromptEncoder.load(sdxl_dir)
+    zeros = PromptEncoder(sdxl_dir)
     both = zeros.encode(["", "a cat"])
     assert both.embeds[0].abs().max() == both.pooled[0].abs().max() == 0
     close(both.embeds[1:], zeros.encode(["a cat"]).embeds)
@@ -90,7 +90,7 @@ def test_sdxl_embeds_the_empty_prompt_where_the_pipeline_says_so(
     index = json.loads((tmp_path / "copy" / "model_index.json").read_text())
     index["force_zeros_for_empty_prompt"] = False
     (tmp_path / "copy" / "model_index.json").write_text(json.dumps(index))
-    plain = PromptEncoder.load(tmp_path / "copy")
+    plain = PromptEncoder(tmp_path / "copy")
     assert plain.encode([""]).embeds.abs().max() > 0
     assert key(tmp_path / "copy", tmp_path) != key(sdxl_dir, tmp_path)
 
@@ -99,7 +99,7 @@ def test_sdxl_embeds_the_empty_prompt_where_the_pipeline_says_so(
 def test_token_ids_are_plain_tensors_and_rows_independent(
     name: str, request: pytest.FixtureRequest
 ) -> None:
-    encoder = PromptEncoder.load(request.getfixturevalue(f"{name}_dir"), dtype=torch.float64)
+    encoder = PromptEncoder(request.getfixturevalue(f"{name}_dir"), dtype=torch.float64)
     ids = encoder.tokenize(PROMPTS)
     assert all(value.dtype == torch.int64 and value.device.type == "cpu" for value in ids.values())
     both = encoder.embed(ids)
@@ -109,7 +109,7 @@ def test_token_ids_are_plain_tensors_and_rows_independent(
 
 
 def test_autocast_does_not_change_an_embedding(sd15_dir: Path) -> None:
-    encoder = PromptEncoder.load(sd15_dir)
+    encoder = PromptEncoder(sd15_dir)
     with torch.autocast("cpu", torch.bfloat16):
         found = encoder.encode(PROMPTS)
     assert torch.equal(found.embeds, encoder.encode(PROMPTS).embeds)
@@ -146,12 +146,12 @@ def test_what_is_missing_or_foreign_is_named(sd15_dir: Path, tmp_path: Path) -> 
     config = json.loads(settings.read_text())
     settings.write_text(json.dumps(config | {"architectures": ["RobertaModel"]}))
     with pytest.raises(ConfigError, match=r"text_encoder/ is a RobertaModel; supported are CLIP"):
-        PromptEncoder.load(folder)
+        PromptEncoder(folder)
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(ConfigError, match="no folder tokenizer/"):
-        PromptEncoder.load(folder)
+        PromptEncoder(folder)
     index = json.loads((folder / "model_index.json").read_text())
     index["text_encoder"] = [None, None]
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ConfigError, match="has no text_encoder/"):
-        PromptEncoder.load(folder)
+        PromptEncoder(folder)

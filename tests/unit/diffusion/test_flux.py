@@ -58,7 +58,7 @@ def condition(guidance: float | None) -> Condition:
 @torch.no_grad()
 def test_prompts_are_those_of_the_pipeline(flux_dir: Path) -> None:
     embeds, pooled, _ = pipeline(flux_dir).encode_prompt([*PROMPTS, ""], device="cpu")
-    found = PromptEncoder.load(flux_dir).encode([*PROMPTS, ""])
+    found = PromptEncoder(flux_dir).encode([*PROMPTS, ""])
     assert found.embeds.shape == (3, 512, 64)
     assert torch.equal(found.embeds, embeds)
     assert found.pooled is not None
@@ -152,7 +152,7 @@ def ours(folder: Path, model: Any = None, guidance: float = 1.0) -> Tensor:
     spec = PictureSampleSpec(num_steps=3, guidance=guidance)
     settings = DiffusionConfig(resolution=64, sampling=spec)
     components = load_components(ModelConfig(path=str(folder)), settings)
-    encoder, vae = PromptEncoder.load(folder), load_vae(folder, settings)
+    encoder, vae = PromptEncoder(folder), load_vae(folder, settings)
     model = components.denoiser if model is None else model
     noise, size = start_noise([5, 6], (16, 8, 8)), (64, 64)
     told = encoder.encode(PROMPTS)

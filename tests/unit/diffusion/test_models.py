@@ -203,7 +203,7 @@ def test_incomplete_weights_are_not_filled_with_random_ones(
     load: dict[str, Any] = {
         "unet": lambda: load_components(model_of(folder), DiffusionConfig()),
         "vae": lambda: load_vae(str(folder), DiffusionConfig()),
-        "text_encoder": lambda: PromptEncoder.load(folder),
+        "text_encoder": lambda: PromptEncoder(folder),
     }
     with pytest.raises(ConfigError, match=f"incomplete: 1 of .*{lost}"):
         load[name]()
@@ -231,7 +231,7 @@ def test_older_names_of_weights_are_read(sd15_dir: Path, tmp_path: Path) -> None
     pixels = torch.rand(1, 3, 16, 16)
     old, new = (load_vae(str(f), DiffusionConfig()).encode(pixels)[0] for f in (folder, sd15_dir))
     assert torch.equal(old, new)
-    old, new = (PromptEncoder.load(f).encode(["a cat"]).embeds for f in (folder, sd15_dir))
+    old, new = (PromptEncoder(f).encode(["a cat"]).embeds for f in (folder, sd15_dir))
     assert torch.equal(old, new)
 
 

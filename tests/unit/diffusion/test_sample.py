@@ -35,7 +35,7 @@ class Studio:
         self.model_config = ModelConfig(path=str(folder))
         self.components: Components = load_components(self.model_config, self.config)
         self.decoder = load_vae(folder, self.config)
-        encoder = PromptEncoder.load(folder)
+        encoder = PromptEncoder(folder)
         self.prompts, self.empty = encoder.encode(PROMPTS), encoder.encode([""])
         self.size = size
 
