@@ -214,15 +214,10 @@ class Prediction:
 
     def record(self) -> dict[str, Any]:
         """The line of the common file; what is empty is left out."""
+        names = ("id", "benchmark", "task", "prediction", "answer")
         rest = {"options": list(self.options), "pair_id": self.pair_id, "meta": dict(self.meta)}
-        return {
-            "id": self.id,
-            "benchmark": self.benchmark,
-            "task": self.task,
-            "prediction": self.prediction,
-            "answer": self.answer,
-            **{key: value for key, value in rest.items() if value},
-        }
+        given = {key: value for key, value in rest.items() if value}
+        return {name: getattr(self, name) for name in names} | given
 
 
 def is_common(source: Source) -> bool:

@@ -8,7 +8,7 @@ import io
 import json
 import textwrap
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,16 +125,9 @@ def score(
     sheet, verdicts = benchmark.tally(rows, legacy)
     found = benchmark.metrics(sheet.total())
     resampled = benchmark.metrics(sheet.resampled(num_resamples=num_resamples, seed=seed))
+    told = ("id", "task", "answer", "prediction")
     judged = [
-        {
-            "id": row.id,
-            "task": row.task,
-            "answer": row.answer,
-            "prediction": row.prediction,
-            "read": verdict.read,
-            "right": verdict.right,
-            "counted": verdict.counted,
-        }
+        {name: getattr(row, name) for name in told} | asdict(verdict)
         for row, verdict in zip(rows, verdicts, strict=True)
     ]
     missing = sum(row.prediction is None for row in rows)

@@ -38,6 +38,9 @@ log = logging.getLogger("mmalign.data")
 Array = np.ndarray[Any, np.dtype[Any]]
 Parts = tuple[list[Example], list[Example]]
 
+HEADER_BYTES = 220
+"""What a tensor costs beside its values: its name, shape, place and checksum in a shard."""
+
 VERSION = "1"  # raise it when entries of the same key change meaning
 _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BOOL": "?",

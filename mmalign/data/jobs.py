@@ -240,7 +240,7 @@ def resumable(out: Path, asked: Mapping[str, Any]) -> Generator[Journal]:
         yield journal
     finally:
         journal.close()
-    journal.remove()
+    journal.path.unlink(missing_ok=True)  # the job is done
 
 
 def _journal_of(out: Path) -> Path:
@@ -343,11 +343,6 @@ class Journal:
         """Close the file; it stays."""
         self._handle.close()
 
-    def remove(self) -> None:
-        """Close and delete it: the job is done."""
-        self.close()
-        self.path.unlink(missing_ok=True)
-
 
 def _given(asked: Mapping[str, Any]) -> dict[str, Any]:
     """What was asked, without what is left at nothing: a journal from before need not name it."""
@@ -393,6 +388,14 @@ def track(
             if shown is not None:
                 count = f"{done:,} {unit}" if total is None else f"{min(done, total):,}/{total:,}"
                 shown.update(shown.task_ids[0], completed=done, count=count)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 40 s, 12 min, 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 @contextmanager

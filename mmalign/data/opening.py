@@ -112,9 +112,11 @@ _CHUNK = 2**17
 _XZ_MEMORY = 2**27  # what a decoder may take, which the file itself asks for
 
 
-def in_mib(size: int) -> str:
-    """A number of bytes, for messages."""
-    return f"{size:,} bytes" if size < 2**20 else f"{size / 2**20:,.1f} MiB"
+def amount(size: int) -> str:
+    """A number of bytes for people: 12,345 bytes, 1.5 MiB, and from ten of them on 10.0 GiB."""
+    if size < 2**20:
+        return f"{size:,} bytes"
+    return f"{size / 2**20:,.1f} MiB" if size < 10 * 2**30 else f"{size / 2**30:,.1f} GiB"
 
 
 class _Xz:

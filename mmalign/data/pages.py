@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from mmalign.data.opening import FREE, MOST_FOLDED, in_mib
+from mmalign.data.opening import FREE, MOST_FOLDED, amount
 from mmalign.errors import DataError
 from mmalign.safe import open_file
 
@@ -295,7 +295,7 @@ class Pages:
         with open_file(self._path) as stream:
             for column in self._columns(stream, group, [name], whole=True):
                 if most := self._exceeded(column):
-                    found = f"unfolds to {in_mib(column.held)}; at most {in_mib(most)} are read"
+                    found = f"unfolds to {amount(column.held)}; at most {amount(most)} are read"
                     do = "write it again in smaller row groups (row_group_size)"
                     self._refuse(group, column, f"{found} at once. {_IF} {do}")
 
@@ -315,8 +315,8 @@ class Pages:
             most = max(free, self._most)
             if size > most:
                 raise DataError(
-                    f"{self._path}: up to row group {group + 1} it unfolds to {in_mib(size)}; at "
-                    f"most {in_mib(most)} are read of a file of {in_mib(self._size)}, as rows of "
+                    f"{self._path}: up to row group {group + 1} it unfolds to {amount(size)}; at "
+                    f"most {amount(most)} are read of a file of {amount(self._size)}, as rows of "
                     f"text hardly ever take {MOST_FOLDED} times as much. {_AGAIN}"
                 )
 
@@ -338,7 +338,7 @@ class Pages:
             self._refuse(group, column, f"has a page that is damaged ({error})")
         held = min(column.held, count * max(_VALUE, column.most_value))
         if held > most:
-            found = f"unfolds to {in_mib(held)} in one row; at most {in_mib(most)} are read at once"
+            found = f"unfolds to {amount(held)} in one row; at most {amount(most)} are read at once"
             self._refuse(group, column, f"{found}. {_AGAIN}")
         return held
 
@@ -400,9 +400,9 @@ class Pages:
             page = page_at(stream, at)
             most = max(FREE, MOST_FOLDED * page.size) if whole else _MOST_PAGE
             if page.unfolded > most:
-                what = f"has a page of {page.size:,} bytes that unfolds to {in_mib(page.unfolded)}"
+                what = f"has a page of {page.size:,} bytes that unfolds to {amount(page.unfolded)}"
                 do = "write it again uncompressed, in smaller pages (data_page_size)"
-                self._refuse(group, column, f"{what}; at most {in_mib(most)} are read. {_IF} {do}")
+                self._refuse(group, column, f"{what}; at most {amount(most)} are read. {_IF} {do}")
             at = page.start + page.size
             if page.kind in (DATA, DATA_2):
                 seen += page.num_values

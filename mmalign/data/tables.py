@@ -20,7 +20,7 @@ from typing import Any
 from mmalign.data.example import HELD_OUT, Picture, Row, Wanted
 from mmalign.data.fields import LONGEST, as_list, as_object
 from mmalign.data.media_layouts import LISTS
-from mmalign.data.opening import FREE, MOST_FOLDED, Fence, in_mib
+from mmalign.data.opening import FREE, MOST_FOLDED, Fence, amount
 from mmalign.data.pages import Pages
 from mmalign.data.pictures import LIMITS, damage, picture_columns, row_places
 from mmalign.errors import DataError
@@ -129,7 +129,7 @@ def require_short(place: str, batch: Any, first: int = 1) -> None:
     for i in range(others.num_rows) if sum(size_of(others)) > LONGEST else ():
         if (size := sum(size_of(others.slice(i, 1)))) > LONGEST:
             raise DataError(
-                f"{place}{first + i}: has {in_mib(size)}, and a record may have {in_mib(LONGEST)}, "
+                f"{place}{first + i}: has {amount(size)}, and a record may have {amount(LONGEST)}, "
                 "as in a line of JSONL; is a list in it meant?"
             )
 
@@ -193,7 +193,7 @@ def require_plain(path: Path) -> None:
                 total += _VALUE * batch.num_rows + sum(size_of(batch))
                 if total > max(FREE, MOST_FOLDED * size):
                     raise DataError(
-                        f"{path}: up to record batch {number} it unfolds to {in_mib(total)}, more "
+                        f"{path}: up to record batch {number} it unfolds to {amount(total)}, more "
                         f"than {MOST_FOLDED} times its size, which rows of text never do; save it "
                         "again without its empty values"
                     )
@@ -214,7 +214,7 @@ def _require_packed(path: Path, messages: Any, size: int) -> None:
         if total > most:
             raise DataError(
                 f"{path}: up to record batch {number} its compressed parts unfold to "
-                f"{in_mib(total)}; at most {in_mib(most)} are unpacked. Save it again with "
+                f"{amount(total)}; at most {amount(most)} are unpacked. Save it again with "
                 "save_to_disk, which does not compress"
             )
 

@@ -19,7 +19,10 @@ import torch.distributed as dist
 
 from mmalign.config import RunConfig
 from mmalign.core import Needs
+from mmalign.data.cache import HEADER_BYTES
 from mmalign.data.example import Example, Picture
+from mmalign.data.jobs import duration
+from mmalign.data.opening import amount
 from mmalign.data.sources import load_examples
 from mmalign.diffusion.cache import (
     ErrorCache,
@@ -34,9 +37,6 @@ from mmalign.diffusion.conditioning import load_tokenizers
 from mmalign.diffusion.pictures import Size, cache_folder, captions_of, row_pictures
 from mmalign.diffusion.pipeline import component, denoiser_config, read_json
 from mmalign.errors import ConfigError
-
-HEADER_BYTES = 220
-"""What a tensor costs beside its values: its name, shape, place and checksum in a shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +72,13 @@ class Plan:
         """A line a cache, the sum, and the room on the disk."""
         lines = [
             f"{part.name:<17}{part.missing:>9} of {part.total} {part.unit} to write, "
-            f"{size(part.each)} each: {size(part.num_bytes)}"
+            f"{amount(part.each)} each: {amount(part.num_bytes)}"
             for part in self.parts
         ]
         folders = dict.fromkeys(str(part.folder) for part in self.parts)
-        room = [f"{folder} has room for {size(free)}" for folder, free in self._free().items()]
+        room = [f"{folder} has room for {amount(free)}" for folder, free in self._free().items()]
         lines += self.left_out
-        total = f"{size(self.num_bytes)} to write in {', '.join(folders)}"
+        total = f"{amount(self.num_bytes)} to write in {', '.join(folders)}"
         return "\n".join([*lines, total, *room])
 
     def check_room(self) -> None:
@@ -90,8 +90,8 @@ class Plan:
         for folder, free in self._free().items():
             if self.num_bytes > free:
                 raise ConfigError(
-                    f"cache: {size(self.num_bytes)} are to be written, but the disk of {folder} "
-                    f"has room for {size(free)}. Set diffusion.cache_folder to a larger one, or "
+                    f"cache: {amount(self.num_bytes)} are to be written, but the disk of {folder} "
+                    f"has room for {amount(free)}. Set diffusion.cache_folder to a larger one, or "
                     "lower diffusion.num_draws or data.max_samples"
                 )
 
@@ -158,14 +158,6 @@ def captions_to_store(config: RunConfig, rows: Sequence[Example]) -> list[str]:
 def pictures_of(rows: Sequence[Example]) -> list[Picture]:
     """The images of some rows, each once."""
     return list(dict.fromkeys(picture for row in rows for picture in row_pictures(row)))
-
-
-def size(num_bytes: int) -> str:
-    """Bytes for people: 1.5 MB."""
-    if num_bytes < 1000:
-        return f"{num_bytes} bytes"
-    power = min(4, (len(str(num_bytes)) - 1) // 3)
-    return f"{num_bytes / 1000**power:.3g} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
 def _latents(config: RunConfig, rows: Sequence[Example]) -> Part:
@@ -329,11 +321,3 @@ def progress(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[
             print(text, file=sys.stderr, flush=True)
 
         yield line
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 40 s, 12 min, 3 h 20 min."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

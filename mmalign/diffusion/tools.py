@@ -25,7 +25,7 @@ import torch
 from mmalign.config import ReferenceConfig, RunConfig, SampleConfig
 from mmalign.core import Needs
 from mmalign.data.example import Example, as_text
-from mmalign.data.jobs import only_writer
+from mmalign.data.jobs import duration, only_writer
 from mmalign.data.sources import load_examples
 from mmalign.diffusion import components, methods, pictures
 from mmalign.diffusion.adapter import DiffusionAdapter, filter_examples
@@ -42,7 +42,6 @@ from mmalign.diffusion.cache_plan import (
     Processes,
     ahead,
     captions_to_store,
-    duration,
     pictures_of,
     plan,
     progress,

@@ -10,7 +10,7 @@ from functools import cache
 from mmalign.config import RunConfig
 from mmalign.core import Needs
 from mmalign.data.example import Clip, Example, Media
-from mmalign.data.opening import in_mib
+from mmalign.data.opening import amount
 from mmalign.errors import ConfigError, DataError
 from mmalign.models.adapter import Surveyed
 from mmalign.text.cache import cache_folder
@@ -179,7 +179,7 @@ def _large_clips(
     most, shown = max(found)
     name = type(processor.inner).__name__
     return [
-        f"{much:,} of {len(found):,} clips are read at a size that takes up to {in_mib(most)} "
+        f"{much:,} of {len(found):,} clips are read at a size that takes up to {amount(most)} "
         f"of memory each, as {name} takes them ({shown}); fewer frames, a smaller "
         "video.frame_pixels where the processor has one, or smaller files take less"
     ]

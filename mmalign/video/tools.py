@@ -16,9 +16,10 @@ from rich.text import Text
 
 from mmalign.config import ReferenceConfig, RunConfig, SampleConfig
 from mmalign.core import Needs, presets
-from mmalign.data.cache import TensorCache
+from mmalign.data.cache import HEADER_BYTES, TensorCache
 from mmalign.data.example import Asked, Example, Media
-from mmalign.data.jobs import only_writer, track
+from mmalign.data.jobs import duration, only_writer, track
+from mmalign.data.opening import amount
 from mmalign.data.select import MADE
 from mmalign.errors import ConfigError
 from mmalign.models.adapter import Surveyed, load_usable
@@ -170,19 +171,6 @@ def _encoded(adapter: VideoAdapter, prepared: Prepared) -> Encoded:
     return encode(inner, tensors, encoder.shown_ids, encoder.kinds)
 
 
-_HEADER_BYTES = 220  # of a tensor in a shard: its name, shape, place and checksum
-_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
-
-
-def size(num_bytes: float) -> str:
-    """Bytes in words."""
-    for unit in _UNITS:
-        if num_bytes < 1024 or unit == _UNITS[-1]:
-            break
-        num_bytes /= 1024
-    return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
-
-
 def _places(encoder: VideoEncoder, media: Media) -> int:
     """Tokens in whose place features stand."""
     ids = encoder.reader.prepare(media, "cache").processed.tensors["input_ids"]
@@ -216,7 +204,7 @@ def _reference(
         encoded = encoder.encode_example(row)
         tokens += len(encoded) * max(len(item.response) for item in encoded)
     each = _width(config)[0] if cache.name == "ref_hidden" else 4
-    num_bytes = tokens * each + len(todo) * _HEADER_BYTES
+    num_bytes = tokens * each + len(todo) * HEADER_BYTES
     return "rows of the reference", len(rows), len(todo), num_bytes
 
 
@@ -232,12 +220,6 @@ def _seconds_each(config: RunConfig, media: Media) -> float:
             torch.cuda.synchronize()
         found = time.perf_counter() - began
     return found
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.1f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 class VideoTools(TokenTools):
@@ -345,22 +327,22 @@ class VideoTools(TokenTools):
             total, todo = _lacking(open_features(config), encoder.reader, rows)
             each, tensors = _width(config)
             tokens = sum(_places(encoder, media) for media in todo.values())
-            num_bytes = tokens * each * tensors + len(todo) * tensors * _HEADER_BYTES
+            num_bytes = tokens * each * tensors + len(todo) * tensors * HEADER_BYTES
             parts.append(("features of media", total, len(todo), num_bytes))
             if todo:
                 seconds = len(todo) * _seconds_each(config, next(iter(todo.values())))
-                said.append(f"about {_duration(seconds)} for the features, by timing one of them")
+                said.append(f"about {duration(seconds)} for the features, by timing one of them")
         if config.reference.kind == "cached":
             parts.append(_reference(config, needs, encoder, rows))
         lines = [
-            f"{name}: {missing:,} of {total:,} to write, {size(num_bytes)}"
+            f"{name}: {missing:,} of {total:,} to write, {amount(num_bytes)}"
             for name, total, missing, num_bytes in parts
         ]
         all_bytes, folder = sum(part[-1] for part in parts), cache_folder(config).absolute()
         there = next(path for path in (folder, *folder.parents) if path.is_dir())
         room = shutil.disk_usage(there).free
         short = "" if room > all_bytes else ", which is not enough"
-        last = f"{size(all_bytes)} in {folder}, with room for {size(room)}{short}"
+        last = f"{amount(all_bytes)} in {folder}, with room for {amount(room)}{short}"
         return "\n".join([*lines, *said, last])
 
     def show_rows(self, config: RunConfig, examples: Sequence[Example]) -> Group:

@@ -19,11 +19,12 @@ from tiny_diffusion import make_sd3
 
 from mmalign.config import ReferenceConfig, RunConfig
 from mmalign.core import Needs
+from mmalign.data.jobs import duration
 from mmalign.diffusion import cache_plan, components, tools
 from mmalign.diffusion import pictures as notes
 from mmalign.diffusion.adapter import DiffusionAdapter
 from mmalign.diffusion.cache import ErrorCache, LatentCache, PromptCache
-from mmalign.diffusion.cache_plan import Processes, ahead, duration, progress
+from mmalign.diffusion.cache_plan import Processes, ahead, progress
 from mmalign.diffusion.conditioning import PromptEncoder
 from mmalign.diffusion.families import Condition
 from mmalign.diffusion.pictures import prepare, row_pictures
@@ -390,7 +391,7 @@ def test_a_disk_that_is_too_small_is_refused(
     config = configured(sd15_dir, tmp_path)
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(cache_plan.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ConfigError, match=r"has room for 1 kB\. Set diffusion.cache_folder"):
+    with pytest.raises(ConfigError, match=r"has room for 1,000 bytes\. Set diffusion.cache_folder"):
         write(config)
     assert not (tmp_path / "cache" / "latents").exists()
 
