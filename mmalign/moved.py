@@ -42,6 +42,7 @@ MOVED = {
     "video.check_journal": "video.checks",
     "video.clue_part": "video.clues",
     "video.frames": "video.sizes",
+    "video.pami": "video.candidates",
 }
 """Earlier name of a module to its new one, within the package."""
 

@@ -6,34 +6,24 @@ import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
-from torch import nn
+from torch import Tensor, nn
 
-from mmalign.core import Needs
+from mmalign.config import RunConfig, SampleConfig, TrainConfig
+from mmalign.core import CandidateLogps, Needs
 from mmalign.data.cache import KeptRows, no_collection
-from mmalign.data.example import Asked, as_text
+from mmalign.data.example import Asked, Example, as_text
 from mmalign.data.jobs import is_main_process
 from mmalign.data.records import ProblemList
 from mmalign.data.sources import load_examples
 from mmalign.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Mapping, Sequence
-    from pathlib import Path
-
-    from torch import Tensor
-
-    from mmalign.config import RunConfig, SampleConfig, TrainConfig
-    from mmalign.core import CandidateLogps
-    from mmalign.data.example import Example
-    from mmalign.models.batch import Batch
-
-
-# The rows of a run: read, looked at before a model is loaded, and left out where they must be.
+from mmalign.models.batch import Batch
 
 log = logging.getLogger("mmalign.data")
 
@@ -144,9 +134,6 @@ def say(notes: Sequence[str]) -> None:
     """Log what is to be known of the rows of a run."""
     for note in notes:
         log.warning("%s", note)
-
-
-# The contract between a modality and everything else.
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,11 +436,8 @@ def build_adapter(config: RunConfig, needs: Needs) -> Adapter:
     return adapter_class(config.modality).build(config, needs)
 
 
-# Seeds of drawn responses: one a response, so that no response depends on those drawn beside it.
-
-
 def answer_seeds(seed: int, asked: Sequence[Hashable]) -> list[int]:
-    """A 63-bit seed for the response to each question of a whole list.
+    """A 63-bit seed for the response to each question of a whole list, whatever is drawn beside it.
 
     It follows from the run's seed, from the question as its `repr` says it, and from how often the
     same question came before in the list: not from the question's place, nor from batches. So the

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mmalign.config import LoraSpec, ModelConfig
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models import lora_settings
 from mmalign.models.files import local_folder
 from mmalign.models.lora_load import TRAINED, load_adapter
-from mmalign.models.lora_settings import (
-    needs_model,
-    read_settings,
-    refuse_adapter_path,
-    refuse_loaded_adapter,
-)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-
     from peft import PeftModel
-    from torch import Tensor
-
-    from mmalign.config import LoraSpec, ModelConfig
 
 
 # DoRA: a magnitude for each output of a layer, beside the low-rank change of its direction.
@@ -118,7 +109,7 @@ def check(config: ModelConfig) -> None:
         ConfigError: lora and adapter together, a folder without an adapter, or an adapter where the
             whole model must stand.
     """
-    refuse_adapter_path("model.path", config.path)
+    lora_settings.refuse_adapter_path("model.path", config.path)
     if config.lora is not None and config.adapter is not None:
         raise ConfigError(
             "model.lora and model.adapter are both set, but an existing adapter brings its own "
@@ -139,7 +130,7 @@ def apply(model: nn.Module, config: ModelConfig, **options: Any) -> nn.Module:
     `options` are those of `attach`.
     """
     check(config)
-    refuse_loaded_adapter("model.path", config.path, model)
+    lora_settings.refuse_loaded_adapter("model.path", config.path, model)
     if config.adapter is not None:
         return load(model, config.adapter)
     if config.lora is None:
@@ -234,7 +225,7 @@ def load(model: nn.Module, folder: str | Path) -> PeftModel:
     """
     try:
         place = local_folder(folder)
-        read_settings(place)
+        lora_settings.read_settings(place)
         policy = load_adapter(model, place, trainable=True)
     except CheckpointError as error:
         raise ConfigError(f"model.adapter {error}") from error
@@ -263,7 +254,7 @@ def copy_adapter(policy: PeftModel) -> None:
 def has_second_place(policy: PeftModel) -> bool:
     """Whether a second adapter of the same settings can stand beside the trained one."""
     settings = policy.peft_config[TRAINED].to_dict()
-    return settings.get("peft_type") == "LORA" and not needs_model(settings)
+    return settings.get("peft_type") == "LORA" and not lora_settings.needs_model(settings)
 
 
 def adapter_pairs(policy: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:

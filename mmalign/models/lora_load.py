@@ -5,26 +5,21 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor, nn
 
 from mmalign.errors import CheckpointError
 from mmalign.models.files import ADAPTER_CONFIG, opened, read_json, read_tensors, weight_files
 from mmalign.models.lora_settings import check_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
     from peft import PeftModel
-    from torch import Tensor, nn
 
-
-# Saved adapters of peft put on a live model, all of their tensors or none.
-#
-# peft itself loads what fits and passes over the rest, with at most a warning.
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +39,9 @@ LIBRARY_ERRORS = (
 
 
 def load_adapter(model: nn.Module, folder: Path, *, trainable: bool) -> PeftModel:
-    """The model with an adapter of any kind that peft knows.
+    """The model with an adapter of any kind that peft knows: all of its tensors or none.
+
+    peft itself loads what fits and passes over the rest, with at most a warning.
 
     Args:
         model: The base, of which some modules are exchanged.
@@ -172,8 +169,6 @@ def one_line(error: BaseException) -> str:
     return " ".join(lines)[:300] or type(error).__name__
 
 
-# Checkpoints that fit a base in memory only, written as the base's files would hold them.
-#
 # The names in the files of many classes are not those of their modules: experts are stored one by
 # one and computed as one tensor, published names were changed later. transformers converts them on
 # loading and back on saving; peft adds an adapter to what was loaded.

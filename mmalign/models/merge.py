@@ -45,8 +45,7 @@ from mmalign.models.lora_settings import start_of
 # which two stacked factors of rank 2 r say without a change of the base: [B, -B0] and [A; A0].
 #
 # Source: PiSSA, Meng et al. 2024, arXiv:2404.02948; OLoRA, Büyükakyüz 2024, arXiv:2406.01775;
-#   factors
-#     as peft computes them, in float32.
+#     factors as peft computes them, in float32.
 # Departs: nothing.
 
 
@@ -233,8 +232,6 @@ def _dora(weight: Tensor, magnitude: Tensor, *, turned: bool) -> Tensor:
     return scaled.T if turned else scaled
 
 
-# Weight arithmetic between checkpoints: W = base + sum_i coef_i * delta_i.
-#
 # A full checkpoint's delta is its weights minus the base's; a LoRA's is the product B A times its
 # scale. The sum runs in float64 and is rounded once, to the base's dtype, so that a coefficient of
 # 1 gives the added checkpoint back exactly.
@@ -249,14 +246,12 @@ def _dora(weight: Tensor, magnitude: Tensor, *, turned: bool) -> Tensor:
 # coefficients a and b.
 #
 # Source: Accelerated Preference Optimization, He et al. 2024, arXiv:2410.06293: Nesterov step
-#   between
-#     rounds; alpha 0.3 is our default. Diffusion-NPO and Self-NPO merge with the same formula
-#     (`gen.py`, `gen_xl.py` of the release: a = 1 - merge_weight, b = 1).
+#     between rounds; alpha 0.3 is our default. Diffusion-NPO and Self-NPO merge with the same
+#     formula (`gen.py`, `gen_xl.py` of the release: a = 1 - merge_weight, b = 1).
 # Departs: nothing for models whose log-probabilities are linear in the weights; else weights are
 #     extrapolated in place of log-probabilities.
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
-
 
 Delta = Callable[[str, Tensor], Change | None]
 """What one checkpoint changes: from name and float64 tensor of the base; None: it is left alone."""

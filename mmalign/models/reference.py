@@ -6,26 +6,23 @@ Its kinds, which one a run needs, and its making.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
+from mmalign.config import ReferenceConfig, RunConfig
+from mmalign.core import Needs
 from mmalign.errors import ConfigError, NeedsError
 from mmalign.models import lora
 from mmalign.models.lora_load import TRAINED
 from mmalign.models.lora_settings import refuse_adapter_path, refuse_loaded_adapter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-    from contextlib import AbstractContextManager
-
     from peft import PeftModel
-    from torch import Tensor, nn
-
-    from mmalign.config import ReferenceConfig, RunConfig
-    from mmalign.core import Needs
 
 
 class Reference(ABC):

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from peft import PeftModel
+from torch import Tensor, nn
 
+from mmalign.config import ModelConfig, RunConfig, TrainConfig
 from mmalign.core import CandidateLogps, Needs, presets
+from mmalign.data.example import Asked, Example, Prompt
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models import lora
 from mmalign.models.adapter import Adapter, answer_seeds
+from mmalign.models.batch import Batch
 from mmalign.models.cpu import use_onednn
 from mmalign.models.files import ADAPTER_CONFIG
 from mmalign.models.lora_load import TRAINED, adapter_tensors, from_folder, put_tensors
@@ -22,7 +28,7 @@ from mmalign.models.reference import Cached, build_reference, resolve
 from mmalign.text.cache import ReferenceCache, check_cacheable
 from mmalign.text.encode import Encoder
 from mmalign.text.generate import generate
-from mmalign.text.logps import head_of
+from mmalign.text.logps import Head, head_of
 from mmalign.text.model import (
     causal_model,
     load_model,
@@ -47,16 +53,9 @@ from mmalign.text.passes import (
 from mmalign.text.tokenizer import compare, load_tokenizer, num_embedded
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
-    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from mmalign.config import ModelConfig, RunConfig, TrainConfig
-    from mmalign.data.example import Asked, Example, Prompt
-    from mmalign.models.batch import Batch
-    from mmalign.text.logps import Head
+log = logging.getLogger(__name__)
 
 
 def load_trained(policy: nn.Module, folder: Path) -> nn.Module:
@@ -115,9 +114,6 @@ def _load_whole(policy: PreTrainedModel, folder: Path) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
-
-
-log = logging.getLogger(__name__)
 
 
 class TokenAdapter(Adapter):

@@ -23,6 +23,8 @@ from mmalign.text.encode import Encoder
 from mmalign.text.model import base_path
 from mmalign.text.tokenizer import CLOCK, template_file
 
+log = logging.getLogger(__name__)
+
 
 def check_cacheable(config: RunConfig, needs: Needs) -> None:
     """Refuse what no cache can hold, before a weight is loaded.
@@ -129,8 +131,6 @@ class ReferenceCache:
             place[:, : row.shape[1]] = row
         return padded
 
-
-log = logging.getLogger(__name__)
 
 _FILE = "date.json"  # in a cache folder: the date that its values were computed under
 _SOURCES = (

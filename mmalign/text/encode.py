@@ -5,38 +5,40 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from mmalign.data.example import Asked
+from mmalign.config import RunConfig
+from mmalign.core import Needs
+from mmalign.data.example import Asked, Candidate, Example, Media, Prompt
 from mmalign.errors import ConfigError, DataError, NeedsError
 from mmalign.models.batch import Batch
 from mmalign.text.frame import Ends, alike
 from mmalign.text.masks import EncodedCandidate, mark_ranges, mark_spans, mark_steps, span_masks
-from mmalign.text.messages import Notes, PlainText
+from mmalign.text.messages import Notes, PlainText, Response
 from mmalign.text.model import stop_ids
 from mmalign.text.packing import TextInputs
 from mmalign.text.render import ChatTemplate
-from mmalign.text.tokenizer import JinjaTemplate, TextTokenizer, named, require_ids, template_file
+from mmalign.text.tokenizer import (
+    JinjaTemplate,
+    Offsets,
+    TextTokenizer,
+    named,
+    require_ids,
+    template_file,
+)
 
 if TYPE_CHECKING:
-    from collections import Counter
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from mmalign.config import RunConfig
-    from mmalign.core import Needs
-    from mmalign.data.example import Candidate, Example, Prompt
-    from mmalign.text.messages import Response
-    from mmalign.text.tokenizer import Offsets
-
-    Encoded = list[list[EncodedCandidate]]  # by row and candidate
+Encoded = list[list[EncodedCandidate]]  # by row and candidate
 
 
 def collate(
@@ -289,24 +291,41 @@ class Encoder:
         return self._known(self._cut_prompt(self._started(ids, where), where), where)
 
     def encode_example(self, example: Example) -> tuple[EncodedCandidate, ...]:
-        """Every candidate of the row, in the row's order; candidates of one prompt share its ids.
+        """Every candidate of the row, in the row's order; candidates of one context share its ids.
 
         Raises:
-            DataError: when a response has no token, or the chat template loses a part of it.
+            DataError: when a response has no token, the chat template loses a part of it, or media
+                cannot be shown.
         """
-        groups: dict[Prompt, list[int]] = {}
+        return self._encoded(example, {})
+
+    def _encoded(self, example: Example, read: dict[str, Any]) -> tuple[EncodedCandidate, ...]:
+        """The same; `read` has by key the media that were read before, and gets those read now."""
+        groups: dict[tuple[Prompt, Media], list[int]] = {}
         for index, candidate in enumerate(example.candidates):
             prompt = example.prompt if candidate.prompt is None else candidate.prompt
-            groups.setdefault(prompt, []).append(index)
+            media = example.media if candidate.media is None else candidate.media
+            groups.setdefault((prompt, media), []).append(index)
         encoded: dict[int, EncodedCandidate] = {}
-        for prompt, indices in groups.items():
+        for (prompt, media), indices in groups.items():
             members = [example.candidates[index] for index in indices]
-            asked = Asked(prompt, example.template) if example.template else prompt
             if not self.render.is_chat and not isinstance(prompt, str):
                 self.notes.count("without_template", example.id)
-            items = self._group(asked, members, example.id, self.render)
+            items = self._in_context(prompt, media, members, example, read)
             encoded.update(zip(indices, items, strict=True))
         return tuple(encoded[index] for index in range(len(encoded)))
+
+    def _in_context(
+        self,
+        prompt: Prompt,
+        media: Media,
+        members: Sequence[Candidate],
+        row: Example,
+        read: dict[str, Any],
+    ) -> list[EncodedCandidate]:
+        """Candidates of a row under one prompt; models of text pass over `media`."""
+        asked = Asked(prompt, row.template) if row.template else prompt
+        return self._group(asked, members, row.id, self.render)
 
     def collate(self, examples: Sequence[Example], needs: Needs) -> Batch[TextInputs]:
         """A batch on the CPU: rated candidates, then the extra roles of `needs`; see `collate`."""

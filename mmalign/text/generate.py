@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Sequence
 from functools import cache
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from mmalign.data.example import Asked, Prompt
 from mmalign.errors import DataError
 from mmalign.models.adapter import answer_seeds
+from mmalign.text.encode import Encoder
 from mmalign.text.frame import opener
 from mmalign.text.model import causal_model
 
-if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
-
-    from torch import Tensor
-
-    from mmalign.data.example import Asked, Prompt
-    from mmalign.text.encode import Encoder
+log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -132,8 +129,6 @@ def _nucleus(scores: Tensor, top_p: float) -> Tensor:
     outside = shares.cumsum(-1) - shares >= top_p  # those before a token are enough without it
     return scores.masked_fill(outside.scatter(-1, places, outside), -torch.inf)
 
-
-log = logging.getLogger(__name__)
 
 _HALF = (torch.bfloat16, torch.float16)
 _LIMIT, _LIMIT_HALF = 2e-3, 0.05  # nats: the largest difference; in half precision the mean

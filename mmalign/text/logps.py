@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmalign.errors import ConfigError
@@ -14,11 +16,7 @@ from mmalign.models.cpu import product
 from mmalign.text.model import body_of, in_mode, refusing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor
     from transformers import PreTrainedModel
-
 
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")

@@ -19,8 +19,9 @@ from mmalign.data.example import Example
 from mmalign.data.words import matching_blocks
 from mmalign.errors import DataError
 
-Range = tuple[int, int]
+log = logging.getLogger(__name__)
 
+Range = tuple[int, int]
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn")
 _VALUE_OUT = ("o_proj", "attn.c_proj", "attn.out_proj", "attention.dense")  # their input
@@ -304,9 +305,6 @@ def mark_steps(offsets: Sequence[Range], steps: Sequence[Range], text: str) -> l
     """
     starts = sorted(start for start, _ in steps) or [m.start() for m in _LINE.finditer(text)]
     return [bisect_right(starts, max(end - 1, start)) for start, end in offsets]
-
-
-log = logging.getLogger(__name__)
 
 
 def span_masks(encoded: Sequence[EncodedCandidate], kind: str, min_match: int) -> list[list[bool]]:

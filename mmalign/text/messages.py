@@ -15,6 +15,8 @@ from mmalign.errors import ConfigError, DataError
 from mmalign.text import frame
 from mmalign.text.tokenizer import JinjaTemplate
 
+log = logging.getLogger(__name__)
+
 _WORD = re.compile(r"\w+")
 _SWITCH = re.compile(r"/(?:no_?)?think\b")  # in a text, for the template alone
 _SAYING = ("tool_calls", "tool_plan", "function_call", *frame.REASONING)
@@ -284,9 +286,6 @@ def _refuse_template(row: Template, where: str) -> None:
             f"{where}: the row has {' and '.join(lost)}, but {_NO_TEMPLATE} to read it. Use a chat "
             "model, or take the column out"
         )
-
-
-log = logging.getLogger(__name__)
 
 
 class Notes:

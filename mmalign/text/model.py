@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +12,18 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
+from mmalign.config import ModelConfig, RunConfig
 from mmalign.errors import ConfigError, MmalignError
 from mmalign.models.files import ADAPTER_CONFIG
 from mmalign.models.lora_settings import ODD, SILENT, linear_layers
 from mmalign.text import packing
+from mmalign.text.packing import Fed, Rows, TextInputs
 from mmalign.text.tokenizer import token_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor, nn
     from transformers import PreTrainedModel
-
-    from mmalign.config import ModelConfig, RunConfig
-    from mmalign.text.packing import Fed, Rows, TextInputs
 
 
 def load_model(path: str, config: ModelConfig, revision: str | None = None) -> PreTrainedModel:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
+from mmalign.config import ModelConfig
 from mmalign.errors import ConfigError, MmalignError
 from mmalign.models.batch import ModelInputs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from torch import Tensor, nn
     from transformers import PreTrainedModel
-
-    from mmalign.config import ModelConfig
 
 
 # Attention within segments of one packed row (each prompt, and each response after its prompt) is

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mmalign.config import MaskConfig
+from mmalign.core import Needs
 from mmalign.errors import ConfigError, MmalignError
-from mmalign.models.reference import Cached, NoReference
+from mmalign.models.batch import Batch
+from mmalign.models.reference import Cached, NoReference, Reference
 from mmalign.text import masks, packing
-from mmalign.text.logps import TokenStats, compute_dtype, head_of, response_logps
+from mmalign.text.logps import Head, TokenStats, compute_dtype, head_of, response_logps
 from mmalign.text.masks import record_activations
 from mmalign.text.model import (
     FAULTS,
@@ -28,23 +32,12 @@ from mmalign.text.model import (
     scored_states,
     turns_alike,
 )
+from mmalign.text.packing import Layout, Rows, TextInputs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from contextlib import AbstractContextManager
-
-    from torch import Tensor
     from transformers import PreTrainedModel
 
-    from mmalign.config import MaskConfig
-    from mmalign.core import Needs
-    from mmalign.models.batch import Batch
-    from mmalign.models.reference import Reference
-    from mmalign.text.logps import Head
-    from mmalign.text.packing import Layout, Rows, TextInputs
-
-    Arrange = Callable[[Batch[TextInputs], Layout], Rows]
-
+Arrange = Callable[[Batch[TextInputs], Layout], Rows]
 
 Keep = Literal["layers", "activations"]
 

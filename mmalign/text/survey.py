@@ -397,12 +397,7 @@ def _name(row: Example) -> str:
 
 
 def survey_parts(config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]) -> Surveyed:
-    """What training would meet in these rows, and those without problems.
-
-    Args:
-        config: The run's configuration.
-        needs: Of its objective.
-        parts: Rows to train on, rows held out.
+    """What training would meet in these rows, and those without problems: `Tools.survey`.
 
     Raises:
         DataError: Rows show something; all pairs are the same on both sides; none has a span.

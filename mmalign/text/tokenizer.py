@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from string import ascii_letters
@@ -14,19 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from cachetools import LRUCache
 
+from mmalign.config import RunConfig
+from mmalign.data.example import Template
 from mmalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from mmalign.config import RunConfig
-    from mmalign.data.example import Template
+log = logging.getLogger(__name__)
 
-    Messages = Sequence[Mapping[str, Any]]
-    Range = tuple[int, int]
-
+Messages = Sequence[Mapping[str, Any]]
+Range = tuple[int, int]
 
 Offsets = list[tuple[int, int]]
 
@@ -369,8 +368,6 @@ def _looked_at(
     words |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     return frozenset(meta.find_undeclared_variables(tree)), frozenset(words)
 
-
-log = logging.getLogger(__name__)
 
 MORE = 1.1
 """Rows of a table over tokens of its tokenizer: spare ones are a few in a hundred."""

@@ -22,7 +22,7 @@ from mmalign.text.adapter import TokenAdapter
 from mmalign.text.model import causal_model
 from mmalign.text.packing import Layout, Rows, arrange
 from mmalign.text.passes import Scored, run_model, scoring_models
-from mmalign.video import candidates, pami
+from mmalign.video import candidates
 from mmalign.video.augment import seed_for
 from mmalign.video.candidates import Perturbation
 from mmalign.video.clues import CluePart
@@ -37,7 +37,6 @@ from mmalign.video.contexts import (
 from mmalign.video.encode import VideoEncoder
 from mmalign.video.generate import generate
 from mmalign.video.model import language_model, load_model, lora_targets, media_ids, select_parts
-from mmalign.video.pami import tau_at
 from mmalign.video.processing import Processor, load_processor
 from mmalign.video.reader import FeatureStore, MediaReader, Prepared
 
@@ -94,7 +93,7 @@ class VideoAdapter(TokenAdapter):
         self._num_steps = config.train.num_steps  # of the run; else unknown until it is planned
         self._shown: tuple[Example, ...] = ()  # of the run's rows, the first with media
         self._perturbation = Perturbation(config.video, processor.uses_clip_audio)
-        self._choice: pami.Chosen | None = None
+        self._choice: candidates.Chosen | None = None
 
     @classmethod
     def build(cls, config: RunConfig, needs: Needs) -> Self:
@@ -135,7 +134,7 @@ class VideoAdapter(TokenAdapter):
         return self._choice.weigh(super().forward(self._choice.batch, needs))
 
     @torch.no_grad()
-    def choose(self, batch: Batch) -> pami.Chosen:
+    def choose(self, batch: Batch) -> candidates.Chosen:
         """Compare the augmented clips of a batch with the rows' own, by the policy as it is."""
         rows = self._arrange(batch)
         scored = run_model(self.policy, rows)
@@ -149,11 +148,11 @@ class VideoAdapter(TokenAdapter):
         stacked = torch.stack([means[i] for i in shown.flatten().tolist()])
         stacked = stacked.view(*shown.shape, -1)  # [B, 1 + K, D]
         spec, size = self.config.video.selection, self.config.text.block_size
-        return pami.choose(batch, rows, scored, stacked, spec, self.tau(), size)
+        return candidates.choose(batch, rows, scored, stacked, spec, self.tau(), size)
 
     def tau(self) -> float:
         """The least cosine that an augmented clip needs at this step."""
-        return tau_at(self.config.video.selection, self._step, self._num_steps or 1)
+        return candidates.tau_at(self.config.video.selection, self._step, self._num_steps or 1)
 
     def after_step(self, step: int) -> None:
         """Move an averaged reference; count steps for a gate that moves."""

@@ -1,7 +1,4 @@
-"""Clips that no longer show (or sound like) what an answer says.
-
-Changes of frames, time and audio.
-"""
+"""Clips that no longer show what an answer says: frames, time and sound changed."""
 
 from __future__ import annotations
 
@@ -24,6 +21,11 @@ from mmalign.video.sizes import Array, Frames, Wave
 # place, [T] int64 in [0, T), with what was drawn. None returns the clip as it was.
 
 Drawn = Mapping[str, Any]
+Altering = Callable[[Any, np.random.Generator], tuple[Array, Drawn]]
+
+
+def _by_name(*changes: Altering) -> dict[str, Altering]:
+    return {change.__name__: change for change in changes}
 
 
 def between(rng: np.random.Generator, low: float, high: float) -> float:
@@ -110,10 +112,7 @@ def _share(count: int, rng: np.random.Generator) -> int:
     return min(max(round(between(rng, 0.25, 0.5) * count), 1), count - 1)
 
 
-MOVES = {
-    change.__name__: change
-    for change in (shuffle, reverse, clip_crop, shift, drop_frames, repeat_frame, freeze, speed)
-}
+MOVES = _by_name(shuffle, reverse, clip_crop, shift, drop_frames, repeat_frame, freeze, speed)
 
 
 # Changes of the image: the same one in every frame of a clip, [T, H, W, 3] uint8 to the same.
@@ -193,12 +192,7 @@ def color_jitter(pixels: Array, rng: np.random.Generator) -> tuple[Array, Drawn]
     chroma = _hue(degrees)  # [3, 3]: keeps the luma, turns what is left of a color after it
     luma = np.tile(_LUMA, (3, 1))
     mix = brightness * contrast * (luma + saturation * (chroma - luma))
-    drawn = {
-        "brightness": brightness,
-        "contrast": contrast,
-        "saturation": saturation,
-        "degrees": degrees,
-    }
+    drawn = dict(brightness=brightness, contrast=contrast, saturation=saturation, degrees=degrees)
     return _mixed(pixels, mix, _GRAY * (1.0 - contrast)), drawn
 
 
@@ -224,20 +218,9 @@ def blur(pixels: Array, rng: np.random.Generator) -> tuple[Array, Drawn]:
     return _each(pixels, lambda f: f.filter(ImageFilter.BoxBlur(radius))), {"radius": radius}
 
 
-PICTURES = {
-    change.__name__: change
-    for change in (
-        crop,
-        mask_boxes,
-        hflip,
-        vflip,
-        rotate90,
-        color_jitter,
-        grayscale,
-        gaussian_noise,
-        blur,
-    )
-}
+PICTURES = _by_name(
+    crop, mask_boxes, hflip, vflip, rotate90, color_jitter, grayscale, gaussian_noise, blur
+)
 
 
 @cache
@@ -312,7 +295,7 @@ def noise(samples: Array, rng: np.random.Generator) -> tuple[Array, Drawn]:
     return np.clip(out, -1.0, 1.0, out=out), {"sigma": sigma}
 
 
-SOUNDS = {change.__name__: change for change in (silence, time_shift, noise)}
+SOUNDS = _by_name(silence, time_shift, noise)
 
 
 # A changed clip has as many frames of the same size, the same times and as much sound as the

@@ -25,6 +25,8 @@ from mmalign.video.media import Glimpse, read_frames
 from mmalign.video.sizes import SOUND_RATE, Frames, Wave
 from mmalign.video.sound import has_sound, read_sound, sound_of
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -185,8 +187,6 @@ class CheckJournal:
         }
         return json.dumps(about, sort_keys=True)
 
-
-log = logging.getLogger(__name__)
 
 Reference = Clip | Picture | Sound
 Use = tuple[Reference, bool]

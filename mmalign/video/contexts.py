@@ -16,7 +16,7 @@ from mmalign.data.example import Asked, Example
 from mmalign.errors import ConfigError
 from mmalign.text.model import in_mode, refusing
 from mmalign.text.packing import CannotPackError, Fed, Layout, Rows
-from mmalign.text.passes import own_logps, score_rows
+from mmalign.text.passes import Arrange, own_logps, score_rows
 from mmalign.video.encode import VideoEncoder, VideoInputs, place
 from mmalign.video.model import (
     Encoded,
@@ -30,8 +30,6 @@ from mmalign.video.reader import FeatureStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from mmalign.text.passes import Arrange
 
     Clues = Callable[[PreTrainedModel, Encoded, Tensor], Tensor]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmalign.config import RunConfig
 from mmalign.core import Needs
-from mmalign.data.example import Asked, Example, Media, Message, Prompt, Template
+from mmalign.data.example import Asked, Candidate, Example, Media, Message, Prompt, Template
 from mmalign.errors import ConfigError, DataError
 from mmalign.models.batch import WHOLE, Batch, ModelInputs
 from mmalign.text.encode import Encoder, collate
@@ -232,39 +232,23 @@ class VideoEncoder(Encoder):
         # Processors put their bos before a chat template's text too, where it does not write one.
         return self._tokenize(text, add_leading=True)
 
-    def encode_example(self, example: Example) -> tuple[EncodedCandidate, ...]:
-        """Every candidate of the row, in the row's order; candidates of one context share its ids.
-
-        Raises:
-            DataError: when a response has no token, or media cannot be shown.
-        """
-        return self._encoded(example, {})
-
-    def _encoded(
-        self, example: Example, prepared: dict[str, Prepared]
-    ) -> tuple[EncodedCandidate, ...]:
-        """The same; `prepared` holds media that were read before, by key, and gets those read."""
-        groups: dict[tuple[Prompt, Media], list[int]] = {}
-        for index, candidate in enumerate(example.candidates):
-            prompt = example.prompt if candidate.prompt is None else candidate.prompt
-            media = example.media if candidate.media is None else candidate.media
-            groups.setdefault((prompt, media), []).append(index)
-        encoded: dict[int, EncodedCandidate] = {}
-        for (prompt, media), indices in groups.items():
-            members = [example.candidates[index] for index in indices]
-            placed, expand, context = self._placed(prompt, media, example.id, prepared)
-            asked = Asked(placed, example.template) if example.template else placed
-            if not self.render.is_chat and not isinstance(prompt, str):
-                self.notes.count("without_template", example.id)
-            items = self._group(asked, members, example.id, self.renderer(media), expand)
-            for index, item in zip(indices, items, strict=True):
-                if self.media_ids & set(item.response):
-                    raise DataError(
-                        f"{example.id}: a response writes one of the model's own tokens for media "
-                        f"({', '.join(self.processor.tokens.values())}); change the text"
-                    )
-                encoded[index] = replace(item, context=context)
-        return tuple(encoded[index] for index in range(len(encoded)))
+    def _in_context(
+        self,
+        prompt: Prompt,
+        media: Media,
+        members: Sequence[Candidate],
+        row: Example,
+        read: dict[str, Prepared],
+    ) -> list[EncodedCandidate]:
+        placed, expand, context = self._placed(prompt, media, row.id, read)
+        asked = Asked(placed, row.template) if row.template else placed
+        items = self._group(asked, members, row.id, self.renderer(media), expand)
+        if any(self.media_ids & set(item.response) for item in items):
+            raise DataError(
+                f"{row.id}: a response writes one of the model's own tokens for media "
+                f"({', '.join(self.processor.tokens.values())}); change the text"
+            )
+        return [replace(item, context=context) for item in items]
 
     def encode_question(
         self, prompt: Prompt | Asked, media: Media, where: str
@@ -285,7 +269,7 @@ class VideoEncoder(Encoder):
 
     def collate(self, examples: Sequence[Example], needs: Needs) -> Batch[VideoInputs]:
         """A batch on the CPU."""
-        encode = partial(self._encoded, prepared={})
+        encode = partial(self._encoded, read={})
         batch, encoded = collate(self, examples, needs, encode)
         contexts: dict[_Named, Context] = {}
         for item in chain.from_iterable(encoded):

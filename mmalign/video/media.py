@@ -33,7 +33,6 @@ from mmalign.video.timeline import (
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
 
-
 MOST_HELD = 2 * 2**30
 """Bytes of pixels of one clip."""
 

@@ -18,7 +18,6 @@ from mmalign.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
 
-
 Array = np.ndarray[Any, np.dtype[Any]]
 SOUND_RATE = 16_000  # Hz
 

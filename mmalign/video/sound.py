@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from av.audio.stream import AudioStream
     from av.container import InputContainer
 
-
 _LEAD = 1.0  # seconds decoded before a span, which a decoder needs to come to the right values
 _JUMP = 0.05  # seconds between two blocks from which on they are not heard as following each other
 _COUNTED = ("mov", "matroska", "flac", "wav")

@@ -58,12 +58,7 @@ _MUCH = 200 * 2**20  # bytes of the frames of one clip
 
 
 def survey_parts(config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]) -> Surveyed:
-    """What training would meet in these rows, and those without problems.
-
-    Args:
-        config: The run's configuration.
-        needs: Of its objective.
-        parts: Rows to train on, rows held out; files of both are looked at and named once.
+    """What training would meet in these rows, and those without problems: `Tools.survey`.
 
     Raises:
         DataError: A file cannot be used and `video.bad_media` is stop; no row is left; all pairs

@@ -14,8 +14,8 @@ from mmalign.config import SelectionSpec
 from mmalign.core import CandidateLogps, presets
 from mmalign.core.numerics import full_precision
 from mmalign.text.logps import Head
-from mmalign.video import pami
-from mmalign.video.pami import (
+from mmalign.video import candidates
+from mmalign.video.candidates import (
     Selection,
     aggregate,
     close_scores,
@@ -83,7 +83,7 @@ def test_golden(case: dict[str, Any]) -> None:
 
 def js_divergence(p: Tensor, q: Tensor) -> Tensor:
     """Of the distributions that logits give."""
-    return pami.js_divergence(*(full_precision(x).log_softmax(-1) for x in (p, q)))
+    return candidates.js_divergence(*(full_precision(x).log_softmax(-1) for x in (p, q)))
 
 
 def plain_js(p: Tensor, q: Tensor) -> Tensor:
