@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Float32 matrix products on a CPU through oneDNN.
-#
 # PyTorch sends float32 products on a CPU to MKL, which leaves AVX-512 unused on AMD processors;
 # oneDNN, which the same PyTorch carries for convolutions, does not: about twice as fast there, the
 # same precision everywhere. Nothing here changes what is computed on other devices or in other
@@ -92,8 +90,6 @@ def suits(tensor: Tensor) -> bool:
     )
 
 
-# Float32 convolutions of few pixels and many channels on a CPU, as one matrix product.
-#
 # oneDNN brings the weight of a convolution into a layout of its own at every call. Deep inside a
 # U-Net that costs more than the convolution: Stable Diffusion's 1280 x 1280 x 3 x 3 weights meet
 # 4 x 4 or 8 x 8 pixels there. A product of the unfolded pixels with the weight as it lies in memory

@@ -21,6 +21,9 @@ from mmalign.models.lora_load import TRAINED, load_adapter
 if TYPE_CHECKING:
     from peft import PeftModel
 
+log = logging.getLogger(__name__)
+
+REFERENCE = "reference"  # the frozen second adapter; never saved
 
 # DoRA: a magnitude for each output of a layer, beside the low-rank change of its direction.
 #
@@ -95,11 +98,6 @@ def comfyui_scale(
     share = weight.flatten(1).norm(dim=1) / adapted.flatten(1).norm(dim=1)
     scale = magnitude.double().flatten() * share
     return scale.view(-1, *(1,) * (weight.dim() - 1))
-
-
-log = logging.getLogger(__name__)
-
-REFERENCE = "reference"  # the frozen second adapter; never saved
 
 
 def check(config: ModelConfig) -> None:

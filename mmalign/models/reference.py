@@ -1,7 +1,4 @@
-"""The frozen model that log-ratios are taken against.
-
-Its kinds, which one a run needs, and its making.
-"""
+"""The frozen model of log-ratios: its kinds, which one a run needs, and its making."""
 
 from __future__ import annotations
 
@@ -52,22 +49,22 @@ class Reference(ABC):
 
 
 class NoReference(Reference):
-    """For objectives without one."""
+    """No live model, for objectives without a reference."""
+
+    _refusal = "a reference model was asked for, but reference.kind is none"
 
     def active(self) -> AbstractContextManager[nn.Module]:
         """Refuse."""
-        raise NeedsError("a reference model was asked for, but reference.kind is none")
+        raise NeedsError(self._refusal)
 
 
-class Cached(Reference):
-    """Values written by `mmalign cache`; there is no live model."""
+class Cached(NoReference):
+    """No live model either, but values written by `mmalign cache`."""
 
-    def active(self) -> AbstractContextManager[nn.Module]:
-        """Refuse."""
-        raise NeedsError(
-            "a live reference model was asked for, but reference.kind is cached and the row is not "
-            "in the cache. Write it with `mmalign cache CONFIG`"
-        )
+    _refusal = (
+        "a live reference model was asked for, but reference.kind is cached and the row is not in "
+        "the cache. Write it with `mmalign cache CONFIG`"
+    )
 
 
 class LoraOff(Reference):

@@ -15,7 +15,7 @@ from mmalign.config import MaskConfig
 from mmalign.core import Needs
 from mmalign.errors import ConfigError, MmalignError
 from mmalign.models.batch import Batch
-from mmalign.models.reference import Cached, NoReference, Reference
+from mmalign.models.reference import NoReference, Reference
 from mmalign.text import masks, packing
 from mmalign.text.logps import Head, TokenStats, compute_dtype, head_of, response_logps
 from mmalign.text.masks import record_activations
@@ -99,7 +99,7 @@ def scoring_models(policy: nn.Module, reference: Reference) -> Iterator[nn.Modul
     """Every model that scores: the policy, and references that are models of their own."""
     yield policy
     seen = {causal_model(policy)}
-    if isinstance(reference, Cached | NoReference):
+    if isinstance(reference, NoReference):
         return
     for _, member in reference.members():
         with member.active() as model:

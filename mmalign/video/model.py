@@ -1,7 +1,4 @@
-"""Video language models of transformers.
-
-Loading one, its parts, what it hands its language model.
-"""
+"""Video language models of transformers: loading one, its parts, what it hands its text model."""
 
 from __future__ import annotations
 
