@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from mmalign.core import Needs
-from mmalign.data.example import Asked, Example
+from mmalign.data.example import Asked, Example, Message
 from mmalign.errors import ConfigError
 from mmalign.text.model import in_mode, refusing
 from mmalign.text.packing import CannotPackError, Fed, Layout, Rows
 from mmalign.text.passes import Arrange, own_logps, score_rows
-from mmalign.video.encode import VideoEncoder, VideoInputs, place
+from mmalign.video.encode import MARK, VideoEncoder, VideoInputs, place
 from mmalign.video.model import (
     Encoded,
     TokenKinds,
@@ -163,12 +163,7 @@ def feed(
         seen = torch.isin(prompt, wanted).nonzero().squeeze(-1) + piece.start
         if number not in made:
             made[number] = contexts.media(model, number).map(lambda tensor: tensor.to(flat))
-        encoded = made[number]
-        if len(seen) != len(encoded.tokens):
-            raise ConfigError(
-                f"a prompt has {len(seen)} tokens for media, but the model made "
-                f"{len(encoded.tokens)} features; processor and model do not belong together"
-            )
+        encoded = made[number].in_order(prompt[seen - piece.start])
         places.append(seen)
         values.append(encoded.tokens)
         deep.append(encoded)
@@ -213,13 +208,16 @@ _NATS, _NATS_HALF = 1e-3, 0.05
 
 
 def first_shown(examples: Iterable[Example]) -> tuple[Example, ...]:
-    """The first row of each mix of clips, images and sounds, with its first answer alone."""
-    found: dict[tuple[bool, ...], Example] = {}
+    """The first row of each mix and order of clips, images and sounds, with one answer alone."""
+    found: dict[tuple[object, ...], Example] = {}
     for row in examples:
-        shown = tuple(map(bool, (row.media.videos, row.media.images, row.media.sounds)))
-        if any(shown) and row.candidates and shown not in found:
+        turns = row.prompt if isinstance(row.prompt, tuple) else (Message("user", row.prompt),)
+        named = (mark for turn in turns for mark in MARK.findall(turn.content))
+        shown = tuple(map(bool, row.media.by_kind().values()))
+        key = (shown, *dict.fromkeys(named))
+        if any(shown) and row.candidates and key not in found:
             answer = replace(row.candidates[0], role="", prompt=None, media=None)
-            found[shown] = replace(row, candidates=(answer,), labels=row.labels[:1])
+            found[key] = replace(row, candidates=(answer,), labels=row.labels[:1])
     return tuple(found.values())
 
 

@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -235,23 +235,62 @@ _INSIDE = ("merger", "deepstack_merger_list", "proj")
 
 @dataclass(frozen=True, slots=True)
 class Encoded(ModelInputs):
-    """The media of a prompt as the language model takes them, in the order of their tokens.
+    """The media of a prompt as the language model takes them, in the order of their placeholders.
 
     Attributes:
         tokens: [n, D].
         deep: Layer to [n, D], added there (DeepStack).
+        ids: [n], the token that each stands for; None of features that earlier versions stored.
     """
 
     tokens: Tensor = field(metadata=WHOLE)
     deep: dict[int, Tensor] = field(default_factory=dict["int", "Tensor"], metadata=WHOLE)
+    ids: Tensor | None = field(default=None, metadata=WHOLE)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Encoded:
-        """With each tensor changed."""
-        return Encoded(change(self.tokens), {layer: change(t) for layer, t in self.deep.items()})
+        """With each tensor of features changed."""
+        return replace(
+            self,
+            tokens=change(self.tokens),
+            deep={layer: change(tensor) for layer, tensor in self.deep.items()},
+        )
+
+    def in_order(self, ids: Tensor) -> Encoded:
+        """The features for these tokens of a prompt, which may name kinds of media in any order.
+
+        Raises:
+            ConfigError: They are not the tokens that these features stand for.
+        """
+        if len(ids) != len(self.tokens):
+            raise ConfigError(
+                f"a prompt has {len(ids)} tokens for media, but the model made {len(self.tokens)} "
+                "features; processor and model do not belong together"
+            )
+        if self.ids is None:
+            if len(ids.unique()) > 1:
+                raise ConfigError(
+                    "stored features of several kinds of media do not say which is which, since an "
+                    "earlier version wrote them; delete the cache folder, or run `mmalign cache` "
+                    "with another one"
+                )
+            return self
+        own = self.ids.to(ids.device)
+        if torch.equal(own, ids):
+            return self
+        order = torch.empty_like(ids)
+        order[ids.argsort(stable=True)] = own.argsort(stable=True)
+        if not torch.equal(own[order], ids):
+            raise ConfigError(
+                "a prompt has other tokens for media than the model made features for; processor "
+                "and model do not belong together"
+            )
+        return replace(self.map(lambda tensor: tensor[order]), ids=ids)
 
     def detached(self) -> Encoded:
         """Without a graph, on the CPU, in memory of its own."""
-        return self.map(lambda tensor: tensor.detach().to("cpu", copy=True))
+        ids = None if self.ids is None else self.ids.to("cpu", copy=True)
+        kept = self.map(lambda tensor: tensor.detach().to("cpu", copy=True))
+        return replace(kept, ids=ids)
 
     @property
     def nbytes(self) -> int:
@@ -259,14 +298,15 @@ class Encoded(ModelInputs):
         return sum(t.numel() * t.element_size() for t in (self.tokens, *self.deep.values()))
 
     def named(self) -> dict[str, Tensor]:
-        """All its tensors: `tokens`, and `deep_LAYER`."""
-        return {"tokens": self.tokens, **{f"deep_{i}": t for i, t in self.deep.items()}}
+        """All its tensors: `tokens`, `deep_LAYER`, and `ids`."""
+        ids = {} if self.ids is None else {"ids": self.ids}
+        return {"tokens": self.tokens, **{f"deep_{i}": t for i, t in self.deep.items()}, **ids}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Encoded:
         """The reverse of `named`."""
-        deep = {int(k.removeprefix("deep_")): t for k, t in tensors.items() if k != "tokens"}
-        return cls(tensors["tokens"], deep)
+        deep = {int(k[5:]): tensor for k, tensor in tensors.items() if k.startswith("deep_")}
+        return cls(tensors["tokens"], deep, tensors.get("ids"))
 
 
 def load_model(path: str, config: ModelConfig, revision: str | None = None) -> PreTrainedModel:
@@ -437,7 +477,8 @@ def encode(
         )
     places = torch.isin(input_ids, torch.tensor(sorted(ids), device=input_ids.device))  # [1, S]
     _require_seen(model, input_ids, places, seen["inputs_embeds"])
-    return Encoded(seen["inputs_embeds"][places], deep_features(seen, places))
+    features = seen["inputs_embeds"][places]
+    return Encoded(features, deep_features(seen, places), input_ids[places])
 
 
 @torch.no_grad()

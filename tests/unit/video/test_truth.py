@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import wave
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,11 +14,12 @@ from tiny_vision import make_vision_model
 from video_rows import make_adapter, pair, run_config
 
 from mmalign.core import Needs
-from mmalign.data.example import Clip, Media, Picture
+from mmalign.data.example import Clip, Media, Picture, Sound
 from mmalign.errors import ConfigError
 from mmalign.models.adapter import build_adapter
 from mmalign.text.model import causal_model
 from mmalign.video import contexts
+from mmalign.video.encode import MARK
 from mmalign.video.model import encode, handed, parts_of, select_parts
 from mmalign.video.tools import VideoTools
 
@@ -77,7 +80,15 @@ def own_logps(
     processor, shown = adapter.encoder.processor, adapter.encoder.reader.decode(row.media)
     counts = {"video": len(shown.clips), "image": len(shown.images), "audio": len(shown.sounds)}
     parts = [{"type": kind} for kind, count in counts.items() for _ in range(count)]
-    turns = [{"role": "user", "content": [*parts, {"type": "text", "text": row.prompt}]}]
+    pieces = MARK.split(row.prompt)  # text and names of media in turns
+    if len(pieces) > 1:
+        parts = []
+    parts += [
+        {"type": piece} if i % 2 else {"type": "text", "text": piece}
+        for i, piece in enumerate(pieces)
+        if piece
+    ]
+    turns = [{"role": "user", "content": parts}]
     text = processor.inner.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     inputs = dict(processor.whole(text, shown, row.id))
     asked = inputs.pop("input_ids")
@@ -342,3 +353,40 @@ def test_no_class_that_works_is_refused(
         assert adapter(adapter.collate([row]), Needs()).policy.isfinite().all()
     if kind == OMNI:
         assert adapter.encoder.processor.uses_audio
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "llava_onevision", OMNI])
+def test_media_may_be_named_in_any_order(
+    kind: str, video_models: Models, clips_dir: Path, pictures: list[Picture]
+) -> None:
+    """A row of each order is tried; both are scored as the model's own forward does."""
+    both = Media((Clip(clips_dir / "clip0.mp4"),), (pictures[0],))
+    prompts = {
+        "vi": "<video><image>What?",
+        "iv": "<image><video>What?",
+        "as iv": "<image><video>Who?",
+    }
+    rows = [pair(clips_dir, name, prompt=text, media=both) for name, text in prompts.items()]
+    assert [row.id for row in contexts.first_shown(rows)] == ["vi", "iv"]
+    adapter: Any = as_it_is(video_models(kind))
+    adapter.setup(rows)
+    scored = adapter(adapter.collate(rows), Needs())
+    for row, logps, mask in zip(rows, scored.policy, scored.mask, strict=True):
+        encoded = adapter.encoder.encode_example(row)
+        for item, ours, real in zip(encoded, logps, mask, strict=True):
+            _, own = own_logps(adapter, row, item.response)
+            torch.testing.assert_close(ours[real], own, atol=1e-4, rtol=0)
+
+
+def test_a_sound_may_be_named_before_a_clip_and_an_image(
+    video_models: Models, clips_dir: Path, pictures: list[Picture], tmp_path: Path
+) -> None:
+    sound = tmp_path / "tone.wav"
+    with wave.open(str(sound), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(np.random.default_rng(0).integers(-9999, 9999, 16_000, "<i2").tobytes())
+    media = Media((Clip(clips_dir / "clip0.mp4"),), (pictures[0],), (Sound(sound),))
+    row = pair(clips_dir, prompt="<audio> and <image> and <video>: what?", media=media)
+    adapter: Any = as_it_is(video_models(OMNI))
+    adapter.setup([row])  # refuses what is not scored as the model's own forward does
+    assert torch.isfinite(adapter(adapter.collate([row]), Needs()).policy).all()
