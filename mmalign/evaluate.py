@@ -133,11 +133,17 @@ class Tally:
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)  # metric -> sum, rows
 
     def __add__(self, other: Tally) -> Tally:
-        sums = dict(self.sums)
-        for name, (total, count) in other.sums.items():
-            sum_before, count_before = sums.get(name, (0.0, 0.0))
-            sums[name] = (sum_before + total, count_before + count)
-        return Tally(self.rows + other.rows, sums)
+        return Tally(self.rows + other.rows, merge([self.sums, other.sums]))
+
+
+def merge(parts: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    """(sum, count) of every metric over parts that have their own."""
+    merged: dict[str, tuple[float, float]] = {}
+    for part in parts:
+        for name, (total, count) in part.items():
+            before = merged.get(name, (0.0, 0.0))
+            merged[name] = (before[0] + total, before[1] + count)
+    return merged
 
 
 def evaluate(

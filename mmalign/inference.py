@@ -1,32 +1,24 @@
-"""Trained weights outside of training.
-
-Evaluation, samples, caches and the rows as a model sees them.
-"""
+"""Trained weights outside of training: evaluation, samples, caches, and rows as models see them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mmalign import config as configs
+import torch
+
+from mmalign.config import DataSource, RunConfig
+from mmalign.core import Needs, Objective
+from mmalign.data.example import Example, Prompt, as_text
 from mmalign.data.jobs import write_lines
 from mmalign.errors import CheckpointError, ConfigError, DataError
+from mmalign.evaluate import Evaluation, evaluate
+from mmalign.models.adapter import Adapter, answer_seeds, build_adapter, load_usable, tools_of
 from mmalign.preflight.check import check_config
 from mmalign.safe import write_text
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import torch
-
-    from mmalign.config import RunConfig
-    from mmalign.core import Objective
-    from mmalign.data.example import Example, Prompt
-    from mmalign.evaluate import Evaluation
-    from mmalign.models.adapter import Adapter
-
 
 _OF_RUN = ("env.json", "metrics.jsonl", "final", "checkpoint-*")
 """What lies beside the config in a run folder."""
@@ -52,9 +44,6 @@ def evaluate_checkpoint(
     Raises:
         ConfigError, DataError, CheckpointError: What is missing or does not fit.
     """
-    from mmalign.core import Needs
-    from mmalign.evaluate import evaluate
-    from mmalign.models.adapter import build_adapter, tools_of
     from mmalign.train.final import reward_beta
     from mmalign.train.order import eval_batches
 
@@ -130,8 +119,6 @@ def sample_checkpoint(
     Raises:
         DataError: A prompt shows what the model does not take, or what cannot be decoded.
     """
-    from mmalign.models.adapter import answer_seeds, tools_of
-
     asked = [tools_of(config.modality).to_prompt(row) for row in rows]
     adapter = trained_adapter(config, checkpoint, base=base)
     options = config.sample.model_dump(exclude={"num_prompts", "prompts"})
@@ -148,8 +135,6 @@ def sample_checkpoint(
 
 def last_asked(prompt: Prompt) -> str:
     """The question as a terminal shows it: the last turn, with its role where that is no user."""
-    from mmalign.data.example import as_text
-
     if isinstance(prompt, str) or not prompt:
         return as_text(prompt)
     last = prompt[-1]
@@ -164,23 +149,16 @@ def trained_adapter(config: RunConfig, checkpoint: Path | None, *, base: bool = 
         checkpoint: A `checkpoint-N` or `final` folder; None for the newest of `config.output`.
         base: As it was before training.
     """
-    import torch
-
-    from mmalign.core import Needs
-    from mmalign.models.adapter import build_adapter, tools_of
-
     if base and checkpoint is not None:
         raise ConfigError("sample: --base is the untrained model, so it has no --checkpoint")
     # Without a reference; learned position weights are built because checkpoints hold them. A loss
     # of one's own is not asked: it would have to be imported, and the run may be a stranger's.
-    if config.objective.own:
-        needs = Needs(weight=config.text.masks is not None)
-    else:
-        needs = Needs(weight=check_config(config).needs.weight)
+    masked = config.text.masks is not None
+    weight = masked if config.objective.own else check_config(config).needs.weight
     config = tools_of(config.modality).resolve_config(config)
     folder = None if base else trained_folder(config, checkpoint)
     torch.manual_seed(config.train.seed)
-    adapter = build_adapter(config, needs).to(_device(config)).eval()
+    adapter = build_adapter(config, Needs(weight=weight)).to(_device(config)).eval()
     if folder is not None:
         restore(adapter, folder)
     return adapter
@@ -224,7 +202,6 @@ def restore(adapter: Adapter, folder: Path, objective: Objective | None = None) 
         CheckpointError: The folder holds no weights of this model, or they are damaged.
     """
     from mmalign.train import checkpoint
-    from mmalign.train.checkpoint import read_about
 
     if (folder / "sharded").is_dir():
         raise CheckpointError(
@@ -232,7 +209,7 @@ def restore(adapter: Adapter, folder: Path, objective: Objective | None = None) 
             "the final/ folder of the run"
         )
     if (folder / "run.json").is_file() or (folder / "weights.safetensors").is_file():
-        read_about(folder, only=("weights.safetensors", "state.safetensors"))
+        checkpoint.read_about(folder, only=("weights.safetensors", "state.safetensors"))
         checkpoint.load_weights(folder, adapter)
         if objective is not None:
             checkpoint.load_state(folder, adapter, objective)
@@ -249,10 +226,8 @@ def restore(adapter: Adapter, folder: Path, objective: Objective | None = None) 
 
 
 def _held_out_rows(config: RunConfig, objective: Objective, data: str | None) -> list[Example]:
-    from mmalign.models.adapter import load_usable
-
     if data is not None:
-        source = configs.DataSource(path=data)
+        source = DataSource(path=data)
         changes = {"train": [source], "eval": [], "eval_fraction": 0.0}
         config = config.model_copy(update={"data": config.data.model_copy(update=changes)})
     train, held_out = load_usable(config, objective.needs)
@@ -266,7 +241,6 @@ def _held_out_rows(config: RunConfig, objective: Objective, data: str | None) ->
 
 
 def _device(config: RunConfig) -> torch.device:
-    import torch
     from accelerate import Accelerator
 
     if config.train.num_threads is not None:
@@ -292,8 +266,6 @@ def write_cache(config: RunConfig) -> str:
     Raises:
         ConfigError: What no cache can hold.
     """
-    from mmalign.models.adapter import tools_of
-
     needs = check_config(config).needs
     _device(config)  # sets the number of threads
     return tools_of(config.modality).write_cache(config, needs)
@@ -302,15 +274,11 @@ def write_cache(config: RunConfig) -> str:
 def plan_cache(config: RunConfig) -> str:
     """What `write_cache` would write, in words, bytes and time."""
     _device(config)  # sets the number of threads
-    from mmalign.models.adapter import tools_of
-
     return tools_of(config.modality).plan_cache(config, check_config(config).needs)
 
 
 def show_rows(config: RunConfig, count: int) -> Any:
     """The first training rows as the model will see them, for a rich console."""
-    from mmalign.models.adapter import load_usable, tools_of
-
     objective = check_config(config)
     config = tools_of(config.modality).resolve_config(config)
     rows, _ = load_usable(config, objective.needs, first=count)

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import zip_longest
-from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor, nn
 
+from mmalign.core import CandidateLogps, Loss, Needs, Objective
 from mmalign.errors import ConfigError
+from mmalign.models.adapter import Adapter
+from mmalign.models.batch import Batch
 from mmalign.train.order import rng_state, set_rng_state
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from accelerate import Accelerator
-    from torch import Tensor, nn
-
-    from mmalign.core import CandidateLogps, Loss, Needs, Objective
-    from mmalign.models.adapter import Adapter
-    from mmalign.models.batch import Batch
-
-    Backward = Callable[
-        [Accelerator, nn.Module, Objective, Batch, Tensor | None], tuple[Loss, CandidateLogps]
-    ]
+Backward = Callable[
+    [Accelerator, nn.Module, Objective, Batch, Tensor | None], tuple[Loss, CandidateLogps]
+]
 
 # The fields of CandidateLogps through which a loss may reach the parameters.
 _DIFFERENTIABLE = ("policy", "kl", "weight", "kl_weight", "prompt")

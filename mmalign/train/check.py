@@ -5,32 +5,23 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from torch import Tensor, nn
 
+from mmalign.config import RunConfig
+from mmalign.core import CandidateLogps, Loss, Needs, Objective
 from mmalign.core.divergence import ReverseKL
 from mmalign.core.links import Logistic
 from mmalign.core.score import Score
 from mmalign.core.terms import Preference
 from mmalign.errors import ConfigError, NonFiniteLoss
+from mmalign.models.batch import Batch
 from mmalign.train.order import own_random_stream
-from mmalign.train.run import Bfloat16Optimizer, reshard
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from torch import Tensor, nn
-
-    from mmalign.config import RunConfig
-    from mmalign.core import CandidateLogps, Loss, Needs, Objective
-    from mmalign.models.batch import Batch
-    from mmalign.train.run import Run
-
-
-# What must be true before the first step, and the message when a step went wrong.
+from mmalign.train.run import Bfloat16Optimizer, Run, reshard
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +68,7 @@ def check_start(run: Run) -> str:
         ConfigError: The policy is not its reference, with the likely causes.
     """
     reason = why_unequal(run.config, run.objective.needs)
-    visits = run.order.micro_batch(0, run.accelerator.process_index)
-    batch = run.adapter.collate([run.train_rows[visit.row] for visit in visits])
-    batch = batch.to(run.accelerator.device)
+    batch = _first_batch(run)
     with own_random_stream(run.config.train.seed), torch.no_grad():
         logps = run.model(batch, run.objective.needs)  # what an adapter cannot score, it refuses
     if doubt := worse_than_guessing(logps, run.adapter.vocab_size):
@@ -94,6 +83,13 @@ def check_start(run: Run) -> str:
     if problems:
         raise ConfigError(problems[0])
     return "policy and reference agree before the first step"
+
+
+def _first_batch(run: Run) -> Batch:
+    """This process's first micro-batch of the run, on its device."""
+    visits = run.order.micro_batch(0, run.accelerator.process_index)
+    batch = run.adapter.collate([run.train_rows[visit.row] for visit in visits])
+    return batch.to(run.accelerator.device)
 
 
 LARGEST_GAP = 1e-3
@@ -268,14 +264,12 @@ def non_finite_error(step: int, reports: list[str], last_good: Path | None) -> N
     seen = " ".join(report for report in reports if report) or (
         "The losses are finite, but their gradient is not."
     )
-    kept = last_good if last_good is not None else "none had been written yet"
     return NonFiniteLoss(
         f"step {step}: {seen} Nothing was saved after it. Try a lower train.lr or model.dtype: "
-        f"float32, or look at the rows with `mmalign data show`. Last good checkpoint: {kept}"
+        "float32, or look at the rows with `mmalign data show`. Last good checkpoint: "
+        f"{last_good or 'none had been written yet'}"
     )
 
-
-# Whether the first steps move the weights at all, said once.
 
 STEPS = 20
 _SAMPLED = 1 << 20  # weights looked at
@@ -337,11 +331,7 @@ class Movement:
 
     def _sample(self, weight: nn.Parameter) -> Tensor:
         held = weight.detach() if self._optimizer is None else self._optimizer.held(weight)
-        local = getattr(held, "to_local", None)  # a shard
-        return (held if local is None else local()).float().flatten()[:: self._every]
-
-
-# Whether the weights are still numbers that score rows, asked before any of them is saved.
+        return _local(held).float().flatten()[:: self._every]
 
 
 @torch.no_grad()
@@ -358,11 +348,10 @@ def require_sound(run: Run, saved: Path | None) -> None:
     problem = _broken_weights(run) or _broken_scores(run)
     problems = [found for found in gather_object([problem]) if found]
     if problems:
-        kept = saved if saved is not None else "none had been written yet"
         raise NonFiniteLoss(
             f"step {run.position.step}: {problems[0]} after it, so nothing of it is saved. Try "
             "a lower train.lr, more train.warmup or model.dtype: float32. Last good checkpoint: "
-            f"{kept}"
+            f"{saved or 'none had been written yet'}"
         )
 
 
@@ -371,7 +360,9 @@ def _broken_weights(run: Run) -> str | None:
     others = {**run.adapter.extra_state(), **run.objective.state_dict()}
     tensors = {name: _local(value) for name, value in {**trained, **others}.items()}
     floats = {name: value for name, value in tensors.items() if value.is_floating_point()}
-    if not floats or _all_finite(floats):
+    # One fused pass over all of them: a largest magnitude that is finite leaves nothing else.
+    largest = torch.nn.utils.get_total_norm(list(floats.values()), norm_type=float("inf"))
+    if bool(largest.isfinite()):
         return None
     bad = [name for name, value in floats.items() if not bool(value.isfinite().all())]
     return (
@@ -379,19 +370,11 @@ def _broken_weights(run: Run) -> str | None:
     )
 
 
-def _all_finite(tensors: Mapping[str, Tensor]) -> bool:
-    """One fused pass over all of them: a largest magnitude that is finite leaves nothing else."""
-    largest = torch.nn.utils.get_total_norm(list(tensors.values()), norm_type=float("inf"))
-    return bool(largest.isfinite())
-
-
 def _broken_scores(run: Run) -> str | None:
     """Finite weights can still be so large that nothing they compute is."""
-    visits = run.order.micro_batch(0, run.accelerator.process_index)
-    batch = run.adapter.collate([run.train_rows[visit.row] for visit in visits])
-    needs = replace(run.objective.needs, reference=False, kl=False)
+    batch, needs = _first_batch(run), replace(run.objective.needs, reference=False, kl=False)
     with own_random_stream(run.config.train.seed):
-        logps = run.model(batch.to(run.accelerator.device), needs)
+        logps = run.model(batch, needs)
         reshard(run.model)
     if bool(logps.policy[logps.mask].isfinite().all()):
         return None
@@ -399,5 +382,6 @@ def _broken_scores(run: Run) -> str | None:
 
 
 def _local(value: Tensor) -> Tensor:
+    """A tensor, or this process's shard of it."""
     shard = getattr(value, "to_local", None)
     return value.detach() if shard is None else shard().detach()

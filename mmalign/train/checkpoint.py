@@ -1,4 +1,16 @@
-"""Checkpoints that are either whole or not there, and a resume that changes no bit."""
+"""Checkpoints that are either whole or not there, and a resume that changes no bit.
+
+    checkpoint-40/
+        run.json              step, rows and tokens seen, what the run is made of, sums of all files
+        weights.safetensors   trainable parameters by name
+        optimizer.pt          the optimizer's state
+        state.safetensors     buffers of the objective (BCO's shift) and of the adapter (EMA)
+        process-0.pt          random streams and running averages, one file a process
+        sharded/              instead of the first two where parameters are sharded
+
+It is written under another name, flushed to the disk, and renamed, in this order. So whatever
+moment the machine dies at, a folder with this name is complete.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +20,24 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
+from torch import nn
 
+from mmalign.core import Objective
 from mmalign.errors import CheckpointError
+from mmalign.models.adapter import Adapter
 from mmalign.models.files import read_tensors, usual_mode
-from mmalign.train.files import changed_files, differences, sweep, touched
+from mmalign.train.files import Table, changed_files, differences, sweep, touched
 from mmalign.train.metrics import flatten, keep_until
 from mmalign.train.order import rng_state, set_rng_state
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from torch import nn
-
-    from mmalign.core import Objective
-    from mmalign.models.adapter import Adapter
-    from mmalign.train.files import Table
-    from mmalign.train.run import Run
-
-
-# Whether a checkpoint is, byte for byte, what was saved.
+from mmalign.train.run import Run
 
 ABOUT = "run.json"
 
@@ -106,20 +110,6 @@ def _sum(path: Path) -> str:
 def _sum_of(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
-
-# Checkpoints that are either whole or not there, and a resume that changes no bit.
-#
-#     checkpoint-40/
-#         run.json              step, rows and tokens seen, what the run is made of, sums of all
-#           files
-#         weights.safetensors   trainable parameters by name
-#         optimizer.pt          the optimizer's state
-#         state.safetensors     buffers of the objective (BCO's shift) and of the adapter (EMA)
-#         process-0.pt          random streams and running averages, one file a process
-#         sharded/              instead of the first two where parameters are sharded
-#
-# It is written under another name, flushed to the disk, and renamed, in this order. So whatever
-# moment the machine dies at, a folder with this name is complete.
 
 log = logging.getLogger(__name__)
 

@@ -9,29 +9,32 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 from safetensors import SafetensorError
 
+from mmalign.core import CandidateLogps, Loss
 from mmalign.errors import CheckpointError, DataError
+from mmalign.models.batch import Batch
 from mmalign.safe import escaped
 from mmalign.train.checkpoint import checkpoints
 from mmalign.train.files import sweep
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
-
-    from rich.progress import Progress, TaskID
-
-    from mmalign.core import CandidateLogps, Loss
-    from mmalign.models.batch import Batch
-    from mmalign.train.run import Run
-
-
-# Progress of a run: a bar in a terminal, a line now and then elsewhere.
+from mmalign.train.run import Run
 
 _SHOWN = (  # metric, label, format
     ("loss", "loss", ".4f"),
@@ -68,17 +71,6 @@ class Display:
 
     def __enter__(self) -> Self:
         if self._is_main and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeElapsedColumn,
-                TimeRemainingColumn,
-            )
-            from rich.table import Column
-
             # Only the numbers wrap where a line is too long: rich would drop step and time left.
             whole = Column(no_wrap=True)
             console = Console(stderr=True)
@@ -113,10 +105,7 @@ class Display:
         """Show how far the run is; `values` is empty between two log lines."""
         text = _line(_SHOWN, values)
         if self._bar is not None and self._task is not None:
-            if text:
-                self._bar.update(self._task, completed=step, values=text)
-            else:
-                self._bar.update(self._task, completed=step)
+            self._bar.update(self._task, completed=step, **({"values": text} if text else {}))
             return
         elapsed = time.perf_counter() - self._began
         due = step == self._num_steps or elapsed - self._last_line >= _SECONDS_BETWEEN_LINES
@@ -135,11 +124,8 @@ def _line(wanted: Iterable[tuple[str, str, str]], values: Mapping[str, float]) -
     return "  ".join(f"{label} {values[key]:{how}}" for key, label, how in wanted if key in values)
 
 
-# What `--dry-run` prints: that everything fits together, and how large it is.
-
-
 def describe_dry_run(run: Run, batch: Batch, loss: Loss, logps: CandidateLogps) -> str:
-    """Rows, steps, needs, shapes, parameters, gradient and memory after one micro-batch."""
+    """What `--dry-run` prints of one micro-batch: that all fits together, and how large it is."""
     parameters = [(p.numel(), p.requires_grad) for p in run.adapter.parameters()]
     trainable = sum(size for size, is_trainable in parameters if is_trainable)
     total = sum(size for size, _ in parameters)

@@ -11,38 +11,31 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
+from io import RawIOBase
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 
 import mmalign
-from mmalign.config import dump
+from mmalign.config import RunConfig, dump
 from mmalign.core.presets import source as loss_source
-from mmalign.data.example import Picture
+from mmalign.data.example import Example, Media, Picture
 from mmalign.data.jobs import LOCK
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models.adapter import tools_of
 from mmalign.models.files import ADAPTER_CONFIG, read_json, weight_files
 from mmalign.safe import write_text
+from mmalign.train.run import Run
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from io import RawIOBase
+Print = dict[str, Any]  # path, bytes, time and hash of a file, and whether that is of all of it
+Table = dict[str, dict[str, Print]]  # kind of file, name
 
-    from mmalign.config import RunConfig
-    from mmalign.data.example import Example, Media
-    from mmalign.train.run import Run
-
-    Print = dict[str, Any]  # path, bytes, time and hash of a file, and whether that is of all of it
-    Table = dict[str, dict[str, Print]]  # kind of file, name
-
-
-# Fingerprints of files, and which files of a model's folder decide what it computes.
 
 WHOLE = 512 << 20  # bytes; a larger file of a model or of rows is hashed in parts
 _PARTS = 64 << 20  # bytes of all of these parts, spread evenly from its start to its end
@@ -154,8 +147,6 @@ def words(found: Mapping[str, Any]) -> str:
     of = f", hash {found['hash']}" if found["hash"] else ""
     return f"{found['bytes']} bytes{of}"
 
-
-# What a run is made of, known by content: model, tokenizer, data and media, wherever they lie.
 
 TABLE = "inputs.json"
 _KEYS = ("path", "bytes", "time", "hash")
@@ -319,11 +310,7 @@ def _shown(media: Media) -> Iterator[Path]:
         yield media.change.donor.path
 
 
-# The files of a run folder that do not change while it trains.
-
 _PACKAGES = ("torch", "transformers", "diffusers", "peft", "accelerate", "datasets", "safetensors")
-
-
 _BEGINNING = ("env.json", TABLE)  # written before config.yaml, which makes a folder a run
 _LEFT = re.compile(
     r"\.(checkpoint-\d+|final|best)\.(tmp|old)|\.(env\.json|inputs\.json|config\.yaml|report\.html|"
@@ -338,8 +325,8 @@ def require_output(run_dir: Path, *, resume: bool) -> None:
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"output {run_dir} is a file; give a folder")
-    found = sorted(path.name for path in run_dir.iterdir()) if run_dir.exists() else []
-    found = [name for name in found if name != LOCK]
+    names = sorted(path.name for path in run_dir.iterdir()) if run_dir.exists() else []
+    found = [name for name in names if name != LOCK]
     if resume and "config.yaml" in found:
         return
     foreign = [name for name in found if not _is_left_over(run_dir / name)]
@@ -363,9 +350,7 @@ def _is_left_over(path: Path) -> bool:
         said: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if not isinstance(said, dict):
-        return False
-    return not said or "mmalign" in said or path.name == TABLE
+    return isinstance(said, dict) and (not said or "mmalign" in said or path.name == TABLE)
 
 
 def sweep(run_dir: Path) -> None:

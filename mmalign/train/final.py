@@ -6,34 +6,26 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub import ModelCard, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from mmalign.config import dump
-from mmalign.core import Needs
+from mmalign.config import RunConfig, dump
+from mmalign.core import Needs, Objective
 from mmalign.core.terms import Preference
+from mmalign.data.example import Example
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.evaluate import TIED, Evaluation, Tally, is_tied, score, summarise
 from mmalign.models.adapter import Adapter, Saved, build_adapter, tools_of
 from mmalign.train.checkpoint import publish
 from mmalign.train.metrics import append_json, read_json
 from mmalign.train.order import eval_batches, own_random_stream
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping, Sequence
-
-    from mmalign.config import RunConfig
-    from mmalign.core import Objective
-    from mmalign.data.example import Example
-    from mmalign.train.run import Run
-
-
-# Held-out evaluation and sample completions during training.
+from mmalign.train.run import Run
 
 
 class HeldOut:
@@ -163,8 +155,6 @@ def _first_prompts(
         seen.setdefault(ask(row), row.id)
     return {row: prompt for prompt, row in seen.items()}
 
-
-# The model card: what was trained, on what, with what result.
 
 _SHOWN = {
     "loss": "loss",
@@ -328,9 +318,6 @@ def _number(record: Mapping[str, Any], key: str) -> str:
         return "-"
     low, high = record["intervals"].get(key, (None, None))
     return f"{value:.4g}" if low is None else f"{value:.4g} [{low:.4g}, {high:.4g}]"
-
-
-# The end of a run: the trained weights in their library's own layout, with a model card.
 
 
 def save_final(run: Run, environment: Mapping[str, Any], name: str = "final") -> Path:

@@ -6,22 +6,28 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Self
+from pathlib import Path
+from types import FrameType
+from typing import Self
 
 import torch
 from accelerate.utils import gather_object
 
 from mmalign import config as configs
+from mmalign.config import RunConfig
 from mmalign.data.files import require_there
 from mmalign.data.jobs import is_main_process, only_writer
+from mmalign.evaluate import merge
 from mmalign.models.adapter import tools_of
+from mmalign.models.batch import Batch
 from mmalign.preflight.check import check_config
 from mmalign.train import checkpoint, files
-from mmalign.train.backward import backward_joint, backward_per_candidate, step_positions
+from mmalign.train.backward import Backward, backward_joint, backward_per_candidate, step_positions
 from mmalign.train.check import (
     Movement,
     Scored,
@@ -33,26 +39,17 @@ from mmalign.train.check import (
 )
 from mmalign.train.display import Display, describe_dry_run, explained
 from mmalign.train.final import Best, HeldOut, save_final
-from mmalign.train.metrics import append_json, last_values, means, merge
+from mmalign.train.metrics import append_json, last_values, means
 from mmalign.train.run import Run, build_run, lr_scale, require_launcher, set_lr, trackers
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-    from types import FrameType
-
-    from mmalign.config import RunConfig
-    from mmalign.models.batch import Batch
-    from mmalign.train.backward import Backward
-
-
-# Ctrl-C and SIGTERM: finish the step, save, and say how to go on; the second one quits at once.
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Context manager that turns the first SIGINT or SIGTERM into a wish the loop can read."""
+    """Context manager that turns the first SIGINT or SIGTERM into a wish the loop can read.
+
+    The loop finishes its step, saves, and says how to go on; a second signal quits at once.
+    """
 
     def __init__(self) -> None:
         self.wanted = False
@@ -80,9 +77,6 @@ class StopRequest:
         # os.write, because a handler may interrupt a print that is half way through its buffer.
         name = signal.Signals(number).name
         os.write(2, f"\n{name}: saving after this step; once more quits at once\n".encode())
-
-
-# The training loop, top to bottom.
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmalign.data.fields import left_out, read_lines
 from mmalign.safe import replacing
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
-    from pathlib import Path
-
-    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -118,16 +115,6 @@ class Averages:
         """Continue from what `state` gave."""
         self._sums = {name: torch.tensor(total) for name, (total, _) in state.items()}
         self._counts = {name: torch.tensor(count) for name, (_, count) in state.items()}
-
-
-def merge(parts: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
-    """(sum, count) over processes."""
-    merged: dict[str, tuple[float, float]] = {}
-    for part in parts:
-        for name, (total, count) in part.items():
-            before = merged.get(name, (0.0, 0.0))
-            merged[name] = (before[0] + total, before[1] + count)
-    return merged
 
 
 def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:

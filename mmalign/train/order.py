@@ -1,31 +1,28 @@
-"""Which rows a step sees, a pure function of seed and step; and the random streams of a process."""
+"""Which rows a step sees, a pure function of seed and step; and the random streams of a process.
+
+So a resumed run replays nothing.
+"""
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from mmalign.config import TrainConfig
+from mmalign.data.example import Example
 from mmalign.errors import MmalignError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from mmalign.config import TrainConfig
-    from mmalign.data.example import Example
-    from mmalign.models.adapter import Adapter
-    from mmalign.models.batch import Batch
-
-
-# Which rows a step sees: a pure function of seed and step, so a resumed run replays nothing.
+from mmalign.models.adapter import Adapter
+from mmalign.models.batch import Batch
 
 
 @lru_cache(maxsize=2)
@@ -105,20 +102,6 @@ class _Visited:
         return len(self.rows)
 
 
-@dataclass(frozen=True, slots=True)
-class _MicroBatches:
-    """Every micro-batch from `start` to `stop` steps on one process."""
-
-    order: Order
-    process: int
-    start: int
-    stop: int
-
-    def __iter__(self) -> Iterator[list[Visit]]:
-        for index in range(self.start * self.order.accumulate, self.stop * self.order.accumulate):
-            yield self.order.micro_batch(index, self.process)
-
-
 def batches(
     rows: Sequence[Example],
     adapter: Adapter,
@@ -130,10 +113,11 @@ def batches(
     num_workers: int,
 ) -> Iterator[Batch]:
     """Collated micro-batches of the steps `start` to `stop` on one process, on the CPU."""
+    numbers = range(start * order.accumulate, stop * order.accumulate)
     loader = iter(
         DataLoader(
             _Visited(rows),  # type: ignore[arg-type]  # all that a map-style dataset has to be
-            batch_sampler=_MicroBatches(order, process, start, stop),  # type: ignore[arg-type]
+            batch_sampler=(order.micro_batch(i, process) for i in numbers),  # type: ignore[arg-type]
             collate_fn=partial(_collate, adapter),
             num_workers=num_workers,
             # A private generator: opening the loader must not move the run's own random stream,

@@ -5,45 +5,34 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mmalign import preflight
+from mmalign.config import RunConfig, TrainConfig
+from mmalign.core import Objective
+from mmalign.data.example import Example
 from mmalign.data.select import check_trainable
 from mmalign.errors import ConfigError
-from mmalign.models.adapter import build_adapter, say, survey_rows, tools_of
+from mmalign.models.adapter import Adapter, Tools, build_adapter, say, survey_rows, tools_of
+from mmalign.models.batch import Batch
 from mmalign.train.metrics import Averages, flatten
 from mmalign.train.order import Order, batches
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+Groups = list[dict[str, Any]]
+Pair = tuple[nn.Parameter, nn.Parameter]  # a weight, and the float32 tensor that is stepped
 
-    from accelerate.optimizer import AcceleratedOptimizer
-    from torch import Tensor, nn
-
-    from mmalign.config import RunConfig, TrainConfig
-    from mmalign.core import Objective
-    from mmalign.data.example import Example
-    from mmalign.models.adapter import Adapter, Tools
-    from mmalign.models.batch import Batch
-
-    Groups = list[dict[str, Any]]
-    Pair = tuple[nn.Parameter, nn.Parameter]  # a weight, and the float32 tensor that is stepped
-
-
-# Steps on bfloat16 weights that are not rounded away.
-#
-# A bfloat16 weight has 8 significant bits: a step below 1/512 of it is rounded to nothing, and
-# steps of preference training are hundreds of times smaller. So the optimizer works on float32
-# tensors, state included, and what it gives is either kept beside the weights or rounded at random.
 
 _CHUNK = 1 << 26  # weights that are in float32 at one time
 
@@ -55,6 +44,10 @@ def has_bfloat16(groups: Groups) -> bool:
 
 class Bfloat16Optimizer(Optimizer):
     """Any optimizer, stepping bfloat16 weights in float32; other weights are its own.
+
+    A bfloat16 weight has 8 significant bits: a step below 1/512 of it is rounded to nothing, and
+    steps of preference training are hundreds of times smaller. So the optimizer works on float32
+    tensors, state included, and what it gives is kept beside the weights or rounded at random.
 
     `master` keeps a float32 copy of every weight (4 bytes each); the weights are its rounding.
     Without, the copy lives for the step alone, and the weight becomes one of its two neighbours in
@@ -200,8 +193,6 @@ def _chunks(pairs: list[Pair]) -> Iterator[list[Pair]]:
         yield chunk
 
 
-# One process or many: what accelerate is told, and what sharded training cannot do.
-
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -311,8 +302,6 @@ def ready_for_sharding(accelerator: Accelerator, adapter: Adapter, config: RunCo
     adapter._no_split_modules = blocks  # where accelerate looks for them
 
 
-# The optimizer, and the learning rate as a pure function of the step.
-
 _FUSED_DEVICES = {"cpu", "cuda", "xpu", "mps"}
 
 
@@ -389,9 +378,6 @@ def set_lr(optimizer: Optimizer, scale: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * scale
     return float(optimizer.param_groups[0]["lr"])
-
-
-# A run: everything a training is made of, built once from a config.
 
 
 @dataclass(slots=True)

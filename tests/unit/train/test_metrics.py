@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import tensor
 
+from mmalign.evaluate import merge
 from mmalign.train.metrics import (
     Averages,
     append_json,
@@ -14,7 +15,6 @@ from mmalign.train.metrics import (
     keep_until,
     last_values,
     means,
-    merge,
     read_json,
 )
 
