@@ -7,24 +7,20 @@ so the same numbers can be had from a run folder's `eval.jsonl`.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
+from mmalign.core import CandidateLogps, Needs, Objective
+from mmalign.models.batch import Batch
 from mmalign.stats import bootstrap_interval
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-
-    from numpy.typing import NDArray
-    from torch import Tensor, nn
-
-    from mmalign.core import CandidateLogps, Needs, Objective
-    from mmalign.models.batch import Batch
-
-    Floats = NDArray[np.float64]
+Floats = NDArray[np.float64]
 
 SIMULATED_AGREEMENT = 0.75
 """Share of raters for the better response where the data give none, as in the paper's own code."""

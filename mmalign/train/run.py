@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -28,7 +28,7 @@ from mmalign.errors import ConfigError
 from mmalign.models.adapter import Adapter, Tools, build_adapter, say, survey_rows, tools_of
 from mmalign.models.batch import Batch
 from mmalign.train.metrics import Averages, flatten
-from mmalign.train.order import Order, batches
+from mmalign.train.order import Order, batches, seed_of
 
 Groups = list[dict[str, Any]]
 Pair = tuple[nn.Parameter, nn.Parameter]  # a weight, and the float32 tensor that is stepped
@@ -91,13 +91,17 @@ class Bfloat16Optimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step of the optimizer inside, some weights after the other."""
-        generators: dict[torch.device, torch.Generator] = {}
+
+        @cache
+        def generator(device: torch.device) -> torch.Generator:
+            return torch.Generator(device).manual_seed(seed_of(self._seed, self._steps))
+
         for group, inner, pairs in zip(
             self.param_groups, self._inner_groups, self._pairs, strict=True
         ):
             inner.update({key: value for key, value in group.items() if key != "params"})
             for part in _chunks(pairs):
-                self._advance(inner, part, generators)
+                self._advance(inner, part, generator)
         self._inner.param_groups = self._inner_groups
         self._steps += 1
 
@@ -105,7 +109,7 @@ class Bfloat16Optimizer(Optimizer):
         self,
         settings: Mapping[str, Any],
         pairs: list[Pair],
-        generators: dict[torch.device, torch.Generator],
+        generator: Callable[[torch.device], torch.Generator],
     ) -> None:
         for weight, stepped in pairs:
             if stepped is weight:
@@ -122,14 +126,8 @@ class Bfloat16Optimizer(Optimizer):
             if self.master:
                 weight.copy_(stepped)
                 continue
-            if weight.device not in generators:
-                generators[weight.device] = self._generator(weight.device)
-            weight.copy_(round_stochastically(stepped, generators[weight.device]))
+            weight.copy_(round_stochastically(stepped, generator(weight.device)))
             stepped.data = stepped.new_empty(0)
-
-    def _generator(self, device: torch.device) -> torch.Generator:
-        state = np.random.SeedSequence([self._seed, self._steps]).generate_state(1, np.uint64)
-        return torch.Generator(device).manual_seed(int(state[0] >> np.uint64(1)))
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimizer inside, the number of steps, and the copies that are kept."""

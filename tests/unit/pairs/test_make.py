@@ -296,7 +296,7 @@ def test_what_cannot_be_done_is_told_before_a_model_loads(
     recipe: str, more: list[str], told: str, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(work)
-    monkeypatch.setattr("mmalign.models.adapter.build_adapter", None)
+    monkeypatch.setattr("mmalign.inference.build_adapter", None)
     start = [recipe, "config.yaml", "--data", "qa.jsonl", "--out", "x.jsonl"]
     assert told in run(*start, *more, code=1)
 
