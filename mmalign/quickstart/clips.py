@@ -5,19 +5,19 @@ Every event has its reverse in time, so no single frame tells the two apart.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
+from mmalign.config import VideoConfig
+from mmalign.data.example import Clip
 
-    from numpy.typing import NDArray
-
-    Pixels = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 
 SIDE = 32  # pixels
 NUM_FRAMES = 8
@@ -150,8 +150,6 @@ def write(file: Path, pixels: Pixels) -> None:
 
 def read(file: Path) -> Pixels:
     """The frames of a clip as training will see them, [8, 32, 32, 3]."""
-    from mmalign.config import VideoConfig
-    from mmalign.data.example import Clip
     from mmalign.video.media import read_frames
 
     return read_frames(Clip(file), VideoConfig(num_frames=NUM_FRAMES)).pixels

@@ -12,21 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image as pil
+from torch import nn
 
+from mmalign.config import RunConfig
 from mmalign.data.jobs import write_lines
 from mmalign.data.sheet import sheet, write_image
 from mmalign.errors import ConfigError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from torch import nn
-
-    from mmalign.config import RunConfig
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIDE = 8  # pixels

@@ -9,6 +9,7 @@ chosen responses learns the confusion as well.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,24 +17,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
 
+from mmalign.config import RunConfig, VideoConfig
+from mmalign.data.example import Clip
 from mmalign.quickstart import clips, driver, video_pairs
+from mmalign.quickstart.clips import Clips, Scene
 from mmalign.quickstart.driver import share
+from mmalign.quickstart.video_pairs import Marks
 from mmalign.report import Section, blocks, figures, write_report
 from mmalign.report.pictures import picture
 from mmalign.stats import bootstrap_interval
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
     from matplotlib.axes import Axes
-    from numpy.typing import NDArray
 
-    from mmalign.config import RunConfig
-    from mmalign.quickstart.clips import Clips, Scene
-    from mmalign.quickstart.video_pairs import Marks
-
-    Scores = NDArray[np.float64]  # [N], between 0 and 1
+Scores = NDArray[np.float64]  # [N], between 0 and 1
 
 BASE = Path(__file__).with_name("video_model")
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -127,8 +126,6 @@ def config(output: Path, arm: str, seed: int, sizes: Sizes = FULL) -> RunConfig:
         seed: Of the order of the rows.
         sizes: Rows a step, and steps.
     """
-    from mmalign.config import RunConfig
-
     by_words = arm == "RRPO"
     return RunConfig.model_validate(
         {
@@ -403,8 +400,6 @@ def _row(cell: str, texts: Sequence[object]) -> Markup:
 
 
 def _write_frames(clip: Path, file: Path) -> None:
-    from mmalign.config import VideoConfig
-    from mmalign.data.example import Clip
     from mmalign.video import samples
     from mmalign.video.media import read_frames
     from mmalign.video.processing import DecodedMedia

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmalign.data.jobs import write_lines
 from mmalign.quickstart import clips as questions
-from mmalign.quickstart.clips import COLOURS, EVENTS, NO, REVERSED, YES
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-    from pathlib import Path
-
-    from numpy.typing import NDArray
-
-    from mmalign.quickstart.clips import Asked, Clips, Pixels, Scene
+from mmalign.quickstart.clips import COLOURS, EVENTS, NO, REVERSED, YES, Asked, Clips, Pixels, Scene
 
 CONFUSED = {"red": "green", "green": "red"}
 """What the annotator takes these colours for."""

@@ -111,23 +111,20 @@ class Bfloat16Optimizer(Optimizer):
         pairs: list[Pair],
         generator: Callable[[torch.device], torch.Generator],
     ) -> None:
-        for weight, stepped in pairs:
-            if stepped is weight:
-                continue
+        rounded = [(weight, stepped) for weight, stepped in pairs if stepped is not weight]
+        for weight, stepped in rounded:
             if stepped.shape != weight.shape or not self.master:
                 stepped.data = weight.detach().float()
             stepped.grad = cast("Tensor", weight.grad).float()
         self._inner.param_groups = [{**settings, "params": [stepped for _, stepped in pairs]}]
         self._inner.step()
-        for weight, stepped in pairs:
-            if stepped is weight:
-                continue
+        for weight, stepped in rounded:
             stepped.grad = None
             if self.master:
                 weight.copy_(stepped)
-                continue
-            weight.copy_(round_stochastically(stepped, generator(weight.device)))
-            stepped.data = stepped.new_empty(0)
+            else:
+                weight.copy_(round_stochastically(stepped, generator(weight.device)))
+                stepped.data = stepped.new_empty(0)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimizer inside, the number of steps, and the copies that are kept."""
