@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from rich.console import Console
@@ -105,7 +105,8 @@ class Display:
         """Show how far the run is; `values` is empty between two log lines."""
         text = _line(_SHOWN, values)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, **({"values": text} if text else {}))
+            shown: dict[str, Any] = {"values": text} if text else {}
+            self._bar.update(self._task, completed=step, **shown)
             return
         elapsed = time.perf_counter() - self._began
         due = step == self._num_steps or elapsed - self._last_line >= _SECONDS_BETWEEN_LINES
