@@ -25,6 +25,7 @@ MOVED = {
     "data.spans": "data.parse",
     "data.unread": "data.convert",
     "diffusion.draws": "diffusion.estimators",
+    "diffusion.families.sdxl": "diffusion.families.sd",
     "diffusion.models": "diffusion.components",
     "diffusion.samples": "diffusion.sample",
     "making": "pairs",

@@ -143,10 +143,6 @@ class PromptEncoder:
         self._pipe = self._pipeline(pipeline.denoiser_config(path, revision))
         self.to(device)
 
-    def tokenize(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Encoder to token ids [N, S], int64 on the CPU."""
-        return self.tokenizers.tokenize(prompts)
-
     def to(self, device: torch.device | str) -> Self:
         """Move the encoders."""
         for model in self._models.values():
@@ -155,11 +151,11 @@ class PromptEncoder:
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Prompts to embeddings, without time ids."""
-        return self.embed(self.tokenize(prompts))
+        return self.embed(self.tokenizers.tokenize(prompts))
 
     @torch.no_grad()
     def embed(self, ids: Mapping[str, Tensor]) -> Condition:
-        """Token ids of `tokenize`, on any device, to embeddings without time ids.
+        """Token ids of `Tokenizers.tokenize`, on any device, to embeddings without time ids.
 
         Autocast is switched off, so that an embedding of a cache is that of a training step.
         """
@@ -177,7 +173,7 @@ class PromptEncoder:
 
     @cached_property
     def _empty_ids(self) -> dict[str, Tensor]:
-        return self.tokenize([""])
+        return self.tokenizers.tokenize([""])
 
     def _pipeline(self, denoiser: dict[str, Any]) -> Any:
         """The pipeline with its text encoders and nothing else."""

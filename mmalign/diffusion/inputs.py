@@ -260,7 +260,7 @@ class Inputs:
         shape = (len(captions), len(captions[0]))
         if self._prompts is not None:
             return {k: v.unflatten(0, shape) for k, v in self._prompts.get(flat).items()}
-        ids = self.encoder.tokenize(flat)
+        ids = self.encoder.tokenizers.tokenize(flat)
         return {"caption_ids": {name: value.unflatten(0, shape) for name, value in ids.items()}}
 
     def _pictures(

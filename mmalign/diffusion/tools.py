@@ -210,14 +210,6 @@ def _write_errors(
     return len(todo)
 
 
-STAGES = {
-    "latents": _write_latents,
-    "prompts": _write_prompts,
-    "reference errors": _write_errors,
-}
-"""A plan's parts and what writes them, in this order: errors are those of stored latents."""
-
-
 def _vae(config: RunConfig, place: Processes) -> components.Vae | components.PixelSpace:
     model = config.model
     vae = components.load_vae(model.path, config.diffusion, revision=model.revision)
@@ -257,7 +249,8 @@ def forecast(planned: Plan, config: RunConfig, needs: Needs) -> str:
     for part in planned.parts:
         if not part.missing:
             continue
-        seconds = part.missing * _TIMERS[part.name](config, needs)
+        _, seconds_each = STAGES[part.name]
+        seconds = part.missing * seconds_each(config, needs)
         total += seconds
         parts.append(f"{part.name} {duration(seconds)}")
     if not parts:
@@ -301,11 +294,12 @@ def _seconds(work: Callable[[], object]) -> float:
     return found
 
 
-_TIMERS: dict[str, Callable[[RunConfig, Needs], float]] = {
-    "latents": _time_latents,
-    "prompts": _time_prompts,
-    "reference errors": _time_errors,
+STAGES = {
+    "latents": (_write_latents, _time_latents),
+    "prompts": (_write_prompts, _time_prompts),
+    "reference errors": (_write_errors, _time_errors),
 }
+"""A plan's parts, what writes them and what times an entry; errors are those of stored latents."""
 
 
 class DiffusionTools(Tools):
@@ -392,7 +386,8 @@ class DiffusionTools(Tools):
             place.wait()  # all planned before anyone writes
             done: dict[str, int] = {}
             for part in planned.parts:
-                done[part.name] = STAGES[part.name](config, needs, rows, place)
+                write, _ = STAGES[part.name]
+                done[part.name] = write(config, needs, rows, place)
                 place.wait()
             everyone = place.gather(done)
         written = [

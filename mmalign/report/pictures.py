@@ -58,9 +58,10 @@ def sheets(runs: Sequence[Run]) -> Section | None:
         parts.append(_heading(run, runs))
         *earlier, (step, file) = found
         parts.append(picture(file, f"After {step:,} steps" if step else "Before training"))
+        most = min(len(earlier), _MAX_EARLIER)  # evenly spread, the first among them
         shown = [
             picture(file, f"Step {step:,}" if step else "Before training")
-            for step, file in _spread(earlier)
+            for step, file in (earlier[i * len(earlier) // most] for i in range(most))
         ]
         if shown:
             title = "Earlier steps" if len(earlier) > 1 else f"Step {earlier[0][0]:,}"
@@ -126,12 +127,6 @@ def _sheets_of(run: Run) -> list[tuple[int, Path]]:
         and fence.holds(os.path.realpath(file))  # a link in a stranger's run leads anywhere
     ]
     return sorted(found)
-
-
-def _spread(items: Sequence[tuple[int, Path]]) -> list[tuple[int, Path]]:
-    """At most `_MAX_EARLIER` of them, the first among them, evenly spread."""
-    most = min(len(items), _MAX_EARLIER)
-    return [items[i * len(items) // most] for i in range(most)]
 
 
 def _bounded(file: Path) -> tuple[str, bytes]:

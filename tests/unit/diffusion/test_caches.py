@@ -348,7 +348,7 @@ def test_processes_share_the_work(sd15_dir: Path, tmp_path: Path) -> None:
     config = configured(sd15_dir, tmp_path, num=6, reference=BANKED)
     rows, needs = rows_of(config), check(config).needs
     places = [Processes(torch.device("cpu"), i, 2) for i in range(2)]
-    for name, stage in tools.STAGES.items():
+    for name, (stage, _) in tools.STAGES.items():
         numbers = [stage(config, needs, rows, place) for place in places]
         assert sum(numbers) == {"latents": 12, "prompts": 7, "reference errors": 6}[name]
         assert all(numbers), name
@@ -523,7 +523,7 @@ def test_batches_of_pictures_are_always_full(
     write(whole)
     config = configured(sd15_dir, tmp_path)
     rows, place = rows_of(config), Processes(torch.device("cpu"))
-    stage = tools.STAGES["latents"]
+    stage, _ = tools.STAGES["latents"]
     assert [stage(config, check(config).needs, [row], place) for row in rows] == [2, 2, 2]
     kinds = [
         {

@@ -66,7 +66,7 @@ def test_equal_to_the_pipelines_own(name: str, request: pytest.FixtureRequest) -
 def test_sd3_without_t5_has_zeros_in_its_place(tmp_path: Path) -> None:
     folder = tiny_diffusion.make_sd3(tmp_path, t5=False)
     encoder = PromptEncoder(folder)
-    assert (encoder.tokenizers.limit, set(encoder.tokenize(["a"]))) == (
+    assert (encoder.tokenizers.limit, set(encoder.tokenizers.tokenize(["a"]))) == (
         77,
         {"text_encoder", "text_encoder_2"},
     )
@@ -100,7 +100,7 @@ def test_token_ids_are_plain_tensors_and_rows_independent(
     name: str, request: pytest.FixtureRequest
 ) -> None:
     encoder = PromptEncoder(request.getfixturevalue(f"{name}_dir"), dtype=torch.float64)
-    ids = encoder.tokenize(PROMPTS)
+    ids = encoder.tokenizers.tokenize(PROMPTS)
     assert all(value.dtype == torch.int64 and value.device.type == "cpu" for value in ids.values())
     both = encoder.embed(ids)
     alone = encoder.embed({key: value[1:] for key, value in ids.items()})

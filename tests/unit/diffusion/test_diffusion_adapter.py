@@ -365,7 +365,7 @@ def test_captions_of_held_out_rows_are_never_left_out(sd15_dir: Path, tmp_path: 
     )
     adapter, rows, _ = built(config)
     held_out, trained = (adapter.collate(rows, draws) for draws in (None, [1, 2, 3, 4]))
-    empty = adapter.inputs.encoder.tokenize([""])["text_encoder"]
+    empty = adapter.inputs.encoder.tokenizers.tokenize([""])["text_encoder"]
     assert (trained.inputs.caption_ids["text_encoder"] == empty[0]).all()
     assert not (held_out.inputs.caption_ids["text_encoder"] == empty[0]).all(-1).any()
 
