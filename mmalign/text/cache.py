@@ -25,6 +25,11 @@ from mmalign.text.tokenizer import CLOCK, template_file
 
 log = logging.getLogger(__name__)
 
+_FILE = "date.json"  # in a cache folder: the date that its values were computed under
+_SOURCES = (
+    "chat_template.jinja", "chat_template.json", "tokenizer_config.json", "processor_config.json",
+)  # fmt: skip
+
 
 def check_cacheable(config: RunConfig, needs: Needs) -> None:
     """Refuse what no cache can hold, before a weight is loaded.
@@ -130,12 +135,6 @@ class ReferenceCache:
         for place, row in zip(padded, rows, strict=True):
             place[:, : row.shape[1]] = row
         return padded
-
-
-_FILE = "date.json"  # in a cache folder: the date that its values were computed under
-_SOURCES = (
-    "chat_template.jinja", "chat_template.json", "tokenizer_config.json", "processor_config.json",
-)  # fmt: skip
 
 
 def settle(config: RunConfig, *, for_cache: bool = False) -> RunConfig:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Encoded = list[list[EncodedCandidate]]  # by row and candidate
+VERSION = 4  # raise it when the same settings give other tokens: caches depend on it
 
 
 def collate(
@@ -131,9 +132,6 @@ def _pad(rows: Sequence[Sequence[Sequence[int]]], value: int) -> Tensor:  # -> [
     length = max(len(item) for row in rows for item in row)
     padded = [[[*item, *[value] * (length - len(item))] for item in row] for row in rows]
     return torch.tensor(padded, dtype=torch.long)
-
-
-VERSION = 4  # raise it when the same settings give other tokens: caches depend on it
 
 
 class Encoder:

@@ -22,6 +22,10 @@ from mmalign.text.model import causal_model
 
 log = logging.getLogger(__name__)
 
+_HALF = (torch.bfloat16, torch.float16)
+_LIMIT, _LIMIT_HALF = 2e-3, 0.05  # nats: the largest difference; in half precision the mean
+_pads_freely: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
 
 @torch.no_grad()
 def complete(
@@ -128,11 +132,6 @@ def _nucleus(scores: Tensor, top_p: float) -> Tensor:
     shares = ordered.softmax(-1)
     outside = shares.cumsum(-1) - shares >= top_p  # those before a token are enough without it
     return scores.masked_fill(outside.scatter(-1, places, outside), -torch.inf)
-
-
-_HALF = (torch.bfloat16, torch.float16)
-_LIMIT, _LIMIT_HALF = 2e-3, 0.05  # nats: the largest difference; in half precision the mean
-_pads_freely: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:

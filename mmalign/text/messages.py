@@ -22,6 +22,10 @@ _SWITCH = re.compile(r"/(?:no_?)?think\b")  # in a text, for the template alone
 _SAYING = ("tool_calls", "tool_plan", "function_call", *frame.REASONING)
 """Keys that hold a part of what a turn says; ids, names and the like may go unread."""
 
+_SPEAKERS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
+_SILENT = {"tool_call_id", "name", "id"}  # keys that say nothing which a transcript would lose
+_NO_TEMPLATE = "no chat template is in use (the tokenizer has none, or text.chat_template is false)"
+
 
 def as_message(
     turn: Message, template: JinjaTemplate, content: Callable[[str], Any], where: str
@@ -197,11 +201,6 @@ def answer_turns(candidate: Candidate, where: str) -> tuple[Message, ...]:
             "be the assistant's. Put earlier turns into the prompt"
         )
     return response
-
-
-_SPEAKERS = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
-_SILENT = {"tool_call_id", "name", "id"}  # keys that say nothing which a transcript would lose
-_NO_TEMPLATE = "no chat template is in use (the tokenizer has none, or text.chat_template is false)"
 
 
 class PlainText:

@@ -25,6 +25,9 @@ from mmalign.text.tokenizer import token_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_NOISE = {"jitter_noise", "input_jitter_noise", "moe_jitter_eps"}  # of routers, in training mode
+_LENGTHS = (16, 256)  # tokens: the second where some are silent, as layers over long stretches are
+
 
 def load_model(path: str, config: ModelConfig, revision: str | None = None) -> PreTrainedModel:
     """The model of a folder or hub name.
@@ -104,9 +107,6 @@ def _settings(path: str, trusts_code: bool, revision: str | None) -> Any:
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trusts_code)
     except (OSError, ValueError, ImportError):
         return None
-
-
-_NOISE = {"jitter_noise", "input_jitter_noise", "moe_jitter_eps"}  # of routers, in training mode
 
 
 def no_dropout(model: nn.Module) -> None:
@@ -318,9 +318,6 @@ def in_mode(*models: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-_LENGTHS = (16, 256)  # tokens: the second where some are silent, as layers over long stretches are
 
 
 def unfit_layers(model: PreTrainedModel) -> dict[str, str]:

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 Arrange = Callable[[Batch[TextInputs], Layout], Rows]
 
 Keep = Literal["layers", "activations"]
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}  # largest difference, in nats
+_TOLERANCE_HALF = 0.05  # mean difference, in nats: single tokens differ by more in bfloat16
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,10 +322,6 @@ def _gap(
     wide = dtype in (torch.float32, torch.float64)
     found, limit = (every.max(), 2e-3) if wide else (every.median(), 0.05)
     return None if float(found) <= limit else float(found)
-
-
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}  # largest difference, in nats
-_TOLERANCE_HALF = 0.05  # mean difference, in nats: single tokens differ by more in bfloat16
 
 
 def check_length(model: PreTrainedModel, inputs: TextInputs, remedy: str) -> None:

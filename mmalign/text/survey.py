@@ -39,6 +39,8 @@ _CHUNK = 128  # rows between two looks at how far it is
 _FEW = 1000  # rows that are not worth further processes
 _MOST_WORKERS = 16
 _VALUES = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d,.]*")
+FOLDER = "surveys"  # in the cache folder; a second start reads what surveys found
+VERSION = 2  # raise it when the same rows and settings give other findings
 
 
 @dataclass(slots=True)
@@ -232,10 +234,6 @@ def _looked_at(chunks: _Chunks) -> Iterator[Found]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-FOLDER = "surveys"  # in the cache folder; a second start reads what surveys found
-VERSION = 2  # raise it when the same rows and settings give other findings
-
-
 def findings(
     config: RunConfig,
     encoder: Encoder,
@@ -385,15 +383,11 @@ def _of(count: int, total: int) -> str:
 
 
 def _first(numbers: Sequence[int], count: int, rows: Sequence[Example]) -> str:
-    named = [_name(rows[number]) for number in dict.fromkeys(numbers[:NAMED])]
+    shown = [rows[number] for number in dict.fromkeys(numbers[:NAMED])]
+    named = [row.id if row.id == row.place else repr(row.id) for row in shown]
     if len(named) == 1:
         return f"the row is {named[0]}" if count == 1 else f"the first row is {named[0]}"
     return f"the first rows are {', '.join(named[:-1])} and {named[-1]}"
-
-
-def _name(row: Example) -> str:
-    """Its id, or where it stands where it has none."""
-    return row.id if row.id == row.place else repr(row.id)
 
 
 def survey_parts(config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]) -> Surveyed:

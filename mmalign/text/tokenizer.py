@@ -30,6 +30,8 @@ Range = tuple[int, int]
 Offsets = list[tuple[int, int]]
 
 _KEPT = 2**17  # tokens of the latest texts: many rows ask one question
+MORE = 1.1
+"""Rows of a table over tokens of its tokenizer: spare ones are a few in a hundred."""
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -367,10 +369,6 @@ def _looked_at(
     words = {node.attr for node in tree.find_all(nodes.Getattr)}
     words |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     return frozenset(meta.find_undeclared_variables(tree)), frozenset(words)
-
-
-MORE = 1.1
-"""Rows of a table over tokens of its tokenizer: spare ones are a few in a hundred."""
 
 
 def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -27,6 +27,9 @@ from mmalign.video.sound import has_sound, read_sound, sound_of
 
 log = logging.getLogger(__name__)
 
+_NAMED = 10  # files that an error names
+_MOST_THREADS = 4  # each holds the frames of one clip
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -191,9 +194,6 @@ class CheckJournal:
 Reference = Clip | Picture | Sound
 Use = tuple[Reference, bool]
 """What a row refers to, and whether its own sound is to be heard."""
-
-_NAMED = 10  # files that an error names
-_MOST_THREADS = 4  # each holds the frames of one clip
 
 
 @dataclass(frozen=True, slots=True)

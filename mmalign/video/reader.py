@@ -32,6 +32,7 @@ _BITS = torch.int16  # of bfloat16, which numpy lacks
 _VERSION = 2  # raise it when the same media are shown otherwise
 _DECIDING = {"num_frames", "fps", "max_frames", "min_frames", "frame_pixels", "image_pixels",
              "cap_pixels_per_frame", "sound"}  # fmt: skip
+_KEPT = 64  # kinds of media, which rows share
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,9 +218,6 @@ class FeatureStore:
             return None
         found = Encoded.of({k: torch.from_numpy(array.copy()) for k, array in arrays.items()})
         return found.map(lambda t: t.view(torch.bfloat16) if t.dtype == _BITS else t)
-
-
-_KEPT = 64  # kinds of media, which rows share
 
 
 class PlannedReader(MediaReader):

@@ -26,6 +26,8 @@ from mmalign.video.reader import PlannedReader
 
 log = logging.getLogger(__name__)
 
+_MUCH = 200 * 2**20  # bytes of the frames of one clip
+
 
 def taken(parts: Sequence[Sequence[Example]], processor: Processor) -> list[list[Example]]:
     """The rows with nothing but media of kinds that the model takes; others are counted.
@@ -52,9 +54,6 @@ def taken(parts: Sequence[Sequence[Example]], processor: Processor) -> list[list
         raise DataError(f"{said}. Take them out, or use a model that does")
     log.warning("%s; they are left out", said)
     return kept
-
-
-_MUCH = 200 * 2**20  # bytes of the frames of one clip
 
 
 def survey_parts(config: RunConfig, needs: Needs, parts: Sequence[Sequence[Example]]) -> Surveyed:
