@@ -288,6 +288,7 @@ def test_a_healthy_run_has_no_warning(tmp_path: Path) -> None:
     assert not any(remark.is_warning for remark in found)
 
 
+@pytest.mark.runs
 def test_an_interrupted_run_is_shown_as_far_as_it_got(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", final=False)
     for name in ("eval.jsonl", "samples.jsonl", "env.json"):

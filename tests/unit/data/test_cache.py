@@ -271,6 +271,7 @@ def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert len(os.listdir("/proc/self/fd")) <= before
 
 
+@pytest.mark.runs
 def test_loader_workers_read_what_the_parent_has_open(tmp_path: Path) -> None:
     _, keys = filled(tmp_path, num=4, shard_bytes=1)
     cache = TensorCache(tmp_path, SETTINGS)

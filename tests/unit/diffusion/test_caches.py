@@ -311,8 +311,8 @@ def test_nothing_is_computed_twice(
 ) -> None:
     _, config = written
     before = entries(notes.cache_folder(config))
-    for kind in (components.Vae, PromptEncoder):
-        monkeypatch.setattr(kind, "load", refuse)
+    monkeypatch.setattr(components, "load_vae", refuse)
+    monkeypatch.setattr(PromptEncoder, "__init__", refuse)
     monkeypatch.setattr(notes, "decode_all", lambda pictures, _: refuse() if pictures else {})
     assert "latents: 0 written, 6 were there; prompts: 0 written, 4" in write(config)
     assert entries(notes.cache_folder(config)) == before

@@ -146,6 +146,7 @@ def test_every_lora_file_loads_with_diffusers_and_merges(trained: Trained, tmp_p
         close(paint(trained.merged(merged)), expected)
 
 
+@pytest.mark.runs
 def test_a_folder_alone_is_enough(sd15_dir: Path, tmp_path: Path) -> None:
     """`load_lora_weights(final/)` and `--add final=1` find their file among several."""
     trained = Trained(sd15_dir)

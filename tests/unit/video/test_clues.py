@@ -123,6 +123,7 @@ def test_gradients_reach_every_parameter() -> None:
     assert still == [n for n in sizes if n.endswith("attention.key.bias")]
 
 
+@pytest.mark.runs
 def test_the_released_sizes_give_66_clues() -> None:
     with torch.device("meta"):
         made = ClueAggregator(1024, 1024, 4096)

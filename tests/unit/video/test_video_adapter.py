@@ -204,6 +204,7 @@ def test_a_text_that_writes_the_model_s_own_token_is_refused(
         adapter.collate([pair(clip, candidates=sides)])
 
 
+@pytest.mark.runs
 def test_a_long_question_is_cut_behind_the_clip(video_models: Models, clips_dir: Path) -> None:
     words = " ".join(f"word{i}" for i in range(60))
     row = pair(clips_dir / "clip0.mp4", prompt=words)
@@ -226,6 +227,7 @@ def test_a_long_question_is_cut_behind_the_clip(video_models: Models, clips_dir:
         narrow.collate([row])
 
 
+@pytest.mark.runs
 def test_sound_is_heard_and_never_dropped(video_models: Models, clips_dir: Path) -> None:
     adapter = make_adapter(video_models(OMNI), Needs())
     clip, other = Clip(clips_dir / "clip0.mp4"), Sound(clips_dir / "clip1.mp4")
@@ -292,6 +294,7 @@ def test_a_frozen_copy_shares_what_is_not_trained(video_models: Models) -> None:
         assert (copied[name] is parameter) == (not parameter.requires_grad), name
 
 
+@pytest.mark.runs
 def test_a_row_alone_scores_as_in_a_batch_and_answers_are_given(
     video_models: Models, clips_dir: Path
 ) -> None:

@@ -94,6 +94,7 @@ def test_a_trained_aggregator_is_saved_and_started_from(
     torch.testing.assert_close(scored.reference, scored.policy, rtol=0, atol=1e-12)
 
 
+@pytest.mark.runs
 def test_clues_follow_what_is_shown(video_models: Models, clips_dir: Path, tmp_path: Path) -> None:
     from PIL import Image
 

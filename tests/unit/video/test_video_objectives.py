@@ -89,6 +89,7 @@ def test_losses_of_text_apply_to_video(
     assert gradients(adapter).abs().max() > 0
 
 
+@pytest.mark.runs
 def test_rrpo_without_spans_counts_whole_answers_or_not_at_all(
     video_models: Models, clips_dir: Path
 ) -> None:
@@ -106,6 +107,7 @@ def test_rrpo_without_spans_counts_whole_answers_or_not_at_all(
         assert 0 < logps.weight[0].sum() < logps.mask[0].sum()
 
 
+@pytest.mark.runs
 def test_candidates_backward_in_turn_give_the_joint_gradient(
     video_models: Models, clips_dir: Path
 ) -> None:
