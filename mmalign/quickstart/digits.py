@@ -178,7 +178,9 @@ class Painter:
                 negative_model=negative_model,
                 batch_size=_AT_ONCE,
             )
-            return [np.asarray(image.convert("L"), np.float32) / 255 for image in images]
+            return [
+                np.asarray(image.convert("L"), np.float32) / np.float32(255) for image in images
+            ]
 
         drawn: list[NDArray[np.float32]] = []
         # Two batches on a thread each are faster than one on two: its products are small.

@@ -326,7 +326,7 @@ def table(
     )
 
 
-Row = tuple[str, str, "Callable[[float], str]"]
+Row = tuple[str, str, Callable[[Any], str]]
 """Key of a number, what the reader sees, and how it is written."""
 
 

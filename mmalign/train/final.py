@@ -101,9 +101,10 @@ class Best:
     def __init__(self, run: Run) -> None:
         """Of the evaluations that the run folder knows already."""
         self.metric, self.patience = run.config.train.best_metric, run.config.train.patience
-        known = read_json(run.config.output / "eval.jsonl") if self.metric else []
         self._values: list[float] = []
-        for record in broadcast_object_list([known])[0]:
+        if self.metric is None:
+            return
+        for record in broadcast_object_list([read_json(run.config.output / "eval.jsonl")])[0]:
             self.add(record["step"], {f"eval_{self.metric}": record.get(self.metric)})
 
     def add(self, step: int, values: Mapping[str, float | None]) -> bool:
@@ -269,7 +270,7 @@ def _license(config: RunConfig) -> str | None:
     if not isinstance(found, str | Path) or not Path(found).is_file():
         return None
     try:
-        said = ModelCard.load(found).data.license
+        said = ModelCard.load(found).data.get("license")
     except (OSError, ValueError, yaml.YAMLError):
         return None
     return said if isinstance(said, str) else None

@@ -109,7 +109,7 @@ def test_a_run_from_caches_never_loads_encoders(
         raise AssertionError("loaded")
 
     monkeypatch.setattr(inputs, "load_vae", refuse)
-    monkeypatch.setattr(PromptEncoder, "load", refuse)
+    monkeypatch.setattr(PromptEncoder, "__init__", refuse)
     result = train(config)
     assert result.final_dir is not None
 

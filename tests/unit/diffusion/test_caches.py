@@ -145,8 +145,8 @@ def test_training_from_caches_loads_no_vae_and_no_encoder(
     with pytest.raises(ConfigError, match="mmalign cache CONFIG"):
         build_adapter(stored, needs).setup(rows)
     write(stored)
-    monkeypatch.setattr(components.Vae, "load", refuse)
-    monkeypatch.setattr(PromptEncoder, "load", refuse)
+    monkeypatch.setattr(components.Vae, "__init__", refuse)
+    monkeypatch.setattr(PromptEncoder, "__init__", refuse)
     adapter = build_adapter(stored, needs)
     adapter.setup(rows)
     found = adapter(adapter.collate(rows, draws), needs).policy
