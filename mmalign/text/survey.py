@@ -250,7 +250,8 @@ def findings(
         limits: Of the models that will score the rows.
         about: What besides its words decides a row's tokens; its `repr` tells them apart.
     """
-    keys = [repr((_content(row), about and about(row))).encode() for row in rows]
+    decides = ((_content(row), about and about(row)) for row in rows)
+    keys = [hashlib.sha256(repr(what).encode()).digest() for what in decides]
     masks = encoder.masks and encoder.masks.model_dump(mode="json")  # spans can be at fault too
     settings = [VERSION, encoder.fingerprint(), asdict(limits), masks]
     digest = hashlib.sha256(json.dumps(settings).encode())

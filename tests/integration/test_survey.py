@@ -301,3 +301,21 @@ def test_faults_of_rows_with_the_same_words_are_all_counted(
     limits = {"max_response_length": 4000, "bad_rows": "drop"}
     (note,) = notes(settings(model_dir, write(tmp_path / "rows.jsonl", rows), data=limits))
     assert "3 rows cannot be used and are left out" in note
+
+
+def test_what_tells_rows_apart_is_small(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts of all rows must not lie in memory a second time."""
+    found: list[Any] = []
+    survey = surveying.survey
+
+    def noted(encoder: Any, rows: Any, limits: Any, keys: Any) -> Any:
+        found.extend(keys)
+        return survey(encoder, rows, limits, keys)
+
+    monkeypatch.setattr(surveying, "survey", noted)
+    data = write(tmp_path / "rows.jsonl", [pair(0), pair(1, chosen=LONG[:400])])
+    notes(settings(model_dir, data, data={"max_response_length": 20}))
+    assert [len(key) for key in found] == [32, 32]
+    assert found[0] != found[1]
