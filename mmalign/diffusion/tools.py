@@ -308,7 +308,10 @@ class DiffusionTools(Tools):
     unit = "images"
     samples_images = True
     pipeline_tag = "text-to-image"
-    library = "diffusers"
+
+    def hub_library(self, *, lora: bool) -> str:
+        """One library loads both."""
+        return "diffusers"
 
     def problems(self, config: RunConfig) -> list[str]:
         """What the method, the estimator and the model's options ask of each other."""

@@ -267,13 +267,16 @@ class Tools:
     Attributes:
         unit: What positions are called in logs.
         samples_images: What the model makes; else texts.
-        pipeline_tag, library: What a hub calls the task, and what loads whole weights.
+        pipeline_tag: What a hub calls the task.
     """
 
     unit: ClassVar[str] = "tokens"
     samples_images: ClassVar[bool] = False
     pipeline_tag: ClassVar[str] = "text-generation"
-    library: ClassVar[str] = "transformers"
+
+    def hub_library(self, *, lora: bool) -> str:
+        """What loads trained weights, by the name that a hub has for it."""
+        return "peft" if lora else "transformers"
 
     def problems(self, config: RunConfig) -> list[str]:
         """What `config` asks for and the modality cannot do, as sentences."""

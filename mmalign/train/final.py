@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 from accelerate.utils import broadcast_object_list, gather_object
-from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub import metadata_load, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from mmalign.config import RunConfig, dump
@@ -95,16 +95,30 @@ class HeldOut:
         return type(self._run.adapter).sample is not Adapter.sample and not self._run.is_sharded
 
 
+OF_REFERENCE = ("reward_accuracy", "log_ratio_margin")
+"""Held-out metrics that compare policy and reference."""
+
+
 class Best:
     """The best held-out value so far by `train.best_metric`, of the evaluations after step 0."""
 
     def __init__(self, run: Run) -> None:
-        """Of the evaluations that the run folder knows already."""
+        """Of the evaluations that the run folder knows already, if their best weights are there.
+
+        Raises:
+            ConfigError: The run has no held-out rows, or no reference for what asks for one.
+        """
         self.metric, self.patience = run.config.train.best_metric, run.config.train.patience
         self._values: list[float] = []
         if self.metric is None:
             return
-        for record in broadcast_object_list([read_json(run.config.output / "eval.jsonl")])[0]:
+        if not run.eval_rows:
+            raise self._missing("it has no held-out rows")
+        if self.metric in OF_REFERENCE and not run.objective.needs.reference:
+            raise self._missing("its objective has no reference")
+        output = run.config.output
+        known = read_json(output / "eval.jsonl") if (output / "best").is_dir() else []
+        for record in broadcast_object_list([known])[0]:
             self.add(record["step"], {f"eval_{self.metric}": record.get(self.metric)})
 
     def add(self, step: int, values: Mapping[str, float | None]) -> bool:
@@ -117,15 +131,15 @@ class Best:
             return False
         value = values.get(f"eval_{self.metric}")
         if value is None:
-            names = [name.removeprefix("eval_") for name in values]
-            had = f"its evaluations give {', '.join(names)}" if names else "it has no held-out rows"
-            raise ConfigError(
-                f"train.best_metric is {self.metric}, which this run does not have: {had}"
-            )
+            names = ", ".join(name.removeprefix("eval_") for name in values)
+            raise self._missing(f"its evaluations give {names}")
         if step == 0:
             return False
         self._values.append(-value if self.metric == "loss" else value)
         return self._values[-1] > max(self._values[:-1], default=-math.inf)
+
+    def _missing(self, why: str) -> ConfigError:
+        return ConfigError(f"train.best_metric is {self.metric}, which this run lacks: {why}")
 
     @property
     def is_stale(self) -> bool:
@@ -243,7 +257,7 @@ def _front_matter(config: RunConfig) -> str:
     about = {
         "base_model": base,
         "base_model_relation": base and ("adapter" if lora else "finetune"),
-        "library_name": "peft" if lora and tools.library == "transformers" else tools.library,
+        "library_name": tools.hub_library(lora=lora),
         "pipeline_tag": tools.pipeline_tag,
         "license": _license(config),
         "datasets": list(filter(None, (_hub_name(s.path) for s in config.data.train))),
@@ -270,8 +284,8 @@ def _license(config: RunConfig) -> str | None:
     if not isinstance(found, str | Path) or not Path(found).is_file():
         return None
     try:
-        said = ModelCard.load(found).data.get("license")
-    except (OSError, ValueError, yaml.YAMLError):
+        said = (metadata_load(found) or {}).get("license")
+    except (OSError, ValueError, yaml.YAMLError):  # a card of a stranger's
         return None
     return said if isinstance(said, str) else None
 

@@ -174,8 +174,8 @@ def _train(run: Run, began: float, *, resume: bool) -> Path | None:
     }
     saved = checkpoint.resume(run, identity, made_of) if resume else None
     start_note = check_start(run) if saved is None else f"resuming after step {position.step}"
-    files.begin(run, environment, made_of)  # written first: all that can be refused has been
     held, best, movement = HeldOut(run), Best(run), Movement(run)
+    files.begin(run, environment, made_of)  # written first: all that can be refused has been
     over = best.is_stale
 
     with trackers(run), Display(run) as display, StopRequest() as stop:

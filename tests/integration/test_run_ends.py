@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +14,13 @@ from safetensors.torch import load_file
 from toy_adapter import toy_config
 
 from mmalign.config import TrainConfig
+from mmalign.config.sections import LoraSpec
+from mmalign.core import presets
 from mmalign.errors import ConfigError
 from mmalign.inference import trained_folder
 from mmalign.train import loop
 from mmalign.train.checkpoint import checkpoints
-from mmalign.train.final import Best
+from mmalign.train.final import Best, _front_matter
 from mmalign.train.loop import train
 from mmalign.train.metrics import read_json
 
@@ -98,14 +102,26 @@ def test_the_least_loss_is_the_best(tmp_path: Path) -> None:
 
 
 def test_no_such_metric_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    objective = "objective={name: simpo}"
-    config = toy_config(tmp_path, objective, "train.best_metric=separation")
+    config = toy_config(tmp_path, "train.best_metric=separation")
     with pytest.raises(ConfigError, match=r"best_metric is separation, .* evaluations give .*loss"):
         train(config)
-    bare = toy_config(tmp_path, "data.eval=[]", "train.best_metric=loss", f"output={tmp_path}/bare")
-    with pytest.raises(ConfigError, match="it has no held-out rows"):
-        train(bare)
     assert not checkpoints(config.output)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (("data.eval=[]", "train.best_metric=loss"), "it has no held-out rows"),
+        (("objective={name: sft}", "train.best_metric=reward_accuracy"), "has no reference"),
+    ],
+)
+def test_what_can_have_no_such_metric_is_refused_before_anything_is_written(
+    tmp_path: Path, settings: tuple[str, ...], why: str
+) -> None:
+    config = toy_config(tmp_path, *settings)
+    with pytest.raises(ConfigError, match=why):
+        train(config)
+    train(toy_config(tmp_path))  # the folder is as good as new
 
 
 def test_time_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,14 +159,12 @@ def test_the_best_of_what_a_resumed_run_knows(tmp_path: Path) -> None:
     train(config)
     values = [r["reward_accuracy"] for r in read_json(config.output / "eval.jsonl") if r["step"]]
 
-    class Run:
-        pass
-
-    run: Any = Run()
-    run.config = config
+    run: Any = SimpleNamespace(config=config, eval_rows=[1], objective=presets.dpo())
     best = Best(run)
     assert not best.add(9, {"eval_reward_accuracy": max(values)})
     assert best.add(10, {"eval_reward_accuracy": max(values) + 0.01})
+    shutil.rmtree(config.output / "best")
+    assert Best(run).add(11, {"eval_reward_accuracy": min(values)}), "else there would be none"
 
 
 def test_the_card_says_what_a_hub_reads(tmp_path: Path) -> None:
@@ -162,3 +176,31 @@ def test_the_card_says_what_a_hub_reads(tmp_path: Path) -> None:
         "pipeline_tag": "text-generation",
         "tags": ["mmalign", "preference-alignment"],
     }
+
+
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        ("---\nlicense: mit\n---\n# A model\n", "mit"),
+        ("---\nlicense: [mit, bsd]\n---\n", None),
+        ("---\n- a list\n---\n", None),
+        ("---\nlicense: {\n---\n", None),
+        ("# no front matter", None),
+        (None, None),
+    ],
+)
+def test_the_license_is_that_of_the_base(
+    tmp_path: Path, card: str | None, said: str | None
+) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_text(card, encoding="utf-8")
+    config = toy_config(tmp_path)
+    config = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": str(tmp_path), "lora": LoraSpec()})
+        }
+    )
+    about = yaml.safe_load(_front_matter(config))
+    assert about.get("license") == said
+    assert about["library_name"] == "peft"
+    assert "base_model" not in about, "the folder means nothing on another machine"
