@@ -80,9 +80,11 @@ def train(
 
     with waiting("loading libraries"):
         from mmalign import config as configs
+        from mmalign.data.files import require_there
         from mmalign.preflight.check import check_config
 
         run = configs.load(config, overrides or ())
+        require_there(*run.data.paths)  # which takes a moment; the checks load libraries
         check_config(run, where=config)
 
         from mmalign.train.loop import train as train_run

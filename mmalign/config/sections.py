@@ -10,7 +10,15 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 COUNT = 2**31 - 1
@@ -217,6 +225,11 @@ class DataConfig(Section):
     )
     num_workers: int = Field(default=0, ge=0, le=256)
 
+    @property
+    def paths(self) -> list[str]:
+        """Of all sources, to train on and held out."""
+        return [source.path for source in (*self.train, *self.eval)]
+
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> Self:
         if self.eval and self.eval_fraction:
@@ -268,6 +281,14 @@ class ObjectiveConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
+def _seconds(time: str) -> float:
+    found = re.fullmatch(r"(?:(\d{1,4})h)?(?:(\d{1,4})m)?(?:(\d{1,6})s)?", time)
+    if not time or found is None:
+        raise ValueError(f"must be hours, minutes and seconds, e.g. 7h30m or 90s (found {time!r})")
+    hours, minutes, seconds = (float(part or 0) for part in found.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
 class TrainConfig(Section):
     """The loop."""
 
@@ -313,10 +334,7 @@ class TrainConfig(Section):
         description="end the run after so many evaluations without a better best_metric",
     )
     max_time: str | None = Field(
-        default=None,
-        min_length=2,
-        pattern=r"^(\d{1,4}h)?(\d{1,4}m)?(\d{1,6}s)?$",
-        description="e.g. 7h30m: then save and stop, as on Ctrl-C; --resume goes on",
+        default=None, description="e.g. 7h30m: then save and stop, as on Ctrl-C; --resume goes on"
     )
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
     num_threads: Number | None = Field(
@@ -328,6 +346,13 @@ class TrainConfig(Section):
     check_settings: bool = Field(
         default=True, description="warn of rates, betas and warm-ups far from any published"
     )
+
+    @field_validator("max_time")
+    @classmethod
+    def _is_a_time(cls, value: str | None) -> str | None:
+        if value is not None:
+            _seconds(value)
+        return value
 
     @model_validator(mode="after")
     def _patience_has_a_metric(self) -> Self:
@@ -349,10 +374,7 @@ class TrainConfig(Section):
     @property
     def max_seconds(self) -> float:
         """`max_time` in seconds; infinite without."""
-        if self.max_time is None:
-            return math.inf
-        parts = re.findall(r"(\d+)([hms])", self.max_time)
-        return float(sum(int(count) * {"h": 3600, "m": 60, "s": 1}[unit] for count, unit in parts))
+        return math.inf if self.max_time is None else _seconds(self.max_time)
 
 
 class SampleConfig(Section):

@@ -80,16 +80,17 @@ def read_rows(
     return hub_rows(str(path), name, split, wanted)
 
 
-def require_there(path: str | Path) -> None:
+def require_there(*paths: str | Path) -> None:
     """Refuse what is named as a file and does not exist; names of hub datasets pass.
 
     Raises:
-        DataError: naming the file, and one of a name like it.
+        DataError: naming the first such file, and one of a name like it.
     """
-    file = Path(path)
-    named = file.suffix in (*_SUFFIXES, *FOLDED) or str(path).startswith((".", "/", "~"))
-    if named and not os.path.exists(file):
-        raise DataError(f"{path}: there is no such file{_nearest_file(file)}")
+    for path in paths:
+        file = Path(path)
+        named = file.suffix in (*_SUFFIXES, *FOLDED) or str(path).startswith((".", "/", "~"))
+        if named and not os.path.exists(file):
+            raise DataError(f"{path}: there is no such file{_nearest_file(file)}")
 
 
 def _nearest_file(file: Path) -> str:

@@ -124,8 +124,7 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> 
     began = time.perf_counter()
     require_launcher()
     objective = check_config(config)
-    for source in (*config.data.train, *config.data.eval):  # before a hub is asked for anything
-        require_there(source.path)
+    require_there(*config.data.paths)  # before a hub is asked for anything
     config = tools_of(config.modality).resolve_config(config)
     require_sensible(config, objective.needs)
     if dry_run:

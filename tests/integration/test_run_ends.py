@@ -144,7 +144,7 @@ def test_times(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "90", "1d", "30m2h", "-5m", "1.5h"])
 def test_times_that_are_none(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ConfigError, match=r"train\.max_time"):
+    with pytest.raises(ConfigError, match=r"train\.max_time: must be hours, minutes and seconds"):
         toy_config(tmp_path, f"train.max_time='{text}'")
 
 

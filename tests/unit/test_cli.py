@@ -107,6 +107,16 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert Result(*arguments).code == 2
 
 
+def test_a_missing_data_file_is_named_before_libraries_are_loaded(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = "mmalign.preflight.check.check_config"
+    monkeypatch.setattr(checked, lambda *_, **__: pytest.fail("loads the modality"))
+    result = Result("train", config, "data.eval=nowhere.jsonl")
+    assert result.code == 1
+    assert "nowhere.jsonl: there is no such file" in result.err
+
+
 def test_schema_is_json() -> None:
     assert json.loads(Result("schema").out)["title"] == "RunConfig"
 
