@@ -112,7 +112,7 @@ def test_a_missing_data_file_is_named_before_libraries_are_loaded(
 ) -> None:
     checked = "mmalign.preflight.check.check_config"
     monkeypatch.setattr(checked, lambda *_, **__: pytest.fail("loads the modality"))
-    result = Result("train", config, "data.eval=nowhere.jsonl")
+    result = Result("train", config, "data.train=nowhere.jsonl")
     assert result.code == 1
     assert "nowhere.jsonl: there is no such file" in result.err
 
