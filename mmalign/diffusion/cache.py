@@ -340,8 +340,8 @@ class ErrorCache(_Cache[Example]):
         return [keys[key] for key in self.store.missing(keys)]
 
     def require(self, items: Sequence[Example]) -> None:
-        """Refuse also errors of latents that are not there."""
-        super().require(items)
+        """Refuse also errors of latents that are not there; rows of one content count once."""
+        super().require(list({self.key(item): item for item in items}.values()))
         if has_latents(self._config):
             LatentCache(self._config).require(items)
 
