@@ -25,7 +25,6 @@ MOVED = {
     "data.spans": "data.parse",
     "data.unread": "data.convert",
     "diffusion.draws": "diffusion.estimators",
-    "diffusion.families.sdxl": "diffusion.families.sd",
     "diffusion.models": "diffusion.components",
     "diffusion.samples": "diffusion.sample",
     "making": "pairs",

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from mmalign.diffusion.families.base import Condition, Family
 from mmalign.diffusion.families.flux import FLUX
-from mmalign.diffusion.families.sd import REFINER, SD, SDXL
+from mmalign.diffusion.families.sd import SD
 from mmalign.diffusion.families.sd3 import SD3
+from mmalign.diffusion.families.sdxl import REFINER, SDXL
 from mmalign.diffusion.pipeline import denoiser_config, model_index
 from mmalign.errors import ConfigError
 
