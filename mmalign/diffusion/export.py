@@ -160,11 +160,15 @@ _WIDE = (".alpha", ".dora_scale", ".lora_magnitude_vector")  # half of a magnitu
 
 
 def _save_lora(policy: PeftModel, components: Components, folder: Path, config: RunConfig) -> Saved:
+    import diffusers
+
     lora = lora_of(policy)
     dtype: torch.dtype | None = getattr(torch, config.export.dtype or "", None)
     notes: list[str] = []
     write(_for_diffusers(policy, lora, components), folder / DIFFUSERS_LORA, dtype, notes)
-    readers = {DIFFUSERS_LORA: "diffusers (`pipeline.load_lora_weights`), mmalign"}
+    readers = {DIFFUSERS_LORA: "mmalign"}
+    if hasattr(getattr(diffusers, components.family.pipeline), "load_lora_weights"):
+        readers[DIFFUSERS_LORA] = "diffusers (`pipeline.load_lora_weights`), mmalign"
     names = components.family.kohya
     if names is None:
         return Saved(readers, tuple(notes))

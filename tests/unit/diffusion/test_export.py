@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -57,10 +58,13 @@ class Trained:
         return base if self.spec is None else lora.attach(base, self.spec, task=None)
 
     def save(self, folder: Path) -> list[str]:
+        return [*self.readers(folder)]
+
+    def readers(self, folder: Path) -> Mapping[str, str]:
         config = run_config(
             modality="diffusion", model={"path": str(self.folder)}, output="runs/sharp"
         )
-        return [*save_trained(self.policy, self.components, folder, config).readers]
+        return save_trained(self.policy, self.components, folder, config).readers
 
     @property
     def part(self) -> str:
@@ -144,6 +148,15 @@ def test_every_lora_file_loads_with_diffusers_and_merges(trained: Trained, tmp_p
             trained.folder, [(tmp_path / "final" / name, 1.0)], tmp_path / f"merged-{name}"
         )
         close(paint(trained.merged(merged)), expected)
+
+
+def test_diffusers_is_named_only_where_its_pipeline_reads_a_lora(
+    sd15_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = Trained(sd15_dir)
+    assert "`pipeline.load_lora_weights`" in trained.readers(tmp_path)[DIFFUSERS_LORA]
+    monkeypatch.setattr(type(trained.components.family), "pipeline", "PixArtSigmaPipeline")
+    assert trained.readers(tmp_path)[DIFFUSERS_LORA] == "mmalign"
 
 
 @pytest.mark.runs
