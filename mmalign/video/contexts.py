@@ -71,6 +71,11 @@ class Contexts:
         self._made[number] = made
         return made
 
+    def placeholders(self, number: int) -> Tensor:  # [n]
+        """The tokens that the features of media `number` stand for, in their order."""
+        ids = self.inputs.media[number - 1].tensors["input_ids"]
+        return ids[torch.isin(ids, torch.tensor(sorted(self.ids), device=ids.device))]
+
 
 def rope_positions(
     model: PreTrainedModel, ids: Tensor, tensors: Mapping[str, Tensor], types: Tensor | None
@@ -163,7 +168,8 @@ def feed(
         seen = torch.isin(prompt, wanted).nonzero().squeeze(-1) + piece.start
         if number not in made:
             made[number] = contexts.media(model, number).map(lambda tensor: tensor.to(flat))
-        encoded = made[number].in_order(prompt[seen - piece.start])
+        own = contexts.placeholders(number).to(ids.device)
+        encoded = made[number].in_order(own, prompt[seen - piece.start])
         places.append(seen)
         values.append(encoded.tokens)
         deep.append(encoded)

@@ -136,7 +136,7 @@ class MediaInputs(ModelInputs):
     """The media of a context.
 
     Attributes:
-        tensors: What the processor made of them, where they must be encoded.
+        tensors: What the processor made of them; of encoded ones, `input_ids` of placeholders.
         features: What the language model takes for them, where that is known.
         key: Under which their features are kept; empty for media that do not come again.
     """
@@ -148,9 +148,10 @@ class MediaInputs(ModelInputs):
     @classmethod
     def of(cls, prepared: Prepared) -> Self:
         """As a batch carries them."""
+        tensors = prepared.processed.tensors
         if prepared.encoded is not None:
-            return cls(features=prepared.encoded)
-        return cls(dict(prepared.processed.tensors), key=prepared.key if prepared.recurs else "")
+            return cls({"input_ids": tensors["input_ids"]}, prepared.encoded)
+        return cls(dict(tensors), key=prepared.key if prepared.recurs else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -240,41 +240,31 @@ class Encoded(ModelInputs):
     Attributes:
         tokens: [n, D].
         deep: Layer to [n, D], added there (DeepStack).
-        ids: [n], the token that each stands for; None of features that earlier versions stored.
     """
 
     tokens: Tensor = field(metadata=WHOLE)
     deep: dict[int, Tensor] = field(default_factory=dict["int", "Tensor"], metadata=WHOLE)
-    ids: Tensor | None = field(default=None, metadata=WHOLE)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Encoded:
-        """With each tensor of features changed."""
-        return replace(
-            self,
-            tokens=change(self.tokens),
-            deep={layer: change(tensor) for layer, tensor in self.deep.items()},
-        )
+        """With each tensor changed."""
+        deep = {layer: change(tensor) for layer, tensor in self.deep.items()}
+        return Encoded(change(self.tokens), deep)
 
-    def in_order(self, ids: Tensor) -> Encoded:
-        """The features for these tokens of a prompt, which may name kinds of media in any order.
+    def in_order(self, own: Tensor, ids: Tensor) -> Encoded:
+        """The features for the tokens of a prompt, which may name kinds of media in any order.
+
+        Args:
+            own: [n] the placeholders that the features were made for.
+            ids: [n] those of the prompt.
 
         Raises:
-            ConfigError: They are not the tokens that these features stand for.
+            ConfigError: They are not the same ones.
         """
         if len(ids) != len(self.tokens):
             raise ConfigError(
                 f"a prompt has {len(ids)} tokens for media, but the model made {len(self.tokens)} "
                 "features; processor and model do not belong together"
             )
-        if self.ids is None:
-            if len(ids.unique()) > 1:
-                raise ConfigError(
-                    "stored features of several kinds of media do not say which is which, since an "
-                    "earlier version wrote them; delete the cache folder, or run `mmalign cache` "
-                    "with another one"
-                )
-            return self
-        own = self.ids.to(ids.device)
         if torch.equal(own, ids):
             return self
         order = torch.empty_like(ids)
@@ -284,13 +274,11 @@ class Encoded(ModelInputs):
                 "a prompt has other tokens for media than the model made features for; processor "
                 "and model do not belong together"
             )
-        return replace(self.map(lambda tensor: tensor[order]), ids=ids)
+        return self.map(lambda tensor: tensor[order])
 
     def detached(self) -> Encoded:
         """Without a graph, on the CPU, in memory of its own."""
-        ids = None if self.ids is None else self.ids.to("cpu", copy=True)
-        kept = self.map(lambda tensor: tensor.detach().to("cpu", copy=True))
-        return replace(kept, ids=ids)
+        return self.map(lambda tensor: tensor.detach().to("cpu", copy=True))
 
     @property
     def nbytes(self) -> int:
@@ -298,15 +286,14 @@ class Encoded(ModelInputs):
         return sum(t.numel() * t.element_size() for t in (self.tokens, *self.deep.values()))
 
     def named(self) -> dict[str, Tensor]:
-        """All its tensors: `tokens`, `deep_LAYER`, and `ids`."""
-        ids = {} if self.ids is None else {"ids": self.ids}
-        return {"tokens": self.tokens, **{f"deep_{i}": t for i, t in self.deep.items()}, **ids}
+        """All its tensors: `tokens`, and `deep_LAYER`."""
+        return {"tokens": self.tokens, **{f"deep_{i}": t for i, t in self.deep.items()}}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Encoded:
         """The reverse of `named`."""
         deep = {int(k[5:]): tensor for k, tensor in tensors.items() if k.startswith("deep_")}
-        return cls(tensors["tokens"], deep, tensors.get("ids"))
+        return cls(tensors["tokens"], deep)
 
 
 def load_model(path: str, config: ModelConfig, revision: str | None = None) -> PreTrainedModel:
@@ -477,8 +464,7 @@ def encode(
         )
     places = torch.isin(input_ids, torch.tensor(sorted(ids), device=input_ids.device))  # [1, S]
     _require_seen(model, input_ids, places, seen["inputs_embeds"])
-    features = seen["inputs_embeds"][places]
-    return Encoded(features, deep_features(seen, places), input_ids[places])
+    return Encoded(seen["inputs_embeds"][places], deep_features(seen, places))
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from mmalign.data.example import Clip, Media, Picture, Sound
 from mmalign.errors import ConfigError
 from mmalign.models.adapter import build_adapter
 from mmalign.text.model import causal_model
-from mmalign.video import contexts
+from mmalign.video import contexts, tools
 from mmalign.video.encode import MARK
 from mmalign.video.model import encode, handed, parts_of, select_parts
 from mmalign.video.tools import VideoTools
@@ -376,6 +376,34 @@ def test_media_may_be_named_in_any_order(
         for item, ours, real in zip(encoded, logps, mask, strict=True):
             _, own = own_logps(adapter, row, item.response)
             torch.testing.assert_close(ours[real], own, atol=1e-4, rtol=0)
+
+
+def test_stored_features_are_read_in_any_order_of_media(
+    video_models: Models,
+    clips_dir: Path,
+    pictures: list[Picture],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing beside features is stored, neither here nor by earlier versions."""
+    both = Media((Clip(clips_dir / "clip0.mp4"),), (pictures[0],))
+    rows = [pair(clips_dir, text, prompt=text, media=both)
+            for text in ("<video><image>?", "<image><video>?")]  # fmt: skip
+    folder = video_models("qwen3_vl")
+    fresh = as_it_is(folder)
+    expected = fresh(fresh.collate(rows), Needs()).policy
+    assert not torch.equal(expected[0], expected[1])
+    config = run_config(folder, **PLAIN, output=str(tmp_path / "run"))
+    monkeypatch.setattr(tools, "load_usable", lambda *_: (rows, []))
+    assert "features of 1 media written" in VideoTools().write_cache(config, Needs())
+    adapter: Any = build_adapter(config, Needs()).eval()
+    store = adapter.features.disk
+    arrays = store.get(store.key(adapter.encoder.reader.key(both)))
+    assert len(arrays) == tools._width(config)[1]  # as `cache --plan` counts them
+    assert all(name == "tokens" or name.startswith("deep_") for name in arrays)
+    monkeypatch.setattr(contexts, "encode", lambda *_: pytest.fail("they are on disk"))
+    ours = adapter(adapter.collate(rows), Needs()).policy
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
 def test_a_sound_may_be_named_before_a_clip_and_an_image(
