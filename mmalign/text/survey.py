@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from mmalign.config import DataConfig, RunConfig
 from mmalign.core import Needs
 from mmalign.data.doubts import special_mark, special_mark_of
-from mmalign.data.example import Candidate, Example, Message, Prompt, as_text
+from mmalign.data.example import Candidate, Example, Media, Message, Prompt, as_text
 from mmalign.data.fields import Problem
 from mmalign.data.jobs import track
 from mmalign.data.records import ProblemList, Record
@@ -40,7 +40,7 @@ _FEW = 1000  # rows that are not worth further processes
 _MOST_WORKERS = 16
 _VALUES = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d,.]*")
 FOLDER = "surveys"  # in the cache folder; a second start reads what surveys found
-VERSION = 2  # raise it when the same rows and settings give other findings
+VERSION = 3  # raise it when the same rows and settings give other findings
 
 
 @dataclass(slots=True)
@@ -53,7 +53,7 @@ class Found:
         first: By name, the first rows of those.
         sentences: By name, what it means; of names that have one.
         said: Sentences about all rows.
-        equal: Pairs whose two sides are the same tokens.
+        equal: Pairs whose two sides are the same tokens, and show the same.
         problems: Rows that cannot be trained on: number, what is wrong, what was found.
         longest: The most tokens of a prompt, and of a response.
         refused: What is wrong with the config rather than with a row; "" for nothing.
@@ -189,7 +189,8 @@ class _Chunks:
         if row.kind == "pair":
             found.pairs += len(numbers)
             first, second = encoded[:2]
-            if first.response == second.response and first.prompt == second.prompt:
+            shown, other = _shown(row)[:2]
+            if (first.prompt, first.response, shown) == (second.prompt, second.response, other):
                 found.equal += numbers
 
     def _writes_special(self, candidate: Candidate) -> bool:
@@ -272,9 +273,16 @@ def findings(
 
 
 def _content(row: Example) -> tuple[Any, ...]:
-    """All words that decide the row's tokens."""
+    """All words that decide the row's tokens, and which candidates show the same."""
     answers = [(c.response, c.prompt, c.spans, c.steps, c.complete, c.role) for c in row.candidates]
-    return row.prompt, row.template.tools, row.template.options, row.kind, answers
+    shown = _shown(row)
+    alike = list(map(shown.index, shown))
+    return row.prompt, row.template.tools, row.template.options, row.kind, answers, alike
+
+
+def _shown(row: Example) -> list[Media]:
+    """What each candidate is about."""
+    return [row.media if c.media is None else c.media for c in row.candidates]
 
 
 def lines(found: Found, rows: Sequence[Example], data: DataConfig) -> list[str]:

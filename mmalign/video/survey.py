@@ -78,9 +78,9 @@ def survey_parts(config: RunConfig, needs: Needs, parts: Sequence[Sequence[Examp
     rows = list({id(row): row for part in kept for row in part}.values())
     limits = Limits(positions=model_limits(config).positions)
 
-    def shown(row: Example) -> tuple[bytes | None, ...]:
+    def shown(row: Example) -> tuple[bytes | Media | None, ...]:
         media = (row.media, *(c.media for c in row.candidates))
-        return tuple(reader.tokens(item) if item else None for item in media)
+        return tuple(item and reader.tokens(item) for item in media)
 
     found = findings(config, encoder, rows, limits, shown)
     found.problems += [(number, bare[id(row)], "") for number, row in enumerate(rows)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     Models = Callable[[str], Path]
 
 QWEN, QWEN3 = "qwen2_5_vl", "qwen3_vl"
+LONG = " ".join(["word"] * 40)
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +235,16 @@ def test_what_the_survey_says_is_not_said_again(
         train(config, dry_run=True)
     said = [record.getMessage() for record in caplog.records]
     assert sum("no end token after a response" in line for line in said) == 1, said
+
+
+def test_one_answer_about_two_clips_is_something_to_learn_from(
+    survey: Callable[..., Surveyed],
+) -> None:
+    """Clips of one length have the same tokens; only where both sides show one, nothing is left."""
+    same = {"chosen": f"{LONG} a", "rejected": f"{LONG} b", "video": "clip0.mp4"}
+    short = {"max_response_length": 20}
+    other = [{**same, "prompt": "What?", "video_rejected": f"clip{i}.mp4"} for i in (1, 0)]
+    (cut, note) = survey(QWEN, *other, data=short).notes
+    assert "responses cut" in cut
+    assert "1 of 3 pairs have the same tokens on both sides" in note
+    assert "row-1" in note
