@@ -42,6 +42,7 @@ _HELD_OUT = {  # of an evaluation: name there, name here
 }
 
 
+@driver.interruptible()
 def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[str, Any]:
     """Train, measure held-out prompts before and after, write a report.
 

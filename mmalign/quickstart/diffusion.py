@@ -54,6 +54,7 @@ FULL = Sizes()
 FAST = Sizes(drawn=8, held_out=1, steps=2, batch_size=4, measured=20, denoising_steps=2)
 
 
+@driver.interruptible()
 def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[str, Any]:
     """Draw pairs, train DPO and imitation on them, measure ink and legibility, write a report.
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from threading import Thread
 from typing import Any, TypeVar
 
 from markupsafe import Markup
@@ -131,7 +133,7 @@ class Demo:
             far: How much is done and how much there is in all; by default jobs are counted.
 
         Raises:
-            ConfigError: It was interrupted, or a process was ended from outside.
+            ConfigError: A process was ended from outside.
         """
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
@@ -150,8 +152,6 @@ class Demo:
                     future.result()  # raises what went wrong there
                 self.at(*(far() if far else (len(jobs) - len(waiting), len(jobs))), unit)
             return [future.result() for future in futures]
-        except KeyboardInterrupt:
-            raise ConfigError(_INTERRUPTED) from None
         except BrokenProcessPool:
             raise ConfigError(
                 "a process of the quickstart was ended from outside; a system without memory left "
@@ -224,6 +224,26 @@ class Demo:
 _INTERRUPTED = "the quickstart was interrupted; start it again, it takes a new folder"
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """For a whole demonstration: Ctrl-C or SIGTERM ends it, and its processes, with one sentence.
+
+    Raises:
+        ConfigError: It was interrupted.
+    """
+    on_main = threading.current_thread() is threading.main_thread()  # Python's rule for handlers
+    before = signal.getsignal(signal.SIGTERM)
+    if on_main:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise ConfigError(_INTERRUPTED) from None
+    finally:
+        if on_main:
+            signal.signal(signal.SIGTERM, before)
+
+
 def require(package: str, what: str) -> None:
     """Refuse before anything is written where an optional package is missing.
 
@@ -247,15 +267,18 @@ def _minutes(seconds: float) -> str:
 
 def _start_worker(log: Path) -> None:
     """One thread, what it prints into a file, and no life beyond that of its parent."""
-    import torch
-
     log.mkdir(parents=True, exist_ok=True)
     name = multiprocessing.current_process().name
     sys.stdout = sys.stderr = (log / f"{name}.txt").open("w", encoding="utf-8", buffering=1)
+    for descriptor in (1, 2):  # what the loop says of a signal, and libraries in C, go by these
+        os.dup2(sys.stderr.fileno(), descriptor)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to clean up behind itself
+    import torch
+
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     if parent is not None:  # killed, it leaves the queue open that a worker waits at
-        Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def steps_of(configs: Sequence[RunConfig]) -> tuple[int, int]:

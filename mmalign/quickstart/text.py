@@ -83,6 +83,7 @@ class Told:
     num_tokens: list[int]
 
 
+@driver.interruptible()
 def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[str, Any]:
     """Make pairs of a story model's own endings, train on them in several ways, write a report.
 

@@ -65,6 +65,7 @@ FULL = Sizes()
 FAST = Sizes(pair_clips=8, held_out_clips=16, batch_size=4, steps=2, shown=2)
 
 
+@driver.interruptible()
 def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[str, Any]:
     """Train both arms, examine them and the base on held-out clips, write a report.
 

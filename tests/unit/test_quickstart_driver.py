@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,20 @@ def test_missing_package_is_one_line_and_nothing_is_written(
         {"text": text, "chat": chat}[name].run(tmp_path / "new")
     assert not (tmp_path / "new").exists()
     assert not list(tmp_path.rglob("*.*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_one_sentence(number: signal.Signals) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    @driver.interruptible()
+    def run() -> None:
+        os.kill(os.getpid(), number)
+        signal.sigtimedwait([], 5)
+
+    with pytest.raises(ConfigError, match="was interrupted; start it again, it takes a new folder"):
+        run()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.runs
