@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mmalign.data.fields import is_deep, number, show
 from mmalign.data.files import read_rows
-from mmalign.data.jobs import write_lines
+from mmalign.data.jobs import first_few, write_lines
 from mmalign.data.opening import open_data
 from mmalign.errors import DataError
 from mmalign.stats import NUM_RESAMPLES, resample_counts
@@ -278,9 +278,7 @@ def distinct(rows: Sequence[Prediction], where: str) -> dict[str, Prediction]:
 
 def named(ids: Iterable[str], most: int = 3) -> str:
     """A few ids for a message."""
-    ordered = sorted(ids)
-    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return ", ".join(map(repr, ordered[:most])) + more
+    return ", ".join(first_few([repr(name) for name in sorted(ids)], most))
 
 
 Floats = NDArray[np.float64]

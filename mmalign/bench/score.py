@@ -162,15 +162,15 @@ class Difference:
         b: Of the second.
         difference: b - a, so that more is better for the second.
         interval: 95 % of it; the same units are drawn for both runs.
-        above: Share of resamples in which it is above 0; below: under 0.
+        above_0: Share of resamples in which it is above 0; below_0: under 0.
     """
 
     a: float
     b: float
     difference: float
     interval: tuple[float, float]
-    above: float
-    below: float
+    above_0: float
+    below_0: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,14 +190,7 @@ class Comparison(Reading):
     def summary(self) -> dict[str, Any]:
         """As JSON; a metric without a value has no row."""
         metrics = {
-            name: {
-                "a": found.a,
-                "b": found.b,
-                "difference": found.difference,
-                "interval": list(found.interval),
-                "above_0": found.above,
-                "below_0": found.below,
-            }
+            name: asdict(found)
             for name, found in self.differences.items()
             if found.difference == found.difference
         }
@@ -241,8 +234,8 @@ def compare(
             second,
             second - first,
             percentile_interval(change),
-            above=float((present > 0).mean()) if len(present) else float("nan"),
-            below=float((present < 0).mean()) if len(present) else float("nan"),
+            above_0=float((present > 0).mean()) if len(present) else float("nan"),
+            below_0=float((present < 0).mean()) if len(present) else float("nan"),
         )
     right_a, right_b = (
         {row.id for row, verdict in zip(rows, verdicts, strict=True) if verdict.right}
@@ -312,7 +305,7 @@ def comparison_text(found: Comparison, names: tuple[str, str]) -> str:
         change, *ends = (
             _number(kind, name, value, sign="+") for value in (part.difference, *part.interval)
         )
-        table.add_row(label, *values, change, " to ".join(ends), f"{part.above:.1%}")
+        table.add_row(label, *values, change, " to ".join(ends), f"{part.above_0:.1%}")
     gained, lost = found.changed
     lines = [
         _head(found),

@@ -282,11 +282,6 @@ def _trainable(components: Components, config: RunConfig) -> nn.Module:
     denoiser = components.denoiser
     if config.model.adapter is None:
         return lora.apply(denoiser, config.model, task=None, auto=components.family.lora_targets)
-    if config.model.lora is not None:
-        raise ConfigError(
-            "model.lora and model.adapter are both set, but an existing LoRA brings its own rank "
-            "and targets. Remove model.lora to go on training it, or merge it into the base first "
-            f"(mmalign merge {config.model.path} --add {config.model.adapter}=1 --out DIR)"
-        )
+    lora.refuse_both(config.model)
     path, encoders = Path(config.model.adapter), config.model.adapter_text_encoders
     return export.continue_lora(denoiser, path, encoders)

@@ -31,7 +31,7 @@ from mmalign.models.lora_files import (
     is_lora,
     read_lora,
 )
-from mmalign.models.lora_load import TRAINED
+from mmalign.models.lora_load import TRAINED, one_line
 from mmalign.models.lora_settings import start_of
 from mmalign.models.merge import without_start
 
@@ -405,16 +405,12 @@ def _load_factors(policy: PeftModel, lora: LoraWeights) -> None:
 def _load_whole(policy: nn.Module, folder: Path) -> None:
     files = weight_files(denoiser_folder(folder))
     state = {name: tensor for file in files for name, tensor in read_tensors(file)[0].items()}
-    own = policy.state_dict()
-    odd = sorted(own.keys() ^ state.keys()) or [
-        name for name, tensor in state.items() if tensor.shape != own[name].shape
-    ]
-    if odd:
+    try:
+        policy.load_state_dict(state)
+    except RuntimeError as error:
         raise CheckpointError(
-            f"{folder}: holds another model than the config's: {len(odd)} tensors differ, e.g. "
-            f"{odd[0]}"
-        )
-    policy.load_state_dict(state)
+            f"{folder}: holds another model than the config's: {one_line(error)}"
+        ) from error
 
 
 def _read_for(denoiser: nn.Module, path: Path, encoders: Encoders = "stop") -> LoraWeights:

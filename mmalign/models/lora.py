@@ -108,18 +108,23 @@ def check(config: ModelConfig) -> None:
             whole model must stand.
     """
     lora_settings.refuse_adapter_path("model.path", config.path)
-    if config.lora is not None and config.adapter is not None:
-        raise ConfigError(
-            "model.lora and model.adapter are both set, but an existing adapter brings its own "
-            "rank and targets. Remove model.lora to go on training it, or merge it into the base "
-            f"first (mmalign merge {config.path} --add {config.adapter}=1 --out DIR)"
-        )
+    refuse_both(config)
     if config.adapter is not None:
         folder = Path(config.adapter)
         if folder.exists() and not (folder / "adapter_config.json").is_file():
             raise ConfigError(
                 f"model.adapter {folder} has no adapter_config.json; not a peft adapter"
             )
+
+
+def refuse_both(config: ModelConfig) -> None:
+    """Refuse a fresh LoRA beside an adapter that was trained before."""
+    if config.lora is not None and config.adapter is not None:
+        raise ConfigError(
+            "model.lora and model.adapter are both set, but an existing adapter brings its own "
+            "rank and targets. Remove model.lora to go on training it, or merge it into the base "
+            f"first (mmalign merge {config.path} --add {config.adapter}=1 --out DIR)"
+        )
 
 
 def apply(model: nn.Module, config: ModelConfig, **options: Any) -> nn.Module:

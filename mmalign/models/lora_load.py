@@ -165,7 +165,7 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].startswith("Error(s) in loading state_dict"):
         more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
-        return lines[1] + more
+        return lines[1][:300] + more
     return " ".join(lines)[:300] or type(error).__name__
 
 

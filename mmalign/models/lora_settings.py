@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from mmalign.data.jobs import first_few
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models.files import ADAPTER_CONFIG, UnfitError, read_json
 
@@ -332,8 +333,7 @@ def describe(reasons: Mapping[str, str], experts: Collection[str]) -> str | None
 
 def _few(names: Collection[str], most: int = 4) -> str:
     shapes = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "N", name) for name in names))
-    more = f" and {len(shapes) - most} more" if len(shapes) > most else ""
-    return ", ".join(shapes[:most]) + more
+    return ", ".join(first_few(shapes, most))
 
 
 def _shape(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 from markupsafe import Markup
@@ -32,10 +33,8 @@ def place_of(run_dirs: Sequence[str | Path]) -> Path:
     more = f"-and-{len(names) - _NAMED}-more" if len(names) > _NAMED else ""
     stem = "report-" + "-".join(names[:_NAMED]) + more
     parent = folders[0].resolve().parent
-    found, number = parent / f"{stem}.html", 2
-    while found.exists():
-        found, number = parent / f"{stem}-{number}.html", number + 1
-    return found
+    pages = (parent / f"{stem}{f'-{n}' if n > 1 else ''}.html" for n in count(1))
+    return next(page for page in pages if not page.exists())
 
 
 def write_report(

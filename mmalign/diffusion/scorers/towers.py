@@ -17,6 +17,8 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from mmalign.errors import CheckpointError, DataError
+from mmalign.models.files import read_tensors
+from mmalign.models.lora_load import one_line
 
 
 class Scorer(Protocol):
@@ -179,13 +181,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
         CheckpointError: The file is no checkpoint, or holds more than tensors and plain values.
     """
     if file.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
+        return read_tensors(file)[0]
     try:
         value = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
@@ -210,20 +206,14 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
     The tensors become the parameters themselves, so the model may have been built without memory.
 
     Raises:
-        CheckpointError: naming the first that is not.
+        CheckpointError: naming some that are not.
     """
-    own = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    problems = [f"lacks {name}" for name in own if name not in state]
-    problems += [f"has {name}, which the model has not" for name in state if name not in own]
-    problems += [
-        f"has {name} of shape {list(state[name].shape)} for {list(shape)}"
-        for name, shape in own.items()
-        if name in state and state[name].shape != shape
-    ]
-    if problems:
-        more = f", and {len(problems) - 1} other differences" if len(problems) > 1 else ""
-        raise CheckpointError(f"{file}: is not a checkpoint of this model: {problems[0]}{more}")
-    model.load_state_dict(state, assign=True)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{file}: is not a checkpoint of this model: {one_line(error)}"
+        ) from error
 
 
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

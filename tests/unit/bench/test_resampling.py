@@ -83,8 +83,8 @@ def test_runs_are_compared_pair_by_pair() -> None:
     part = found.differences["accuracy"]
     assert (part.a, part.b) == (pytest.approx(2 / 6), pytest.approx(4 / 6))
     assert part.difference == pytest.approx(2 / 6)
-    assert part.below == 0
-    assert part.above == pytest.approx(1 - (4 / 6) ** 6, abs=0.02)
+    assert part.below_0 == 0
+    assert part.above_0 == pytest.approx(1 - (4 / 6) ** 6, abs=0.02)
     assert found.changed == (2, 0)
     gain = np.asarray([0, 0, 1, 1, 0, 0], dtype=np.float64)
     assert part.interval == pytest.approx(bootstrap_interval(gain, num_resamples=2000))
@@ -93,7 +93,7 @@ def test_runs_are_compared_pair_by_pair() -> None:
 def test_a_run_against_itself_differs_nowhere() -> None:
     found = compare(find("tvbench"), rows("1100"), rows("1100"))
     assert all(part.interval == (0, 0) for part in found.differences.values())
-    assert all(part.above == part.below == 0 for part in found.differences.values())
+    assert all(part.above_0 == part.below_0 == 0 for part in found.differences.values())
 
 
 def test_runs_with_other_questions_are_refused() -> None:

@@ -286,9 +286,9 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     state = head.state_dict()
     file = tmp_path / "head.pth"
     for change, message in (
-        ({"layers.0.bias": None}, r"lacks layers\.0\.bias"),
-        ({"extra": torch.zeros(1)}, "has extra, which"),
-        ({"layers.7.bias": torch.zeros(2)}, r"layers\.7\.bias of shape \[2\] for \[1\]"),
+        ({"layers.0.bias": None}, r'Missing key.* "layers\.0\.bias"'),
+        ({"extra": torch.zeros(1)}, 'Unexpected key.* "extra"'),
+        ({"layers.7.bias": torch.zeros(2)}, r"layers\.7\.bias: .*\[2\].* .*\[1\]"),
     ):
         changed = {k: v for k, v in {**state, **change}.items() if v is not None}
         with pytest.raises(CheckpointError, match=message):
