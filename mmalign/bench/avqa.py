@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
 from mmalign.bench.base import Benchmark, Entry, Prediction, Question, Source, Verdict
 from mmalign.bench.options import mentioned, plain
 from mmalign.bench.parsers import concluded, yes_no
 from mmalign.bench.spoken import final, glossary
+from mmalign.data.turns import Unreadable, literal
 from mmalign.errors import DataError
 
 NUMBERS = (
@@ -143,13 +143,8 @@ def _listed(entry: Entry, key: str) -> list[str]:
     """A list, which the data set writes as text."""
     value = entry.value.get(key)
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            try:
-                value = ast.literal_eval(value)
-            except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-                raise DataError(f"{entry.where}: {key!r} is no list: {value!r}") from error
+        with suppress(Unreadable):
+            value = literal(value)
     if not isinstance(value, list):
         raise DataError(f"{entry.where}: {key!r} must be a list; found {value!r}")
     return [str(item) for item in value]

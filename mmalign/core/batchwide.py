@@ -144,8 +144,6 @@ class AotUnpaired(Aot):
         return score[:, 0], score[:, 1]
 
 
-# KTO and its relatives: the utility of single rated responses against a baseline of the batch.
-
 Baseline = Literal["mismatched", "batch", "class_means", "zero"]
 Utility = Literal["sigmoid", "loss_averse", "risk_seeking_1", "risk_seeking_3"]
 

@@ -268,8 +268,6 @@ class MapoScore:
         return torch.where(small, series, closed)
 
 
-# Divergences by name, invalid ones with the reason, and a function to add others.
-
 DIVERGENCES: dict[str, Transform] = {
     "reverse_kl": ReverseKL(),
     "forward_kl": ForwardKL(),

@@ -302,9 +302,6 @@ class Anchor(PointwiseLink):
         return nll(score[:, 0] - self.target)
 
 
-# Links that set one candidate against several others at once.
-
-
 @dataclass(frozen=True, slots=True)
 class MultiNegative(PairLink, ABC):
     """A link of candidate 0 against the others, which says how much each of them counts."""
@@ -354,9 +351,6 @@ class Pami(MultiNegative):
         weight = labels[:, 1:]
         total = weight.sum(1, keepdim=True)
         return weight / torch.where(total > 0.0, total, 1.0)
-
-
-# List links: K scored responses of one prompt, ranked by their labels.
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -10,9 +11,6 @@ from mmalign.core.divergence import is_pointwise
 from mmalign.core.terms import Preference, Term
 from mmalign.core.types import CandidateLogps, Loss, Needs
 from mmalign.errors import ConfigError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 Unit = Literal["nat", "error"]
 

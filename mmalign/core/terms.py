@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,12 +21,6 @@ from mmalign.core.numerics import (
 from mmalign.core.score import Score
 from mmalign.core.types import CandidateLogps, Needs, Rows
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-
-# What a preference term reports, with TRL's names, so that one dashboard fits both.
-
 
 @torch.no_grad()
 def preference_metrics(
@@ -33,6 +28,7 @@ def preference_metrics(
 ) -> dict[str, Tensor]:
     """Rewards, margins, accuracy, ties and log-probabilities of the candidates in `c`.
 
+    Under TRL's names, so that one dashboard fits both.
     A tie counts half in the accuracy; TRL counts it as wrong.
 
     The chosen candidate is the one with the highest label, the rejected one that with the lowest;
@@ -197,8 +193,6 @@ class Preference(Scored):
             return c
         return c.columns(tuple(range(self.link.candidates)))
 
-
-# Terms beside the preference: likelihood, value, KL to the reference, sparsity.
 
 NllReduce = Literal["sum", "mean", "batch_token"]
 

@@ -6,16 +6,14 @@ Candidate 0 is the chosen response and candidate 1 the rejected one wherever the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mmalign.errors import NeedsError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 Rows = Literal["any", "pair", "unpaired", "list", "plain"]
 """The shape of a record: chosen and rejected, one rated response, K ranked ones, or one response

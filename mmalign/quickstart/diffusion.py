@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
 
+from mmalign.config import RunConfig
 from mmalign.quickstart import driver
 from mmalign.report import Section, blocks, figures, write_report
 from mmalign.report.pictures import picture
@@ -23,9 +25,7 @@ from mmalign.stats import bootstrap_interval, share_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from numpy.typing import NDArray
 
-    from mmalign.config import RunConfig
     from mmalign.quickstart.digits import Shown
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -139,7 +139,6 @@ def config(pairs: Path, arm: str, output: Path, seed: int, sizes: Sizes = FULL) 
         seed: Of the order of the rows and their noise.
         sizes: Pairs a step, and the number of steps.
     """
-    from mmalign.config import RunConfig
     from mmalign.quickstart.digits import BASE, SAMPLING, SIDE
 
     data: dict[str, Any] = {"train": {"path": str(pairs), "split": "train"}}
@@ -240,8 +239,6 @@ def _plain(numbers: Mapping[str, Any]) -> dict[str, float]:
     named = {key: numbers[key] for key in numbers if key != "ink_change_by_digit"}
     return {key: v[0] if isinstance(v, list) else v for key, v in named.items()}
 
-
-# The page: where the ink went, beside what was imitated.
 
 _NAMES = {"base": "base", "sft": "SFT", "dpo": "DPO"}
 _COLOURS = {"base": 0, "sft": 1, "dpo": 2}

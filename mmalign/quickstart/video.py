@@ -168,8 +168,6 @@ def load(folder: Path) -> tuple[Any, Any]:
     return model, AutoProcessor.from_pretrained(BASE)
 
 
-# What the marks say.
-
 LEAST, MOST_LOST = 0.15, 0.10
 """A run shows an effect from these gains on, unless it lost more of the general questions."""
 
@@ -213,8 +211,6 @@ def _points(change: Scores) -> str:
     )
     return f"{mean} points [{low}, {high}]"
 
-
-# The page.
 
 _ROWS = (  # key, what the reader sees
     ("yes_no", "yes and no both right"),

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import UnionType
 from typing import (
-    TYPE_CHECKING,
     Any,
     Literal,
     Protocol,
@@ -30,10 +31,6 @@ from mmalign.core.presets.own import imported, is_own
 from mmalign.core.weights import Wpo, reweight
 from mmalign.errors import ArgumentError, ConfigError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping
-    from pathlib import Path
-
 MODIFIERS = ("ld_alpha", "wpo")
 """Keywords of any pair loss beside its own: they reweight it."""
 
@@ -46,8 +43,6 @@ def _as_a_config_says() -> Generator[None]:
     except ArgumentError as error:
         raise ConfigError(f"objective.{error.args[0]}") from error
 
-
-# Keywords of a preset against its signature: names, types and missing ones.
 
 _LARGEST = 1e12  # beyond, products of it overflow 32 bits
 
@@ -160,8 +155,6 @@ def _describe(annotation: Any) -> str:
         return "null"
     return names.get(annotation, f"a {getattr(annotation, '__name__', annotation)}")
 
-
-# Presets by name, mixes, and a user's own functions.
 
 _FAMILIES = (pairwise, pointwise, reference_free, regularised, diffusion, video)
 

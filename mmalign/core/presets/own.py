@@ -11,18 +11,15 @@ import functools
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
 from mmalign.core.objective import Objective
 from mmalign.errors import ArgumentError, MmalignError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-    from types import ModuleType
-
 
 MARK = "__mmalign_objective__"
 """The attribute that `@mmalign.objective` sets."""
