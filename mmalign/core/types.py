@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -66,18 +66,13 @@ class Needs:
                 f"the terms of one objective need different extra candidates: {self.roles} and "
                 f"{other.roles}; mix only losses that share them"
             )
-        return Needs(
-            reference=self.reference or other.reference,
-            kl=self.kl or other.kl,
-            weight=self.weight or other.weight,
-            log_sum_p2=self.log_sum_p2 or other.log_sum_p2,
-            prompt=self.prompt or other.prompt,
-            labels=self.labels or other.labels,
-            token_mean=self.token_mean or other.token_mean,
-            candidates=max(self.candidates, other.candidates),
-            rows=rows.pop() if rows else "any",
-            roles=self.roles or other.roles,
-        )
+        joined: dict[str, Any] = {
+            item.name: getattr(self, item.name) or getattr(other, item.name)
+            for item in fields(self)
+        }
+        joined["candidates"] = max(self.candidates, other.candidates)
+        joined["rows"] = rows.pop() if rows else "any"
+        return Needs(**joined)
 
     def describe(self) -> str:
         """The needs as words, e.g. `reference, kl, at least 2 candidates (pair)`."""

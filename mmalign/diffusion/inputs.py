@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
@@ -129,8 +130,6 @@ class Inputs:
         self.clean: CleanLatents | None = None  # None: images are read and encoded
         self._prompts: PromptCache | None = None
         self._errors: ErrorCache | None = None
-        self._encoder: PromptEncoder | None = None
-        self._vae: Vae | PixelSpace | None = None
         self._empty: Condition | None = None
         self._shown: dict[tuple[str, ...], Condition] = {}  # prompts to show, on the CPU
 
@@ -167,9 +166,9 @@ class Inputs:
         the CPU for the next images to decode.
         """
         if self._prompts is not None:
-            self._encoder = None
-        if self._vae is not None and self.clean is not None:
-            self._vae.to("cpu")
+            vars(self).pop("encoder", None)
+        if "vae" in vars(self) and self.clean is not None:
+            self.vae.to("cpu")
 
     def collate(
         self, examples: Sequence[Example], draws: Sequence[int] | None
@@ -301,14 +300,11 @@ class Inputs:
             return [side, side, 0, 0, side, side]
         return [*frame.size, *frame.crop, *frame.target]
 
-    @property
+    @cached_property
     def encoder(self) -> PromptEncoder:
         """The text encoders, loaded on first use."""
-        if self._encoder is None:
-            model = self.config.model
-            dtype = getattr(torch, model.dtype)
-            self._encoder = PromptEncoder(model.path, dtype, revision=model.revision)
-        return self._encoder
+        model = self.config.model
+        return PromptEncoder(model.path, getattr(torch, model.dtype), revision=model.revision)
 
     def condition(self, batch: Batch[ImageInputs]) -> Condition:
         """The conditioning of every image, [B * K] rows."""
@@ -344,13 +340,11 @@ class Inputs:
             self._shown[key] = self.encoder.to(device).encode(prompts).to("cpu")
         return self._shown[key].to(device)
 
-    @property
+    @cached_property
     def vae(self) -> Vae | PixelSpace:
         """The VAE, loaded on first use."""
-        if self._vae is None:
-            model = self.config.model
-            self._vae = load_vae(model.path, self.config.diffusion, revision=model.revision)
-        return self._vae
+        model = self.config.model
+        return load_vae(model.path, self.config.diffusion, revision=model.revision)
 
     @torch.no_grad()
     def latents(self, pictures: Mapping[str, Tensor], rng: RowRNG) -> Tensor:

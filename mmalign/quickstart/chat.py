@@ -164,7 +164,7 @@ class Answer:
     prompt: str
     text: str
     words: int
-    ended: bool  # by its own end token, within SHORT tokens
+    ended_within_40_tokens: bool  # by its own end token; SHORT is that number
     one_sentence: bool  # at most one
     keyword: bool  # the record's pattern occurs: a crude check of content, not of truth
 
@@ -175,7 +175,7 @@ def measure(prompt: str, text: str, num_tokens: int, keyword: str) -> Answer:
         prompt=prompt,
         text=text,
         words=len(text.split()),
-        ended=num_tokens < SHORT,
+        ended_within_40_tokens=num_tokens < SHORT,
         one_sentence=len(re.findall(r"(?<![.!?])[.!?]++(?=\s|$)", text)) <= 1,
         keyword=re.search(keyword, text.lower()) is not None,
     )
@@ -183,13 +183,8 @@ def measure(prompt: str, text: str, num_tokens: int, keyword: str) -> Answer:
 
 def summary(answers: Sequence[Answer]) -> dict[str, float]:
     """Means over answers; shares are between 0 and 1."""
-    count = len(answers)
-    return {
-        "words": sum(a.words for a in answers) / count,
-        "ended_within_40_tokens": sum(a.ended for a in answers) / count,
-        "one_sentence": sum(a.one_sentence for a in answers) / count,
-        "keyword": sum(a.keyword for a in answers) / count,
-    }
+    names = ("words", "ended_within_40_tokens", "one_sentence", "keyword")
+    return {name: sum(getattr(a, name) for a in answers) / len(answers) for name in names}
 
 
 def _decimal(value: float) -> str:

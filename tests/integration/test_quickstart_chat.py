@@ -78,7 +78,12 @@ def test_settings_are_one_pass_over_the_shipped_pairs() -> None:
 )
 def test_measures_of_an_answer(answer: str, tokens: int, expected: tuple[Any, ...]) -> None:
     found = measure("What does insulin do?", answer, tokens, "insulin|lowers")
-    assert (found.words, found.ended, found.one_sentence, found.keyword) == expected
+    assert (
+        found.words,
+        found.ended_within_40_tokens,
+        found.one_sentence,
+        found.keyword,
+    ) == expected
 
 
 def test_summary_is_the_mean_over_answers() -> None:

@@ -71,10 +71,8 @@ def imported(name: str, folder: Path | None) -> Callable[..., Objective]:
     try:
         module = _load(module_name, None if found is None else found[0])
     except (ImportError, SyntaxError) as error:
-        sought = (
-            "" if found else f", and there is no {module_name.replace('.', '/')}.py beside the "
-        )
-        sought += "" if found else "config or in the current directory"
+        absent = f"{module_name.replace('.', '/')}.py beside the config or in the current directory"
+        sought = "" if found else f", and there is no {absent}"
         raise ArgumentError(
             f"name is {name!r}, but {module_name!r} cannot be imported: {error}{sought}"
         ) from error
