@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -77,8 +76,11 @@ def new_name(name: str) -> str | None:
     return None if moved is None else f"{moved}.{own}"
 
 
-class _Finder(MetaPathFinder, Loader):
-    """Finds modules by their earlier names."""
+class _Finder:
+    """Finds modules by their earlier names.
+
+    Without `importlib.abc`, which loads files that `mmalign --help` needs for nothing.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -87,6 +89,9 @@ class _Finder(MetaPathFinder, Loader):
         if package != "mmalign" or new_name(name) is None:
             return None
         return ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """The usual kind of module."""
 
     def exec_module(self, module: ModuleType) -> None:
         new = f"mmalign.{new_name(module.__name__.partition('.')[2])}"
