@@ -76,9 +76,10 @@ def train(
     ] = False,
 ) -> None:
     """Train the model described by CONFIG and write everything to its `output` folder."""
+    from mmalign.data.cache import no_collection
     from mmalign.data.jobs import is_main_process, waiting
 
-    with waiting("loading libraries"):
+    with waiting("loading libraries"), no_collection():
         from mmalign import config as configs
         from mmalign.data.files import require_there
         from mmalign.preflight.check import check_config
