@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import numpy as np
 
 from mmalign.data.example import Example
-from mmalign.data.jobs import waiting
+from mmalign.data.jobs import track, waiting
 from mmalign.data.opening import OpenFiles
 from mmalign.data.select import Needs
 from mmalign.errors import DataError
@@ -318,6 +318,7 @@ def plain(value: Any) -> Any:
 
 FEWEST = 10_000  # rows; fewer are read in a moment
 _LARGEST = 2 << 30  # bytes of all files together
+_AT_ONCE = 1000  # rows of a line of the file, so that no more of it lies in memory
 _LATER = {"max_prompt_length", "max_response_length", "truncate_prompt", "num_workers"}
 
 
@@ -340,7 +341,7 @@ class KeptRows:
         settings = config.model_dump_json(exclude=_LATER)
         digest = hashlib.sha256(json.dumps([_code(), settings, asked]).encode())
         for path in sources:
-            with path.open("rb") as stream:
+            with path.open("rb") as stream, waiting(f"looking at {path}"):
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         self.file = folder / f"{digest.hexdigest()[:40]}.json"
 
@@ -348,13 +349,18 @@ class KeptRows:
         """The rows, after what was logged about them; None where they must be read (again)."""
         if self.file is None or not self.file.is_file():
             return None
+        rows: list[Example] = []
+        checksum = 0
         try:
-            with waiting("reading rows"), no_collection():
-                head, body, places = self.file.read_bytes().split(b"\n")
-                checksum, lines = json.loads(head)
-                if zlib.crc32(body + places) != checksum:
+            with self.file.open("rb") as stream, no_collection():
+                count, lines = json.loads(stream.readline())
+                chunks = (stream.readline() for _ in range(0, count, _AT_ONCE))
+                for chunk in track(chunks, "reading rows", total=count, size=_AT_ONCE):
+                    checksum = zlib.crc32(chunk, checksum)
+                    rows += _examples().validate_json(chunk)
+                places = stream.readline()
+                if zlib.crc32(places, checksum) != int(stream.read()):
                     return None
-                rows = _examples().validate_json(body)
                 train, held_out = json.loads(places)
                 parts: Parts = ([rows[i] for i in train], [rows[i] for i in held_out])
         except (OSError, ValueError, TypeError, IndexError):
@@ -365,21 +371,31 @@ class KeptRows:
 
     def put(self, parts: Parts, lines: Sequence[str]) -> None:
         """Keep the rows and what was logged; what cannot be kept or written is read again."""
-        rows = {id(row): row for part in parts for row in part}
-        if self.file is None or len(rows) < FEWEST or not all(map(_is_text, rows.values())):
+        by_id = {id(row): row for part in parts for row in part}
+        rows = list(by_id.values())
+        if self.file is None or len(rows) < FEWEST or not all(map(_is_text, rows)):
             return
-        numbers = {key: number for number, key in enumerate(rows)}
+        numbers = {key: number for number, key in enumerate(by_id)}
+        places = [[numbers[id(row)] for row in part] for part in parts]
+        checksum = 0
         try:
-            with no_collection():
-                plain_rows = _examples().dump_python(list(rows.values()), exclude_defaults=True)
-                body = json.dumps(plain_rows, ensure_ascii=False).encode()
-            places = json.dumps([[numbers[id(row)] for row in part] for part in parts]).encode()
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            head = json.dumps([zlib.crc32(body + places), list(lines)]).encode()
-            with replacing(self.file, several=True) as partial:
-                partial.write_bytes(b"\n".join((head, body, places)))
+            with replacing(self.file, several=True) as partial, partial.open("wb") as stream:
+                stream.write(_line([len(rows), list(lines)]))
+                starts = range(0, len(rows), _AT_ONCE)
+                for start in track(starts, "keeping rows", total=len(rows), size=_AT_ONCE):
+                    part = rows[start : start + _AT_ONCE]
+                    chunk = _line(_examples().dump_python(part, exclude_defaults=True))
+                    checksum = zlib.crc32(chunk, checksum)
+                    stream.write(chunk)
+                last = _line(places)
+                stream.write(last + str(zlib.crc32(last, checksum)).encode())
         except (OSError, TypeError, UnicodeEncodeError):  # dates in meta, say
             return
+
+
+def _line(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
 @contextmanager

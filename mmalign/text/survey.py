@@ -251,7 +251,8 @@ def findings(
         limits: Of the models that will score the rows.
         about: What besides its words decides a row's tokens; its `repr` tells them apart.
     """
-    decides = ((_content(row), about and about(row)) for row in rows)
+    looked_at = track(rows, "looking for rows that are known", total=len(rows))
+    decides = ((_content(row), about and about(row)) for row in looked_at)
     keys = [hashlib.sha256(repr(what).encode()).digest() for what in decides]
     masks = encoder.masks and encoder.masks.model_dump(mode="json")  # spans can be at fault too
     settings = [VERSION, encoder.fingerprint(), asdict(limits), masks]

@@ -18,6 +18,7 @@ from mmalign.core.divergence import ReverseKL
 from mmalign.core.links import Logistic
 from mmalign.core.score import Score
 from mmalign.core.terms import Preference
+from mmalign.data.jobs import waiting
 from mmalign.errors import ConfigError, NonFiniteLoss
 from mmalign.models.batch import Batch
 from mmalign.train.order import own_random_stream
@@ -61,6 +62,7 @@ def why_unequal(config: RunConfig, needs: Needs) -> str | None:
     return None
 
 
+@waiting("scoring the first rows")
 def check_start(run: Run) -> str:
     """The truth check on every process's first micro-batch; returns what was found, as a line.
 

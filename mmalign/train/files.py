@@ -26,7 +26,7 @@ import mmalign
 from mmalign.config import RunConfig, dump
 from mmalign.core.presets import source as loss_source
 from mmalign.data.example import Example, Media, Picture
-from mmalign.data.jobs import LOCK
+from mmalign.data.jobs import LOCK, track
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models.adapter import tools_of
 from mmalign.models.files import ADAPTER_CONFIG, read_json, weight_files
@@ -100,7 +100,8 @@ def matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def _prints(folder: Path, files: Iterable[Path]) -> dict[str, Print]:
-    return {file.relative_to(folder).as_posix(): print_of(file, WHOLE) for file in files}
+    hashed = track(files, f"hashing {folder}", unit="files")
+    return {file.relative_to(folder).as_posix(): print_of(file, WHOLE) for file in hashed}
 
 
 def print_of(file: Path, whole: int) -> Print:
@@ -194,7 +195,8 @@ def _prints_of(files: Sequence[Path], most: int) -> dict[str, Print]:
     whole = most // max(1, len(read))
     with ThreadPoolExecutor(8) as pool:  # most of it is waiting for the disk
         prints = pool.map(lambda i: print_of(files[i], whole if i in read else 0), places)
-        return dict(zip(map(str, files), prints, strict=True))
+        hashed = track(prints, "hashing files", total=len(files), unit="files")
+        return dict(zip(map(str, files), hashed, strict=True))
 
 
 def identity(table: Table) -> dict[str, Any]:
@@ -370,7 +372,7 @@ def rows_hash(rows: Sequence[Example]) -> str:
     """
     digest = hashlib.sha256()
     numbers: dict[Path, int] = {}
-    for row in rows:
+    for row in track(rows, "hashing rows", total=len(rows)):
         said = (row.kind, row.prompt, row.template, row.candidates, row.labels, row.weight)
         text = repr((*said, row.media) if row.media else said)
         for picture in (c.response for c in row.candidates if isinstance(c.response, Picture)):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ ROWS = [
 @pytest.fixture(autouse=True)
 def _few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept, "FEWEST", 1)
+    monkeypatch.setattr(kept, "_AT_ONCE", 3)  # two lines, the second not full
 
 
 def source(tmp_path: Path) -> DataConfig:
@@ -96,11 +98,25 @@ def test_damaged_file_is_a_miss_and_is_written_again(tmp_path: Path) -> None:
     rows.put(parts, [])
     assert rows.file is not None
     whole = rows.file.read_bytes()
-    for damaged in (whole[:-9], whole.replace(b"Why", b"Who"), b"", b"[1]"):
+    head, *chunks, places, checksum = whole.split(b"\n")
+    without_one = b"\n".join((head, *chunks[:1], places, checksum))
+    swapped = b"\n".join((head, *chunks[::-1], places, checksum))
+    damage = (whole[:-9], whole[:-20], whole.replace(b"Why", b"Who"), b"", b"[1]")
+    for damaged in (*damage, without_one, swapped, whole.replace(b"[[0, ", b"[[1, ")):
         rows.file.write_bytes(damaged)
         assert rows.get() is None
     rows.put(parts, [])
     assert rows.get() == parts
+
+
+def test_rows_that_json_cannot_hold_are_read_again_and_leave_nothing_behind(tmp_path: Path) -> None:
+    config = source(tmp_path)
+    train, held_out = load_examples(config, Pairs(), seed=0)
+    for value in (date(2026, 1, 1), "half of a pair: \ud800"):
+        rows = KeptRows(tmp_path / "kept", config, Pairs(), 0)
+        rows.put(([*train, replace(train[0], meta={"when": value})], held_out), [])
+        assert rows.get() is None
+        assert list((tmp_path / "kept").iterdir()) == []
 
 
 def test_few_rows_and_what_is_no_file_are_not_kept(
