@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -342,8 +343,9 @@ def _warn_of_leakage(train: Sequence[Example], evaluation: Sequence[Example]) ->
     if not evaluation:
         return
     leakage = Leakage()
-    for rows, held_out in ((train, False), (evaluation, True)):
-        for row in rows:
-            leakage.add(row, held_out=held_out)
+    sides = chain(((row, False) for row in train), ((row, True) for row in evaluation))
+    total = len(train) + len(evaluation)
+    for row, held_out in track(sides, "comparing with rows held out", total=total):
+        leakage.add(row, held_out=held_out)
     for line in leakage.lines():
         log.warning("%s", line)
