@@ -88,7 +88,8 @@ class _Finder:
         package, _, name = fullname.partition(".")
         if package != "mmalign" or new_name(name) is None:
             return None
-        return ModuleSpec(fullname, self, is_package=True)
+        loader: Any = self  # all that a loader has to be
+        return ModuleSpec(fullname, loader, is_package=True)
 
     def create_module(self, spec: ModuleSpec) -> None:
         """The usual kind of module."""
