@@ -120,6 +120,11 @@ class _GatherRows(torch.autograd.Function):
         return grad[ctx.own], None
 
 
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether the host may look at values without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 def gather_rows(x: Tensor) -> tuple[Tensor, slice]:  # [B] -> [sum of all B], own slice
     """The rows of all processes, with gradient, and which of them are this process's own."""
     if not is_distributed():

@@ -15,6 +15,7 @@ from mmalign.core.numerics import (
     full_precision,
     global_mean,
     num_positions,
+    on_cpu,
     over_positions,
     require,
 )
@@ -33,7 +34,8 @@ def preference_metrics(
 
     The chosen candidate is the one with the highest label, the rejected one that with the lowest;
     in a tie the earlier and the later. With one candidate a row (unpaired data) the two are groups
-    of rows: labels above 1/2, and the others; a group without rows is left out.
+    of rows: labels above 1/2, and the others; a group without rows is left out, or nan on an
+    accelerator.
 
     Args:
         c: The candidates that the loss compares.
@@ -50,7 +52,10 @@ def preference_metrics(
         desirable = c.labels[:, 0] > 0.5
         for name, value in values.items():
             for side, rows in (("chosen", desirable), ("rejected", ~desirable)):
-                if bool(rows.any()):
+                if not on_cpu(rows):  # rows picked by a mask would be waited for
+                    total = torch.where(rows, value[:, 0], 0.0).sum()
+                    metrics[f"{name}/{side}"] = total / rows.sum()
+                elif bool(rows.any()):
                     metrics[f"{name}/{side}"] = value[rows, 0].mean()
         if "rewards/chosen" in metrics and "rewards/rejected" in metrics:
             metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]

@@ -209,7 +209,7 @@ class DiffusionAdapter(Adapter):
         columns: dict[str, list[Tensor]] = defaultdict(list)
         order: list[Tensor] = []
         for part in batch.inputs.parts:
-            flat = (part.rows[:, None] * num + torch.arange(num, device=part.rows.device)).flatten()
+            flat = (part.rows[:, None] * num + torch.arange(num)).flatten()
             cond = condition.rows(flat.to(device, non_blocking=True))
             order.append(flat)
             for name, value in self._scoring(self.policy, batch, part, flat, cond, needs).items():

@@ -161,7 +161,7 @@ class PromptEncoder:
         """
         device = next(iter(self._models.values())).device
         for name, given in self._given.items():
-            given.ids = ids[name].to(device)
+            given.ids = ids[name]
         prompts = [""] * len(next(iter(ids.values())))  # their ids are given
         with torch.autocast(device.type, enabled=False):
             cond = self.family.encode(self._pipe, prompts, device)

@@ -89,7 +89,7 @@ class ImageInputs(ModelInputs):
     picture_seeds: Tensor = field(metadata=ON_CPU)
     embeds: Tensor | None = None
     pooled: Tensor | None = None
-    caption_ids: dict[str, Tensor] = field(default_factory=dict["str", "Tensor"])
+    caption_ids: dict[str, Tensor] = field(default_factory=dict["str", "Tensor"], metadata=ON_CPU)
     time_ids: Tensor | None = None
     ref_errors: Tensor | None = None
 

@@ -94,7 +94,7 @@ def collate(
 
 
 def _inputs(encoder: Encoder, encoded: Encoded) -> TextInputs:
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[str, Any] = {}
     for name in ("prompt", "response"):
         ids = [[getattr(item, name) for item in row] for row in encoded]
         inputs[f"{name}_ids"] = _pad(ids, encoder.pad_id)

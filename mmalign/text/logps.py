@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmalign.core.numerics import on_cpu
 from mmalign.errors import ConfigError
 from mmalign.models.cpu import product
 from mmalign.text.model import body_of, in_mode, refusing
@@ -314,20 +315,23 @@ class _ResponseLogps(torch.autograd.Function):
         options: _Options = ctx.options
         head = Head(weight, bias, options.scale, options.softcap)
         g1 = torch.zeros_like(lse) if g_policy is None else g_policy
-        live = g1 != 0 if g_kl is None else (g1 != 0) | (g_kl != 0)
+        live = None
+        if on_cpu(hidden):
+            live = g1 != 0 if g_kl is None else (g1 != 0) | (g_kl != 0)
         d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight: Tensor | None = None
         d_bias: Tensor | None = None
 
         for block in options.blocks(len(hidden)):
             logits, p_ref = ctx.kept.pop(block.start, (None, None))
-            index = live[block].nonzero().squeeze(-1)
-            if not len(index):  # saturated pairs and stopped gradients cost nothing
-                continue
             rows: slice | Tensor = block
-            if len(index) < block.stop - block.start:
-                rows = index + block.start
-                logits, p_ref = (None if x is None else x[index] for x in (logits, p_ref))
+            if live is not None:  # saturated pairs and stopped gradients cost nothing
+                index = live[block].nonzero().squeeze(-1)
+                if not len(index):
+                    continue
+                if len(index) < block.stop - block.start:
+                    rows = index + block.start
+                    logits, p_ref = (None if x is None else x[index] for x in (logits, p_ref))
             h, upstream = hidden[rows], g1[rows, None]
             if logits is None:
                 logits = head.logits(h)

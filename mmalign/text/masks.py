@@ -181,7 +181,9 @@ def span_weights(span_mask: Tensor, mask: Tensor) -> Tensor:
     return (span_mask & mask).float()
 
 
-def step_weights(hidden: Tensor, step_index: Tensor, labels: Tensor) -> Tensor:
+def step_weights(
+    hidden: Tensor, step_index: Tensor, labels: Tensor, num_steps: int | None = None
+) -> Tensor:
     """TPO's step weights, spread over tokens so that a sum is the weighted mean over steps.
 
     w_s = 1 + cos(mean hidden state of step s, the same of step s in the best response)
@@ -194,6 +196,7 @@ def step_weights(hidden: Tensor, step_index: Tensor, labels: Tensor) -> Tensor:
         hidden: Hidden states at the response positions, [B, K, L, D].
         step_index: Step of each position from 1, 0 for none, [B, K, L].
         labels: Grades; the best response has the largest, [B, K].
+        num_steps: The highest of `step_index`, which is read from there if it is not known.
 
     Returns:
         Weights [B, K, L], no gradient.
@@ -202,7 +205,7 @@ def step_weights(hidden: Tensor, step_index: Tensor, labels: Tensor) -> Tensor:
     Departs: nothing. Steps common to all responses, which tell nothing apart, have the largest
         weight, as in the paper.
     """
-    w, count = raw_step_weights(hidden, step_index, labels)  # [B, K, S + 1]
+    w, count = raw_step_weights(hidden, step_index, labels, num_steps)  # [B, K, S + 1]
     exists = count > 0
     exists[..., 0] = False
     w = torch.where(exists, w, 0.0)
@@ -212,10 +215,12 @@ def step_weights(hidden: Tensor, step_index: Tensor, labels: Tensor) -> Tensor:
     return share.gather(-1, step_index).detach()
 
 
-def raw_step_weights(hidden: Tensor, step_index: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def raw_step_weights(
+    hidden: Tensor, step_index: Tensor, labels: Tensor, num_steps: int | None = None
+) -> tuple[Tensor, Tensor]:
     """w_s of `step_weights` and the tokens in each step, both [B, K, S + 1]; index 0 is no step."""
     wide = hidden.detach() if hidden.dtype == torch.float64 else hidden.detach().float()
-    steps = int(step_index.max()) + 1
+    steps = (int(step_index.max()) if num_steps is None else num_steps) + 1
     member = F.one_hot(step_index, steps).to(wide.dtype)  # [B, K, L, S + 1]
     count = member.sum(2)
     mean = torch.einsum("bkls,bkld->bksd", member, wide) / count.clamp(min=1.0)[..., None]

@@ -225,7 +225,7 @@ def turns_alike(limits: tuple[int, ...], inputs: TextInputs) -> bool:
     """Whether one pass over all candidates of a batch turns each as it would be turned alone."""
     if not limits:
         return True
-    lengths = inputs.lengths().flatten().tolist()
+    lengths = inputs.read().lengths()
     # The last token of a response is not fed.
     return len({bisect_left(limits, n) for n in (*lengths, max(lengths) - 1)}) == 1
 

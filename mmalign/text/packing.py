@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -196,8 +196,13 @@ class Piece:
 
     context: int  # number of what the prompt shows, of `context_index`; 0 where it is only text
     start: int  # place of the prompt's first token
-    length: int  # tokens of the prompt
+    prompt: Tokens
     responses: tuple[tuple[int, int], ...]  # place of the first token, and tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,15 +230,61 @@ class Rows:
 
     def from_responses(self, values: Tensor) -> Tensor:  # [B, K, L, ...] -> [M, ...]
         """The reverse of `responses`; 0 for prompt tokens."""
-        scores = values.new_zeros(len(self.targets), *values.shape[3:])
-        scores[self.slots[self.mask]] = values[self.mask]
-        return scores
+        unused = len(self.targets)  # where what is not scored goes: no mask is read on the host
+        scores = values.new_zeros(unused + 1, *values.shape[3:])
+        scores[self.slots.where(self.mask, unused)] = values
+        scores[unused] = 0
+        return scores[:unused]
 
     def prompts(self, scores: Tensor) -> Tensor | None:  # [M] -> [B, K, P]
         """Scores of prompt tokens; 0 where the mask is False; None unless asked for."""
         if self.prompt_slots is None or self.prompt_mask is None:
             return None
         return _spread(scores, self.prompt_slots, self.prompt_mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Written(ModelInputs):
+    """The tokens of a batch as Python numbers, of which its rows are laid out.
+
+    They are read before the batch moves to its device, so that no pass waits for the device.
+
+    Attributes:
+        rows: Prompt and response of every candidate; lists, which are left alone by a move.
+        num_steps: The highest of `step_index`; 0 where there is none.
+    """
+
+    rows: list[list[tuple[Prompt, Tokens]]]  # [B][K]
+    num_steps: int = 0
+
+    @classmethod
+    def of(cls, inputs: TextInputs) -> Self:
+        """What a batch says, which lies on the CPU or is waited for."""
+        contexts, steps = inputs.context_index, inputs.step_index
+        prompts = _tokens(inputs.prompt_ids, inputs.prompt_mask)
+        responses = _tokens(inputs.response_ids, inputs.response_mask)
+        shown = [0] * len(prompts) if contexts is None else contexts.flatten().tolist()
+        pairs = list(zip(zip(shown, prompts, strict=True), responses, strict=True))
+        num = inputs.prompt_ids.shape[1]
+        rows = [pairs[start : start + num] for start in range(0, len(pairs), num)]
+        return cls(rows, 0 if steps is None else int(steps.max()))
+
+    def select(self, candidate: int) -> Self:
+        """One candidate of each row."""
+        return replace(self, rows=[[row[candidate]] for row in self.rows])
+
+    def columns(self, wanted: Tensor) -> Self:
+        """Some candidates of each row."""
+        pairs = zip(self.rows, wanted.tolist(), strict=True)
+        return replace(self, rows=[[row[k] for k in ks] for row, ks in pairs])
+
+    def take(self, rows: Tensor) -> Self:
+        """Some of the rows."""
+        return replace(self, rows=[self.rows[i] for i in rows.tolist()])
+
+    def lengths(self) -> list[int]:
+        """Tokens of every candidate, prompt and response, row by row."""
+        return [len(prompt[1]) + len(response) for row in self.rows for prompt, response in row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +301,7 @@ class TextInputs(ModelInputs):
         step_index: [B, K, L] long, under text.masks.kind steps; 0 is no step.
         ref_logps: [B, K, L], where the reference was scored beforehand.
         ref_hidden: [B, K, L, D], where its hidden states were stored.
+        written: The tokens as Python numbers, from the move to a device on.
     """
 
     prompt_ids: Tensor
@@ -262,6 +314,15 @@ class TextInputs(ModelInputs):
     step_index: Tensor | None = None
     ref_logps: Tensor | None = None
     ref_hidden: Tensor | None = None
+    written: Written | None = None
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy on a device, with what has to be known of it on the CPU."""
+        return super(TextInputs, replace(self, written=self.read())).to(device)
+
+    def read(self) -> Written:
+        """The tokens as Python numbers."""
+        return Written.of(self) if self.written is None else self.written
 
     def scored_responses(self) -> Tensor:  # [B, K, L]
         """Which response tokens are scored."""
@@ -273,10 +334,6 @@ class TextInputs(ModelInputs):
         mask = self.prompt_mask.clone()
         mask[..., 0] = False
         return mask
-
-    def lengths(self) -> Tensor:  # [B, K]
-        """Tokens of every candidate, prompt and response."""
-        return self.prompt_mask.sum(-1) + self.response_mask.sum(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,8 +353,7 @@ def arrange(inputs: TextInputs, layout: Layout, *, prompts: bool = False) -> Row
         prompts: Whether prompt tokens are scored too.
     """
     device, packed = inputs.prompt_ids.device, layout == "packed"
-    responses_of = _tokens(inputs.response_ids, inputs.response_mask)
-    pairs = list(zip(_prompts(inputs), responses_of, strict=True))
+    pairs = [pair for row in inputs.read().rows for pair in row]
     groups: dict[Prompt, dict[Tokens, None]] = {}
     for prompt, response in pairs:
         groups.setdefault(prompt, {})[response] = None
@@ -330,25 +386,22 @@ def arrange(inputs: TextInputs, layout: Layout, *, prompts: bool = False) -> Row
             places[key, response] = len(targets)
             states += [start + length - 1, *range(after, after + len(fed))][: len(response)]
             targets += response
-        pieces.append(Piece(context, start, length, tuple(follow)))
+        pieces.append(Piece(context, start, prompt, tuple(follow)))
         if not packed:
             ids += prompt[-1:] * (start + width - len(ids))  # no earlier token sees them
     segments = [(piece.length, tuple(n for _, n in piece.responses if n)) for piece in pieces]
 
-    def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=device)
-
     def slots(starts: list[int], mask: Tensor, skipped: int) -> Tensor:
         steps = torch.arange(mask.shape[-1], device=device) - skipped
-        return torch.where(mask, tensor(starts).view(*mask.shape[:2], 1) + steps, 0)
+        return torch.where(mask, uploaded(starts, device).view(*mask.shape[:2], 1) + steps, 0)
 
     prompt_mask = inputs.scored_prompts() if prompts else None
     return Rows(
-        input_ids=tensor(ids).view(1 if packed else -1, len(ids) if packed else width),
-        position_ids=tensor(positions)[None] if packed else None,
+        input_ids=uploaded(ids, device).view(1 if packed else -1, len(ids) if packed else width),
+        position_ids=uploaded(positions, device)[None] if packed else None,
         segments=Segments(tuple(segments)) if packed else None,
-        states=tensor(states),
-        targets=tensor(targets),
+        states=uploaded(states, device),
+        targets=uploaded(targets, device),
         slots=slots([places[pair] for pair in pairs], inputs.response_mask, 0),
         mask=inputs.scored_responses(),
         prompt_slots=None
@@ -359,12 +412,10 @@ def arrange(inputs: TextInputs, layout: Layout, *, prompts: bool = False) -> Row
     )
 
 
-def _prompts(inputs: TextInputs) -> list[Prompt]:
-    """Context and tokens of every candidate's prompt, row by row."""
-    tokens = _tokens(inputs.prompt_ids, inputs.prompt_mask)
-    if inputs.context_index is None:
-        return [(0, prompt) for prompt in tokens]
-    return list(zip(inputs.context_index.flatten().tolist(), tokens, strict=True))
+def uploaded(values: Sequence[int], device: torch.device) -> Tensor:
+    """Whole numbers on a device, without waiting until they are there."""
+    here = torch.tensor(values, dtype=torch.long, pin_memory=device.type == "cuda")
+    return here.to(device, non_blocking=True)
 
 
 def _tokens(ids: Tensor, mask: Tensor) -> list[Tokens]:

@@ -154,7 +154,8 @@ class PositionWeights(nn.Module):
         if self.config.kind == "steps":
             states = rows.responses(policy.states.detach())
             assert batch.inputs.step_index is not None
-            return masks.step_weights(states, batch.inputs.step_index, batch.labels), None
+            index, steps = batch.inputs.step_index, batch.inputs.read().num_steps
+            return masks.step_weights(states, index, batch.labels, steps), None
         assert reference is not None
         if self.learned is not None:
             assert reference.layers is not None
@@ -173,10 +174,12 @@ class PositionWeights(nn.Module):
 
 def few_rows(batch: Batch[TextInputs]) -> Batch[TextInputs]:
     """The two shortest rows, all of their tokens scored, one response cut so that it is padded."""
-    few = batch.take(batch.inputs.lengths().sum(1).argsort()[:2])
+    lengths = torch.tensor(batch.inputs.read().lengths()).view(len(batch.labels), -1)
+    few = batch.take(lengths.sum(1).argsort()[:2])
     mask = few.inputs.response_mask.clone()
     mask[0, 0, (int(mask[0, 0].sum()) + 1) // 2 :] = False
-    return replace(few, inputs=replace(few.inputs, response_scored=None, response_mask=mask))
+    cut = replace(few.inputs, response_scored=None, response_mask=mask, written=None)
+    return replace(few, inputs=cut)
 
 
 def require_right(
@@ -331,10 +334,10 @@ def check_length(model: PreTrainedModel, inputs: TextInputs, remedy: str) -> Non
         ConfigError: naming the limits to lower.
     """
     limit = position_limit(model.config.get_text_config())
-    lengths = inputs.lengths() - 1
-    if limit is not None and int(lengths.max()) > limit:
+    longest = max(inputs.read().lengths()) - 1
+    if limit is not None and longest > limit:
         raise ConfigError(
-            f"a row has {int(lengths.max())} tokens, but the model has {limit} positions; {remedy} "
+            f"a row has {longest} tokens, but the model has {limit} positions; {remedy} "
             f"data.max_prompt_length and data.max_response_length to {limit} together"
         )
 

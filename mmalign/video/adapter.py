@@ -139,14 +139,13 @@ class VideoAdapter(TokenAdapter):
         rows = self._arrange(batch)
         scored = run_model(self.policy, rows)
         contexts = self._contexts(batch)
-        shown = batch.inputs.of_candidates(batch.inputs.context_media)  # [B, 1 + K]
-        inner = causal_model(self.policy)
-        means = {
-            i: contexts.media(inner, i).tokens.float().mean(0)
-            for i in set(shown.flatten().tolist())
-        }
-        stacked = torch.stack([means[i] for i in shown.flatten().tolist()])
-        stacked = stacked.view(*shown.shape, -1)  # [B, 1 + K, D]
+        inputs, inner = batch.inputs, causal_model(self.policy)
+        shown = [
+            inputs.context_media[context] for row in inputs.read().rows for (context, _), _ in row
+        ]
+        means = {i: contexts.media(inner, i).tokens.float().mean(0) for i in set(shown)}
+        stacked = torch.stack([means[i] for i in shown])
+        stacked = stacked.view(*batch.labels.shape, -1)  # [B, 1 + K, D]
         spec, size = self.config.video.selection, self.config.text.block_size
         return candidates.choose(batch, rows, scored, stacked, spec, self.tau(), size)
 

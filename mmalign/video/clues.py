@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmalign.config import ClueSpec
 from mmalign.errors import CheckpointError, ConfigError, DataError
+from mmalign.text.packing import uploaded
 from mmalign.video.model import Encoded
 
 if TYPE_CHECKING:
@@ -407,7 +408,7 @@ class CluePart(nn.Module):
         self.aggregator = made.to(wide)
         self._start = [frozen_copy(self.aggregator)]  # in a list: no submodule, never trained
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._special = torch.tensor(sorted({*kinds.values(), self.clue_id, *special}))
+        self._special = {*kinds.values(), self.clue_id, *special}
         self._as_reference = False
 
     @contextmanager
@@ -420,27 +421,30 @@ class CluePart(nn.Module):
             self._as_reference = False
 
     def forward(
-        self, model: PreTrainedModel, encoded: Encoded, prompt: Tensor
+        self, model: PreTrainedModel, encoded: Encoded, prompt: Sequence[int]
     ) -> Tensor:  # [K, Dt]
         """The clues of one prompt.
 
         Args:
             model: Whose embeddings the words get.
             encoded: The features of its media.
-            prompt: [P] its tokens.
+            prompt: Its tokens.
         """
-        heard = prompt == self._kinds.get("audio", -1)
-        shown = torch.isin(prompt, torch.tensor(sorted(self._kinds.values()), device=prompt.device))
-        words = ~torch.isin(prompt, self._special.to(prompt.device))
-        behind = int(shown.nonzero().max()) if bool(shown.any()) else -1
-        asked = words & (torch.arange(len(prompt), device=prompt.device) > behind)
-        asked = asked if bool(asked.any()) else words
+        device, kinds = encoded.tokens.device, set(self._kinds.values())
+        shown = [token for token in prompt if token in kinds]
+        behind = max((i for i, token in enumerate(prompt) if token in kinds), default=-1)
+        after = [token for token in prompt[behind + 1 :] if token not in self._special]
+        asked = after or [token for token in prompt if token not in self._special]
         with torch.no_grad():
-            question = model.get_input_embeddings()(prompt[asked])
-        sound = heard[shown]
-        features = (encoded.tokens.detach()[part][None] for part in (~sound, sound))
-        given = [part if part.shape[1] else None for part in features]
-        aggregator = self._start[0].to(prompt.device) if self._as_reference else self.aggregator
+            question = model.get_input_embeddings()(uploaded(asked, device))
+        sound = self._kinds.get("audio", -1)
+        parts = [
+            [i for i, token in enumerate(shown) if (token == sound) is is_sound]
+            for is_sound in (False, True)
+        ]
+        features = encoded.tokens.detach()
+        given = [features[uploaded(part, device)][None] if part else None for part in parts]
+        aggregator = self._start[0].to(device) if self._as_reference else self.aggregator
         return aggregator(question[None], *given)[0]
 
     def save(self, directory: Path) -> None:

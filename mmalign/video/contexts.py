@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from mmalign.core import Needs
 from mmalign.data.example import Asked, Example, Message
 from mmalign.errors import ConfigError
 from mmalign.text.model import in_mode, refusing
-from mmalign.text.packing import CannotPackError, Fed, Layout, Rows
+from mmalign.text.packing import CannotPackError, Fed, Layout, Rows, uploaded
 from mmalign.text.passes import Arrange, own_logps, score_rows
 from mmalign.video.encode import MARK, VideoEncoder, VideoInputs, place
 from mmalign.video.model import (
@@ -31,7 +31,7 @@ from mmalign.video.reader import FeatureStore
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    Clues = Callable[[PreTrainedModel, Encoded, Tensor], Tensor]
+    Clues = Callable[[PreTrainedModel, Encoded, Sequence[int]], Tensor]
 
 
 @dataclass(slots=True)
@@ -71,10 +71,9 @@ class Contexts:
         self._made[number] = made
         return made
 
-    def placeholders(self, number: int) -> Tensor:  # [n]
+    def placeholders(self, number: int) -> list[int]:
         """The tokens that the features of media `number` stand for, in their order."""
-        ids = self.inputs.media[number - 1].tensors["input_ids"]
-        return ids[torch.isin(ids, torch.tensor(sorted(self.ids), device=ids.device))]
+        return [token for token in self.inputs.media[number - 1].written if token in self.ids]
 
 
 def rope_positions(
@@ -154,33 +153,34 @@ def feed(
     """
     body = language_model(model)
     embeddings = model.get_input_embeddings()(rows.input_ids)
-    flat, ids = embeddings.flatten(0, 1), rows.input_ids.flatten()
-    wanted = torch.tensor(sorted(contexts.ids), device=ids.device)
-    places: list[Tensor] = []
+    flat = embeddings.flatten(0, 1)
+    places: list[int] = []  # of the features
+    clued: list[int] = []  # of the clues
     values: list[Tensor] = []
+    made_clues: list[Tensor] = []
     deep: list[Encoded] = []
     made: dict[int, Encoded] = {}  # with a trained tower, by this model in this pass
     for piece in rows.pieces:
-        number = int(contexts.inputs.context_media[piece.context])
+        number = contexts.inputs.context_media[piece.context]
         if not number:
             continue
-        prompt = ids[piece.start : piece.start + piece.length]
-        seen = torch.isin(prompt, wanted).nonzero().squeeze(-1) + piece.start
+        seen = [i for i, token in enumerate(piece.prompt) if token in contexts.ids]
         if number not in made:
             made[number] = contexts.media(model, number).map(lambda tensor: tensor.to(flat))
-        own = contexts.placeholders(number).to(ids.device)
-        encoded = made[number].in_order(own, prompt[seen - piece.start])
-        places.append(seen)
+        shown = [piece.prompt[i] for i in seen]
+        encoded = made[number].in_order(contexts.placeholders(number), shown)
+        places += [piece.start + i for i in seen]
         values.append(encoded.tokens)
         deep.append(encoded)
         if clues is not None:
-            places.append((prompt == clue_id).nonzero().squeeze(-1) + piece.start)
-            values.append(clues(model, encoded, prompt).to(flat.dtype))
+            clued += [piece.start + i for i, token in enumerate(piece.prompt) if token == clue_id]
+            made_clues.append(clues(model, encoded, piece.prompt).to(flat.dtype))
     inputs: dict[str, Any] = {"inputs_embeds": embeddings}
     if places:
-        filled = flat.index_copy(0, torch.cat(places), torch.cat(values))
+        at = uploaded([*places, *clued], flat.device)
+        filled = flat.index_copy(0, at, torch.cat([*values, *made_clues]))
         inputs["inputs_embeds"] = filled.view_as(embeddings)
-        inputs |= _deep(body, deep, torch.isin(rows.input_ids, wanted))
+        inputs |= _deep(body, deep, rows.input_ids, at[: len(places)])
     if not contexts.kinds.read_by(model):
         return Fed(body, inputs)
     if rows.segments is not None:
@@ -192,8 +192,8 @@ def feed(
     return Fed(outer, {**inputs, **contexts.kinds.of(rows, names)})
 
 
-def _deep(body: PreTrainedModel, shown: list[Encoded], places: Tensor) -> dict[str, Any]:
-    """Features for deeper layers of tokens at `places` [R, T], as a language model takes them."""
+def _deep(body: PreTrainedModel, shown: list[Encoded], ids: Tensor, at: Tensor) -> dict[str, Any]:
+    """Features for deeper layers, as a language model takes them; `at` places of ids [R, T]."""
     layers = {layer for encoded in shown for layer in encoded.deep}
     if not layers:
         return {}
@@ -201,6 +201,7 @@ def _deep(body: PreTrainedModel, shown: list[Encoded], places: Tensor) -> dict[s
         layer: torch.cat([x.deep.get(layer, torch.zeros_like(x.tokens)) for x in shown])
         for layer in sorted(layers)
     }
+    places = torch.zeros_like(ids, dtype=torch.bool).view(-1).index_fill(0, at, True).view_as(ids)
     if "deepstack_features" in inspect.signature(type(body).forward).parameters:
         return {"deepstack_features": joined, "vision_mask": places[..., None]}
     return {"deepstack_visual_embeds": list(joined.values()), "visual_pos_masks": places}

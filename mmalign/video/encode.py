@@ -139,19 +139,24 @@ class MediaInputs(ModelInputs):
         tensors: What the processor made of them; of encoded ones, `input_ids` of placeholders.
         features: What the language model takes for them, where that is known.
         key: Under which their features are kept; empty for media that do not come again.
+        written: The `input_ids` as Python numbers.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict["str", "Tensor"], metadata=WHOLE)
     features: Encoded | None = None
     key: str = ""
+    written: list[int] = field(default_factory=list["int"])
 
     @classmethod
     def of(cls, prepared: Prepared) -> Self:
         """As a batch carries them."""
         tensors = prepared.processed.tensors
+        written = tensors["input_ids"].flatten().tolist()
         if prepared.encoded is not None:
-            return cls({"input_ids": tensors["input_ids"]}, prepared.encoded)
-        return cls(dict(tensors), key=prepared.key if prepared.recurs else "")
+            given = {"input_ids": tensors["input_ids"]}
+            return cls(given, prepared.encoded, written=written)
+        key = prepared.key if prepared.recurs else ""
+        return cls(dict(tensors), key=key, written=written)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,13 +164,13 @@ class VideoInputs(TextInputs):
     """Tokens of a batch and the media that their prompts show.
 
     Attributes:
-        context_media: [C] long, the media that context c shows, counted from 1; 0 for none.
+        context_media: The media that context c shows, counted from 1; 0 for none.
         context_operation: [C] long, how they are perturbed; see `mmalign.video.candidates`.
         positions: Context to [3, P] of the tokens of its prompt, for models that count so.
         media: All media of the batch.
     """
 
-    context_media: Tensor = field(metadata=WHOLE)
+    context_media: tuple[int, ...]
     context_operation: Tensor = field(metadata=WHOLE)
     positions: dict[int, Tensor] = field(metadata=WHOLE)
     media: tuple[MediaInputs, ...]
@@ -367,7 +372,7 @@ class VideoEncoder(Encoder):
                 if counted is not None:
                     positions[number] = counted
         return {
-            "context_media": torch.tensor(shown, dtype=torch.long),
+            "context_media": tuple(shown),
             "context_operation": torch.tensor(done, dtype=torch.long),
             "positions": positions,
             "media": tuple(map(MediaInputs.of, media.values())),

@@ -139,12 +139,11 @@ def _clued(
         return
     made: list[Tensor] = []
     for ids, tensors in rows:
-        prompt = torch.tensor(ids, device=model.device)
-        shown = prompt[torch.isin(prompt, torch.tensor(list(encoder.shown_ids)).to(prompt.device))]
+        shown = torch.tensor([i for i in ids if i in encoder.shown_ids], device=model.device)
         moved = {k: v.to(model.device) for k, v in tensors.items()}
         given = {**moved, "input_ids": shown[None]}
         encoded = encode(model, given, encoder.shown_ids, encoder.kinds)
-        made.append(clues(model, encoded, prompt))
+        made.append(clues(model, encoded, ids))
     with placed(model.get_input_embeddings(), clues.clue_id, torch.cat(made)):
         yield
 

@@ -132,14 +132,18 @@ class TokenKinds:
             rows: The laid-out batch.
             names: Those that the model takes.
         """
-        flat = rows.input_ids.flatten()
+        ids = rows.input_ids
         found: dict[str, Tensor] = {}
         for piece in rows.pieces:
             part = slice(piece.start, piece.start + piece.length)
-            for name, kinds in self._tell(flat[part]).items():
+            for name, kinds in self._tell(torch.tensor(piece.prompt)).items():
                 if name in names:
-                    found.setdefault(name, torch.zeros_like(flat))[part] = kinds
-        return {name: kinds.view_as(rows.input_ids) for name, kinds in found.items()}
+                    new = torch.zeros(ids.numel(), dtype=torch.long)
+                    found.setdefault(name, new)[part] = kinds
+        return {
+            name: kinds.view(ids.shape).to(ids.device, non_blocking=True)
+            for name, kinds in found.items()
+        }
 
     @torch.no_grad()
     def _ask(self, model: PreTrainedModel) -> bool:
@@ -250,12 +254,12 @@ class Encoded(ModelInputs):
         deep = {layer: change(tensor) for layer, tensor in self.deep.items()}
         return Encoded(change(self.tokens), deep)
 
-    def in_order(self, own: Tensor, ids: Tensor) -> Encoded:
+    def in_order(self, own: Sequence[int], ids: Sequence[int]) -> Encoded:
         """The features for the tokens of a prompt, which may name kinds of media in any order.
 
         Args:
-            own: [n] the placeholders that the features were made for.
-            ids: [n] those of the prompt.
+            own: The n placeholders that the features were made for.
+            ids: Those of the prompt.
 
         Raises:
             ConfigError: They are not the same ones.
@@ -265,16 +269,18 @@ class Encoded(ModelInputs):
                 f"a prompt has {len(ids)} tokens for media, but the model made {len(self.tokens)} "
                 "features; processor and model do not belong together"
             )
-        if torch.equal(own, ids):
+        if own == ids:
             return self
-        order = torch.empty_like(ids)
-        order[ids.argsort(stable=True)] = own.argsort(stable=True)
-        if not torch.equal(own[order], ids):
+        by_id = (sorted(range(len(given)), key=given.__getitem__) for given in (ids, own))
+        places = dict(zip(*by_id, strict=True)) if len(own) == len(ids) else {}
+        order = [places[i] for i in range(len(places))]
+        if [own[i] for i in order] != ids:
             raise ConfigError(
                 "a prompt has other tokens for media than the model made features for; processor "
                 "and model do not belong together"
             )
-        return self.map(lambda tensor: tensor[order])
+        index = packing.uploaded(order, self.tokens.device)
+        return self.map(lambda tensor: tensor[index])
 
     def detached(self) -> Encoded:
         """Without a graph, on the CPU, in memory of its own."""

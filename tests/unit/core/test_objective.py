@@ -21,6 +21,7 @@ from mmalign.core import (
     Score,
     WeightL1,
     presets,
+    terms,
 )
 from mmalign.core.links import Logistic
 from mmalign.core.presets import PRESETS
@@ -130,6 +131,19 @@ def test_unpaired_metrics_are_group_means() -> None:
     assert metrics["rewards/margins"].item() == pytest.approx(1.5)
     good = c.columns((0,)).replace(labels=torch.ones(3, 1))
     assert "rewards/rejected" not in presets.apo_zero_unpaired(1.0)(good).metrics
+
+
+def test_unpaired_metrics_are_nan_for_no_rows_where_asking_would_wait(monkeypatch) -> None:
+    policy = tensor([1.0, 2.0, 6.0])[:, None, None]
+    c = sequences(policy, torch.zeros(3, 1, 1), labels=tensor([[1.0], [0.0], [1.0]]))
+    good = c.replace(labels=torch.ones(3, 1))
+    expected = presets.apo_zero_unpaired(1.0)(c).metrics
+    monkeypatch.setattr(terms, "on_cpu", lambda _: False)
+    torch.testing.assert_close(presets.apo_zero_unpaired(1.0)(c).metrics, expected)
+    metrics = presets.apo_zero_unpaired(1.0)(good).metrics
+    assert metrics["rewards/rejected"].isnan()
+    assert metrics["rewards/margins"].isnan()
+    assert metrics["rewards/chosen"].item() == pytest.approx(3.0)
 
 
 def test_row_weights_scale_rows_and_not_their_record() -> None:

@@ -161,3 +161,22 @@ def test_no_scored_token_is_no_problem() -> None:
     policy.sum().backward()
     assert policy.shape == (0,)
     assert weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("kl", [False, True])
+def test_rows_without_a_gradient_cost_nothing_on_a_cpu_and_change_nothing(
+    kl: bool, block_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (hidden, weight, bias), (ref_hidden, *_), targets = inputs()
+    upstream = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0, 2.0, -1.0], dtype=torch.float64)
+    found = []
+    for answer in (True, False):
+        monkeypatch.setattr(logps, "on_cpu", lambda _, answer=answer: answer)
+        stats = response_logps(
+            hidden, Head(weight, bias), targets, ref_hidden=ref_hidden, kl=kl, block_size=block_size
+        )
+        total = (upstream * (stats.policy if stats.kl is None else stats.policy + stats.kl)).sum()
+        found.append(torch.autograd.grad(total, [hidden, weight, bias]))
+    for left_out, all_rows in zip(*found, strict=True):
+        torch.testing.assert_close(left_out, all_rows, rtol=1e-12, atol=1e-12)
+    assert (found[1][0][upstream == 0] == 0).all()

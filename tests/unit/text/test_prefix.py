@@ -156,3 +156,21 @@ def test_a_model_with_other_attention_is_refused_by_name() -> None:
 def test_heads_are_known_per_model() -> None:
     model = make_model("gpt2")
     assert head_of(model).weight is model.get_output_embeddings().weight
+
+
+def test_what_is_written_goes_with_rows_and_candidates() -> None:
+    first = ((0, (5, 6, 7)), (1, 2, 3)), ((0, (5, 6, 7)), (4,))
+    second = ((0, (8, 9)), (2, 3)), ((0, (8, 9)), (4, 4, 4))
+    moved = inputs(PROMPTS, RESPONSES).to("cpu")
+    assert moved.written is not None
+    assert moved.written.rows == [list(first), list(second)]
+    assert moved.written.lengths() == [6, 4, 4, 5]
+    last = moved.select(1).written
+    assert last is not None
+    assert last.rows == [[first[1]], [second[1]]]
+    swapped = moved.take(torch.tensor([1, 0])).columns(torch.tensor([[1, 0], [0, 0]]))
+    assert swapped.written is not None
+    assert swapped.written.rows == [list(second[::-1]), [first[0], first[0]]]
+    rows, again = arrange(moved.select(1), "packed"), arrange(moved, "packed")
+    assert rows.targets.tolist() == [4, 4, 4, 4]
+    assert torch.equal(again.input_ids, arrange(inputs(PROMPTS, RESPONSES), "packed").input_ids)
