@@ -1,4 +1,4 @@
-"""Float32 products and convolutions on a CPU, written for the shapes in which torch is slow.
+"""Products and convolutions on a CPU, written for what torch is slow at.
 
 `benchmarks/text_vs_trl.py` runs the products beside torch's own ("no oneDNN");
 `benchmarks/diffusion_vs_diffusers.py --usual` both products and convolutions ("usual layers").
@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -16,9 +18,13 @@ from torch.autograd.function import once_differentiable
 
 # PyTorch sends float32 products on a CPU to MKL, which leaves AVX-512 unused on AMD processors;
 # oneDNN, which the same PyTorch carries for convolutions, does not: about twice as fast there, the
-# same precision everywhere. Nothing here changes what is computed on other devices or in other
-# types.
+# same precision everywhere. Nothing here changes what is computed on other devices.
+#
+# A CPU without instructions for bfloat16 computes such products five times as slowly as those of
+# float32. There, bfloat16 operands are widened: the sums are float32's either way, and the result
+# is rounded to bfloat16 as it would be.
 
+KERNELS = 64  # three products of a language model's layer and head come in 15 shapes a step
 SMALLEST_ROWS = 8  # below, preparing oneDNN costs more than it gives (token by token decoding)
 
 
@@ -26,12 +32,37 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias without a gradient, for any strides: [m, k], [n, k] -> [m, n]."""
     if suits(x) and weight.dtype == x.dtype:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if is_slow(x):
+        with torch.autocast("cpu", enabled=False):
+            wide = product(x.float(), weight.float(), None if bias is None else bias.float())
+        return wide.to(x.dtype)
     return nn.functional.linear(x, weight, bias)
 
 
+@cache
+def _lacks_bfloat16() -> bool:
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def is_slow(tensor: Tensor) -> bool:
+    """Whether this CPU has no instructions for products of the tensor's type."""
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and _lacks_bfloat16()
+
+
+def keep_few_kernels() -> None:
+    """Bound what oneDNN keeps, for models whose shapes are new in every step.
+
+    It prepares a kernel for each shape that it meets, of a mebibyte or more, and keeps the last
+    1024. Both of its caches read their size at the first product of a process; one that the
+    environment sets already stays.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KERNELS))
+
+
 def use_onednn(model: nn.Module) -> int:
-    """Route every plain float32 `nn.Linear` of `model` that lies on a CPU; returns how many."""
-    return _exchange(model, nn.Linear, CpuLinear, lambda module: suits(module.weight))
+    """Route every plain `nn.Linear` of `model` that lies on a CPU; returns how many."""
+    return _exchange(model, nn.Linear, CpuLinear, lambda m: suits(m.weight) or is_slow(m.weight))
 
 
 def _exchange(
@@ -45,16 +76,19 @@ def _exchange(
 
 
 class CpuLinear(nn.Linear):
-    """`nn.Linear` whose three float32 products run in oneDNN."""
+    """`nn.Linear` whose three products run in oneDNN, in float32 where bfloat16 would be slow."""
 
     def forward(self, input: Tensor) -> Tensor:
         """The same as `nn.Linear.forward`."""
-        rows = input.numel() // max(input.shape[-1], 1)
-        if rows < SMALLEST_ROWS or not suits(input) or torch.is_autocast_enabled("cpu"):
+        casts = torch.is_autocast_enabled("cpu") and (suits(input) or is_slow(input))
+        x = input.to(torch.get_autocast_dtype("cpu")) if casts else input
+        few = x.numel() // max(x.shape[-1], 1) < SMALLEST_ROWS
+        if few or not (suits(x) or (is_slow(x) and (casts or self.weight.dtype == x.dtype))):
             return super().forward(input)
-        if torch.is_grad_enabled():
-            return _Linear.apply(input, self.weight, self.bias)
-        return product(input, self.weight, self.bias)
+        with torch.autocast("cpu", enabled=False):
+            if torch.is_grad_enabled():
+                return _Linear.apply(x, self.weight, self.bias)
+            return product(x, self.weight, self.bias)
 
 
 class _Linear(torch.autograd.Function):
@@ -74,9 +108,10 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_x = product(gradient, weight.t())
         if ctx.needs_input_grad[1]:
-            d_weight = product(gradient.flatten(0, -2).t(), x.flatten(0, -2).t())
+            rows, columns = gradient.flatten(0, -2).t(), x.flatten(0, -2).t()
+            d_weight = product(rows.float(), columns.float()).to(weight.dtype)
         if ctx.needs_input_grad[2]:
-            d_bias = gradient.flatten(0, -2).sum(0)
+            d_bias = gradient.flatten(0, -2).sum(0, dtype=weight.dtype)
         return d_x, d_weight, d_bias
 
 

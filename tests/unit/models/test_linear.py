@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 
 import pytest
 import torch
 from torch import nn
 
+from mmalign.models import cpu
 from mmalign.models.cpu import CpuLinear, product, use_onednn
 
 pytestmark = pytest.mark.skipif(
@@ -46,7 +48,8 @@ def test_what_is_frozen_gets_no_gradient_and_keeps_no_input() -> None:
     assert all(tensor.shape != x.shape for tensor in kept)
 
 
-def test_other_types_stay_where_they_are() -> None:
+def test_other_types_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_lacks_bfloat16", lambda: False)
     model = nn.Sequential(nn.Linear(7, 5).double(), nn.Linear(7, 5).bfloat16())
     assert use_onednn(model) == 0
     assert type(model[0]) is nn.Linear
@@ -56,11 +59,56 @@ def test_other_types_stay_where_they_are() -> None:
     assert layer(torch.randn(20, 7).double()).dtype == torch.float64
 
 
-def test_autocast_decides_as_ever() -> None:
+@pytest.mark.parametrize("lacks", [True, False])
+def test_autocast_decides_as_ever(lacks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_lacks_bfloat16", lambda: lacks)
     layer = nn.Linear(7, 5)
     use_onednn(layer)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(torch.randn(20, 7)).dtype == torch.bfloat16
+    for x in (torch.randn(20, 7), torch.randn(20, 7).bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.float16):
+            assert layer(x).dtype == torch.float16
+    with pytest.raises(RuntimeError, match="same dtype"):
+        layer(torch.randn(20, 7).bfloat16())
+
+
+@pytest.mark.parametrize("casts", [True, False], ids=["autocast", "weights"])
+def test_widened_products_are_those_of_bfloat16(
+    casts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operands of few bits, so that both ways are exact but for the rounding of the result."""
+    monkeypatch.setattr(cpu, "_lacks_bfloat16", lambda: True)
+    draw = torch.Generator().manual_seed(0)
+
+    def whole(*shape: int) -> torch.Tensor:
+        return torch.randint(-8, 9, shape, generator=draw).float()
+
+    plain = nn.Linear(32, 24)
+    plain.weight.data, plain.bias.data = whole(24, 32), whole(24)
+    plain = plain if casts else plain.bfloat16()
+    fast = copy.deepcopy(plain)
+    assert use_onednn(fast) == 1
+    x, upstream = whole(2, 20, 32), whole(2, 20, 24).bfloat16()
+    x = x if casts else x.bfloat16()
+    found = []
+    for layer in (plain, fast):
+        given = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+            out = layer(given)
+        out.backward(upstream)
+        found.append((out, given.grad, layer.weight.grad, layer.bias.grad))
+    for want, got in zip(*found, strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=2**-8, atol=0)
+
+
+def test_kernels_are_bounded_unless_the_user_bounds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    cpu.keep_few_kernels()
+    assert os.environ["LRU_CACHE_CAPACITY"] == "7"
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == str(cpu.KERNELS)
 
 
 def test_names_state_and_copies_are_kept() -> None:
