@@ -297,6 +297,11 @@ class TrainConfig(Section):
     batch_size: Size = Field(default=4, description="rows a device and micro-batch")
     accumulate: int = Field(default=1, ge=1, le=65_536)
     eval_batch_size: Size | None = None
+    tokens_per_batch: Count | None = Field(
+        default=None,
+        description="text, video: a micro-batch of more tokens passes the model in parts of at "
+        "most so many, rows of like length together; memory is bounded, losses are the same",
+    )
     lr: Rate = 1e-6
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "sgd"] = "adamw"
     weight_decay: Decay = 0.0

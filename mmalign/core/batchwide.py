@@ -67,6 +67,11 @@ class Bco(Scored):
         count = 2 if self.kind == "pair" else 1
         return self.score.needs | Needs(rows=rows, candidates=count, labels=True)
 
+    @property
+    def across_rows(self) -> bool:
+        """The shift moves with all rows."""
+        return self.shift is not None
+
     def rated_columns(self, c: CandidateLogps) -> CandidateLogps:
         """The pair, or the one response of the row."""
         return c.columns((0, 1) if self.kind == "pair" else (0,))
@@ -111,6 +116,11 @@ class Aot(Scored):
     def needs(self) -> Needs:
         """Pairs and the reference."""
         return self.score.needs | Needs(rows="pair", candidates=2, reference=True)
+
+    @property
+    def across_rows(self) -> bool:
+        """Ranks are among all rows."""
+        return True
 
     def _sides(self, c: CandidateLogps) -> tuple[Tensor, Tensor]:  # [B], [B]
         assert c.reference is not None, "Objective checks the needs first"
@@ -189,6 +199,11 @@ class Kto(Scored):
             roles=("mismatched",) if mismatched else (),
         )
 
+    @property
+    def across_rows(self) -> bool:
+        """The baseline is a mean over rows, and a mismatched response is another row's."""
+        return self.baseline != "zero"
+
     def __call__(self, c: CandidateLogps) -> Tensor:  # [B]
         """lambda * (1 - utility) of each row."""
         rated = self.rated_columns(c)
@@ -247,6 +262,11 @@ class KtoPair(Scored):
     def needs(self) -> Needs:
         """Pairs."""
         return self.score.needs | Needs(rows="pair", candidates=2)
+
+    @property
+    def across_rows(self) -> bool:
+        """Each side is compared with the other's mean."""
+        return True
 
     def __call__(self, c: CandidateLogps) -> Tensor:  # [B]
         """The mean of both sides' regrets."""

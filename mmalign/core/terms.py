@@ -102,6 +102,11 @@ class Term(ABC):
         """The data that this term reads of the candidates."""
 
     @property
+    def across_rows(self) -> bool:
+        """Whether a row's loss depends on the rows beside it; its batch then stays whole."""
+        return False
+
+    @property
     def pointwise_score(self) -> Score | None:
         """The score that is read one response at a time, which only reverse KL defines, or None."""
         return None

@@ -238,6 +238,13 @@ class Adapter(nn.Module, ABC):
         """
         return None
 
+    def split(self, batch: Batch, most: int) -> list[Batch]:
+        """The batch in parts of at most `most` tokens, rows of like length together, longest first.
+
+        A row's tokens are those of its prompt, once, and of its responses.
+        """
+        raise ConfigError(f"{type(self).__name__} knows no tokens to split a batch by")
+
     def metrics(self, batch: Batch, logps: CandidateLogps) -> dict[str, Tensor]:
         """What to log beside the objective's metrics, detached, means over rows."""
         return {}

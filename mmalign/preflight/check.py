@@ -74,9 +74,26 @@ def check_config(config: RunConfig, *, where: str = "config") -> Objective:
     adapter = adapter_class(config.modality)
     problems = _missing_extras(config) + tools_of(config.modality).problems(config)
     problems += check_needs(config, objective.needs, adapter.provides(config))
+    problems += _check_parts(config, objective)
     if problems:
         raise ConfigError("\n  ".join(f"{where}: {problem}" for problem in problems))
     return objective
+
+
+def _check_parts(config: RunConfig, objective: Objective) -> list[str]:
+    """What keeps a micro-batch from passing the model in parts."""
+    if config.train.tokens_per_batch is None:
+        return []
+    if config.modality not in _TOKENS:
+        return [
+            f"train.tokens_per_batch bounds tokens, of which modality {config.modality} has none. "
+            "Use train.batch_size and train.accumulate"
+        ]
+    whole = [name for name, term in objective.terms.items() if term.across_rows]
+    return whole and [
+        f"train.tokens_per_batch splits a micro-batch, but {' and '.join(whole)} compares its rows "
+        "with each other. Remove it, or use a loss whose rows are independent, e.g. dpo"
+    ]
 
 
 def check_needs(config: RunConfig, needs: Needs, provides: Needs) -> list[str]:

@@ -20,7 +20,7 @@ from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models import lora
 from mmalign.models.adapter import Adapter, answer_seeds
 from mmalign.models.batch import Batch
-from mmalign.models.cpu import use_onednn
+from mmalign.models.cpu import keep_few_kernels, use_onednn
 from mmalign.models.files import ADAPTER_CONFIG
 from mmalign.models.lora_load import TRAINED, adapter_tensors, from_folder, put_tensors
 from mmalign.models.lora_settings import differences, read_settings, routers
@@ -38,7 +38,7 @@ from mmalign.text.model import (
     turns_alike,
     unfit_layers,
 )
-from mmalign.text.packing import Layout, Rows, TextInputs, arrange
+from mmalign.text.packing import Layout, Rows, TextInputs, arrange, within
 from mmalign.text.passes import (
     PositionWeights,
     Scored,
@@ -156,6 +156,7 @@ class TokenAdapter(Adapter):
         self.policy = self._make_trainable(model)
         if config.model.lora is None:  # an adapter to continue brings the rate of its first run
             no_dropout(self.policy)
+        keep_few_kernels()
         use_onednn(self.policy)
         self.reference = build_reference(config, self.policy, needs, load=self._load_reference)
         self._start_head: Head | None = None
@@ -279,6 +280,11 @@ class TokenAdapter(Adapter):
         if needs.prompt:
             prompt = batch.inputs.scored_prompts().sum(-1)
         return torch.stack([response, prompt], dim=-1)
+
+    def split(self, batch: Batch[TextInputs], most: int) -> list[Batch[TextInputs]]:
+        """By the tokens of rows, a prompt counted once."""
+        parts = within(batch.inputs.read().sizes(), most)
+        return [batch.take(torch.tensor(part)) for part in parts]
 
     @property
     def _inner(self) -> PreTrainedModel:

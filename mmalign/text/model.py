@@ -412,6 +412,7 @@ class Limits:
 
     positions: int | None = None
     embedded: int | None = None  # tokens with an id from 0 on
+    together: int | None = None  # tokens of a row, its prompt counted once
 
 
 def model_limits(config: RunConfig) -> Limits:
@@ -430,7 +431,8 @@ def model_limits(config: RunConfig) -> Limits:
             known += [] if settings is None else [settings.get_text_config()]
     positions = [limit for settings in known if (limit := position_limit(settings)) is not None]
     embedded = [size for settings in known if (size := getattr(settings, "vocab_size", None))]
-    return Limits(min(positions, default=None), min(embedded, default=None))
+    together = config.train.tokens_per_batch
+    return Limits(min(positions, default=None), min(embedded, default=None), together)
 
 
 def position_limit(settings: Any) -> int | None:

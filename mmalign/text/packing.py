@@ -282,6 +282,10 @@ class Written(ModelInputs):
         """Some of the rows."""
         return replace(self, rows=[self.rows[i] for i in rows.tolist()])
 
+    def sizes(self) -> list[int]:
+        """`num_tokens` of every row."""
+        return [num_tokens(row) for row in self.rows]
+
     def lengths(self) -> list[int]:
         """Tokens of every candidate, prompt and response, row by row."""
         return [len(prompt[1]) + len(response) for row in self.rows for prompt, response in row]
@@ -342,6 +346,25 @@ class Fed:
 
     body: PreTrainedModel  # the part that has the attention layers
     inputs: Mapping[str, Any]  # its keywords
+
+
+def num_tokens(row: Sequence[tuple[Prompt, Tokens]]) -> int:
+    """Tokens of a row: of each of its prompts once, and of each response to it."""
+    prompts = {prompt for prompt, _ in row}
+    return sum(len(tokens) for _, tokens in prompts) + sum(len(tokens) for _, tokens in {*row})
+
+
+def within(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Numbers of rows in parts of at most `most` tokens, the longest first."""
+    parts: list[list[int]] = []
+    room = 0
+    for row in sorted(range(len(sizes)), key=lambda row: -sizes[row]):
+        if not parts or sizes[row] > room:
+            parts.append([])
+            room = most
+        parts[-1].append(row)
+        room -= sizes[row]
+    return parts
 
 
 def arrange(inputs: TextInputs, layout: Layout, *, prompts: bool = False) -> Rows:

@@ -31,6 +31,7 @@ from mmalign.text.cache import cache_folder
 from mmalign.text.encode import Encoder
 from mmalign.text.masks import with_spans
 from mmalign.text.model import Limits, model_limits
+from mmalign.text.packing import num_tokens
 from mmalign.text.tokenizer import load_tokenizer
 
 NAMED = 3  # first rows that are kept by number, of everything that is only counted
@@ -77,6 +78,10 @@ class Found:
         self.first[name] = sorted([*self.first.get(name, []), *rows])[:NAMED]
         if sentence:
             self.sentences.setdefault(name, sentence)
+
+    def refuse(self, rows: Sequence[int], what: str, size: int) -> None:
+        """Note that rows are too large."""
+        self.problems += [(number, what, f"this one has {size:,}") for number in rows]
 
     def add(self, other: Found) -> None:
         """Take in what was found among other rows."""
@@ -163,12 +168,19 @@ class _Chunks:
             what = str(error).removeprefix(f"{row.id}: ")
             found.problems += [(number, what, "") for number in numbers]
             return
+        shown = _shown(row)
         longest = max(len(item.prompt) + len(item.response) - 1 for item in encoded)
-        limit = self.limits.positions
-        if limit is not None and longest > limit:
-            what, value = too_long(limit), f"this one has {longest:,}"
-            found.problems += [(number, what, value) for number in numbers]
+        if (limit := self.limits.positions) is not None and longest > limit:
+            found.refuse(numbers, too_long(limit), longest)
             return
+        if (limit := self.limits.together) is not None:
+            contexts = [(shown.index(media), tuple(item.prompt))
+                        for media, item in zip(shown, encoded, strict=True)]  # fmt: skip
+            answers = (tuple(item.response) for item in encoded)
+            together = num_tokens([*zip(contexts, answers, strict=True)])
+            if together > limit:
+                found.refuse(numbers, _too_many(limit), together)
+                return
         found.rows += len(numbers)
         found.responses += len(encoded) * len(numbers)
         for item in encoded:
@@ -189,8 +201,9 @@ class _Chunks:
         if row.kind == "pair":
             found.pairs += len(numbers)
             first, second = encoded[:2]
-            shown, other = _shown(row)[:2]
-            if (first.prompt, first.response, shown) == (second.prompt, second.response, other):
+            if (first.prompt, first.response) == (second.prompt, second.response) and (
+                shown[0] == shown[1]
+            ):
                 found.equal += numbers
 
     def _writes_special(self, candidate: Candidate) -> bool:
@@ -203,6 +216,13 @@ class _Chunks:
         turns = [Message("user", prompt)] if isinstance(prompt, str) else prompt
         said = (turn.content for turn in turns if turn.role == "user")
         return any(self.encoder.writes_special(t) or special_mark_of(t) for t in said)
+
+
+def _too_many(limit: int) -> str:
+    return (
+        f"rows must have at most {limit:,} tokens, a prompt counted once, as many as "
+        "train.tokens_per_batch lets pass at a time"
+    )
 
 
 def too_long(limit: int) -> str:

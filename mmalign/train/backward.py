@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -18,9 +18,7 @@ from mmalign.models.adapter import Adapter
 from mmalign.models.batch import Batch
 from mmalign.train.order import rng_state, set_rng_state
 
-Backward = Callable[
-    [Accelerator, nn.Module, Objective, Batch, Tensor | None], tuple[Loss, CandidateLogps]
-]
+Backward = Callable[..., tuple[Loss, CandidateLogps]]  # as `backward_joint`
 
 # The fields of CandidateLogps through which a loss may reach the parameters.
 _DIFFERENTIABLE = ("policy", "kl", "weight", "kl_weight", "prompt")
@@ -59,12 +57,28 @@ def backward_joint(
     objective: Objective,
     batch: Batch,
     positions: Tensor | None = None,
+    *,
+    share: float = 1.0,
 ) -> tuple[Loss, CandidateLogps]:
-    """Score all candidates, then one backward pass."""
+    """Score all candidates, then one backward pass; of the loss's `share` in its micro-batch."""
     logps = model(batch, objective.needs)
     loss = objective(_counted(logps, positions))
-    accelerator.backward(loss.value)
+    accelerator.backward(loss.value * share)
     return loss, logps
+
+
+@contextmanager
+def synchronised(accelerator: Accelerator, model: nn.Module, *, last: bool) -> Iterator[None]:
+    """For one of several backward passes of a micro-batch: none but the `last` ends a step.
+
+    Gradients travel between processes once a step, with its very last backward pass; DeepSpeed
+    takes the step itself then. `accumulate` holds back earlier micro-batches.
+    """
+    sync = accelerator.sync_gradients
+    accelerator.sync_gradients = sync and last
+    with nullcontext() if last or not sync else accelerator.no_sync(model):
+        yield
+    accelerator.sync_gradients = sync
 
 
 def backward_per_candidate(
@@ -75,6 +89,7 @@ def backward_per_candidate(
     positions: Tensor | None = None,
     *,
     tolerance: float,
+    share: float = 1.0,
 ) -> tuple[Loss, CandidateLogps]:
     """The same gradient with the activations of one candidate in memory.
 
@@ -93,6 +108,7 @@ def backward_per_candidate(
         objective: Decides the loss and what the adapter has to supply.
         batch: One micro-batch on the device.
         positions: What `step_positions` gave.
+        share: Of the micro-batch's rows.
         tolerance: Largest mean difference of the two passes' log-probabilities, in nats a position.
     """
     before = rng_state()
@@ -122,13 +138,8 @@ def backward_per_candidate(
         candidates=1,
     )
     num_candidates = logps.policy.shape[1]
-    sync = accelerator.sync_gradients  # whether this is the step's last micro-batch
     for k in range(num_candidates):
-        # Gradients travel between processes once a step, with its very last backward pass;
-        # DeepSpeed takes the step itself then. `accumulate` holds back earlier micro-batches.
-        hold = sync and k < num_candidates - 1
-        accelerator.sync_gradients = sync and not hold
-        with accelerator.no_sync(model) if hold else nullcontext():
+        with synchronised(accelerator, model, last=k == num_candidates - 1):
             set_rng_state(before)
             again = dict(model(batch.select(k), needs).tensors())
             _require_same_scores(logps, again, k, tolerance)
@@ -137,7 +148,7 @@ def backward_per_candidate(
                 for name, grad in gradients.items()
                 if again[name].requires_grad
             ]
-            accelerator.backward(torch.stack(parts).sum())
+            accelerator.backward(torch.stack(parts).sum() * share)
     set_rng_state(after)
     return loss, logps
 

@@ -88,10 +88,10 @@ def check_start(run: Run) -> str:
 
 
 def _first_batch(run: Run) -> Batch:
-    """This process's first micro-batch of the run, on its device."""
+    """What passes the model first in this process, on its device."""
     visits = run.order.micro_batch(0, run.accelerator.process_index)
     batch = run.adapter.collate([run.train_rows[visit.row] for visit in visits])
-    return batch.to(run.accelerator.device)
+    return run.parts(batch)[0].to(run.accelerator.device)
 
 
 LARGEST_GAP = 1e-3

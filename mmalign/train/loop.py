@@ -27,7 +27,13 @@ from mmalign.models.adapter import tools_of
 from mmalign.models.batch import Batch
 from mmalign.preflight.check import check_config
 from mmalign.train import checkpoint, files
-from mmalign.train.backward import Backward, backward_joint, backward_per_candidate, step_positions
+from mmalign.train.backward import (
+    Backward,
+    backward_joint,
+    backward_per_candidate,
+    step_positions,
+    synchronised,
+)
 from mmalign.train.check import (
     Movement,
     Scored,
@@ -150,7 +156,7 @@ def _try_out(run: Run) -> None:
     """One micro-batch forward and backward, and what came of it on the terminal."""
     accelerator = run.accelerator
     accelerator.print(check_start(run))
-    batch = next(run.batches()).to(accelerator.device)
+    batch = run.parts(next(run.batches()))[0].to(accelerator.device)
     loss, logps = _backward(run.config)(accelerator, run.model, run.objective, batch, None)
     accelerator.print(describe_dry_run(run, batch, loss, logps))
 
@@ -267,13 +273,19 @@ def _accumulate(run: Run, backward: Backward, loader: Iterator[Batch]) -> list[S
         micro_batches = list(micro_batches)
         positions = step_positions(run.adapter, micro_batches, run.objective.needs)
     for micro_batch in micro_batches:
-        batch = micro_batch.to(run.accelerator.device)
+        parts = run.parts(micro_batch)
         with run.accelerator.accumulate(run.model):
-            loss, logps = backward(run.accelerator, run.model, run.objective, batch, positions)
-        window.append(Scored.of(batch, loss, logps))
-        run.averages.add({**loss.metrics, "loss": loss.value, "rows": len(batch.ids)})
-        run.averages.add(run.adapter.metrics(batch, logps))
-        run.averages.add({"tokens": logps.mask.sum()})
+            for part in parts:
+                batch = part.to(run.accelerator.device)
+                share = len(batch.ids) / len(micro_batch.ids)
+                with synchronised(run.accelerator, run.model, last=part is parts[-1]):
+                    loss, logps = backward(
+                        run.accelerator, run.model, run.objective, batch, positions, share=share
+                    )
+                window.append(Scored.of(batch, loss, logps))
+                run.averages.add({**loss.metrics, "loss": loss.value}, share)
+                run.averages.add(run.adapter.metrics(batch, logps), share)
+                run.averages.add({"rows": len(batch.ids), "tokens": logps.mask.sum()})
     return window
 
 

@@ -91,13 +91,13 @@ class Averages:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
 
-    def add(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """Count one micro-batch's or one step's metrics in."""
+    def add(self, metrics: Mapping[str, Tensor | float], share: float = 1.0) -> None:
+        """Count one micro-batch's or one step's metrics in, or those of a share of its rows."""
         for name, value in metrics.items():
             one = torch.as_tensor(value).detach()
             present = ~one.isnan()
-            self._sums[name] = self._sums.get(name, 0) + torch.where(present, one, 0.0)
-            self._counts[name] = self._counts.get(name, 0) + present
+            self._sums[name] = self._sums.get(name, 0) + torch.where(present, one, 0.0) * share
+            self._counts[name] = self._counts.get(name, 0) + present * share
 
     def pop(self) -> dict[str, tuple[float, float]]:
         """(sum, count) of every metric on this process; starts afresh."""

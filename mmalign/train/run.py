@@ -278,6 +278,11 @@ def ready_for_sharding(accelerator: Accelerator, adapter: Adapter, config: RunCo
     """Refuse what follows single parameters, and name the blocks that FSDP may shard as one."""
     if not is_sharded(accelerator):
         return
+    if config.train.tokens_per_batch is not None:
+        raise ConfigError(
+            f"train.tokens_per_batch lets processes pass different numbers of parts, but "
+            f"{accelerator.distributed_type.value} has them meet in every pass; remove it"
+        )
     trained = [p for p in adapter.parameters() if p.requires_grad]
     if has_bfloat16([{"params": trained}]) and config.train.bf16_weights != "nearest":
         raise ConfigError(
@@ -411,6 +416,11 @@ class Run:
     def is_sharded(self) -> bool:
         """Whether no process holds all parameters."""
         return is_sharded(self.accelerator)
+
+    def parts(self, batch: Batch) -> list[Batch]:
+        """What of a micro-batch passes the model at one time."""
+        most = self.config.train.tokens_per_batch
+        return [batch] if most is None else self.adapter.split(batch, most)
 
     def batches(self) -> Iterator[Batch]:
         """This process's micro-batches from the current position to the end, on the CPU."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 
 from mmalign.config import RunConfig
@@ -76,7 +77,7 @@ def survey_parts(config: RunConfig, needs: Needs, parts: Sequence[Sequence[Examp
     alter = Perturbation(config.video, uses_audio, donors, report.seen)
     kept, bare = _perturbable(kept, alter, needs.roles)
     rows = list({id(row): row for part in kept for row in part}.values())
-    limits = Limits(positions=model_limits(config).positions)
+    limits = replace(model_limits(config), embedded=None)
 
     def shown(row: Example) -> tuple[bytes | Media | None, ...]:
         media = (row.media, *(c.media for c in row.candidates))
