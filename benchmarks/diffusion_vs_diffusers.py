@@ -28,6 +28,7 @@ import argparse
 import json
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,7 +192,7 @@ def main() -> None:
         aims = AIMS if options.model == "sd15" and device == "cpu" and not options.tiny else {}
         results: list[Any] = []
         for comparison in comparisons:
-            found = _compare(comparison, folder, given, options.rounds)
+            found = _compare(comparison, folder, given, options.rounds, aims)
             results.append(found)
             print("\n".join(report(found, aims)), flush=True)
     if options.json:
@@ -208,13 +209,17 @@ def _arguments(name: str, folder: Path, given: dict[str, Any]) -> list[str]:
 
 
 def _compare(
-    comparison: dict[str, Any], folder: Path, given: dict[str, Any], rounds: int
+    comparison: dict[str, Any],
+    folder: Path,
+    given: dict[str, Any],
+    rounds: int,
+    aims: dict[str, float],
 ) -> dict[str, Any]:
     environment = {"OMP_NUM_THREADS": str(given["threads"])}
     if given["device"] == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": ""}
     arms = [Arm(name, _arguments(name, folder, given), environment) for name in comparison]
-    return take_turns(arms, rounds)
+    return take_turns(arms, rounds, report=partial(report, aims=aims))
 
 
 def _prepare(folder: Path, given: dict[str, Any], tiny: bool) -> None:

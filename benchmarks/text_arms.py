@@ -23,7 +23,10 @@ def run_trl(
     live: bool = True,
     lora: bool = False,
     dtype: str | None = None,
+    pairs: int | None = None,
+    **more: Any,
 ) -> None:
+    """TRL's trainer; `more` are settings of its `DPOConfig`."""
     from datasets import load_dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
@@ -50,7 +53,7 @@ def run_trl(
     with tempfile.TemporaryDirectory() as output:
         settings = DPOConfig(
             output_dir=output,
-            per_device_train_batch_size=PAIRS if on_cpu else gpu_arms.PAIRS,
+            per_device_train_batch_size=pairs or (PAIRS if on_cpu else gpu_arms.PAIRS),
             max_steps=10_000,
             gradient_checkpointing=checkpointing,
             precompute_ref_log_probs=not live,
@@ -59,7 +62,7 @@ def run_trl(
             save_strategy="no",
             logging_steps=1_000,
             disable_tqdm=True,
-            **precision,
+            **{**precision, **more},
         )
         data = load_dataset("json", data_files=str(folder / "pairs.jsonl"), cache_dir=output)
         DPOTrainer(
@@ -82,7 +85,10 @@ def run_mmalign(
     objective: str = "dpo",
     shared_prefix: str = "auto",
     onednn: bool = True,
+    pairs: int | None = None,
+    **train: Any,
 ) -> None:
+    """Ours; `train` are settings of that section."""
     import torch
 
     from mmalign import config as configs
@@ -105,10 +111,11 @@ def run_mmalign(
             "objective": {"name": objective},
             "text": {"shared_prefix": shared_prefix},
             "train": {
-                "batch_size": PAIRS if on_cpu else gpu_arms.PAIRS,
+                "batch_size": pairs or (PAIRS if on_cpu else gpu_arms.PAIRS),
                 "num_steps": 10_000,
                 "mixed_precision": "no" if on_cpu else "bf16",
                 "num_threads": THREADS,
+                **train,
             },
             "output": str(Path(output) / "run"),
         }

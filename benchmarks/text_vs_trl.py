@@ -27,6 +27,7 @@ import gc
 import json
 import random
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,18 +101,18 @@ def write_pairs(file: Path, sizes: list[tuple[int, int, int]], vocabulary: int) 
             stream.write(json.dumps(row) + "\n")
 
 
-def measure(shape: tuple[int, int], kind: str, rounds: int) -> dict[str, dict[str, Any]]:
+def measure(shape: str, kind: str, rounds: int) -> dict[str, dict[str, Any]]:
     """Steps of all arms of one comparison in turn, on a CPU."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model", MODEL, "cpu")
-        prompt, answer = shape
+        prompt, answer = SHAPES[shape]
         write_pairs(folder / "pairs.jsonl", [(prompt, answer, answer)] * 16, VOCABULARY)
-        (folder / "shape.json").write_text(json.dumps(shape), encoding="utf-8")
+        (folder / "shape.json").write_text(json.dumps(SHAPES[shape]), encoding="utf-8")
         threads = {"OMP_NUM_THREADS": str(THREADS), "CUDA_VISIBLE_DEVICES": ""}
         command = [__file__, "--arm", "cpu", kind]
         arms = [Arm(arm, [*command, arm, name], threads) for arm in ARMS[kind]]
-        return take_turns(arms, rounds)
+        return take_turns(arms, rounds, report=partial(report, shape, kind))
 
 
 def measure_on_gpu(folder: Path, kind: str, shape: str, rounds: int) -> dict[str, dict[str, Any]]:
@@ -178,7 +179,7 @@ def compare_on_cpu(rounds: int, *, quick: bool) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for shape in list(SHAPES)[:1] if quick else SHAPES:
         for kind in ARMS:
-            found = measure(SHAPES[shape], kind, 2 if quick else rounds)
+            found = measure(shape, kind, 2 if quick else rounds)
             results.setdefault(shape, {})[kind] = found
             print("\n".join(report(shape, kind, found)), flush=True)
     return results

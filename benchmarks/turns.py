@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 
 def resident(field: str) -> float:
@@ -81,12 +81,18 @@ class Turns:
             run: Of `build_run`.
             backward: `backward_joint` or `backward_per_candidate`.
         """
+        from mmalign.train.backward import synchronised
+
         loader = run.batches()
         while True:
             self.begin()
-            batch = next(loader).to(run.accelerator.device)
+            batch = next(loader)
+            parts = run.parts(batch)
             with run.accelerator.accumulate(run.model):
-                backward(run.accelerator, run.model, run.objective, batch)
+                for part in parts:
+                    here, share = part.to(run.accelerator.device), len(part.ids) / len(batch.ids)
+                    with synchronised(run.accelerator, run.model, last=part is parts[-1]):
+                        backward(run.accelerator, run.model, run.objective, here, share=share)
             trained = [p for p in run.model.parameters() if p.requires_grad]
             run.accelerator.clip_grad_norm_(trained, run.config.train.max_grad_norm)
             run.optimizer.step()
@@ -135,18 +141,48 @@ class Arm:
         self.process.wait()
 
 
-def take_turns(arms: Sequence[Arm], rounds: int, *, uncounted: int = 2) -> dict[str, Any]:
-    """Steps of all arms in turn; the first ones of each, which prepare things, do not count."""
+FIRST_TABLE = 60.0  # seconds after which a comparison shows what it has so far
+
+
+def take_turns(
+    arms: Sequence[Arm],
+    rounds: int,
+    *,
+    uncounted: int = 2,
+    report: Callable[[dict[str, Any]], Iterable[str]] | None = None,
+) -> dict[str, Any]:
+    """Steps of all arms in turn; the first ones of each, which prepare things, do not count.
+
+    Args:
+        arms: Started.
+        rounds: Steps of each that count.
+        uncounted: Steps of each before those.
+        report: The lines of a table. A long comparison prints one of its first rounds.
+    """
     steps: dict[str, list[tuple[float, float, float, float]]] = {arm.name: [] for arm in arms}
+    began, shown = time.perf_counter(), report is None
     for arm in arms:
-        for _ in range(uncounted):
+        for done in range(uncounted):
+            say(f"  {arm.name}: step {done + 1} of {uncounted} that do not count")
             arm.step()
-    for _ in range(rounds):
+    for number in range(rounds):
         for arm in arms:
             steps[arm.name].append(arm.step())
+        times = ", ".join(f"{name} {taken[-1][0]:.2f} s" for name, taken in steps.items())
+        say(f"  round {number + 1} of {rounds}: {times}")
+        late = time.perf_counter() - began > FIRST_TABLE
+        if report and late and not shown and number + 1 < rounds:
+            shown = True
+            lines = [*report(_summed_up(steps)), f"  (so far: round {number + 1})"]
+            print("\n".join(lines), flush=True)
     for arm in arms:
         arm.close()
     return _summed_up(steps)
+
+
+def say(line: str) -> None:
+    """Progress, beside the tables."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def one_by_one(arms: Sequence[Arm], rounds: int, *, uncounted: int = 2) -> dict[str, Any]:
@@ -157,6 +193,7 @@ def one_by_one(arms: Sequence[Arm], rounds: int, *, uncounted: int = 2) -> dict[
     steps: dict[str, list[tuple[float, float, float, float]]] = {}
     for arm in arms:
         try:
+            say(f"  {arm.name}: {uncounted + rounds} steps")
             taken = [arm.step() for _ in range(uncounted + rounds)]
         except SystemExit as failure:
             print(failure, flush=True)
@@ -171,9 +208,11 @@ def _summed_up(steps: Mapping[str, Sequence[tuple[float, float, float, float]]])
         arm: {
             "seconds": min(s for s, *_ in taken),
             "median_seconds": statistics.median(s for s, *_ in taken),
+            "mean_seconds": statistics.mean(s for s, *_ in taken),
             "mebibytes": max(m for _, m, *_ in taken),
             "mebibytes_whole_process": max(m for _, _, m, _ in taken),
             "cpu_seconds": statistics.median(c for *_, c in taken),
+            "mean_cpu_seconds": statistics.mean(c for *_, c in taken),
             "all_seconds": [round(s, 4) for s, *_ in taken],
         }
         for arm, taken in steps.items()

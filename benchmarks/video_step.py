@@ -221,7 +221,8 @@ def main() -> None:
             cache.fail()
         rounds = 2 if options.quick else options.rounds
         # Every row once before what counts: caches are full then.
-        found = take_turns([start(arm) for arm in arms], rounds, uncounted=options.rows)
+        started = [start(arm) for arm in arms]
+        found = take_turns(started, rounds, uncounted=options.rows, report=report)
         print(check_first_steps(folder, list(arms)))
     print("\n".join(report(found)), flush=True)
     if options.json:
