@@ -74,6 +74,7 @@ def room(module: str) -> str:
     return pieces[1] if len(pieces) > 1 else "mmalign"
 
 
+@cache
 def module_of(path: Path) -> str:
     pieces = path.relative_to(ROOT.parent).with_suffix("").parts
     return ".".join(pieces[:-1] if pieces[-1] == "__init__" else pieces)
@@ -98,10 +99,16 @@ def _walk(node: ast.AST, path: Path, when: str) -> Iterator[Import]:
             yield from _walk(child, path, "later" if when == "loading" else when)
         elif isinstance(child, ast.expr):
             continue
-        elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+        elif isinstance(child, ast.If) and _is_for_types(child.test):
             yield from _walk(child, path, "types")
         else:
             yield from _walk(child, path, when)
+
+
+def _is_for_types(test: ast.expr) -> bool:
+    """Whether it is `TYPE_CHECKING` or `typing.TYPE_CHECKING`, alone or among others."""
+    names = (getattr(node, "id", getattr(node, "attr", "")) for node in ast.walk(test))
+    return "TYPE_CHECKING" in names
 
 
 @cache
