@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import tiny_diffusion
-import tiny_video
 import typer.testing
-from tiny import CHATML, make_model, make_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -29,10 +26,18 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared" / "data"
 
 
-def pytest_collection_finish() -> None:
-    """Leave what was imported out of garbage collection, which would walk it again and again."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Leave what is imported out of garbage collection, which would walk it again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+# Fixtures import what they need: the process that hands tests to others needs none of it.
 
 
 @pytest.fixture(autouse=True)
@@ -54,30 +59,40 @@ def shared_data() -> Path:
 @pytest.fixture
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A tiny real tokenizer without a chat template; end token `</s>`, no bos added."""
+    from tiny import make_tokenizer
+
     return make_tokenizer()
 
 
 @pytest.fixture
 def tiny_chat_tokenizer() -> PreTrainedTokenizerFast:
     """The same with a ChatML template; end token `<|im_end|>`."""
+    from tiny import CHATML, make_tokenizer
+
     return make_tokenizer(CHATML)
 
 
 @pytest.fixture
 def tiny_llama() -> PreTrainedModel:
     """Two layers, hidden size 32, vocabulary 320 (as `tiny_tokenizer`), float32, random."""
+    from tiny import make_model
+
     return make_model("llama")
 
 
 @pytest.fixture
 def tiny_qwen() -> PreTrainedModel:
     """As `tiny_llama`, of the Qwen 3 class (norms on queries and keys)."""
+    from tiny import make_model
+
     return make_model("qwen3")
 
 
 @pytest.fixture
 def tiny_gpt2() -> PreTrainedModel:
     """As `tiny_llama`, of the GPT-2 class: learned positions, tied head, one fused qkv Conv1D."""
+    from tiny import make_model
+
     return make_model("gpt2")
 
 
@@ -85,6 +100,7 @@ def tiny_gpt2() -> PreTrainedModel:
 def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved checkpoint of the tiny Llama with the chat tokenizer, for `model.path`."""
     import torch
+    from tiny import CHATML, make_model, make_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny_llama")
     with torch.random.fork_rng():
@@ -97,42 +113,55 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sd15_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stable Diffusion 1.5 in miniature; 64 pixels a side, latents of 8."""
+    import tiny_diffusion
+
     return tiny_diffusion.make_sd15(tmp_path_factory.mktemp("sd15"))
 
 
 @pytest.fixture(scope="session")
 def sdxl_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SDXL in miniature."""
+    import tiny_diffusion
+
     return tiny_diffusion.make_sdxl(tmp_path_factory.mktemp("sdxl"))
 
 
 @pytest.fixture(scope="session")
 def sd3_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SD 3 in miniature, with its T5."""
+    import tiny_diffusion
+
     return tiny_diffusion.make_sd3(tmp_path_factory.mktemp("sd3"))
 
 
 @pytest.fixture(scope="session")
 def flux_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """FLUX.1 dev in miniature."""
+    import tiny_diffusion
+
     return tiny_diffusion.make_flux(tmp_path_factory.mktemp("flux"))
 
 
 @pytest.fixture(scope="session")
 def schnell_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """FLUX.1 schnell in miniature."""
+    import tiny_diffusion
+
     return tiny_diffusion.make_flux(tmp_path_factory.mktemp("schnell"), schnell=True)
 
 
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline on pixels, without a VAE: one channel of 8 x 8."""
+    import tiny_diffusion
+
     return tiny_diffusion.make_digits_like(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="session")
 def video_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Kind of `tiny_video` to the folder of such a model, made when first asked for."""
+    import tiny_video
     from transformers import ProcessorMixin
 
     if not hasattr(ProcessorMixin, "get_text_with_replacements"):
@@ -152,6 +181,8 @@ def video_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 @pytest.fixture(scope="session")
 def clips_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Clips of 16 frames, 8 a second: clip0.mp4 to clip3.mp4 with sound, mute.mp4 without."""
+    import tiny_video
+
     folder = tmp_path_factory.mktemp("clips")
     for seed in range(4):
         tiny_video.write_clip(folder / f"clip{seed}.mp4", seed=seed)
