@@ -7,7 +7,7 @@ from mmalign.config.diffusion import (
     PictureSampleSpec,
     TimestepSpec,
 )
-from mmalign.config.run import RunConfig, deciding, dump, load, schema
+from mmalign.config.run import RunConfig, begun_with, deciding, dump, load, schema
 from mmalign.config.sections import (
     DataConfig,
     DataSource,
@@ -46,6 +46,7 @@ __all__ = [
     "TimestepSpec",
     "TrainConfig",
     "VideoConfig",
+    "begun_with",
     "deciding",
     "dump",
     "load",

@@ -32,6 +32,7 @@ from mmalign.config.sections import (
     default_of,
 )
 from mmalign.config.video import VideoConfig
+from mmalign.errors import ConfigError
 
 OF_TOKENS = ("text", "video")
 _READ_BY: dict[str, tuple[str, ...]] = {
@@ -135,6 +136,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config
 
 
+def begun_with(folder: Path, section: str, key: str) -> Any:
+    """A setting of the run that was begun in a folder; None where none was, or it does not say."""
+    try:
+        found: dict[str, Any] = yaml.read(folder / "config.yaml").get(section) or {}
+    except ConfigError:  # whoever needs it says so
+        return None
+    return found.get(key)
+
+
 def dump(config: RunConfig) -> str:
     """The whole config, defaults included, as YAML that `load` reads back equal."""
     return yaml.dump(config.model_dump(mode="json"))
@@ -162,6 +172,7 @@ def deciding(config: RunConfig) -> dict[str, Any]:
                 "max_time",
                 "trackers",
                 "num_threads",
+                "cpu_products",
                 "check_reference",
                 "check_settings",
             },

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign.config import RunConfig, yaml
+from mmalign import config as configs
+from mmalign.config import RunConfig
 from mmalign.core import Needs
 from mmalign.data.cache import TensorCache, content_of
 from mmalign.data.example import Example
@@ -149,7 +150,7 @@ def settle(config: RunConfig, *, for_cache: bool = False) -> RunConfig:
     """
     if config.text.date is not None or not writes_date(config):
         return config
-    found = _of_run(config.output)
+    found = _date(configs.begun_with(config.output, "text", "date"))
     if found is None and (for_cache or config.reference.kind == "cached"):
         found = _of_cache(cache_folder(config))
         if found is not None and found != datetime.date.today():
@@ -191,17 +192,6 @@ def writes_date(config: RunConfig) -> bool:
             return True
     more = Path(path) / "additional_chat_templates"
     return any(CLOCK in file.read_text(encoding="utf-8") for file in more.glob("*.jinja"))
-
-
-def _of_run(folder: Path) -> datetime.date | None:
-    file = folder / "config.yaml"
-    if not file.is_file():
-        return None
-    try:
-        text: Any = yaml.read(file).get("text") or {}
-    except ConfigError:  # whoever needs it says so
-        return None
-    return _date(text.get("date"))
 
 
 def _of_cache(folder: Path) -> datetime.date | None:

@@ -15,16 +15,23 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DistributedType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    set_seed,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mmalign import config as configs
 from mmalign import preflight
 from mmalign.config import RunConfig, TrainConfig
 from mmalign.core import Objective
 from mmalign.data.example import Example
 from mmalign.data.select import check_trainable
 from mmalign.errors import ConfigError
+from mmalign.models import cpu
 from mmalign.models.adapter import Adapter, Tools, build_adapter, say, survey_rows, tools_of
 from mmalign.models.batch import Batch
 from mmalign.train.metrics import Averages, flatten
@@ -435,6 +442,23 @@ class Run:
         )
 
 
+_MANY = 2**24  # weights of linear layers, from which a measurement of 2 s is soon paid back
+
+
+def _settle_products(config: RunConfig, adapter: Adapter) -> RunConfig:
+    """Use the library of `train.cpu_products`, decided where it is auto, so that it is kept."""
+    library: Any = config.train.cpu_products
+    layers = [module.weight for module in adapter.modules() if isinstance(module, nn.Linear)]
+    on_cpu = all(weight.device.type == "cpu" for weight in layers)
+    if library == "auto" and on_cpu and sum(weight.numel() for weight in layers) >= _MANY:
+        begun = configs.begun_with(config.output, "train", "cpu_products")
+        (library,) = broadcast_object_list([begun if begun in cpu.LIBRARIES else cpu.faster()])
+        train = config.train.model_copy(update={"cpu_products": library})
+        config = config.model_copy(update={"train": train})
+    cpu.use("onednn" if library == "auto" else library)
+    return config
+
+
 def build_run(config: RunConfig, objective: Objective) -> Run:
     """Load data and model, and let accelerate place them as it was launched."""
     train = config.train
@@ -455,6 +479,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     say(doubts := preflight.doubts(plan))
 
     adapter = build_adapter(config, objective.needs)
+    config = _settle_products(config, adapter)
     ready_for_sharding(accelerator, adapter, config)
     model, optimizer = accelerator.prepare(adapter, build_optimizer(adapter, train))
     model.train()
