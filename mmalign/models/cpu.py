@@ -25,13 +25,15 @@ from torch.autograd.function import once_differentiable
 # float32. There, bfloat16 operands are widened: the sums are float32's either way, and the result
 # is rounded to bfloat16 as it would be.
 
-KERNELS = 64  # three products of a language model's layer and head come in 15 shapes a step
+KERNELS = 16  # three products of a layer and of the head come in 15 shapes a step
 SMALLEST_ROWS = 8  # below, preparing oneDNN costs more than it gives (token by token decoding)
+SMALLEST = 2**25  # multiplications; below, MKL is done before oneDNN has prepared a new shape
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias without a gradient, for any strides: [m, k], [n, k] -> [m, n]."""
-    if _library == "onednn" and suits(x) and weight.dtype == x.dtype:
+    large = x.numel() * len(weight) >= SMALLEST
+    if large and _library == "onednn" and suits(x) and weight.dtype == x.dtype:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     if is_slow(x):
         with torch.autocast("cpu", enabled=False):
@@ -115,7 +117,7 @@ class CpuLinear(nn.Linear):
         """The same as `nn.Linear.forward`."""
         casts = torch.is_autocast_enabled("cpu") and (suits(input) or is_slow(input))
         x = input.to(torch.get_autocast_dtype("cpu")) if casts else input
-        few = x.numel() // max(x.shape[-1], 1) < SMALLEST_ROWS
+        few = x.numel() < max(SMALLEST_ROWS * x.shape[-1], SMALLEST // self.out_features)
         if few or not (suits(x) or (is_slow(x) and (casts or self.weight.dtype == x.dtype))):
             return super().forward(input)
         with torch.autocast("cpu", enabled=False):

@@ -70,7 +70,8 @@ def head_of(model: PreTrainedModel) -> Head:
         ConfigError: when none does.
     """
     if model not in _shapes:
-        _shapes[model] = _head_shape(model)
+        with torch.autocast(model.device.type, enabled=False):
+            _shapes[model] = _head_shape(model)
     return _head(model, *_shapes[model])
 
 
@@ -91,11 +92,7 @@ def _head_shape(model: PreTrainedModel) -> tuple[float, float | None]:
         )
     ids = torch.arange(1, 9, device=layer.weight.device)[None]  # any tokens
     body: Any = body_of(model)
-    with (
-        torch.autocast(ids.device.type, enabled=False),
-        in_mode(model, training=False),
-        refusing(model, "a forward pass over token ids alone"),
-    ):
+    with in_mode(model, training=False), refusing(model, "a forward pass over token ids alone"):
         expected = model(input_ids=ids, use_cache=False).logits[0]
         states = body(input_ids=ids, use_cache=False).last_hidden_state[0]
     wide = torch.promote_types(expected.dtype, torch.float32)

@@ -17,6 +17,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def _small_products_count_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "SMALLEST", 1)
+
+
+def test_small_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "SMALLEST", 20 * 7 * 5)
+    layer = nn.Linear(7, 5)
+    use_onednn(layer)
+    assert "_Linear" in type(layer(torch.randn(20, 7)).grad_fn).__name__
+    assert "_Linear" not in type(layer(torch.randn(19, 7)).grad_fn).__name__
+
+
 @pytest.mark.parametrize("shape", [(3, 7), (40, 7), (2, 20, 7)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_values_and_gradients_are_those_of_linear(shape: tuple[int, ...], bias: bool) -> None:
