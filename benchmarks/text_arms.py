@@ -90,10 +90,12 @@ def run_mmalign(
 ) -> None:
     """Ours; `train` are settings of that section."""
     import torch
+    from transformers import LlamaForCausalLM  # noqa: F401  loaded later by itself: no step's memory
 
     from mmalign import config as configs
     from mmalign.inference import write_cache
     from mmalign.preflight.check import check_config
+    from mmalign.text.adapter import TextAdapter  # noqa: F401
     from mmalign.train.backward import backward_joint
     from mmalign.train.run import build_run
 
