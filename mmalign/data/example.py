@@ -293,12 +293,12 @@ def in_order(record: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     if not prefers_rejected(record):
         return record
-    turned = {_other_side(key, record): value for key, value in record.items()}
+    turned = {other_side(key, record): value for key, value in record.items()}
     given = {key: number(turned.get(key)) for key in _PROBABILITIES}
     return turned | {key: 1.0 - p for key, p in given.items() if p is not None}
 
 
-def _other_side(key: str, record: Mapping[str, Any]) -> str:
+def other_side(key: str, record: Mapping[str, Any]) -> str:
     """The same key of the other response: rejected_cut for chosen_cut; others as they are."""
     found = _SIDE.fullmatch(key)
     if found is None or key in _PROBABILITIES:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmalign.data.fields import as_object
 from mmalign.data.pictures import PictureRoot
-from mmalign.data.records import Record, json_line, read_records
+from mmalign.data.records import Record, json_line, picture_root, read_records
 from mmalign.errors import ConfigError, DataError
 from mmalign.safe import replacing
 
@@ -205,9 +205,7 @@ class Source:
 
     def root(self) -> PictureRoot:
         """Where paths of its images start."""
-        file = Path(self.path)
-        own = None if not file.exists() else file if file.is_dir() else file.parent
-        return PictureRoot(self.pictures or own)
+        return picture_root(Path(self.path), self.pictures)
 
 
 def require_new(*files: Path) -> None:

@@ -219,7 +219,7 @@ def read_records(
     Paths of images start from the folder `pictures`, or that of the source, and stay inside it.
     Rows whose split is not `wanted`, asked row by row, are passed over unread.
     """
-    root = _root(Path(path), pictures)
+    root = picture_root(Path(path), pictures)
     first_use: dict[str, str] = {}
     other_splits: set[str] = set()
     for row in read_rows(path, name=name, split=split, wanted=wanted):
@@ -257,7 +257,8 @@ def read_records(
         raise DataError(f"{path}: no row has the split {split!r}; found: {named}")
 
 
-def _root(source: Path, pictures: Path | None) -> PictureRoot:
+def picture_root(source: Path, pictures: Path | None) -> PictureRoot:
+    """Where paths of images start: from the folder `pictures`, or that of the source."""
     if pictures is not None and not pictures.is_dir():
         raise DataError(f"pictures: there is no folder {pictures}")
     if pictures is None and source.exists():
@@ -359,7 +360,7 @@ def convert_file(
     target.parent.mkdir(parents=True, exist_ok=True)
     problems = ProblemList()
     written = 0
-    copies = PictureCopies(target, _root(Path(source), pictures))
+    copies = PictureCopies(target, picture_root(Path(source), pictures))
     try:
         with replacing(target) as partial:
             with partial.open("w", encoding="utf-8") as handle:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,23 +157,11 @@ class PictureBook:
         if not self.rows:
             return []
         total = sum(len(parts) for _, parts, _ in self.rows)
-        width = max(map(len, self.sizes), default=0) + 2
-        heads = ("width", "height", "width / height")
-        quantiles = "".join(f"{name:>8}" for name in ("min", "median", "max"))
-        lines = [
-            f"  images   {total} in {len(self.rows)} records; {self.num_decoded} files decoded",
-            f"  {'':{width}}" + "    ".join(f"{head:>24}" for head in heads),
-            f"  {'':{width}}" + "    ".join(quantiles for _ in heads),
-        ]
-        for name, values in self.sizes.items():
-            sides = np.array(values, dtype=np.float64)
-            columns = (sides[:, 0], sides[:, 1], sides[:, 0] / sides[:, 1])
-            cells = [
-                "".join(f"{n:8.{2 * (i == 2)}f}" for n in np.quantile(column, (0, 0.5, 1)))
-                for i, column in enumerate(columns)
-            ]
-            lines.append(f"  {name:{width}}" + "    ".join(cells))
-        return lines
+        heads = {"width": 0, "height": 0, "width / height": 2}
+        sides = {name: [(w, h, w / h) for w, h in sizes] for name, sizes in self.sizes.items()}
+        table = _table(heads, {"min": 0.0, "median": 0.5, "max": 1.0}, sides, " " * 4)
+        files = f"{total} in {len(self.rows)} records; {self.num_decoded} files decoded"
+        return [f"  images   {files}", *table]
 
 
 def _judge_sizes(rows: list[tuple[Record, list[Size]]], doubts: Doubts) -> None:
@@ -211,7 +199,7 @@ def _look(picture: Image) -> tuple[Size, bytes]:
 
 
 EVAL = "eval"
-QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
+QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
 
 
 @dataclass(slots=True)
@@ -358,20 +346,32 @@ def _parts(row: Example) -> Iterable[tuple[str, str]]:
             yield candidate.role or rated[i], as_text(candidate.response)
 
 
+def _table(
+    heads: Mapping[str, int],
+    quantiles: Mapping[str, float],
+    values: Mapping[str, Sequence[tuple[float, ...]]],
+    between: str,
+) -> list[str]:
+    """Two lines of heads, which say the digits of a column too, then a line for each name."""
+    width = max(map(len, values), default=0) + 2
+    under = "".join(f"{name:>8}" for name in quantiles)
+    lines = [
+        f"  {'':{width}}" + between.join(f"{head:>{len(under)}}" for head in heads),
+        f"  {'':{width}}" + between.join(under for _ in heads),
+    ]
+    for name, rows in values.items():
+        found = np.quantile(np.array(rows, np.float64), list(quantiles.values()), axis=0)
+        columns = zip(found.T.tolist(), heads.values(), strict=True)
+        cells = ("".join(f"{n:8.{digits}f}" for n in column) for column, digits in columns)
+        lines.append(f"  {name:{width}}" + between.join(cells))
+    return lines
+
+
 def _length_table(lengths: dict[str, list[tuple[int, int]]]) -> list[str]:
     """Quantiles of characters and words, a line for each part of a row."""
     if not lengths:
         return []
-    width = max(map(len, lengths)) + 2
-    head = "".join(f"{name:>8}" for name in ("min", "5%", "median", "95%", "max"))
-    lines = [
-        f"  {'':{width}}{'characters':>40}      {'words':>40}",
-        f"  {'':{width}}{head}      {head}",
-    ]
-    for part, values in lengths.items():
-        table = np.quantile(np.array(values), QUANTILES, axis=0).round().astype(int)
-        characters, words = ("".join(f"{n:8}" for n in table[:, i].tolist()) for i in (0, 1))
-        lines.append(f"  {part:{width}}{characters}      {words}")
+    lines = _table({"characters": 0, "words": 0}, QUANTILES, lengths, " " * 6)
     if {"chosen", "rejected"} <= set(lengths):
         pairs = zip(lengths["chosen"], lengths["rejected"], strict=True)
         longer = sum(chosen > rejected for (chosen, _), (rejected, _) in pairs)

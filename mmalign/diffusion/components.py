@@ -15,7 +15,7 @@ from mmalign.diffusion import pipeline
 from mmalign.diffusion.families import family_of
 from mmalign.diffusion.process import NoiseProcess
 from mmalign.errors import ConfigError
-from mmalign.models.files import denoiser_folder, read_tensors, weight_files
+from mmalign.models.files import denoiser_folder, folder_tensors
 
 
 def is_tiny(config: Mapping[str, Any]) -> bool:
@@ -78,9 +78,8 @@ def load(folder: Path, dtype: torch.dtype) -> TinyAutoencoder:
     model = TinyAutoencoder(
         config["width"], config["latent_channels"], config["blocks_per_stage"], magnitude
     )
-    state = {k: v for file in weight_files(folder) for k, v in read_tensors(file)[0].items()}
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(folder_tensors(folder))
     except RuntimeError as error:
         raise ConfigError(f"{folder}: the weights are not those of config.json: {error}") from error
     return model.to(dtype).eval().requires_grad_(False)

@@ -21,7 +21,13 @@ from mmalign.diffusion.components import Components
 from mmalign.diffusion.families.base import KohyaNames
 from mmalign.errors import CheckpointError
 from mmalign.models.adapter import Saved
-from mmalign.models.files import denoiser_folder, read_tensors, save_tensors, weight_files
+from mmalign.models.files import (
+    denoiser_folder,
+    folder_tensors,
+    read_tensors,
+    save_tensors,
+    weight_files,
+)
 from mmalign.models.lora import comfyui_scale, wide_norms
 from mmalign.models.lora_files import (
     DIFFUSERS_LORA,
@@ -403,10 +409,8 @@ def _load_factors(policy: PeftModel, lora: LoraWeights) -> None:
 
 
 def _load_whole(policy: nn.Module, folder: Path) -> None:
-    files = weight_files(denoiser_folder(folder))
-    state = {name: tensor for file in files for name, tensor in read_tensors(file)[0].items()}
     try:
-        policy.load_state_dict(state)
+        policy.load_state_dict(folder_tensors(denoiser_folder(folder)))
     except RuntimeError as error:
         raise CheckpointError(
             f"{folder}: holds another model than the config's: {one_line(error)}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from mmalign.diffusion.process import Size
 from mmalign.errors import ConfigError
 from mmalign.models.files import state_fingerprint
 from mmalign.models.merge import Change, Delta, LoraDelta, combined, open_delta
+from mmalign.models.reference import in_mode
 
 
 def guided(
@@ -170,7 +171,8 @@ def denoise(
 
     latents = noise.to(dtype) * getattr(scheduler, "init_noise_sigma", 1.0)
     scale = getattr(scheduler, "scale_model_input", lambda latents, _: latents)
-    with _evaluating(model, negative_model):
+    networks = [model] if negative_model is None else [model, negative_model]
+    with in_mode(*networks, training=False):
         for t in scheduler.timesteps:  # on the CPU, like the scheduler's own tables
             x = scale(latents, t)
             if negative is None:
@@ -263,19 +265,6 @@ def scheduler_for(components: Components, diffusion: DiffusionConfig, size: Size
     scheduler = getattr(diffusers, kind).from_config(dict(config), **changes)
     components.family.set_timesteps(scheduler, spec.num_steps, size)
     return scheduler
-
-
-@contextmanager
-def _evaluating(*models: nn.Module | None) -> Iterator[None]:
-    """Evaluation mode inside the block; every module's own mode comes back after it."""
-    modes = [(part, part.training) for model in models if model for part in model.modules()]
-    try:
-        for part, _ in modes:
-            part.training = False
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def load_negative(

@@ -118,6 +118,35 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
 
 
+def folder_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint's folder, by the names in its files."""
+    return {k: v for file in weight_files(folder) for k, v in read_tensors(file)[0].items()}
+
+
+def put_tensors(own: Mapping[str, Tensor], found: Mapping[str, Tensor], where: Path) -> None:
+    """Copy the tensors of a file into those of a model, in place.
+
+    Raises:
+        CheckpointError: Some are only in one of them, or of another shape.
+    """
+    import torch
+
+    if odd := sorted(own.keys() ^ found.keys()):
+        raise CheckpointError(
+            f"{where}: its tensors are not those of the model; {len(odd)} are only in one of "
+            f"them, e.g. {odd[0]}"
+        )
+    for name, tensor in own.items():
+        if found[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{where}: {name} is {list(found[name].shape)} there and {list(tensor.shape)} in "
+                "the model; it belongs to another model"
+            )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(found[name])
+
+
 def opened(file: Path) -> Any:
     """A safetensors file, whose names and size are checked; to be used in a `with`.
 

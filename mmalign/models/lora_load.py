@@ -14,7 +14,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mmalign.errors import CheckpointError
-from mmalign.models.files import ADAPTER_CONFIG, opened, read_json, read_tensors, weight_files
+from mmalign.models.files import (
+    ADAPTER_CONFIG,
+    folder_tensors,
+    opened,
+    put_tensors,
+    read_json,
+    weight_files,
+)
 from mmalign.models.lora_settings import check_settings
 
 if TYPE_CHECKING:
@@ -54,7 +61,7 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool) -> PeftMode
     """
     from peft import PeftConfig, get_peft_model
 
-    tensors = adapter_tensors(folder)
+    tensors = folder_tensors(folder)
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = not trainable
@@ -73,16 +80,11 @@ def load_adapter(model: nn.Module, folder: Path, *, trainable: bool) -> PeftMode
         raise CheckpointError(
             f"{folder}: cannot be loaded on this model: {one_line(error)}"
         ) from error
-    put_tensors(policy, tensors, folder)
+    put_adapter(policy, tensors, folder)
     return policy if trainable else policy.eval()
 
 
-def adapter_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of an adapter's folder, by the names in its file."""
-    return {k: v for file in weight_files(folder) for k, v in read_tensors(file)[0].items()}
-
-
-def put_tensors(policy: PeftModel, tensors: Mapping[str, Tensor], where: Path) -> None:
+def put_adapter(policy: PeftModel, tensors: Mapping[str, Tensor], where: Path) -> None:
     """Put the tensors of a file in the place of the adapter's own.
 
     Raises:
@@ -91,18 +93,10 @@ def put_tensors(policy: PeftModel, tensors: Mapping[str, Tensor], where: Path) -
     from peft import get_peft_model_state_dict
 
     own = get_peft_model_state_dict(policy, adapter_name=TRAINED, save_embedding_layers=False)
-    if own.keys() != tensors.keys():
-        _convert(policy, tensors, where)  # names of an older class, or a misfit
-        return
-    odd = next((name for name, tensor in own.items() if tensor.shape != tensors[name].shape), None)
-    if odd is not None:
-        raise CheckpointError(
-            f"{where}: {odd} is {list(tensors[odd].shape)} there and {list(own[odd].shape)} in the "
-            "model; the adapter belongs to another model"
-        )
-    with torch.no_grad():
-        for name, tensor in own.items():  # views of the adapter's own
-            tensor.copy_(tensors[name])
+    if own.keys() == tensors.keys():
+        put_tensors(own, tensors, where)  # they are views of the adapter's own
+    else:  # names of an older class, or a misfit
+        _convert(policy, tensors, where)
 
 
 def _convert(policy: PeftModel, tensors: Mapping[str, Tensor], where: Path) -> None:

@@ -227,17 +227,26 @@ class Mixture(Reference):
 
 
 @contextmanager
+def in_mode(*models: nn.Module, training: bool) -> Iterator[None]:
+    """One mode for all modules of some models; each module's own mode afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.train(training)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients; modes and requires_grad flags come back as they were."""
-    modes = [(part, part.training) for part in module.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     try:
-        module.eval()
-        with torch.no_grad():
+        with in_mode(module, training=False), torch.no_grad():
             yield
     finally:
-        for part, training in modes:
-            part.training = training
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
 

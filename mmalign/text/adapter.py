@@ -21,8 +21,8 @@ from mmalign.models import lora
 from mmalign.models.adapter import Adapter, answer_seeds
 from mmalign.models.batch import Batch
 from mmalign.models.cpu import keep_few_kernels, use_onednn
-from mmalign.models.files import ADAPTER_CONFIG
-from mmalign.models.lora_load import TRAINED, adapter_tensors, from_folder, put_tensors
+from mmalign.models.files import ADAPTER_CONFIG, folder_tensors
+from mmalign.models.lora_load import TRAINED, from_folder, put_adapter
 from mmalign.models.lora_settings import differences, read_settings, routers
 from mmalign.models.reference import Cached, build_reference, resolve
 from mmalign.text.cache import ReferenceCache, check_cacheable
@@ -77,7 +77,7 @@ def load_trained(policy: nn.Module, folder: Path) -> nn.Module:
             f"{folder}: is another adapter than the config's model has; {'; '.join(odd)}. Use the "
             "config that it was trained with"
         )
-    put_tensors(policy, adapter_tensors(folder), folder)
+    put_adapter(policy, folder_tensors(folder), folder)
     return policy
 
 

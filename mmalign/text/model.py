@@ -18,6 +18,7 @@ from mmalign.config import ModelConfig, RunConfig
 from mmalign.errors import ConfigError, MmalignError
 from mmalign.models.files import ADAPTER_CONFIG
 from mmalign.models.lora_settings import ODD, SILENT, linear_layers
+from mmalign.models.reference import in_mode
 from mmalign.text import packing
 from mmalign.text.packing import Fed, Rows, TextInputs
 from mmalign.text.tokenizer import token_ids
@@ -305,19 +306,6 @@ def describe(error: Exception) -> str:
     """Type and first line of an error."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-@contextmanager
-def in_mode(*models: nn.Module, training: bool) -> Iterator[None]:
-    """One mode for all modules of some models; each module's own mode afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.train(training)
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def unfit_layers(model: PreTrainedModel) -> dict[str, str]:

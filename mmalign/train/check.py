@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mmalign.core.divergence import ReverseKL
 from mmalign.core.links import Logistic
 from mmalign.core.score import Score
 from mmalign.core.terms import Preference
-from mmalign.data.jobs import waiting
+from mmalign.data.jobs import first_few, waiting
 from mmalign.errors import ConfigError, NonFiniteLoss
 from mmalign.models.batch import Batch
 from mmalign.train.order import own_random_stream
@@ -256,9 +257,8 @@ def _count(name: str, value: Tensor, flags: Tensor) -> str:
     return f"{name}: {' and '.join(found)} of {value.numel()}"
 
 
-def _listed(ids: tuple[str, ...] | list[str], most: int = 8) -> str:
-    more = f" and {len(ids) - most} more" if len(ids) > most else ""
-    return ", ".join(repr(one) for one in ids[:most]) + more
+def _listed(ids: Iterable[str]) -> str:
+    return ", ".join(first_few(list(map(repr, ids))))
 
 
 def non_finite_error(step: int, reports: list[str], last_good: Path | None) -> NonFiniteLoss:

@@ -31,9 +31,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mmalign.core import Objective
+from mmalign.data.jobs import first_few
 from mmalign.errors import CheckpointError
 from mmalign.models.adapter import Adapter
-from mmalign.models.files import read_tensors, usual_mode
+from mmalign.models.files import put_tensors, read_tensors, usual_mode
 from mmalign.train.files import Table, changed_files, differences, sweep, touched
 from mmalign.train.metrics import flatten, keep_until
 from mmalign.train.order import rng_state, set_rng_state
@@ -115,7 +116,6 @@ log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _ROWS = "data.train_hash"
-_NAMED = 8  # differences
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -213,12 +213,8 @@ def resume(run: Run, identity: Mapping[str, Any], made_of: Table) -> Path | None
             setattr(run.position, name, value)
     if run.accelerator.is_main_process:
         if again := touched(run_dir, made_of):
-            more = f" and {len(again) - _NAMED:,} more" if len(again) > _NAMED else ""
-            log.warning(
-                "%s%s: written again since the run began, alike in what was looked at",
-                ", ".join(again[:_NAMED]),
-                more,
-            )
+            named = ", ".join(first_few(again))
+            log.warning("%s: written again since the run began, alike in what was looked at", named)
         sweep(run_dir)
         for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
             keep_until(run_dir / name, run.position.step if newest else -1)
@@ -254,10 +250,9 @@ def _require_same_run(
         changes += changed_files(path.parent, made_of, "data")
     changes += differences(then.get("inputs", {}), now.get("inputs", {}), made_of, path.parent)
     if changes:
-        more = [f"and {len(changes) - _NAMED} more"] if len(changes) > _NAMED else []
         raise CheckpointError(
             f"{path}: cannot resume, because this run would not continue that one:\n  "
-            + "\n  ".join([*changes[:_NAMED], *more])
+            + "\n  ".join(first_few(changes))
             + "\nRestore these values, or start a new run in another output folder"
         )
 
@@ -280,23 +275,8 @@ def load(path: Path, run: Run) -> None:
 
 def load_weights(path: Path, adapter: Adapter) -> None:
     """Put the trained parameters of a checkpoint that is not sharded into an adapter."""
-    weights = read_tensors(path / "weights.safetensors")[0]
-    parameters = dict(_trainable(adapter))
-    if weights.keys() != parameters.keys():
-        odd = sorted(weights.keys() ^ parameters.keys())
-        raise CheckpointError(
-            f"{path / 'weights.safetensors'}: its parameters are not those of the model; "
-            f"{len(odd)} are only in one of them, e.g. {odd[0]}"
-        )
-    for name, parameter in parameters.items():
-        if weights[name].shape != parameter.shape:
-            raise CheckpointError(
-                f"{path / 'weights.safetensors'}: {name} is {list(weights[name].shape)} there and "
-                f"{list(parameter.shape)} in the model"
-            )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+    file = path / "weights.safetensors"
+    put_tensors(dict(_trainable(adapter)), read_tensors(file)[0], file)
 
 
 def load_state(path: Path, adapter: Adapter, objective: Objective) -> None:

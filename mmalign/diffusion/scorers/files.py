@@ -12,7 +12,7 @@ from typing import Any, Generic, Literal, TypeVar
 from torch import Tensor
 
 from mmalign.data import jobs
-from mmalign.data.example import Picture, as_text
+from mmalign.data.example import PREFERENCE, Picture, as_text, other_side
 from mmalign.data.pictures import decode_all, num_pixels
 from mmalign.data.records import PictureCopies, ProblemList
 from mmalign.diffusion.cache_plan import ahead
@@ -93,10 +93,6 @@ def _parts(items: Iterable[Item[Key]], batch_size: int) -> Iterator[list[Item[Ke
 
 PUBLISHED_RANGE = (0.11543526500463486, 0.28201571106910706)
 """Least and greatest PickScore cosine in Pick-a-Pic v2, of SmPO's released code."""
-
-_HUMAN = ("tie", "p_chosen", "agreement", "votes_chosen", "votes_rejected", "votes_tie")
-_GRADED = ("label_chosen", "label_rejected")
-_SIDES = ("_chosen", "_rejected")
 
 Smooth = Literal["published", "data"] | tuple[float, float]
 
@@ -200,10 +196,10 @@ def label_pair(
     tied = own[first][0] == own[first][1]
     human: dict[str, Any] = {}
     if relabel or limits is not None:
-        human = {key: row.pop(key) for key in (*_HUMAN, *_GRADED) if key in row}
+        human = {key: row.pop(key) for key in PREFERENCE if key in row}
     if swapped:
         order = {key: place for place, key in enumerate(row)}
-        pairs = ((_other_side(key), value) for key, value in row.items())
+        pairs = ((other_side(key, row), value) for key, value in row.items())
         row = dict(sorted(pairs, key=lambda item: order.get(item[0], len(order))))
         own = {name: values[::-1] for name, values in own.items()}
     row["score_chosen"], row["score_rejected"] = own[first]
@@ -215,14 +211,6 @@ def label_pair(
     if human or relabel:
         meta["human"] = {"swapped": swapped, **human}
     return Labelled({**row, "meta": meta}, swapped, tied)
-
-
-def _other_side(key: str) -> str:
-    """The same key of the other image: image_chosen for image_rejected."""
-    for side, other in (_SIDES, _SIDES[::-1]):
-        if key.endswith(side):
-            return key.removesuffix(side) + other
-    return key
 
 
 def label_list(
