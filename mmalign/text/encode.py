@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Encoded = list[list[EncodedCandidate]]  # by row and candidate
+Read = dict[str, Any]  # media that were read, by their key; models of text have none
 VERSION = 4  # raise it when the same settings give other tokens: caches depend on it
 
 
@@ -137,8 +138,23 @@ def _pad(rows: Sequence[Sequence[Sequence[int]]], value: int) -> Tensor:  # -> [
 class Encoder:
     """Turns examples into batches for one tokenizer and one config."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> None:
+    chat_class: ClassVar[type[ChatTemplate]] = ChatTemplate
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RunConfig,
+        *,
+        owner: Any = None,
+        plain: PlainText | None = None,
+    ) -> None:
         """Check that the tokenizer can do what `data` and `text` of the config ask.
+
+        Args:
+            tokenizer: Of the model.
+            config: The run's.
+            owner: What has the chat template; None: the tokenizer.
+            plain: Writes prompts where no chat template is in use; None: as they are.
 
         Raises:
             ConfigError: when it cannot.
@@ -152,7 +168,14 @@ class Encoder:
         self._tokenize = TextTokenizer(tokenizer)
         self._model = config.model
         self.notes = Notes()
-        self.render = self._renderer()
+        chat = self._chat(tokenizer if owner is None else owner)
+        self.render = chat or plain or PlainText()
+        for name in ("system_prompt", "template_kwargs"):
+            if chat is None and getattr(self.text, name):
+                raise ConfigError(
+                    f"text.{name} is set, but no chat template is in use (the tokenizer has none, "
+                    "or text.chat_template is false). Put the text into the prompts"
+                )
         if kind in ("spans", "steps") and not self._tokenize.has_offsets:
             raise ConfigError(
                 f"text.masks.kind is {kind!r}, which needs character offsets; "
@@ -180,26 +203,7 @@ class Encoder:
         if self._tokenize.pad_id >= embedded:
             self._tokenize.pad_id = 0  # masked: any token that the model has will do
 
-    def _renderer(self) -> ChatTemplate | PlainText:
-        chat, plain = self._renderers()
-        if chat is not None:
-            return chat
-        for name in ("system_prompt", "template_kwargs"):
-            if getattr(self.text, name):
-                raise ConfigError(
-                    f"text.{name} is set, but no chat template is in use (the tokenizer has none, "
-                    "or text.chat_template is false). Put the text into the prompts"
-                )
-        return plain
-
-    def _renderers(self) -> tuple[ChatTemplate | None, PlainText]:
-        """The chat template, where one is in use, and what stands in for it."""
-        template = self._template(self.tokenizer)
-        if template is None:
-            return None, PlainText()
-        return ChatTemplate(template, self.text.system_prompt, self._ends, self.notes), PlainText()
-
-    def _template(self, owner: Any) -> JinjaTemplate | None:
+    def _chat(self, owner: Any) -> ChatTemplate | None:
         """The chat template in use: the owner's, or the config's, which becomes the owner's."""
         given = self.text.chat_template
         if isinstance(given, Path):
@@ -207,7 +211,8 @@ class Encoder:
         if given is False or getattr(owner, "chat_template", None) is None:
             return None
         today = self.text.date or datetime.date.today()
-        return JinjaTemplate(owner, self.text.template_kwargs, today)
+        template = JinjaTemplate(owner, self.text.template_kwargs, today)
+        return self.chat_class(template, self.text.system_prompt, self._ends, self.notes)
 
     @cached_property
     def _ends(self) -> Ends:
@@ -286,19 +291,22 @@ class Encoder:
         """The context to generate a response from: the one that training scores responses in."""
         where = prompt.place or where if isinstance(prompt, Asked) else where
         ids, _ = self._ids(self.render.context(prompt, where))
-        return self._known(self._cut_prompt(self._started(ids, where), where), where)
+        return self._known(self.cut_prompt(self._started(ids, where), where), where)
 
-    def encode_example(self, example: Example) -> tuple[EncodedCandidate, ...]:
+    def encode_example(
+        self, example: Example, read: Read | None = None
+    ) -> tuple[EncodedCandidate, ...]:
         """Every candidate of the row, in the row's order; candidates of one context share its ids.
+
+        Args:
+            example: The row.
+            read: Has the media that were read before, and gets those read now.
 
         Raises:
             DataError: when a response has no token, the chat template loses a part of it, or media
                 cannot be shown.
         """
-        return self._encoded(example, {})
-
-    def _encoded(self, example: Example, read: dict[str, Any]) -> tuple[EncodedCandidate, ...]:
-        """The same; `read` has by key the media that were read before, and gets those read now."""
+        read = {} if read is None else read
         groups: dict[tuple[Prompt, Media], list[int]] = {}
         for index, candidate in enumerate(example.candidates):
             prompt = example.prompt if candidate.prompt is None else candidate.prompt
@@ -314,12 +322,7 @@ class Encoder:
         return tuple(encoded[index] for index in range(len(encoded)))
 
     def _in_context(
-        self,
-        prompt: Prompt,
-        media: Media,
-        members: Sequence[Candidate],
-        row: Example,
-        read: dict[str, Any],
+        self, prompt: Prompt, media: Media, members: Sequence[Candidate], row: Example, read: Read
     ) -> list[EncodedCandidate]:
         """Candidates of a row under one prompt; models of text pass over `media`."""
         asked = Asked(prompt, row.template) if row.template else prompt
@@ -379,7 +382,7 @@ class Encoder:
         if shared < len(alone):
             why = "prompt and response merge; responses start early"
             self.notes.count("boundary_moved", row, why)
-        prompt_ids = self._known(self._cut_prompt(self._started(alone[:shared], row), row), row)
+        prompt_ids = self._known(self.cut_prompt(self._started(alone[:shared], row), row), row)
         encoded: list[EncodedCandidate] = []
         for (ids, offsets), response, candidate in zip(joined, responses, candidates, strict=True):
             stop = shared + self.data.max_response_length
@@ -454,7 +457,8 @@ class Encoder:
             "start from; give a prompt"
         )
 
-    def _cut_prompt(self, ids: list[int], row: str) -> list[int]:
+    def cut_prompt(self, ids: list[int], row: str) -> list[int]:
+        """A prompt at most `data.max_prompt_length` long."""
         limit = self.data.max_prompt_length
         if len(ids) <= limit:
             return ids

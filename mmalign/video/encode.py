@@ -22,13 +22,12 @@ from mmalign.core import Needs
 from mmalign.data.example import Asked, Candidate, Example, Media, Message, Prompt, Template
 from mmalign.errors import ConfigError, DataError
 from mmalign.models.batch import WHOLE, Batch, ModelInputs
-from mmalign.text.encode import Encoder, collate
+from mmalign.text.encode import Encoder, Read, collate
 from mmalign.text.masks import EncodedCandidate
 from mmalign.text.messages import PlainText
 from mmalign.text.packing import TextInputs
 from mmalign.text.render import ChatTemplate
 from mmalign.text.tokenizer import Offsets
-from mmalign.video import candidates
 from mmalign.video.clues import CLUE_TOKEN, clue_count, insert_clues
 from mmalign.video.model import Encoded, TokenKinds
 from mmalign.video.processing import Processed, Processor
@@ -119,19 +118,6 @@ class MarkedText(PlainText):
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
-    """What the prompt of a candidate shows.
-
-    Attributes:
-        prepared: Its media, ready for the model.
-        operation: How they are perturbed, by number; see `mmalign.video.candidates`.
-    """
-
-    prepared: Prepared
-    operation: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class MediaInputs(ModelInputs):
     """The media of a context.
 
@@ -155,7 +141,7 @@ class MediaInputs(ModelInputs):
         if prepared.encoded is not None:
             given = {"input_ids": tensors["input_ids"]}
             return cls(given, prepared.encoded, written=written)
-        key = prepared.key if prepared.recurs else ""
+        key = "" if prepared.operation else prepared.key
         return cls(dict(tensors), key=key, written=written)
 
 
@@ -184,6 +170,8 @@ class VideoInputs(TextInputs):
 class VideoEncoder(Encoder):
     """Turns examples into batches for one processor and one config."""
 
+    chat_class = MediaTemplate
+
     def __init__(
         self,
         processor: Processor,
@@ -206,7 +194,9 @@ class VideoEncoder(Encoder):
                 may be others than the text of a prompt has.
         """
         self.processor, self.kinds = processor, TokenKinds(processor.token_types)
-        super().__init__(processor.tokenizer, config)
+        super().__init__(
+            processor.tokenizer, config, owner=processor.inner, plain=MarkedText(processor.tokens)
+        )
         own = processor.leading()
         self._tokenize.leading = self._tokenize.leading if own is None else own
         self.reader, self.positions, self.num_clues = reader, positions, num_clues
@@ -227,26 +217,14 @@ class VideoEncoder(Encoder):
             count = clue_count(config.video.clues)
         return cls(processor, config, reader, num_clues=count)
 
-    def _renderers(self) -> tuple[ChatTemplate | None, PlainText]:
-        plain = MarkedText(self.processor.tokens)
-        template = self._template(self.processor.inner)
-        if template is None:
-            return None, plain
-        return MediaTemplate(template, self.text.system_prompt, self._ends, self.notes), plain
-
     def _ids(self, text: str) -> tuple[list[int], Offsets]:
         # Processors put their bos before a chat template's text too, where it does not write one.
         return self._tokenize(text, add_leading=True)
 
     def _in_context(
-        self,
-        prompt: Prompt,
-        media: Media,
-        members: Sequence[Candidate],
-        row: Example,
-        read: dict[str, Prepared],
+        self, prompt: Prompt, media: Media, members: Sequence[Candidate], row: Example, read: Read
     ) -> list[EncodedCandidate]:
-        placed, expand, context = self._placed(prompt, media, row.id, read)
+        placed, expand, shown = self._placed(prompt, media, row.id, read)
         asked = Asked(placed, row.template) if row.template else placed
         items = self._group(asked, members, row.id, self.renderer(media), expand)
         if any(self.media_ids & set(item.response) for item in items):
@@ -254,7 +232,7 @@ class VideoEncoder(Encoder):
                 f"{row.id}: a response writes one of the model's own tokens for media "
                 f"({', '.join(self.processor.tokens.values())}); change the text"
             )
-        return [replace(item, context=context) for item in items]
+        return [replace(item, context=shown) for item in items]
 
     def encode_question(
         self, prompt: Prompt | Asked, media: Media, where: str
@@ -267,17 +245,17 @@ class VideoEncoder(Encoder):
         if media:
             key = self.reader.key(media)
             known[key] = self.reader.prepare(media, where, key=key, pixels=True)
-        placed, expand, context = self._placed(prompt, media, where, known)
+        placed, expand, shown = self._placed(prompt, media, where, known)
         text = self.renderer(media).context(Asked(placed, row), where)
         ids, _ = self._ids(expand(text))
-        ids = self._known(self._cut_prompt(self._started(ids, where), where), where)
-        return ids, None if context is None else context.prepared
+        ids = self._known(self.cut_prompt(self._started(ids, where), where), where)
+        return ids, shown
 
     def collate(self, examples: Sequence[Example], needs: Needs) -> Batch[VideoInputs]:
         """A batch on the CPU."""
-        encode = partial(self._encoded, read={})
+        encode = partial(self.encode_example, read={})
         batch, encoded = collate(self, examples, needs, encode)
-        contexts: dict[_Named, Context] = {}
+        contexts: dict[_Named, Prepared] = {}
         for item in chain.from_iterable(encoded):
             if item.context is not None:
                 contexts.setdefault(_name(item), item.context)
@@ -298,7 +276,7 @@ class VideoEncoder(Encoder):
 
     def _placed(
         self, prompt: Prompt, media: Media, where: str, known: dict[str, Prepared]
-    ) -> tuple[Prompt, Callable[[str], str], Context | None]:
+    ) -> tuple[Prompt, Callable[[str], str], Prepared | None]:
         """The prompt with its marks, how its text is expanded, and what it shows."""
         if not media:
             place(prompt, media, where)  # refuses marks of what is not there
@@ -325,8 +303,7 @@ class VideoEncoder(Encoder):
                 text = insert_clues(text, count, self.processor.tokens.values())
             return self.processor.expand(text, prepared.processed)
 
-        context = Context(prepared, candidates.number(media.change))
-        return place(prompt, media, where), expand, context
+        return place(prompt, media, where), expand, prepared
 
     def renderer(self, media: Media) -> ChatTemplate | PlainText:
         """What writes a prompt that shows these media."""
@@ -339,10 +316,7 @@ class VideoEncoder(Encoder):
             return self.render
         owner = copy(self.processor.inner)
         owner.chat_template = self.processor.clip_template()
-        template = self._template(owner)
-        if template is None:
-            return self.render
-        return MediaTemplate(template, self.text.system_prompt, self._ends, self.notes)
+        return self._chat(owner) or self.render
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
@@ -359,12 +333,12 @@ class VideoEncoder(Encoder):
                 )
         return text
 
-    def _media_inputs(self, contexts: Mapping[_Named, Context]) -> dict[str, Any]:
+    def _media_inputs(self, contexts: Mapping[_Named, Prepared]) -> dict[str, Any]:
         """Fields of `VideoInputs` that belong to the contexts of a batch."""
-        media = {context.prepared.key: context.prepared for context in contexts.values()}
+        media = {prepared.key: prepared for prepared in contexts.values()}
         places = {key: number for number, key in enumerate(media, 1)}
         shown = [0, *(places[key] for key, _ in contexts)]
-        done = [0, *(context.operation for context in contexts.values())]
+        done = [0, *(prepared.operation for prepared in contexts.values())]
         positions: dict[int, Tensor] = {}
         if self.positions is not None:
             for number, (key, ids) in enumerate(contexts, 1):
@@ -379,14 +353,11 @@ class VideoEncoder(Encoder):
         }
 
     def cut_prompt(self, ids: list[int], row: str) -> list[int]:
-        """Cut the words of a prompt to `data.max_prompt_length`; media are never cut into."""
-        return self._cut_prompt(ids, row)
-
-    def _cut_prompt(self, ids: list[int], row: str) -> list[int]:
+        """The words of a prompt cut to `data.max_prompt_length`; media are never cut into."""
         shown = [i for i, token in enumerate(ids) if token in self.media_ids]
         excess = len(ids) - len(shown) - self.data.max_prompt_length
         if not shown:
-            return super()._cut_prompt(ids, row)
+            return super().cut_prompt(ids, row)
         if excess <= 0:
             return ids
         start = shown[-1] + 1
@@ -405,7 +376,7 @@ class VideoEncoder(Encoder):
 
 
 def _name(item: EncodedCandidate) -> _Named:
-    return ("" if item.context is None else item.context.prepared.key, tuple(item.prompt))
+    return ("" if item.context is None else item.context.key, tuple(item.prompt))
 
 
 def token_counts(encoder: VideoEncoder, processed: Processed) -> dict[str, list[int]]:

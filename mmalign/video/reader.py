@@ -21,6 +21,7 @@ from mmalign.errors import DataError
 from mmalign.models.files import fingerprint
 from mmalign.text.cache import cache_folder
 from mmalign.video.augment import augment
+from mmalign.video.candidates import number
 from mmalign.video.checks import Seen, Use
 from mmalign.video.media import FrameCache
 from mmalign.video.model import Encoded
@@ -43,13 +44,14 @@ class Prepared:
         key: Of all that decides the features, but for the model.
         processed: Tensors and replacements; without pixels where `encoded` is there.
         encoded: The features, where they are known already.
-        recurs: Whether these media come again; perturbed ones are others at every visit.
+        operation: How they are perturbed, by number (`mmalign.video.candidates`); other ones then
+            at every visit.
     """
 
     key: str
     processed: Processed
     encoded: Encoded | None = None
-    recurs: bool = True
+    operation: int = 0
 
 
 class MediaReader:
@@ -101,7 +103,7 @@ class MediaReader:
                 return Prepared(key, self._small[key], encoded)
         processed = self.processor(self.decode(media), where)
         if media.change is not None:
-            return Prepared(key, processed, recurs=False)
+            return Prepared(key, processed, operation=number(media.change))
         if self.features.active:
             # Grids, masks and times, which positions depend on, and no pixels.
             small = {
