@@ -43,7 +43,7 @@ from mmalign.diffusion.pipeline import (
     scheduler_config,
 )
 from mmalign.errors import ConfigError
-from mmalign.models.files import fingerprint
+from mmalign.models.files import fingerprint, from_numpy, to_numpy
 
 Item = TypeVar("Item", Example, str)
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -250,9 +250,12 @@ class PromptCache(_Cache[str]):
             embeds = cond.embeds[i]
             used = embeds.any(dim=1).nonzero()  # [places with a number in them, 1]
             length = int(used[-1]) + 1 if len(used) else 0
-            entry = {"embeds": _bits(embeds[:length]), "places": np.array([len(embeds)], np.int32)}
+            entry = {
+                "embeds": to_numpy(embeds[:length]),
+                "places": np.array([len(embeds)], np.int32),
+            }
             if cond.pooled is not None:
-                entry["pooled"] = _bits(cond.pooled[i])
+                entry["pooled"] = to_numpy(cond.pooled[i])
             self.store.put(self.key(caption), entry)
 
     def get(self, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -269,11 +272,11 @@ class PromptCache(_Cache[str]):
 
     def _tensors(self, entry: Mapping[str, Array]) -> dict[str, Tensor]:
         """With the zeros that were left out."""
-        embeds = _unbits(entry["embeds"])
+        embeds = from_numpy(entry["embeds"])
         rest = int(entry["places"][0]) - len(embeds)
         tensors = {"embeds": torch.nn.functional.pad(embeds, (0, 0, 0, rest)) if rest else embeds}
         if "pooled" in entry:
-            tensors["pooled"] = _unbits(entry["pooled"])
+            tensors["pooled"] = from_numpy(entry["pooled"])
         return tensors
 
 
@@ -292,17 +295,6 @@ def encoders_fingerprint(config: RunConfig) -> str:
     ]
     text = json.dumps([rest, parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _bits(tensor: Tensor) -> Array:
-    """As numpy; bfloat16, which numpy lacks, as its bits."""
-    tensor = tensor.detach().cpu().contiguous()
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def _unbits(array: Array) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
 
 
 _NOT_IN_ERRORS = {"sampling", "eval_draws", "cache", "cache_folder", "long_captions", "logp_scale"}

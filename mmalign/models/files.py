@@ -13,6 +13,7 @@ from mmalign.errors import CheckpointError
 from mmalign.safe import replacing
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -171,6 +172,22 @@ def save_tensors(
     with replacing(file) as unfinished:
         save_file(ready, unfinished, metadata=None if metadata is None else dict(metadata))
         usual_mode(unfinished)
+
+
+def to_numpy(tensor: Tensor) -> NDArray[Any]:
+    """A tensor as an array; bfloat16, which numpy lacks, as its bits (int16)."""
+    import torch
+
+    tensor = tensor.detach().cpu().contiguous()
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def from_numpy(array: NDArray[Any]) -> Tensor:
+    """The reverse of `to_numpy`, in the memory of the array."""
+    import torch
+
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
 
 
 def usual_mode(path: Path) -> None:

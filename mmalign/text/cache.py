@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mmalign import config as configs
@@ -18,7 +17,7 @@ from mmalign.core import Needs
 from mmalign.data.cache import TensorCache, content_of
 from mmalign.data.example import Example
 from mmalign.errors import ConfigError
-from mmalign.models.files import fingerprint
+from mmalign.models.files import fingerprint, from_numpy, to_numpy
 from mmalign.safe import write_text
 from mmalign.text.encode import Encoder
 from mmalign.text.model import base_path
@@ -110,10 +109,8 @@ class ReferenceCache:
             )
 
     def put(self, example: Example, values: Tensor) -> None:  # [K, L] or [K, L, D]
-        """Store a row; bfloat16 goes in as its bits."""
-        values = values.detach().cpu().contiguous()
-        bits = values.view(torch.int16) if values.dtype == torch.bfloat16 else values
-        self.store.put(self.key(example), {self.name: bits.numpy()})
+        """Store a row."""
+        self.store.put(self.key(example), {self.name: to_numpy(values)})
 
     def get(self, examples: Sequence[Example], length: int) -> Tensor:
         """The rows' values, padded to `length` positions: [B, K, L] or [B, K, L, D].
@@ -129,8 +126,7 @@ class ReferenceCache:
                     f"{self.store.folder}: {self.name} of {example.id!r} is missing or damaged. "
                     "Write it with `mmalign cache CONFIG`, which leaves what is whole as it is"
                 )
-            row = torch.from_numpy(entry[self.name].copy())
-            rows.append(row.view(torch.bfloat16) if row.dtype == torch.int16 else row)
+            rows.append(from_numpy(entry[self.name].copy()))
         trail = rows[0].shape[2:]
         padded = rows[0].new_zeros(len(rows), rows[0].shape[0], length, *trail)
         for place, row in zip(padded, rows, strict=True):

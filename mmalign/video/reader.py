@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import PIL.Image
-import torch
 from cachetools import LRUCache
 from PIL.Image import Image
 
@@ -18,7 +17,7 @@ from mmalign.data.cache import TensorCache, plain
 from mmalign.data.example import Change, Clip, Media, Picture, Sound
 from mmalign.data.pictures import open_picture
 from mmalign.errors import DataError
-from mmalign.models.files import fingerprint
+from mmalign.models.files import fingerprint, from_numpy, to_numpy
 from mmalign.text.cache import cache_folder
 from mmalign.video.augment import augment
 from mmalign.video.candidates import number
@@ -29,7 +28,6 @@ from mmalign.video.processing import DecodedMedia, Processed, Processor
 from mmalign.video.sizes import Frames, Wave
 from mmalign.video.sound import has_sound, read_sound, sound_of
 
-_BITS = torch.int16  # of bfloat16, which numpy lacks
 _VERSION = 2  # raise it when the same media are shown otherwise
 _DECIDING = {"num_frames", "fps", "max_frames", "min_frames", "frame_pixels", "image_pixels",
              "cap_pixels_per_frame", "sound"}  # fmt: skip
@@ -209,8 +207,8 @@ class FeatureStore:
     def write(self, key: str, encoded: Encoded) -> None:
         """Put features on the disk."""
         assert self.disk is not None
-        kept = encoded.detached().map(lambda t: t.view(_BITS) if t.dtype == torch.bfloat16 else t)
-        self.disk.put(self.disk.key(key), {k: t.numpy() for k, t in kept.named().items()})
+        named = encoded.detached().named()
+        self.disk.put(self.disk.key(key), {name: to_numpy(t) for name, t in named.items()})
 
     def _read(self, key: str) -> Encoded | None:
         assert self.disk is not None
@@ -218,8 +216,7 @@ class FeatureStore:
         arrays = None if self.disk.missing([name]) else self.disk.get(name)
         if arrays is None:
             return None
-        found = Encoded.of({k: torch.from_numpy(array.copy()) for k, array in arrays.items()})
-        return found.map(lambda t: t.view(torch.bfloat16) if t.dtype == _BITS else t)
+        return Encoded.of({name: from_numpy(array.copy()) for name, array in arrays.items()})
 
 
 class PlannedReader(MediaReader):
