@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.text import Text
 
 from mmalign.config import ReferenceConfig, RunConfig
 from mmalign.core import Needs, presets
-from mmalign.data.example import Example
+from mmalign.data.example import Example, Media
 from mmalign.data.jobs import only_writer, track
 from mmalign.errors import ConfigError
 from mmalign.models.adapter import Surveyed, Tools, load_usable
@@ -28,35 +29,43 @@ CONTEXT, SCORED, END, SPAN = "dim", "green", "bold magenta", "bold black on yell
 STEPS = ("green", "cyan")  # in turns
 
 
-def show(encoder: Encoder, examples: Iterable[Example]) -> Group:
-    """Rows as text for a rich console; decoded from the token ids that training uses."""
-    blocks = [legend()]
-    for example in examples:
-        blocks.append(Text(f"\n{example.id}  {example.kind}, weight {example.weight:g}", "bold"))
-        shown: list[int] = []
-        encoded = encoder.encode_example(example)
-        for item, candidate, label in zip(encoded, example.candidates, example.labels, strict=True):
-            if item.prompt != shown:
-                shown = item.prompt
-                blocks.append(Text(str(encoder.tokenizer.decode(shown)), CONTEXT))
+Shown = Callable[[Media, list[int], str], Iterable[Text]]
+"""How media and the ids of a prompt that shows them are written, of a row that messages name."""
+
+
+def show(encoder: Encoder, examples: Iterable[Example], context: Shown | None = None) -> Group:
+    """Rows as text for a rich console; decoded from the token ids that training uses.
+
+    Args:
+        encoder: Of the model.
+        examples: The rows.
+        context: Writes what responses are about; None: the prompt's text.
+    """
+
+    def decoded(media: Media, ids: list[int], where: str) -> Iterable[Text]:
+        return [Text(str(encoder.tokenizer.decode(ids)), CONTEXT)]
+
+    colours = (("context ", CONTEXT), ("scored ", SCORED), ("end token ", END), ("span", SPAN))
+    blocks = [Text.assemble(*colours)]
+    for row in examples:
+        blocks.append(Text(f"\n{row.id}  {row.kind}, weight {row.weight:g}", "bold"))
+        encoded = encoder.encode_example(row)
+        spans = encoder.span_masks(encoded) if encoder.uses_spans else [i.spans for i in encoded]
+        shown: object = None
+        for item, marked, candidate, label in zip(
+            encoded, spans, row.candidates, row.labels, strict=True
+        ):
+            media = row.media if candidate.media is None else candidate.media
+            if shown != (media, item.prompt):
+                shown = (media, item.prompt)
+                blocks += (context or decoded)(media, item.prompt, row.id)
             name = candidate.role or f"label {label:g}"
             scored = f", {sum(item.mask)} of them scored" if item.scored else ""
-            head = f"[{name}] {len(item.prompt)} + {len(item.response)} tokens{scored}: "
+            head = f"[{name}] {len(item.prompt):,} + {len(item.response)} tokens{scored}: "
+            item = replace(item, spans=marked)
             blocks.append(Text(head, "bold") + response(encoder.tokenizer, encoder.end_ids, item))
-    return Group(*blocks, *counted(encoder))
-
-
-def legend() -> Text:
-    """What the colours mean."""
-    text = Text("context ", CONTEXT)
-    for name, style in (("scored ", SCORED), ("end token ", END), ("span", SPAN)):
-        text.append(name, style)
-    return text
-
-
-def counted(encoder: Encoder) -> list[Text]:
-    """What was done to rows when they were encoded, e.g. cut."""
-    return [Text(f"{name}: {rows} rows", "yellow") for name, rows in encoder.counts.items()]
+    counts = encoder.counts.items()
+    return Group(*blocks, *(Text(f"{name}: {rows} rows", "yellow") for name, rows in counts))
 
 
 def response(tokenizer: Any, ends: frozenset[int], item: EncodedCandidate) -> Text:

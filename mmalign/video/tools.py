@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from mmalign.errors import ConfigError
 from mmalign.models.adapter import Surveyed, load_usable
 from mmalign.text.cache import ReferenceCache, cache_folder
 from mmalign.text.model import causal_model
-from mmalign.text.tools import CONTEXT, TokenTools, counted, legend, response, write_reference
+from mmalign.text.tools import CONTEXT, TokenTools, show, write_reference
 from mmalign.video.adapter import VideoAdapter
 from mmalign.video.augment import seed_for
 from mmalign.video.candidates import Perturbation
@@ -41,27 +41,8 @@ _MEDIA, _CUT = "cyan", "yellow"
 _MOST_TIMES = 12
 
 
-def _row(encoder: VideoEncoder, row: Example) -> Iterator[Text]:
-    yield Text(f"\n{row.id}  {row.kind}, weight {row.weight:g}", "bold")
-    encoded = encoder.encode_example(row)
-    masks = encoder.span_masks(encoded) if encoder.uses_spans else [item.spans for item in encoded]
-    seen: object = None
-    for item, spans, candidate, label in zip(
-        encoded, masks, row.candidates, row.labels, strict=True
-    ):
-        media = row.media if candidate.media is None else candidate.media
-        if seen != (media, item.prompt):
-            seen = (media, item.prompt)
-            yield from _media(encoder, media, row.id)
-            yield _context(encoder, item.prompt)
-        name = candidate.role or f"label {label:g}"
-        head = f"[{name}] {len(item.prompt):,} + {len(item.response)} tokens: "
-        item = replace(item, spans=spans)
-        yield Text(head, "bold") + response(encoder.tokenizer, encoder.end_ids, item)
-
-
-def _media(encoder: VideoEncoder, media: Media, where: str) -> Iterator[Text]:
-    """A line for each medium, and one for what was done to them or left out."""
+def _shown(encoder: VideoEncoder, media: Media, ids: Sequence[int], where: str) -> Iterator[Text]:
+    """A line for each medium, one for what was done to them or left out, and the prompt."""
     video, decoded = encoder.reader.video, encoder.reader.decode(media)
     for about in described(encoder, media, decoded, where):
         line = f"{about['kind']} {about['file']}: "
@@ -91,6 +72,7 @@ def _media(encoder: VideoEncoder, media: Media, where: str) -> Iterator[Text]:
         drawn = "; ".join(f"{key} {value}" for key, value in note.items())
         nothing = "" if changed else ", which changes nothing"
         yield Text(f"altered: {name}{nothing}{f' ({drawn})' if drawn else ''}", _CUT)
+    yield _context(encoder, ids)
 
 
 def _seconds(times: Sequence[float]) -> str:
@@ -356,7 +338,5 @@ class VideoTools(TokenTools):
         roles = presets.from_config(config.objective).needs.roles
         clips = dict.fromkeys(clip for row in examples for clip in row.media.videos)
         alter = Perturbation(config.video, processor.uses_clip_audio, tuple(clips))
-        blocks = [legend()]
-        for row in examples:
-            blocks += _row(encoder, alter(row, roles, seed_for(0, row.id, 0, 0)))
-        return Group(*blocks, *counted(encoder))
+        altered = (alter(row, roles, seed_for(0, row.id, 0, 0)) for row in examples)
+        return show(encoder, altered, partial(_shown, encoder))
