@@ -42,16 +42,7 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
 
     try:
         loader: Any = AutoModelForCausalLM
-        model, found = loader.from_pretrained(
-            path,
-            revision=revision,
-            trust_remote_code=config.trust_remote_code,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=packing.wanted(config),
-            quantization_config=quantization(config),
-            ignore_mismatched_sizes=True,  # told with names below
-            output_loading_info=True,
-        )
+        model, found = loader.from_pretrained(path, **loading(config, revision))
     except SafetensorError as error:
         raise ConfigError(
             f"model.path {path!r}: its weights cannot be read as safetensors: {error}; "
@@ -72,6 +63,19 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
         ) from error
     require_whole(path, model, found)
     return model
+
+
+def loading(config: ModelConfig, revision: str | None) -> dict[str, Any]:
+    """Keywords with which transformers loads a model, and the info for `require_whole`."""
+    return {
+        "revision": revision,
+        "trust_remote_code": config.trust_remote_code,
+        "dtype": getattr(torch, config.dtype),
+        "attn_implementation": packing.wanted(config),
+        "quantization_config": quantization(config),
+        "ignore_mismatched_sizes": True,  # told with names by `require_whole`
+        "output_loading_info": True,
+    }
 
 
 def require_whole(path: str, model: PreTrainedModel, found: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from mmalign.config import ModelConfig
 from mmalign.errors import ConfigError, MmalignError
 from mmalign.models.batch import WHOLE, ModelInputs
 from mmalign.text import packing
-from mmalign.text.model import FAULTS, describe, in_mode, quantization, refusing, require_whole
+from mmalign.text.model import FAULTS, describe, in_mode, loading, refusing, require_whole
 from mmalign.text.packing import Rows
 from mmalign.text.tokenizer import num_embedded
 
@@ -310,21 +310,14 @@ def load_model(path: str, config: ModelConfig, revision: str | None = None) -> P
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    source = {"revision": revision, "trust_remote_code": config.trust_remote_code}
     try:
-        settings = AutoConfig.from_pretrained(path, **source)
-        loader: Any = AutoModelForImageTextToText
-        model, found = loader.from_pretrained(
-            path,
-            # An Omni model is a thinker, which answers in text, with a talker on top.
-            config=getattr(settings, "thinker_config", settings),
-            **source,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=packing.wanted(config),
-            quantization_config=quantization(config),
-            ignore_mismatched_sizes=True,  # told with names below
-            output_loading_info=True,
+        settings = AutoConfig.from_pretrained(
+            path, revision=revision, trust_remote_code=config.trust_remote_code
         )
+        # An Omni model is a thinker, which answers in text, with a talker on top.
+        settings = getattr(settings, "thinker_config", settings)
+        loader: Any = AutoModelForImageTextToText
+        model, found = loader.from_pretrained(path, config=settings, **loading(config, revision))
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
             f"model.path {path!r}: cannot be loaded as a model of text and media with "
