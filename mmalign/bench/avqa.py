@@ -92,14 +92,14 @@ class MusicAVQA(Benchmark):
                 said=entry.said(),
             )
 
-    def judge(self, row: Prediction, legacy: bool) -> Verdict:
+    def judge(self, text: str, row: Prediction, legacy: bool) -> Verdict:
         """Compare words, or find the one answer that is said."""
-        text, answer = row.prediction or "", row.answer
+        answer = row.answer.lower().strip()
         if legacy:
             read = text.lower().strip()
-            return Verdict(read, read == answer.lower().strip())
-        read = said_of_kind(text, answer.lower().strip())
-        return Verdict(read, read is not None and plain(read) == plain(answer))
+            return Verdict(read, read == answer)
+        read = said_of_kind(text, answer)
+        return Verdict(read, read is not None and plain(read) == plain(row.answer))
 
     def groups(self, row: Prediction) -> Mapping[str, str]:
         """By modality, and by modality and kind."""

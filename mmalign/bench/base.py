@@ -396,8 +396,8 @@ class Benchmark(ABC):
         return {question.id: question.said for question in self.items(source)}
 
     @abstractmethod
-    def judge(self, row: Prediction, legacy: bool) -> Verdict:
-        """Read one answer; `row.prediction` is never None."""
+    def judge(self, text: str, row: Prediction, legacy: bool) -> Verdict:
+        """Read one answer; `text` is what was said."""
 
     def groups(self, row: Prediction) -> Mapping[str, str]:
         """The tables that a question counts in, and its row in each; the first one is averaged."""
@@ -414,7 +414,7 @@ class Benchmark(ABC):
         """Read one answer; one that is missing is wrong, or left out as the published code does."""
         if row.prediction is None:
             return Verdict(None, False, not (legacy and self.skips_missing))
-        return self.judge(row, legacy)
+        return self.judge(row.prediction, row, legacy)
 
     def tally(self, rows: Sequence[Prediction], legacy: bool) -> tuple[Sheet, list[Verdict]]:
         """Count right answers, in all and in every group."""

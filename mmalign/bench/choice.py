@@ -70,9 +70,8 @@ class Choice(Benchmark):
     legacy = "the first alphabetic character; questions without an answer are left out"
     skips_missing = True
 
-    def judge(self, row: Prediction, legacy: bool) -> Verdict:
+    def judge(self, text: str, row: Prediction, legacy: bool) -> Verdict:
         """Whether the letter that is read is the right one."""
-        text = row.prediction or ""
         if legacy and self.code == "original":
             letters = (row.answer, *LETTERS[: len(row.options)])
             read = next((letter for letter in letters if first_word_fits(text, letter)), None)
@@ -279,9 +278,9 @@ class AVQA(OneFile):
     task_table = "type"
     video_ending = ".mp4"
 
-    def judge(self, row: Prediction, legacy: bool) -> Verdict:
+    def judge(self, text: str, row: Prediction, legacy: bool) -> Verdict:
         """One way to read, legacy or not."""
-        return super().judge(row, legacy=False)
+        return super().judge(text, row, legacy=False)
 
 
 class VideoMME(Choice):
@@ -334,9 +333,8 @@ class VideoMME(Choice):
             said=asked.said("response"),
         )
 
-    def judge(self, row: Prediction, legacy: bool) -> Verdict:
+    def judge(self, text: str, row: Prediction, legacy: bool) -> Verdict:
         """Whether the letter that is read is the right one."""
-        text = row.prediction or ""
         if legacy:
             read = published_letter(text)
             return Verdict(read, read == row.answer, counted=read is not None)

@@ -92,9 +92,8 @@ class VideoHallucer(Benchmark):
                     said=asked.said("predict"),
                 )
 
-    def judge(self, row: Prediction, legacy: bool) -> Verdict:
+    def judge(self, text: str, row: Prediction, legacy: bool) -> Verdict:
         """Whether the answer is the right one of yes and no."""
-        text = row.prediction or ""
         if legacy:
             first = _YES_NO.search(text)
             return Verdict(first[1].lower() if first else None, says(row.answer, text))
@@ -218,15 +217,15 @@ class VidHallucBQA(Benchmark):
             for clip, said in clips.items()
         }
 
-    def judge(self, row: Prediction, legacy: bool) -> Verdict:
+    def judge(self, text: str, row: Prediction, legacy: bool) -> Verdict:
         """Whether one clip's answer is right."""
-        text = row.prediction or ""
         read = text.strip().split(".")[0].split(",")[0].strip().lower() if legacy else yes_no(text)
         return Verdict(read, read == row.answer.lower())
 
     def verdict(self, row: Prediction, legacy: bool) -> Verdict:
         """A missing clip is wrong; whether its question is left out is told by the other clips."""
-        return Verdict(None, False) if row.prediction is None else self.judge(row, legacy)
+        missing = row.prediction is None
+        return Verdict(None, False) if missing else super().verdict(row, legacy)
 
     def tally(self, rows: Sequence[Prediction], legacy: bool) -> tuple[Sheet, list[Verdict]]:
         """Count questions; the published code leaves out those that no clip has an answer for."""
@@ -309,9 +308,8 @@ class VidHallucMCQ(Benchmark):
                     said=asked.said("Model Answer"),
                 )
 
-    def judge(self, row: Prediction, legacy: bool) -> Verdict:
+    def judge(self, text: str, row: Prediction, legacy: bool) -> Verdict:
         """Compare sets of letters."""
-        text = row.prediction or ""
         options = row.options or ("",) * 4
         given = published_letters(text, row.options) if legacy else letters(text, options)
         return Verdict("".join(sorted(given)) or None, given == frozenset(row.answer))
@@ -411,9 +409,8 @@ class VidHallucSTH(Benchmark):
             return dict(source.keyed())
         return super().answers(source)
 
-    def judge(self, row: Prediction, legacy: bool) -> Verdict:
+    def judge(self, text: str, row: Prediction, legacy: bool) -> Verdict:
         """Whether a change is seen where there is one."""
-        text = row.prediction or ""
         if legacy:
             said = text.split(", Locations: ", 1)[0].split(": ", 1)[-1].split(",")[0].strip()
             read = "yes" if said.lower() == "yes" else "no"
@@ -510,7 +507,7 @@ class VidHallucTSH(Benchmark):
                 said=asked.said("Model Answer"),
             )
 
-    def judge(self, row: Prediction, legacy: bool) -> Verdict:
+    def judge(self, text: str, row: Prediction, legacy: bool) -> Verdict:
         """Whether the order is right."""
-        read = (published_order if legacy else order)(row.prediction or "")
+        read = (published_order if legacy else order)(text)
         return Verdict(read, read == row.answer)

@@ -73,10 +73,9 @@ class TempCompass(Benchmark):
     def match(self, text: str, row: Prediction, legacy: bool) -> tuple[str, bool] | None:
         """What the rules read and whether it is right; None where no rule matches."""
 
-    def judge(self, row: Prediction, legacy: bool) -> Verdict:
+    def judge(self, text: str, row: Prediction, legacy: bool) -> Verdict:
         """By rule, else by the judge's rating, else wrong."""
-        text = (row.prediction or "").replace("</s>", "").strip()
-        found = self.match(text, row, legacy)
+        found = self.match(text.replace("</s>", "").strip(), row, legacy)
         if found is None:
             return Verdict(None, row.meta.get("rating") == 1)
         return Verdict(found[0], found[1])

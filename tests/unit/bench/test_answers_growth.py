@@ -69,7 +69,7 @@ def read_once(repeats: int) -> Callable[[], None]:
     row = Prediction("1", "tvbench", "t", text, "A", ("a man", "a dog", "a cat", "a bird"))
 
     def work() -> None:
-        assert find("tvbench").judge(row, False).read is None
+        assert find("tvbench").verdict(row, False).read is None
 
     return work
 
