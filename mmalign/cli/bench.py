@@ -168,14 +168,23 @@ def bench_predict(
     from mmalign import config as configs
     from mmalign.bench import find
     from mmalign.bench import questions as questions_of
-    from mmalign.pairs.predict import Weights, predict
+    from mmalign.pairs.predict import predict
 
     name = find(benchmark).name
     if base and checkpoint is not None:
         raise ConfigError("predict: --base is the untrained model, so it has no --checkpoint")
     asked = [question for file in questions for question in questions_of(name, file)]
     settings = configs.load(config, overrides or ())
-    weights = Weights(checkpoint, base)
     with resumable("predict", out) as progress:
-        found = predict(settings, name, asked, media, out, weights, batch=batch, progress=progress)
+        found = predict(
+            settings,
+            name,
+            asked,
+            media,
+            out,
+            checkpoint=checkpoint,
+            base=base,
+            batch=batch,
+            progress=progress,
+        )
     say(found.text())

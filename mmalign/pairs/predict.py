@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,14 +19,6 @@ if TYPE_CHECKING:
     from mmalign.video.adapter import VideoAdapter
 
 _SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".gif")
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """Which weights answer: a folder of trained ones, or those of before training."""
-
-    checkpoint: Path | None = None  # None: the newest of the config's output
-    base: bool = False
 
 
 @dataclass(slots=True)
@@ -61,8 +54,9 @@ def predict(
     questions: Sequence[Question],
     media: Path,
     out: Path,
-    weights: Weights,
     *,
+    checkpoint: Path | None = None,
+    base: bool = False,
     batch: int | None = None,
     progress: OnProgress = no_progress,
 ) -> Predicted:
@@ -77,7 +71,8 @@ def predict(
         questions: All of them, with distinct ids.
         media: The folder that the paths of clips start from.
         out: The common file to write; it appears whole or not at all.
-        weights: That answer.
+        checkpoint: Trained weights; None: the newest of the config's output.
+        base: Ask the model as it was before training.
         batch: Questions at one time; None for the config's evaluation batch.
         progress: Told how many more are answered, and how many there are.
 
@@ -85,6 +80,8 @@ def predict(
         ConfigError: The config is of another modality.
         DataError: The file is there, or no clip at all can be shown.
     """
+    from mmalign.inference import trained_folder
+
     if config.modality != "video":
         raise ConfigError(
             f"modality is {config.modality}; video benchmarks need a config of modality video"
@@ -95,10 +92,20 @@ def predict(
     if len(ids) < len(questions):
         raise DataError(f"--questions: {ids.most_common(1)[0][0]!r} comes twice among the ids")
     require_new(out)
-    with resumable(out, _asked(config, benchmark, questions, media, weights)) as journal:
+    folder = None if base else trained_folder(config, checkpoint)
+    texts = repr([(q.id, q.prompt, q.video, q.start, q.end) for q in questions])
+    facts = {  # what answers depend on, so that others are not mixed with these
+        "benchmark": benchmark,
+        "questions": hashlib.sha256(texts.encode()).hexdigest(),
+        "media": str(media),
+        "config": config.model_dump(mode="json", include={"model", "video", "text", "sample"}),
+        "seed": config.train.seed,
+        "weights": "base" if folder is None else str(folder),
+    }
+    with resumable(out, facts) as journal:
         result = Predicted(out, len(questions), resumed=len(journal.finished))
         progress(result.resumed, len(questions))
-        _answer(config, questions, media, journal, weights, batch, progress)
+        _answer(config, folder, questions, media, journal, batch, progress)
         said = {key: line.get("prediction") for key, line in journal.done.items()}
         result.broken = Counter(journal.broken.values())
         if result.broken.total() == len(questions):
@@ -107,41 +114,16 @@ def predict(
     return result
 
 
-def _asked(
-    config: RunConfig,
-    benchmark: str,
-    questions: Sequence[Question],
-    media: Path,
-    weights: Weights,
-) -> dict[str, Any]:
-    """What answers depend on, so that others are not mixed with these."""
-    import hashlib
-
-    from mmalign.inference import trained_folder
-
-    folder = None if weights.base else trained_folder(config, weights.checkpoint)
-    texts = repr([(q.id, q.prompt, q.video, q.start, q.end) for q in questions])
-    parts = {"model", "video", "text", "sample"}
-    return {
-        "benchmark": benchmark,
-        "questions": hashlib.sha256(texts.encode()).hexdigest(),
-        "media": str(media),
-        "config": config.model_dump(mode="json", include=parts),
-        "seed": config.train.seed,
-        "weights": "base" if folder is None else str(folder),
-    }
-
-
 def _answer(
     config: RunConfig,
+    folder: Path | None,
     questions: Sequence[Question],
     media: Path,
     journal: Journal,
-    weights: Weights,
     batch: int | None,
     progress: OnProgress,
 ) -> None:
-    """Ask what is not answered yet."""
+    """Ask the weights in a folder, or those of before training, what is not answered yet."""
     from mmalign.video.generate import Question as Asked
 
     before = journal.finished
@@ -161,7 +143,7 @@ def _answer(
     from mmalign.pairs.answers import ask_all
     from mmalign.video.augment import seed_for
 
-    adapter: VideoAdapter | Any = trained_adapter(config, weights.checkpoint, base=weights.base)
+    adapter: VideoAdapter | Any = trained_adapter(config, folder, base=folder is None)
     seeds = [seed_for(config.train.seed, question.id, 0, 0) for question, _ in waiting]
     said = ask_all(adapter, config, [asked for _, asked in waiting], seeds, batch)
     for (question, _), text in zip(waiting, said, strict=True):
