@@ -354,11 +354,11 @@ Row = tuple[str, str, Callable[[Any], str]]
 
 
 def arm_table(
-    result: Mapping[str, Any], arms: Sequence[str], rows: Sequence[Row], caption: str, of: str = ""
+    result: Mapping[str, Any], arms: Sequence[str], rows: Sequence[Row], caption: str
 ) -> Markup:
-    """The numbers of each arm, a column each; `of` names what the rows are about."""
+    """The numbers of each arm, a column each."""
     cells = [[label, *(write(result[arm][key]) for arm in arms)] for key, label, write in rows]
-    return blocks.table([of, *(arm.replace("_", " ") for arm in arms)], cells, caption)
+    return blocks.table(["", *(arm.replace("_", " ") for arm in arms)], cells, caption)
 
 
 def smoke(result: Mapping[str, Any], what: str) -> Markup:

@@ -101,27 +101,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], caption: str 
     ).format(head, body)
 
 
-def side_by_side(rows: Sequence[Answers], *, count_words: bool = True) -> Markup:
+def side_by_side(rows: Sequence[Answers]) -> Markup:
     """Responses to the same prompts next to each other, below each other on a narrow screen."""
     return Markup().join(
-        article(prompt(row.prompt), columns(row.responses, row.marks, count_words=count_words))
-        for row in rows
+        article(prompt(row.prompt), columns(row.responses, row.marks)) for row in rows
     )
 
 
-def columns(
-    texts: Mapping[str, str],
-    remarks: Mapping[str, Sequence[str]] | None = None,
-    *,
-    count_words: bool = True,
-) -> Markup:
+def columns(texts: Mapping[str, str], remarks: Mapping[str, Sequence[str]] | None = None) -> Markup:
     """Texts next to each other under their labels; `Markup` among them is kept."""
     cells: list[Markup] = []
     for label, text in texts.items():
         plain = text.striptags() if isinstance(text, Markup) else text
         words = len(plain.split())
-        small = [f"{words} word{'' if words == 1 else 's'}"] if count_words else []
-        small += list((remarks or {}).get(label, ()))
+        small = [f"{words} word{'' if words == 1 else 's'}", *(remarks or {}).get(label, ())]
         shown = escape(text) if text.strip() else Markup("<em>(empty)</em>")
         cells.append(
             Markup('<div class="answer"><h4>{} <small>{}</small></h4><p>{}</p></div>').format(

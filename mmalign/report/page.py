@@ -96,7 +96,7 @@ _OF_ANSWERS = (
 
 def _scores(runs: Sequence[Run]) -> Scores:
     """What the numbers of all runs can be read as."""
-    return "errors" if all(run.scores == "errors" for run in runs) else "tokens"
+    return "errors" if all(run.has_pictures for run in runs) else "tokens"
 
 
 def eval_section(runs: Sequence[Run]) -> Section | None:

@@ -222,11 +222,6 @@ class Run:
         return self.config.get("modality") == "diffusion"
 
     @property
-    def scores(self) -> Scores:
-        """What stands for the log-probability of a candidate."""
-        return "errors" if self.has_pictures else "tokens"
-
-    @property
     def has_media(self) -> bool:
         """Whether questions show or play something, of which there are sheets."""
         return self.config.get("modality") == "video"
