@@ -26,6 +26,7 @@ from mmalign.errors import ConfigError
 from mmalign.inference import evaluate_checkpoint, write_cache
 from mmalign.train.loop import train
 from mmalign.train.metrics import read_json
+from mmalign.train.run import Run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -280,6 +281,50 @@ def test_a_run_from_caches_never_runs_a_tower_and_is_the_live_one(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["fresh", "cached"])
+def test_parts_of_bounded_tokens_train_as_the_whole_batch(
+    mode: str,
+    tmp_path: Path,
+    video_models: Models,
+    data: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Clips and their tokens go with their rows; cached, so do the reference's scores."""
+    parts_of = Run.parts
+
+    def counted(passes: list[int]) -> Callable[..., list[Any]]:
+        def parts(run: Run, batch: Any) -> list[Any]:
+            found = parts_of(run, batch)
+            passes.append(len(found))
+            return found
+
+        return parts
+
+    common = {"video": {"num_frames": 4, "frame_pixels": 3136}}
+    if mode == "cached":
+        common["reference"] = {"kind": "cached"}
+    found = []
+    for name, bound in (("whole", None), ("parts", 120)):
+        given = {"batch_size": 4, "num_steps": 3, "optimizer": "sgd", "lr": 1.0}
+        config = configured(
+            tmp_path / name, video_models(KIND), data["train"], **common,
+            train={**given, "tokens_per_batch": bound},
+        )  # fmt: skip
+        if mode == "cached":
+            write_cache(config)
+        passes: list[int] = []
+        monkeypatch.setattr(Run, "parts", counted(passes))
+        train(config)
+        assert min(passes) > 1 if bound else max(passes) == 1
+        lines = read_json(config.output / "metrics.jsonl")
+        weights = load_file(config.output / "final/adapter_model.safetensors")
+        found.append(([line["loss"] for line in lines], weights))
+    (whole, weights), (parts, others) = found
+    assert parts == pytest.approx(whole, rel=1e-4)
+    for key, value in weights.items():
+        torch.testing.assert_close(others[key], value, rtol=1e-3, atol=1e-5)
+
+
 def test_worker_processes_give_the_same_run(
     video_models: Models, data: dict[str, Any], tmp_path: Path
 ) -> None:
