@@ -282,9 +282,20 @@ class TokenAdapter(Adapter):
         return torch.stack([response, prompt], dim=-1)
 
     def split(self, batch: Batch[TextInputs], most: int) -> list[Batch[TextInputs]]:
-        """By the tokens of rows, a prompt counted once."""
-        parts = within(batch.inputs.read().sizes(), most)
-        return [batch.take(torch.tensor(part)) for part in parts]
+        """By the tokens of rows, a prompt counted once.
+
+        Raises:
+            ConfigError: A row alone has more, with the candidates that were made for it.
+        """
+        written = batch.inputs.read()
+        sizes = written.sizes()
+        if max(sizes) > most:
+            raise ConfigError(
+                f"train.tokens_per_batch is {most:,}, but {batch.ids[sizes.index(max(sizes))]} has "
+                f"{max(sizes):,} tokens with the candidates that the objective adds; raise it"
+            )
+        known = replace(batch, inputs=replace(batch.inputs, written=written))
+        return [known.take(torch.tensor(part)) for part in within(sizes, most)]
 
     @property
     def _inner(self) -> PreTrainedModel:

@@ -110,6 +110,14 @@ def test_parts_are_bounded_and_hold_each_row_once(tmp_path: Path, tiny_llama_dir
         assert fed == sum(part.inputs.read().sizes()) - 2 * len(part.ids)
 
 
+def test_a_row_that_alone_is_too_large_does_not_pass(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    """Candidates that are made for a row come after the survey."""
+    config = config_of(tmp_path / "run", tiny_llama_dir)
+    run = build_run(config, check_config(config))
+    with pytest.raises(ConfigError, match="is 150, but row-6 has 164 tokens"):
+        run.adapter.split(next(run.batches()), 150)
+
+
 def test_a_gradient_does_not_depend_on_the_rows_beside_it(
     tmp_path: Path, tiny_llama_dir: Path
 ) -> None:
