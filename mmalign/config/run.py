@@ -47,6 +47,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "model.quantization": OF_TOKENS,
     "model.attention": OF_TOKENS,
     "model.trust_remote_code": OF_TOKENS,
+    "train.tokens_per_batch": OF_TOKENS,
     "sample.max_new_tokens": OF_TOKENS,
     "sample.temperature": OF_TOKENS,
     "sample.top_p": OF_TOKENS,
@@ -139,10 +140,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def begun_with(folder: Path, section: str, key: str) -> Any:
     """A setting of the run that was begun in a folder; None where none was, or it does not say."""
     try:
-        found: dict[str, Any] = yaml.read(folder / "config.yaml").get(section) or {}
-    except ConfigError:  # whoever needs it says so
+        found: Any = yaml.read(folder / "config.yaml").get(section)
+        return found[key]
+    except (ConfigError, KeyError, TypeError):  # whoever needs it says so
         return None
-    return found.get(key)
 
 
 def dump(config: RunConfig) -> str:

@@ -84,11 +84,6 @@ def _check_parts(config: RunConfig, objective: Objective) -> list[str]:
     """What keeps a micro-batch from passing the model in parts."""
     if config.train.tokens_per_batch is None:
         return []
-    if config.modality not in _TOKENS:
-        return [
-            f"train.tokens_per_batch bounds tokens, of which modality {config.modality} has none. "
-            "Use train.batch_size and train.accumulate"
-        ]
     whole = [name for name, term in objective.terms.items() if term.across_rows]
     return whole and [
         f"train.tokens_per_batch splits a micro-batch, but {' and '.join(whole)} compares its rows "

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from mmalign import config as configs
@@ -151,7 +152,6 @@ def test_a_row_of_more_tokens_is_named_before_the_first_step(
     [
         ({"objective": {"name": "kto"}}, "kahneman compares its rows"),
         ({"objective": {"name": "aot"}}, "aot compares its rows"),
-        ({"modality": "diffusion", "objective": {"name": "diffusion_dpo"}}, "has none"),
     ],
 )
 def test_what_needs_a_whole_batch_is_refused(
@@ -161,6 +161,13 @@ def test_what_needs_a_whole_batch_is_refused(
     raw |= {**sections, "train": {"tokens_per_batch": 500}}
     with pytest.raises(ConfigError, match=f"tokens_per_batch.*{said}"):
         check_config(RunConfig.model_validate(raw))
+
+
+def test_what_has_no_tokens_is_refused(tmp_path: Path, tiny_llama_dir: Path) -> None:
+    raw = json.loads(write_config(tmp_path / "run", tiny_llama_dir).read_text())
+    raw |= {"modality": "diffusion", "train": {"tokens_per_batch": 500}}
+    with pytest.raises(ValidationError, match=r"tokens_per_batch.*text or video"):
+        RunConfig.model_validate(raw)
 
 
 @pytest.mark.slow
