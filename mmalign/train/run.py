@@ -448,9 +448,8 @@ _MANY = 2**24  # weights of linear layers, from which a measurement of 2 s is so
 def _settle_products(config: RunConfig, adapter: Adapter) -> RunConfig:
     """Use the library of `train.cpu_products`, decided where it is auto, so that it is kept."""
     library: Any = config.train.cpu_products
-    layers = [module.weight for module in adapter.modules() if isinstance(module, nn.Linear)]
-    on_cpu = all(weight.device.type == "cpu" for weight in layers)
-    if library == "auto" and on_cpu and sum(weight.numel() for weight in layers) >= _MANY:
+    routed = (module for module in adapter.modules() if isinstance(module, cpu.CpuLinear))
+    if library == "auto" and sum(module.weight.numel() for module in routed) >= _MANY:
         begun = configs.begun_with(config.output, "train", "cpu_products")
         (library,) = broadcast_object_list([begun if begun in cpu.LIBRARIES else cpu.faster()])
         train = config.train.model_copy(update={"cpu_products": library})
