@@ -75,26 +75,19 @@ class Turns:
         print(f"RESULT {seconds} {peak - self.baseline} {peak} {worked}", flush=True)
 
     def train(self, run: Any, backward: Callable[..., Any]) -> NoReturn:
-        """The body of train/loop.py, a turn a step.
+        """The steps of train/loop.py, a turn each.
 
         Args:
             run: Of `build_run`.
             backward: `backward_joint` or `backward_per_candidate`.
         """
-        from mmalign.train.backward import synchronised
+        from mmalign.train.loop import _accumulate, _clip
 
         loader = run.batches()
         while True:
             self.begin()
-            batch = next(loader)
-            parts = run.parts(batch)
-            with run.accelerator.accumulate(run.model):
-                for part in parts:
-                    here, share = part.to(run.accelerator.device), len(part.ids) / len(batch.ids)
-                    with synchronised(run.accelerator, run.model, last=part is parts[-1]):
-                        backward(run.accelerator, run.model, run.objective, here, share=share)
-            trained = [p for p in run.model.parameters() if p.requires_grad]
-            run.accelerator.clip_grad_norm_(trained, run.config.train.max_grad_norm)
+            _accumulate(run, backward, loader)
+            _clip(run)
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
             run.adapter.after_step(1)
