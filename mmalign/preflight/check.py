@@ -86,8 +86,9 @@ def _check_parts(config: RunConfig, objective: Objective) -> list[str]:
         return []
     whole = [name for name, term in objective.terms.items() if term.across_rows]
     return whole and [
-        f"train.tokens_per_batch splits a micro-batch, but {' and '.join(whole)} compares its rows "
-        "with each other. Remove it, or use a loss whose rows are independent, e.g. dpo"
+        "train.tokens_per_batch splits a micro-batch, but the rows of "
+        f"{config.objective.name or ' and '.join(whole)} are compared with each other. Remove it, "
+        "or use a loss whose rows are independent, e.g. dpo"
     ]
 
 

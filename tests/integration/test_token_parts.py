@@ -150,8 +150,8 @@ def test_a_row_of_more_tokens_is_named_before_the_first_step(
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"objective": {"name": "kto"}}, "kahneman compares its rows"),
-        ({"objective": {"name": "aot"}}, "aot compares its rows"),
+        ({"objective": {"name": "kto"}}, "the rows of kto are compared"),
+        ({"objective": {"name": "aot"}}, "the rows of aot are compared"),
     ],
 )
 def test_what_needs_a_whole_batch_is_refused(
