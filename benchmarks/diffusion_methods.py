@@ -240,14 +240,16 @@ class Bench:
         """Ink and legibility of neutral prompts, always from the same start noise."""
         painter = self.painter(guidance)
         asked = each_digit(self.sizes.measured)
-        shown = painter.paint(model, asked, self.noise, negative_model=negative)
+        seeds = range(self.noise, self.noise + len(asked))
+        images = painter.paint(model, asked, seeds, negative_model=negative)
+        shown = self.oracle.look(asked, images)
         return {"ink": float(shown.ink.mean()), "legibility": float(shown.legible.mean())}
 
     def painter(self, guidance: float) -> Painter:
         """Draws with this guidance."""
         if guidance not in self._painters:
             config = self.config("diffusion_dpo", guidance=guidance)
-            self._painters[guidance] = Painter(config, self.oracle)
+            self._painters[guidance] = Painter(config)
         return self._painters[guidance]
 
     def _write_data(self) -> None:
@@ -259,7 +261,9 @@ class Bench:
             ("train", first, sizes.per_digit, sizes.kept),
             ("eval", first + 100_000, sizes.held_out_per_digit, sizes.held_out_kept),
         ):
-            shown = painter.paint(painter.base, each_digit(10 * per_digit), seed)
+            asked = each_digit(10 * per_digit)
+            images = painter.paint(painter.base, asked, range(seed, seed + len(asked)))
+            shown = self.oracle.look(asked, images)
             write_pairs(pairs / split, shown, extremes(shown, kept, seed))
         rows = [json.loads(line) for line in (pairs / "train" / PAIRS).read_text().splitlines()]
         mean = statistics.fmean(map(gap, rows))

@@ -16,6 +16,7 @@ from mmalign.data.example import Example, Prompt, as_text
 from mmalign.data.jobs import write_lines
 from mmalign.errors import CheckpointError, ConfigError, DataError
 from mmalign.evaluate import Evaluation, evaluate
+from mmalign.models import cpu
 from mmalign.models.adapter import Adapter, answer_seeds, build_adapter, load_usable, tools_of
 from mmalign.preflight.check import check_config
 from mmalign.safe import write_text
@@ -245,6 +246,7 @@ def _device(config: RunConfig) -> torch.device:
 
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
+    cpu.keep_memory()
     return Accelerator().device
 
 

@@ -7,8 +7,7 @@ gained by whoever learns the comparison and by nobody who imitates.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,9 +71,7 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
     """
     driver.require("sklearn", "tells digits apart")
     demo = driver.Demo("diffusion", output, seed, fast, _PLAN)
-    demo.stage("load", "Loading a small diffusion model of handwritten digits")
-    from mmalign.diffusion.components import load_denoiser
-    from mmalign.inference import evaluate_checkpoint
+    demo.stage("load", "Loading handwritten digits, and who tells them apart")
     from mmalign.quickstart import digits
 
     sizes = FAST if fast else FULL
@@ -82,36 +79,40 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
     output = demo.output
     file = output / "pairs" / digits.PAIRS
     configs = {arm: config(file, arm, output / arm, seed, sizes) for arm in OBJECTIVES}
-    painter = digits.Painter(configs["dpo"], oracle)
-    driver.one_thread()  # each; as many side by side as there are cores
-    noise, threads = seed * _SEEDS, os.cpu_count() or 1
+
+    def paint(arms: Sequence[str], each: int, first_seed: int) -> list[Shown]:
+        """Images of each arm, from the same start noises."""
+        asked = digits.each_digit(each)
+        jobs = [
+            digits.Painting(
+                configs["dpo"],
+                None if arm == "base" else output / arm / "final",
+                asked[start : start + digits.AT_ONCE],
+                range(first_seed + start, first_seed + min(each, start + digits.AT_ONCE)),
+            )
+            for arm in arms
+            for start in range(0, each, digits.AT_ONCE)
+        ]
+        parts = demo.spread(digits.paint, jobs, f"sets of {len(jobs[0].digits)} images")
+        pixels = np.concatenate(parts).reshape(len(arms), each, *parts[0].shape[1:])
+        return [oracle.look(asked, images) for images in pixels]
 
     demo.stage("draw", "Drawing images and pairing the less inky half of each digit")
-    asked = digits.each_digit(sizes.drawn * len(digits.NAMES))
-    drawn = painter.paint(painter.base, asked, noise, threads=threads, tell=demo.at)
+    noise = seed * _SEEDS
+    (drawn,) = paint(["base"], sizes.drawn * len(digits.NAMES), noise)
     pairs = thin_pairs(drawn, sizes.held_out, seed)
     digits.write_pairs(file.parent, drawn, pairs)
 
     demo.stage("train", "Training on the pairs: Diffusion-DPO, and imitation of the preferred")
-    demo.train_arms([configs["dpo"], configs["sft"]])
+    # Imitation is held to the same pairs, which its own objective cannot rank.
+    work = [(configs["dpo"], None), (configs["sft"], configs["dpo"])]
+    _, imitation = demo.spread(train, work, "steps", lambda: driver.steps_of([*configs.values()]))
 
     demo.stage("measure", "Drawing the same prompts from the same noise with each model")
-    models = {"base": painter.base} | {
-        arm: load_denoiser(str(output / arm / "final"), configs[arm].model) for arm in OBJECTIVES
-    }
-    shown: dict[str, Shown] = {}
-
-    def tell(done: int, total: int, unit: str) -> None:
-        demo.at(len(shown) * total + done, len(ARMS) * total, unit)
-
-    asked = digits.each_digit(sizes.measured)
-    for arm, model in models.items():
-        shown[arm] = painter.paint(model, asked, noise + _MEASURING, threads=threads, tell=tell)
-    # Imitation is held to the same pairs, which its own objective cannot rank.
-    imitation = evaluate_checkpoint(configs["dpo"], output / "sft" / "final")
+    shown = dict(zip(ARMS, paint(ARMS, sizes.measured, noise + _MEASURING), strict=True))
     held_out = {
         "base": driver.evaluation(output / "dpo", first=True),
-        "sft": imitation.metrics | {"intervals": imitation.intervals},
+        "sft": imitation,
         "dpo": driver.evaluation(output / "dpo"),
     }
     return demo.finish(
@@ -127,6 +128,24 @@ def run(output: Path | None = None, seed: int = 0, fast: bool = False) -> dict[s
             "neutral prompts", {arm: _plain(result[arm]) for arm in ARMS}, ARMS, "{:.3f}".format
         ),
     )
+
+
+def train(job: tuple[RunConfig, RunConfig | None]) -> dict[str, Any]:
+    """Train an arm, and measure it as another's evaluation measures.
+
+    Args:
+        job: The arm's config, and that of the other.
+
+    Returns:
+        Metrics and `intervals` of the evaluation; empty without one.
+    """
+    from mmalign.inference import evaluate_checkpoint
+
+    folder, judge = driver.train_arm(job[0]), job[1]
+    if judge is None:
+        return {}
+    found = evaluate_checkpoint(judge, folder / "final")
+    return found.metrics | {"intervals": found.intervals}
 
 
 def config(pairs: Path, arm: str, output: Path, seed: int, sizes: Sizes = FULL) -> RunConfig:

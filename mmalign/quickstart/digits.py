@@ -7,22 +7,22 @@ Source: UCI "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 19
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image as pil
-from torch import nn
 
 from mmalign.config import RunConfig
 from mmalign.data.jobs import write_lines
 from mmalign.data.sheet import sheet, write_image
+
+if TYPE_CHECKING:
+    from torch import nn
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIDE = 8  # pixels
@@ -37,7 +37,7 @@ SAMPLING: dict[str, Any] = {
 """How every image is drawn, but for the number of steps."""
 
 PAIRS = "pairs.jsonl"
-_AT_ONCE = 100  # images
+AT_ONCE = 100  # images
 _NUM_TEST = 360
 
 
@@ -79,6 +79,10 @@ class Oracle:
         named = self._model.predict(pixels.reshape(len(pixels), -1))
         return np.asarray(named == np.asarray(digits))
 
+    def look(self, digits: Sequence[int], pixels: NDArray[np.float32]) -> Shown:
+        """Images [N, 8, 8] with what each should show and whether it does."""
+        return Shown(tuple(digits), pixels, self.legible(pixels, digits))
+
 
 def ink(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
     """Mean of the pixels of each image [N, 8, 8], [N]; 0 is empty and 1 is full."""
@@ -112,18 +116,16 @@ class Shown:
 class Painter:
     """Draws digits with the base's text encoder and any U-Net of its shape."""
 
-    def __init__(self, config: RunConfig, oracle: Oracle) -> None:
+    def __init__(self, config: RunConfig) -> None:
         """Load the base.
 
         Args:
             config: Of any run on it; how images are made stands in `diffusion.sampling`.
-            oracle: Judges the images.
         """
         from mmalign.core import Needs
         from mmalign.diffusion.components import load_components
         from mmalign.diffusion.inputs import Inputs
 
-        self._oracle = oracle
         components = load_components(config.model, config.diffusion)
         process = components.process(config.diffusion)
         self._inputs = Inputs(config, Needs(), components, process)
@@ -133,54 +135,67 @@ class Painter:
         self,
         model: nn.Module,
         digits: Sequence[int],
-        first_seed: int,
+        seeds: Sequence[int],
         *,
         negative_model: nn.Module | None = None,
-        threads: int = 1,
-        tell: Callable[[int, int, str], None] | None = None,
-    ) -> Shown:
-        """One image a digit; image i has the start noise of seed `first_seed` + i.
+    ) -> NDArray[np.float32]:
+        """One image a digit, [N, 8, 8] in [0, 1]; no image depends on the others.
 
         Args:
             model: The U-Net, in evaluation mode.
             digits: What to draw.
-            first_seed: Of the start noise.
+            seeds: Of the start noise of each.
             negative_model: A second U-Net for the empty prompt.
-            threads: Batches drawn at the same time; no image depends on it.
-            tell: Called with the images drawn so far, their number, and what they are.
         """
+        import torch
+
         from mmalign.diffusion.sample import generate
 
         inputs, cpu = self._inputs, torch.device("cpu")
-        told = inputs.embed([prompt(digit) for digit in digits], cpu)
-        empty, vae = inputs.empty(cpu), inputs.vae
+        images = generate(
+            model,
+            inputs.components,
+            inputs.vae,
+            inputs.config.diffusion,
+            inputs.embed([prompt(digit) for digit in digits], cpu),
+            inputs.empty(cpu),
+            seeds=seeds,
+            negative_model=negative_model,
+            batch_size=AT_ONCE,
+        )
+        return np.stack([np.asarray(i.convert("L"), np.float32) / np.float32(255) for i in images])
 
-        def draw(start: int) -> list[NDArray[np.float32]]:
-            rows = range(start, min(start + _AT_ONCE, len(digits)))
-            images = generate(
-                model,
-                inputs.components,
-                vae,
-                inputs.config.diffusion,
-                told.rows(torch.tensor(rows)),
-                empty,
-                seeds=[first_seed + row for row in rows],
-                negative_model=negative_model,
-                batch_size=_AT_ONCE,
-            )
-            return [
-                np.asarray(image.convert("L"), np.float32) / np.float32(255) for image in images
-            ]
 
-        drawn: list[NDArray[np.float32]] = []
-        # Two batches on a thread each are faster than one on two: its products are small.
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for images in pool.map(draw, range(0, len(digits), _AT_ONCE)):
-                drawn += images
-                if tell is not None:
-                    tell(len(drawn), len(digits), "images")
-        pixels = np.stack(drawn)
-        return Shown(tuple(digits), pixels, self._oracle.legible(pixels, digits))
+@dataclass(frozen=True, slots=True)
+class Painting:
+    """What a process is asked to draw.
+
+    Attributes:
+        config: Of any run on the base.
+        model: Folder of a trained U-Net; None is the base.
+        digits: What to draw.
+        seeds: Of the start noise of each.
+    """
+
+    config: RunConfig
+    model: Path | None
+    digits: Sequence[int]
+    seeds: Sequence[int]
+
+
+_painters: dict[str, Painter] = {}
+
+
+def paint(asked: Painting) -> NDArray[np.float32]:
+    """The images [N, 8, 8]; a process loads the base once."""
+    from mmalign.diffusion.components import load_denoiser
+
+    config = asked.config
+    painter = _painters.get(config.model_dump_json())
+    if painter is None:
+        painter = _painters[config.model_dump_json()] = Painter(config)
+    model = load_denoiser(str(asked.model), config.model) if asked.model else painter.base
+    return painter.paint(model, asked.digits, asked.seeds)
 
 
 def write_pairs(folder: Path, shown: Shown, pairs: Iterable[tuple[int, int, str]]) -> Path:

@@ -273,9 +273,10 @@ def _start_worker(log: Path) -> None:
     for descriptor in (1, 2):  # what the loop says of a signal, and libraries in C, go by these
         os.dup2(sys.stderr.fileno(), descriptor)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to clean up behind itself
-    import torch
+    from mmalign.models.cpu import keep_memory
 
-    torch.set_num_threads(1)
+    one_thread()
+    keep_memory()
     parent = multiprocessing.parent_process()
     if parent is not None:  # killed, it leaves the queue open that a worker waits at
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -463,6 +463,7 @@ def build_run(config: RunConfig, objective: Objective) -> Run:
     train = config.train
     if train.num_threads is not None:
         torch.set_num_threads(train.num_threads)
+    cpu.keep_memory()
     accelerator = build_accelerator(config)
     set_seed(train.seed)  # alike on all processes: they must start from the same weights
     with accelerator.main_process_first():  # one process fills the caches of downloads

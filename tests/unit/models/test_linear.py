@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import platform
+import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -122,6 +126,28 @@ def test_kernels_are_bounded_unless_the_user_bounds_them(monkeypatch: pytest.Mon
     cpu.keep_few_kernels()
     assert os.environ["LRU_CACHE_CAPACITY"] == "7"
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == str(cpu.KERNELS)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's settings")
+@pytest.mark.parametrize("told", [{}, {"MALLOC_TOP_PAD_": "0", "MALLOC_TRIM_THRESHOLD_": "0"}])
+def test_memory_is_kept_for_the_next_step_unless_the_user_says_how(told: dict[str, str]) -> None:
+    """Pages that the system hands out for a step's tensors, the tenth time, in a process alone."""
+    program = (
+        "import resource, torch; from mmalign.models.cpu import keep_memory; keep_memory()\n"
+        "for step in range(10):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    kept = [torch.ones(2**20 + 2**16 * i) for i in range(8)]; del kept\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | told,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    pages = 8 * 2**22 // resource.getpagesize()
+    assert (int(done.stdout) > pages // 2) == bool(told)
 
 
 def test_names_state_and_copies_are_kept() -> None:
