@@ -41,7 +41,7 @@ _FEW = 1000  # rows that are not worth further processes
 _MOST_WORKERS = 16
 _VALUES = re.compile(r"'[^']*'|\"[^\"]*\"|\d[\d,.]*")
 FOLDER = "surveys"  # in the cache folder; a second start reads what surveys found
-VERSION = 3  # raise it when the same rows and settings give other findings
+VERSION = 4  # raise it when the same rows and settings give other findings
 
 
 @dataclass(slots=True)
@@ -79,9 +79,9 @@ class Found:
         if sentence:
             self.sentences.setdefault(name, sentence)
 
-    def refuse(self, rows: Sequence[int], what: str, size: int) -> None:
-        """Note that rows are too large."""
-        self.problems += [(number, what, f"this one has {size:,}") for number in rows]
+    def refuse(self, rows: Sequence[int], what: str, size: int, more: str = "") -> None:
+        """Note that rows are too large; `more` says of what, beside what the file has of them."""
+        self.problems += [(number, what, f"this one has {size:,}{more}") for number in rows]
 
     def add(self, other: Found) -> None:
         """Take in what was found among other rows."""
@@ -102,8 +102,16 @@ class Found:
         self.longest = (max(self.longest[0], prompt), max(self.longest[1], response))
 
 
+Whole = Callable[[Example], Example]
+"""A row to the one that is trained on, with the candidates that the adapter adds at its end."""
+
+
 def survey(
-    encoder: Encoder, rows: Sequence[Example], limits: Limits, keys: Sequence[Hashable]
+    encoder: Encoder,
+    rows: Sequence[Example],
+    limits: Limits,
+    keys: Sequence[Hashable],
+    whole: Whole | None = None,
 ) -> Found:
     """Encode every row, on all processors where there are many; a bar shows how far it is.
 
@@ -112,6 +120,7 @@ def survey(
         rows: Any number, each of them once.
         limits: Of the models that will score the rows.
         keys: Of each row; of those with equal keys, which must have equal tokens, one is encoded.
+        whole: For the tokens of a row together; None: nothing is added to rows.
 
     Raises:
         ConfigError: Something is wrong that no row can help.
@@ -121,7 +130,7 @@ def survey(
     alike: dict[Hashable, list[int]] = {}
     for number, key in enumerate(keys):
         alike.setdefault(key, []).append(number)
-    chunks = _Chunks(encoder, rows, list(alike.values()), limits)
+    chunks = _Chunks(encoder, rows, list(alike.values()), limits, whole)
     found = Found()
     for part in track(
         _looked_at(chunks), "checking rows", total=len(alike), unit="rows", size=_CHUNK
@@ -143,6 +152,7 @@ class _Chunks:
     rows: Sequence[Example]
     alike: Sequence[Sequence[int]]  # numbers of rows with the same tokens
     limits: Limits
+    whole: Whole | None
 
     def __len__(self) -> int:
         return -(-len(self.alike) // _CHUNK)
@@ -162,24 +172,27 @@ class _Chunks:
         """Encode a row, for all that have its tokens."""
         notes = self.encoder.notes
         notes.rows.clear()
+        limit = self.limits.together
+        whole = row if limit is None or self.whole is None else self.whole(row)
         try:
-            encoded = self.encoder.encode_example(row)
+            every = self.encoder.encode_example(whole)
         except DataError as error:
             what = str(error).removeprefix(f"{row.id}: ")
             found.problems += [(number, what, "") for number in numbers]
             return
-        shown = _shown(row)
+        encoded, shown = every[: len(row.candidates)], _shown(whole)
         longest = max(len(item.prompt) + len(item.response) - 1 for item in encoded)
-        if (limit := self.limits.positions) is not None and longest > limit:
-            found.refuse(numbers, too_long(limit), longest)
+        if (most := self.limits.positions) is not None and longest > most:
+            found.refuse(numbers, too_long(most), longest)
             return
-        if (limit := self.limits.together) is not None:
+        if limit is not None:
             contexts = [(shown.index(media), tuple(item.prompt))
-                        for media, item in zip(shown, encoded, strict=True)]  # fmt: skip
-            answers = (tuple(item.response) for item in encoded)
+                        for media, item in zip(shown, every, strict=True)]  # fmt: skip
+            answers = (tuple(item.response) for item in every)
             together = num_tokens([*zip(contexts, answers, strict=True)])
             if together > limit:
-                found.refuse(numbers, _too_many(limit), together)
+                more = " with the candidates that the objective adds" if whole is not row else ""
+                found.refuse(numbers, _too_many(limit), together, more)
                 return
         found.rows += len(numbers)
         found.responses += len(encoded) * len(numbers)
@@ -261,6 +274,7 @@ def findings(
     rows: Sequence[Example],
     limits: Limits,
     about: Callable[[Example], Hashable] | None = None,
+    whole: Whole | None = None,
 ) -> Found:
     """What a survey finds, or found when it looked at the same rows under the same settings.
 
@@ -269,7 +283,9 @@ def findings(
         encoder: As `survey` takes it.
         rows: Any number, each of them once.
         limits: Of the models that will score the rows.
-        about: What besides its words decides a row's tokens; its `repr` tells them apart.
+        about: What besides its words decides a row's tokens, and those of what `whole` adds; its
+            `repr` tells them apart.
+        whole: As `survey` takes it.
     """
     looked_at = track(rows, "looking for rows that are known", total=len(rows))
     decides = ((_content(row), about and about(row)) for row in looked_at)
@@ -285,7 +301,7 @@ def findings(
         known = as_json.validate_json(file.read_bytes())
         if known.rows or known.problems:  # as any survey has
             return known
-    found = survey(encoder, rows, limits, keys)
+    found = survey(encoder, rows, limits, keys, whole)
     with suppress(OSError):  # the next start looks again
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file, several=True) as partial:

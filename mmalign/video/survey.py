@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 from mmalign.config import RunConfig
 from mmalign.core import Needs
@@ -78,12 +79,16 @@ def survey_parts(config: RunConfig, needs: Needs, parts: Sequence[Sequence[Examp
     kept, bare = _perturbable(kept, alter, needs.roles)
     rows = list({id(row): row for part in kept for row in part}.values())
     limits = replace(model_limits(config), embedded=None)
+    added = () if limits.together is None else alter.roles(needs.roles)
 
-    def shown(row: Example) -> tuple[bytes | Media | None, ...]:
+    def decides(row: Example) -> tuple[Any, ...]:
         media = (row.media, *(c.media for c in row.candidates))
-        return tuple(item and reader.tokens(item) for item in media)
+        return added, *(item and reader.tokens(item) for item in media)
 
-    found = findings(config, encoder, rows, limits, shown)
+    def whole(row: Example) -> Example:
+        return row if id(row) in bare else alter(row, needs.roles, seed_for(0, row.id, 0, 0))
+
+    found = findings(config, encoder, rows, limits, decides, whole)
     found.problems += [(number, bare[id(row)], "") for number, row in enumerate(rows)
                        if id(row) in bare]  # fmt: skip
     kept = _within(kept, rows, found, limits, encoder)

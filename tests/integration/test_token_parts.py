@@ -112,7 +112,7 @@ def test_parts_are_bounded_and_hold_each_row_once(tmp_path: Path, tiny_llama_dir
 
 
 def test_a_row_that_alone_is_too_large_does_not_pass(tmp_path: Path, tiny_llama_dir: Path) -> None:
-    """Candidates that are made for a row come after the survey."""
+    """Nor where the batch is not one of rows that a survey has seen."""
     config = config_of(tmp_path / "run", tiny_llama_dir)
     run = build_run(config, check_config(config))
     with pytest.raises(ConfigError, match="is 150, but row-6 has 164 tokens"):

@@ -16,6 +16,8 @@ from mmalign.errors import ConfigError, DataError
 from mmalign.inference import plan_cache, write_cache
 from mmalign.models.adapter import survey_rows
 from mmalign.preflight.check import check_config as check
+from mmalign.train.loop import train
+from mmalign.train.run import build_run
 from mmalign.video import survey as video_survey
 from mmalign.video.processing import DecodedMedia, Processor
 
@@ -221,8 +223,6 @@ def test_a_cache_is_as_large_as_was_planned(
 def test_what_the_survey_says_is_not_said_again(
     video_models: Models, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from mmalign.train.loop import train
-
     rows = write_rows(data / "once.jsonl", [row(i) for i in range(3)])
     sections = {"text": {"chat_template": str(data / "endless.jinja")}}
     (data / "endless.jinja").write_text(
@@ -248,3 +248,94 @@ def test_one_answer_about_two_clips_is_something_to_learn_from(
     assert "responses cut" in cut
     assert "1 of 3 pairs have the same tokens on both sides" in note
     assert "row-1" in note
+
+
+@pytest.mark.runs
+@pytest.mark.parametrize(
+    ("kind", "objective", "of", "added"),
+    [
+        (QWEN, "mdpo", "pair", 1),
+        (QWEN, "vdpo_symmetric", "pair", 2),
+        (QWEN, "vista_dpo", "vista", 3),
+        (QWEN, "vdpo_symmetric", "counterfactual", 1),
+        (QWEN3, "mdpo", "pair", 1),  # times of frames stand in the prompt
+        (OMNI, "chip", "pair", 1),
+        ("llava_onevision", "pami_vdpo", "plain", 4),
+    ],
+)  # fmt: skip
+def test_the_tokens_of_candidates_that_are_made_are_counted_before_the_first_step(
+    kind: str, objective: str, of: str, added: int, video_models: Models, data: Path, tmp_path: Path
+) -> None:
+    """To the token as a batch has them, whatever is drawn; a short prompt's row is not refused."""
+    rows = [row(i, of) for i in range(4)]
+    rows[2]["prompt"] += " Say it in many more words than anybody else would."
+    file = write_rows(data / f"{objective}-{kind}-{of}.jsonl", rows)
+    given = {"objective": {"name": objective}, "video": {"num_frames": 4}}
+    if objective == "chip":
+        given["text"] = {"masks": {"kind": "diff"}}
+    free = configured(tmp_path / "free", video_models(kind), file, **given)
+    run = build_run(free, check(free))
+    counts = set()
+    for visit in range(6):
+        batch = run.adapter.collate(run.train_rows, [10 * visit + i for i in range(4)])
+        counts.add(tuple(batch.inputs.read().sizes()))
+    (sizes,) = counts
+    assert batch.labels.shape[1] == len(run.train_rows[0].candidates) + added
+    most = max(sizes)
+    assert run.train_rows[sizes.index(most)].id == "row-2"
+    assert sorted(sizes)[-2] < most - 1
+
+    def bounded(most: int, **more: Any) -> Surveyed:
+        section = {"tokens_per_batch": most}
+        config = configured(tmp_path, video_models(kind), file, **given, train=section, **more)
+        return survey_rows(config, check(config).needs)
+
+    assert len(kept(bounded(most))) == 4
+    said = (
+        rf"'row-2'\): rows must have at most {most - 1:,} tokens.*train.tokens_per_batch lets.*"
+        rf"this one has {most:,} with the candidates that the objective adds"
+    )
+    with pytest.raises(DataError, match=said):
+        bounded(most - 1)
+    left = bounded(most - 1, data={"bad_rows": "drop"})
+    assert kept(left) == ["row-0", "row-1", "row-3"]
+
+
+@pytest.mark.runs
+def test_a_run_whose_made_candidates_are_too_many_tokens_takes_no_step(
+    video_models: Models, data: Path, tmp_path: Path
+) -> None:
+    """The two responses of a row alone would pass."""
+    file = write_rows(data / "made.jsonl", [row(i) for i in range(4)])
+    train_on = {"objective": {"name": "dpo"}, "train": {"tokens_per_batch": 120}}
+    config = configured(tmp_path, video_models(QWEN), file, **train_on)
+    assert len(kept(survey_rows(config, check(config).needs))) == 4
+    config = configured(
+        tmp_path, video_models(QWEN), file, **{**train_on, "objective": {"name": "mdpo"}}
+    )
+    with pytest.raises(DataError, match=r"row-0.*at most 120 tokens.* 3 more"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.runs
+def test_pictures_and_more_made_candidates_are_counted_too(
+    video_models: Models, data: Path, tmp_path: Path
+) -> None:
+    """A row about an image has it altered; what was found for fewer candidates is not read."""
+    shown = {"video": None, "image": "wide.png"}
+    file = write_rows(data / "wide.jsonl", [row(i, "plain") | shown for i in range(2)])
+    for copies in (2, 3):
+        video = {"image_pixels": 12_544, "selection": {"num_candidates": copies}}
+        given = {"objective": {"name": "pami_vdpo"}, "video": video}
+        free = configured(tmp_path / f"{copies}", video_models(QWEN), file, **given)
+        run = build_run(free, check(free))
+        most = max(run.adapter.collate(run.train_rows).inputs.read().sizes())
+        bounds = [{"train": {"tokens_per_batch": bound}} for bound in (most - 1, most)]
+        less, enough = (
+            configured(tmp_path / f"{copies}", video_models(QWEN), file, **given, **bound)
+            for bound in bounds
+        )
+        with pytest.raises(DataError, match=rf"has {most:,} with the candidates"):
+            train(less)
+        train(enough)
