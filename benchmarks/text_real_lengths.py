@@ -25,6 +25,7 @@ import argparse
 import itertools
 import json
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ VOCABULARY = 8_000
 TOKENS = 1024  # train.tokens_per_batch of the arm that has it
 SPEED = {("full", "float32"): 5.5, ("full", "bfloat16"): 6.0, "lora": 6.0}
 MEMORY = 0.25
+EVERY = 15.0  # seconds between two lines of `--memory` that say how far it is
 
 
 def arms_of(weights: str, precision: str, reference: str) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -87,10 +89,19 @@ def write_model(folder: Path, texts: Sequence[str]) -> None:
 
 
 def read_pairs(file: Path) -> list[dict[str, str]]:
-    """The pairs of a file, without its other columns."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    keys = ("prompt", "chosen", "rejected")
-    return [{key: row[key] for key in keys} for row in map(json.loads, lines)]
+    """The pairs of a file, without its other columns; ends where a row lacks one."""
+    pairs: list[dict[str, str]] = []
+    with file.open(encoding="utf-8") as lines:  # a text may hold what splitlines() splits at
+        for number, line in enumerate(lines, 1):
+            row = json.loads(line)
+            pair = {key: row.get(key) for key in ("prompt", "chosen", "rejected")}
+            if lacking := [key for key, text in pair.items() if not isinstance(text, str)]:
+                raise SystemExit(
+                    f"{file}, line {number}: has no {', '.join(lacking)} as a string; give each "
+                    "row prompt, chosen and rejected, each a string"
+                )
+            pairs.append(pair)
+    return pairs
 
 
 def write_pairs(folder: Path, pairs: Sequence[dict[str, str]]) -> None:
@@ -135,12 +146,19 @@ def watch_memory(folder: Path, pairs: Sequence[dict[str, str]], steps: int) -> N
     """Our trainer over ever new lengths: its largest resident size, tenth by tenth."""
     write_pairs(folder, pairs)
     arm = start("mmalign, bounded tokens", COMPARISONS[0], folder)
-    sizes = []
-    for step in range(steps):
+    tenth, sizes, shown = max(1, steps // 10), [], 0
+    began = said = time.perf_counter()
+    for step in range(1, steps + 1):
         sizes.append(arm.step()[1])
-        if (step + 1) % max(1, steps // 10) == 0:
-            part = sizes[-max(1, steps // 10) :]
-            print(f"  step {step + 1}: at most {max(part):.0f} MiB since the last line", flush=True)
+        now = time.perf_counter()
+        if step % tenth == 0 or step == steps:
+            most = max(sizes[shown:])
+            print(f"  step {step}: at most {most:.0f} MiB since the last line", flush=True)
+            shown, said = step, now
+        elif now - said > EVERY:
+            left = (now - began) / step * (steps - step)
+            say(f"  step {step} of {steps}: {sizes[-1]:.0f} MiB, {left / 60:.0f} minutes left")
+            said = now
     arm.close()
 
 
