@@ -345,10 +345,11 @@ class TrainConfig(Section):
     num_threads: Number | None = Field(
         default=None, description="CPU threads; 1 is best for tiny models"
     )
-    cpu_products: Literal["auto", "onednn", "mkl"] = Field(
+    cpu_products: Literal["auto", "onednn", "mkl", "mixed"] = Field(
         default="auto",
-        description="the library of products on a CPU; auto: of a model of more than 16 million "
-        "weights, the faster one of a measurement of 2 s; a resumed run keeps it",
+        description="the library of products on a CPU; mixed: oneDNN, MKL for gradients of "
+        "weights; auto: for a model of more than 16 million weights, the fastest by a measurement "
+        "of 2 s; a resumed run keeps it",
     )
     check_reference: bool = Field(
         default=True, description="stop if policy and reference differ before step 1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -64,11 +65,38 @@ def test_a_small_model_is_not_measured(
     assert cpu._library == "onednn"
 
 
-def test_both_libraries_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight = torch.randn(40, 30), torch.randn(20, 30)
-    found = []
+def test_all_libraries_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "SMALLEST", 1)
+    layer, x = torch.nn.Linear(30, 20), torch.randn(2, 40, 30, requires_grad=True)
+    cpu.use_onednn(layer)
+    found: dict[str, list[torch.Tensor]] = {}
     for library in cpu.LIBRARIES:
         monkeypatch.setattr(cpu, "_library", library)
-        found.append(cpu.product(x, weight))
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
-    assert cpu.faster.__wrapped__() in cpu.LIBRARIES
+        out = layer(x)
+        inputs = [x, *layer.parameters()]
+        found[library] = [out.detach(), *torch.autograd.grad(out.square().sum(), inputs)]
+    for library in ("mkl", "mixed"):
+        torch.testing.assert_close(found[library], found["onednn"], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("slow", [(), ("onednn",), ("mkl",), ("weights",)])
+def test_what_is_measured_decides(slow: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind of product is made slow in turn, by more than any machine's noise."""
+    product, gradient_of = cpu.product, cpu.gradient_of
+    monkeypatch.setattr(cpu, "_library", "onednn")
+
+    def slower(kind: str, made: object) -> object:
+        if kind in slow or cpu._library in slow:
+            time.sleep(0.2)
+        return made
+
+    monkeypatch.setattr(cpu, "product", lambda *given: slower("through", product(*given)))
+
+    def weights(*given: torch.Tensor) -> object:
+        return slower("weights" if cpu._library == "onednn" else "", gradient_of(*given))
+
+    monkeypatch.setattr(cpu, "gradient_of", weights)
+    found = cpu.faster.__wrapped__()
+    expected = {("onednn",): {"mkl"}, ("mkl",): {"onednn"}, ("weights",): {"mixed", "mkl"}}
+    assert found in expected.get(slow, set(cpu.LIBRARIES))
+    assert cpu._library == "onednn"
