@@ -34,7 +34,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 ARMS = ("base", *OBJECTIVES)
 _SEEDS = 1_000_000  # start noises apart from those of another seed
 _MEASURING = 200_000  # and those of measuring from those of the pairs
-_PLAN = {"load": 6.0, "draw": 16.0, "train": 38.0, "measure": 17.0, "report": 3.0}
+_PLAN = {"load": 3.0, "draw": 30.0, "train": 36.0, "measure": 17.0, "report": 2.0}
 
 
 @dataclass(frozen=True, slots=True)
