@@ -22,4 +22,13 @@ def objective(function: Function) -> Function:
     return function
 
 
+def rule(function: Function) -> Function:
+    """Mark a function that judges responses, so that configs elsewhere may name it.
+
+    As `objective`, for `judge: [{rule: module:function}]`.
+    """
+    function.__mmalign_rule__ = True  # type: ignore[attr-defined]
+    return function
+
+
 moved.install()

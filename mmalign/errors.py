@@ -38,6 +38,10 @@ class CheckpointError(MmalignError):
     """A checkpoint that is missing, incomplete, or belongs to another run."""
 
 
+class ServerError(MmalignError):
+    """A server that is away, or answers with what cannot be used."""
+
+
 class NonFiniteLoss(MmalignError):
     """Training produced a loss that is nan or infinite; the run stopped before using it."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmalign.cli.judging import data_score, data_select
 from mmalign.cli.parts import (
     Config,
     DropBad,
@@ -25,7 +26,6 @@ from mmalign.cli.parts import (
     say,
     setting,
 )
-from mmalign.cli.pictures import BatchSize, Device, Dtype, Scorers, load_scorers, parse_scorers
 from mmalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -317,54 +317,8 @@ def data_convert(
     say(f"{out}: {written} records written, {left_out} left out")
 
 
-@app.command("score", short_help="Score the images of pairs or lists, and label by the scores.")
-def data_score(
-    source: Annotated[str, argument("FILE", "file or folder of image pairs or lists")],
-    out: Written,
-    scorer: Scorers,
-    relabel: Annotated[
-        bool, option("--relabel", "the higher score wins; equal scores are a tie")
-    ] = False,
-    smooth: Annotated[
-        str | None,
-        option(
-            "--smooth RANGE",
-            "write SmPO's p_chosen; RANGE is MIN,MAX of the scores, `data` for theirs, or "
-            "`published` for SmPO's constants",
-        ),
-    ] = None,
-    layout: Layout = None,
-    split: Split = None,
-    pictures: Annotated[
-        Path | None, option("--pictures DIR", "where paths start; by default FILE's folder")
-    ] = None,
-    batch_size: BatchSize = 16,
-    device: Device = None,
-    dtype: Dtype = "float32",
-) -> None:
-    """Score the images of pairs or lists; the first scorer labels. Run it again to go on.
-
-    For example: mmalign data score pairs.jsonl --out scored.jsonl --scorer pickscore --relabel
-    """
-    from mmalign.data.jobs import Source
-    from mmalign.diffusion.scorers.files import parse_smooth, score_file
-
-    weights = dict(parse_scorers(scorer, dtype))
-    wanted = None if smooth is None else parse_smooth(smooth, next(iter(weights)))
-    rows = Source(source, split, layout, pictures)
-    with resumable("score", out, "scores") as progress:
-        result = score_file(
-            rows,
-            out,
-            list(weights),
-            lambda: load_scorers(scorer, device, dtype),
-            relabel=relabel,
-            smooth=wanted,
-            settings={"weights": weights, "dtype": dtype},
-            batch_size=batch_size,
-            progress=progress,
-        )
-    say(result.text())
+app.command("score", short_help="Judge responses; score the images of pairs or lists.")(data_score)
+app.command("select", short_help="Make pairs of judged responses.")(data_select)
 
 
 def _faults(rows: Sequence[Example]) -> list[list[str]]:

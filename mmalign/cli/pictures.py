@@ -18,14 +18,13 @@ if TYPE_CHECKING:
     from mmalign.diffusion.scorers import Scorer
 
 
-Scorers = Annotated[
-    list[str],
-    option(
-        "--scorer NAME[=DIR]",
-        "clip, pickscore, hps-v2, hps-v2.1, aesthetic or image-reward; repeat it; "
-        "weights come from the hub, or from DIR",
-    ),
-]
+_SCORER = option(
+    "--scorer NAME[=DIR]",
+    "clip, pickscore, hps-v2, hps-v2.1, aesthetic or image-reward; repeat it; "
+    "weights come from the hub, or from DIR",
+)
+Scorers = Annotated[list[str], _SCORER]
+ScorersIfAny = Annotated[list[str] | None, _SCORER]
 BatchSize = Annotated[int, setting("--batch-size N", "rows or prompts at one time", min=1)]
 Device = Annotated[str | None, option("--device NAME", "by default the GPU where there is one")]
 DTYPES = ("float32", "bfloat16", "float16")

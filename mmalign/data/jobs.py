@@ -236,8 +236,12 @@ def resumable(out: Path, asked: Mapping[str, Any]) -> Generator[Journal]:
     journal = Journal(_journal_of(out), dict(asked))
     try:
         yield journal
-    finally:
+    except BaseException:
         journal.close()
+        if not journal.done:  # nothing to go on from: the next call may ask something else
+            journal.path.unlink(missing_ok=True)
+        raise
+    journal.close()
     journal.path.unlink(missing_ok=True)  # the job is done
 
 

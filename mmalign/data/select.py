@@ -28,18 +28,21 @@ def win_rate(preference: ArrayLike) -> Floats:
     """Self-play reward: how often a response beats the others, mean over j != i of P(i beats j).
 
     Args:
-        preference: [K, K], entry (i, j) the probability that i is preferred to j. The diagonal is
-            not read. Cycles are allowed.
+        preference: [K, K], entry (i, j) the probability that i is preferred to j; nan where nobody
+            compared them, which does not count. The diagonal is not read. Cycles are allowed.
 
     Returns:
-        [K], in [0, 1].
+        [K], in [0, 1]; nan for a response that was compared with none.
 
     Source: Swamy et al. 2024, arXiv:2401.04056 (minimaximalist self-play).
     """
     p = _floats(preference)
     if p.ndim != 2 or p.shape[0] != p.shape[1] or len(p) < 2:
         raise DataError(f"preference has shape {list(p.shape)}; it must be [K, K] with K >= 2")
-    return (p.sum(1) - p.diagonal()) / (len(p) - 1)
+    known = ~np.isnan(p) & ~np.eye(len(p), dtype=bool)
+    count = known.sum(1)
+    total = np.where(known, p, 0.0).sum(1)
+    return np.divide(total, count, out=np.full(len(p), np.nan), where=count > 0)
 
 
 def leave_one_out(rewards: ArrayLike) -> Floats:
@@ -133,6 +136,19 @@ def best_worst(rewards: Sequence[float]) -> Pair:
     if best == worst:
         raise DataError(f"{len(rewards)} responses all have the reward {best:g}; none is better")
     return rewards.index(best), rewards.index(worst)
+
+
+def best_against_worst(rewards: Sequence[float], may_win: Sequence[bool]) -> list[Pair]:
+    """The best against the worst, the second best against the second worst, and so on.
+
+    Args:
+        rewards: Length K, any unit.
+        may_win: Length K; False for a response that is never chosen.
+    """
+    indices = range(len(rewards))
+    best = sorted((i for i in indices if may_win[i]), key=lambda i: -rewards[i])
+    worst = sorted(indices, key=lambda i: rewards[i])
+    return wider_than(list(zip(best, worst, strict=False)), rewards, 0.0)
 
 
 def all_pairs(rewards: Sequence[float], margin: float = 0.0) -> list[Pair]:

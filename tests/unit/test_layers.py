@@ -38,13 +38,14 @@ ALLOWED: dict[str, set[str]] = {
     "inference": RUNS,
     "report": BASE | {"evaluate", "stats"},
     "pairs": RUNS | {"bench", "inference", "video"},
+    "judging": RUNS | {"stats", "inference", "pairs", "diffusion"},
     "quickstart": RUNS | MODALITIES | {"inference", "report", "stats"},
-    "cli": RUNS | MODALITIES | {"inference", "report", "bench", "pairs", "quickstart"},
+    "cli": RUNS | MODALITIES | {"inference", "report", "bench", "pairs", "judging", "quickstart"},
     "__main__": {"cli"},
 }
 """The rooms, from the ground up, and what each may import: when it loads, later or for types."""
 
-MOST_ROOMS = 20
+MOST_ROOMS = 21
 
 FOR_TYPES: dict[str, set[str]] = {"data": {"config"}}
 """What a room may only name in annotations."""

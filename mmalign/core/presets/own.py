@@ -1,7 +1,8 @@
-"""A user's own loss: `module:function`, found beside the config that names it.
+"""A user's own loss or rule: `module:function`, found beside the config that names it.
 
 Importing runs code. What lies beside a config came with it; anything else a config may name only
-where the function is marked by `@mmalign.objective`, which is read before anything is imported.
+where the function is marked (`@mmalign.objective`, `@mmalign.rule`), which is read before anything
+is imported.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -21,8 +23,18 @@ from typing import Any
 from mmalign.core.objective import Objective
 from mmalign.errors import ArgumentError, MmalignError
 
-MARK = "__mmalign_objective__"
-"""The attribute that `@mmalign.objective` sets."""
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What a user's function is, as messages name it."""
+
+    key: str  # of the config
+    what: str
+    mark: str  # the decorator `@mmalign.MARK`, which sets the attribute __mmalign_MARK__
+    example: str  # module:function
+
+
+LOSS = Own("name", "a loss", "objective", "my_losses:cautious_dpo")
 
 
 def is_own(name: str) -> bool:
@@ -30,7 +42,7 @@ def is_own(name: str) -> bool:
     return ":" in name
 
 
-def source(name: str, folder: Path | None) -> tuple[Path, Path] | None:
+def source(name: str, folder: Path | None, own: Own = LOSS) -> tuple[Path, Path] | None:
     """The folder to import the module of `module:function` from, and its file in that folder.
 
     Looked for beside the config first, then in the current directory; None where neither has it.
@@ -38,7 +50,7 @@ def source(name: str, folder: Path | None) -> tuple[Path, Path] | None:
     Raises:
         ArgumentError: The name is not written as `module:function`.
     """
-    path = Path(*_parts(name)[0].split("."))
+    path = Path(*_parts(name, own)[0].split("."))
     for place in (folder, Path.cwd()):
         for file in (path.with_suffix(".py"), path / "__init__.py"):
             if place is not None and (place / file).is_file():
@@ -47,53 +59,20 @@ def source(name: str, folder: Path | None) -> tuple[Path, Path] | None:
 
 
 def imported(name: str, folder: Path | None) -> Callable[..., Objective]:
-    """The function of `module:function`.
-
-    Args:
-        name: The module may be a file beside the config, in the current directory, or installed.
-        folder: Of the config; None where there is none.
+    """The function of `module:function`, which makes a loss.
 
     Raises:
-        ArgumentError: No such module or function, one that a config may not name, a module that
-            cannot be imported, or (when it is called) a function that fails or returns no
+        ArgumentError: As `function_of`, or (when it is called) a function that fails or returns no
             Objective.
     """
-    module_name, function_name = _parts(name)
-    found = source(name, folder)
-    must_be_marked = folder is not None and (found is None or found[0] != folder.absolute())
-    file = found[0] / found[1] if found else _installed(module_name)
-    if must_be_marked and file and not _is_marked(module_name, function_name, file):
-        raise ArgumentError(
-            f"name is {name!r}, but {module_name!r} does not lie beside the config, and "
-            f"holds no function {function_name!r} marked by @mmalign.objective: put the module "
-            "beside the config, or mark the function"
-        )
-    try:
-        module = _load(module_name, None if found is None else found[0])
-    except (ImportError, SyntaxError) as error:
-        absent = f"{module_name.replace('.', '/')}.py beside the config or in the current directory"
-        sought = "" if found else f", and there is no {absent}"
-        raise ArgumentError(
-            f"name is {name!r}, but {module_name!r} cannot be imported: {error}{sought}"
-        ) from error
-    except Exception as error:  # the user's code, which may raise anything
-        raise ArgumentError(
-            f"name is {name!r}, but {module_name!r} fails when it is imported: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    function: Any = getattr(module, function_name, None)
-    if not callable(function):
-        raise ArgumentError(
-            f"name is {name!r}, but {module_name!r} has no such function"
-            f"{f' (read from {found[0] / found[1]})' if found else ''}"
-        )
+    function = function_of(name, folder)
 
     def checked(**keywords: Any) -> Objective:
         try:
             objective = function(**keywords)
         except MmalignError:
             raise
-        except Exception as error:  # the user's code again
+        except Exception as error:  # the user's code, which may raise anything
             raise ArgumentError(
                 f"name is {name!r}, which fails: {type(error).__name__}: {error}"
             ) from error
@@ -106,20 +85,64 @@ def imported(name: str, folder: Path | None) -> Callable[..., Objective]:
     return functools.wraps(function)(checked)
 
 
-def _parts(name: str) -> tuple[str, str]:
+def function_of(name: str, folder: Path | None, own: Own = LOSS) -> Callable[..., Any]:
+    """The function of `module:function`.
+
+    Args:
+        name: The module may be a file beside the config, in the current directory, or installed.
+        folder: Of the config; None where there is none.
+        own: What the function is.
+
+    Raises:
+        ArgumentError: No such module or function, one that a config may not name, or a module that
+            cannot be imported.
+    """
+    module_name, function_name = _parts(name, own)
+    found = source(name, folder, own)
+    must_be_marked = folder is not None and (found is None or found[0] != folder.absolute())
+    file = found[0] / found[1] if found else _installed(module_name)
+    if must_be_marked and file and not _is_marked(module_name, function_name, file, own):
+        raise ArgumentError(
+            f"{own.key} is {name!r}, but {module_name!r} does not lie beside the config, and "
+            f"holds no function {function_name!r} marked by @mmalign.{own.mark}: put the module "
+            "beside the config, or mark the function"
+        )
+    try:
+        module = _load(module_name, None if found is None else found[0])
+    except (ImportError, SyntaxError) as error:
+        absent = f"{module_name.replace('.', '/')}.py beside the config or in the current directory"
+        sought = "" if found else f", and there is no {absent}"
+        raise ArgumentError(
+            f"{own.key} is {name!r}, but {module_name!r} cannot be imported: {error}{sought}"
+        ) from error
+    except Exception as error:  # the user's code, which may raise anything
+        raise ArgumentError(
+            f"{own.key} is {name!r}, but {module_name!r} fails when it is imported: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    function: Any = getattr(module, function_name, None)
+    if not callable(function):
+        raise ArgumentError(
+            f"{own.key} is {name!r}, but {module_name!r} has no such function"
+            f"{f' (read from {found[0] / found[1]})' if found else ''}"
+        )
+    return function
+
+
+def _parts(name: str, own: Own) -> tuple[str, str]:
     module_name, _, function_name = name.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), function_name]):
         raise ArgumentError(
-            f"name is {name!r}; a loss of your own is written as module:function, e.g. "
-            "my_losses:cautious_dpo for a function in my_losses.py beside the config"
+            f"{own.key} is {name!r}; {own.what} of your own is written as module:function, e.g. "
+            f"{own.example} for a function in {own.example.partition(':')[0]}.py beside the config"
         )
     return module_name, function_name
 
 
-def _is_marked(module_name: str, function_name: str, file: Path) -> bool:
-    """True if `objective` decorates a function, as its source says; nothing is imported."""
+def _is_marked(module_name: str, function_name: str, file: Path, own: Own) -> bool:
+    """True if its mark decorates a function, as its source says; nothing is imported."""
     known = sys.modules.get(module_name)
-    if getattr(getattr(known, function_name, None), MARK, False) is True:
+    if getattr(getattr(known, function_name, None), f"__mmalign_{own.mark}__", False) is True:
         return True
     if file.suffix != ".py":
         return False
@@ -130,7 +153,7 @@ def _is_marked(module_name: str, function_name: str, file: Path) -> bool:
     return any(
         isinstance(node, ast.FunctionDef)
         and node.name == function_name
-        and any(ast.unparse(one).rpartition(".")[2] == "objective" for one in node.decorator_list)
+        and any(ast.unparse(one).rpartition(".")[2] == own.mark for one in node.decorator_list)
         for node in tree.body
     )
 

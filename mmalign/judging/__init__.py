@@ -1,0 +1,1 @@
+"""Which of several responses is better: judges, judged files, and the pairs made of them."""
