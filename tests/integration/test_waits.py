@@ -195,6 +195,7 @@ TEXT = {
     "plain": {"text": {"shared_prefix": "off"}},
     "diff": {"objective": {"name": "rrpo"}, "text": {"masks": {"kind": "diff"}}},
     "cached": {"reference": {"kind": "cached"}},
+    "per candidate": {"train": {"backward": "per_candidate"}},
     "cached KL": {"reference": {"kind": "cached"}, "objective": {"name": "tdpo2"}},
 }
 
@@ -207,8 +208,9 @@ def test_text(
     if config.reference.kind == "cached":
         write_cache(config)
     # transformers looks by itself whether plain rows hold several sequences, once a pass.
-    own = ["find_packed_sequence_indices"] if case == "plain" else []
-    require_none(config, monkeypatch, *own)
+    # The two passes of each candidate are compared once a micro-batch.
+    own = {"plain": "find_packed_sequence_indices", "per candidate": "_require_same_scores"}
+    require_none(config, monkeypatch, *([own[case]] if case in own else []))
 
 
 @pytest.mark.parametrize("cache", ["on", "off"])
