@@ -346,11 +346,14 @@ def _nearest(keys: Keys, model: type[BaseModel]) -> str:
     return f"The keys of {place} are: {', '.join(key[-1] for key in beside)}."
 
 
-def _valid_keys(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def _valid_keys(
+    model: type[BaseModel], above: tuple[str, ...] = (), within: tuple[type[BaseModel], ...] = ()
+) -> Iterator[tuple[str, ...]]:
     for name, info in model.model_fields.items():
         yield (*above, name)
         for section in _sections(info.annotation):
-            yield from _valid_keys(section, (*above, name))
+            if section not in within:  # a judge may hold judges
+                yield from _valid_keys(section, (*above, name), (*within, model, section))
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:

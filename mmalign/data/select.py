@@ -45,6 +45,12 @@ def win_rate(preference: ArrayLike) -> Floats:
     return np.divide(total, count, out=np.full(len(p), np.nan), where=count > 0)
 
 
+def win_probabilities(rewards: ArrayLike) -> Floats:
+    """What rewards say of pairs under Bradley-Terry: sigmoid(r_i - r_j); [K] -> [K, K]."""
+    r = _floats(rewards)
+    return np.exp(-np.logaddexp(0.0, -np.subtract.outer(r, r)))
+
+
 def leave_one_out(rewards: ArrayLike) -> Floats:
     """Each reward less the mean of the others; [K] -> [K]."""
     r = _floats(rewards)

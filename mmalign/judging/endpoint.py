@@ -80,11 +80,15 @@ class Endpoint:
         if not bodies:
             return []
         remote = Remote(self.spec.url, self.spec.key_env, self.spec.timeout, self.spec.patience)
+        files = [self._file(body) for body in bodies]
+        different = dict(zip(files, bodies, strict=True))  # rows may be alike
         pool = ThreadPoolExecutor(self.spec.parallel)
         try:
-            said = list(pool.map(lambda body: self._ask(remote, body), bodies))
+            asked = pool.map(lambda one: self._ask(remote, *one), different.items())
+            known = dict(zip(different, asked, strict=True))
         finally:
             pool.shutdown(cancel_futures=True)
+        said = [known[file] for file in files]
         if len(said) >= self.spec.parallel and set(said) == {TIMED_OUT}:
             raise ServerError(
                 f"{self.spec.url}: none of {len(said)} verdicts came within "
@@ -93,9 +97,8 @@ class Endpoint:
             )
         return said
 
-    def _ask(self, remote: Remote, body: dict[str, Any]) -> str:
-        """A, B, tie, or one of `FAILURES`."""
-        file = self._file(body)
+    def _ask(self, remote: Remote, file: Path, body: dict[str, Any]) -> str:
+        """A, B, tie, or one of `FAILURES`; from the file, or asked for and kept there."""
         known = _read(file, self.spec.ties)
         if known is not None:
             return known

@@ -139,8 +139,7 @@ def field_of(judged: Judged, spec: SelectSpec, seed: int) -> tuple[Field, list[i
     places = [k for k in (drawn.places if drawn else ()) if not math.isnan(judged.scores[k])]
     values = [judged.scores[k] for k in places]
     if judged.wins is None:
-        gaps = np.subtract.outer(values, values)
-        wins = np.exp(-np.logaddexp(0.0, -gaps))
+        wins = select.win_probabilities(values)
     else:
         wins = np.asarray([[judged.wins[i][j] for j in places] for i in places], dtype=float)
         np.fill_diagonal(wins.reshape(len(places), len(places)), 0.5)

@@ -43,14 +43,14 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(tmp_path: Path)
     """Rows of three responses, whose pairs go together: the judge is right on a row or wrong."""
     rng = np.random.default_rng(0)
     covered = 0
-    for trial in range(40):
+    for trial in range(20):
         right = rng.random(60) < 0.7
         rows = [judged(str(k), [1, 2, 3] if r else [3, 2, 1], human=[1, 2, 3])
                 for k, r in enumerate(right)]  # fmt: skip
         found = agreement(read_judged(write(tmp_path / "j.jsonl", rows)), seed=trial)
         assert found is not None
         covered += found.interval[0] <= 0.7 <= found.interval[1]
-    assert covered >= 34
+    assert covered >= 17
 
 
 def test_kappa_by_hand() -> None:

@@ -16,6 +16,7 @@ from judged_rows import drawn, read, write
 
 from mmalign.config.judges import EndpointSpec, parse_judges
 from mmalign.errors import ConfigError, ServerError
+from mmalign.judging import remote
 from mmalign.judging.base import Drawn
 from mmalign.judging.build import build
 from mmalign.judging.endpoint import Endpoint, compared, order_bias, schema
@@ -199,13 +200,16 @@ def test_verdicts_are_kept_by_content(server: Server, tmp_path: Path) -> None:
     assert better.counts["comparisons"] == 1, "what could not be read is not kept"
 
 
-def test_a_server_that_is_busy_is_asked_again(server: Server, tmp_path: Path) -> None:
+def test_a_server_that_is_busy_is_asked_again(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     left = [503, 429]
 
     def reply(a: str, b: str) -> Any:
         return left.pop() if left else longer(a, b)
 
     server.reply = reply
+    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.01)
     row = Drawn("a", "p", responses=("x", "yy"))
     (verdict,) = judge(server, tmp_path, patience=5.0, parallel=1)([row])
     assert verdict.rewards == [0.0, 1.0]
@@ -241,10 +245,10 @@ def test_a_server_that_answers_nothing_in_time_stops(server: Server, tmp_path: P
 
 
 def test_an_interrupted_pass_asks_no_verdict_twice(server: Server, tmp_path: Path) -> None:
-    rows = [drawn(f"r{k}", "x", "y" * (2 + k)) for k in range(20)]
+    rows = [drawn(f"r{k}", "x", "y" * (2 + k)) for k in range(18)]
     source = write(tmp_path / "in.jsonl", rows)
     score_file(source, tmp_path / "whole.jsonl", judge(server, tmp_path / "1"))
-    server.reply = lambda a, b: longer(a, b) if len(a + b) < 21 else 404
+    server.reply = lambda a, b: longer(a, b) if len(a + b) < 20 else 404
     server.asked.clear()
     with pytest.raises(ServerError):
         score_file(source, tmp_path / "parts.jsonl", judge(server, tmp_path / "2"))
@@ -252,8 +256,15 @@ def test_an_interrupted_pass_asks_no_verdict_twice(server: Server, tmp_path: Pat
     score_file(source, tmp_path / "parts.jsonl", judge(server, tmp_path / "2"))
     assert (tmp_path / "parts.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     good = [one["messages"][1]["content"] for one in server.asked]
-    assert len(set(good)) == 40
-    assert len(good) <= 40 + 8 + 2, "but those that failed"
+    assert len(set(good)) == 36
+    assert len(good) <= 36 + 4, "but those that failed"
+
+
+def test_rows_that_are_alike_are_asked_about_once(server: Server, tmp_path: Path) -> None:
+    rows = [Drawn(f"r{k}", "p", responses=("x", "yy")) for k in range(8)]
+    verdicts = judge(server, tmp_path)(rows)
+    assert [one.rewards for one in verdicts] == [[0.0, 1.0]] * 8
+    assert len(server.asked) == 2
 
 
 def test_fewer_opponents_meet_in_a_ring() -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,6 +106,9 @@ def test_errors_of_a_rule_name_the_row_and_the_response(folder: Path) -> None:
         ("rule:", "--by rule:: write KIND:VALUE"),
         ("clip", "--by clip: write KIND:VALUE"),
         ("{rule: a, file: b}", "a judge is one of"),
+        ("{rule: a, wieght: 2}", "unknown key 'judge.0.wieght'. Did you mean 'judge.weight'?"),
+        ("{worst_of: [{rule: a, nme: b}]}", "unknown key 'judge.0.worst_of.0.nme'"),
+        ("{endpoint: {url: 'http://x', model: m, timout: 3}}", "Did you mean 'judge.endpoint.tim"),
         ("{rule: a, weight: x}", "judge.0.weight: must be a number"),
         ("{rule: a, beta: 1}", "`beta` is only read with implicit"),
         ("{worst_of: [{rule: a}]}", "worst_of needs two judges or more"),
@@ -330,3 +337,44 @@ def test_options_of_the_two_ways_are_not_mixed(folder: Path) -> None:
         result = CliRunner().invoke(app, [*ask, *more])
         assert result.exit_code == 1
         assert told in result.output
+
+
+SLOW = """
+import time
+
+def slow(response):
+    time.sleep(0.02)
+    return len(response)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_and_ends_in_the_same_bytes(folder: Path) -> None:
+    (folder / "slow_rules.py").write_text(SLOW)
+    write(folder / "in.jsonl", [drawn(f"r{k}", "x" * k, "y") for k in range(6 * BATCH)])
+    ask = [
+        sys.executable,
+        "-m",
+        "mmalign",
+        "data",
+        "score",
+        "in.jsonl",
+        "--by",
+        "rule:slow_rules:slow",
+    ]
+    journal = folder / "parts.jsonl.partial"
+    kills = 0
+    while not (folder / "parts.jsonl").exists():
+        before = journal.stat().st_size if journal.exists() else 0
+        process = subprocess.Popen([*ask, "--out", "parts.jsonl"])
+        while process.poll() is None and kills < 3:
+            if journal.exists() and journal.stat().st_size > before + 500:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.01)
+        process.wait()
+    assert kills == 3
+    subprocess.run([*ask, "--out", "whole.jsonl"], check=True)
+    assert (folder / "parts.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
+    assert not journal.exists()
