@@ -59,11 +59,11 @@ def data_score(
         raise ConfigError("data score: give either --by JUDGE or --scorer NAME")
     if by:
         kept = {"--relabel": relabel, "--smooth": smooth, "--layout": layout, "--split": split}
-        kept |= {"--pictures": pictures, "--device": device}
+        kept |= {"--device": device}
         kept |= {"--batch-size": batch_size != 16, "--dtype": dtype != "float32"}
         if given := [name for name, value in kept.items() if value]:
             raise ConfigError(f"{given[0]} belongs to --scorer; --by does not read it")
-        _judge(Path(source), out, by, most_lost)
+        _judge(Path(source), out, by, most_lost, pictures)
         return
     if most_lost is not None:
         raise ConfigError("--most-lost belongs to --by; --scorer does not read it")
@@ -82,14 +82,18 @@ def data_score(
     )
 
 
-def _judge(source: Path, out: Path, by: list[str], most_lost: float | None) -> None:
+def _judge(
+    source: Path, out: Path, by: list[str], most_lost: float | None, pictures: Path | None
+) -> None:
     from mmalign.config.judges import parse_judges
     from mmalign.judging.build import build
     from mmalign.judging.score import score_file
 
     judge = build(parse_judges(by))
     with resumable("judge", out, "verdicts") as progress:
-        result = score_file(source, out, judge, most_lost=most_lost, progress=progress)
+        result = score_file(
+            source, out, judge, most_lost=most_lost, pictures=pictures, progress=progress
+        )
     say(result.text())
 
 

@@ -39,7 +39,7 @@ class Drawn:
         columns: What else the row has, by name; `about` has an entry a response.
         responses: Texts; None where they are images.
         images: Files; None where the responses are texts.
-        folder: Where paths in `columns` start.
+        folder: Where paths in `columns` start, of images that are responses their own.
         places: Which of the row's candidates each response is.
         size: How many candidates the row has.
     """
@@ -159,11 +159,15 @@ class Row:
         return Verdict(spread(verdict.rewards), wins, verdict.note, by, verdict.counts)
 
 
-def read_candidates(path: Path) -> list[Row]:
+def read_candidates(path: Path, pictures: Path | None = None) -> list[Row]:
     """The rows of a file of candidates: one a prompt with `responses` or `images`.
 
     Pairs and ranked lists in any known layout are read too: the two sides are the candidates, and
     what the file says of them becomes `human`.
+
+    Args:
+        path: The file; images that are responses start from its folder.
+        pictures: Where paths of what prompts show start; None: the file's folder.
 
     Raises:
         DataError: The file holds no rows, or some that cannot be read; all problems are named.
@@ -171,14 +175,14 @@ def read_candidates(path: Path) -> list[Row]:
     problems = ProblemList()
     rows: list[Row] = []
     first: dict[str, str] = {}
-    root = picture_root(path, None)
+    root = picture_root(path, pictures)
     for found in read_rows(path):
         value = found.value or {}
         try:
             if found.value is None:
                 raise DataError(found.problem)
             line = _candidates(value) if _is_drawn(value) else _unlabelled(value, root, found.place)
-            row = _row(line, path, found.place)
+            row = _row(line, path, found.place, pictures)
             if row.id in first:
                 raise DataError(f"the id {row.id!r} is also at {first[row.id]}")
             first[row.id] = found.place
@@ -252,7 +256,7 @@ def _below(file: Path, folder: Path) -> str:
     return file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
 
 
-def _row(line: Mapping[str, Any], path: Path, place: str) -> Row:
+def _row(line: Mapping[str, Any], path: Path, place: str, pictures: Path | None = None) -> Row:
     key = "responses" if as_list(line.get("responses")) is not None else "images"
     given = as_list(line.get(key)) or []
     if not given or not all(isinstance(one, str) for one in given):
@@ -283,7 +287,7 @@ def _row(line: Mapping[str, Any], path: Path, place: str) -> Row:
         columns=columns,
         responses=tuple(first) if key == "responses" else None,
         images=tuple(path.parent / one for one in first) if key == "images" else None,
-        folder=path.parent,
+        folder=path.parent if pictures is None or key == "images" else pictures,
         places=places,
         size=len(given),
     )

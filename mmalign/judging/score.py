@@ -120,6 +120,7 @@ def score_file(
     judge: Judge,
     *,
     most_lost: float | None = None,
+    pictures: Path | None = None,
     progress: jobs.OnProgress = jobs.no_progress,
 ) -> Scored:
     """Judge the candidates of a file; what is judged goes to OUT.partial as it comes.
@@ -130,6 +131,7 @@ def score_file(
             its folder, so where there are some it lies beside `source`.
         judge: Who says which response is better.
         most_lost: Largest share of rows without a verdict; None for any but all.
+        pictures: Where paths of what prompts show start; None: the folder of `source`.
         progress: Told how many rows are newly judged, and how many there are in all.
 
     Raises:
@@ -137,14 +139,14 @@ def score_file(
             judged is kept: the same call goes on, and asks lost rows again.
     """
     jobs.require_new(out)
-    rows = read_candidates(source)
+    rows = read_candidates(source, pictures)
     shown = any(row.drawn is not None and row.drawn.images is not None for row in rows)
     if shown and source.resolve().parent != out.resolve().parent:
         raise DataError(
             f"{out}: must lie in {source.resolve().parent}, as the rows of {source.name} name "
             "images by their way from there"
         )
-    asked = {**jobs.Source(str(source)).facts(), "judge": judge.facts()}
+    asked = {**jobs.Source(str(source), pictures=pictures).facts(), "judge": judge.facts()}
     with jobs.resumable(out, asked) as journal:
         done = journal.finished
         result = Scored(out, len(rows), resumed=len(done))

@@ -288,7 +288,10 @@ def _chosen(
         return wide, values, ""
     if pairs:
         return [], values, f"no rewards differ by more than {spec.margin:g}"
-    return [], values, _EQUAL if len(set(values)) == 1 else "none that may win is the better one"
+    if len(set(values)) == 1:
+        return [], values, _EQUAL
+    drawn = "the responses that were drawn have equal rewards"
+    return [], values, drawn if all(field.may_win) else "none that may win is the better one"
 
 
 def _record(
@@ -304,9 +307,11 @@ def _record(
     texts = "responses" if "responses" in line else "images"
     sides = ("chosen", "rejected") if texts == "responses" else ("image_chosen", "image_rejected")
     both = (chosen, rejected)
+    # Beside texts, images belong to the prompt.
+    read = _READ | {"images"} if texts == "responses" else _READ
     record: dict[str, Any] = {
         "id": name,
-        **{key: value for key, value in line.items() if key in _READ},
+        **{key: value for key, value in line.items() if key in read},
         **{side: line[texts][k] for side, k in zip(sides, both, strict=True)},
     }
     for side, k in zip(("chosen", "rejected"), both, strict=True):

@@ -183,6 +183,9 @@ def test_rso_keeps_better_responses_where_beta_is_small(tmp_path: Path) -> None:
     assert mean(0.05) > mean(0.5) > mean(50.0)
     pairs, _ = selected(tmp_path, rows, kind="rso", pair="first_round")
     assert len(pairs) == 2 * len(rows), "a quarter of 16, paired once"
+    tied = [judged(f"t{k}", [1, 1, 1, 2]) for k in range(60)]
+    _, result = selected(tmp_path, tied, kind="rso", keep=2, beta=9.0)
+    assert set(result.outcomes) == {"the responses that were drawn have equal rewards"}
     with pytest.raises(DataError, match="fewer than 20 responses that rso could accept"):
         selected(tmp_path, rows, kind="rso", keep=20)
 
@@ -250,6 +253,13 @@ def test_a_judged_row_that_does_not_fit_names_its_line(
     with pytest.raises(DataError, match=r"judged\.jsonl:2") as error:
         selected(tmp_path, [judged("a", [0, 1]), {**judged("b", [0, 1]), **change}])
     assert told in str(error.value)
+
+
+def test_images_beside_texts_belong_to_the_prompt(tmp_path: Path) -> None:
+    (pair,), _ = selected(tmp_path, [judged("a", [1, 2], images=["x.png", "y.png"])])
+    assert pair["images"] == ["x.png", "y.png"]
+    assert "images" not in pair["meta"]
+    assert (pair["chosen"], pair["rejected"]) == ("answer 1", "answer 0")
 
 
 def test_rows_that_were_not_judged_say_what_to_do(tmp_path: Path) -> None:
