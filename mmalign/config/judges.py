@@ -46,8 +46,8 @@ class EndpointSpec(Section):
     key_env: str | None = Field(
         default=None, description="name of the environment variable that holds the API key"
     )
-    cache: Path | None = Field(
-        default=None, description="folder of verdicts; by default cache/judge beside the config"
+    cache: Path = Field(
+        default=Path("cache/judge"), description="folder of verdicts, kept by what was asked"
     )
 
     @field_validator("url")

@@ -16,8 +16,8 @@ def build(specs: Sequence[JudgeSpec], folder: Path | None = None) -> Judge:
 
     Args:
         specs: The `judge` section of a config.
-        folder: Where the config lies: rules are looked for and paths begin there; None for a
-            command line, whose paths begin in the current directory.
+        folder: Where the config lies: rules are looked for there first; None for a command line.
+            Paths start from the current directory, as all paths of a config.
 
     Raises:
         ConfigError: A judge cannot be had: no such function, file or run.
@@ -33,7 +33,6 @@ def build(specs: Sequence[JudgeSpec], folder: Path | None = None) -> Judge:
 
 
 def _one(spec: JudgeSpec, folder: Path | None) -> Judge:
-    place = folder or Path()
     if spec.rule is not None:
         from mmalign.judging.rule import Rule
 
@@ -41,11 +40,11 @@ def _one(spec: JudgeSpec, folder: Path | None) -> Judge:
     if spec.file is not None:
         from mmalign.judging.file import Filed
 
-        return Filed(place / spec.file, spec.title)
+        return Filed(spec.file, spec.title)
     if spec.implicit is not None:
         from mmalign.judging.implicit import Implicit
 
-        return Implicit(place / spec.implicit, spec.title, spec.beta, spec.checkpoint)
+        return Implicit(spec.implicit, spec.title, spec.beta, spec.checkpoint)
     if spec.scorer is not None:
         from mmalign.judging.images import Scored
 
@@ -53,7 +52,7 @@ def _one(spec: JudgeSpec, folder: Path | None) -> Judge:
     if spec.endpoint is not None:
         from mmalign.judging.endpoint import Endpoint, cache_of
 
-        return Endpoint(spec.endpoint, spec.title, cache_of(spec.endpoint, place))
+        return Endpoint(spec.endpoint, spec.title, cache_of(spec.endpoint))
     if spec.worst_of is not None:
         return WorstOf(tuple(_one(one, folder) for one in spec.worst_of), spec.title)
     from mmalign.judging.answers import Right, Specific

@@ -252,13 +252,12 @@ def order_bias(counts: Mapping[str, int]) -> str:
     return f"{text}; the first shown wins {first / decided:.1%} ({low:.1%} to {high:.1%})"
 
 
-def cache_of(spec: EndpointSpec, folder: Path) -> Path:
-    """Where verdicts are kept; a relative path starts from `folder`.
+def cache_of(spec: EndpointSpec) -> Path:
+    """Where verdicts are kept.
 
     Raises:
         ConfigError: It is a file.
     """
-    place = folder / (spec.cache or Path("cache/judge"))
-    if place.exists() and not place.is_dir():
-        raise ConfigError(f"cache is {place}, which is no folder")
-    return place
+    if spec.cache.exists() and not spec.cache.is_dir():
+        raise ConfigError(f"cache is {spec.cache}, which is no folder")
+    return spec.cache
