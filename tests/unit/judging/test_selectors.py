@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from judged_rows import drawn, judged, read, write
+from toy_adapter import TOY, TOY_TOOLS, toy_config
 from typer.testing import CliRunner
 
 from mmalign.cli import app
@@ -17,7 +18,11 @@ from mmalign.config.judges import SelectSpec
 from mmalign.data import select
 from mmalign.data.records import read_records
 from mmalign.errors import DataError
+from mmalign.judging.rule import Rule
+from mmalign.judging.score import score_file
 from mmalign.judging.select import SELECTORS, Selected, select_file
+from mmalign.models.adapter import ADAPTERS, TOOLS
+from mmalign.train.loop import train
 
 
 def selected(
@@ -70,6 +75,38 @@ def test_pairs_are_read_as_training_reads_them(tmp_path: Path) -> None:
     rate = 1 / (1 + np.exp(-1.0))
     assert first.example.labels[:2] == pytest.approx(((rate + 0.5) / 2, (1.5 - rate) / 2))
     assert second.example.candidates[0].spans == ((0, 3),)
+
+
+@pytest.mark.parametrize(
+    ("spec", "objective"),
+    [
+        ({}, "{name: dpo}"),
+        ({"kind": "rso", "keep": 3}, "{name: rso}"),
+        ({"kind": "targets"}, "{name: sppo}"),
+        ({"kind": "targets", "labels": "score"}, "{name: gpo}"),
+    ],
+)
+def test_judged_candidates_become_pairs_that_a_loss_learns_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: dict[str, Any], objective: str
+) -> None:
+    """Score, select, train: the whole way of a file."""
+    monkeypatch.setitem(ADAPTERS, "text", TOY)
+    monkeypatch.setitem(TOOLS, "text", TOY_TOOLS)
+    (tmp_path / "vowel_rules.py").write_text(
+        "def vowels(response):\n    return float(sum(c in 'aeiou' for c in response))\n"
+    )
+    words = ["aeio", "aeic", "aebc", "abcd", "bcdf", "aeiou"]
+    rows = [drawn(f"r{k}", *words[k % 3 :], *words[: k % 3]) for k in range(8)]
+    source = write(tmp_path / "candidates.jsonl", rows)
+    judge = Rule("vowel_rules:vowels", tmp_path)
+    score_file(source, tmp_path / "judged.jsonl", judge)
+    pairs = tmp_path / "made.jsonl"
+    select_file(tmp_path / "judged.jsonl", pairs, SelectSpec(**spec))
+    settings = (f"objective={objective}", f"data.train={pairs}", "sample.num_prompts=0")
+    config = toy_config(tmp_path, *settings, "train.num_steps=20", "train.log_every=1")
+    lines = [line for line in read(train(config).run_dir / "metrics.jsonl") if "loss" in line]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[-1]["rewards/margins"] > 0
 
 
 @pytest.mark.parametrize("kind", SELECTORS)
