@@ -27,7 +27,7 @@ from mmalign.diffusion.conditioning import load_tokenizers
 from mmalign.diffusion.inputs import ImageInputs, Inputs
 from mmalign.diffusion.methods import names_of
 from mmalign.diffusion.pictures import cache_folder, captions_of, look
-from mmalign.diffusion.sample import Generated, check_sampling, paint
+from mmalign.diffusion.sample import Generated, check_sampling, load_negative, paint
 from mmalign.diffusion.scores import Scoring, batch_metrics
 from mmalign.errors import ConfigError, DataError
 from mmalign.models import lora
@@ -275,6 +275,13 @@ class DiffusionAdapter(Adapter):
     def sample(self, prompts: Sequence[Any], **options: Any) -> list[Image]:
         """One image a prompt, from seed `diffusion.sampling.seed` on."""
         return paint(self.inputs, self.policy, [as_text(prompt) for prompt in prompts], **options)
+
+    def candidates(
+        self, prompts: Sequence[Any], num: int, *, seeds: Sequence[Sequence[int]], **options: Any
+    ) -> list[list[Any]]:
+        """Images, guided by the negative model that `diffusion.sampling` names, if any."""
+        negative = load_negative(self.config.diffusion.sampling, self.config.model, self.policy)
+        return super().candidates(prompts, num, seeds=seeds, negative_model=negative, **options)
 
 
 def _trainable(components: Components, config: RunConfig) -> nn.Module:

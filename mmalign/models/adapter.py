@@ -6,7 +6,7 @@ import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -165,6 +165,24 @@ class LogpUnit:
     setting: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """A response or image that a policy drew.
+
+    Attributes:
+        response: The text, or the image.
+        tokens: Tokens of the text, without the end token; None: not counted.
+        cut: The text ends where its tokens were used up, and not by itself.
+        logp: Log-probability of the text, with its end token where that was drawn, under the model
+            at temperature 1, whatever it was drawn at; nats. None: not known.
+    """
+
+    response: Any
+    tokens: int | None = None
+    cut: bool = False
+    logp: float | None = None
+
+
 class Adapter(nn.Module, ABC):
     """A trainable policy, its reference, and the way to score candidates under both.
 
@@ -267,6 +285,34 @@ class Adapter(nn.Module, ABC):
         """
         raise ConfigError(f"{type(self).__name__} cannot generate samples")
 
+    def candidates(
+        self,
+        prompts: Sequence[Any],
+        num: int,
+        *,
+        seeds: Sequence[Sequence[int]],
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> list[list[Generated]]:
+        """Draw `num` responses a prompt with the policy, each by its own seed.
+
+        A response depends on its prompt, its seed and `options` alone.
+
+        Args:
+            prompts: As `sample` takes them.
+            num: Responses a prompt.
+            seeds: `num` a prompt.
+            batch_size: Responses at one time; None: as the modality chooses.
+            **options: Those of `sample`.
+        """
+        drawn = [(prompt, seed) for prompt, own in zip(prompts, seeds, strict=True) for seed in own]
+        made: list[Generated] = []
+        size = batch_size or len(drawn)
+        for part in (drawn[start : start + size] for start in range(0, len(drawn), size)):
+            asked, own = map(list, zip(*part, strict=True))
+            made += map(Generated, self.sample(asked, seeds=own, **options))
+        return [made[start : start + num] for start in range(0, len(made), num)]
+
 
 class Tools:
     """What a modality says of configs and rows without weights, and does for commands.
@@ -347,6 +393,20 @@ class Tools:
             )
         row = example.template
         return Asked(example.prompt, row, example.place or example.id) if row else example.prompt
+
+    def server_request(self, config: RunConfig) -> Callable[[Example], dict[str, Any]]:
+        """What an OpenAI-compatible server is sent to answer a row: `prompt`, or `messages`.
+
+        The server must make of it the context that `Adapter.sample` answers. A row that it cannot
+        be sent raises a DataError.
+
+        Raises:
+            ConfigError: Models of the modality are not asked on servers.
+        """
+        raise ConfigError(
+            f"generate.engine is server, which is for texts, but modality is {config.modality}; "
+            "use engine: local"
+        )
 
     def write_samples(
         self,

@@ -18,7 +18,7 @@ from mmalign.core import CandidateLogps, Needs, presets
 from mmalign.data.example import Asked, Example, Prompt
 from mmalign.errors import CheckpointError, ConfigError
 from mmalign.models import lora
-from mmalign.models.adapter import Adapter, answer_seeds
+from mmalign.models.adapter import Adapter, Generated, answer_seeds
 from mmalign.models.batch import Batch
 from mmalign.models.cpu import keep_few_kernels, use_onednn
 from mmalign.models.files import ADAPTER_CONFIG, folder_tensors
@@ -27,7 +27,7 @@ from mmalign.models.lora_settings import differences, read_settings, routers
 from mmalign.models.reference import Cached, build_reference, resolve
 from mmalign.text.cache import ReferenceCache, check_cacheable
 from mmalign.text.encode import Encoder
-from mmalign.text.generate import generate
+from mmalign.text.generate import generate, respond
 from mmalign.text.logps import Head, head_of
 from mmalign.text.model import (
     causal_model,
@@ -457,3 +457,14 @@ class TextAdapter(TokenAdapter):
         """One completion a prompt, drawn by the run's seed unless `seeds` are given; `generate`."""
         seeds = answer_seeds(self.config.train.seed, prompts) if seeds is None else seeds
         return generate(self.policy, self.encoder, prompts, seeds=seeds, **options)
+
+    def candidates(
+        self,
+        prompts: Sequence[Prompt | Asked],
+        num: int,
+        *,
+        seeds: Sequence[Sequence[int]],
+        **options: Any,
+    ) -> list[list[Generated]]:
+        """Responses whose prompt is read once; `respond`."""
+        return respond(self.policy, self.encoder, prompts, num, seeds=seeds, **options)

@@ -1,11 +1,11 @@
-"""Completions of prompts from the model's own distribution; no batch changes one."""
+"""Responses to prompts from the model's own distribution; no batch changes one."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,123 +15,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmalign.data.example import Asked, Prompt
 from mmalign.errors import DataError
-from mmalign.models.adapter import answer_seeds
+from mmalign.models.adapter import Generated, answer_seeds
+from mmalign.text.decode import Way, continued, way_of
+from mmalign.text.draw import Continuation, alike, complete, next_logits
 from mmalign.text.encode import Encoder
 from mmalign.text.frame import opener
 from mmalign.text.model import causal_model
 
 log = logging.getLogger(__name__)
 
-_HALF = (torch.bfloat16, torch.float16)
-_LIMIT, _LIMIT_HALF = 2e-3, 0.05  # nats: the largest difference; in half precision the mean
+MOST_TOKENS = 2**15
+"""Tokens of prompts and responses whose keys and values a model of tokens holds at one time."""
+
 _pads_freely: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-
-@torch.no_grad()
-def complete(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    *,
-    ends: Collection[int],
-    pad: int,
-    seeds: Sequence[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-) -> list[list[int]]:
-    """The new tokens of each row of a batch, without the end token.
-
-    Args:
-        model: In evaluation mode; in a peft wrapper or not.
-        inputs: `input_ids` and `attention_mask`, [B, P], padded on the left, and what else the
-            model takes.
-        ends: Tokens that end a response.
-        pad: Fills rows that have ended.
-        seeds: One a row, of what is drawn for it.
-        max_new_tokens: Tokens at most, the end token included.
-        temperature: 0 takes the most likely token each time.
-        top_p: Draw from the smallest set of tokens with this probability.
-    """
-    draws = [Draw(seeds, temperature, top_p, causal_model(model).device)] if temperature > 0 else []
-    output = _generated(
-        model,
-        inputs,
-        draws,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=pad,
-    )
-    new = output[:, inputs["input_ids"].shape[1] :].tolist()
-    return [list(takewhile(lambda token: token not in ends, row)) for row in new]
-
-
-@torch.no_grad()
-def next_logits(model: nn.Module, ids: Tensor, mask: Tensor, pad: int, steps: int) -> Tensor:
-    """Logits of the first new tokens, each the most likely one; [steps, B, V], float32."""
-    output = _generated(
-        model,
-        {"input_ids": ids, "attention_mask": mask},
-        max_new_tokens=steps,
-        pad_token_id=pad,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return torch.stack(output.logits)
-
-
-def _generated(
-    model: nn.Module, inputs: dict[str, Any], draws: Sequence[Draw] = (), **settings: Any
-) -> Any:
-    """What transformers generates under these settings and no others.
-
-    It fills whatever a given config leaves unset from the model's own: penalties, banned and forced
-    tokens, further cuts of the distribution.
-    """
-    from transformers import GenerationConfig
-
-    inner: Any = causal_model(model)
-    moved = {k: v.to(inner.device) if hasattr(v, "to") else v for k, v in inputs.items()}
-    wanted = GenerationConfig(do_sample=False, **settings)  # `Draw` draws
-    own, inner.generation_config = inner.generation_config, GenerationConfig()
-    try:
-        return inner.generate(**moved, generation_config=wanted, logits_processor=list(draws))
-    finally:
-        inner.generation_config = own
-
-
-class Draw:
-    """Draws a token for each row with the row's own random numbers, as a processor of logits.
-
-    Adds Gumbel noise: the largest of the sums is a draw from the softmax. Unlike a draw by
-    cumulated probabilities it is another one only where two sums are as close as rounding, so a
-    row's padding and neighbours, which change its logits by rounding, do not change its text.
-    """
-
-    def __init__(
-        self, seeds: Sequence[int], temperature: float, top_p: float, device: torch.device
-    ) -> None:
-        """One generator a row; the same seed draws otherwise on another kind of device."""
-        self._temperature, self._top_p = temperature, top_p
-        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # [B, T], [B, V] -> [B, V]
-        """Scores whose largest is the drawn token."""
-        exact = torch.float32 if scores.device.type == "mps" else torch.float64  # it has no float64
-        scores = scores.to(exact) / self._temperature
-        if self._top_p < 1:
-            scores = _nucleus(scores, self._top_p)
-        noise = torch.empty_like(scores)
-        for row, generator in zip(noise, self._generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores - noise.log_()
-
-
-def _nucleus(scores: Tensor, top_p: float) -> Tensor:
-    """Minus infinity outside of the smallest set of tokens with probability `top_p`."""
-    ordered, places = scores.sort(descending=True)
-    shares = ordered.softmax(-1)
-    outside = shares.cumsum(-1) - shares >= top_p  # those before a token are enough without it
-    return scores.masked_fill(outside.scatter(-1, places, outside), -torch.inf)
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -202,13 +98,10 @@ def _is_padded_freely(model: Any, rows: Sequence[list[int]], pad: int, steps: in
         shorter = [row for row in ordered if len(row) < len(longest)]
         tried = [shorter[0], shorter[-1]]
         beside, *alone = (
-            next_logits(model, *left_padded(few, pad), pad, steps=min(steps, 2)).log_softmax(-1)
+            next_logits(model, *left_padded(few, pad), pad, steps=min(steps, 2))
             for few in ([*tried, longest], *([row] for row in tried))
         )
-        gap = (beside[:, :2] - torch.cat(alone, dim=1)).abs()
-        is_half = model.dtype in _HALF or torch.is_autocast_enabled(model.device.type)
-        found, limit = (gap.mean(), _LIMIT_HALF) if is_half else (gap.max(), _LIMIT)
-        _pads_freely[model] = bool(found <= limit)  # not where it is nan
+        _pads_freely[model] = alike(model, beside[:, :2], torch.cat(alone, dim=1))
     return _pads_freely[model]
 
 
@@ -222,44 +115,119 @@ def generate(
     encoder: Encoder,
     prompts: Sequence[Prompt | Asked],
     *,
+    seeds: Sequence[int] | None = None,
+    **options: Any,
+) -> list[str]:
+    """One completion a prompt; `seeds` has one each, None: those of `answer_seeds` for seed 0."""
+    seeds = answer_seeds(0, prompts) if seeds is None else seeds
+    found = respond(model, encoder, prompts, 1, seeds=[[seed] for seed in seeds], **options)
+    return [response.response for [response] in found]
+
+
+def respond(
+    model: nn.Module,
+    encoder: Encoder,
+    prompts: Sequence[Prompt | Asked],
+    num: int,
+    *,
+    seeds: Sequence[Sequence[int]],
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    seeds: Sequence[int] | None = None,
-) -> list[str]:
-    """One completion a prompt, in the context training scores; the same in any batch and order.
+    batch_size: int | None = None,
+    most_tokens: int = MOST_TOKENS,
+) -> list[list[Generated]]:
+    """Responses in the context that training scores; the same in any batch and order.
 
     Args:
         model: In evaluation mode.
         encoder: The prompts' encoder.
         prompts: Plain or conversational, with what their rows hand the chat template.
+        num: Responses a prompt; it is read once for all of them.
+        seeds: `num` a prompt.
         max_new_tokens: Tokens at most, the end token included.
         temperature: 0 takes the most likely token each time.
         top_p: Sample from the smallest set of tokens with this probability.
-        seeds: One a completion; None: those of `answer_seeds` for seed 0.
+        batch_size: Responses at one time; None: as many as `most_tokens` allows.
+        most_tokens: Of prompts and responses together that are in memory at one time, more only
+            where one response alone has more.
 
     Returns:
-        The new text as `written` gives it.
+        `num` a prompt, the text as `written` gives it.
     """
-    rows = [encoder.encode_prompt(prompt) for prompt in prompts]
-    seeds = answer_seeds(0, prompts) if seeds is None else seeds
+    contexts = [encoder.encode_prompt(prompt) for prompt in prompts]
     pad = encoder.pad_id
-    answers: list[str] = [""] * len(rows)
+    places: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # of responses, by their context
+    for number, context in enumerate(contexts):
+        places.setdefault(tuple(context), []).extend((number, k) for k in range(num))
+    rows = [list(context) for context in places]
+    answers: list[list[Any]] = [[None] * num for _ in prompts]
     for group, room in batches(model, rows, pad, max_new_tokens):
-        ids, mask = left_padded([rows[i] for i in group], pad)
-        made = complete(
-            model,
-            {"input_ids": ids, "attention_mask": mask},
-            ends=encoder.end_ids,
-            pad=pad,
-            seeds=[seeds[i] for i in group],
-            max_new_tokens=room,
-            temperature=temperature,
-            top_p=top_p,
-        )
-        for i, tokens in zip(group, made, strict=True):
-            answers[i] = written(encoder, rows[i], tokens)
+        way = way_of(model, max((rows[i] for i in group), key=len), pad)
+        size = 1 if way == "alone" else batch_size or sys.maxsize
+        asked = {tuple(rows[i]): places[tuple(rows[i])] for i in group}
+        for part in _parts(asked, way, room, most_tokens, size):
+            targets = [target for targets in part.values() for target in targets]
+            made = _continuations(
+                model,
+                list(part),
+                len(targets) // len(part),
+                way,
+                pad=pad,
+                ends=encoder.end_ids,
+                seeds=[seeds[number][k] for number, k in targets],
+                max_new_tokens=room,
+                temperature=temperature,
+                top_p=top_p,
+            )
+            for (number, k), found in zip(targets, made, strict=True):
+                text = written(encoder, contexts[number], found.tokens)
+                answers[number][k] = Generated(text, len(found.tokens), found.cut, found.logp)
     return answers
+
+
+Part = dict[tuple[int, ...], list[tuple[int, int]]]
+"""Contexts to the responses that are drawn for each: as many of all."""
+
+
+def _parts(asked: Part, way: Way, room: int, most: int, size: int) -> Iterator[Part]:
+    """What is drawn at one time: contexts of like length and with as many responses."""
+    part: Part = {}
+    for context in sorted(asked, key=lambda row: (len(asked[row]), len(row))):
+        targets, length = asked[context], len(context)
+        each = room + (0 if way == "shared" else length)  # tokens that a response alone takes
+        once = length if way == "shared" else 0
+        fit = min(size, max(1, (most - once) // each))  # responses beside each other
+        count = len(part) + 1
+        if part and (
+            len(targets) != len(next(iter(part.values())))
+            or count * (once + each * len(targets)) > most
+            or count * len(targets) > size
+        ):
+            yield part
+            part = {}
+        while len(targets) > fit:
+            yield {context: targets[:fit]}
+            targets = targets[fit:]
+        part[context] = targets
+    if part:
+        yield part
+
+
+def _continuations(
+    model: nn.Module,
+    contexts: Sequence[tuple[int, ...]],
+    num: int,
+    way: Way,
+    *,
+    pad: int,
+    **options: Any,
+) -> list[Continuation]:
+    if way in ("shared", "repeated"):
+        ids, mask = left_padded(contexts, pad)
+        return continued(model, ids, mask, num=num, way=way, **options)
+    ids, mask = left_padded([context for context in contexts for _ in range(num)], pad)
+    return complete(model, {"input_ids": ids, "attention_mask": mask}, pad=pad, **options)
 
 
 def written(encoder: Encoder, context: Sequence[int], tokens: Sequence[int]) -> str:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 # Attention within segments of one packed row (each prompt, and each response after its prompt) is
-# registered with transformers as one more attention implementation. Called without segments, as in
-# generation, it is the model's usual scaled dot product attention.
+# registered with transformers as one more attention implementation. Called without segments it is
+# the model's usual scaled dot product attention, or the one that generation brings (`decode.py`).
 
 NAME = "mmalign_segments"
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
@@ -101,6 +101,13 @@ def install(model: PreTrainedModel) -> None:
     model.set_attn_implementation(NAME)
 
 
+def require_plain(options: Mapping[str, Any]) -> None:
+    """Refuse keywords that change attention in a way that is not done here."""
+    unknown = [name for name in _UNKNOWN if options.get(name) is not None]
+    if unknown:
+        raise CannotPackError(f"its attention uses {', '.join(unknown)}")
+
+
 def check_windows(model: PreTrainedModel, segments: Segments) -> None:
     """Refuse a model whose sliding windows did not reach the attention function.
 
@@ -122,16 +129,22 @@ def _attention(
     value: Tensor,  # [1, H', T, D]
     attention_mask: Tensor | None,
     segments: Segments | None = None,
+    beside: Callable[..., Tensor | None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface; the output is [1, T, H, D]."""
+    """transformers' attention interface; the output is [1, T, H, D].
+
+    `beside` is an attention of the caller's, which leaves some layers (None) to the usual one.
+    """
+    if beside is not None:
+        found = beside(module, query, key, value, attention_mask, **kwargs)
+        if found is not None:
+            return found, None
     if segments is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    unknown = [name for name in _UNKNOWN if kwargs.get(name) is not None]
-    if unknown:
-        raise CannotPackError(f"its attention uses {', '.join(unknown)}")
+    require_plain(kwargs)
     window = kwargs.get("sliding_window")
     if window is not None:
         segments.windows.add(window)

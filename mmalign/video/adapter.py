@@ -16,7 +16,7 @@ from mmalign.config import RunConfig, TrainConfig
 from mmalign.core import CandidateLogps, Needs
 from mmalign.data.example import Example
 from mmalign.models import lora
-from mmalign.models.adapter import answer_seeds
+from mmalign.models.adapter import Generated, answer_seeds
 from mmalign.models.batch import Batch
 from mmalign.text.adapter import TokenAdapter
 from mmalign.text.model import causal_model
@@ -35,7 +35,7 @@ from mmalign.video.contexts import (
     rope_positions,
 )
 from mmalign.video.encode import VideoEncoder
-from mmalign.video.generate import generate
+from mmalign.video.generate import generate, respond
 from mmalign.video.model import language_model, load_model, lora_targets, media_ids, select_parts
 from mmalign.video.processing import Processor, load_processor
 from mmalign.video.reader import FeatureStore, MediaReader, Prepared
@@ -189,6 +189,21 @@ class VideoAdapter(TokenAdapter):
         seeds = answer_seeds(self.config.train.seed, prompts) if seeds is None else seeds
         options["clues"] = self.clues
         return generate(self.policy, self.encoder, prompts, seeds=seeds, **options)
+
+    def candidates(
+        self,
+        prompts: Sequence[Any],
+        num: int,
+        *,
+        seeds: Sequence[Sequence[int]],
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> list[list[Generated]]:
+        """Answers to questions; `respond`. By default as many at one time as rows are evaluated."""
+        train = self.config.train
+        options["batch_size"] = batch_size or train.eval_batch_size or train.batch_size
+        options["clues"] = self.clues
+        return respond(self.policy, self.encoder, prompts, num, seeds=seeds, **options)
 
     def parameter_groups(self, train: TrainConfig) -> list[dict[str, Any]]:
         """The policy, learned position weights, and the clue aggregator."""

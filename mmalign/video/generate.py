@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from mmalign.data.example import Asked, Example, Media, Prompt
 from mmalign.errors import DataError
-from mmalign.models.adapter import answer_seeds
-from mmalign.text.generate import complete, left_padded, written
+from mmalign.models.adapter import Generated, answer_seeds
+from mmalign.text.draw import complete
+from mmalign.text.generate import left_padded, written
 from mmalign.text.model import causal_model
 from mmalign.video.clues import CluePart, placed
 from mmalign.video.encode import VideoEncoder
@@ -53,48 +54,69 @@ def generate(
     encoder: VideoEncoder,
     questions: Sequence[Question],
     *,
+    seeds: Sequence[int] | None = None,
+    **options: Any,
+) -> list[str]:
+    """One answer a question; `seeds` has one each, None: those of `answer_seeds` for seed 0."""
+    seeds = answer_seeds(0, questions) if seeds is None else seeds
+    found = respond(model, encoder, questions, 1, seeds=[[seed] for seed in seeds], **options)
+    return [answer.response for [answer] in found]
+
+
+def respond(
+    model: nn.Module,
+    encoder: VideoEncoder,
+    questions: Sequence[Question],
+    num: int,
+    *,
+    seeds: Sequence[Sequence[int]],
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    seeds: Sequence[int] | None = None,
+    batch_size: int | None = None,
     clues: CluePart | None = None,
-) -> list[str]:
-    """One answer a question, in the context training scores answers in.
+) -> list[list[Generated]]:
+    """Answers in the context that training scores them in; a clip is decoded once for all of them.
 
-    Questions whose media have tensors of the same shape are answered in one left-padded batch.
+    Answers whose media have tensors of the same shape are drawn in one left-padded batch.
 
     Args:
         model: In evaluation mode.
         encoder: The prompts' encoder.
         questions: What to answer.
+        num: Answers a question.
+        seeds: `num` a question.
         max_new_tokens: Tokens at most, the end token included.
         temperature: 0 takes the most likely token each time.
         top_p: Sample from the smallest set of tokens with this probability.
-        seeds: One an answer; None: those of `answer_seeds` for seed 0.
+        batch_size: Answers at one time; None: all.
         clues: The clue aggregator of a model that has one.
 
     Returns:
-        The answers as `written` gives them.
+        `num` a question, the text as `written` gives it.
     """
-    answers = [""] * len(questions)
+    answers: list[list[Any]] = [[None] * num for _ in questions]
     inner = causal_model(model)
     encoded = [_context(encoder, question, i) for i, question in enumerate(questions)]
-    seeds = answer_seeds(0, questions) if seeds is None else seeds
     for group in _groups(encoded):
-        rows = [encoded[i] for i in group]
-        with torch.no_grad(), _clued(clues, inner, rows, encoder):
-            made = complete(
-                model,
-                _inputs(rows, encoder, inner.dtype),
-                ends=encoder.end_ids,
-                pad=encoder.pad_id,
-                seeds=[seeds[i] for i in group],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-            )
-        for i, tokens in zip(group, made, strict=True):
-            answers[i] = written(encoder, encoded[i][0], tokens)
+        places = [(i, k) for i in group for k in range(num)]
+        size = batch_size or len(places)
+        for part in (places[start : start + size] for start in range(0, len(places), size)):
+            rows = [encoded[i] for i, _ in part]
+            with torch.no_grad(), _clued(clues, inner, rows, encoder):
+                made = complete(
+                    model,
+                    _inputs(rows, encoder, inner.dtype),
+                    ends=encoder.end_ids,
+                    pad=encoder.pad_id,
+                    seeds=[seeds[i][k] for i, k in part],
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                )
+            for (i, k), found in zip(part, made, strict=True):
+                text = written(encoder, encoded[i][0], found.tokens)
+                answers[i][k] = Generated(text, len(found.tokens), found.cut, found.logp)
     return answers
 
 

@@ -17,8 +17,9 @@ from mmalign.data.example import Asked, Message, Template
 from mmalign.errors import DataError
 from mmalign.models.adapter import answer_seeds
 from mmalign.text.adapter import TextAdapter
+from mmalign.text.draw import Draw, complete
 from mmalign.text.encode import Encoder
-from mmalign.text.generate import Draw, complete, generate, left_padded, written
+from mmalign.text.generate import generate, left_padded, written
 from mmalign.text.model import causal_model
 from mmalign.text.tools import TextTools
 
@@ -152,12 +153,15 @@ def test_every_end_ends_an_answer(folder: Path) -> None:
     model = adapter(folder).policy
     ids, mask = left_padded([[5, 40, 7], [9, 8]], 0)
     inputs = {"input_ids": ids, "attention_mask": mask}
-    whole = complete(model, inputs, seeds=[0, 1], **_settings(ends=()))
+    found = complete(model, inputs, seeds=[0, 1], **_settings(ends=()))
+    whole = [row.tokens for row in found]
     assert [len(row) for row in whole] == [8, 8]
+    assert all(row.cut for row in found)
     ends = (whole[0][4], whole[1][2], 319)
     short = complete(model, inputs, seeds=[0, 1], **_settings(ends=ends))
     for got, full in zip(short, whole, strict=True):
-        assert got == full[: next(i for i, token in enumerate(full) if token in ends)]
+        assert not got.cut
+        assert got.tokens == full[: next(i for i, token in enumerate(full) if token in ends)]
 
 
 def test_every_end_of_the_models_own_settings_is_one(
@@ -167,15 +171,15 @@ def test_every_end_of_the_models_own_settings_is_one(
     ids, mask = left_padded(contexts, 0)
     inputs = {"input_ids": ids, "attention_mask": mask}
     whole = complete(plain.policy, inputs, seeds=range(5), **_settings(ends=()))
-    ends = {row[3] for row in whole}
+    ends = {row.tokens[3] for row in whole}
     shutil.copytree(folder, tmp_path / "model")
     settings = json.dumps({"eos_token_id": [2, *ends], "min_p": 0.9})
     (tmp_path / "model" / "generation_config.json").write_text(settings)
     made = adapter(tmp_path / "model")
     assert made.encoder.end_ids == {2, *ends}
     for text, row in zip(made.sample(PROMPTS, max_new_tokens=8), whole, strict=True):
-        stop = next(i for i, token in enumerate(row) if token in (2, *ends))
-        assert text == made.encoder.tokenizer.decode(row[:stop])
+        stop = next(i for i, token in enumerate(row.tokens) if token in (2, *ends))
+        assert text == made.encoder.tokenizer.decode(row.tokens[:stop])
 
 
 def test_answers_are_the_models_most_likely_tokens(folder: Path) -> None:
