@@ -166,20 +166,20 @@ def test_rewards_of_several_judges_are_added_and_kept_by_name(folder: Path) -> N
 
 
 def test_the_worst_off_judge_counts_over_the_whole_file(folder: Path) -> None:
-    """In the first batch `short` is worse off, over all rows `marked - 1000` is."""
-    first = [drawn(f"a{k}", "x" * 9, "y") for k in range(BATCH)]
-    rest = [drawn(f"b{k}", "", "z") for k in range(2)]
-    low = "def low(response):\n    return 1.0 if len(response) > 1 else -100.0\n"
+    """In the first batch `short` is worse off, in the second, and over all rows, `low` is."""
+    low = "def low(response):\n    return 1.0 if len(response) > 1 else -1000.0\n"
     (folder / "more_rules.py").write_text(low)
     by = '{worst_of: [{rule: "my_rules:short"}, {rule: "more_rules:low", name: low}]}'
-    judge = build(parse_judges([by]))
-    result = score_file(write(folder / "in.jsonl", first[:1]), folder / "one.jsonl", judge)
-    assert result.notes == ["worst_of: low"]
-    lines = scored(folder, [drawn("a", "xxxxx", "yyyyyy"), *rest], by)
-    assert [line["scores"] for line in lines] == [[1.0, 1.0], [None, -100.0], [None, -100.0]]
-    lines = scored(folder, [drawn("a", "xxxxx", "yyyyyy")], by)
-    assert lines[0]["scores"] == [-5.0, -6.0]
+    first = [drawn(f"a{k}", "xxxxx", "yyyyyy") for k in range(BATCH)]
+    lines = scored(folder, first, by)
+    assert [line["scores"] for line in lines] == [[-5.0, -6.0]] * BATCH
     assert lines[0]["rewards"] == {"my_rules:short": [-5.0, -6.0], "low": [1.0, 1.0]}
+    lines = scored(folder, [*first, drawn("b", "", "z")], by)
+    assert [line["scores"] for line in lines] == [*[[1.0, 1.0]] * BATCH, [None, -1000.0]]
+    out = folder / "again.jsonl"
+    assert score_file(folder / "in.jsonl", out, build(parse_judges([by]))).notes == [
+        "worst_of: low"
+    ]
 
 
 def test_verdicts_of_a_file_go_by_id_and_missing_ones_are_counted(folder: Path) -> None:

@@ -250,10 +250,14 @@ def test_pairs_that_nobody_compared_do_not_count(tmp_path: Path) -> None:
 
 
 def test_targets_of_sppo_and_gpo(tmp_path: Path) -> None:
-    wins = [[0.5, 1.0, 0.75], [0.0, 0.5, 0.25], [0.25, 0.75, 0.5]]
+    wins: list[list[float | None]] = [[0.5, 1.0, 0.75], [0.0, 0.5, 0.25], [0.25, 0.75, 0.5]]
     row = judged("a", [0.9, 0.1, 0.5], wins=wins)
     (pair,), _ = selected(tmp_path, [row], kind="targets")
     assert (pair["label_chosen"], pair["label_rejected"]) == (0.75, 0.25)
+    for k in range(3):
+        wins[k][k] = None  # 1/2 against itself, whatever the file says
+    (again,), _ = selected(tmp_path, [judged("a", [0.9, 0.1, 0.5], wins=wins)], kind="targets")
+    assert again == pair
     (pair,), _ = selected(tmp_path, [row], kind="targets", labels="score")
     assert pair["label_chosen"] == pytest.approx((0 + 1 + 0.5) / 3)
     assert pair["label_rejected"] == pytest.approx((-1 + 0 - 0.5) / 3)
