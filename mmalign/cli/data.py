@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmalign.cli.drawing import data_generate
 from mmalign.cli.judging import data_score, data_select
 from mmalign.cli.parts import (
     Config,
@@ -317,6 +318,7 @@ def data_convert(
     say(f"{out}: {written} records written, {left_out} left out")
 
 
+app.command("generate", short_help="Draw several responses to each prompt.")(data_generate)
 app.command("score", short_help="Judge responses; score the images of pairs or lists.")(data_score)
 app.command("select", short_help="Make pairs of judged responses.")(data_select)
 

@@ -7,6 +7,7 @@ from mmalign.config.diffusion import (
     PictureSampleSpec,
     TimestepSpec,
 )
+from mmalign.config.generate import GenerateConfig
 from mmalign.config.run import RunConfig, begun_with, deciding, dump, load, schema
 from mmalign.config.sections import (
     DataConfig,
@@ -32,6 +33,7 @@ __all__ = [
     "DiffusionConfig",
     "EstimatorSpec",
     "ExportSpec",
+    "GenerateConfig",
     "LoraSpec",
     "MaskConfig",
     "MixturePart",

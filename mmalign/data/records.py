@@ -41,7 +41,7 @@ def read_prompts(path: Path) -> list[Example]:
     """
     root = PictureRoot(path.parent)
     is_text = path.suffix == ".txt" and path.is_file()
-    rows = [_read(row, root) for row in (_lines(path) if is_text else read_rows(path))]
+    rows = [read_asked(row, root)[1] for row in (_lines(path) if is_text else read_rows(path))]
     if not rows:
         raise DataError(f"{path}: holds no prompts")
     return rows
@@ -54,7 +54,12 @@ def _lines(path: Path) -> Iterator[Row]:
             yield Row(place, None if problem else {"prompt": text}, problem)
 
 
-def _read(row: Row, root: PictureRoot) -> Example:
+def read_asked(row: Row, root: PictureRoot) -> tuple[Columns, Example]:
+    """What one row asks: as a record, and as an Example whose response is empty.
+
+    Raises:
+        DataError: It has no usable prompt or media.
+    """
     try:
         record = _record(row.value or {})
     except DataError as error:
@@ -64,7 +69,7 @@ def _read(row: Row, root: PictureRoot) -> Example:
     example, problems = read_record(record, where=row.place, root=root, alone=True)
     if example is None:
         raise DataError(f"{row.place}: " + "; ".join(map(str, problems)))
-    return replace(example, meta={})
+    return record, replace(example, meta={})
 
 
 def _record(value: Columns) -> Columns:

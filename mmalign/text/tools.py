@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -13,9 +14,9 @@ from rich.text import Text
 
 from mmalign.config import ReferenceConfig, RunConfig
 from mmalign.core import Needs, presets
-from mmalign.data.example import Example, Media
+from mmalign.data.example import Example, Media, Message
 from mmalign.data.jobs import only_writer, track
-from mmalign.errors import ConfigError
+from mmalign.errors import ConfigError, DataError
 from mmalign.models.adapter import Surveyed, Tools, load_usable
 from mmalign.text import cache as dates
 from mmalign.text.adapter import TextAdapter, TokenAdapter
@@ -187,3 +188,39 @@ class TextTools(TokenTools):
     def show_rows(self, config: RunConfig, examples: Sequence[Example]) -> Group:
         """Context dim, scored tokens coloured."""
         return show(Encoder(load_tokenizer(config), config), examples)
+
+    def server_request(self, config: RunConfig) -> Callable[[Example], dict[str, Any]]:
+        """`messages` where a chat template writes prompts, which must be the server's too.
+
+        The server writes the date, where the template does, and begins the text by itself.
+        """
+        encoder = Encoder(load_tokenizer(config), config)
+
+        def request(row: Example) -> dict[str, Any]:
+            prompt, cut = self.to_prompt(row), encoder.counts["prompts_cut"]
+            encoder.encode_prompt(prompt, where=row.id)  # refuses what training would
+            if encoder.counts["prompts_cut"] > cut:
+                raise DataError(
+                    f"{row.id}: is longer than data.max_prompt_length, and a server would read all "
+                    "of it; raise that, or use engine: local"
+                )
+            if not encoder.render.is_chat:
+                return {"prompt": encoder.render.context(prompt, row.id)}
+            turns = (Message("user", row.prompt),) if isinstance(row.prompt, str) else row.prompt
+            if turns[-1].role == "assistant":
+                raise DataError(
+                    f"{row.id}: ends in an assistant turn to be continued, which servers answer "
+                    "with a turn of its own; use engine: local"
+                )
+            system = config.text.system_prompt
+            if system is not None and turns[0].role != "system":
+                turns = (Message("system", system), *turns)
+            template = row.template
+            options = {**config.text.template_kwargs, **json.loads(template.options or "{}")}
+            return {
+                "messages": [turn.as_dict() for turn in turns],
+                **({"tools": json.loads(template.tools)} if template.tools else {}),
+                **({"chat_template_kwargs": options} if options else {}),
+            }
+
+        return request

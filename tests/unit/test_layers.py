@@ -39,13 +39,16 @@ ALLOWED: dict[str, set[str]] = {
     "report": BASE | {"evaluate", "stats"},
     "pairs": RUNS | {"bench", "inference", "video"},
     "judging": RUNS | {"stats", "inference", "pairs", "diffusion"},
+    "rounds": RUNS | {"inference", "judging"},
     "quickstart": RUNS | MODALITIES | {"inference", "report", "stats"},
-    "cli": RUNS | MODALITIES | {"inference", "report", "bench", "pairs", "judging", "quickstart"},
+    "cli": RUNS
+    | MODALITIES
+    | {"inference", "report", "bench", "pairs", "judging", "rounds", "quickstart"},
     "__main__": {"cli"},
 }
 """The rooms, from the ground up, and what each may import: when it loads, later or for types."""
 
-MOST_ROOMS = 21
+MOST_ROOMS = 22
 
 FOR_TYPES: dict[str, set[str]] = {"data": {"config"}}
 """What a room may only name in annotations."""

@@ -1,0 +1,1 @@
+"""Rounds: draw responses, judge them, make pairs, train, and again."""
