@@ -55,7 +55,7 @@ def evaluate_checkpoint(
     config = tools.resolve_config(config)
     folder = trained_folder(config, checkpoint)
     rows = _held_out_rows(config, objective, data)
-    device = _device(config)
+    device = device_of(config)
     adapter = build_adapter(config, objective.needs).to(device).eval()
     restore(adapter, folder, objective)
     rows = tools.eval_examples(config, rows)
@@ -159,7 +159,7 @@ def trained_adapter(config: RunConfig, checkpoint: Path | None, *, base: bool = 
     config = tools_of(config.modality).resolve_config(config)
     folder = None if base else trained_folder(config, checkpoint)
     torch.manual_seed(config.train.seed)
-    adapter = build_adapter(config, Needs(weight=weight)).to(_device(config)).eval()
+    adapter = build_adapter(config, Needs(weight=weight)).to(device_of(config)).eval()
     if folder is not None:
         restore(adapter, folder)
     return adapter
@@ -241,7 +241,8 @@ def _held_out_rows(config: RunConfig, objective: Objective, data: str | None) ->
     return rows
 
 
-def _device(config: RunConfig) -> torch.device:
+def device_of(config: RunConfig) -> torch.device:
+    """The device of a run; its CPU threads and memory are set up as it says."""
     from accelerate import Accelerator
 
     if config.train.num_threads is not None:
@@ -269,13 +270,13 @@ def write_cache(config: RunConfig) -> str:
         ConfigError: What no cache can hold.
     """
     needs = check_config(config).needs
-    _device(config)  # sets the number of threads
+    device_of(config)  # sets the number of threads
     return tools_of(config.modality).write_cache(config, needs)
 
 
 def plan_cache(config: RunConfig) -> str:
     """What `write_cache` would write, in words, bytes and time."""
-    _device(config)  # sets the number of threads
+    device_of(config)  # sets the number of threads
     return tools_of(config.modality).plan_cache(config, check_config(config).needs)
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from mmalign import __version__
-from mmalign.cli import bench, pictures
+from mmalign.cli import bench, pictures, rounds
 from mmalign.cli import data as cli_data
 from mmalign.cli.parts import (
     Base,
@@ -98,6 +98,9 @@ def train(
 
         page = write_report([result.run_dir], result.run_dir / "report.html")
         say(f"weights: {result.final_dir}\nreport:  {page}")
+
+
+app.command(epilog=EXIT_STATUS, short_help="Draw, judge, pair, train, repeat.")(rounds.rounds)
 
 
 @app.command("eval", short_help="Score held-out rows under trained weights.")

@@ -8,6 +8,8 @@ from mmalign.config.diffusion import (
     TimestepSpec,
 )
 from mmalign.config.generate import GenerateConfig
+from mmalign.config.judges import JudgeSpec, SelectSpec
+from mmalign.config.rounds import RoundsConfig
 from mmalign.config.run import RunConfig, begun_with, deciding, dump, load, schema
 from mmalign.config.sections import (
     DataConfig,
@@ -34,6 +36,7 @@ __all__ = [
     "EstimatorSpec",
     "ExportSpec",
     "GenerateConfig",
+    "JudgeSpec",
     "LoraSpec",
     "MaskConfig",
     "MixturePart",
@@ -41,8 +44,10 @@ __all__ = [
     "ObjectiveConfig",
     "PictureSampleSpec",
     "ReferenceConfig",
+    "RoundsConfig",
     "RunConfig",
     "SampleConfig",
+    "SelectSpec",
     "SelectionSpec",
     "TextConfig",
     "TimestepSpec",

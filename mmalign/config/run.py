@@ -20,6 +20,7 @@ from mmalign.config.diffusion import (
     ExportSpec,
     as_before,
 )
+from mmalign.config.rounds import RoundsConfig
 from mmalign.config.sections import (
     DataConfig,
     ModelConfig,
@@ -70,6 +71,7 @@ class RunConfig(Section):
     diffusion: DiffusionConfig = DiffusionConfig()
     video: VideoConfig = VideoConfig()
     export: ExportSpec = ExportSpec()
+    rounds: RoundsConfig | None = Field(default=None, description="read by `mmalign rounds`")
     output: Path = Field(description="folder of the run; relative to the current directory")
 
     @model_validator(mode="after")
@@ -165,6 +167,7 @@ def deciding(config: RunConfig) -> dict[str, Any]:
             "output": True,
             "sample": True,
             "export": True,
+            "rounds": True,
             "train": {
                 *reporting,
                 "keep_checkpoints",

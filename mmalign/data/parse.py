@@ -110,7 +110,9 @@ def _extra(
     extra: list[Candidate | None] = []
     none = Fields({})
     if "calibration" in fields:
-        extra.append(_candidate(none, fields.text("calibration"), role="calibration"))
+        said = _candidate(none, fields.text("calibration"), role="calibration")
+        is_cut = bool(fields.flag("calibration_cut"))
+        extra.append(said and replace(said, complete=not is_cut))
     if "rationale" in fields:
         # Under the row's own prompt the two responses, which a rationale compares, would be unseen.
         question = _as_prompt(fields.text("rationale_prompt"))
@@ -288,6 +290,7 @@ OPTIONAL = {
     "video_corrupted": "a corrupted clip, for losses that compare answers under one",
     "rejected_irrelevant": "pair: a response to another clip (VistaDPO)",
     "calibration": "a response to calibrate on (VPO)",
+    "calibration_cut": "true when calibration was cut off",
     "rationale": "why chosen is better (rationale DPO)",
     "rationale_prompt": "the question that `rationale` answers",
     "online": "list of responses sampled from the policy (HyPO)",

@@ -64,7 +64,7 @@ class Reader:
             split=source.split,
             layout=source.layout,
             pictures=source.pictures,
-            wanted=lambda split: not self.held_out_only or _is_held_out(split),
+            wanted=lambda split: not self.held_out_only or is_held_out(split),
         )
         self._records = track(records, f"reading {source.path}")
 
@@ -87,10 +87,10 @@ class Reader:
     def _take(self, record: Record, row: Example) -> None:
         by_split = self.source.split is None
         self.names_splits = self.names_splits or (by_split and "split" in record.raw)
-        held_out = by_split and _is_held_out(record.split)
+        held_out = by_split and is_held_out(record.split)
         (self.there if held_out else self.here).append(row)
         if self._is_used(row):
-            in_share = self._share > 0 and _place(row) < self._share
+            in_share = self._share > 0 and place_of(row) < self._share
             self.counts["there" if held_out else "share" if in_share else "here"] += 1
         if self._doubts is not None:
             self._doubts.add(record, self.source.path, held_out=held_out or self._of_eval)
@@ -127,7 +127,8 @@ def read_until(enough: Callable[[], bool], readers: Sequence[Reader]) -> None:
         live = [reader for reader in live if reader.step()]
 
 
-def _is_held_out(split: str) -> bool:
+def is_held_out(split: str) -> bool:
+    """Whether rows of a split are not trained on."""
     return split.lower() in HELD_OUT
 
 
@@ -293,7 +294,7 @@ def _hold_out(
     sources: list[list[Example]], fraction: float
 ) -> tuple[list[list[Example]], list[list[Example]]]:
     """Prompts whose place lies below `fraction`."""
-    places = [[_place(row) for row in rows] for rows in sources]
+    places = [[place_of(row) for row in rows] for rows in sources]
     lowest = min((p for part in places for p in part), default=1.0)
     # A small file may have no prompt below the fraction: then the lowest one is held out.
     limit = max(fraction, math.nextafter(lowest, 1.0))
@@ -305,7 +306,7 @@ def _hold_out(
     return train, held_out
 
 
-def _place(row: Example) -> float:
+def place_of(row: Example) -> float:
     """Where in [0, 1) the hash of a prompt lies: the same whatever the file, order and seed.
 
     Rows that show something are told apart by the first file alone, by its name and folder: no

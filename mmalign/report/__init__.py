@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
 from mmalign import __version__
+from mmalign.errors import ConfigError
+from mmalign.report import rounds
 from mmalign.report.blocks import Section
 from mmalign.report.page import describe, lead, run_sections, state
-from mmalign.report.run import read_run
+from mmalign.report.run import Run, read_run
 from mmalign.safe import write_text
 
 __all__ = ["Section", "place_of", "write_report"]
@@ -61,16 +64,19 @@ def write_report(
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    runs = [read_run(folder) for folder in run_dirs]
-    given = {section.title for section in sections}
     page = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined
     ).get_template("page.html")
+    if any(map(rounds.is_rounds, run_dirs)):
+        told = _of_rounds(run_dirs)
+    else:
+        told = _of_runs([read_run(folder) for folder in run_dirs])
+    given = {section.title for section in sections}
     text = page.render(
-        title=title or describe(runs),
-        lead=lead(runs),
-        runs=[{"name": run.name, "state": state(run)} for run in runs],
-        sections=[*sections, *(own for own in run_sections(runs) if own.title not in given)],
+        title=title or told["title"],
+        lead=told["lead"],
+        runs=told["runs"],
+        sections=[*sections, *(own for own in told["sections"] if own.title not in given)],
         css=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         version=__version__,
     )
@@ -78,3 +84,33 @@ def write_report(
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, text)
     return out
+
+
+def _of_runs(runs: Sequence[Run]) -> dict[str, Any]:
+    """What a page says of trainings."""
+    return {
+        "title": describe(runs),
+        "lead": lead(runs),
+        "runs": [{"name": run.name, "state": state(run)} for run in runs],
+        "sections": run_sections(runs),
+    }
+
+
+def _of_rounds(run_dirs: Sequence[str | Path]) -> dict[str, Any]:
+    """The same of a run of rounds.
+
+    Raises:
+        ConfigError: Another folder is given beside it.
+    """
+    if len(run_dirs) > 1:
+        raise ConfigError(
+            "a page shows one run of rounds: give its folder alone, or the round-N/run folders of "
+            "several to compare their trainings"
+        )
+    run = rounds.read_rounds(run_dirs[0])
+    return {
+        "title": rounds.describe(run),
+        "lead": rounds.lead(run),
+        "runs": [{"name": run.name, "state": rounds.state(run)}],
+        "sections": rounds.sections(run),
+    }

@@ -22,6 +22,7 @@ from mmalign import config as configs
 from mmalign.config import RunConfig
 from mmalign.data.files import require_there
 from mmalign.data.jobs import is_main_process, only_writer
+from mmalign.errors import ConfigError
 from mmalign.evaluate import merge
 from mmalign.models.adapter import tools_of
 from mmalign.models.batch import Batch
@@ -128,6 +129,11 @@ def train(config: RunConfig, *, resume: bool = False, dry_run: bool = False) -> 
         NonFiniteLoss: A loss, a gradient or the weights became nan or infinite.
     """
     began = time.perf_counter()
+    if config.rounds is not None:
+        raise ConfigError(
+            "the config has a section `rounds`, which one training does not read: use `mmalign "
+            "rounds CONFIG`, or remove it"
+        )
     require_launcher()
     objective = check_config(config)
     require_there(*config.data.paths)  # before a hub is asked for anything

@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": BASE | {"evaluate", "stats"},
     "pairs": RUNS | {"bench", "inference", "video"},
     "judging": RUNS | {"stats", "inference", "pairs", "diffusion"},
-    "rounds": RUNS | {"inference", "judging"},
+    "rounds": RUNS | {"inference", "judging", "stats"},
     "quickstart": RUNS | MODALITIES | {"inference", "report", "stats"},
     "cli": RUNS
     | MODALITIES
