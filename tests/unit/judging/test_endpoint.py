@@ -251,6 +251,7 @@ def test_a_server_that_answers_nothing_in_time_stops(server: Server, tmp_path: P
         judge(server, tmp_path, timeout=0.05, parallel=6)([ROW])
 
 
+@pytest.mark.runs
 def test_an_interrupted_pass_asks_no_verdict_twice(server: Server, tmp_path: Path) -> None:
     rows = [drawn(f"r{k}", "x", "y" * (2 + k)) for k in range(18)]
     source = write(tmp_path / "in.jsonl", rows)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.runs
+
 TEXTS = ["Two?", "Why is the sky blue?", "Once upon a time", "Two and two"]
 ROWS = [{"id": f"r{i}", "prompt": text} for i, text in enumerate(TEXTS)]
 
