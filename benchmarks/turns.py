@@ -39,6 +39,10 @@ def device_of(asked: str) -> str:
     return asked
 
 
+Step = tuple[float, float, float, float]
+"""Seconds, MiB above the baseline, MiB in all, seconds of CPU over all threads."""
+
+
 class Turns:
     """Waits for the parent's word before each step, and answers with seconds, MiB, CPU seconds.
 
@@ -109,7 +113,7 @@ class Arm:
             env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         )
 
-    def step(self) -> tuple[float, float, float, float]:
+    def step(self) -> Step:
         """Seconds, MiB above the baseline, MiB in all, seconds of CPU over all threads."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -150,24 +154,27 @@ def take_turns(
         arms: Started.
         rounds: Steps of each that count.
         uncounted: Steps of each before those.
-        report: The lines of a table. A long comparison prints one of its first rounds.
+        report: The lines of a table. A long comparison prints one of the first steps, and one of
+            the first that count.
     """
-    steps: dict[str, list[tuple[float, float, float, float]]] = {arm.name: [] for arm in arms}
-    began, shown = time.perf_counter(), report is None
-    for arm in arms:
-        for done in range(uncounted):
-            say(f"  {arm.name}: step {done + 1} of {uncounted} that do not count")
-            arm.step()
-    for number in range(rounds):
+    began, shown, steps = time.perf_counter(), set[bool](), dict[str, list[Step]]()
+    for number in range(-uncounted, rounds):
+        counts = number >= 0
+        if number <= 0:
+            steps = {arm.name: [] for arm in arms}
         for arm in arms:
             steps[arm.name].append(arm.step())
-        times = ", ".join(f"{name} {taken[-1][0]:.2f} s" for name, taken in steps.items())
-        say(f"  round {number + 1} of {rounds}: {times}")
+            if not counts:
+                times = f"{steps[arm.name][-1][0]:.2f} s"
+                say(f"  {arm.name}: step {number + uncounted + 1}, which does not count, {times}")
+        if counts:
+            times = ", ".join(f"{name} {taken[-1][0]:.2f} s" for name, taken in steps.items())
+            say(f"  round {number + 1} of {rounds}: {times}")
         late = time.perf_counter() - began > FIRST_TABLE
-        if report and late and not shown and number + 1 < rounds:
-            shown = True
-            lines = [*report(_summed_up(steps)), f"  (so far: round {number + 1})"]
-            print("\n".join(lines), flush=True)
+        if report and late and counts not in shown and number + 1 < rounds:
+            shown.add(counts)
+            what = f"round {number + 1}" if counts else "steps that do not count"
+            print("\n".join([*report(_summed_up(steps)), f"  (so far: {what})"]), flush=True)
     for arm in arms:
         arm.close()
     return _summed_up(steps)
@@ -183,7 +190,7 @@ def one_by_one(arms: Sequence[Arm], rounds: int, *, uncounted: int = 2) -> dict[
 
     An arm that fails is left out, and says why.
     """
-    steps: dict[str, list[tuple[float, float, float, float]]] = {}
+    steps: dict[str, list[Step]] = {}
     for arm in arms:
         try:
             say(f"  {arm.name}: {uncounted + rounds} steps")
@@ -196,7 +203,7 @@ def one_by_one(arms: Sequence[Arm], rounds: int, *, uncounted: int = 2) -> dict[
     return _summed_up(steps)
 
 
-def _summed_up(steps: Mapping[str, Sequence[tuple[float, float, float, float]]]) -> dict[str, Any]:
+def _summed_up(steps: Mapping[str, Sequence[Step]]) -> dict[str, Any]:
     return {
         arm: {
             "seconds": min(s for s, *_ in taken),
