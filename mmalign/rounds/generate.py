@@ -32,6 +32,8 @@ from mmalign.rounds.asked import different, prompt_rows, questions
 TOGETHER = 64
 """Responses that are drawn together and written down at once."""
 
+_OF_TEXTS = {"temperature", "top_p", "max_new_tokens"}
+
 
 class Generator(Protocol):
     """What draws responses: an engine."""
@@ -70,12 +72,11 @@ class Local:
 
     def __post_init__(self) -> None:
         """Refuse what the modality does not read."""
-        changed = {name: getattr(self.options, name) for name in ("temperature", "top_p")}
-        odd = [f"{name} {value:g}" for name, value in changed.items() if value != 1]
-        if self._tools.samples_images and odd:
+        changed = self.options.model_dump(include=_OF_TEXTS, exclude_defaults=True)
+        if self._tools.samples_images and changed:
+            odd = " and ".join(f"{name} {value:g}" for name, value in changed.items())
             raise ConfigError(
-                f"generate: {' and '.join(odd)} is for texts; how images are drawn stands in "
-                "diffusion.sampling"
+                f"generate: {odd} is for texts; how images are drawn stands in diffusion.sampling"
             )
 
     def facts(self) -> dict[str, Any]:
@@ -120,10 +121,8 @@ class Local:
 
     @property
     def _settings(self) -> dict[str, Any]:
-        names = {"batch_size"}
-        if not self._tools.samples_images:
-            names |= {"temperature", "top_p", "max_new_tokens"}
-        return self.options.model_dump(include=names)
+        names: set[str] = set() if self._tools.samples_images else _OF_TEXTS
+        return self.options.model_dump(include={"batch_size", *names})
 
 
 def generator(

@@ -87,7 +87,8 @@ class Read:
 
     def _run(self, ids: Tensor, positions: Tensor) -> None:  # [R, T], [R, T]
         # A class of states alone has done with its mask once the prompt is read.
-        done = ids.shape[1] == 1 and all(self._cache.is_linear)
+        linear = getattr(self._cache, "is_linear", None)  # unknown to older transformers
+        done = ids.shape[1] == 1 and bool(linear) and all(linear)
         given: dict[str, Any] = {
             "input_ids": ids,
             "attention_mask": None if done else self._mask,
@@ -269,6 +270,7 @@ def way_of(model: nn.Module, row: Sequence[int], pad: int) -> Way:
     return _ways[inner]
 
 
+@torch.no_grad()
 def _is_right(model: nn.Module, ids: Tensor, expected: Tensor, way: Way) -> bool:
     """Whether two responses beside each other are continued as one alone; `expected` is [T, V]."""
     try:

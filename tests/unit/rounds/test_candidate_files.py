@@ -183,6 +183,9 @@ def test_texts_settings_are_refused_for_images() -> None:
     config = run_config(modality="diffusion", objective={"name": "diffusion_dpo"})
     with pytest.raises(ConfigError, match=r"temperature 0\.5 is for texts"):
         generator(config, GenerateConfig(temperature=0.5))
+    with pytest.raises(ConfigError, match="max_new_tokens 65 is for texts"):
+        generator(config, GenerateConfig(max_new_tokens=65))
+    generator(config, GenerateConfig(num=2))
 
 
 def test_the_command_draws_for_a_file_and_for_the_configs_own_rows(
