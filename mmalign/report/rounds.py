@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from mmalign.config import yaml
+from mmalign.data.example import Picture
+from mmalign.data.pictures import PictureRoot, open_picture
+from mmalign.errors import DataError
 from mmalign.report import blocks, figures
 from mmalign.report.blocks import MISSING, Answers, Section
 from mmalign.report.run import Record, is_number
@@ -19,7 +24,7 @@ from mmalign.safe import read_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_SHOWN = 5  # prompts on the page
+_SHOWN, _PICTURED = 5, 12  # prompts on the page, of texts and of images
 _MOST = 64 * 2**20  # bytes read of one file
 
 
@@ -59,7 +64,7 @@ def read_rounds(folder: str | Path) -> RoundsRun:
         found = _object(place)
         if not _has(found, "reward"):
             break
-        rounds.append({**found, "round": len(rounds)})
+        rounds.append({**_sound(found), "round": len(rounds)})
         rows.append(_rows(place.parent / "held_out" / "rows.jsonl"))
     return RoundsRun(folder, config, rounds, rows, _object(folder / "rounds.json"))
 
@@ -84,10 +89,34 @@ def _rows(path: Path) -> dict[str, Record]:
 def _has(record: Record, key: str) -> bool:
     """Whether a record has a mean with its interval."""
     value = record.get(key)
-    if not isinstance(value, dict) or not is_number(value.get("mean")):
-        return False
-    interval = value.get("interval")
+    return isinstance(value, dict) and is_number(value.get("mean")) and _is_interval(value)
+
+
+def _is_interval(value: Record, key: str = "interval") -> bool:
+    interval = value.get(key)
     return isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval))
+
+
+_MEANS = ("reward", "kl", "kl_per_token", "log_ratio", "length")
+
+
+def _sound(found: Record) -> Record:
+    """A round's numbers without those that are not what they should be."""
+    kept = {key: found[key] for key in _MEANS if _has(found, key)}
+    kept |= {key: found[key] for key in ("cut", "lost", "prompts") if is_number(found.get(key))}
+    for key in ("over_previous", "over_base"):
+        told = found.get(key)
+        if (
+            isinstance(told, dict)
+            and all(is_number(told.get(name)) for name in ("wins", "ties"))
+            and _is_interval(told)
+            and _is_interval(told, "difference_interval")
+        ):
+            kept[key] = told
+    made = found.get("made")
+    if isinstance(made, dict):
+        kept["made"] = {key: value for key, value in made.items() if is_number(value)}
+    return kept
 
 
 def describe(run: RoundsRun) -> str:
@@ -101,7 +130,9 @@ def describe(run: RoundsRun) -> str:
 def lead(run: RoundsRun) -> str:
     """One sentence below the heading."""
     count = len(run.rounds) - 1
-    held = run.rounds[0]["prompts"] if run.rounds else 0
+    if count < 0:
+        return "A run of rounds that has not measured its base yet."
+    held = run.rounds[0].get("prompts", 0)
     return (
         f"{count} round{'' if count == 1 else 's'} of drawing responses, judging, pairing and "
         f"training, measured on {held:,} prompts that were never trained on."
@@ -184,8 +215,8 @@ def _few(one: Record) -> bool:
 
 
 def _fell(one: Record) -> bool:
-    told = (one.get("over_previous") or {}).get("difference_interval")
-    return isinstance(told, list) and is_number(told[-1]) and told[-1] < 0
+    told = one.get("over_previous")
+    return bool(told) and told["difference_interval"][1] < 0
 
 
 def _price(run: RoundsRun) -> Markup:
@@ -324,8 +355,12 @@ def _side_by_side(run: RoundsRun) -> Markup:
     names = sorted((n for n in last if n in first), key=lambda n: (-gain(n), n))
     if not names or len(run.rows) < 2:
         return Markup()
-    middle = (len(names) - 1) / max(1, _SHOWN - 1)
-    chosen = list(dict.fromkeys(names[round(i * middle)] for i in range(_SHOWN)))
+    pictures = last[names[0]].get("kind") == "images"
+    count = _PICTURED if pictures else _SHOWN
+    middle = (len(names) - 1) / max(1, count - 1)
+    chosen = list(dict.fromkeys(names[round(i * middle)] for i in range(count)))
+    if pictures:
+        return _pictures(run, chosen)
     answers: list[Answers] = []
     for name in chosen:
         said: dict[str, str] = {}
@@ -346,6 +381,35 @@ def _side_by_side(run: RoundsRun) -> Markup:
     return intro + blocks.side_by_side(answers)
 
 
+def _pictures(run: RoundsRun, names: Sequence[str]) -> Markup:
+    """The same prompts in each round as one sheet, the greatest gain first."""
+    from mmalign.data.sheet import sheet
+
+    columns: list[tuple[str, list[Any]]] = []
+    for number, rows in enumerate(run.rows):
+        root = PictureRoot(run.folder / f"round-{number:02d}" / "held_out")
+        found = [root.find(str(rows.get(name, {}).get("policy"))) for name in names]
+        try:  # a path that leaves the folder is none
+            images = [open_picture(one) for one in found if isinstance(one, Picture)]
+        except DataError:
+            images = []
+        if len(images) == len(names):
+            columns.append((f"round {number}" if number else "base", images))
+    if not columns:
+        return Markup()
+    prompts = [_prompt(run.rows[-1][name].get("prompt")) for name in names]
+    out = io.BytesIO()
+    sheet(prompts, columns).save(out, format="PNG")
+    source = f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+    image = Markup('<img class="sheet" src="{}" alt="{}">').format(source, "; ".join(prompts))
+    return blocks.figure(
+        image,
+        "The same prompts and noise in each round",
+        f"{len(names)} prompts, from the one whose reward rose the most to the one whose reward "
+        "fell the most.",
+    )
+
+
 def _reward(row: Record) -> float | None:
     value = row.get("policy_reward")
     return float(value) if is_number(value) else None  # type: ignore[arg-type]
@@ -359,9 +423,9 @@ def _prompt(prompt: Any) -> str:
 
 def _terms(run: RoundsRun) -> dict[str, str]:
     price = {
-        "KL": "How far the policy has moved: the mean of log policy − log base on its own "
-        "responses, in nats a response. A reward that rises only with KL may be a reward that is "
-        "gamed; read the responses.",
+        "KL": "How far the policy has moved: KL(policy, base) at each position of its own "
+        "responses, summed; nats a response. A reward that rises only with KL may be a reward that "
+        "is gamed; read the responses.",
     }
     if run.unit != "kl":
         price = {

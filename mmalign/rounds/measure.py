@@ -170,7 +170,7 @@ def rows_of(judged: Path, priced: Mapping[str, tuple[float, int]]) -> list[Line]
         names = [one["from"] for one in about]
         at = {name: names.index(name) for name in ("policy", "previous", "base") if name in names}
         wins = line.get("wins") if pairwise else None
-        row: Line = {"id": line["id"], "prompt": line["prompt"]}
+        row: Line = {"id": line["id"], "prompt": line["prompt"], "kind": kind_of(line)}
         for name, k in at.items():
             row[name] = line[kind_of(line)][k]
             if wins is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from mmalign.errors import ConfigError, DataError
 from mmalign.rounds.asked import Question, different, prompt_rows, questions
 from mmalign.rounds.ledger import seed_of
 from mmalign.rounds.lines import read
+
+log = logging.getLogger("mmalign.data")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +52,15 @@ def read_prompts(config: DataConfig) -> Prompts:
         there = there or [min(here, key=lambda q: place_of(q.example))]
     there = different(there)[: config.max_eval_samples]
     known = {q.example.prompt for q in there if not q.example.media}
-    taken = {q.id for q in there}
-    here = [q for q in different(here) if q.id not in taken]
-    here = [q for q in here if q.example.media or q.example.prompt not in known]
+    asked = {q.id: q.record for q in there}  # two files may count their rows from 1 alike
+    named = [q for q in different(here) if asked.get(q.id) != q.record]
+    here = [q for q in named if q.example.media or q.example.prompt not in known]
+    if not here and named:  # a model of ten prompts, say, which the user has named twice
+        log.warning(
+            "all prompts that are drawn for are measured on too, under other ids: what is measured "
+            "says nothing about new prompts"
+        )
+        here = named
     here = here[: config.max_samples]
     if not there:
         raise ConfigError(
