@@ -32,8 +32,13 @@ NEVER = ("train.num_threads", "data.num_workers")  # what they cost is the machi
 SECONDS = 30.0
 
 
-def settings(model: type[BaseModel], above: str = "") -> Iterator[tuple[str, bool]]:
-    """Every number of a schema, of lists the first, and whether it must be whole."""
+def settings(
+    model: type[BaseModel], above: str = "", within: tuple[type[BaseModel], ...] = ()
+) -> Iterator[tuple[str, bool]]:
+    """Every number of a schema, of lists the first, and whether it must be whole.
+
+    A model that holds others of its own kind (judges of judges) is entered once.
+    """
     for name, field in model.model_fields.items():
         at, kinds, todo = f"{above}{name}", set[Any](), [field.annotation]
         while todo:
@@ -41,7 +46,8 @@ def settings(model: type[BaseModel], above: str = "") -> Iterator[tuple[str, boo
             if typing.get_origin(kind) in (list, tuple):
                 at += ".0"
             elif isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from settings(kind, f"{at}.")
+                if kind not in (model, *within):
+                    yield from settings(kind, f"{at}.", (model, *within))
             elif kind in (int, float):
                 kinds.add(kind)
             todo += typing.get_args(kind)

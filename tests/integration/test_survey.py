@@ -310,9 +310,9 @@ def test_what_tells_rows_apart_is_small(
     found: list[Any] = []
     survey = surveying.survey
 
-    def noted(encoder: Any, rows: Any, limits: Any, keys: Any) -> Any:
+    def noted(encoder: Any, rows: Any, limits: Any, keys: Any, whole: Any) -> Any:
         found.extend(keys)
-        return survey(encoder, rows, limits, keys)
+        return survey(encoder, rows, limits, keys, whole)
 
     monkeypatch.setattr(surveying, "survey", noted)
     data = write(tmp_path / "rows.jsonl", [pair(0), pair(1, chosen=LONG[:400])])
