@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from mmalign.config.sections import Number, Section, Size, only_read_by
+from mmalign.config.sections import Number, Section, Size, api_url, only_read_by
 from mmalign.errors import ConfigError
 
 
@@ -38,6 +38,11 @@ class GenerateConfig(Section):
         default=True,
         description="server: compare some of its responses with those of the model loaded here",
     )
+
+    @field_validator("url")
+    @classmethod
+    def _is_http(cls, url: str | None) -> str | None:
+        return url and api_url(url)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

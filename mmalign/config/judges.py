@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mmalign.config import yaml
-from mmalign.config.sections import Count, Number, Section, Share, only_read_by
+from mmalign.config.sections import Count, Number, Section, Share, api_url, only_read_by
 from mmalign.errors import ConfigError
 
 KINDS = ("rule", "file", "implicit", "scorer", "right", "specific", "endpoint", "worst_of")
@@ -53,9 +53,7 @@ class EndpointSpec(Section):
     @field_validator("url")
     @classmethod
     def _is_http(cls, url: str) -> str:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"must begin with http:// or https:// (found {url!r})")
-        return url.rstrip("/")
+        return api_url(url)
 
 
 class JudgeSpec(Section):

@@ -73,6 +73,20 @@ def only_read_by(section: Section, choice: str, readers: dict[str, tuple[str, ..
             )
 
 
+def api_url(url: str) -> str:
+    """The address of a server's API, without a slash at its end.
+
+    Raises:
+        ValueError: It is none; one with a password is not quoted.
+    """
+    if "@" in url.partition("://")[2].partition("/")[0]:
+        raise ValueError("must not hold a name or password; use key_env")
+    usable = url.isascii() and url.isprintable() and " " not in url
+    if not usable or not url.startswith(("http://", "https://")):
+        raise ValueError(f"must begin with http:// or https:// and be a URL (found {url!r})")
+    return url.rstrip("/")
+
+
 class LoraSpec(Section):
     """Low-rank adapters on the policy."""
 

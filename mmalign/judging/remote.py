@@ -72,11 +72,13 @@ class Remote:
             headers={"Content-Type": "application/json", **self._key()},
         )
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            with _opener.open(request, timeout=self.timeout) as response:
                 data = response.read(_MOST_BYTES + 1)
         except urllib.error.HTTPError as error:
-            said = error.read(400).decode("utf-8", "replace").strip()
+            said = _beginning(error)
             text = f"the server answers {error.code} {error.reason}" + (f": {said}" if said else "")
+            if place := error.headers.get("Location"):
+                text += f". It leads to {show(place, 200)}, which is not followed; correct the URL"
             if error.code in _AGAIN:
                 raise _AwayError(text) from error
             raise ServerError(f"{self.url}/{path}: {text}") from error
@@ -92,7 +94,7 @@ class Remote:
             ) from error
         try:
             value = as_object(json.loads(data))
-        except ValueError:
+        except (ValueError, RecursionError):
             value = None
         if value is None:
             raise ServerError(
@@ -104,13 +106,36 @@ class Remote:
     def _key(self) -> dict[str, str]:
         if self.key_env is None:
             return {}
-        key = os.environ.get(self.key_env)
+        key = os.environ.get(self.key_env, "").strip()  # files of secrets end in a line feed
         if not key:
             raise ConfigError(
                 f"key_env is {self.key_env}, but the environment has no such variable; set it to "
                 "the API key"
             )
+        if not (key.isascii() and key.isprintable()):  # the library's own error would show it
+            raise ConfigError(
+                f"the environment variable {self.key_env} holds more than a key: a line end, or "
+                "letters that no header takes; set it to the API key"
+            )
         return {"Authorization": f"Bearer {key}"}
+
+
+def _beginning(error: urllib.error.HTTPError) -> str:
+    """What the server says of an error, as far as it comes."""
+    try:
+        return error.read(400).decode("utf-8", "replace").strip()
+    except (OSError, http.client.HTTPException):
+        return ""
+
+
+class _Direct(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: it would take the key to another host, and get what is to be posted."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """None is followed; the status becomes an error."""
+
+
+_opener = urllib.request.build_opener(_Direct)
 
 
 class _AwayError(Exception):
