@@ -334,7 +334,7 @@ class Journal:
         self.done |= results
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
-        self._handle.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        self._handle.writelines(map(json_line, lines))
         self._handle.flush()
 
     def add_broken(self, key: str, error: DataError) -> None:

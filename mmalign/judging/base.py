@@ -263,6 +263,10 @@ def _row(line: Mapping[str, Any], path: Path, place: str, pictures: Path | None 
         raise DataError(
             f"{key} must be a list of texts that is not empty, but is {show(line.get(key))}"
         )
+    root = PictureRoot(path.parent) if key == "images" else None
+    for found in (root.find(one, absent=True) for one in given if root and one.strip()):
+        if isinstance(found, Problem):  # the file may be a stranger's
+            raise DataError(f"images {found}")
     about = as_list(line.get("about"))
     if "about" in line and (about is None or len(about) != len(given)):
         raise DataError(f"about must have an entry for each of the {len(given)} {key}")

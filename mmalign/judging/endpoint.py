@@ -110,7 +110,7 @@ class Endpoint:
         if verdict not in FAILURES:
             file.parent.mkdir(parents=True, exist_ok=True)
             with replacing(file, several=True) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+                temporary.write_text(text, encoding="utf-8", errors="replace")
         return verdict
 
     def _body(self, row: Drawn, first: int, second: int) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def _verdict(row: Drawn, said: Mapping[tuple[int, int], str]) -> Verdict:
         wins[i][j] = (_VALUE[verdict] + 1.0 - _VALUE[other]) / 2
         wins[j][i] = 1.0 - wins[i][j]
     if size < 2:
-        return Verdict([NAN], note="one response, which is compared with none")
+        return Verdict([NAN], wins, note="one response, which is compared with none")
     note = ""
     if not counts["comparisons"]:
         failed = ", ".join(f"{counts[why]} {why}" for why in FAILURES if counts[why])

@@ -160,7 +160,7 @@ def example_of(row: Drawn) -> Example:
     shown = {key: value for key, value in row.columns.items() if key in _SHOWN}
     own: dict[str, Any] = {"responses": list(row.responses or ())}
     if row.responses is None:
-        own = {"images": [path.relative_to(row.folder).as_posix() for path in row.images or ()]}
+        own = {"images": [str(path.absolute()) for path in row.images or ()]}
     alone = len(row.candidates) == 1
     if alone:
         key = "image" if row.responses is None else "response"

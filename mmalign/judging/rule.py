@@ -3,8 +3,9 @@
 By the names of its parameters it is called with a row's `prompt`, with one `response` (or `image`,
 a path) at a time or with all `responses` (`images`) of the row, and with any column of the row;
 `**columns` takes all of them. It returns the reward of the response, or a list of one a response;
-None or nan where it cannot tell. With a parameter `other` it compares two: it returns the
-probability that `response` is better than `other`, and the reward is the mean over the others.
+None or nan where it cannot tell. With a parameter `other` it compares two, in both orders: it
+returns the probability that `response` is better than `other`, of which the mean over orders
+counts, and the reward is the mean over the others.
 """
 
 from __future__ import annotations
@@ -94,22 +95,27 @@ class Rule:
         return Verdict(rewards, note=_note(rewards))
 
     def _compared(self, row: Drawn, given: dict[str, Any]) -> Verdict:
-        """Each pair once, the earlier response first: the other way round is the complement."""
-        ours = row.candidates
-        wins = [[0.5 if i == j else NAN for j in range(len(ours))] for i in range(len(ours))]
-        for j in range(len(ours)):
+        """Both orders of each two, averaged: `a > b` alone would give equal ones to the second."""
+        count = len(row.candidates)
+        wins = [[0.5 if i == j else NAN for j in range(count)] for i in range(count)]
+        for j in range(count):
             for i in range(j):
-                where = f" responses {i} and {j}"
-                both = {**given, self._subject: ours[i], "other": ours[j]}
-                p = self._reward(row, i, self._call(row, where, both))
-                if not (math.isnan(p) or 0.0 <= p <= 1.0):
-                    raise DataError(
-                        f"{self._at(row, where)} compares two responses, so it must return a "
-                        f"probability from 0 to 1, but returned {p:g}"
-                    )
-                wins[i][j], wins[j][i] = p, 1.0 - p
-        rewards = win_rate(wins).tolist() if len(ours) > 1 else [NAN]
+                p, q = (self._preferred(row, given, *both) for both in ((i, j), (j, i)))
+                wins[i][j] = (p + (1.0 - q)) / 2
+                wins[j][i] = 1.0 - wins[i][j]
+        rewards = win_rate(wins).tolist() if count > 1 else [NAN]
         return Verdict(rewards, wins, _note(rewards))
+
+    def _preferred(self, row: Drawn, given: dict[str, Any], i: int, j: int) -> float:
+        where, ours = f" responses {i} and {j}", row.candidates
+        both = {**given, self._subject: ours[i], "other": ours[j]}
+        p = self._reward(row, i, self._call(row, where, both))
+        if not (math.isnan(p) or 0.0 <= p <= 1.0):
+            raise DataError(
+                f"{self._at(row, where)} compares two responses, so it must return a "
+                f"probability from 0 to 1, but returned {p:g}"
+            )
+        return p
 
     def _given(self, row: Drawn) -> dict[str, Any]:
         known = {"prompt": row.prompt, "id": row.id, **row.columns}
@@ -141,7 +147,7 @@ class Rule:
             return NAN
         try:
             reward = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             reward = math.inf
         if isinstance(value, str) or math.isinf(reward):
             raise DataError(

@@ -43,6 +43,7 @@ class Scored:
         counts: What the judge counted, e.g. comparisons that flip with the order.
         num_candidates: Responses of all rows.
         unjudged: Responses without a reward in rows that have some.
+        alone: Rows of one response, or equal ones, of which a judge that compares says nothing.
         empty: Responses that say nothing.
         same: Responses identical to an earlier one of their row.
         failures: Rows with verdicts that were asked for and cannot be had, by what is wrong.
@@ -57,6 +58,7 @@ class Scored:
     counts: Counter[str] = field(default_factory=Counter[str])
     num_candidates: int = 0
     unjudged: int = 0
+    alone: int = 0
     empty: int = 0
     same: int = 0
     failures: dict[str, list[str]] = field(default_factory=dict[str, "list[str]"])
@@ -70,6 +72,8 @@ class Scored:
         told = [f"{count} {what}" for what, count in found.items() if count]
         if told:
             lines.append(f"of {self.num_candidates} responses {', '.join(told)}")
+        if self.alone:
+            lines.append(f"rows of one response, which is compared with none: {self.alone}")
         if self.lost:
             lines.append(f"rows lost: {len(self.lost)}: {'; '.join(self.reasons())}")
         for what, count in sorted(self.counts.items()):
@@ -151,10 +155,10 @@ def score_file(
         done = journal.finished
         result = Scored(out, len(rows), resumed=len(done))
         progress(len(done), len(rows))
-        left = [row for row in rows if row.id not in done]
-        for part in _parts(left):
-            _judge(judge, part, journal)
-            progress(len(part), len(rows))
+        for part in _parts(rows):  # those of one pass: a judge's rounding may follow from a batch
+            if left := [row for row in part if row.id not in done]:
+                _judge(judge, left, journal)
+                progress(len(left), len(rows))
         verdicts = [_read(journal.done[row.id], row) for row in rows]
         if isinstance(judge, Settles):
             verdicts = judge.settle(verdicts)
@@ -228,7 +232,9 @@ def _count(rows: Sequence[Row], verdicts: Sequence[Verdict], result: Scored) -> 
         result.empty += row.same.count(None)
         result.same += row.size - row.same.count(None) - len(set(row.same) - {None})
         missing = sum(map(math.isnan, verdict.rewards))
-        if missing == len(verdict.rewards):
+        if verdict.wins is not None and len(verdict.rewards) == 1:
+            result.alone += 1
+        elif missing == len(verdict.rewards):
             result.lost[row.id] = verdict.note or "not judged"
         else:
             result.num_judged += 1
@@ -238,7 +244,7 @@ def _count(rows: Sequence[Row], verdicts: Sequence[Verdict], result: Scored) -> 
 def _refuse_lost(result: Scored, source: Path, most: float | None) -> None:
     """Too many rows without a verdict: the journal stays, and the same call asks them again."""
     lost = len(result.lost)
-    if result.num_judged and (most is None or lost <= most * result.num_rows):
+    if result.num_judged + result.alone and (most is None or lost <= most * result.num_rows):
         return
     limit = "" if most is None else f", more than {most:.0%}"
     raise DataError(

@@ -24,6 +24,9 @@ def cyclic(response, other):
     order = {"rock": 0, "paper": 1, "scissors": 2}
     return {0: 0.5, 1: 1.0, 2: 0.0}[(order[response] - order[other]) % 3]
 
+def longer(response, other):
+    return float(len(response) > len(other))
+
 def unsure(response, **columns):
     return None if response in columns.get("skip", ()) else 1.0
 
@@ -32,6 +35,9 @@ def broken(response):
 
 def text(response):
     return "good"
+
+def huge(response):
+    return 10**400
 
 def short_list(responses):
     return [1.0]

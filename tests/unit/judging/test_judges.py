@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from mmalign.cli import app
 from mmalign.config.judges import parse_judges
 from mmalign.errors import ConfigError, DataError
-from mmalign.judging.base import Drawn, Verdict, read_judged
+from mmalign.judging.base import Drawn, Verdict, read_candidates, read_judged
 from mmalign.judging.build import build
 from mmalign.judging.rule import Rule
 from mmalign.judging.score import BATCH, judge_rows, score_file
@@ -64,6 +64,32 @@ def test_a_rule_that_compares_gives_wins_without_a_best_response(folder: Path) -
     assert line["scores"] == [0.5, 0.5, 0.5]
 
 
+def test_a_rule_that_forgets_ties_favours_no_place(folder: Path) -> None:
+    (line,) = scored(folder, [drawn("a", "xx", "yy", "zzz")], "rule:my_rules:longer")
+    assert line["wins"] == [[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [1.0, 1.0, 0.5]]
+
+
+def test_one_response_is_compared_with_none_and_not_lost(folder: Path) -> None:
+    rows = [drawn("a", "rock"), drawn("b", "paper", "paper"), drawn("c", "")]
+    out = folder / "judged.jsonl"
+    judge = build(parse_judges(["rule:my_rules:cyclic"]))
+    result = score_file(write(folder / "in.jsonl", rows), out, judge, most_lost=0.5)
+    assert [line["scores"] for line in read(out)] == [[None], [None, None], [None]]
+    assert [line.get("wins") for line in read(out)] == [[[0.5]], [[0.5, 0.5], [0.5, 0.5]], None]
+    assert (result.alone, result.lost) == (2, {"c": "all responses are empty"})
+    assert "rows of one response, which is compared with none: 2" in result.text()
+
+
+def test_images_of_candidates_stay_in_the_folder_of_their_file(folder: Path) -> None:
+    (folder / "data").mkdir()
+    (folder / "secret.png").write_bytes(b"x")
+    for path in ("../secret.png", str(folder / "secret.png"), "/etc/hostname"):
+        row = {"id": "a", "prompt": "p", "images": ["a.png", path]}
+        source = write(folder / "data" / "in.jsonl", [row])
+        with pytest.raises(DataError, match=r"images must stay inside .*/data"):
+            read_candidates(source)
+
+
 def test_what_a_rule_cannot_tell_is_null_and_a_row_without_rewards_is_lost(folder: Path) -> None:
     rows = [drawn("a", "x", "y", skip=["x"]), drawn("b", "x", skip=["x"])]
     out = folder / "judged.jsonl"
@@ -93,6 +119,7 @@ def test_errors_of_a_rule_name_the_row_and_the_response(folder: Path) -> None:
     assert "at row 'b' response 1 the function fails: ZeroDivisionError" in told
     told = refused(folder, rows, "rule:my_rules:text")
     assert "at row 'a' response 0 the function must return a finite number" in told
+    assert "at row 'a' response 0 the function must" in refused(folder, rows, "rule:my_rules:huge")
     told = refused(folder, rows, "rule:my_rules:short_list")
     assert "at row 'b' the function must return a list of 2 rewards" in told
 
