@@ -134,6 +134,9 @@ class RoundsConfig(Section):
                 "generate.reference draws from the round's reference, but `reference` is a "
                 "mixture, which is no model to draw from; use base or previous"
             )
+        judged = 0 if asked is None or asked.role == "calibration" else asked.num
+        if self.generate.num + judged < 2:
+            raise ValueError("generate.num is 1, and one response makes no pair; draw two or more")
         if self.start == "base" and self.between.kind == "momentum":
             raise ValueError(
                 "between.kind momentum moves where the next round starts, but start is base; use "

@@ -21,11 +21,13 @@ from mmalign.config import DataSource, RunConfig
 from mmalign.data.jobs import LOCK, only_writer
 from mmalign.errors import ConfigError
 from mmalign.judging.build import build
+from mmalign.models.adapter import tools_of
 from mmalign.preflight.check import check_config
 from mmalign.rounds import measure, weights
+from mmalign.rounds.generate import generator
 from mmalign.rounds.prompts import Prompts, per_round, read_prompts
 from mmalign.rounds.stages import Interrupted, Round, Shared
-from mmalign.rounds.weights import BASE, spec_of, to_train
+from mmalign.rounds.weights import BASE, spec_of, to_sample, to_train
 from mmalign.safe import write_text
 
 BEST = "best"
@@ -76,7 +78,8 @@ def run(
     prompts = check(config)
     with only_writer(config.output, "output"):
         _require_output(config.output, resume=resume)
-        write_text(config.output / "config.yaml", configs.dump(config))
+        if not (config.output / "config.yaml").exists():
+            write_text(config.output / "config.yaml", configs.dump(config))
         return Rounds(_shared(config, prompts, where), say).run(until)
 
 
@@ -101,6 +104,13 @@ def check(config: RunConfig) -> Prompts:
     prompts = read_prompts(config.data)
     per_round(spec_of(config), len(prompts.train))
     check_config(to_train(config, BASE, [DataSource(path="pairs.jsonl")], 0, config.output))
+    generator(to_sample(config, BASE), spec_of(config).generate)
+    unit = tools_of(config.modality).logp_unit(config).of
+    if spec_of(config).stop.kl is not None and unit != "nats":
+        raise ConfigError(
+            "rounds.stop.kl is in nats, and log-probabilities of images are not; remove it and "
+            "look at the log-ratio of measured.json"
+        )
     return prompts
 
 
@@ -133,7 +143,7 @@ class Rounds:
         """All rounds that are left."""
         last = self.spec.num if until is None else min(until, self.spec.num)
         measured: list[dict[str, Any]] = []
-        best, stopped = 0, ""
+        best, stopped, kept = 0, "", True
         for number in range(last + 1):
             began = time.perf_counter()
             try:
@@ -143,14 +153,17 @@ class Rounds:
             self.say(_line(measured[-1], time.perf_counter() - began))
             best, stopped = self._best(measured), self._why_stop(measured)
             stopped = stopped if number < last else ""
-            self._keep(measured, best, stopped)
+            later = self.shared.folder(number + 1) / measure.FILE
+            kept = bool(stopped) or not later.is_file()
+            if kept:  # else what is there is of later rounds, which may be refused yet
+                self._keep(measured, best, stopped)
             if stopped:
                 self.say(f"stopped after round {number} of {last}: {stopped}")
                 break
-        if best:
+        if best and kept:
             place = f"{self.shared.folder(best).name}/next"
             self.say(f"best: round {best}, {self.output / BEST} -> {place}")
-        elif len(measured) > 1:
+        elif kept and len(measured) > 1:
             self.say("no round is better than the base by its held-out reward")
         return RoundsResult(self.output, measured, best, stopped)
 
@@ -186,7 +199,8 @@ class Rounds:
         return max(within or [0], key=lambda number: (measured[number]["reward"]["mean"], -number))
 
     def _keep(self, measured: Sequence[dict[str, Any]], best: int, stopped: str) -> None:
-        """Write the summary, and `best`, a name of the best round's weights."""
+        """Write the config, the summary, and `best`, a name of the best round's weights."""
+        write_text(self.output / "config.yaml", configs.dump(self.shared.config))
         text = {"rounds": list(measured), "best": best, "stopped": stopped}
         write_text(self.output / SUMMARY, json.dumps(text, indent=1) + "\n")
         name, temporary = self.output / BEST, self.output / f".{BEST}.tmp"

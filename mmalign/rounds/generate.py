@@ -28,6 +28,7 @@ from mmalign.data.sheet import write_image
 from mmalign.errors import ConfigError, DataError
 from mmalign.models.adapter import Adapter, Generated, tools_of
 from mmalign.rounds.asked import different, prompt_rows, questions
+from mmalign.rounds.weights import weights_of
 
 TOGETHER = 64
 """Responses that are drawn together and written down at once."""
@@ -80,13 +81,13 @@ class Local:
             )
 
     def facts(self) -> dict[str, Any]:
-        """Settings of the model and of the draw, and the weights' place."""
+        """Settings of the model and of the draw, and the weights."""
         sections = {"modality", "model", "text", "video", "diffusion"}
         return {
             "config": self.config.model_dump(mode="json", include=sections),
             "data": self.config.data.model_dump(mode="json", exclude={"train", "eval"}),
             "options": self.options.model_dump(mode="json", exclude={"batch_size", "num"}),
-            "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
+            **weights_of(self.config, self.checkpoint),
         }
 
     def __call__(
@@ -256,6 +257,8 @@ def generate_file(
     Raises:
         DataError: The file is there, ids are not distinct, or no prompt can be answered.
     """
+    if any(row.get("id") is None for row in rows):
+        raise DataError(f"{out}: a prompt has no `id`; give each one, as responses go by it")
     ids = [str(row["id"]) for row in rows]
     twice = next((name for name, count in Counter(ids).items() if count > 1), None)
     if twice is not None:

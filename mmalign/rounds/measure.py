@@ -21,13 +21,14 @@ import torch
 from mmalign.config import RunConfig
 from mmalign.core import Needs
 from mmalign.data.example import Example
+from mmalign.data.fields import Problem
 from mmalign.data.jobs import track, write_lines
 from mmalign.data.parse import read_record
 from mmalign.data.pictures import PictureRoot
 from mmalign.errors import DataError
 from mmalign.inference import device_of
 from mmalign.models.adapter import build_adapter, tools_of
-from mmalign.rounds.lines import Line, kind_of, read
+from mmalign.rounds.lines import Line, about_of, kind_of, named, read
 from mmalign.rounds.weights import Weights, to_compare, to_measure, whole
 from mmalign.safe import write_text
 from mmalign.stats import bootstrap_interval, percentile_interval, resample_counts, win_rate
@@ -58,19 +59,19 @@ def joined(own: Path, others: Sequence[tuple[str, Path]], out: Path) -> list[Lin
     Raises:
         DataError: A prompt has no response in one of the files.
     """
-    found = [(name, path, {str(r["id"]): r for r in read(path)}) for name, path in others]
+    found = [(name, path, named(path)) for name, path in others]
     lines: list[Line] = []
-    for line in read(own):
+    for key, line in named(own).items():
         kind, more = kind_of(line), dict(line)
-        named = [{**about, "from": about.get("from", "policy")} for about in line["about"]]
+        told = [{**about, "from": about.get("from", "policy")} for about in about_of(line)]
         said = _brought(line[kind], kind, own, out, "own")
         for name, path, rows in found:
-            other = rows.get(str(line["id"]))
+            other = rows.get(key)
             if other is None:
-                raise DataError(f"{path}: has no responses to {line['id']}, which {own} has")
+                raise DataError(f"{path}: has no responses to {key}, which {own} has")
             said += _brought(other[kind], kind, path, out, name)
-            named += [{**about, "from": name} for about in other["about"]]
-        lines.append({**more, kind: said, "about": named})
+            told += [{**about, "from": name} for about in about_of(other)]
+        lines.append({**more, kind: said, "about": told})
     return lines
 
 
@@ -78,16 +79,23 @@ def _brought(said: Sequence[str], kind: str, source: Path, out: Path, name: str)
     """The responses as a file beside `out` names them; images get a second name there."""
     if kind != "images" or source.parent == out.parent:
         return list(said)
+    root = PictureRoot(source.parent)
     paths: list[str] = []
     for item in said:
-        path = Path(f"{out.stem}_pictures") / name / Path(item).name
+        file = root.find(item)
+        if isinstance(file, Problem):  # whoever made the file: nothing else of the disk comes along
+            raise DataError(f"{source}: images {file}")
+        inside = os.path.relpath(os.path.join(str(root.folder), item), str(root.folder))
+        if inside.startswith(os.pardir):  # by another name of the folder
+            inside = file.path.name
+        path = Path(f"{out.stem}_pictures") / name / inside
         target = out.parent / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         try:
-            os.link(source.parent / item, target)
+            os.link(file.path, target)
         except OSError:  # another disk, or one without hard links
-            shutil.copyfile(source.parent / item, target)
+            shutil.copyfile(file.path, target)
         paths.append(path.as_posix())
     return paths
 
@@ -99,7 +107,7 @@ def examples_of(candidates: Path) -> Iterator[tuple[str, Example | None]]:
         kind = kind_of(line)
         record = {key: value for key, value in line.items() if key not in _OURS}
         record |= {"response" if kind == "responses" else "image": line[kind][0]}
-        if kind == "responses" and line["about"][0].get("cut"):
+        if kind == "responses" and about_of(line)[0].get("cut"):
             record["cut"] = True
         if kind == "responses" and not line[kind][0].strip():
             yield str(line["id"]), None
@@ -162,23 +170,23 @@ def rows_of(judged: Path, priced: Mapping[str, tuple[float, int]]) -> list[Line]
     """A line for each held-out prompt: what the rounds said, and how it was judged."""
     rows: list[Line] = []
     lines = read(judged)
-    pairwise = not any(
-        score is not None for line in lines for said in line["rewards"].values() for score in said
-    )
+    # Win rates over whoever stands in a row are no reward: rounds and base would share it out.
+    pairwise = any(line.get("wins") is not None for line in lines)
     for line in lines:
-        about, scores = line["about"], list(line["scores"])
-        names = [one["from"] for one in about]
+        about, scores = about_of(line), line["scores"]
+        names = [one.get("from") for one in about]
         at = {name: names.index(name) for name in ("policy", "previous", "base") if name in names}
-        wins = line.get("wins") if pairwise else None
+        wins = line.get("wins") or [[None] * len(about)] * len(about)
         row: Line = {"id": line["id"], "prompt": line["prompt"], "kind": kind_of(line)}
         for name, k in at.items():
             row[name] = line[kind_of(line)][k]
-            if wins is None:
+            if not pairwise:
                 row[f"{name}_reward"] = scores[k]
             elif name != "policy":  # who is preferred: own against theirs
                 row[f"{name}_reward"], row[f"over_{name}"] = wins[k][0], wins[0][k]
-        if wins is not None:
-            row["policy_reward"] = wins[0][at["base"]] if "base" in at else 0.5
+        if pairwise:
+            alone = 0.5 if line.get("wins") else None  # the base beside itself
+            row["policy_reward"] = wins[0][at["base"]] if "base" in at else alone
         total, count = priced.get(str(line["id"]), (None, None))
         tokens, cut = about[0].get("tokens"), bool(about[0].get("cut"))
         rows.append(row | {"price": total, "positions": count, "tokens": tokens, "cut": cut})
@@ -205,7 +213,7 @@ def summary(rows: Sequence[Line], unit: str) -> dict[str, Any]:
         "reward": _mean(rewards),
         "length": _mean(_column(rows, "tokens")),
     }
-    priced = [row for row in rows if row["price"] is not None]
+    priced = [row for row in rows if _is_number(row["price"])]
     if priced:
         totals = _column(priced, "price")
         found["kl" if unit == "nats" else "log_ratio"] = _mean(totals)
@@ -235,7 +243,7 @@ def made(judged: Path, pairs: Path) -> dict[str, Any]:
         `lost`, rows with fewer than two that are judged; `reward`, the mean over all responses.
     """
     lines = read(judged)
-    scores = [[s for s in line["scores"] if _is_number(s)] for line in lines]
+    scores = [[s for s in line.get("scores") or () if _is_number(s)] for line in lines]
     all_scores = np.asarray([score for row in scores for score in row], dtype=np.float64)
     return {
         "prompts": len(lines),

@@ -16,7 +16,9 @@ from mmalign.data.sources import is_held_out, place_of
 from mmalign.errors import ConfigError, DataError
 from mmalign.rounds.asked import Question, different, prompt_rows, questions
 from mmalign.rounds.ledger import seed_of
-from mmalign.rounds.lines import read
+from mmalign.rounds.lines import named as by_id
+
+log = logging.getLogger("mmalign.data")
 
 log = logging.getLogger("mmalign.data")
 
@@ -44,6 +46,8 @@ def read_prompts(config: DataConfig) -> Prompts:
     for number, source in enumerate(config.train):
         for split, question in questions(source, number, config.bad_rows):
             (there if source.split is None and is_held_out(split) else here).append(question)
+    if not here and not there:
+        raise DataError(f"{config.train[0].path}: holds no prompts")
     if config.eval:
         numbered = enumerate(config.eval)
         there = [q for n, s in numbered for _, q in questions(s, n, config.bad_rows)]
@@ -121,10 +125,10 @@ def choose(
 def _hardest(judged: Path) -> list[str]:
     """Ids by their mean score, the lowest first; rows that nobody could score are left out."""
     means: list[tuple[float, str]] = []
-    for row in read(judged):
+    for key, row in by_id(judged).items():
         scores = [score for score in row.get("scores", ()) if score is not None]
         if scores:
-            means.append((sum(scores) / len(scores), str(row["id"])))
+            means.append((sum(scores) / len(scores), key))
     return [name for _, name in sorted(means)]
 
 

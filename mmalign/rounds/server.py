@@ -16,6 +16,7 @@ from mmalign.data.fields import as_list, as_object, show
 from mmalign.errors import ConfigError, DataError, ServerError
 from mmalign.judging.remote import Remote
 from mmalign.models.adapter import Adapter, Generated, tools_of
+from mmalign.rounds.weights import weights_of
 
 AT_ONCE = 8
 """Requests that are on their way at one time."""
@@ -71,13 +72,13 @@ class Server:
         self._asking = self._tools.server_request(self.config)
 
     def facts(self) -> dict[str, Any]:
-        """Where the server is, what it is asked for, and which weights it must have."""
+        """What the server is asked for, and which weights it must have."""
         sections = {"modality", "model", "text"}
-        options = {"batch_size", "num", "key_env", "verify"}
+        options = {"batch_size", "num", "url", "key_env", "verify"}
         return {
             "config": self.config.model_dump(mode="json", include=sections),
             "options": self.options.model_dump(mode="json", exclude=options),
-            "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
+            **weights_of(self.config, self.checkpoint),
         }
 
     def notes(self) -> list[str]:
@@ -191,7 +192,7 @@ class Server:
             )
             return
         gap, most = sum(gaps) / len(gaps), max(0.01, self._tools.score_tolerance(self.config))
-        if gap > most:
+        if not gap <= most:  # nan is no agreement
             raise ConfigError(
                 f"{where} log-probabilities differ by {gap:.3g} nats a token from those of the "
                 f"model of the config (at most {most:g} is rounding): it serves other weights. "
@@ -251,6 +252,7 @@ def _read(where: str, found: Mapping[str, Any]) -> _Answer:
         tokens = [as_object(item) or {} for item in as_list(given.get("content")) or ()]
         values = [token.get("logprob") for token in tokens]
     logps = tuple(float(value) for value in values if isinstance(value, int | float))
+    text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair is no text
     count = (as_object(found.get("usage")) or {}).get("completion_tokens")
     tokens_used = count if isinstance(count, int) and not isinstance(count, bool) else None
     return _Answer(text, choice.get("finish_reason") == "length", tokens_used, logps)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -17,17 +19,22 @@ from mmalign.config.rounds import RoundsConfig
 from mmalign.data.jobs import write_lines
 from mmalign.errors import ConfigError
 from mmalign.judging.base import Judge
-from mmalign.judging.score import score_file
+from mmalign.judging.score import Scored, score_file
 from mmalign.judging.select import select_file
 from mmalign.models.adapter import tools_of
 from mmalign.rounds import measure
 from mmalign.rounds.asked import Question
 from mmalign.rounds.between import next_weights, weights_in
-from mmalign.rounds.generate import generate_file, generator
+from mmalign.rounds.generate import Made, generate_file, generator
 from mmalign.rounds.ledger import Ledger, seed_of
-from mmalign.rounds.lines import Line, kind_of, read
+from mmalign.rounds.lines import Line, about_of, kind_of, named, read
 from mmalign.rounds.prompts import Prompts, choose, write_prompts
 from mmalign.rounds.weights import BASE, Weights, spec_of, to_sample, to_train
+
+log = logging.getLogger("mmalign.rounds")
+
+_ONLY_HOW = {"batch_size", "url", "key_env", "verify"}
+"""Settings of a draw that decide no response: a server may come back at another port."""
 
 
 class Interrupted(Exception):
@@ -132,7 +139,7 @@ class Round:
             judged = self.shared.folder(number - 1) / "judged.jsonl"
         chosen = choose(self.shared.prompts.train, spec, number, self.shared.seed, judged)
         settings = {"prompts": spec.prompts.model_dump(), "seed": self.shared.seed}
-        inputs: dict[str, Path | str] = {"list of prompts": _ids(chosen)}
+        inputs: dict[str, Path | str] = {"list of prompts": _digest(chosen)}
         self._stage("prompts.jsonl", inputs, settings, lambda out: write_prompts(chosen, out))
         asked = spec.generate.reference
         if asked is None:
@@ -164,12 +171,12 @@ class Round:
             "model": self._weights(which),
         }
         seed = seed_of(self.shared.seed, "draw", self.number, name)
-        settings = {"generate": options.model_dump(exclude={"batch_size"}), "seed": seed}
+        settings = {"generate": options.model_dump(exclude=_ONLY_HOW), "seed": seed}
 
         def make(out: Path) -> str:
             rows = read(self.folder / "prompts.jsonl")
             made = generator(to_sample(self.config, which), options)
-            return generate_file(made, rows, out, num=num, seed=seed).text()
+            return _said(generate_file(made, rows, out, num=num, seed=seed))
 
         self._stage(name, inputs, settings, make)
 
@@ -181,7 +188,7 @@ class Round:
             "judged.jsonl",
             {"candidates.jsonl": candidates},
             {"judge": self.shared.judge.facts()},
-            lambda out: score_file(candidates, out, self.shared.judge, most_lost=most).text(),
+            lambda out: _said(score_file(candidates, out, self.shared.judge, most_lost=most)),
         )
 
     def select(self) -> None:
@@ -211,6 +218,8 @@ class Round:
         """Train the policy on the pairs, as `mmalign train` does."""
         seed = seed_of(self.shared.seed, "train", self.number)
         sources = self.sources()
+        if not (self.folder / "run").exists():  # a merge for a training that was taken away
+            shutil.rmtree(self.folder / "reference", ignore_errors=True)
         derived = to_train(self.config, self.previous, sources, seed, self.folder)
         derived.objective.beside(self.shared.beside)
         inputs: dict[str, Path | str] = {
@@ -252,7 +261,7 @@ class Round:
         """Measure what the round came to on held-out prompts."""
         held = self.shared.prompts.held_out
         name = f"{measure.FOLDER}/prompts.jsonl"
-        inputs: dict[str, Path | str] = {"list of held-out prompts": _ids(held)}
+        inputs: dict[str, Path | str] = {"list of held-out prompts": _digest(held)}
         self._stage(name, inputs, {}, lambda out: write_prompts(held, out))
         self._answer(self.folder / name)
         responses = self.folder / measure.RESPONSES
@@ -270,7 +279,7 @@ class Round:
             measure.JUDGED,
             {"held-out responses": candidates},
             {"judge": self.shared.judge.facts()},
-            lambda out: score_file(candidates, out, self.shared.judge, most_lost=None).text(),
+            lambda out: _said(score_file(candidates, out, self.shared.judge, most_lost=None)),
         )
         judged = self.folder / measure.JUDGED
         measured = {"held_out/judged.jsonl": judged, "model": self._weights(self.own)}
@@ -290,12 +299,12 @@ class Round:
         own = {"temperature": 1.0, "top_p": 1.0, "reference": None}
         options = self.spec.generate.model_copy(update=own)
         seed = seed_of(self.shared.seed, "held out")
-        settings = {"generate": options.model_dump(exclude={"batch_size", "num"}), "seed": seed}
+        settings = {"generate": options.model_dump(exclude={*_ONLY_HOW, "num"}), "seed": seed}
         which = self.own
 
         def make(out: Path) -> str:
             made = generator(to_sample(self.config, which), options)
-            return generate_file(made, read(prompts), out, num=1, seed=seed).text()
+            return _said(generate_file(made, read(prompts), out, num=1, seed=seed))
 
         inputs: dict[str, Path | str] = {"prompts": prompts, "model": self._weights(which)}
         self._stage(measure.RESPONSES, inputs, settings, make)
@@ -308,6 +317,15 @@ class Round:
         write_lines(out, measure.rows_of(judged, priced))
 
 
+def _said(result: Made | Scored) -> str:
+    """What a stage says of itself; what the user has to know now is a warning too."""
+    lost = result.reasons() if isinstance(result, Scored) else []
+    told = [f"rows without a verdict: {'; '.join(lost)}"] if lost else []
+    for note in [*told, *result.notes]:
+        log.warning("%s: %s", result.out, note)
+    return result.text()
+
+
 def _free() -> None:
     """Give back an accelerator's memory: what held a model is gone, or waits in a circle."""
     import torch
@@ -317,24 +335,26 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _ids(questions: Sequence[Question]) -> str:
-    """A text that stands for a list of prompts."""
-    return hashlib.sha256(repr([q.id for q in questions]).encode()).hexdigest()
+def _digest(questions: Sequence[Question]) -> str:
+    """A text that stands for a list of prompts and what stands beside them."""
+    asked = [[q.id, q.record, q.beside] for q in questions]
+    text = json.dumps(asked, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _calibrated(lines: Sequence[Line], others: Path) -> tuple[list[Line], str]:
     """Candidates with the reference's response as `calibration`; those without one are left out."""
-    found = {str(line["id"]): line for line in read(others)}
+    found = named(others)
     kept: list[Line] = []
     for line in lines:
-        other = found.get(str(line["id"]))
+        other = found.get(str(line.get("id")))
         if other is None:  # a prompt that could not be answered
             continue
         if kind_of(other) != "responses":
             raise ConfigError("generate.reference.role: only losses on texts read a calibration")
         text = other["responses"][0]
         if text.strip():
-            cut = {"calibration_cut": True} if other["about"][0].get("cut") else {}
+            cut = {"calibration_cut": True} if about_of(other)[0].get("cut") else {}
             kept.append({**line, "calibration": text, **cut})
     left = len(lines) - len(kept)
     return kept, f"{left} prompts left out, to which the reference says nothing" if left else ""

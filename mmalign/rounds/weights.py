@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmalign.config import (
     DataConfig,
@@ -133,6 +134,17 @@ def _reference(
     return ReferenceConfig(path=own)
 
 
+def weights_of(config: RunConfig, checkpoint: Path | None) -> dict[str, Any]:
+    """Where the weights lie that are drawn from, and what tells them from others put there."""
+    named = (config.model.path, config.model.adapter, checkpoint)
+    files = [f for place in named if place for f in sorted(Path(place).rglob("*.safetensors"))]
+    states = [(str(file), file.stat()) for file in files]
+    return {
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "weights": [[name, state.st_size, state.st_mtime_ns] for name, state in states],
+    }
+
+
 def whole(config: RunConfig, weights: Weights, folder: Path) -> Path:
     """A whole model with these weights; an adapter is merged into the base, in `folder`."""
     assert weights.folder is not None
@@ -171,6 +183,16 @@ def check(config: RunConfig) -> None:
         raise ConfigError(
             f"rounds.reference decides the reference, so reference.kind {reference.kind} would be "
             "ignored; remove it, or use rounds.reference: previous"
+        )
+    if reference.kind == "lora-off":
+        raise ConfigError(
+            "reference.kind is lora-off, which is the base, and from the second round on a round "
+            "starts from an adapter; remove it, as the first round takes it by itself"
+        )
+    if config.video.clues is not None:
+        raise ConfigError(
+            "video.clues: rounds hand the model or its adapter on, and no clue aggregator; train "
+            "it with `mmalign train`"
         )
     lora = config.model.lora
     if spec.between.kind == "momentum" and lora is not None and lora.dora:

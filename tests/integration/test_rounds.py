@@ -236,6 +236,54 @@ def test_a_changed_file_or_setting_is_refused_by_name(plain: Path, tmp_path: Pat
     assert folder.is_dir()
 
 
+@pytest.mark.runs
+def test_a_refused_config_changes_nothing_of_a_finished_run(tmp_path: Path) -> None:
+    small.run(tmp_path, rounds=small.sections(tmp_path)["rounds"] | {"num": 1})
+    folder = tmp_path / "rounds"
+    measured = folder / "round-01" / "measured.json"
+
+    def state() -> list[Any]:
+        texts = [(folder / name).read_text() for name in ("config.yaml", "rounds.json")]
+        return [*texts, measured.read_text(), sorted(path.name for path in folder.iterdir())]
+
+    before = state()
+    with pytest.raises(DataError, match=r"train.lr"):
+        small.run(
+            tmp_path,
+            resume=True,
+            rounds=small.sections(tmp_path)["rounds"] | {"num": 1},
+            train=small.sections(tmp_path)["train"] | {"lr": 1e-4},
+        )
+    assert state() == before
+    changed = [{"id": n, "prompt": f"Other {n}"} for n in range(40)]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+    with pytest.raises(DataError, match="another list of"):
+        small.run(tmp_path, resume=True, data__train=str(tmp_path / "other.jsonl"))
+    assert state() == before
+
+
+@pytest.mark.runs
+def test_a_judge_that_compares_runs_rounds(tmp_path: Path) -> None:
+    (tmp_path / "pair_rules.py").write_text(
+        "def longer(response, other):\n    a, b = len(response), len(other)\n"
+        "    return 0.5 if a == b else float(a > b)\n"
+    )
+    rounds = small.sections(tmp_path)["rounds"] | {
+        "num": 1, "judge": [{"rule": "pair_rules:longer"}],
+        "select": {"kind": "win_rate", "cut": "wins"},
+    }  # fmt: skip
+    base, first = small.run(tmp_path, rounds=rounds).measured
+    assert base["reward"]["mean"] == 0.5
+    rows = lines(tmp_path / "rounds" / "round-01" / "held_out" / "rows.jsonl")
+    lengths = [(len(row["policy"]), len(row["base"])) for row in rows]
+    told = [0.5 if a == b else float(a > b) for a, b in lengths]
+    assert first["reward"]["mean"] == pytest.approx(sum(told) / len(told))
+    assert first["over_base"]["wins"] == pytest.approx(sum(a > b for a, b in lengths) / len(rows))
+
+
+IMAGES = {"modality": "diffusion", "objective": {"name": "diffusion_dpo"}}
+
+
 def test_what_rounds_cannot_do_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         (
@@ -247,6 +295,23 @@ def test_what_rounds_cannot_do_is_refused_before_anything_is_written(tmp_path: P
         ({"model__adapter": "some/adapter"}, ConfigError, "rounds start from a whole model"),
         ({"objective": {"name": "no_such"}}, ConfigError, "no_such"),
         ({"rounds__between": {"kind": "momentum", "rank": 4}}, ConfigError, "rank is only read"),
+        ({"rounds__generate": {"num": 1}}, ValueError, "one response makes no pair"),
+        (
+            {"reference": {"kind": "lora-off"}, "model__lora": {"rank": 4}},
+            ConfigError,
+            "from the second round on",
+        ),
+        (
+            {"modality": "video", "video": {"train": [], "clues": {}}, "text": {}},
+            ConfigError,
+            "no clue aggregator",
+        ),
+        (
+            {**IMAGES, "rounds__stop": {"kl": 1.0}, "rounds__generate": {}},
+            ConfigError,
+            "rounds.stop.kl is in nats",
+        ),
+        ({**IMAGES, "rounds__generate": {"max_new_tokens": 9}}, ConfigError, "is for texts"),
     ]
     for changes, kind, message in cases:
         with pytest.raises(kind, match=message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -128,6 +129,25 @@ def test_other_settings_do_not_go_on_with_a_file(
             generate_file(changed, ROWS, out, **given)
 
 
+def test_other_weights_in_the_same_place_do_not_go_on_with_a_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "TOGETHER", 1)
+    shutil.copytree(folder, tmp_path / "model")
+    made, out = local(tmp_path / "model"), tmp_path / "candidates.jsonl"
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate_file(made, ROWS, out, num=1, seed=7, progress=stop)
+    torch.manual_seed(1)
+    make_model("gpt2").save_pretrained(tmp_path / "model")
+    with pytest.raises(DataError, match=r"begun for something else \(weights"):
+        generate_file(local(tmp_path / "model"), ROWS, out, num=1, seed=7)
+
+
 def test_a_prompt_that_cannot_be_answered_costs_no_other_its_responses(
     engine: Local, tmp_path: Path
 ) -> None:
@@ -163,6 +183,8 @@ def test_ids_must_be_distinct_and_files_new(engine: Local, tmp_path: Path) -> No
     out = tmp_path / "candidates.jsonl"
     with pytest.raises(DataError, match="'r0' comes twice"):
         generate_file(engine, [ROWS[0], ROWS[0]], out, num=1, seed=0)
+    with pytest.raises(DataError, match="a prompt has no `id`"):
+        generate_file(engine, [{"prompt": "Two?"}], out, num=1, seed=0)
     out.write_text("")
     with pytest.raises(DataError, match="already exists"):
         generate_file(engine, ROWS, out, num=1, seed=0)

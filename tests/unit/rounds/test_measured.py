@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from mmalign.errors import DataError
+from mmalign.judging.rule import Rule
+from mmalign.judging.score import score_file
 from mmalign.rounds import measure
 
 
@@ -95,6 +97,65 @@ def test_a_judge_of_pairs_gives_win_rates_in_place_of_rewards(tmp_path: Path) ->
     assert found["reward"]["mean"] == pytest.approx(0.9)  # over the base
     assert found["over_previous"]["wins"] == 1.0
     assert found["over_base"]["difference"] == pytest.approx(0.8)
+
+
+def test_real_verdicts_of_a_judge_that_compares(tmp_path: Path) -> None:
+    """Its win rates are shared out among whoever stands in a row, and so are no reward."""
+    (tmp_path / "pair_rules.py").write_text(
+        "def longer(response, other):\n    a, b = len(response), len(other)\n"
+        "    return 0.5 if a == b else float(a > b)\n"
+    )
+    judge = Rule("pair_rules:longer", tmp_path)
+    rows: list[list[dict[str, Any]]] = []
+    for number, lines in enumerate((
+        [said("a", "xx"), said("b", "yy"), said("c", " ")],
+        [said("a", "xxx", "x", "xx"), said("b", "yy", "yyy", "yy"), said("c", " ", "z", " ")],
+    )):  # fmt: skip
+        for line in lines:
+            names = ["policy", "previous", "base"]
+            line["about"] = [a | {"from": n} for a, n in zip(line["about"], names, strict=False)]
+        file, out = tmp_path / f"c{number}.jsonl", tmp_path / f"j{number}.jsonl"
+        score_file(write(file, *lines), out, judge)
+        rows.append(measure.rows_of(out, {}))
+    base, found = (measure.summary(own, "nats") for own in rows)
+    assert base["reward"]["mean"] == 0.5
+    assert [row["policy_reward"] for row in rows[1]] == [1.0, 0.5, None]
+    assert found["lost"] == base["lost"] == pytest.approx(1 / 3)
+    assert (found["over_previous"]["wins"], found["over_previous"]["losses"]) == (0.5, 0.5)
+    assert (found["over_base"]["wins"], found["over_base"]["ties"]) == (0.5, 0.5)
+
+
+def test_files_made_elsewhere_need_ids_and_no_more(tmp_path: Path) -> None:
+    plain = {"id": "a", "prompt": "Hi", "responses": ["x"]}
+    own = write(tmp_path / "own.jsonl", plain)
+    measure.join(own, [("base", own)], tmp_path / "both.jsonl")
+    line = json.loads((tmp_path / "both.jsonl").read_text())
+    assert [one["from"] for one in line["about"]] == ["policy", "base"]
+    for lines, what in (([plain, plain], "'a' comes twice"), ([{**plain, "id": None}], "no `id`")):
+        bad = write(tmp_path / "bad.jsonl", *lines)
+        with pytest.raises(DataError, match=what):
+            measure.join(own, [("base", bad)], tmp_path / "both.jsonl")
+
+
+def test_images_of_one_name_stay_apart_and_others_stay_where_they_are(tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(b"secret")
+    for name in ("own", "base/x", "base/y"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "0.png").write_bytes(name.encode())
+
+    def line(*paths: str) -> dict[str, Any]:
+        return {"id": "a", "prompt": "Hi", "images": list(paths)}
+
+    own = write(tmp_path / "own" / "r.jsonl", line("0.png"))
+    base = write(tmp_path / "base" / "r.jsonl", line("x/0.png", "y/0.png"))
+    out = own.with_name("both.jsonl")
+    measure.join(own, [("base", base)], out)
+    found = [(out.parent / path).read_bytes() for path in json.loads(out.read_text())["images"]]
+    assert found == [b"own", b"base/x", b"base/y"]
+    write(base, line("../key"))
+    with pytest.raises(DataError, match="images must stay inside"):
+        measure.join(own, [("base", base)], out)
+    assert not list(out.parent.rglob("key"))
 
 
 def test_nothing_judged_is_an_error(tmp_path: Path) -> None:

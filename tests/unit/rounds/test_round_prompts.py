@@ -70,12 +70,32 @@ def test_prompts_of_eval_are_not_drawn_for(tmp_path: Path) -> None:
     assert {q.record["prompt"] for q in found.train} == {"Say 0.", "Say 1.", "Say 3."}
 
 
+def test_the_only_prompts_there_are_may_be_named_twice(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = rows(tmp_path / "a.jsonl", *({"id": i, "prompt": f"Say {i % 2}."} for i in range(4)))
+    held = rows(tmp_path / "b.jsonl", *({"id": f"e{i}", "prompt": f"Say {i}."} for i in range(2)))
+    found = read_prompts(data(train, eval=held, eval_fraction=0.0))
+    assert [q.id for q in found.train] == ["0", "1", "2", "3"]
+    assert "says nothing about new prompts" in caplog.text
+
+
+def test_two_files_that_count_their_rows_alike_lose_none(tmp_path: Path) -> None:
+    train = rows(tmp_path / "a.jsonl", *({"id": i, "prompt": f"Say {i}."} for i in range(4)))
+    held = rows(tmp_path / "b.jsonl", *({"id": i, "prompt": f"Tell {i}."} for i in range(3)))
+    found = read_prompts(data(train, eval=held, eval_fraction=0.0))
+    assert [q.record["prompt"] for q in found.train] == [f"Say {i}." for i in range(4)]
+    assert len(found.held_out) == 3
+
+
 @pytest.mark.parametrize(
     ("values", "settings", "message"),
     [
         ([{"prompt": "a"}], {"eval_fraction": 0.0}, "holds out none: set data.eval"),
         ([{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}], {}, "the id '1' is not unique"),
         ([{"chosen": "a"}], {}, "has no `prompt`"),
+        ([], {}, "holds no prompts"),
+        ([{"chosen": "a"}], {"bad_rows": "drop"}, "holds no prompts"),
         ([{"prompt": "a"}], {"train": [{"path": "p.jsonl", "weight": 2}]}, "has `weight`"),
     ],
 )
