@@ -135,7 +135,7 @@ def lead(run: RoundsRun) -> str:
     held = run.rounds[0].get("prompts", 0)
     return (
         f"{count} round{'' if count == 1 else 's'} of drawing responses, judging, pairing and "
-        f"training, measured on {held:,} prompts that were never trained on."
+        f"training, measured on {held:,} held-out prompts."
     )
 
 
@@ -224,6 +224,7 @@ def _price(run: RoundsRun) -> Markup:
     told = [one for one in run.rounds if one["round"] == 0 or _has(one, run.unit)]
     price = [one[run.unit]["mean"] if one["round"] else 0.0 for one in told]
     cost = "KL to the base, nats a response" if run.unit == "kl" else "log-ratio to the base"
+    name = "KL" if run.unit == "kl" else "log-ratio"
     reward = [one["reward"]["mean"] for one in told]
     ends = [(one["reward"]["interval"], one.get(run.unit)) for one in told]
 
@@ -251,9 +252,9 @@ def _price(run: RoundsRun) -> Markup:
                 alt=f"mean held-out reward against {cost}: "
                 + ", ".join(f"{x:.3g} gives {y:.3g}" for x, y in zip(price, reward, strict=True)),
             ),
-            "Reward against KL",
+            f"Reward against {name}",
             "Each point is a round; lines are 95 % intervals. Steep is cheap: where the curve "
-            "lies flat, a round pays KL for nothing.",
+            "lies flat, a round moves the policy for nothing.",
         )
     ]
     others = [one for one in run.rounds if one.get("over_base")]

@@ -95,7 +95,7 @@ def test_a_run_that_has_begun(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_odd_numbers_are_left_out(odd: dict[str, Any], tmp_path: Path) -> None:
     text = page(rounds(tmp_path / "r", measured(0, 0.3) | odd, measured(1, 0.5) | odd))
-    assert "Reward against KL" in text
+    assert "Reward against " in text
 
 
 def test_torn_files_are_left_out(tmp_path: Path) -> None:
