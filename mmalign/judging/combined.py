@@ -14,6 +14,16 @@ from mmalign.data.select import worst_group
 from mmalign.judging.base import NAN, Drawn, Judge, Verdict
 
 
+def comparing(judge: Judge) -> str | None:
+    """The name of a member of a combination that compares responses, and says nothing of one."""
+    for member in getattr(judge, "judges", ()):
+        if getattr(member, "compares", False):
+            return str(member.name)
+        if (within := comparing(member)) is not None:
+            return within
+    return None
+
+
 def _asked(judges: Sequence[Judge], rows: Sequence[Drawn]) -> list[Verdict]:
     """What each judge says, with the rewards of all in `by` and none decided."""
     said = [judge(rows) for judge in judges]

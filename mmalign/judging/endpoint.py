@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mmalign.config.judges import EndpointSpec
 from mmalign.data.fields import as_list, as_object
@@ -49,6 +49,7 @@ class Endpoint:
         cache: Folder of verdicts by content; a verdict there is not asked for again.
     """
 
+    compares: ClassVar[bool] = True
     spec: EndpointSpec
     name: str
     cache: Path

@@ -49,7 +49,7 @@ class Rule:
         found = source(spec, folder, own)
         self._file = None if found is None else found[0] / found[1]
         self._columns, self._subject, self._rest = _parameters(self._function, spec)
-        self._compares = "other" in self._columns
+        self.compares = "other" in self._columns
 
     def facts(self) -> dict[str, Any]:
         """Its name and the content of its file."""
@@ -86,7 +86,7 @@ class Rule:
                 )
             rewards = [self._reward(row, k, value) for k, value in enumerate(values)]
             return Verdict(rewards, note=_note(rewards))
-        if self._compares:
+        if self.compares:
             return self._compared(row, given)
         rewards = [
             self._reward(row, k, self._call(row, f" response {k}", {**given, self._subject: one}))

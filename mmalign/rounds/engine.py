@@ -21,6 +21,7 @@ from mmalign.config import DataSource, RunConfig
 from mmalign.data.jobs import LOCK, only_writer
 from mmalign.errors import ConfigError
 from mmalign.judging.build import build
+from mmalign.judging.combined import comparing
 from mmalign.models.adapter import tools_of
 from mmalign.preflight.check import check_config
 from mmalign.rounds import measure, weights
@@ -75,17 +76,23 @@ def run(
     Raises:
         ConfigError, DataError, CheckpointError: What is wrong, in one sentence.
     """
-    prompts = check(config)
+    shared = _shared(config, check(config), where)
     with only_writer(config.output, "output"):
         _require_output(config.output, resume=resume)
         if not (config.output / "config.yaml").exists():
             write_text(config.output / "config.yaml", configs.dump(config))
-        return Rounds(_shared(config, prompts, where), say).run(until)
+        return Rounds(shared, say).run(until)
 
 
 def _shared(config: RunConfig, prompts: Prompts, where: str) -> Shared:
     beside = Path(where).absolute().parent
-    return Shared(config, prompts, build(spec_of(config).judge, beside), beside)
+    judge = build(spec_of(config).judge, beside)
+    if (name := comparing(judge)) is not None:
+        raise ConfigError(
+            f"rounds.judge: {name} compares responses, and says nothing of a single one, which is "
+            "what the base has to a held-out prompt; it cannot be one of several, so use it alone"
+        )
+    return Shared(config, prompts, judge, beside)
 
 
 def check(config: RunConfig) -> Prompts:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import rounds_runs as small
 
-from mmalign.errors import CheckpointError, ConfigError, DataError
+from mmalign.errors import CheckpointError, ConfigError, DataError, MmalignError
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -279,6 +279,23 @@ def test_a_judge_that_compares_runs_rounds(tmp_path: Path) -> None:
     told = [0.5 if a == b else float(a > b) for a, b in lengths]
     assert first["reward"]["mean"] == pytest.approx(sum(told) / len(told))
     assert first["over_base"]["wins"] == pytest.approx(sum(a > b for a, b in lengths) / len(rows))
+
+
+@pytest.mark.parametrize("way", ["sum", "worst_of", "missing"])
+def test_judges_that_cannot_judge_rounds_are_refused_before_anything_is_written(
+    way: str, tmp_path: Path
+) -> None:
+    (tmp_path / "few_rules.py").write_text(
+        "def longer(response, other):\n    return float(len(response) > len(other))\n\n\n"
+        "def length(response):\n    return len(response)\n"
+    )
+    both = [{"rule": "few_rules:length"}, {"rule": "few_rules:longer"}]
+    judge = {"sum": both, "worst_of": [{"worst_of": both}], "missing": [{"rule": "few_rules:no"}]}
+    match = "few_rules:no" if way == "missing" else "few_rules:longer compares responses"
+    rounds = small.sections(tmp_path)["rounds"] | {"judge": judge[way]}
+    with pytest.raises(MmalignError, match=match):
+        small.run(tmp_path, rounds=rounds)
+    assert not (tmp_path / "rounds").exists()
 
 
 IMAGES = {"modality": "diffusion", "objective": {"name": "diffusion_dpo"}}
