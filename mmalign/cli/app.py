@@ -268,7 +268,7 @@ def merge(
 
 @app.command(short_help="Write one HTML page about runs.")
 def report(
-    runs: Annotated[list[Path], argument("RUN_DIR", "folders that `mmalign train` wrote")],
+    runs: Annotated[list[Path], argument("RUN_DIR", "folders that `train` or `rounds` wrote")],
     out: Annotated[
         Path | None,
         option(

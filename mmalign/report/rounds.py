@@ -272,11 +272,13 @@ def _price(run: RoundsRun) -> Markup:
                 style = "-" if index == 0 else "--"
                 axes.plot(x, y, style, marker="o", color=figures.colour(index), label=label)
                 axes.vlines(x, low, high, color=figures.colour(index), linewidth=1.2)
+                even = [(1 - one[key]["ties"]) / 2 for one in points]
+                dots = {"linewidth": 0.8, "linestyle": (0, (1, 3)), "marker": "_"}
+                axes.plot(x, even, color=figures.colour(index), **dots)
             axes.set_xlabel("round")
             axes.set_ylabel("share of prompts won")
             axes.set_ylim(-0.03, 1.03)
             axes.set_xticks([one["round"] for one in others])
-            axes.axhline(0.5, color=figures.colour(5), linewidth=0.8, linestyle=(0, (1, 3)))
             axes.figure.legend(loc="outside upper left", ncols=2)
 
         shown.append(
@@ -287,8 +289,8 @@ def _price(run: RoundsRun) -> Markup:
                     + ", ".join(f"{one['over_base']['wins']:.2f}" for one in others),
                 ),
                 "Win rates",
-                "Ties count for nobody. A round that is no better than the last one lies near the "
-                "dotted half.",
+                "Ties count for nobody. Dotted: as many won as lost, where a round lies that is no "
+                "better than what it is compared with.",
             )
         )
     return blocks.figures(shown)
