@@ -4,30 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mmalign.errors import DataError
 from mmalign.judging.base import NAN, Drawn, Verdict
 
 
 @dataclass(frozen=True)
-class Right:
-    """1 for a response that says what the true answer says, 0 for a wrong one.
-
-    Options, yes and no, numbers and contradictions are told by rule; where none can tell, the
-    response is not judged.
+class _BesideTruth:
+    """A judge of responses beside a true answer.
 
     Attributes:
         column: Of the true answer.
         name: Of the rewards.
     """
 
+    kind: ClassVar[str]
     column: str
     name: str
 
     def facts(self) -> dict[str, Any]:
         """The column."""
-        return {"right": self.column}
+        return {self.kind: self.column}
+
+
+class Right(_BesideTruth):
+    """1 for a response that says what the true answer says, 0 for a wrong one.
+
+    Options, yes and no, numbers and contradictions are told by rule; where none can tell, the
+    response is not judged.
+    """
+
+    kind = "right"
 
     def __call__(self, rows: Sequence[Drawn]) -> list[Verdict]:
         """A verdict a row.
@@ -48,23 +56,13 @@ class Right:
         return verdicts
 
 
-@dataclass(frozen=True)
-class Specific:
+class Specific(_BesideTruth):
     """1 less the vagueness of a response, 0 to 1: hedges, refusals and words for anything cost.
 
     It says nothing of whether a response is true.
-
-    Attributes:
-        column: Of the true answer.
-        name: Of the rewards.
     """
 
-    column: str
-    name: str
-
-    def facts(self) -> dict[str, Any]:
-        """The column."""
-        return {"specific": self.column}
+    kind = "specific"
 
     def __call__(self, rows: Sequence[Drawn]) -> list[Verdict]:
         """A verdict a row.
