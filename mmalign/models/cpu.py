@@ -120,7 +120,7 @@ def keep_memory() -> None:
     """Have glibc keep what a step frees for the next step, whose tensors are of like size.
 
     By default it gives blocks of some mebibytes back at once and asks for them again, and the
-    system clears every page: a fifth of the time in which a small diffusion model draws. A process
+    system clears every page, which shows where a model is small and its images are many. A process
     whose environment says how memory is kept stays as it is; other C libraries do too.
     """
     told = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES"}
